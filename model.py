@@ -1,0 +1,402 @@
+"""Qwen2.5, by hand: config, weights in and out, and one forward for training, scoring and decoding.
+
+Tokens are packed: sequences of different lengths lie behind one another in one [T] tensor, without padding. What a
+token may attend to is decided by the `context` that is passed in: `Packed` here (training, scoring), the KV cache in
+generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict comparison of
+names and shapes, and what is saved loads in `transformers` and vLLM.
+
+The critic and the Bradley-Terry reward model are the same trunk with a scalar head (`score.weight`, as in
+Qwen2ForSequenceClassification with one label).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.linear_logprob import linear_logprob
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # an optional extra: requirements-cuda.txt
+    flash_attn_varlen_func = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a Qwen2 `config.json` that the computation depends on; `raw` is the whole file."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    raw: dict | None = None
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @staticmethod
+    def from_dict(raw, where="config.json"):
+        """From a parsed HF config; ValueError names the field where it is not a plain Qwen2 model."""
+
+        def expect(field, wanted, value):
+            if value != wanted:
+                raise ValueError(f"{where}: {field} is {value!r}, this code needs {wanted!r}")
+
+        expect("model_type", "qwen2", raw.get("model_type"))
+        expect("hidden_act", "silu", raw.get("hidden_act", "silu"))
+        expect("use_sliding_window", False, bool(raw.get("use_sliding_window")))
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | 4
+        expect("rope type", "default", rope.get("rope_type", rope.get("type", "default")))
+        fields = {}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(raw.get(name), int) or raw[name] <= 0:
+                raise ValueError(f"{where}: {name} is {raw.get(name)!r}, expected a positive integer")
+            fields[name] = raw[name]
+        kv_heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        for name, whole, part in (("num_attention_heads", raw["hidden_size"], raw["num_attention_heads"]),
+                                  ("num_key_value_heads", raw["num_attention_heads"], kv_heads)):
+            if whole % part:
+                raise ValueError(f"{where}: {name} = {part} does not divide {whole}")
+        return Config(
+            **fields,
+            num_key_value_heads=kv_heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=raw.get("max_position_embeddings", 32768),
+            raw=raw,
+        )
+
+    def to_dict(self):
+        """What goes into config.json: the file that was read, or a new one with HF's field names."""
+        own = {k: v for k, v in self.__dict__.items() if k != "raw"}
+        extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
+        return {**extra, **own} if self.raw is None else dict(self.raw)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """Attention context of packed sequences: each token sees its own sequence up to itself.
+
+    `lengths`: the sequences' lengths in tokens, in the order in which they lie in the packed tensors.
+    """
+
+    def __init__(self, lengths, device="cpu"):
+        self.lengths = [int(n) for n in lengths]
+        self.max_seqlen = max(self.lengths)
+        cu_seqlens = torch.tensor([0] + self.lengths).cumsum(0)  # where each sequence starts; last: T
+        self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
+        self.position_ids = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+
+    def attend(self, layer, q, k, v):
+        """q [T, Hq, D], k and v [T, Hkv, D], after RoPE -> [T, Hq, D]."""
+        return varlen_attention(q, k, v, self)
+
+
+def varlen_attention(q, k, v, packed):
+    """Causal self-attention inside each packed sequence; GQA by Hq = g Hkv. Shapes as in `Packed.attend`."""
+    on_tensor_cores = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
+    if on_tensor_cores and flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+    if on_tensor_cores and varlen_attn is not None:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # torch 2.11 has no GQA flag here
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+    out = []
+    for qs, ks, vs in zip(*(x.transpose(0, 1).split(packed.lengths, 1) for x in (q, k, v))):  # [H, L, D] each
+        out.append(F.scaled_dot_product_attention(qs[None], ks[None], vs[None], is_causal=True, enable_gqa=True)[0])
+    return torch.cat(out, 1).transpose(0, 1)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(config, position_ids, dtype):
+    """cos and sin of the rotary embedding, [T, 1, D], computed in fp32 (RoFormer, the half-split layout of HF)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+    angles = position_ids[:, None].float() / config.rope_theta**exponents  # [T, D / 2]
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(d, d, bias=True)
+        self.k_proj = nn.Linear(d, kv, bias=True)
+        self.v_proj = nn.Linear(d, kv, bias=True)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x, cos, sin, context):
+        q, k, v = (proj(x).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = context.attend(self.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        return self.o_proj(out.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, context):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
+
+    def __init__(self, config, scalar_head=False):
+        super().__init__()
+        self.config, self.scalar_head = config, scalar_head
+        self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more time
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        ))
+        if scalar_head:
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        elif not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids, position_ids, context, index=None, targets=None, temperature=1.0):
+        """One pass over packed tokens. The head runs here, not outside, so that FSDP has its weight at hand.
+
+        input_ids, position_ids: int64 [T]; context: an attention context; index: int64 [S], the positions whose
+        hidden states go to the head (None: all T).
+        -> scalar head: values fp32 [S]
+           targets None: logits fp32 [S, V]
+           targets int64 [S]: (log-probs of the targets at the temperature fp32 [S], entropy fp32 [S])
+        """
+        x = self.model.embed_tokens(input_ids)  # [T, d]
+        cos, sin = rope_tables(self.config, position_ids, x.dtype)
+        for layer in self.model.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, context, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, context)
+        x = self.model.norm(x if index is None else x[index])  # [S, d]
+        if self.scalar_head:
+            return self.score(x).squeeze(-1).float()
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        if targets is None:
+            return F.linear(x, weight).float()
+        return linear_logprob(x, weight, targets, temperature)
+
+
+def init_weights(model, seed, std=0.02):
+    """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        scale = std / (2 * model.config.num_hidden_layers) ** 0.5 if "o_proj" in name or "down_proj" in name else std
+        if "norm" in name:
+            values = torch.ones(parameter.shape)
+        elif name.endswith("bias") or name == "score.weight":
+            values = torch.zeros(parameter.shape)
+        else:
+            values = torch.randn(parameter.shape, generator=generator) * scale
+        copy_into(parameter, values)
+
+
+# -- weights in and out ------------------------------------------------------------------------------------------------
+
+
+def resolve(path):
+    """A local folder for a folder name or a hub id; ValueError if it is neither."""
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    except (HFValidationError, OSError) as error:  # the hub's errors for an unknown id or no network are OSErrors
+        raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
+
+
+def load_config(path):
+    """Config of a checkpoint folder; ValueError where there is none or it is not Qwen2."""
+    file = os.path.join(path, "config.json")
+    if not os.path.isfile(file):
+        raise ValueError(f"{path}: no config.json; expected a Qwen2 checkpoint folder")
+    with open(file) as f:
+        try:
+            return Config.from_dict(json.load(f), file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not JSON ({error})") from error
+
+
+def copy_into(parameter, full):
+    """Copies a full tensor into a parameter in place; of a sharded one each rank keeps its slice."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            full = full.to(device=parameter.device, dtype=parameter.dtype)
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)
+
+
+def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=None):
+    """A model from a checkpoint folder or hub id.
+
+    dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it at
+    zero on the folder's trunk. `shard(model)`, if given, applies FSDP before any memory is taken, so that a rank
+    holds one whole tensor at a time. ValueError: not Qwen2, a missing, superfluous or misshapen tensor (named).
+    """
+    path = resolve(path)
+    config = load_config(path)
+    with torch.device("meta"):
+        model = Qwen2(config, scalar_head)
+
+    index_file = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(index_file):
+        with open(index_file) as f:
+            file_of = json.load(f)["weight_map"]
+    elif os.path.isfile(os.path.join(path, "model.safetensors")):
+        with safe_open(os.path.join(path, "model.safetensors"), "pt") as f:
+            file_of = {name: "model.safetensors" for name in f.keys()}
+    else:
+        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
+
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    fresh_head = scalar_head and "score.weight" not in file_of
+    # tied or replaced heads and old checkpoints' rotary buffers are known and unused
+    unused = {"lm_head.weight"} if scalar_head or config.tie_word_embeddings else set()
+    superfluous = [n for n in file_of if n not in wanted and n not in unused and "rotary_emb" not in n]
+    missing = [n for n in wanted if n not in file_of and not (fresh_head and n == "score.weight")]
+    if missing or superfluous:
+        raise ValueError(f"{path}: not the tensors of its config.json; missing {missing[:3]} ({len(missing)} in all), "
+                         f"superfluous {superfluous[:3]} ({len(superfluous)} in all)")
+
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name in set(file_of.values()):
+            if not os.path.isfile(os.path.join(path, name)):
+                raise ValueError(f"{path}: the index names {name}, which is not there")
+            files[name] = stack.enter_context(safe_open(os.path.join(path, name), "pt"))
+        for name, shape in wanted.items():
+            if name in file_of and tuple(files[file_of[name]].get_slice(name).get_shape()) != tuple(shape):
+                found = files[file_of[name]].get_slice(name).get_shape()
+                raise ValueError(f"{path}: {name} has shape {found}, its config.json says {list(shape)}")
+        if dtype is None:
+            dtype = files[file_of["model.norm.weight"]].get_tensor("model.norm.weight").dtype
+        model.to(dtype)
+        if shard is not None:
+            shard(model)
+        model.to_empty(device=device)
+        for name, parameter in model.named_parameters():
+            full = files[file_of[name]].get_tensor(name) if name in file_of else torch.zeros(wanted[name])
+            copy_into(parameter, full.to(device=device, dtype=dtype))
+    return model
+
+
+def save_pretrained(model, path, tokenizer_from, dtype=None):
+    """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
+
+    Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's.
+    The folder appears whole or not at all.
+    """
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    shards, shard_bytes = [{}], 0
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if not writes:
+            continue
+        full = full.detach().to(dtype=dtype or full.dtype, device="cpu", copy=True).contiguous()
+        if shards[-1] and shard_bytes + full.nbytes > SHARD_BYTES:
+            shards.append({})
+            shard_bytes = 0
+        shards[-1][name] = full
+        shard_bytes += full.nbytes
+    if not writes:
+        return
+
+    tmp = f"{path.rstrip('/')}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for name, tensors in zip(names, shards):
+        save_file(tensors, os.path.join(tmp, name), metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(t.nbytes for tensors in shards for t in tensors.values())
+        weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
+        with open(os.path.join(tmp, "model.safetensors.index.json"), "w") as f:
+            json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f, indent=2)
+    config = model.config.to_dict()
+    config["architectures"] = ["Qwen2ForSequenceClassification" if model.scalar_head else "Qwen2ForCausalLM"]
+    config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
+    if model.scalar_head:
+        config["num_labels"] = 1
+        config["id2label"] = {"0": "LABEL_0"}  # what transformers derives num_labels from
+        config["label2id"] = {"LABEL_0": 0}
+    with open(os.path.join(tmp, "config.json"), "w") as f:
+        json.dump(config, f, indent=2)
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if os.path.isfile(os.path.join(tokenizer_from, name)):
+                shutil.copy(os.path.join(tokenizer_from, name), tmp)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(tmp, path)
