@@ -1,0 +1,417 @@
+"""What must not diverge between the stage scripts: start-up, rows, packing, FSDP, checkpoints, logs.
+
+Every random draw of a run is a function of (seed, step, prompt, sample), so no generator has a state to save: a
+resumed run draws what the uninterrupted one would have drawn, on any number of processes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from model import Packed, save_pretrained
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# -- start-up ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `device` and compute `dtype` are what models and batches live in."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    mesh: Any  # a DeviceMesh over all ranks
+
+
+@contextlib.contextmanager
+def user_errors():
+    """What a user can mend (a flag, a file, a row) ends in one line and exit status 2, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {error}\n(TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+def start(dtype="auto"):
+    """Joins the process group of torchrun, or makes one of a single process. dtype: auto | fp32 | bf16."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (world_size,))
+    dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
+    return Ranks(rank, world_size, device, dtype, mesh)
+
+
+def print0(*values):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*values, flush=True)
+
+
+def all_sum(ranks, *numbers):
+    """Each number summed over all ranks, in fp64."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if ranks.world_size > 1:
+        total = total.to(ranks.device)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_max(ranks, number):
+    largest = torch.tensor(number, dtype=torch.float64, device=ranks.device)
+    if ranks.world_size > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def all_gather(ranks, rows):
+    """The lists of all ranks, joined in rank order."""
+    if ranks.world_size == 1:
+        return list(rows)
+    gathered = [None] * ranks.world_size
+    dist.all_gather_object(gathered, list(rows))
+    return [row for part in gathered for row in part]
+
+
+def derive_seed(*parts):
+    """A 62-bit seed that is a function of its parts alone (Python's own hash differs between processes)."""
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def batch_indices(n_rows, batch_size, step, seed):
+    """Row indices of a step's batch: each epoch is a new permutation; a remainder below a batch is left out."""
+    per_epoch = n_rows // batch_size
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(derive_seed("order", seed, epoch)))
+    return order[place * batch_size : (place + 1) * batch_size].tolist()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+_PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
+ROW_FIELDS = {
+    "prompt": _PROMPT,
+    "pair": {**_PROMPT, "chosen": "text", "rejected": "text"},
+    "answer": {**_PROMPT, "answer": "string"},
+    "judgement": {**_PROMPT, "answer": "text", "critique": "text", "helpfulness": "score", "personalization": "score",
+                  "naturalness": "score"},
+    "messages": {"messages": "messages"},
+    "object": {},
+}
+
+
+def _roles_alternate(messages):
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        return False
+    return all(m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+               for m in messages)
+
+
+CHECKS = {
+    "text": ("a non-empty string", lambda v: isinstance(v, str) and bool(v.strip())),
+    "string": ("a string", lambda v: isinstance(v, str)),
+    "persona": ("a non-empty JSON object or string", lambda v: isinstance(v, (dict, str)) and bool(v)),
+    "score": ("an integer from -5 to 5", lambda v: type(v) is int and -5 <= v <= 5),
+    "messages": ('a list of {"role": "system" | "user" | "assistant", "content": text}', _roles_alternate),
+}
+
+
+def check_row(row, kind, where):
+    """ValueError naming the place, the field and what was expected, unless `row` is a row of that kind."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object ({kind} row), found {type(row).__name__}")
+    for field, check in ROW_FIELDS[kind].items():
+        expected, holds = CHECKS[check]
+        if field not in row:
+            raise ValueError(f'{where}: field "{field}" is missing, expected {expected} ({kind} row)')
+        if not holds(row[field]):
+            raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
+
+
+def read_rows(path, kind):
+    """All rows of a JSON-lines file, checked before any work is done.
+
+    kind: prompt | pair | answer | judgement | messages | object (any JSON object). ValueError: file:line, field,
+    what was expected. Read with `json`, not into Arrow: personas are free objects, and a table would give every
+    persona the keys of all the others.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; expected JSON lines ({kind} rows)")
+    rows, line_of = [], {}
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from error
+            check_row(row, kind, where)
+            if kind == "prompt" and line_of.setdefault(row["prompt_id"], number) != number:
+                raise ValueError(f'{where}: prompt_id "{row["prompt_id"]}" stands on line {line_of[row["prompt_id"]]} too')
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: empty, expected {kind} rows")
+    return rows
+
+
+def write_rows(path, rows):
+    """JSON lines; the file appears whole or not at all."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(f"{path}.tmp", path)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Packed sequences and the S positions that are trained: `index[i]` is where `targets[i]` is predicted."""
+
+    input_ids: torch.Tensor  # [T]
+    context: Packed
+    index: torch.Tensor  # [S]
+    targets: torch.Tensor  # [S]
+    sequence: torch.Tensor  # [S], which sequence each trained token belongs to
+
+
+def pack(sequences, trained, device):
+    """sequences: lists of ids; trained: per sequence a list of bools, which of its tokens are targets -> Batch.
+
+    The first token of a sequence cannot be a target: nothing predicts it.
+    """
+    input_ids = torch.tensor([i for ids in sequences for i in ids])
+    mask = torch.tensor([t for flags in trained for t in flags])
+    targets_at = mask.nonzero().squeeze(1)
+    sequence = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor([len(s) for s in sequences]))
+    tensors = (input_ids, targets_at - 1, input_ids[targets_at], sequence[targets_at])
+    input_ids, index, targets, sequence = (t.to(device) for t in tensors)
+    return Batch(input_ids, Packed([len(s) for s in sequences], device), index, targets, sequence)
+
+
+def micro_batches(lengths, tokens_per_microbatch, ranks):
+    """Splits 0..n-1 into runs of at most that many tokens (a longer sequence gets its own) -> lists of indices.
+
+    Under FSDP every rank must run the same number of passes: ranks with fewer get empty lists at the end, for which
+    the caller runs `EMPTY` with weight zero.
+    """
+    batches, room = [], 0
+    for i, length in enumerate(lengths):
+        if not batches or length > room:
+            batches.append([])
+            room = tokens_per_microbatch
+        batches[-1].append(i)
+        room -= length
+    most = int(all_max(ranks, len(batches)))
+    return batches + [[] for _ in range(most - len(batches))]
+
+
+EMPTY = ([0, 0], [False, True])  # a sequence that stands in for an empty micro-batch; its loss gets weight zero
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def shard(model, ranks):
+    """FSDP2: each layer and the rest are gathered as they are needed; masters fp32, compute in ranks.dtype, fp32 sums.
+
+    One process in fp32 has nothing to shard or cast and keeps plain parameters.
+    """
+    if ranks.world_size == 1 and ranks.dtype == torch.float32:
+        return model
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+
+
+def adamw(model, lr, weight_decay):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+
+
+def learning_rate(lr, step, total_steps, warmup_ratio, schedule):
+    """Linear warm-up over a share of the steps, then cosine to zero or constant. step counts from 0."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def optimizer_step(model, optimizer, lr, max_grad_norm):
+    """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
+
+    FloatingPointError where it is not finite: a run that goes on with such weights only hides the cause.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm}; the weights were left as they were")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# -- a run folder ------------------------------------------------------------------------------------------------------
+
+# Flags that may differ between the start of a run and its continuation: what a step computes stays the same.
+FREE_FLAGS = ("max_steps", "save_every", "keep_checkpoints", "tokens_per_microbatch", "out")
+
+
+def open_run(args, ranks):
+    """Makes or reopens the folder args.out; ValueError where it holds a run with other flags. Prints where output goes."""
+    flags = dataclasses.asdict(args)
+    file = os.path.join(args.out, "args.json")
+    if os.path.isfile(file):
+        with open(file) as f:
+            before = json.load(f)
+        now = json.loads(json.dumps(flags))
+        changed = [k for k in now if k not in FREE_FLAGS and before.get(k) != now[k]]
+        if changed:
+            was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in changed)
+            raise ValueError(f"{args.out} holds a run with other flags ({was}); choose another --out or remove it")
+    if ranks.rank == 0:
+        os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
+        with open(f"{file}.tmp", "w") as f:
+            json.dump({**flags, "git": git_hash()}, f, indent=2)
+        os.replace(f"{file}.tmp", file)
+    barrier(ranks)
+    print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
+
+
+def git_hash():
+    """The commit of this code, with + where files differ from it; "unknown" outside a repository."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True,
+                             text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def barrier(ranks):
+    if ranks.world_size > 1:
+        dist.barrier()
+
+
+def log_metrics(out, metrics, ranks):
+    """Appends one line to metrics.jsonl; numbers that do not exist in a step (no edit in it, say) are null."""
+    if ranks.rank == 0:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with open(os.path.join(out, "metrics.jsonl"), "a") as f:
+            f.write(json.dumps(clean) + "\n")
+
+
+def _train_state(models, optimizers):
+    state = {}
+    for name, model in models.items():
+        state[f"{name}.model"] = get_model_state_dict(model)
+        state[f"{name}.optimizer"] = get_optimizer_state_dict(model, optimizers[name])
+    return state
+
+
+def save_checkpoint(out, step, models, optimizers, tokenizer_from, ranks, keep):
+    """Writes out/checkpoints/step_NNNNNN, then points out/NAME at its models; appears whole or not at all.
+
+    models: {"policy": model, "critic": model, ...}. Each is stored twice: as a folder that other tools load, in the
+    compute dtype, and with its optimizer as fp32 masters (torch.distributed.checkpoint), from which a run resumes on
+    any number of ranks. Only the newest `keep` are kept.
+    """
+    final = os.path.join(out, "checkpoints", f"step_{step:06d}")
+    tmp = f"{final}.tmp"
+    if ranks.rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        os.makedirs(tmp)
+    barrier(ranks)
+    for name, model in models.items():
+        save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype)
+    dcp.save(_train_state(models, optimizers), checkpoint_id=os.path.join(tmp, "train_state"))
+    barrier(ranks)
+    if ranks.rank == 0:
+        with open(os.path.join(tmp, "state.json"), "w") as f:
+            json.dump({"step": step, "git": git_hash()}, f)
+        os.rename(tmp, final)
+        for name in models:
+            link = os.path.join(out, name)
+            if os.path.lexists(f"{link}.tmp"):
+                os.unlink(f"{link}.tmp")
+            os.symlink(os.path.join("checkpoints", f"step_{step:06d}", name), f"{link}.tmp")
+            os.replace(f"{link}.tmp", link)
+        for old in _checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+    barrier(ranks)
+
+
+def _checkpoints(out):
+    folder = os.path.join(out, "checkpoints")
+    names = sorted(n for n in os.listdir(folder) if n.startswith("step_") and not n.endswith(".tmp"))
+    return [os.path.join(folder, n) for n in names]
+
+
+def load_checkpoint(out, models, optimizers, ranks):
+    """Continues from the newest checkpoint: fills models and optimizers in place -> steps done (0: none there).
+
+    Lines of metrics.jsonl and rollout files from after that checkpoint are dropped: they will be made again.
+    """
+    found = _checkpoints(out)
+    step = 0
+    if found:
+        with open(os.path.join(found[-1], "state.json")) as f:
+            step = json.load(f)["step"]
+        state = _train_state(models, optimizers)
+        dcp.load(state, checkpoint_id=os.path.join(found[-1], "train_state"))
+        for name, model in models.items():
+            set_model_state_dict(model, state[f"{name}.model"])
+            set_optimizer_state_dict(model, optimizers[name], state[f"{name}.optimizer"])
+        print0(f"resumed from {found[-1]}")
+    metrics = os.path.join(out, "metrics.jsonl")
+    if ranks.rank == 0 and os.path.isfile(metrics):
+        with open(metrics) as f:  # a killed run may have left half a line
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(f"{metrics}.tmp", "w") as f:
+            f.writelines(lines)
+        os.replace(f"{metrics}.tmp", metrics)
+    barrier(ranks)
+    return step

@@ -1,0 +1,177 @@
+"""Stage 1: supervised fine-tuning of the policy (METHOD 1.3), and pretraining of a tiny base from scratch.
+
+1. Read rows: preference pairs, of which the chosen answers are learned, or conversations (`messages`), of which every
+   assistant turn is learned.
+2. Each step draws the next `batch_size` rows of the epoch's permutation, shares them out over the ranks, packs them
+   without padding and takes the mean negative log-likelihood over all trained tokens of all ranks.
+3. AdamW with warm-up and cosine decay; a checkpoint from time to time, from which the same command continues.
+
+Editing is not trained here: rewriting by a critique is a skill that the instruct model brings along.
+Departures: the released code trains 3 epochs, the paper says 2; rows over the length limit are left out and counted,
+not cut, since a cut answer teaches to stop in mid-sentence.
+
+    python sft.py --model Qwen/Qwen2.5-0.5B-Instruct                   # one CPU or GPU
+    torchrun --nproc_per_node=8 sft.py                                 # eight GPUs
+    python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base  # tiny base
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import common
+from common import print0
+from model import Config, Qwen2, init_weights, load_pretrained, resolve
+from prompts import Chat, answer_prompt, load_templates, response_ids
+
+
+@dataclass
+class Args:
+    # -- what goes in and out
+    model: str = "Qwen/Qwen2.5-7B-Instruct"
+    """Folder or hub id of the instruct model that is fine-tuned."""
+    data: str = "out/data/pairs.jsonl"
+    """Pairs (chosen answers are learned) or rows with `messages`."""
+    out: str = "out/sft"
+    """Run folder; the newest weights are OUT/policy. An unfinished run in it is continued."""
+    answer_template: str | None = None
+    """File that replaces the built-in prompt of the policy."""
+
+    # -- optimization (the released code's values)
+    epochs: float = 3
+    """Passes over the data; a remainder below a batch is left out of each."""
+    batch_size: int = 128
+    """Rows per step, over all ranks."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    warmup_ratio: float = 0.1
+    """Share of the steps with linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's, on all parameters."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    max_length: int = 8192
+    """Tokens; longer rows are left out and counted."""
+    seed: int = 0
+    """Order of the rows, initial weights from scratch."""
+
+    # -- from scratch: size of the tiny base (about a million parameters: two CPU cores in minutes)
+    from_scratch: str | None = None
+    """Folder of a tokenizer: start from random weights of the sizes below, instead of from --model."""
+    hidden_size: int = 128
+    """Width."""
+    layers: int = 4
+    """Number of layers."""
+    heads: int = 4
+    """Query heads; half as many key-value heads."""
+    intermediate_size: int = 384
+    """Width of the MLP."""
+
+    # -- the machine
+    tokens_per_microbatch: int = 16384
+    """Tokens per forward pass and rank."""
+    checkpoint_activations: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    dtype: str = "auto"
+    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    max_steps: int | None = None
+    """Stop early; the schedule stays that of the whole run."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 1
+    """Older ones are removed."""
+
+
+def read_examples(args, chat):
+    """(ids, trained) of each row: token ids, and which of them are learned."""
+    first = common.read_rows(args.data, "object")[0]
+    examples = []
+    if "messages" in first:
+        for row in common.read_rows(args.data, "messages"):
+            ids, trained, before = [], [], []
+            for message in row["messages"]:
+                if message["role"] != "assistant":
+                    before.append(message)
+                    continue
+                # later turns go on from the ids of the earlier ones, as an edit does in RL
+                turns = [i for m in before for i in chat.turn(m["role"], m["content"])]
+                prompt = ids + chat.newline + turns + chat.header if ids else chat.messages(before)
+                answer = response_ids(chat, message["content"])
+                trained += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
+                ids, before = prompt + answer, []
+            examples.append((ids, trained))
+    else:
+        templates = load_templates(answer_template=args.answer_template)
+        for row in common.read_rows(args.data, "pair"):
+            prompt, answer = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
+            examples.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+    kept = [e for e in examples if len(e[0]) <= args.max_length and any(e[1])]
+    print0(f"{len(kept)} rows from {args.data}; {len(examples) - len(kept)} left out "
+           f"(over --max-length {args.max_length} tokens, or without an assistant turn)")
+    if len(kept) < args.batch_size:
+        raise ValueError(f"{args.data}: {len(kept)} usable rows are fewer than --batch-size {args.batch_size}")
+    return kept
+
+
+def open_model(args, chat, ranks):
+    """The model that is trained, fp32 masters, sharded."""
+    if not args.from_scratch:
+        model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
+    else:
+        config = Config(chat.tokenizer.get_vocab_size(), args.hidden_size, args.intermediate_size, args.layers, args.heads,
+                        args.heads // 2, rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=2048)
+        model = common.shard(Qwen2(config).to(ranks.device), ranks)
+        init_weights(model, args.seed)
+    model.checkpoint_activations = args.checkpoint_activations
+    return model
+
+
+def main(args):
+    ranks = common.start(args.dtype)
+    tokenizer_from = resolve(args.from_scratch or args.model)
+    chat = Chat(tokenizer_from)
+    examples = read_examples(args, chat)
+    total_steps = int(args.epochs * (len(examples) // args.batch_size))
+    common.open_run(args, ranks)
+    model = open_model(args, chat, ranks)
+    optimizer = common.adamw(model, args.lr, args.weight_decay)
+    first_step = common.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    last_step = min(total_steps, args.max_steps or total_steps)
+
+    for step in tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0):
+        started = time.perf_counter()
+        rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
+        mine = [examples[i] for i in rows[ranks.rank :: ranks.world_size]]
+        # the mean is over the tokens of all ranks and micro-batches: the count must be known before any backward pass
+        n_trained, n_tokens = common.all_sum(ranks, sum(sum(t) for _, t in mine), sum(len(ids) for ids, _ in mine))
+
+        loss_sum = 0.0
+        for indices in common.micro_batches([len(ids) for ids, _ in mine], args.tokens_per_microbatch, ranks):
+            chosen = [mine[i] for i in indices] or [common.EMPTY]
+            batch = common.pack(*zip(*chosen), ranks.device)
+            logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
+            loss = -logprobs.sum() * (len(indices) > 0)
+            # FSDP averages gradients over the ranks; times world_size makes that the sum
+            (loss * ranks.world_size / n_trained).backward()
+            loss_sum += loss.item()
+        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
+        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+
+        (loss_sum,) = common.all_sum(ranks, loss_sum)
+        seconds = time.perf_counter() - started
+        common.log_metrics(args.out, dict(
+            step=step + 1, loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, tokens=int(n_tokens),
+            trained_tokens=int(n_trained), seconds=seconds, tokens_per_second=n_tokens / seconds,
+        ), ranks)
+        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+            common.save_checkpoint(args.out, step + 1, {"policy": model}, {"policy": optimizer}, tokenizer_from, ranks,
+                                   args.keep_checkpoints)
+    print0(f"weights: {args.out}/policy")
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(tyro.cli(Args))
