@@ -1,0 +1,627 @@
+"""Stage 3: PPO with critique-post-edit (arXiv 2510.18849, section 4; METHOD 1.6). One step:
+
+1. Rollout. For each of `prompts_per_step` prompts the policy samples `n_samples` originals y_o. The judge writes a
+   critique and scores of each; the policy rewrites y_o by the critique, once: y_e; the judge scores y_e. These overlap:
+   a critique starts when its answer ends, an edit when its critique arrives.
+2. Selection. The batch is all originals and a share `edit_rate` of the edits. An edit is trained *under the original
+   prompt*: neither y_o nor the critique is in its context.
+3. The critic's values, GAE with the reward on the last token, advantages whitened over all response tokens.
+4. Update, in mini-batches of prompts: PPO-clip on originals; on edits one of five losses on
+   r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`; clipped value loss for the critic.
+
+`--edit-rate 0` is the PPO baseline (nothing is edited; the paper then samples n = 6). `--judge bt:out/bt/model` is the
+Bradley-Terry baseline.
+
+Where this departs from the paper or its code, and why (METHOD 2 has the whole table):
+- A judgement that does not parse is asked again, then its sample leaves the batch: no score is ever made up.
+- Both log-probs of the ratio on edits are full-softmax values at the sampling temperature from the same forward pass.
+- The ratio on edits is by default `unclipped` with a cap, which the released results ran with; `paper` is the printed
+  clip, under which words that only the critique suggested get no gradient.
+- Sampling with top-p 0.9 (as released) draws from a slightly narrower distribution than the log-probs describe.
+
+    python ppo_cpe.py                                             # one CPU or GPU
+    torchrun --nproc_per_node=8 ppo_cpe.py                        # eight GPUs
+    python ppo_cpe.py --edit-rate 0 --n-samples 6 --out out/ppo   # the baseline
+"""
+
+import dataclasses
+import math
+import os
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import common
+from common import print0
+from generate import Engine
+from judges import open_judge
+from model import load_pretrained, resolve
+from prompts import Chat, Judgement, answer_prompt, edit_prompt, load_templates
+
+
+@dataclass
+class Args:
+    # -- what goes in and out
+    policy: str = "out/sft/policy"
+    """Folder or hub id of the start policy."""
+    critic: str | None = None
+    """Folder that the critic starts from (its scalar head too, if it has one); None: the start policy, head zero."""
+    judge: str = "out/grm/model"
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world (judges.py)."""
+    prompts: str = "out/data/prompts_train.jsonl"
+    """Prompt rows."""
+    out: str = "out/ppo_cpe"
+    """Run folder; the newest weights are OUT/policy and OUT/critic. An unfinished run in it is continued."""
+    answer_template: str | None = None
+    """File that replaces the built-in prompt of the policy."""
+    edit_template: str | None = None
+    """File that replaces the built-in request to rewrite."""
+    grm_template: str | None = None
+    """File that replaces the built-in rubric of the judge."""
+
+    # -- rollout (METHOD 1.6a; temperature and top-p as in the released code)
+    prompts_per_step: int = 128
+    """Prompts of a step, over all ranks."""
+    n_samples: int = 4
+    """Originals per prompt."""
+    temperature: float = 0.9
+    """Of originals and edits, and of every log-prob."""
+    top_p: float = 0.9
+    """Nucleus; recorded log-probs stay those of the full softmax."""
+    max_prompt_length: int = 2048
+    """Tokens; prompts over it are left out at the start and counted."""
+    max_response_length: int = 2048
+    """Tokens of an original or an edit."""
+    truncated: Literal["judge", "drop", "floor"] = "judge"
+    """A response that hits the limit: scored as it stands | leaves the batch | gets the lowest possible score."""
+
+    # -- judge
+    score_weights: tuple[float, float, float] = (0.35, 0.40, 0.25)
+    """Of helpfulness, personalization, naturalness in the reward (METHOD 1.4)."""
+    judge_temperature: float = 0.9
+    """Of the critique and scores."""
+    judge_attempts: int = 3
+    """Times an unparsable judgement is asked for before its sample leaves the batch."""
+    max_judgement_length: int = 512
+    """Tokens of a judgement; what is cut off does not parse."""
+
+    # -- edits (METHOD 1.6e, 1.7, 1.8 and section 2)
+    edit_rate: float = 0.5
+    """Share r_e of the edits that joins the batch; 0 is plain PPO."""
+    edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
+    """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
+    edit_ratio: Literal["paper", "unclipped", "tis", "luffy", "none"] = "unclipped"
+    """The loss on edits: see `edit_loss`."""
+    ratio_cap: float | None = None
+    """Upper bound of the ratio for unclipped and tis; None: 10 and 2."""
+    luffy_gamma: float = 0.1
+    """gamma of p / (p + gamma)."""
+    edit_baseline: Literal["batch", "original"] = "batch"
+    """An edit's advantage: as any other (critic, whitened) | its reward less the mean of its prompt's originals."""
+
+    # -- PPO (METHOD 1.6f, g)
+    epochs: float = 2
+    """Passes over the prompts."""
+    mini_batch_prompts: int = 64
+    """Prompts per update."""
+    ppo_epochs: int = 1
+    """Passes over a step's batch."""
+    lr: float = 1e-6
+    """Policy; constant."""
+    critic_lr: float = 1e-5
+    """Critic; constant."""
+    critic_warmup_steps: int = 0
+    """Steps in which only the critic is trained."""
+    eps_low: float = 0.2
+    """Lower clip of the ratio, 1 - eps_low."""
+    eps_high: float = 0.2
+    """Upper clip of the ratio, 1 + eps_high."""
+    value_clip: float = 0.5
+    """Largest step of a value within an update."""
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 1.0
+    """GAE; 1 is the whole return less the value."""
+    weight_decay: float = 0.01
+    """AdamW's, of both models."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping, of each model."""
+    seed: int = 0
+    """Order of the prompts, sampling, selection."""
+
+    # -- the machine
+    tokens_per_microbatch: int = 16384
+    """Tokens per forward pass and rank."""
+    max_batch: int = 256
+    """Sequences that are generated at once, per rank."""
+    checkpoint_activations: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    dtype: str = "auto"
+    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    max_steps: int | None = None
+    """Stop early."""
+    save_every: int = 20
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 1
+    """Older ones are removed."""
+
+
+@dataclass
+class Trajectory:
+    """One response and all that belongs to it; what a step needs is looked up here, never by position."""
+
+    prompt_id: str
+    sample_id: int
+    row: dict
+    place: int  # of the prompt in the step's batch: decides its mini-batch
+    prompt_ids: list[int]  # x: what it is trained under
+    parent: "Trajectory | None" = None  # of an edit: its original
+    sampled_under: list[int] = field(default_factory=list)  # x, or the edit prompt
+    response_ids: list[int] = field(default_factory=list)  # with its stop token
+    engine_logprobs: list[float] = field(default_factory=list)
+    answer: str = ""
+    truncated: bool = False
+    judgement: Judgement | None = None
+    reward: float | None = None
+    # filled before the update, fp32 [len(response_ids)] each
+    old_logprobs: torch.Tensor | None = None  # pi_old(y | x); of an edit pi_e(y_e | edit prompt)
+    values: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    @property
+    def key(self):
+        return (self.prompt_id, self.sample_id, self.parent is not None)
+
+
+# -- the mathematics: pure functions -----------------------------------------------------------------------------------
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman 2016, eq. 16), right-padded.
+
+    rewards, values, mask: [N, L]; values[:, t] is that of the state before token t; after the last token it is 0.
+    -> advantages [N, L], returns [N, L] (advantages + values); zero where mask is.
+    """
+    advantages = torch.zeros_like(values)
+    following, next_value = torch.zeros(len(values)), torch.zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, eps_low, eps_high):
+    """PPO's clipped objective (eq. 7), per token [S] -> loss [S], ratio [S], clipped [S] (bool: no gradient)."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    pg_loss1 = -ratio * advantages
+    pg_loss2 = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
+    return torch.maximum(pg_loss1, pg_loss2), ratio.detach(), pg_loss2 > pg_loss1
+
+
+def edit_loss(kind, logprobs, edit_logprobs, advantages, eps_low=0.2, eps_high=0.2, cap=None, gamma=0.1):
+    """The loss on edits per token (METHOD 2), with p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
+
+    kind       loss                                weight on grad log p
+    paper      -clip(r, 1-eps_low, 1+eps_high) A   r inside the range, else 0
+    unclipped  -min(r, cap) A                      r, 0 above the cap
+    tis        -sg(min(r, cap)) A log p            min(r, cap)
+    luffy      -A p / (p + gamma)                  gamma p / (p + gamma)^2
+    none       -A log p                            1
+
+    logprobs = log p, edit_logprobs = log q, advantages: [S] -> loss [S], r [S], weight [S] (both detached). To try
+    another loss, add it here.
+    """
+    log_ratio = logprobs - edit_logprobs
+    ratio = log_ratio.detach().exp()
+    if kind == "paper":
+        low, high = math.log(1 - eps_low), math.log(1 + eps_high)
+        loss = -log_ratio.clamp(low, high).exp() * advantages
+        weight = torch.where((log_ratio >= low) & (log_ratio <= high), ratio, 0.0)
+    elif kind == "unclipped":
+        # the minimum is taken of the logs: the exponential of an outlier would be infinite, its gradient not a number
+        loss = -log_ratio.clamp(max=math.log(cap)).exp() * advantages
+        weight = torch.where(ratio <= cap, ratio, 0.0)
+    elif kind == "tis":
+        weight = ratio.clamp(max=cap)
+        loss = -weight * advantages * logprobs
+    elif kind == "luffy":
+        p = logprobs.exp()
+        loss = -advantages * p / (p + gamma)
+        weight = gamma * p / (p + gamma) ** 2
+    else:
+        loss = -advantages * logprobs
+        weight = torch.ones_like(ratio)
+    return loss, ratio, weight.detach()
+
+
+def value_loss(values, old_values, returns, clip):
+    """Clipped value loss per token [S] -> loss [S], clipped [S] (bool: no gradient)."""
+    limited = old_values + (values - old_values).clamp(-clip, clip)
+    loss1, loss2 = (values - returns).square(), (limited - returns).square()
+    return 0.5 * torch.maximum(loss1, loss2), loss2 > loss1
+
+
+def select_edits(edits, rate, strategy, seed):
+    """Which edits join the batch (METHOD 1.8).
+
+    edits: (prompt_id, sample_id, reward, reward of its original) of the whole batch -> set of (prompt_id, sample_id).
+    A share `rate` of a prompt's edits need not be a whole number: it is rounded up or down at random, so that the
+    mean is right. The result does not depend on the order of `edits`.
+    """
+    edits = sorted(edits)
+    rng = random.Random(seed)
+    if strategy in ("random", "batch_rank"):
+        rng.shuffle(edits)  # equal rewards in random order
+        if strategy == "batch_rank":
+            edits.sort(key=lambda e: -e[2])
+        return {e[:2] for e in edits[: round(rate * len(edits))]}
+    of_prompt = defaultdict(list)
+    for edit in edits:
+        of_prompt[edit[0]].append(edit)
+    chosen = set()
+    for group in of_prompt.values():
+        rng.shuffle(group)
+        group.sort(key=lambda e: -e[2] if strategy == "reward_rank" else e[3] - e[2])
+        chosen |= {e[:2] for e in group[: int(rate * len(group) + rng.random())]}
+    return chosen
+
+
+def moments(ranks, values):
+    """Mean and standard deviation of fp32 [S] over all ranks (numbers). S may be 0 on a rank, not on all."""
+    x = values.double()
+    n, total, square = common.all_sum(ranks, len(x), x.sum().item(), x.square().sum().item())
+    mean = total / n
+    return mean, max(square / n - mean**2, 0.0) ** 0.5
+
+
+# -- the phases of a step ----------------------------------------------------------------------------------------------
+
+
+def rollout(prompts, engine, judge, chat, templates, args, step, progress):
+    """Originals, their judgements, edits and theirs (METHOD 1.6a-d), all overlapping.
+
+    prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), counts of what was lost.
+    """
+    editing = args.edit_rate > 0
+    lost = dict(originals=0, edits=0, truncated=0)
+    judged, in_engine, in_judge = [], {}, {}
+
+    def sample(trajectory):
+        kind = "edit" if trajectory.parent else "original"
+        seed = common.derive_seed(args.seed, step, trajectory.prompt_id, trajectory.sample_id, kind)
+        in_engine[trajectory.key, 0] = trajectory
+        engine.submit(trajectory.sampled_under, key=trajectory.key, seeds=[seed],
+                      max_new_tokens=args.max_response_length, temperature=args.temperature, top_p=args.top_p)
+
+    for place, row, ids in prompts:
+        group = [Trajectory(row["prompt_id"], i, row, place, ids, sampled_under=ids) for i in range(args.n_samples)]
+        in_engine.update({(place, i): t for i, t in enumerate(group)})
+        seeds = [common.derive_seed(args.seed, step, row["prompt_id"], i, "original") for i in range(args.n_samples)]
+        engine.submit(ids, key=place, n=args.n_samples, seeds=seeds, max_new_tokens=args.max_response_length,
+                      temperature=args.temperature, top_p=args.top_p)
+
+    while engine.busy or judge.busy:
+        engine.step()
+        for s in engine.collect():
+            t = in_engine.pop((s.key, s.index))
+            t.response_ids = s.ids + ([s.stop_id] if s.finish_reason == "stop" else [])
+            t.engine_logprobs, t.truncated, t.answer = s.logprobs, s.finish_reason == "length", chat.decode(s.ids)
+            if t.truncated and args.truncated == "drop":
+                lost["truncated"] += 1
+                continue
+            in_judge[t.key] = t
+            judge.submit(t.key, t.row, t.answer, common.derive_seed(args.seed, step, *t.key, "judge"))
+        for verdict in judge.poll():
+            t = in_judge.pop(verdict.key)
+            if verdict.reward is None:
+                lost["edits" if t.parent else "originals"] += 1
+                continue
+            t.judgement, t.reward = verdict.judgement, verdict.reward
+            if t.truncated and args.truncated == "floor":
+                t.reward = -5.0 * sum(args.score_weights)
+            judged.append(t)
+            if editing and t.parent is None:
+                under = edit_prompt(chat, templates, t.prompt_ids, t.response_ids, t.judgement.critique)
+                sample(Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under))
+            progress.set_postfix_str(f"rollout: {len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
+    return judged, lost
+
+
+@torch.no_grad()
+def per_token(model, contexts, responses, args, ranks):
+    """Log-prob of each response token after its context, or the critic's value before it -> list of fp32 [L_i]."""
+    lengths = [len(c) + len(r) for c, r in zip(contexts, responses)]
+    results = []
+    for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
+        if not indices:
+            idle_pass(model, args, ranks)
+            continue
+        batch = pack_responses([contexts[i] for i in indices], [responses[i] for i in indices], ranks)
+        results += forward(model, batch, args.temperature).cpu().split([len(responses[i]) for i in indices])
+    return results
+
+
+def pack_responses(contexts, responses, ranks):
+    trained = [[False] * len(c) + [True] * len(r) for c, r in zip(contexts, responses)]
+    return common.pack([c + r for c, r in zip(contexts, responses)], trained, ranks.device)
+
+
+def idle_pass(model, args, ranks):
+    """What a rank without work runs, since FSDP needs every rank in every pass; adds zero to all gradients."""
+    result = forward(model, common.pack([common.EMPTY[0]], [common.EMPTY[1]], ranks.device), args.temperature)
+    if torch.is_grad_enabled():
+        (0 * result.sum()).backward()
+
+
+def forward(model, batch, temperature):
+    """Log-probs of the batch's targets [S], or values before them [S]."""
+    ids, context = batch.input_ids, batch.context
+    if model.scalar_head:
+        return model(ids, context.position_ids, context, batch.index)
+    return model(ids, context.position_ids, context, batch.index, batch.targets, temperature)[0]
+
+
+def compute_advantages(batch, args, ranks):
+    """Fills advantages and returns of every trajectory (METHOD 1.6f) -> explained variance of the values."""
+    if batch:
+        values = pad_sequence([t.values for t in batch], batch_first=True)  # [N, L]
+        mask = pad_sequence([torch.ones(len(t.response_ids)) for t in batch], batch_first=True)
+        rewards = torch.zeros_like(values)
+        for i, t in enumerate(batch):
+            rewards[i, len(t.response_ids) - 1] = t.reward
+        advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        for i, t in enumerate(batch):
+            n = len(t.response_ids)
+            t.advantages, t.returns = advantages[i, :n], returns[i, :n]
+
+    against_originals = args.edit_baseline == "original"
+    group = defaultdict(list)
+    for t in batch:
+        if t.parent is None:
+            group[t.place].append(t.reward)
+    whitened = [t for t in batch if t.parent is None or not against_originals]
+    mean, std = moments(ranks, torch.cat([t.advantages for t in whitened] or [torch.zeros(0)]))
+    for t in batch:
+        if t.parent is not None and against_originals:
+            # in units of the same spread, but not moved by the batch's mean
+            edge = t.reward - sum(group[t.place]) / len(group[t.place])
+            t.advantages = torch.full_like(t.advantages, edge / (std + 1e-8))
+        else:
+            t.advantages = (t.advantages - mean) / (std + 1e-8)
+
+    all_returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
+    residual = all_returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
+    _, spread = moments(ranks, all_returns)
+    _, unexplained = moments(ranks, residual)
+    return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
+
+
+class Stats:
+    """Sums and counts of per-token figures by name, for means over all micro-batches and ranks."""
+
+    def __init__(self):
+        self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(float)
+
+    def add(self, name, values):
+        total = self.sums[name]
+        total[0] += values.double().sum().item()
+        total[1] += values.numel()
+
+    def add_max(self, name, values):
+        self.largest[name] = max([self.largest[name], *([values.max().item()] if values.numel() else [])])
+
+    def means(self, ranks):
+        names = sorted(set(common.all_gather(ranks, self.sums)))  # a rank may have met no edit, say
+        totals = common.all_sum(ranks, *(x for name in names for x in self.sums[name]))
+        means = {n: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else None for i, n in enumerate(names)}
+        largest = sorted(set(common.all_gather(ranks, self.largest)))
+        return means | {name: common.all_max(ranks, self.largest[name]) for name in largest}
+
+
+def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
+    """PPO epochs over mini-batches of prompts (METHOD 1.6g); losses are means over the tokens of all ranks."""
+    cap = args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
+    n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
+    for mini_batch in list(range(n_mini_batches)) * args.ppo_epochs:
+        mine = [t for t in batch if t.place // args.mini_batch_prompts == mini_batch]
+        (n_tokens,) = common.all_sum(ranks, sum(len(t.response_ids) for t in mine))
+        if n_tokens == 0:  # every prompt of it lost its judgements
+            continue
+        lengths = [len(t.prompt_ids) + len(t.response_ids) for t in mine]
+        for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
+            if not indices:
+                for model in (policy, critic) if train_policy else (critic,):
+                    idle_pass(model, args, ranks)
+                continue
+            chosen = [mine[i] for i in indices]
+            packed = pack_responses([t.prompt_ids for t in chosen], [t.response_ids for t in chosen], ranks)
+            old_logprobs, advantages, old_values, returns = (
+                torch.cat([getattr(t, name) for t in chosen]).to(ranks.device)
+                for name in ("old_logprobs", "advantages", "values", "returns"))
+            edit = torch.cat([torch.full((len(t.response_ids),), t.parent is not None) for t in chosen])
+            edit = edit.to(ranks.device)  # [S] bool
+
+            if train_policy:
+                ids, context = packed.input_ids, packed.context
+                logprobs, entropy = policy(ids, context.position_ids, context, packed.index, packed.targets,
+                                           args.temperature)
+                loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old_logprobs[~edit], advantages[~edit],
+                                                       args.eps_low, args.eps_high)
+                loss_e, ratio_e, weight = edit_loss(args.edit_ratio, logprobs[edit], old_logprobs[edit],
+                                                    advantages[edit], args.eps_low, args.eps_high, cap, args.luffy_gamma)
+                # FSDP averages gradients over the ranks; times world_size makes that the sum
+                ((loss_o.sum() + loss_e.sum()) * ranks.world_size / n_tokens).backward()
+                stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
+                stats.add("entropy", entropy)
+                stats.add("original/ratio", ratio_o)
+                stats.add("original/clipfrac", clipped)
+                stats.add("original/approx_kl", ratio_o - 1 - ratio_o.log())
+                stats.add("edit/ratio", ratio_e)
+                stats.add_max("edit/ratio_max", ratio_e)
+                stats.add("edit/ratio_low", ratio_e < 1 - args.eps_low)
+                stats.add("edit/ratio_high", ratio_e > 1 + args.eps_high)
+                stats.add("edit/weight", weight)
+
+            values = forward(critic, packed, args.temperature)
+            v_loss, v_clipped = value_loss(values, old_values, returns, args.value_clip)
+            (v_loss.sum() * ranks.world_size / n_tokens).backward()
+            stats.add("value_loss", v_loss.detach())
+            stats.add("value_clipfrac", v_clipped)
+        for name, model, lr in (("policy", policy, args.lr), ("critic", critic, args.critic_lr)):
+            if name == "critic" or train_policy:
+                norm = common.optimizer_step(model, optimizers[name], lr, args.max_grad_norm)
+                stats.add(f"grad_norm_{name}", torch.tensor(norm))
+
+
+# -- what is written down ----------------------------------------------------------------------------------------------
+
+
+def describe_rollout(judged, selected, stats):
+    """Rewards, gains, lengths and scores of originals and edits into stats (METRICS in the README)."""
+    for t in judged:
+        kind = "edit" if t.parent else "original"
+        stats.add(f"{kind}/reward", torch.tensor(t.reward))
+        stats.add(f"{kind}/length", torch.tensor(float(len(t.response_ids))))
+        stats.add(f"{kind}/truncated", torch.tensor(float(t.truncated)))
+        if t.judgement:
+            for name in ("helpfulness", "personalization", "naturalness"):
+                stats.add(f"{kind}/{name}", torch.tensor(float(getattr(t.judgement, name))))
+        if t.parent:
+            stats.add("edit/gain", torch.tensor(t.reward - t.parent.reward))
+            stats.add("edit/improved", torch.tensor(float(t.reward > t.parent.reward)))
+            stats.add("edit/worse", torch.tensor(float(t.reward < t.parent.reward)))
+            stats.add("edit/unchanged", torch.tensor(float(t.answer == t.parent.answer)))
+            stats.add("edit/selected", torch.tensor(float(t.key[:2] in selected)))
+
+
+def rollout_rows(judged, selected):
+    """One JSON row per original, its edit inside."""
+    edit_of = {t.key[:2]: t for t in judged if t.parent}
+
+    def describe(t):
+        scores = dataclasses.asdict(t.judgement) if t.judgement else {}
+        return dict(answer=t.answer, reward=t.reward, **scores, n_tokens=len(t.response_ids), truncated=t.truncated)
+
+    rows = []
+    for t in judged:
+        if t.parent is None:
+            e = edit_of.get(t.key[:2])
+            edit = e and describe(e) | {"selected": e.key[:2] in selected}
+            rows.append({**t.row, "sample_id": t.sample_id, **describe(t), "edit": edit})
+    return rows
+
+
+def read_prompts(args, chat, templates):
+    """(row, prompt ids) of every prompt within the length limit."""
+    rows = common.read_rows(args.prompts, "prompt")
+    prompts = [(row, answer_prompt(chat, templates, row)) for row in rows]
+    kept = [(row, ids) for row, ids in prompts if len(ids) <= args.max_prompt_length]
+    print0(f"{len(kept)} prompts from {args.prompts}; {len(prompts) - len(kept)} left out "
+           f"(over --max-prompt-length {args.max_prompt_length} tokens)")
+    if len(kept) < args.prompts_per_step:
+        raise ValueError(f"{args.prompts}: {len(kept)} usable prompts are fewer than --prompts-per-step "
+                         f"{args.prompts_per_step}")
+    return kept
+
+
+def main(args):
+    ranks = common.start(args.dtype)
+    if not 0 <= args.edit_rate <= 1:
+        raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
+    tokenizer_from = resolve(args.policy)
+    chat = Chat(tokenizer_from)
+    templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
+    prompts = read_prompts(args, chat, templates)
+    total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
+    judge = open_judge(args.judge, templates, ranks, weights=args.score_weights, attempts=args.judge_attempts,
+                       temperature=args.judge_temperature, max_new_tokens=args.max_judgement_length,
+                       max_batch=args.max_batch)
+    if args.edit_rate > 0 and not judge.writes_critiques:
+        raise ValueError(f"--judge {args.judge} writes no critiques, so nothing can be edited: --edit-rate 0")
+
+    common.open_run(args, ranks)
+    policy = load_pretrained(args.policy, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
+    critic = load_pretrained(args.critic or args.policy, torch.float32, ranks.device, scalar_head=True,
+                             shard=lambda m: common.shard(m, ranks))
+    policy.checkpoint_activations = critic.checkpoint_activations = args.checkpoint_activations
+    models = {"policy": policy, "critic": critic}
+    optimizers = {"policy": common.adamw(policy, args.lr, args.weight_decay),
+                  "critic": common.adamw(critic, args.critic_lr, args.weight_decay)}
+    first_step = common.load_checkpoint(args.out, models, optimizers, ranks)
+    last_step = min(total_steps, args.max_steps or total_steps)
+    # the engine's own copy, whole on every rank, in the compute dtype; an edit's context is prompt, answer and critique
+    max_len = args.max_prompt_length + 2 * args.max_response_length + args.max_judgement_length + 512
+    engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, max_len, args.max_batch)
+
+    progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0)
+    for step in progress:
+        clock = [time.perf_counter()]
+        stats = Stats()
+
+        # 1. originals, critiques, edits, with the weights as they are now
+        engine.refresh(policy)
+        rows = common.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
+        mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
+        judged, lost = rollout(mine, engine, judge, chat, templates, args, step, progress)
+        clock.append(time.perf_counter())
+
+        # 2. all originals and a share of the edits; chosen on every rank alike from the rewards of all
+        edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
+        seed = common.derive_seed(args.seed, step, "select")
+        selected = select_edits(common.all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
+        batch = sorted((t for t in judged if t.parent is None or t.key[:2] in selected), key=lambda t: (t.place, t.key))
+        (n_batch,) = common.all_sum(ranks, len(batch))
+        if n_batch == 0:
+            raise ValueError(f"step {step + 1}: no response got a judgement; is --judge {args.judge} a reward model?")
+        describe_rollout(judged, selected, stats)
+
+        # 3. log-probs and values before the update, advantages. An edit's log-prob is that under its edit prompt
+        progress.set_postfix_str("log-probs and values")
+        responses = [t.response_ids for t in batch]
+        old_logprobs = per_token(policy, [t.sampled_under for t in batch], responses, args, ranks)
+        values = per_token(critic, [t.prompt_ids for t in batch], responses, args, ranks)
+        for t, t.old_logprobs, t.values in zip(batch, old_logprobs, values):
+            gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()  # trainer against engine
+            stats.add("logprob_gap", gap)
+            stats.add_max("logprob_gap_max", gap)
+        explained_variance = compute_advantages(batch, args, ranks)
+        clock.append(time.perf_counter())
+
+        # 4. the update
+        progress.set_postfix_str("update")
+        update(batch, policy, critic, optimizers, step >= args.critic_warmup_steps, args, ranks, stats)
+        clock.append(time.perf_counter())
+
+        # 5. what happened
+        n_generated = sum(len(t.response_ids) for t in judged)
+        asked, unparsed = judge.take_counts()
+        counts = common.all_sum(ranks, *lost.values(), n_generated, asked, unparsed,
+                                len(mine) - len({t.place for t in judged}))
+        names = ("lost/originals", "lost/edits", "lost/truncated", "generated_tokens", "judge_calls",
+                 "judge_unparsed", "lost/prompts")
+        seconds = dict(zip(("rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+        common.log_metrics(args.out, dict(
+            step=step + 1, **stats.means(ranks), explained_variance=explained_variance, batch=int(n_batch),
+            **dict(zip(names, map(int, counts))), **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
+        ), ranks)
+        rollouts = common.all_gather(ranks, rollout_rows(judged, selected))
+        if ranks.rank == 0:
+            common.write_rows(os.path.join(args.out, "rollouts", f"step_{step + 1:06d}.jsonl"), rollouts)
+        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+            common.save_checkpoint(args.out, step + 1, models, optimizers, tokenizer_from, ranks, args.keep_checkpoints)
+    print0(f"weights: {args.out}/policy (and critic)")
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(tyro.cli(Args))

@@ -1,0 +1,10 @@
+# Sourced by the recipes and tests/run.sh: makes .venv with requirements.txt at first use, and puts it on the PATH.
+if ! cmp -s requirements.txt .venv/installed.txt; then
+    python=$(command -v python3.11 || command -v python3.12 || command -v python3)
+    [ -d .venv ] || "$python" -m venv .venv
+    echo "installing requirements.txt into .venv"
+    .venv/bin/python -m pip install --quiet --requirement requirements.txt
+    cp requirements.txt .venv/installed.txt
+fi
+export PATH="$PWD/.venv/bin:$PATH"
+export TOKENIZERS_PARALLELISM=false

@@ -1,0 +1,132 @@
+"""The mathematics of ppo_cpe.py against numbers worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from common import start
+from ppo_cpe import (Args, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits,
+                     value_loss)
+
+P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), so r = 0.5
+
+
+def run_edit_loss(kind, p, q, advantage, **options):
+    """-> loss, ratio, the reported weight, and the weight that the gradient shows: -(d loss / d log p) / A."""
+    logp = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)
+    loss, ratio, weight = edit_loss(kind, logp, torch.tensor([math.log(q)], dtype=torch.float64),
+                                    torch.tensor([advantage], dtype=torch.float64), **options)
+    loss.sum().backward()
+    return loss.item(), ratio.item(), weight.item(), -logp.grad.item() / advantage
+
+
+# kind, p, q, A, options, loss, weight on grad log p; every number by hand from the table in METHOD 2
+BY_HAND = [
+    ("paper", 0.2, 0.4, 3.0, {}, -0.8 * 3.0, 0.0),  # r = 0.5 is held at 1 - 0.2 and gets no gradient
+    ("paper", 0.44, 0.4, 3.0, {}, -1.1 * 3.0, 1.1),  # r = 1.1 is inside
+    ("paper", 0.6, 0.4, -2.0, {}, 1.2 * 2.0, 0.0),  # r = 1.5 is held at 1 + 0.2
+    ("unclipped", 0.2, 0.4, 3.0, dict(cap=10), -0.5 * 3.0, 0.5),
+    ("unclipped", 0.6, 0.05, 3.0, dict(cap=10), -10 * 3.0, 0.0),  # r = 12 is over the cap
+    ("tis", 0.2, 0.4, 3.0, dict(cap=2), -0.5 * 3.0 * math.log(0.2), 0.5),
+    ("tis", 0.6, 0.05, 3.0, dict(cap=2), -2 * 3.0 * math.log(0.6), 2.0),  # still learns above the cap
+    ("luffy", 0.1, 0.4, 3.0, dict(gamma=0.1), -3.0 * 0.5, 0.25),  # largest weight at p = gamma
+    ("luffy", 0.4, 0.9, -1.0, dict(gamma=0.1), 0.8, 0.16),  # 0.1 * 0.4 / 0.5^2; q plays no part
+    ("none", 0.2, 0.4, 3.0, {}, -3.0 * math.log(0.2), 1.0),
+]
+
+
+@pytest.mark.parametrize("kind,p,q,advantage,options,expected_loss,expected_weight", BY_HAND)
+def test_edit_loss_by_hand(kind, p, q, advantage, options, expected_loss, expected_weight):
+    loss, ratio, weight, from_gradient = run_edit_loss(kind, p, q, advantage, **options)
+    assert loss == pytest.approx(expected_loss, abs=1e-9)
+    assert ratio == pytest.approx(p / q, abs=1e-9)
+    assert weight == pytest.approx(expected_weight, abs=1e-9)
+    assert from_gradient == pytest.approx(expected_weight, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind,cap", [("paper", None), ("unclipped", 10.0), ("tis", 2.0), ("luffy", None), ("none", None)])
+def test_edit_loss_stays_finite_on_outliers(kind, cap):
+    logp = torch.tensor([-0.1, -200.0], requires_grad=True)
+    loss, _, weight = edit_loss(kind, logp, torch.tensor([-200.0, -0.1]), torch.tensor([1.0, 1.0]), cap=cap)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(logp.grad).all() and torch.isfinite(weight).all()
+
+
+def test_policy_loss_by_hand():
+    old = torch.zeros(4)
+    logprobs = torch.tensor([1.5, 1.5, 0.5, 1.1]).log()
+    advantages = torch.tensor([2.0, -2.0, -2.0, 2.0])
+    loss, ratio, clipped = policy_loss(logprobs, old, advantages, 0.2, 0.2)
+    # A > 0, r too high: held at 1.2 | A < 0, r too high: not held | A < 0, r too low: held at 0.8 | inside
+    assert loss.tolist() == pytest.approx([-2.4, 3.0, 1.6, -2.2])
+    assert ratio.tolist() == pytest.approx([1.5, 1.5, 0.5, 1.1])
+    assert clipped.tolist() == [True, False, True, False]
+
+
+def test_value_loss_by_hand():
+    values, old, returns = torch.tensor([2.0, 0.2]), torch.tensor([0.0, 0.0]), torch.tensor([2.0, 1.0])
+    loss, clipped = value_loss(values, old, returns, 0.5)
+    assert loss.tolist() == pytest.approx([0.5 * 1.5**2, 0.5 * 0.8**2])  # the first moved by more than 0.5
+    assert clipped.tolist() == [True, False]
+
+
+def test_gae_by_hand():
+    rewards = torch.tensor([[0.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
+    values = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 9.0]])  # the 9 is padding
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    assert advantages.tolist() == [[3.0, 2.0, 1.0], [1.0, 1.0, 0.0]]
+    assert returns.tolist() == [[4.0, 4.0, 4.0], [2.0, 2.0, 0.0]]
+    advantages, _ = gae(rewards, values, mask, 0.5, 0.5)
+    # deltas: 0 + .5*2 - 1 = 0; 0 + .5*3 - 2 = -.5; 4 - 3 = 1; then A_t = delta_t + .25 A_{t+1}
+    assert advantages[0].tolist() == pytest.approx([0.25 * -0.25, -0.5 + 0.25, 1.0])
+
+
+def trajectory(reward, values, parent=None, place=0):
+    t = Trajectory("p", 0, {}, place, [1], parent=parent, response_ids=[0] * len(values), reward=reward)
+    t.values = torch.tensor(values)
+    return t
+
+
+def test_advantages_of_the_two_baselines():
+    ranks = start("fp32")
+    originals = [trajectory(1.0, [0.0, 0.0]), trajectory(3.0, [0.0])]
+    edit = trajectory(4.0, [0.0, 0.0, 0.0], parent=originals[0])
+    compute_advantages([*originals, edit], Args(edit_baseline="batch"), ranks)
+    raw = [1.0, 1.0, 3.0, 4.0, 4.0, 4.0]
+    mean = sum(raw) / 6
+    std = (sum((x - mean) ** 2 for x in raw) / 6) ** 0.5
+    found = torch.cat([t.advantages for t in (*originals, edit)]).tolist()
+    assert found == pytest.approx([(x - mean) / std for x in raw], abs=1e-5)
+
+    compute_advantages([*originals, edit], Args(edit_baseline="original"), ranks)
+    mean, std = 5 / 3, (sum((x - 5 / 3) ** 2 for x in raw[:3]) / 3) ** 0.5  # over the originals' tokens
+    assert originals[1].advantages.tolist() == pytest.approx([(3 - mean) / std], abs=1e-5)
+    assert edit.advantages.tolist() == pytest.approx([(4 - 2) / std] * 3, abs=1e-5)  # originals' mean reward is 2
+    assert edit.returns.tolist() == [4.0, 4.0, 4.0]
+
+
+EDITS = [  # prompt, sample, reward, reward of its original
+    ("a", 0, 5.0, 4.9), ("a", 1, 4.0, 1.0), ("a", 2, 3.0, 2.0), ("a", 3, 2.0, 1.5),
+    ("b", 0, 1.0, -1.0), ("b", 1, 0.0, -4.0), ("b", 2, -1.0, -1.5), ("b", 3, -2.0, 0.0),
+]
+
+
+def test_select_edits():
+    assert select_edits(EDITS, 0.5, "reward_rank", 0) == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
+    assert select_edits(EDITS, 0.5, "conditional", 0) == {("a", 1), ("a", 2), ("b", 0), ("b", 1)}
+    assert select_edits(EDITS, 0.5, "batch_rank", 0) == {("a", 0), ("a", 1), ("a", 2), ("a", 3)}
+    for strategy in ("random", "reward_rank", "conditional", "batch_rank"):
+        chosen = select_edits(EDITS, 0.5, strategy, 7)
+        assert len(chosen) == 4
+        assert chosen == select_edits(EDITS[::-1], 0.5, strategy, 7)  # the order of the rows plays no part
+        assert len(select_edits(EDITS, 1.0, strategy, 7)) == 8
+        assert select_edits(EDITS, 0.0, strategy, 7) == set()
+    assert len({frozenset(select_edits(EDITS, 0.5, "random", seed)) for seed in range(20)}) > 10
+
+
+def test_a_rate_below_one_edit_per_prompt_is_right_on_average():
+    counts = [len(select_edits(EDITS, 0.1, "reward_rank", seed)) for seed in range(400)]
+    # 8 edits x 0.1 = 0.8; two draws of probability 0.4 have variance 0.48, so four standard errors are 0.14
+    assert abs(sum(counts) / len(counts) - 0.8) < 0.14
