@@ -50,7 +50,7 @@ ROW = {"persona": {"Name": "Ada", "likes": ["tea", "hills"]}, "question": "Where
 
 
 def write_tokenizer(folder, template=TEMPLATE, words_hold_control_tokens=False):
-    """A small byte-level BPE in Qwen2's form; control tokens added to the vocabulary or part of it."""
+    """A small byte-level BPE in Qwen2's form, control tokens beside its vocabulary or in it."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
