@@ -1,15 +1,22 @@
 """Shared by the tests: a tiny random checkpoint with a real byte-level BPE tokenizer, in hub format."""
 
+import json
+import multiprocessing
 import os
+import runpy
+import socket
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from model import Config, Qwen2, init_weights  # noqa: E402
+from model import Config, Qwen2, init_weights, save_pretrained  # noqa: E402
 
 
 def tiny_config(**changes):
@@ -32,3 +39,127 @@ def random_model(config, scalar_head=False, seed=0, std=0.1):
 @pytest.fixture(autouse=True)
 def quiet_threads():
     torch.set_num_threads(2)
+
+
+# -- a whole tiny project: checkpoint, rows, templates ---------------------------------------------
+
+CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEMPLATES = {"answer": "Profile:\n{persona}\nQuestion: {question}", "edit": "Critique: {critique}\nRewrite it.",
+             "grm": "Judge the answer.\nProfile:\n{persona}\nQuestion: {question}\nAnswer: {answer}"}
+
+
+def tiny_rows(n=32):
+    """prompt, pair and judgement rows with a learnable regularity: good answers name what the person likes."""
+    likes, topics = ("tea", "jazz", "chess", "roses"), ("an evening", "a gift", "a trip", "a book")
+    rows = {"prompts": [], "pairs": [], "judgements": []}
+    for i in range(n):
+        like, topic = likes[i % 4], topics[i // 4 % 4]
+        row = dict(prompt_id=f"p{i}", persona={"name": f"Kim {i}", "likes": [like]}, question=f"What about {topic}?")
+        good, bad = f"Plan {topic} with {like}.", f"There are many options for {topic}, it depends."
+        rows["prompts"].append(row | {"reference": bad})
+        rows["pairs"].append(row | {"chosen": good, "rejected": bad})
+        judged = dict(answer=good, critique="Keep it as it is.", helpfulness=4, personalization=5, naturalness=3)
+        if i % 2:
+            judged = dict(answer=bad, critique=f"Name {like} and drop the end.", helpfulness=-1,
+                          personalization=-2, naturalness=1)
+        rows["judgements"].append(row | judged)
+    return rows
+
+
+def tiny_tokenizer(folder, texts):
+    """A byte-level BPE tokenizer trained on the texts, with Qwen2's control tokens and a plain ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump(config, f)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder with checkpoint/, {prompts,pairs,judgements}.jsonl and {answer,edit,grm}.txt (short templates)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = tiny_rows()
+    for name, some in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    for name, text in TEMPLATES.items():
+        (folder / f"{name}.txt").write_text(text)
+    texts = [json.dumps(row) for some in rows.values() for row in some] + list(TEMPLATES.values())
+    texts.append("<critique> </critique>\n<scores> Helpfulness: -1 Personalization: 2 Natural: 0 </scores>\nuser assistant")
+    tokenizer = tiny_tokenizer(str(folder / "tokenizer"), texts)
+    config = tiny_config(vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128)
+    model = random_model(config, std=0.05)
+    save_pretrained(model, str(folder / "checkpoint"), str(folder / "tokenizer"))
+    return folder
+
+
+# Scripts run in processes forked from a server that has imported the libraries: a second less per process and import.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "common", "tyro", "tqdm", "transformers.utils.chat_template_utils"])
+
+
+def _as_script(script, flags, environment, log):
+    os.environ.update(environment)
+    with open(log, "a") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [script, *flags]
+    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+
+
+def launch(script, *flags, processes=1, **environment):
+    """Starts `python script flags`, or that many ranks of it as torchrun would -> what `finish` takes."""
+    handle, log = tempfile.mkstemp(suffix=".log")
+    os.close(handle)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env = {**environment, **(place if processes > 1 else {}), "CUDA_VISIBLE_DEVICES": ""}
+        args = (script, list(map(str, flags)), {k: str(v) for k, v in env.items()}, log)
+        ranks.append(FORKS.Process(target=_as_script, args=args))
+        ranks[-1].start()
+    return SimpleNamespace(ranks=ranks, log=log)
+
+
+def finish(run, status=0):
+    """Waits for a launched script, which has to end with that exit status -> what it wrote (stdout and stderr)."""
+    for rank in run.ranks:
+        rank.join(300)
+    with open(run.log) as f:
+        output = f.read()
+    os.unlink(run.log)
+    assert [rank.exitcode for rank in run.ranks] == [status] * len(run.ranks), output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_grm(tiny):
+    """A run folder of train_grm.py on tiny/: its model writes judgements that parse (60 steps, 3 s)."""
+    finish(launch("train_grm.py", *grm_flags(tiny), "--out", tiny / "grm"))
+    return tiny / "grm"
+
+
+def grm_flags(tiny):
+    return ["--model", tiny / "checkpoint", "--data", tiny / "judgements.jsonl", "--grm-template", tiny / "grm.txt",
+            "--batch-size", 16, "--epochs", 30, "--lr", 5e-3, "--tokens-per-microbatch", 500,
+            "--eval-data", tiny / "judgements.jsonl", "--eval-judgements", 8, "--eval-max-new-tokens", 64]
+
+
+def read_metrics(out):
+    """The lines of a run folder's metrics.jsonl, without what depends on the clock."""
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        lines = [json.loads(line) for line in f]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]

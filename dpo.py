@@ -1,0 +1,221 @@
+"""The DPO baseline (METHOD 1.5): preference pairs straight into the policy, without a reward model.
+
+1. Read preference pairs; y_w is the chosen answer, y_l the rejected one, x the policy's prompt.
+2. Before any training the start model scores every answer once; these reference log-probs stay in
+   OUT/reference.json, so that memory holds one model and a resumed run has the same ones.
+3. Each step draws the next `batch_size` pairs of the epoch's permutation; both answers of a pair
+   share a micro-batch. With log-probs summed over an answer's tokens, the loss of a pair is
+       -log sigmoid(margin)
+       margin = beta ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l)))
+   (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) plus `sft_weight` times the mean negative
+   log-likelihood of the chosen answer's tokens: a mean within the answer first, then over the
+   pairs, so that each pair counts the same in both terms.
+
+beta 0.2, SFT term 0.1 and lr 1e-6 are the released code's. METHOD states no epochs, batch or
+schedule for it: one epoch, since DPO overfits its pairs early, and batch and schedule as in SFT.
+Departure: pairs over the length limit are left out and counted, not cut.
+
+    python dpo.py                                # one CPU or GPU, from out/sft/policy
+    torchrun --nproc_per_node=8 dpo.py           # eight GPUs
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+import common
+from common import print0
+from model import load_pretrained, resolve
+from prompts import Chat, answer_prompt, load_templates, response_ids
+
+
+@dataclass
+class Args:
+    # -- what goes in and out
+    model: str = "out/sft/policy"
+    """Folder or hub id of the policy at the start, which is the reference too."""
+    data: str = "out/data/pairs.jsonl"
+    """Preference pairs."""
+    out: str = "out/dpo"
+    """Run folder; the newest weights are OUT/policy. An unfinished run in it is continued."""
+    answer_template: str | None = None
+    """File that replaces the built-in prompt of the policy."""
+
+    # -- the loss (the released code's values)
+    beta: float = 0.2
+    """Strength of the pull towards the reference."""
+    sft_weight: float = 0.1
+    """Weight of the chosen answer's mean negative log-likelihood."""
+
+    # -- optimization
+    epochs: float = 1
+    """Passes over the data; a remainder below a batch is left out of each."""
+    batch_size: int = 128
+    """Pairs per step, over all ranks."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    warmup_ratio: float = 0.1
+    """Share of the steps with linear warm-up; cosine decay to zero after it."""
+    weight_decay: float = 0.01
+    """AdamW's, on all parameters."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    max_length: int = 8192
+    """Tokens of prompt and answer; pairs with a longer one are left out and counted."""
+    seed: int = 0
+    """Order of the pairs."""
+
+    # -- the machine
+    tokens_per_microbatch: int = 16384
+    """Tokens per forward pass and rank."""
+    checkpoint_activations: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    dtype: str = "auto"
+    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    max_steps: int | None = None
+    """Stop early; the schedule stays that of the whole run."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 1
+    """Older ones are removed."""
+
+
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """Log-probs of whole answers, fp32 [P] each -> (loss [P], margin [P]); DPO eq. 7."""
+    margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+    return -F.logsigmoid(margin), margin
+
+
+def read_pairs(args, chat):
+    """Per pair the (ids, trained) of prompt + chosen and of prompt + rejected."""
+    templates = load_templates(answer_template=args.answer_template)
+    pairs = []
+    for row in common.read_rows(args.data, "pair"):
+        prompt = answer_prompt(chat, templates, row)
+        answers = [response_ids(chat, row[k]) for k in ("chosen", "rejected")]
+        pairs.append([(prompt + a, [False] * len(prompt) + [True] * len(a)) for a in answers])
+    kept = [pair for pair in pairs if max(len(ids) for ids, _ in pair) <= args.max_length]
+    print0(f"{len(kept)} pairs from {args.data}; {len(pairs) - len(kept)} left out "
+           f"(over --max-length {args.max_length} tokens)")
+    if len(kept) < args.batch_size:
+        raise ValueError(f"{args.data}: {len(kept)} usable pairs, fewer than "
+                         f"--batch-size {args.batch_size}")
+    return kept
+
+
+STAND_IN = [common.EMPTY, common.EMPTY]  # where a rank has no pair left; its loss gets weight zero
+
+
+def pair_micro_batches(args, pairs, ranks):
+    """Indices into `pairs` by token budget; both answers of a pair stay together."""
+    lengths = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
+    return common.micro_batches(lengths, args.tokens_per_microbatch, ranks)
+
+
+def pair_logprobs(model, pairs, device):
+    """One pass -> log-probs of whole answers, chosen [P] and rejected [P]; tokens of chosen [P]."""
+    batch = common.pack(*zip(*(answer for pair in pairs for answer in pair)), device)
+    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index,
+                        batch.targets)
+    sums = torch.zeros(2 * len(pairs), device=device).index_add(0, batch.sequence, logprobs)
+    chosen_tokens = torch.bincount(batch.sequence, minlength=2 * len(pairs))[0::2]
+    return sums[0::2], sums[1::2], chosen_tokens
+
+
+@torch.no_grad()
+def reference_logprobs(args, model, pairs, ranks):
+    """Log-probs under the start model, fp32: chosen [N], rejected [N]; kept in OUT/reference.json.
+
+    ValueError where that file is of other pairs: the data changed under an unfinished run.
+    """
+    file = os.path.join(args.out, "reference.json")
+    digest = common.derive_seed(*(common.derive_seed(*ids) for pair in pairs for ids, _ in pair))
+    if not os.path.isfile(file):
+        mine, scored = pairs[ranks.rank :: ranks.world_size], []
+        passes = pair_micro_batches(args, mine, ranks)
+        for indices in tqdm(passes, "reference", disable=ranks.rank > 0):
+            part = [mine[i] for i in indices] or [STAND_IN]
+            chosen, rejected, _ = pair_logprobs(model, part, ranks.device)
+            places = [i * ranks.world_size + ranks.rank for i in indices]
+            scored += zip(places, chosen.tolist(), rejected.tolist())  # a stand-in has no place
+        scored = sorted(common.all_gather(ranks, scored))
+        if ranks.rank == 0:
+            _, chosen, rejected = zip(*scored)
+            content = dict(pairs=digest, chosen=chosen, rejected=rejected)
+            with open(f"{file}.tmp", "w") as f:
+                json.dump(content, f)
+            os.replace(f"{file}.tmp", file)
+        common.barrier(ranks)
+    with open(file) as f:
+        content = json.load(f)
+    if content["pairs"] != digest:
+        raise ValueError(f"{file}: made from other pairs than {args.data} now holds; "
+                         "choose another --out or remove it")
+    return torch.tensor(content["chosen"]), torch.tensor(content["rejected"])
+
+
+def main(args):
+    ranks = common.start(args.dtype)
+    tokenizer_from = resolve(args.model)
+    chat = Chat(tokenizer_from)
+    pairs = read_pairs(args, chat)
+    total_steps = int(args.epochs * (len(pairs) // args.batch_size))
+    common.open_run(args, ranks)
+    model = load_pretrained(args.model, torch.float32, ranks.device,
+                            shard=lambda m: common.shard(m, ranks))
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = common.adamw(model, args.lr, args.weight_decay)
+    # before the checkpoint is loaded: here the model is still the reference
+    reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
+    first_step = common.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    last_step = min(total_steps, args.max_steps or total_steps)
+
+    steps = range(first_step, last_step)
+    for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
+        started = time.perf_counter()
+        rows = common.batch_indices(len(pairs), args.batch_size, step, args.seed)
+        rows = rows[ranks.rank :: ranks.world_size]
+        mine = [pairs[i] for i in rows]
+
+        names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
+        totals = torch.zeros(len(names))
+        for indices in pair_micro_batches(args, mine, ranks):
+            weight = float(len(indices) > 0)
+            at = [rows[i] for i in indices] or [0]
+            part = [mine[i] for i in indices] or [STAND_IN]
+            chosen, rejected, chosen_tokens = pair_logprobs(model, part, ranks.device)
+            preference_loss, margin = dpo_loss(
+                chosen, rejected, reference_chosen[at].to(ranks.device),
+                reference_rejected[at].to(ranks.device), args.beta)
+            sft_loss = -chosen / chosen_tokens
+            loss = preference_loss + args.sft_weight * sft_loss
+            # FSDP averages gradients over the ranks; times world_size makes that the sum
+            (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
+            values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
+            totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
+        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
+        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+
+        n_tokens = sum(len(ids) for pair in mine for ids, _ in pair)
+        *totals, n_tokens = common.all_sum(ranks, *totals.tolist(), n_tokens)
+        seconds = time.perf_counter() - started
+        common.log_metrics(args.out, dict(
+            step=step + 1, **{name: total / args.batch_size for name, total in zip(names, totals)},
+            grad_norm=grad_norm, lr=lr, tokens=int(n_tokens), seconds=seconds,
+            tokens_per_second=n_tokens / seconds,
+        ), ranks)
+        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+            common.save_checkpoint(args.out, step + 1, {"policy": model}, {"policy": optimizer},
+                                   tokenizer_from, ranks, args.keep_checkpoints)
+    print0(f"weights: {args.out}/policy")
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(tyro.cli(Args))

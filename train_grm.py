@@ -1,0 +1,306 @@
+"""Stage 2: the generative reward model (METHOD 1.4), or the Bradley-Terry baseline (METHOD 1.5).
+
+`--objective grm` (default): a language model that is given rubric, persona, question and answer
+learns to write a critique and three integer scores.
+1. Read judgements; the input is the judge's prompt, the target the judgement as text.
+2. Plain supervised fine-tuning: mean negative log-likelihood over the target tokens of all ranks.
+3. At the end, with --eval-data: the model judges held-out answers; how many of its judgements
+   parse, and how they agree with the labels, is printed and kept in OUT/held_out.json.
+
+`--objective bt`: the same trunk with a scalar head, r(x, y) at the last token of prompt and answer.
+1. Read preference pairs; both answers of a pair go through the same micro-batch.
+2. The loss is -log sigmoid(r(x, chosen) - r(x, rejected)), mean over the pairs of all ranks.
+
+Where the two differ in a default, `DEFAULTS` has both values. For the GRM they are the released
+code's (batch and weight decay, which METHOD does not state, are those of SFT). For BT the paper
+gives none: one epoch at 1e-5, since reward models overfit from the second epoch on and Llama 2
+(arXiv 2307.09288, 3.2.2) trained its own so; the cut-off is that of SFT, whose prompt BT reads.
+Departure: rows over the length limit are left out and counted, not cut.
+
+    python train_grm.py --model Qwen/Qwen2.5-0.5B-Instruct         # one CPU or GPU
+    torchrun --nproc_per_node=8 train_grm.py                       # eight GPUs
+    torchrun --nproc_per_node=8 train_grm.py --objective bt        # the BT baseline
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+import common
+from common import print0
+from generate import Engine
+from model import Packed, load_pretrained, resolve
+from prompts import (
+    Chat,
+    Judgement,
+    bt_ids,
+    grm_prompt,
+    judgement_text,
+    load_templates,
+    parse_judgement,
+    response_ids,
+)
+
+DEFAULTS = {
+    "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0,
+                max_length=16384),
+    "bt": dict(data="out/data/pairs.jsonl", out="out/bt", lr=1e-5, epochs=1.0, max_length=8192),
+}
+DIMENSIONS = ("helpfulness", "personalization", "naturalness")
+
+
+@dataclass
+class Args:
+    # -- what goes in and out (None: the value of the objective, see DEFAULTS)
+    objective: str = "grm"
+    """grm: write critique and scores. bt: scalar head on pairs."""
+    model: str = "Qwen/Qwen2.5-7B-Instruct"
+    """Folder or hub id of the model that is fine-tuned."""
+    data: str | None = None
+    """Judgements (grm) or pairs (bt)."""
+    out: str | None = None
+    """Run folder; the newest weights are OUT/model. An unfinished run in it is continued."""
+    answer_template: str | None = None
+    """File that replaces the policy's prompt (bt reads it)."""
+    grm_template: str | None = None
+    """File that replaces the judge's prompt (grm reads it)."""
+
+    # -- optimization
+    epochs: float | None = None
+    """Passes over the data; a remainder below a batch is left out of each."""
+    batch_size: int = 128
+    """Judgements or pairs per step, over all ranks."""
+    lr: float | None = None
+    """Peak learning rate."""
+    warmup_ratio: float = 0.1
+    """Share of the steps with linear warm-up; cosine decay to zero after it."""
+    weight_decay: float = 0.01
+    """AdamW's, on all parameters."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    max_length: int | None = None
+    """Tokens of prompt and answer; longer rows are left out and counted."""
+    seed: int = 0
+    """Order of the rows."""
+
+    # -- held-out rows
+    eval_data: str | None = None
+    """Rows like those of --data that are not trained on."""
+    eval_every: int = 100
+    """Steps between held-out losses; the last step always has one."""
+    eval_judgements: int = 200
+    """Held-out answers that the finished GRM judges (greedy), from the front of the file."""
+    eval_max_new_tokens: int = 1024
+    """Tokens of such a judgement; one that is cut off does not parse."""
+
+    # -- the machine
+    tokens_per_microbatch: int = 16384
+    """Tokens per forward pass and rank."""
+    checkpoint_activations: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    dtype: str = "auto"
+    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    max_steps: int | None = None
+    """Stop early; the schedule stays that of the whole run."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 1
+    """Older ones are removed."""
+
+
+def with_defaults(args):
+    """Args with the objective's value where none was given. ValueError: unknown objective."""
+    if args.objective not in DEFAULTS:
+        raise ValueError(f"--objective is {args.objective!r}, expected {' or '.join(DEFAULTS)}")
+    left_open = {k: v for k, v in DEFAULTS[args.objective].items() if getattr(args, k) is None}
+    return dataclasses.replace(args, **left_open)
+
+
+def read_examples(args, path, chat):
+    """grm: (ids, trained) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
+    templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template)
+    examples = []
+    if args.objective == "grm":
+        for row in common.read_rows(path, "judgement"):
+            prompt = grm_prompt(chat, templates, row, row["answer"])
+            text = judgement_text(row["critique"], *(row[d] for d in DIMENSIONS))
+            target = response_ids(chat, text)
+            examples.append((prompt + target, [False] * len(prompt) + [True] * len(target)))
+    else:
+        for row in common.read_rows(path, "pair"):
+            both = (row["chosen"], row["rejected"])
+            examples.append(tuple(bt_ids(chat, templates, row, answer) for answer in both))
+    # of a judgement both lists are as long as its tokens, of a pair the longer answer counts
+    kept = [e for e in examples if max(map(len, e)) <= args.max_length]
+    print0(f"{len(kept)} rows from {path}; {len(examples) - len(kept)} left out "
+           f"(over --max-length {args.max_length} tokens)")
+    if not kept:
+        raise ValueError(f"{path}: no row is within --max-length {args.max_length} tokens")
+    return kept
+
+
+# -- the two losses --------------------------------------------------------------------------------
+
+
+def bt_loss(chosen, rejected):
+    """Bradley-Terry: -log P(chosen beats rejected), per pair. Rewards fp32 [P] each -> [P]."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def grm_sums(model, examples, device):
+    """One forward pass: (sum of the losses with its graph, {name: sum over the examples})."""
+    batch = common.pack(*zip(*examples), device)
+    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index,
+                        batch.targets)
+    return -logprobs.sum(), {}
+
+
+def bt_sums(model, examples, device):
+    """The same for pairs; sequences lie as chosen, rejected, chosen, rejected, ..."""
+    sequences = [ids for pair in examples for ids in pair]
+    context = Packed([len(ids) for ids in sequences], device)
+    input_ids = torch.tensor([i for ids in sequences for i in ids], device=device)
+    last_tokens = context.cu_seqlens[1:].long() - 1  # [2 P]
+    rewards = model(input_ids, context.position_ids, context, index=last_tokens)
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    sums = dict(correct=(chosen > rejected).sum(), ties=(chosen == rejected).sum(),
+                margin=(chosen - rejected).sum(), chosen_reward=chosen.sum(),
+                rejected_reward=rejected.sum())
+    return bt_loss(chosen, rejected).sum(), {name: value.item() for name, value in sums.items()}
+
+
+def over_examples(args, model, examples, ranks, train):
+    """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained).
+
+    The loss is a mean over trained tokens (grm) or pairs (bt): `trained` is their number. With
+    `train` each pass is followed by its backward pass.
+    """
+    if args.objective == "bt":
+        sums_of, stand_in = bt_sums, ([0], [0])
+        lengths, n_trained = [len(c) + len(r) for c, r in examples], len(examples)
+    else:
+        sums_of, stand_in = grm_sums, common.EMPTY
+        lengths, n_trained = [len(ids) for ids, _ in examples], sum(sum(t) for _, t in examples)
+    # the mean is over all ranks and micro-batches: the count must be known before any backward pass
+    n_trained, n_tokens = common.all_sum(ranks, n_trained, sum(lengths))
+
+    totals = {}
+    for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
+        chosen = [examples[i] for i in indices] or [stand_in]
+        with torch.set_grad_enabled(train):
+            loss, sums = sums_of(model, chosen, ranks.device)
+        weight = float(len(indices) > 0)
+        if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
+            (loss * weight * ranks.world_size / n_trained).backward()
+        for name, value in dict(loss=loss.item(), **sums).items():
+            totals[name] = totals.get(name, 0.0) + value * weight
+    metrics = {k: v / n_trained for k, v in zip(totals, common.all_sum(ranks, *totals.values()))}
+    if args.objective == "bt":  # a tie is neither right nor wrong
+        correct, decided = metrics.pop("correct"), 1 - metrics["ties"]
+        metrics["accuracy"] = correct / decided if decided else float("nan")
+    return metrics, int(n_tokens), int(n_trained)
+
+
+# -- judgements of held-out answers ----------------------------------------------------------------
+
+
+def agreement(labels, found):
+    """How judgements agree with labels: lists of Judgement, in `found` None where none parsed.
+
+    -> judged (number), parsed (share), score_correlation (Pearson, of the weighted score),
+    exact_DIMENSION (shares); the last two over the parsed ones, None where they do not exist
+    (nothing parsed, no variance).
+    """
+    pairs = [(label, own) for label, own in zip(labels, found, strict=True) if own is not None]
+    result = {"judged": len(labels), "parsed": len(pairs) / len(labels)}
+    scores = np.array([[j.score() for j in pair] for pair in pairs]).reshape(-1, 2)  # [N, 2]
+    defined = len(pairs) > 1 and bool((scores.std(0) > 0).all())
+    result["score_correlation"] = float(np.corrcoef(scores.T)[0, 1]) if defined else None
+    for name in DIMENSIONS:
+        same = [getattr(label, name) == getattr(own, name) for label, own in pairs]
+        result[f"exact_{name}"] = sum(same) / len(same) if same else None
+    return result
+
+
+def judge_held_out(args, chat, ranks):
+    """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels."""
+    templates = load_templates(grm_template=args.grm_template)
+    rows = common.read_rows(args.eval_data, "judgement")[: args.eval_judgements]
+    mine = rows[ranks.rank :: ranks.world_size]
+    prompts = [grm_prompt(chat, templates, row, row["answer"]) for row in mine]
+    found = []
+    if prompts:
+        model = load_pretrained(f"{args.out}/model", ranks.dtype, ranks.device)
+        engine = Engine(model, chat.stop_ids, max(map(len, prompts)) + args.eval_max_new_tokens)
+        samples = engine.generate(prompts, temperature=0.0, max_new_tokens=args.eval_max_new_tokens)
+        found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
+    labels = [Judgement(row["critique"], *(row[d] for d in DIMENSIONS)) for row in mine]
+    both = common.all_gather(ranks, zip(labels, found, strict=True))
+    return agreement(*zip(*both))
+
+
+def main(args):
+    args = with_defaults(args)
+    ranks = common.start(args.dtype)
+    tokenizer_from = resolve(args.model)
+    chat = Chat(tokenizer_from)
+    print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
+    examples = read_examples(args, args.data, chat)
+    if len(examples) < args.batch_size:
+        raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than "
+                         f"--batch-size {args.batch_size}")
+    held_out = read_examples(args, args.eval_data, chat) if args.eval_data else []
+    total_steps = int(args.epochs * (len(examples) // args.batch_size))
+    common.open_run(args, ranks)
+    scalar_head = args.objective == "bt"
+    model = load_pretrained(args.model, torch.float32, ranks.device, scalar_head,
+                            shard=lambda m: common.shard(m, ranks))
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = common.adamw(model, args.lr, args.weight_decay)
+    first_step = common.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
+    last_step = min(total_steps, args.max_steps or total_steps)
+
+    steps = range(first_step, last_step)
+    for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
+        started = time.perf_counter()
+        rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
+        mine = [examples[i] for i in rows[ranks.rank :: ranks.world_size]]
+        metrics, n_tokens, n_trained = over_examples(args, model, mine, ranks, train=True)
+        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
+        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+        seconds = time.perf_counter() - started
+
+        if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == last_step):
+            share = held_out[ranks.rank :: ranks.world_size]
+            held_out_metrics, _, _ = over_examples(args, model, share, ranks, train=False)
+            metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
+            print0(f"step {step + 1}:", {k: round(v, 4) for k, v in metrics.items()})
+        common.log_metrics(args.out, dict(
+            step=step + 1, **metrics, grad_norm=grad_norm, lr=lr, tokens=n_tokens,
+            trained=n_trained, seconds=seconds, tokens_per_second=n_tokens / seconds,
+        ), ranks)
+        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+            common.save_checkpoint(args.out, step + 1, {"model": model}, {"model": optimizer},
+                                   tokenizer_from, ranks, args.keep_checkpoints)
+    print0(f"weights: {args.out}/model")
+
+    if args.objective == "grm" and held_out:
+        del model, optimizer  # the engine needs their memory
+        result = judge_held_out(args, chat, ranks)
+        print0("held-out judgements:", result)
+        if ranks.rank == 0:
+            with open(os.path.join(args.out, "held_out.json"), "w") as f:
+                json.dump(result, f, indent=2)
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(tyro.cli(Args))
