@@ -2,7 +2,7 @@
 
 import http.server
 import json
-import sys
+import random
 import threading
 import time
 from collections import defaultdict
@@ -13,7 +13,7 @@ import torch
 from conftest import random_model, tiny_config
 from test_prompts import write_tokenizer
 
-import data
+from data import persona_world
 from judges import BradleyTerryJudge, GenerativeJudge, open_judge, scalar_rewards
 from model import save_pretrained
 from prompts import Chat, Judgement, Templates, bt_ids, grm_prompt, judgement_text
@@ -131,6 +131,20 @@ def test_what_finished_survives_an_error(chat):
         judge.poll()
     engine.step = step
     assert set(verdicts(judge)) == {"a", "b"}
+
+
+def test_with_the_real_engine_a_random_model_judges_nothing(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    save_pretrained(random_model(tiny_config(vocab_size=500)), str(tmp_path / "grm"), tokenizer)
+    judge = open_judge(str(tmp_path / "grm"), TEMPLATES, RANKS, attempts=2, max_new_tokens=6)
+    assert judge.writes_critiques and not judge.busy
+    for n in range(3):
+        judge.submit(n, ROW, "tea " * n, seed=n)
+    judge.submit("long", ROW, "word " * 600, seed=0)
+    found = verdicts(judge)
+    assert all(verdict.reward is None and verdict.error for verdict in found.values())
+    assert [found[n].attempts for n in (0, 1, 2, "long")] == [2, 2, 2, 0]
+    assert judge.take_counts() == (6, 6)
 
 
 # -- a server
@@ -292,14 +306,18 @@ def test_open_bradley_terry(tmp_path):
 # -- the generated world
 
 
-def test_world_judge(monkeypatch):
-    def by_length(persona, question, answer):
-        return Judgement("Say less.", len(answer), 0, 0)
-
-    monkeypatch.setitem(sys.modules, "data.persona_world", SimpleNamespace(judge=by_length))
-    monkeypatch.setattr(data, "persona_world", sys.modules["data.persona_world"], raising=False)
+def test_world_judge():
     judge = open_judge("world", TEMPLATES, RANKS)
-    for answer in ("a", "bb"):
-        judge.submit(answer, ROW, answer, seed=0)
+    rows = list(persona_world.prompt_rows(random.Random(0), "train", 3))
+    for n, row in enumerate(rows):
+        judge.submit(n, row, "Tea.", seed=0)
     found = verdicts(judge)
-    assert found["bb"].judgement == Judgement("Say less.", 2, 0, 0) and found["bb"].reward == 0.7
+    for n, row in enumerate(rows):
+        expected = persona_world.judge(row["persona"], row["question"], "Tea.")
+        assert (found[n].judgement, found[n].reward) == (expected, expected.score(WEIGHTS))
+    judge.submit("fine", rows[0], "Tea.", seed=0)
+    judge.submit("alien", ROW, "Tea.", seed=0)
+    with pytest.raises(ValueError, match="persona_world"):
+        judge.poll()
+    judge.waiting.clear()
+    assert [verdict.key for verdict in judge.poll()] == ["fine"]

@@ -1,0 +1,135 @@
+"""ppo_cpe.py as a user runs it: every judge and loss, two processes, killed and continued, bad input."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from conftest import finish, launch, read_metrics
+from safetensors.torch import load_file
+
+from model import load_pretrained
+
+
+def flags_of(tiny, tiny_grm):
+    return ["--policy", tiny / "checkpoint", "--judge", tiny_grm / "model", "--prompts", tiny / "prompts.jsonl",
+            "--answer-template", tiny / "answer.txt", "--edit-template", tiny / "edit.txt", "--grm-template",
+            tiny / "grm.txt", "--prompts-per-step", 4, "--mini-batch-prompts", 2, "--n-samples", 2,
+            "--max-response-length", 12, "--max-judgement-length", 64, "--lr", 1e-3, "--critic-lr", 1e-3,
+            "--tokens-per-microbatch", 300, "--save-every", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tiny_grm, tmp_path_factory):
+    """An uninterrupted run of five steps."""
+    out = tmp_path_factory.mktemp("ppo") / "run"
+    finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 5, "--out", out))
+    return out
+
+
+def test_a_step_does_what_the_method_says(whole):
+    metrics = read_metrics(whole)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    rows = [json.loads(line) for line in (whole / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    first = metrics[0]
+    assert len(rows) + first["lost/originals"] == 4 * 2
+    edits = [r["edit"] for r in rows if r["edit"]]
+    assert len(edits) + first["lost/edits"] == len(rows)
+    selected = sum(e["selected"] for e in edits)
+    assert selected == round(0.5 * len(edits)) > 0
+    assert first["batch"] == len(rows) + selected
+    assert first["edit/gain"] == pytest.approx(
+        sum(r["edit"]["reward"] - r["reward"] for r in rows if r["edit"]) / len(edits), abs=1e-9)
+    # the same weights in engine and trainer; 1e-4 is some hundred fp32 roundings of a log-prob near 5
+    assert first["logprob_gap_max"] < 1e-4
+    assert first["policy_loss"] is not None and first["value_loss"] > 0 and first["grad_norm_policy"] > 0
+
+
+def test_policy_and_critic_are_saved_for_others(whole, tiny):
+    start = load_file(tiny / "checkpoint" / "model.safetensors")
+    policy, critic = (load_file(whole / name / "model.safetensors") for name in ("policy", "critic"))
+    assert any(not torch.equal(policy[k], start[k]) for k in start)
+    assert critic["score.weight"].abs().sum() > 0
+    load_pretrained(str(whole / "policy"))
+    load_pretrained(str(whole / "critic"), scalar_head=True)
+
+
+def test_two_processes_give_the_losses_of_one(whole, tiny, tiny_grm, tmp_path):
+    finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 3, "--out", tmp_path / "two", processes=2))
+    for one, two in zip(read_metrics(whole), read_metrics(tmp_path / "two")):
+        for name in ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), name
+        assert two["batch"] == one["batch"] and two["generated_tokens"] == one["generated_tokens"]
+
+
+def test_a_killed_run_continues_bit_for_bit(whole, tiny, tiny_grm, tmp_path):
+    out = tmp_path / "run"
+    process = launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 5, "--out", out)
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < 3:  # a checkpoint at 2, and a step beyond it
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (out / "checkpoints" / "step_000002").is_dir() and not (out / "checkpoints" / "step_000005").is_dir()
+    assert "resumed from" in finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 5, "--out", out))
+    assert read_metrics(out) == read_metrics(whole)
+    for name in ("policy", "critic"):
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+@pytest.mark.parametrize("changes", [
+    ("--edit-ratio", "paper", "--edit-strategy", "reward_rank"),
+    ("--edit-ratio", "tis", "--edit-strategy", "conditional", "--edit-baseline", "original"),
+    ("--edit-ratio", "luffy", "--edit-strategy", "batch_rank", "--truncated", "floor"),
+    ("--edit-ratio", "none", "--edit-rate", 1, "--critic-warmup-steps", 1),
+    ("--edit-rate", 0, "--n-samples", 3, "--judge", "world"),
+], ids=lambda c: " ".join(map(str, c)))
+def test_every_option_runs(tiny, tiny_grm, tmp_path, changes):
+    finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 2, "--out", tmp_path / "run", *changes))
+    metrics = read_metrics(tmp_path / "run")
+    if "--critic-warmup-steps" in changes:
+        assert "policy_loss" not in metrics[0] and metrics[0]["value_loss"] > 0
+    assert metrics[1]["grad_norm_policy"] > 0
+    if "--edit-rate" in changes and 0 in changes:
+        assert "edit/gain" not in metrics[1]
+
+
+def test_a_bradley_terry_judge(tiny, tiny_grm, tmp_path):
+    bt = tmp_path / "bt"
+    finish(launch("train_grm.py", "--objective", "bt", "--model", tiny / "checkpoint", "--data", tiny / "pairs.jsonl",
+                  "--answer-template", tiny / "answer.txt", "--batch-size", 8, "--max-steps", 2, "--lr", 1e-3,
+                  "--out", bt))
+    flags = [*flags_of(tiny, tiny_grm), "--judge", f"bt:{bt / 'model'}", "--max-steps", 1]
+    process = launch("ppo_cpe.py", *flags, "--out", tmp_path / "no")
+    assert "writes no critiques" in process.communicate()[1] and process.returncode == 2
+    finish(launch("ppo_cpe.py", *flags, "--edit-rate", 0, "--critic", bt / "model", "--out", tmp_path / "yes"))
+    (metrics,) = read_metrics(tmp_path / "yes")
+    assert metrics["original/reward"] is not None and metrics["batch"] == 8
+
+
+def bad(tiny, tiny_grm, tmp_path, *changes):
+    process = launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--out", tmp_path / "run", *changes)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors[-2000:]
+    assert "Traceback" not in errors
+    return errors
+
+
+def test_bad_input_ends_in_one_line(tiny, tiny_grm, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((tiny / "prompts.jsonl").read_text().replace('"question"', '"questions"', 1))
+    assert f'{broken}:1: field "question" is missing' in bad(tiny, tiny_grm, tmp_path, "--prompts", broken)
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl: empty" in bad(tiny, tiny_grm, tmp_path, "--prompts", tmp_path / "empty.jsonl")
+    assert "are fewer than --prompts-per-step" in bad(tiny, tiny_grm, tmp_path, "--max-prompt-length", 3)
+    assert "expected a share" in bad(tiny, tiny_grm, tmp_path, "--edit-rate", 1.5)
+    assert "127.0.0.1:9" in bad(tiny, tiny_grm, tmp_path, "--judge", "http://127.0.0.1:9/v1")
+
+
+def test_a_judge_that_never_parses_stops_the_run(tiny, tiny_grm, tmp_path):
+    # a random model as the judge: nothing it writes is a judgement, and no score is made up for it
+    assert "no response got a judgement" in bad(tiny, tiny_grm, tmp_path, "--judge", tiny / "checkpoint",
+                                                "--max-steps", 1)
