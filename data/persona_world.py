@@ -1,0 +1,586 @@
+"""A generated world: personas, questions, answers of varied quality, and an exact judge of them.
+
+So small that a base of about a million parameters learns it from scratch in minutes on two CPU
+cores. It is a testbed: it runs the whole pipeline with the scripts that a 7B model uses and asks
+the paper's questions in miniature. It is never tuned to give a wanted answer, and a figure measured
+in it says nothing about people.
+
+A persona is a JSON object: a name and eight attributes with one of five values each. A question has
+a topic: four steps that an answer needs, and the two attributes that matter for it. An answer is a
+few sentences: steps, attributes of the person ("Your food is vegan"), the advice that suits a value
+("so choose lentil curry") and what bad answers hold: wrong values, attributes that do not matter,
+the whole profile recited, filler, praise, closing notes.
+
+    judge          exact scores by the rubric of METHOD 1.4 in this world's terms (RULES), and a
+                   critique that names at most three edits, or "Nothing to fix."; any text as answer
+    write_answer   mixed quality. Each topic's last step and most of the advice are content that
+                   answers seldom hold but critiques name: an edit supplies what sampling rarely does
+    rewrite        carries a critique out, each edit with some probability
+    label_pair     an overall label with a lean to longer answers and more mentions of the profile
+
+Departures from the rubric: a wrong value costs 2, not 3, so that an attempt to use the profile
+beats ignoring it (a generic answer is a trap otherwise); lengths count words, 40 at most.
+
+    python data/persona_world.py                                   # writes out/world
+    python data/persona_world.py --output out/small --base-rows 2000 --seed 1
+
+Files: tokenizer/, templates/{answer,edit,grm}.txt, base_corpus (conversations for the base:
+answers, rewriting by critique, judgements), prompts_train, prompts_eval, pairs, pairs_eval,
+judgements, judgements_eval (.jsonl). No persona of an eval file is in another file, and half of its
+questions go with a pair of values that the same question never meets in training.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import user_errors, write_rows  # noqa: E402
+from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text  # noqa: E402
+
+
+@dataclass
+class Args:
+    output: str = "out/world"
+    """Folder of the written files."""
+    seed: int = 0
+    """Everything is a function of it and the sizes."""
+    base_rows: int = 20000
+    """Conversations to pretrain the base on (about 130 tokens each)."""
+    train_prompts: int = 4000
+    """Prompts for RL."""
+    eval_prompts: int = 200
+    """Prompts with a reference answer, unseen personas."""
+    pairs: int = 4000
+    """Preference pairs."""
+    judgements: int = 6000
+    """Answers with critique and scores."""
+    eval_pairs: int = 400
+    """Pairs and judgements each, unseen personas."""
+    vocab_size: int = 1400
+    """Tokens, of which 256 are bytes."""
+
+
+# -- what there is -------------------------------------------------------------------------------
+
+ATTRIBUTES = {  # attribute: {value: advice that suits it}
+    "food": {"vegan": "lentil curry", "spicy": "chili noodles", "sweet": "apple pancakes",
+             "halal": "lamb kebab", "raw": "garden salad"},
+    "drink": {"tea": "jasmine leaves", "coffee": "dark espresso", "juice": "mango smoothies",
+              "wine": "white riesling", "cocoa": "warm marshmallows"},
+    "sport": {"tennis": "clay courts", "yoga": "morning stretches", "running": "forest trails",
+              "swimming": "lake laps", "boxing": "bag drills"},
+    "transport": {"train": "window seats", "bike": "river paths", "car": "scenic roads",
+                  "bus": "day passes", "ferry": "island ports"},
+    "music": {"jazz": "trumpet ballads", "rock": "guitar anthems", "folk": "fiddle tunes",
+              "opera": "famous arias", "techno": "steady beats"},
+    "pet": {"cat": "scratching posts", "dog": "daily walks", "parrot": "tall cages",
+            "rabbit": "hay boxes", "turtle": "glass tanks"},
+    "budget": {"tiny": "free swaps", "low": "flea markets", "medium": "sale weeks",
+               "high": "boutique shops", "huge": "private designers"},
+    "job": {"nurse": "quiet mornings", "teacher": "summer breaks", "chef": "late evenings",
+            "pilot": "airport suburbs", "farmer": "early nights"},
+}
+TOPICS = {  # topic: (the attributes that matter, the steps needed; answers seldom hold the last)
+    "host a dinner": (("food", "drink"), ("plan the menu", "set the table",
+                                          "send the invitations", "ask about allergies")),
+    "throw a party": (("drink", "music"), ("pick a date", "hang some lights", "rent a hall",
+                                           "warn the neighbours")),
+    "plan a long trip": (("transport", "budget"), ("check the passport", "pack a suitcase",
+                                                   "book a hotel", "buy travel insurance")),
+    "enjoy a free weekend": (("sport", "transport"), ("sleep enough", "switch off the phone",
+                                                      "meet a friend", "read the forecast")),
+    "get fit": (("sport", "food"), ("set a goal", "start slowly", "rest on sundays",
+                                    "visit a doctor")),
+    "furnish a flat": (("pet", "budget"), ("measure the rooms", "draw a sketch",
+                                           "begin with the bed", "test the sockets")),
+    "relax after work": (("music", "job"), ("take a bath", "dim the lamps", "breathe deeply",
+                                            "write a diary")),
+    "settle in a new city": (("pet", "job"), ("explore the streets", "join a club",
+                                              "open an account", "register with the council")),
+}
+QUESTIONS = ("How do I {}?", "Please help me {}.", "What is the best way to {}?")
+FLUFF = {  # sentences that are no content, by the name that a critique gives them
+    "praise": ("What a great question.", "It is lovely that you ask."),
+    "note": ("This answer reflects your background.", "All of this was made to fit your profile."),
+    "summary": ("In short, a good plan helps.", "To sum up, follow these points."),
+    "filler": ("There are many ways to do it.", "It depends on several things.",
+               "Everybody is different."),
+}
+CONNECTORS = {"first", "then", "also", "next", "and", "so", "hello"}
+FIRST_NAMES = ("Ada", "Ben", "Carla", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas",
+               "Keiko", "Liam", "Mira", "Nadia", "Omar", "Paula")
+LAST_NAMES = ("Novak", "Silva", "Meyer", "Okafor", "Tanaka", "Rossi", "Dubois", "Kumar", "Larsen",
+              "Costa", "Yilmaz", "Petrov", "Moreno", "Walsh", "Fischer", "Haddad")
+TEMPLATES = Templates(answer="{persona}\n{question}", edit="Rewrite: {critique}",
+                      grm="Judge.\n{persona}\n{question}\nAnswer: {answer}")
+
+RULES = """
+Helpfulness: -3, -1, 1, 2 or 4 for 0 to 4 of the steps; 1 more for suitable advice on both
+  attributes; 1 less for each sentence of filler, unclear sentence and step of another topic (3 at
+  most); 2 less under 12 words.
+Personalization: -2, 1 or 3 for 0 to 2 of the attributes that matter; 1 more for each with suitable
+  advice; 2 less for each value that the profile does not have; for attributes that do not matter 2
+  less for the first, 1 for each other; 3 less if the profile is recited (4 attributes or more).
+Naturalness: 4; 2 less for praise, a closing note, each repeated and each unclear sentence; 1 less
+  for a summary, the full name, an end without a full stop.
+Helpfulness and naturalness: 1 less for every 10 words over 40. An empty answer is -5 in all three.
+"""
+MAX_WORDS, MIN_WORDS, RECITED = 40, 12, 4
+ADVICE = {advice: (a, v) for a, values in ATTRIBUTES.items() for v, advice in values.items()}
+STEPS = [step for _, steps in TOPICS.values() for step in steps]
+ITEM = re.compile(rf"\b(?:your (?P<attribute>{'|'.join(ATTRIBUTES)}) is (?P<value>\w+)|"
+                  rf"choose (?P<advice>{'|'.join(ADVICE)})|(?P<step>{'|'.join(STEPS)}))\b")
+# kind: "content", "unclear" or a key of FLUFF; items: ("claim" | "advice", attribute, value),
+# ("step", text), ("name",)
+Sentence = namedtuple("Sentence", "text kind items")
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def sample_persona(rng):
+    """{"name": ..., attribute: value, ...}: the name first, the attributes in any order."""
+    keys = list(ATTRIBUTES)
+    rng.shuffle(keys)
+    name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+    return {"name": name} | {key: rng.choice(list(ATTRIBUTES[key])) for key in keys}
+
+
+def sample_question(rng, topic=None):
+    """One of the ways to ask for a topic of TOPICS; any topic if none is given."""
+    return rng.choice(QUESTIONS).format(topic or rng.choice(list(TOPICS)))
+
+
+def find_topic(question):
+    """The topic of a question. ValueError: no question of this world."""
+    for topic in TOPICS:
+        if topic in question:
+            return topic
+    raise ValueError(f"question {question[:80]!r}: the exact judge knows only the questions of "
+                     "data/persona_world.py")
+
+
+def is_held_out(persona, topic):
+    """Whether training never joins this topic with these values (a fifth of all pairs of values)."""
+    (first, second), _ = TOPICS[topic]
+    places = [list(ATTRIBUTES[a]).index(persona[a]) for a in (first, second)]
+    return (sum(places) + list(TOPICS).index(topic)) % 5 == 0
+
+
+def is_eval_persona(persona):
+    """An eighth of all personas, by a hash of their values in fixed order."""
+    values = " ".join(persona[a] for a in ATTRIBUTES)
+    return hashlib.blake2b(values.encode(), digest_size=4).digest()[0] % 8 == 0
+
+
+def sample_prompt(rng, split):
+    """(persona, question) of split "train" or "eval"; half of eval are held-out combinations."""
+    held_out = split == "eval" and rng.random() < 0.5
+    while True:
+        persona, topic = sample_persona(rng), rng.choice(list(TOPICS))
+        if (is_eval_persona(persona), is_held_out(persona, topic)) == (split == "eval", held_out):
+            return persona, sample_question(rng, topic)
+
+
+def say(attribute, value, advice=None):
+    return f"Your {attribute} is {value}" + (f", so choose {advice}." if advice else ".")
+
+
+def other_value(rng, attribute, value):
+    return rng.choice([v for v in ATTRIBUTES[attribute] if v != value])
+
+
+def write_answer(rng, persona, question, quality=None):
+    """An answer as a mediocre writer gives it; quality in [0, 1], drawn if None."""
+    q = rng.random() if quality is None else quality
+    topic = find_topic(question)
+    relevant, steps = TOPICS[topic]
+    irrelevant = [a for a in ATTRIBUTES if a not in relevant]
+
+    said = []
+    for attribute in relevant:
+        if rng.random() < 0.4 + 0.5 * q:
+            value = persona[attribute]
+            if rng.random() < 0.14 * (1 - q):
+                value = other_value(rng, attribute, value)
+            suits = ATTRIBUTES[attribute][value]
+            if rng.random() < 0.1:
+                suits = ATTRIBUTES[attribute][other_value(rng, attribute, value)]
+            said.append(say(attribute, value, suits if rng.random() < 0.15 else None))
+    if rng.random() < 0.45 * (1 - q):
+        attribute = rng.choice(irrelevant)
+        said.append(say(attribute, persona[attribute]))
+    kept = [s for s in steps[:-1] if rng.random() < 0.4 + 0.5 * q]
+    kept += [steps[-1]] if rng.random() < 0.08 else []
+    if rng.random() < 0.2 * (1 - q):
+        kept.append(rng.choice([s for s in STEPS if s not in steps]))
+    rng.shuffle(said)
+    if rng.random() < 0.2:
+        rng.shuffle(kept)
+    numbered = [f"{'First' if n == 0 else rng.choice(['Then', 'Also', 'Next'])} {s}."
+                for n, s in enumerate(kept)]
+    body = said + numbered if rng.random() < 0.5 else numbered + said
+    if body and rng.random() < 0.08 * (1 - q):
+        body.append(rng.choice(body))
+    if rng.random() < 0.25 * (1 - q):
+        body.insert(rng.randrange(len(body) + 1), rng.choice(FLUFF["filler"]))
+
+    if rng.random() < 0.12:  # whatever the quality: long, accurate, of no use
+        listed = rng.sample(irrelevant, rng.choice((3, 4)))
+        facts = ", ".join(f"your {a} is {persona[a]}" for a in listed)
+        body.insert(rng.choice((0, len(body))), f"Y{facts[1:]}.")
+    opening = [rng.choice(FLUFF["praise"])] if rng.random() < 0.2 * (1 - q) else []
+    if rng.random() < 0.15 * (1 - q):
+        opening.append(f"Hello {persona['name']}.")
+    closing = [rng.choice(FLUFF["summary"])] if rng.random() < 0.2 * (1 - q) else []
+    if rng.random() < 0.25 * (1 - q):
+        closing.append(rng.choice(FLUFF["note"]))
+    return " ".join(opening + body + closing) or rng.choice(FLUFF["filler"])
+
+
+# -- the exact judge -----------------------------------------------------------------------------
+
+
+def words_of(text):
+    return re.findall(r"\w+", text.casefold())
+
+
+PHRASES = {" ".join(words_of(s)): kind for kind, some in FLUFF.items() for s in some}
+
+
+def read_sentences(persona, answer):
+    """Any text -> list of Sentence; what is not a sentence of this world is "unclear"."""
+    name = " ".join(words_of(persona["name"]))
+    sentences = []
+    for text in re.findall(r"[^.!?\n]+[.!?]*", answer):
+        plain = " ".join(words_of(text))
+        if not text.strip():
+            continue
+        if plain in PHRASES:
+            sentences.append(Sentence(text.strip(), PHRASES[plain], ()))
+            continue
+        items = []
+        for match in ITEM.finditer(plain):
+            if match["attribute"]:
+                items.append(("claim", match["attribute"], match["value"]))
+            elif match["advice"]:
+                items.append(("advice", *ADVICE[match["advice"]]))
+            else:
+                items.append(("step", match["step"]))
+        rest = ITEM.sub(" ", plain)
+        if re.search(rf"\b{re.escape(name)}\b", rest):
+            items.append(("name",))
+            rest = re.sub(rf"\b{re.escape(name)}\b", " ", rest)
+        rest = rest.split()
+        clear = items and CONNECTORS.issuperset(rest) and len(rest) <= 2 * len(items)
+        sentences.append(Sentence(text.strip(), "content" if clear else "unclear", tuple(items)))
+    return sentences
+
+
+def repeats(sentences):
+    """Per sentence, whether an earlier one says the same."""
+    keys = [s.items or " ".join(words_of(s.text)) for s in sentences]
+    return [key in keys[:n] for n, key in enumerate(keys)]
+
+
+def review(persona, question, answer):
+    """(Judgement, edits): the scores by RULES, the edits in order of weight, not cut to three.
+
+    An edit is ("say", attribute), ("drop", attribute), ("list",), ("add", step), ("remove", step)
+    or ("delete", what). ValueError: a persona or question from elsewhere.
+    """
+    if not isinstance(persona, dict) or not {"name", *ATTRIBUTES} <= set(persona):
+        raise ValueError("persona: the exact judge knows only the personas of data/persona_world.py")
+    relevant, steps = TOPICS[find_topic(question)]
+    sentences = read_sentences(persona, answer)
+    items = {item for s in sentences for item in s.items}
+    kinds = [s.kind for s in sentences]
+    again = repeats(sentences)
+    n_words = len(words_of(answer))
+    over = max(0, n_words - MAX_WORDS) // 10
+
+    facts = {item[1:] for item in items if item[0] in ("claim", "advice")}
+    wrong = {fact for fact in facts if persona[fact[0]] != fact[1]}
+    used = {a for a, _ in facts - wrong if a in relevant}
+    unused = [a for a in relevant if a not in used or any(a == b for b, _ in wrong)]
+    advised = {a for a in used if ("advice", a, persona[a]) in items}
+    irrelevant = {a for a, _ in facts if a not in relevant}
+    covered = {item[1] for item in items if item[0] == "step"}
+    foreign = [s for s in STEPS if s in covered and s not in steps]
+    missing = [s for s in steps if s not in covered]
+    recited = recites_profile(persona, answer)
+    unfinished = bool(sentences) and sentences[-1].text[-1] not in ".!?"
+
+    helpfulness = (-3, -1, 1, 2, 4)[len(steps) - len(missing)] + (len(advised) == 2)
+    helpfulness -= min(3, kinds.count("filler") + kinds.count("unclear") + len(foreign))
+    helpfulness -= 2 * (n_words < MIN_WORDS) + over
+    personalization = (-2, 1, 3)[len(used)] + len(advised) - 2 * len(wrong) - 3 * recited
+    forced = len(irrelevant - {a for a, _ in wrong})
+    personalization -= forced + (forced > 0)
+    naturalness = 4 - 2 * (("praise" in kinds) + ("note" in kinds) + kinds.count("unclear"))
+    naturalness -= ("summary" in kinds) + (("name",) in items) + unfinished
+    naturalness -= 2 * sum(again) + over
+    scores = [max(-5, min(5, s)) for s in (helpfulness, personalization, naturalness)]
+    if not words_of(answer):
+        scores = [-5, -5, -5]
+
+    edits = [("delete", "unclear part")] if "unclear" in kinds else []
+    edits += [("say", a) for a in unused]
+    edits += [("list",)] if len(irrelevant) > 2 else [("drop", a) for a in sorted(irrelevant)]
+    edits += [("delete", k) for k in ("note", "praise") if k in kinds]
+    edits += [("add", s) for s in missing]
+    edits += [("say", a) for a in relevant if a not in advised and a not in unused]
+    edits += [("remove", s) for s in foreign]
+    edits += [("delete", k) for k in ("filler", "summary") if k in kinds]
+    edits += [("delete", "repetition")] if any(again) else []
+    edits += [("delete", "full name")] if ("name",) in items else []
+    edits += [("end",)] if unfinished else []
+    text = " ".join(edit_text(persona, e) for e in edits[:3]) or "Nothing to fix."
+    return Judgement(text, *scores), edits
+
+
+def judge(persona, question, answer):
+    """The exact Judgement of any text. ValueError: a persona or question from elsewhere."""
+    return review(persona, question, answer)[0]
+
+
+def edit_text(persona, edit):
+    """How a critique words an edit."""
+    kind, *what = edit
+    if kind == "say":
+        value = persona[what[0]]
+        return f"Say your {what[0]} is {value}, so choose {ATTRIBUTES[what[0]][value]}."
+    return {"drop": "Delete your {}.", "list": "Delete the list of facts.", "add": "Add: {}.",
+            "remove": "Delete: {}.", "delete": "Delete the {}.",
+            "end": "Finish the last sentence."}[kind].format(*what)
+
+
+def recites_profile(persona, answer):
+    """Whether an answer names four attributes or more with the profile's values."""
+    claims = {(m["attribute"], m["value"]) for m in ITEM.finditer(" ".join(words_of(answer)))}
+    return sum(a is not None and persona[a] == v for a, v in claims) >= RECITED
+
+
+# -- rewriting and labels ------------------------------------------------------------------------
+
+
+def rewrite(rng, persona, question, answer, skill=1.0):
+    """The answer after the judge's critique; each named edit is carried out with probability skill.
+
+    Sentences that no edit touches stay as they are.
+    """
+    edits = review(persona, question, answer)[1][:3]
+    sentences = read_sentences(persona, answer)
+    for edit in edits:
+        if rng.random() < skill:
+            sentences = carry_out(rng, persona, question, sentences, edit)
+    return " ".join(s.text for s in sentences)
+
+
+def carry_out(rng, persona, question, sentences, edit):
+    """The sentences after one edit."""
+    kind, *what = edit
+    relevant, steps = TOPICS[find_topic(question)]
+    content = [n for n, s in enumerate(sentences) if s.kind == "content"]
+    start, place = (content[0], content[-1] + 1) if content else (0, len(sentences))
+    if kind == "say":
+        about = [n for n, s in enumerate(sentences) if any(what[0] in i[1:] for i in s.items)]
+        place = about[0] if about else rng.choice((start, place))
+        sentences = without(sentences, lambda item: what[0] in item[1:])
+        text = say(what[0], persona[what[0]], ATTRIBUTES[what[0]][persona[what[0]]])
+    elif kind == "add":
+        at = [n for n, s in enumerate(sentences) if any(i[0] == "step" for i in s.items)]
+        place = at[-1] + 1 if at else place
+        text = f"{rng.choice(['Then', 'Also', 'Next']) if at else 'First'} {what[0]}."
+    elif kind == "list":
+        return without(sentences, lambda i: i[0] in ("claim", "advice") and i[1] not in relevant)
+    elif kind in ("drop", "remove"):
+        return without(sentences, lambda item: what[0] in item[1:])
+    elif kind == "end":
+        return [*sentences[:-1], sentences[-1]._replace(text=f"{sentences[-1].text}.")]
+    elif what[0] == "repetition":
+        return [s for s, again in zip(sentences, repeats(sentences)) if not again]
+    elif what[0] == "full name":
+        return without(sentences, lambda item: item == ("name",))
+    else:
+        kind = what[0].split()[0]
+        return [s for s in sentences if s.kind != kind]
+    return [*sentences[:place], *read_sentences(persona, text), *sentences[place:]]
+
+
+def without(sentences, unwanted):
+    """Sentences without the items that are unwanted; those that hold one are worded anew."""
+    result = []
+    for sentence in sentences:
+        kept = [item for item in sentence.items if not unwanted(item)]
+        if len(kept) == len(sentence.items):
+            result.append(sentence)
+        elif kept:
+            parts = []
+            for kind, *what in kept:
+                if kind == "claim":
+                    parts.append("your {} is {}".format(*what))
+                elif kind == "advice":
+                    parts.append(f"{'so ' if parts else ''}choose {ATTRIBUTES[what[0]][what[1]]}")
+                elif kind == "step":
+                    parts.append(what[0])
+            text = ", ".join(parts)
+            if parts:
+                result.append(Sentence(f"{text[0].upper()}{text[1:]}.", "content", tuple(kept)))
+    return result
+
+
+def label(rng, persona, question, answer):
+    """An overall score as a hurried annotator gives it: quality, a lean, and noise (sd 1).
+
+    The lean is 0.05 a word and 0.7 for each attribute that the answer names.
+    """
+    claims = {m["attribute"] for m in ITEM.finditer(" ".join(words_of(answer)))} - {None}
+    lean = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len(claims)
+    return judge(persona, question, answer).score() + lean + rng.gauss(0, 1)
+
+
+def label_pair(rng, persona, question, first, second, margin=1.5):
+    """{"chosen", "rejected", their scores} by `label`, or None where the labels are too close."""
+    scored = sorted((label(rng, persona, question, a), a) for a in (first, second))
+    (low, rejected), (high, chosen) = scored
+    if high - low <= margin:
+        return None
+    return dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2),
+                rejected_score=round(low, 2))
+
+
+# -- the files -----------------------------------------------------------------------------------
+
+
+def improved_answer(rng, persona, question):
+    """An answer after 0 to 3 rounds of critique: what a policy in training comes to write."""
+    answer = write_answer(rng, persona, question)
+    for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
+        answer = rewrite(rng, persona, question, answer, skill=0.9)
+    return answer or write_answer(rng, persona, question)
+
+
+def base_row(rng):
+    """One conversation for the base: 35 % answers, 25 % rewriting (imperfect), 40 % judgements."""
+    persona, question = sample_prompt(rng, "train")
+    prompt = fill(TEMPLATES.answer, persona=persona_text(persona), question=question)
+    task = rng.random()
+    if task < 0.35:
+        turns = [prompt, write_answer(rng, persona, question)]
+    elif task < 0.60:
+        answer = improved_answer(rng, persona, question)
+        request = fill(TEMPLATES.edit, critique=judge(persona, question, answer).critique)
+        turns = [prompt, answer, request, rewrite(rng, persona, question, answer, skill=0.85)]
+    else:
+        row, answer = dict(persona=persona, question=question), improved_answer(rng, persona, question)
+        j = judge(persona, question, answer)
+        turns = [grm_request(TEMPLATES, row, answer),
+                 judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness)]
+    roles = ("user", "assistant") * 2
+    return {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns)]}
+
+
+def prompt_rows(rng, split, n):
+    for number in range(n):
+        persona, question = sample_prompt(rng, split)
+        yield dict(prompt_id=f"{split}-{number:05d}", persona=persona, question=question,
+                   source="persona_world")
+
+
+def pair_rows(rng, split, n):
+    """Five answers to a question, two of them a pair where the labels differ enough (METHOD 1.2)."""
+    prompts = prompt_rows(rng, split, sys.maxsize)
+    while n > 0:
+        row = next(prompts)
+        persona, question = row["persona"], row["question"]
+        answers = [write_answer(rng, persona, question) for _ in range(5)]
+        pair = label_pair(rng, persona, question, *rng.sample(answers, 2))
+        if pair:
+            n -= 1
+            yield row | pair
+
+
+def judgement_rows(rng, split, n, noise=0.05):
+    """Answers of all qualities as the exact judge sees them; each score off by 1 at rate noise."""
+    for row in prompt_rows(rng, split, n):
+        answer = improved_answer(rng, row["persona"], row["question"])
+        j = judge(row["persona"], row["question"], answer)
+        scores = dict(helpfulness=j.helpfulness, personalization=j.personalization,
+                      naturalness=j.naturalness)
+        for name, score in scores.items():
+            if rng.random() < noise:
+                scores[name] = max(-5, min(5, score + rng.choice((-1, 1))))
+        yield row | dict(answer=answer, critique=j.critique) | scores
+
+
+# how Qwen2 splits text into words: transformers sets this for Qwen2 whatever the file says
+WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+")
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' "
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+def write_tokenizer(folder, texts, vocab_size):
+    """A byte-level BPE in Qwen2's form, with a ChatML template that inserts no system message."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(CONTROL), initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens(list(CONTROL))
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>",
+                  pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE)
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump(config, f, indent=2)
+
+
+def main(args):
+    def stream(name):  # a file does not change with the sizes of the others
+        return random.Random(f"{args.seed} {name}")
+
+    corpus = [base_row(stream_rng) for stream_rng in [stream("base")] for _ in range(args.base_rows)]
+    texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
+    write_tokenizer(os.path.join(args.output, "tokenizer"), texts, args.vocab_size)
+    os.makedirs(os.path.join(args.output, "templates"), exist_ok=True)
+    for name in ("answer", "edit", "grm"):
+        with open(os.path.join(args.output, "templates", f"{name}.txt"), "w") as f:
+            f.write(getattr(TEMPLATES, name))
+
+    rng = stream("prompts_eval")
+    evaluated = [row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7))
+                 for row in prompt_rows(rng, "eval", args.eval_prompts)]
+    files = {
+        "base_corpus": corpus,
+        "prompts_train": list(prompt_rows(stream("prompts_train"), "train", args.train_prompts)),
+        "prompts_eval": evaluated,
+        "pairs": list(pair_rows(stream("pairs"), "train", args.pairs)),
+        "pairs_eval": list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs)),
+        "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements)),
+        "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs)),
+    }
+    for name, rows in files.items():
+        write_rows(os.path.join(args.output, f"{name}.jsonl"), rows)
+        print(f"{args.output}/{name}.jsonl: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Args))
