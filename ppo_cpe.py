@@ -488,20 +488,23 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
 
 def describe_rollout(judged, selected, stats):
     """Rewards, gains, lengths and scores of originals and edits into stats (METRICS in the README)."""
+    def add(name, value):
+        stats.add(name, torch.tensor(value, dtype=torch.float64))
+
     for t in judged:
         kind = "edit" if t.parent else "original"
-        stats.add(f"{kind}/reward", torch.tensor(t.reward))
-        stats.add(f"{kind}/length", torch.tensor(float(len(t.response_ids))))
-        stats.add(f"{kind}/truncated", torch.tensor(float(t.truncated)))
+        add(f"{kind}/reward", t.reward)
+        add(f"{kind}/length", len(t.response_ids))
+        add(f"{kind}/truncated", t.truncated)
         if t.judgement:
             for name in ("helpfulness", "personalization", "naturalness"):
-                stats.add(f"{kind}/{name}", torch.tensor(float(getattr(t.judgement, name))))
+                add(f"{kind}/{name}", getattr(t.judgement, name))
         if t.parent:
-            stats.add("edit/gain", torch.tensor(t.reward - t.parent.reward))
-            stats.add("edit/improved", torch.tensor(float(t.reward > t.parent.reward)))
-            stats.add("edit/worse", torch.tensor(float(t.reward < t.parent.reward)))
-            stats.add("edit/unchanged", torch.tensor(float(t.answer == t.parent.answer)))
-            stats.add("edit/selected", torch.tensor(float(t.key[:2] in selected)))
+            add("edit/gain", t.reward - t.parent.reward)
+            add("edit/improved", t.reward > t.parent.reward)
+            add("edit/worse", t.reward < t.parent.reward)
+            add("edit/unchanged", t.answer == t.parent.answer)
+            add("edit/selected", t.key[:2] in selected)
 
 
 def rollout_rows(judged, selected):

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import common  # noqa: E402
 from model import Config, Qwen2, init_weights, save_pretrained  # noqa: E402
 
 
@@ -156,6 +158,14 @@ def grm_flags(tiny):
     return ["--model", tiny / "checkpoint", "--data", tiny / "judgements.jsonl", "--grm-template", tiny / "grm.txt",
             "--batch-size", 16, "--epochs", 30, "--lr", 5e-3, "--tokens-per-microbatch", 500,
             "--eval-data", tiny / "judgements.jsonl", "--eval-judgements", 8, "--eval-max-new-tokens", 64]
+
+
+def error_of(module, capsys, *flags):
+    """Runs a script's main on flags that must not work -> the line that the user sees; the exit status is 2."""
+    with pytest.raises(SystemExit) as stop, common.user_errors():
+        module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
+    assert stop.value.code == 2
+    return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 
 
 def read_metrics(out):

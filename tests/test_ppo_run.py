@@ -1,7 +1,7 @@
 """ppo_cpe.py as a user runs it: every judge and loss, two processes, killed and continued, bad input."""
 
 import json
-import signal
+import random
 import time
 
 import pytest
@@ -9,22 +9,40 @@ import torch
 from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
 
+from common import write_rows
 from model import load_pretrained
 
 
-def flags_of(tiny, tiny_grm):
-    return ["--policy", tiny / "checkpoint", "--judge", tiny_grm / "model", "--prompts", tiny / "prompts.jsonl",
+def flags_of(tiny, judge):
+    return ["--policy", tiny / "checkpoint", "--judge", judge, "--prompts", tiny / "prompts.jsonl",
             "--answer-template", tiny / "answer.txt", "--edit-template", tiny / "edit.txt", "--grm-template",
             tiny / "grm.txt", "--prompts-per-step", 4, "--mini-batch-prompts", 2, "--n-samples", 2,
-            "--max-response-length", 12, "--max-judgement-length", 64, "--lr", 1e-3, "--critic-lr", 1e-3,
+            "--max-response-length", 12, "--temperature", 1, "--top-p", 1, "--max-judgement-length", 64, "--lr", 1e-4, "--critic-lr", 1e-4,
             "--tokens-per-microbatch", 300, "--save-every", 2]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tiny_grm, tmp_path_factory):
+def judge(tiny):
+    """A judge that writes well-formed judgements, of random scores, on whatever a random policy says: tiny/judge."""
+    rng, rows = random.Random(0), []
+    words = " ".join((tiny / "pairs.jsonl").read_text().split()[:200]).replace("\"", "").split()
+    for i in range(256):
+        scores = {name: rng.randint(-5, 5) for name in ("helpfulness", "personalization", "naturalness")}
+        critique = rng.choice(["Name tea and drop the end.", "Keep it as it is.", "Say it shorter."])
+        rows.append(dict(prompt_id=f"j{i}", persona={"name": f"Kim {i}"}, question=rng.choice(words),
+                         answer=" ".join(rng.choices(words, k=rng.randint(1, 12))), critique=critique, **scores))
+    write_rows(str(tiny / "random_judgements.jsonl"), rows)
+    finish(launch("train_grm.py", "--model", tiny / "checkpoint", "--data", tiny / "random_judgements.jsonl",
+                  "--grm-template", tiny / "grm.txt", "--batch-size", 32, "--epochs", 10, "--lr", 5e-3,
+                  "--out", tiny / "judge"))
+    return tiny / "judge" / "model"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, judge, tmp_path_factory):
     """An uninterrupted run of five steps."""
     out = tmp_path_factory.mktemp("ppo") / "run"
-    finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 5, "--out", out))
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out))
     return out
 
 
@@ -55,25 +73,25 @@ def test_policy_and_critic_are_saved_for_others(whole, tiny):
     load_pretrained(str(whole / "critic"), scalar_head=True)
 
 
-def test_two_processes_give_the_losses_of_one(whole, tiny, tiny_grm, tmp_path):
-    finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 3, "--out", tmp_path / "two", processes=2))
+def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", tmp_path / "two", processes=2))
     for one, two in zip(read_metrics(whole), read_metrics(tmp_path / "two")):
         for name in ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
         assert two["batch"] == one["batch"] and two["generated_tokens"] == one["generated_tokens"]
 
 
-def test_a_killed_run_continues_bit_for_bit(whole, tiny, tiny_grm, tmp_path):
+def test_a_killed_run_continues_bit_for_bit(whole, tiny, judge, tmp_path):
     out = tmp_path / "run"
-    process = launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 5, "--out", out)
+    run = launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out)
     log, deadline = out / "metrics.jsonl", time.monotonic() + 120
     while not log.exists() or log.read_text().count("\n") < 3:  # a checkpoint at 2, and a step beyond it
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        assert run.ranks[0].is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    run.ranks[0].kill()
+    run.ranks[0].join()
     assert (out / "checkpoints" / "step_000002").is_dir() and not (out / "checkpoints" / "step_000005").is_dir()
-    assert "resumed from" in finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 5, "--out", out))
+    assert "resumed from" in finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out))
     assert read_metrics(out) == read_metrics(whole)
     for name in ("policy", "critic"):
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, whole))
@@ -85,10 +103,10 @@ def test_a_killed_run_continues_bit_for_bit(whole, tiny, tiny_grm, tmp_path):
     ("--edit-ratio", "tis", "--edit-strategy", "conditional", "--edit-baseline", "original"),
     ("--edit-ratio", "luffy", "--edit-strategy", "batch_rank", "--truncated", "floor"),
     ("--edit-ratio", "none", "--edit-rate", 1, "--critic-warmup-steps", 1),
-    ("--edit-rate", 0, "--n-samples", 3, "--judge", "world"),
+    ("--edit-rate", 0, "--n-samples", 3),
 ], ids=lambda c: " ".join(map(str, c)))
-def test_every_option_runs(tiny, tiny_grm, tmp_path, changes):
-    finish(launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--max-steps", 2, "--out", tmp_path / "run", *changes))
+def test_every_option_runs(tiny, judge, tmp_path, changes):
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 2, "--out", tmp_path / "run", *changes))
     metrics = read_metrics(tmp_path / "run")
     if "--critic-warmup-steps" in changes:
         assert "policy_loss" not in metrics[0] and metrics[0]["value_loss"] > 0
@@ -97,39 +115,45 @@ def test_every_option_runs(tiny, tiny_grm, tmp_path, changes):
         assert "edit/gain" not in metrics[1]
 
 
-def test_a_bradley_terry_judge(tiny, tiny_grm, tmp_path):
+def test_truncated_responses_can_leave_the_batch(tiny, judge, tmp_path):
+    # the judge's own model as the policy: it ends its judgements, mostly within 40 tokens
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--policy", judge, "--truncated", "drop", "--edit-rate", 0,
+                  "--max-response-length", 36, "--max-steps", 1, "--out", tmp_path / "run"))
+    (metrics,) = read_metrics(tmp_path / "run")
+    assert metrics["original/truncated"] == 0
+    assert metrics["batch"] + metrics["lost/truncated"] + metrics["lost/originals"] == 8
+
+
+def test_a_bradley_terry_judge(tiny, judge, tmp_path):
     bt = tmp_path / "bt"
     finish(launch("train_grm.py", "--objective", "bt", "--model", tiny / "checkpoint", "--data", tiny / "pairs.jsonl",
                   "--answer-template", tiny / "answer.txt", "--batch-size", 8, "--max-steps", 2, "--lr", 1e-3,
                   "--out", bt))
-    flags = [*flags_of(tiny, tiny_grm), "--judge", f"bt:{bt / 'model'}", "--max-steps", 1]
-    process = launch("ppo_cpe.py", *flags, "--out", tmp_path / "no")
-    assert "writes no critiques" in process.communicate()[1] and process.returncode == 2
+    flags = [*flags_of(tiny, judge), "--judge", f"bt:{bt / 'model'}", "--max-steps", 1]
+    assert "writes no critiques" in finish(launch("ppo_cpe.py", *flags, "--out", tmp_path / "no"), status=2)
     finish(launch("ppo_cpe.py", *flags, "--edit-rate", 0, "--critic", bt / "model", "--out", tmp_path / "yes"))
     (metrics,) = read_metrics(tmp_path / "yes")
     assert metrics["original/reward"] is not None and metrics["batch"] == 8
 
 
-def bad(tiny, tiny_grm, tmp_path, *changes):
-    process = launch("ppo_cpe.py", *flags_of(tiny, tiny_grm), "--out", tmp_path / "run", *changes)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors[-2000:]
-    assert "Traceback" not in errors
-    return errors
+def bad(tiny, judge, tmp_path, *changes):
+    output = finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--out", tmp_path / "run", *changes), status=2)
+    assert "Traceback" not in output
+    return output
 
 
-def test_bad_input_ends_in_one_line(tiny, tiny_grm, tmp_path):
+def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text((tiny / "prompts.jsonl").read_text().replace('"question"', '"questions"', 1))
-    assert f'{broken}:1: field "question" is missing' in bad(tiny, tiny_grm, tmp_path, "--prompts", broken)
+    assert f'{broken}:1: field "question" is missing' in bad(tiny, judge, tmp_path, "--prompts", broken)
     (tmp_path / "empty.jsonl").write_text("")
-    assert "empty.jsonl: empty" in bad(tiny, tiny_grm, tmp_path, "--prompts", tmp_path / "empty.jsonl")
-    assert "are fewer than --prompts-per-step" in bad(tiny, tiny_grm, tmp_path, "--max-prompt-length", 3)
-    assert "expected a share" in bad(tiny, tiny_grm, tmp_path, "--edit-rate", 1.5)
-    assert "127.0.0.1:9" in bad(tiny, tiny_grm, tmp_path, "--judge", "http://127.0.0.1:9/v1")
+    assert "empty.jsonl: empty" in bad(tiny, judge, tmp_path, "--prompts", tmp_path / "empty.jsonl")
+    assert "are fewer than --prompts-per-step" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
+    assert "expected a share" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
+    assert "127.0.0.1:9" in bad(tiny, judge, tmp_path, "--judge", "http://127.0.0.1:9/v1")
 
 
-def test_a_judge_that_never_parses_stops_the_run(tiny, tiny_grm, tmp_path):
+def test_a_judge_that_never_parses_stops_the_run(tiny, judge, tmp_path):
     # a random model as the judge: nothing it writes is a judgement, and no score is made up for it
-    assert "no response got a judgement" in bad(tiny, tiny_grm, tmp_path, "--judge", tiny / "checkpoint",
+    assert "no response got a judgement" in bad(tiny, judge, tmp_path, "--judge", tiny / "checkpoint",
                                                 "--max-steps", 1)

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import tyro
-from conftest import ROOT, finish, grm_flags, launch, read_metrics
+from conftest import ROOT, error_of, finish, grm_flags, launch, read_metrics
 from safetensors.torch import load_file
 
 import common
@@ -220,14 +220,6 @@ def test_defaults_are_those_of_the_objective():
 
 
 # -- bad input -------------------------------------------------------------------------------------
-
-
-def error_of(module, capsys, *flags):
-    """The line that the user sees; the status is 2."""
-    with pytest.raises(SystemExit) as stop, common.user_errors():
-        module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
-    assert stop.value.code == 2
-    return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 
 
 def rows_with(tiny, tmp_path, name, line, text):
