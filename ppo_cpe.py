@@ -585,7 +585,8 @@ def main(args):
         batch = sorted((t for t in judged if t.parent is None or t.key[:2] in selected), key=lambda t: (t.place, t.key))
         (n_batch,) = common.all_sum(ranks, len(batch))
         if n_batch == 0:
-            raise ValueError(f"step {step + 1}: no response got a judgement; is --judge {args.judge} a reward model?")
+            raise ValueError(f"step {step + 1}: no response is left to train on (lost on this rank: {lost}); is --judge "
+                             f"{args.judge} a reward model for these answers?")
         describe_rollout(judged, selected, stats)
 
         # 3. log-probs and values before the update, advantages. An edit's log-prob is that under its edit prompt
