@@ -393,7 +393,7 @@ def _checkpoints(out):
 def load_checkpoint(out, models, optimizers, ranks):
     """Continues from the newest checkpoint: fills models and optimizers in place -> steps done (0: none there).
 
-    Lines of metrics.jsonl and rollout files from after that checkpoint are dropped: they will be made again.
+    Lines of metrics.jsonl from after that checkpoint are dropped: their steps will be run again.
     """
     found = _checkpoints(out)
     step = 0
