@@ -140,7 +140,7 @@ class Engine:
     def __init__(self, model, stop_ids, max_len, max_batch=256):
         self.model, self.max_len, self.max_batch = model.eval(), max_len, max_batch
         self.device = next(model.parameters()).device
-        self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
+        self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)
         self.waiting, self.finished = deque(), []
         self.prefilled_tokens = 0  # for tests and benchmarks
         self.owners = []  # (key, index) of each row
@@ -259,9 +259,9 @@ class Engine:
         r["ids"][rows].scatter_(1, position[:, None], tokens[:, None])
         r["logprobs"][rows].scatter_(1, position[:, None], logprobs[:, None])
         r["token"][rows] = tokens
-        r["position"][rows] += 1
+        r["position"][rows] += 1  # `position` is a view of this
         stopped = torch.isin(tokens, self.stop_ids)
-        done = (stopped | (position + 1 >= r["limit"][rows])).nonzero()[:, 0]
+        done = (stopped | (r["position"][rows] >= r["limit"][rows])).nonzero()[:, 0]
         if not len(done):
             return
         offset = rows.start

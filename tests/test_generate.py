@@ -1,0 +1,253 @@
+"""The engine: against transformers and fresh forward passes, and that a sample depends on nothing but itself."""
+
+import io
+import json
+
+import pytest
+import torch
+import tyro
+from conftest import error_of, finish, launch, random_model, tiny_config
+from transformers import AutoModelForCausalLM
+
+import generate
+from generate import Engine, sample, uniform
+from model import Packed, load_pretrained, save_pretrained
+from prompts import Chat
+
+RAGGED = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8, 8, 8]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(tie_word_embeddings=False), std=0.3)
+
+
+def engine_of(model, stop_ids=(), max_len=64, max_batch=16):
+    return Engine(model, stop_ids, max_len, max_batch)
+
+
+def drain(engine):
+    """-> {(key, index): Sample}"""
+    found = {}
+    while engine.busy:
+        engine.step()
+        found |= {(s.key, s.index): s for s in engine.collect()}
+    return found
+
+
+def fresh_logprobs(model, prompt, response, temperature):
+    """Log-probs of the response by one forward pass over the whole sequence."""
+    ids = prompt + response
+    context = Packed([len(ids)], "cpu")
+    with torch.no_grad():
+        logits = model(torch.tensor(ids), context.position_ids, context)
+    table = torch.log_softmax(logits[len(prompt) - 1 : -1].float() / temperature, -1)
+    return table.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=4), dict(num_key_value_heads=1)])
+def test_greedy_equals_transformers(changes, tiny, tmp_path):
+    ours = random_model(tiny_config(**changes), std=0.3)  # wide enough for responses without repetition
+    save_pretrained(ours, str(tmp_path), str(tiny / "tokenizer"))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    settings = dict(do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=None)
+    # three slots for four prompts: one waits, and joins when a place is free
+    results = engine_of(ours, max_batch=3).generate(RAGGED, max_new_tokens=20, temperature=0)
+    for prompt, (found,) in zip(RAGGED, results):
+        expected = reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)
+        assert found.ids == expected[0, len(prompt) :].tolist()
+        assert found.finish_reason == "length" and found.stop_id is None and len(found.logprobs) == 20
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_logprobs_equal_a_fresh_forward_pass(model, temperature, top_p):
+    """Those of the full softmax at the sampling temperature, the stop token's included, also under a nucleus."""
+    settings = dict(max_new_tokens=30, temperature=temperature, top_p=top_p)
+    results = engine_of(model, stop_ids=[7, 11, 100], max_batch=5).generate(RAGGED, n=3, seeds=[1, 2, 3], **settings)
+    stopped = 0
+    for prompt, samples in zip(RAGGED, results):
+        for s in samples:
+            response = s.ids + ([] if s.stop_id is None else [s.stop_id])
+            expected = fresh_logprobs(model, prompt, response, temperature)
+            torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)
+            stopped += s.stop_id is not None
+    assert 0 < stopped < 12  # both endings occur
+
+
+def test_greedy_logprobs_are_of_the_plain_softmax(model):
+    (found,), = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=8)
+    torch.testing.assert_close(torch.tensor(found.logprobs), fresh_logprobs(model, [5, 6], found.ids, 1.0), atol=1e-4, rtol=0)
+
+
+def test_a_sample_depends_on_its_seed_alone(model):
+    """Alone, in a full batch, in another order, joined late: the same ids."""
+    requests = [(prompt, 1000 + 10 * i + k) for i, prompt in enumerate(RAGGED) for k in range(3)]
+    alone = [engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=12)[0][0].ids for prompt, seed in requests]
+    assert len({tuple(ids) for ids in alone}) == len(alone)  # seeds matter
+    engine = engine_of(model, max_batch=7)
+    for i in reversed(range(len(requests))):
+        engine.submit(requests[i][0], i, seeds=[requests[i][1]], max_new_tokens=12)
+        if i % 4 == 0:
+            engine.step()  # the rest joins a running batch
+    found = drain(engine)
+    assert [found[i, 0].ids for i in range(len(requests))] == alone
+
+
+def test_samples_of_a_prompt_prefill_it_once(model):
+    engine = engine_of(model, max_batch=8)
+    results = engine.generate(RAGGED, n=4, seeds=[1, 2, 3, 4], max_new_tokens=5)
+    assert engine.prefilled_tokens == sum(map(len, RAGGED))
+    for prompt, samples in zip(RAGGED, results):
+        for seed, s in zip((1, 2, 3, 4), samples):
+            assert engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=5)[0][0].ids == s.ids
+
+
+def test_more_samples_than_places(model):
+    (samples,) = engine_of(model, max_batch=2).generate([[5, 6]], n=5, max_new_tokens=4)
+    assert [s.index for s in samples] == [0, 1, 2, 3, 4] and all(len(s.ids) == 4 for s in samples)
+
+
+def test_stop_ids_and_truncation(model):
+    """A response ends before the first stop id, or is flagged at its limit: that of the request or of the engine."""
+    (free,), = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    stop = free.ids[6]
+    first = free.ids.index(stop)
+    (found,), = engine_of(model, stop_ids=[stop]).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    assert (found.ids, found.stop_id, found.finish_reason) == (free.ids[:first], stop, "stop")
+    assert len(found.logprobs) == first + 1
+    (full,), = engine_of(model, max_len=10).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    assert (full.ids, full.finish_reason) == (free.ids[:8], "length")
+    # a response that stops at its very last token has stopped
+    (last,), = engine_of(model, stop_ids=[stop]).generate([[5, 6]], temperature=0, max_new_tokens=first + 1)
+    assert last.finish_reason == "stop"
+
+
+def test_samples_are_distributed_as_the_softmax(model):
+    n, temperature = 4000, 0.7
+    (samples,) = engine_of(model, max_batch=n).generate([[5, 6]], n=n, max_new_tokens=1, temperature=temperature)
+    context = Packed([2], "cpu")
+    with torch.no_grad():
+        logits = model(torch.tensor([5, 6]), context.position_ids, context)[-1]
+    expected = torch.softmax(logits / temperature, -1)
+    observed = torch.bincount(torch.tensor([s.ids[0] for s in samples]), minlength=len(expected)) / n
+    common = expected * n > 20  # where counts are close to normal
+    assert common.sum() > 10 and abs(observed[~common].sum() - expected[~common].sum()) < 0.03
+    error = (observed - expected).abs() / (expected * (1 - expected) / n).sqrt()
+    assert error[common].max() < 4.5  # standard errors
+
+
+def test_sample_takes_the_nucleus_of_each_row():
+    probs = torch.tensor([0.1, 0.4, 0.2, 0.3]).repeat(600, 1)
+    top_p = torch.tensor([0.35, 0.6, 0.75, 1.0]).repeat(150)  # smallest sets with that mass: {1}, {1, 3}, {1, 2, 3}, all
+    seeds = torch.arange(600)
+    tokens, logprobs = sample(probs.log(), torch.ones(600), top_p, seeds, torch.zeros(600, dtype=torch.int64))
+    drawn = [set(tokens[i::4].tolist()) for i in range(4)]
+    assert drawn == [{1}, {1, 3}, {1, 2, 3}, {0, 1, 2, 3}]
+    torch.testing.assert_close(logprobs, probs.log().gather(1, tokens[:, None])[:, 0])
+
+
+def test_uniform_is_splitmix64():
+    """First outputs of the published generator for seed 1234567."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = uniform(torch.full((4,), 1234567), torch.arange(4))
+    assert (found * 2**53).long().tolist() == [x >> 11 for x in expected]
+
+
+def test_refused_requests(model):
+    engine = engine_of(model, max_len=8)
+    for prompt in ([], [1] * 8, [1] * 20):
+        with pytest.raises(ValueError, match=f"{len(prompt)} tokens; expected 1 to 7"):
+            engine.submit(prompt)
+    for settings in (dict(n=2, seeds=[1]), dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0)):
+        with pytest.raises(ValueError, match="expected n >= 1"):
+            engine.submit([1, 2], **settings)
+    assert not engine.busy
+
+
+def test_refresh_takes_new_weights(model):
+    other = random_model(tiny_config(), seed=5, std=0.3)
+    engine = engine_of(random_model(tiny_config(), std=0.3))
+    engine.submit([5, 6], max_new_tokens=4)
+    with pytest.raises(RuntimeError, match="while samples are running"):
+        engine.refresh(other)
+    drain(engine)
+    engine.refresh(other)
+    settings = dict(temperature=0, max_new_tokens=10)
+    expected = engine_of(other).generate(RAGGED, **settings)
+    assert [s.ids for (s,) in engine.generate(RAGGED, **settings)] == [s.ids for (s,) in expected]
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_file_in_file_out(tiny, tmp_path):
+    rows = [{"persona": {"name": "Mia"}, "question": "What about a trip?", "note": 1},
+            {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tea?"}]},
+            {"prompt_ids": [10, 11, 12]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", tiny / "checkpoint", "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl",
+             "--answer-template", tiny / "answer.txt", "--max-new-tokens", 6]
+    finish(launch("generate.py", *flags, "--n", 2, "--temperature", 0.7))
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["sample"] for row in out] == [0, 1] * 3
+    chat = Chat(str(tiny / "checkpoint"))
+    model = load_pretrained(str(tiny / "checkpoint"), torch.float32, "cpu")
+    for i, row in enumerate(out):
+        assert rows[i // 2].items() <= row.items()
+        assert row["finish_reason"] in ("stop", "length") and len(row["token_ids"]) == len(row["logprobs"]) <= 6
+        assert row["text"] == chat.decode(row["token_ids"])
+    for row in out[4:]:
+        expected = fresh_logprobs(model, [10, 11, 12], row["token_ids"], 0.7)
+        torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("line, problem", [
+    ('{"question": "Tea?"}', 'field "persona"'), ('{"text": "Tea?"}', 'expected "messages"'), ("[1]", "expected"),
+    ('{"prompt_ids": [1, 99999]}', 'field "prompt_ids"'), ('{"prompt_ids": []}', 'field "prompt_ids"'),
+    ('{"messages": []}', 'field "messages"'), (json.dumps({"prompt_ids": [1] * 512}), "512 tokens; expected 1 to 511")])
+def test_bad_rows_are_named(line, problem, tiny, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt_ids": [10]}\n' + line + "\n")
+    message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--input", tmp_path / "rows.jsonl",
+                       "--output", tmp_path / "out.jsonl")
+    assert "rows.jsonl:2" in message and problem in message
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def chat_with(tiny, monkeypatch, capsys, typed, *flags):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    args = ["--model", str(tiny / "checkpoint"), "--max-new-tokens", "5", "--temperature", "0", *map(str, flags)]
+    generate.main(tyro.cli(generate.Args, args=args))
+    return capsys.readouterr().out
+
+
+def reply_of(tiny, prompt_ids):
+    chat = Chat(str(tiny / "checkpoint"))
+    model = load_pretrained(str(tiny / "checkpoint"), torch.float32, "cpu")
+    (found,), = Engine(model, chat.stop_ids, 512).generate([prompt_ids], temperature=0, max_new_tokens=5)
+    return chat.decode(found.ids)
+
+
+def test_chat_keeps_the_conversation(tiny, monkeypatch, capsys):
+    chat = Chat(str(tiny / "checkpoint"))
+    messages = [{"role": "user", "content": "Tea?"}]
+    first = reply_of(tiny, chat.messages(messages))
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Jazz?"}]
+    second = reply_of(tiny, chat.messages(messages))
+    out = chat_with(tiny, monkeypatch, capsys, "Tea?\nJazz?\n\n/new\nTea?\n")
+    end = " [cut off at --max-new-tokens]\n> "
+    assert out.split("\n", 1)[1] == "> " + first + end + second + end + "> > " + first + end + "\n"
+
+
+def test_chat_with_a_person(tiny, monkeypatch, capsys):
+    from prompts import answer_prompt, load_templates
+    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(answer_template=str(tiny / "answer.txt"))
+    persona = {"name": "Mia", "likes": ["tea"]}
+    expected = reply_of(tiny, answer_prompt(chat, templates, {"persona": persona, "question": "What about a trip?"}))
+    for given in (json.dumps(persona), str(tiny / "persona.json")):
+        (tiny / "persona.json").write_text(json.dumps(persona))
+        out = chat_with(tiny, monkeypatch, capsys, "What about a trip?\n", "--persona", given,
+                        "--answer-template", tiny / "answer.txt")
+        assert expected in out
+    message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", "Mia")
+    assert "--persona" in message and "neither a file nor JSON" in message
