@@ -105,37 +105,50 @@ class Config:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-class Packed:
-    """Attention context of packed sequences: each token sees its own sequence up to itself.
-
-    `lengths`: the sequences' lengths in tokens, in the order in which they lie in the packed tensors.
-    """
+class Segments:
+    """Where sequences lie in a packed tensor: their `lengths` in tokens, in order."""
 
     def __init__(self, lengths, device="cpu"):
         self.lengths = [int(n) for n in lengths]
         self.max_seqlen = max(self.lengths)
         cu_seqlens = torch.tensor([0] + self.lengths).cumsum(0)  # where each sequence starts; last: T
         self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
+
+
+class Packed(Segments):
+    """Attention context of packed sequences: each token sees its own sequence up to itself."""
+
+    def __init__(self, lengths, device="cpu"):
+        super().__init__(lengths, device)
         self.position_ids = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
 
     def attend(self, layer, q, k, v):
         """q [T, Hq, D], k and v [T, Hkv, D], after RoPE -> [T, Hq, D]."""
-        return varlen_attention(q, k, v, self)
+        return varlen_attention(q, k, v, self, self)
 
 
-def varlen_attention(q, k, v, packed):
-    """Causal self-attention inside each packed sequence; GQA by Hq = g Hkv. Shapes as in `Packed.attend`."""
+def varlen_attention(q, k, v, queries, keys):
+    """Causal attention of each segment of the queries to the segment of the keys with the same number.
+
+    q [Tq, Hq, D], k and v [Tk, Hkv, D], GQA by Hq = g Hkv; queries, keys: Segments -> [Tq, Hq, D]. A segment of the
+    keys is at least as long as that of the queries: they end together, the last query sees all of it.
+    """
     on_tensor_cores = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
+    where = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
     if on_tensor_cores and flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+        return flash_attn_varlen_func(q, k, v, *where, causal=True)
     if on_tensor_cores and varlen_attn is not None:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # torch 2.11 has no GQA flag here
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        return varlen_attn(q, k, v, *where, window_size=(-1, 0))
     out = []
-    for qs, ks, vs in zip(*(x.transpose(0, 1).split(packed.lengths, 1) for x in (q, k, v))):  # [H, L, D] each
-        out.append(F.scaled_dot_product_attention(qs[None], ks[None], vs[None], is_causal=True, enable_gqa=True)[0])
+    segments = (x.transpose(0, 1).split(s.lengths, 1) for x, s in ((q, queries), (k, keys), (v, keys)))
+    for qs, ks, vs in zip(*segments):  # [H, L, D] each
+        same, mask = qs.shape[1] == ks.shape[1], None
+        if not same:
+            seen = torch.ones(qs.shape[1], ks.shape[1], dtype=torch.bool, device=q.device)
+            mask = seen.tril(ks.shape[1] - qs.shape[1])
+        out.append(F.scaled_dot_product_attention(qs[None], ks[None], vs[None], mask, is_causal=same, enable_gqa=True)[0])
     return torch.cat(out, 1).transpose(0, 1)
 
 
