@@ -41,7 +41,8 @@ class Sample:
     """One generated response.
 
     ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
-    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length".
+    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length". top_logprobs: for
+    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for.
     """
 
     key: Any
@@ -50,6 +51,7 @@ class Sample:
     logprobs: list[float]
     stop_id: int | None
     finish_reason: str
+    top_logprobs: list[list[tuple[int, float]]]
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Request:
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_logprobs: int
 
 
 class Prefill:
@@ -144,6 +147,7 @@ class Engine:
         self.waiting, self.finished = deque(), []
         self.prefilled_tokens = 0  # for tests and benchmarks
         self.owners = []  # (key, index) of each row
+        self.top = []  # per row None, or (how many, a list of (id, log-prob) lists)
         self.cache, self.capacity = [], 0
         integers = ("length", "token", "position", "limit", "seed")
         self.rows = {name: torch.zeros(max_batch, dtype=torch.int64, device=self.device) for name in integers}
@@ -156,7 +160,8 @@ class Engine:
     def busy(self):
         return bool(self.waiting or self.owners or self.finished)
 
-    def submit(self, prompt_ids, key=None, n=1, seeds=None, max_new_tokens=512, temperature=1.0, top_p=1.0):
+    def submit(self, prompt_ids, key=None, n=1, seeds=None, max_new_tokens=512, temperature=1.0, top_p=1.0,
+               top_logprobs=0):
         """n samples of one prompt; seeds: n integers (None: 0..n-1). ValueError: no room for a prompt, bad settings."""
         seeds = list(range(n)) if seeds is None else list(seeds)
         if not prompt_ids or len(prompt_ids) >= self.max_len:
@@ -168,7 +173,7 @@ class Engine:
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
         for i in range(0, n, self.max_batch):
             part = seeds[i : i + self.max_batch]
-            self.waiting.append(Request(key, i, list(prompt_ids), part, limit, temperature, top_p))
+            self.waiting.append(Request(key, i, list(prompt_ids), part, limit, temperature, top_p, top_logprobs))
 
     @torch.inference_mode()
     def step(self):
@@ -190,9 +195,19 @@ class Engine:
         samples, self.finished = self.finished, []
         return samples
 
-    def partial(self, row):
-        """Ids so far of the sample in that row (a chat shows them as they come)."""
+    def partial(self, key, index=0):
+        """Ids so far of a running sample (a chat shows them as they come); empty while it waits."""
+        if (key, index) not in self.owners:
+            return []
+        row = self.owners.index((key, index))
         return self.rows["ids"][row, : int(self.rows["position"][row])].tolist()
+
+    @torch.inference_mode()
+    def cancel(self, key):
+        """Drops all samples of a key, waiting, running or finished."""
+        self.waiting = deque(r for r in self.waiting if r.key != key)
+        self.finished = [s for s in self.finished if s.key != key]
+        self._remove([row for row, owner in enumerate(self.owners) if owner[0] == key])
 
     def generate(self, prompts, n=1, **settings):
         """All samples of a list of prompts -> a list of n Samples per prompt, in order."""
@@ -233,6 +248,7 @@ class Engine:
                 keys[row : row + n, :, :length] = k[end - length : end].transpose(0, 1)
                 values[row : row + n, :, :length] = v[end - length : end].transpose(0, 1)
             self.owners += [(request.key, request.index + i) for i in range(n)]
+            self.top += [(request.top_logprobs, []) if request.top_logprobs else None for _ in range(n)]
         new = slice(start, len(self.owners))
         self.rows["seed"][new] = torch.tensor([s for r in requests for s in r.seeds], device=self.device)
         self.rows["position"][new] = 0
@@ -260,6 +276,11 @@ class Engine:
         r["logprobs"][rows].scatter_(1, position[:, None], logprobs[:, None])
         r["token"][rows] = tokens
         r["position"][rows] += 1  # `position` is a view of this
+        for i, top in enumerate(self.top[rows]):
+            if top:
+                scaled = logits[i] / (r["temperature"][rows][i] or 1.0)
+                best = torch.log_softmax(scaled, -1).topk(top[0])
+                top[1].append(list(zip(best.indices.tolist(), best.values.tolist())))
         stopped = torch.isin(tokens, self.stop_ids)
         done = (stopped | (r["position"][rows] >= r["limit"][rows])).nonzero()[:, 0]
         if not len(done):
@@ -270,7 +291,7 @@ class Engine:
             ids, (key, index) = r["ids"][i, :n].tolist(), self.owners[i]
             stop_id = ids.pop() if stop else None
             self.finished.append(Sample(key, index, ids, r["logprobs"][i, :n].tolist(), stop_id,
-                                        "stop" if stop else "length"))
+                                        "stop" if stop else "length", self.top[i][1] if self.top[i] else []))
         self._remove((done + offset).tolist())
 
     def _remove(self, gone):
@@ -287,8 +308,8 @@ class Engine:
                 keys[to, :, :longest] = keys[source, :, :longest]
                 values[to, :, :longest] = values[source, :, :longest]
         for hole, mover in zip(holes, movers):
-            self.owners[hole] = self.owners[mover]
-        del self.owners[n_left:]
+            self.owners[hole], self.top[hole] = self.owners[mover], self.top[mover]
+        del self.owners[n_left:], self.top[n_left:]
 
     def _reserve(self, length, new_tokens):
         """Room for sequences of that length and responses of that many tokens; grows by half, up to max_len."""

@@ -154,6 +154,40 @@ def test_uniform_is_splitmix64():
     assert (found * 2**53).long().tolist() == [x >> 11 for x in expected]
 
 
+def test_top_logprobs(model):
+    """The most likely tokens of each place at the temperature, the sampled one among them when all are asked for."""
+    engine = engine_of(model, stop_ids=[7])
+    engine.submit([5, 6], "top", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=model.config.vocab_size)
+    engine.submit([9], "plain", max_new_tokens=6)
+    found = drain(engine)
+    assert found["plain", 0].top_logprobs == []
+    for i in range(2):
+        s = found["top", i]
+        response = s.ids + ([] if s.stop_id is None else [s.stop_id])
+        assert len(s.top_logprobs) == len(s.logprobs) == len(response)
+        for token, logprob, top in zip(response, s.logprobs, s.top_logprobs):
+            values = [value for _, value in top]
+            assert values == sorted(values, reverse=True)
+            assert dict(top)[token] == pytest.approx(logprob, abs=1e-5)
+
+
+def test_cancel_and_partial(model):
+    engine = engine_of(model, max_batch=3)
+    expected = engine_of(model).generate([[9]], seeds=[3], max_new_tokens=10)[0][0].ids
+    engine.submit([5, 6], "gone", n=2, max_new_tokens=10)
+    engine.submit([9], "stays", seeds=[3], max_new_tokens=10)
+    engine.submit([9, 9], "waits", max_new_tokens=10)
+    assert engine.partial("stays") == []
+    for _ in range(4):
+        engine.step()
+    so_far = engine.partial("stays")
+    assert 0 < len(so_far) < 10 and so_far == expected[: len(so_far)]
+    engine.cancel("gone")
+    engine.cancel("waits")
+    found = drain(engine)
+    assert list(found) == [("stays", 0)] and found["stays", 0].ids == expected
+
+
 def test_refused_requests(model):
     engine = engine_of(model, max_len=8)
     for prompt in ([], [1] * 8, [1] * 20):
