@@ -11,6 +11,7 @@ source recipes/environment.sh
 OUT=${OUT:-out/tiny}
 SCALE=${SCALE:-1}
 SEED=${SEED:-0}
+EVAL_PROMPTS=200
 WORLD=$OUT/world
 ANSWER="--answer-template $WORLD/templates/answer.txt"
 GRM="--grm-template $WORLD/templates/grm.txt"
@@ -49,3 +50,16 @@ stage "PPO, rewarded by the GRM"
 python ppo_cpe.py $RL --judge "$OUT/grm/model" --edit-rate 0 --n-samples 6 --out "$OUT/ppo_grm"
 stage "PPO with critique-post-edit"
 python ppo_cpe.py $RL --judge "$OUT/grm/model" --out "$OUT/cpe"
+
+stage "evaluation: answers to new people's questions, scored by the exact judge, against those of SFT"
+mkdir -p "$OUT/eval"
+table=()
+for run in "base=base" "SFT=sft" "PPO (BT)=ppo_bt" "PPO (GRM)=ppo_grm" "CPE=cpe"; do
+    name=${run#*=}
+    python evaluate.py --model "$OUT/$name/policy" --baseline "$OUT/sft/policy" --prompts "$WORLD/prompts_eval.jsonl" \
+        --judge world $ANSWER --n-prompts "$EVAL_PROMPTS" --max-new-tokens 96 --temperature 1 --top-p 1 --seed "$SEED" \
+        --out "$OUT/eval/$name" > "$OUT/eval/$name.log"
+    table+=("${run%=*}=$OUT/eval/$name")
+done
+stage "done; $EVAL_PROMPTS questions"
+python recipes/table.py --runs "${table[@]}" --edits-of "$OUT/cpe" | tee "$OUT/table.txt"
