@@ -10,7 +10,8 @@ from conftest import error_of, finish, launch, random_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 import generate
-from generate import Engine, sample, uniform
+from generate import Engine
+from kernels.sampling import sample, uniform
 from model import Packed, load_pretrained, save_pretrained
 from prompts import Chat
 
@@ -97,7 +98,7 @@ def test_a_sample_depends_on_its_seed_alone(model):
 def test_samples_of_a_prompt_prefill_it_once(model):
     engine = engine_of(model, max_batch=8)
     results = engine.generate(RAGGED, n=4, seeds=[1, 2, 3, 4], max_new_tokens=5)
-    assert engine.prefilled_tokens == sum(map(len, RAGGED))
+    assert engine.computed_tokens == sum(map(len, RAGGED))
     for prompt, samples in zip(RAGGED, results):
         for seed, s in zip((1, 2, 3, 4), samples):
             assert engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=5)[0][0].ids == s.ids
