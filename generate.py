@@ -9,7 +9,7 @@
 
 How it works:
 1. The KV cache is a pool of blocks of 16 tokens. A sequence holds a list of blocks, its row of the block table; a block
-   may be in several lists, and is free when it is in none (`Blocks`).
+   may be in several lists, and is free when it is in none (kv_cache.py).
 2. Full blocks are found again by the tokens in them and before them, until they are given to somebody else. So an edit
    finds its prompt and answer, a judgement the rubric, persona and question of its neighbours. New weights forget all.
 3. A step admits waiting requests while rows and blocks are free, prefills at most PREFILL_TOKENS of them (a long prompt
@@ -40,16 +40,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import common
-from kernels.paged_attention import paged_attention
-from kernels.rope_kv import rope_kv
 from kernels.sampling import sample
-from model import Segments, apply_rope, load_pretrained, varlen_attention
+from kv_cache import BLOCK, Blocks, Decode, Prefill, kv_tokens_of
+from model import load_pretrained
 from prompts import Chat, answer_prompt, load_templates
 
-BLOCK = 16  # tokens
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
-KV_SHARE = {"cuda": 0.3, "cpu": 0.1}  # of the free memory, for a cache whose size is not given: others live there too
 
 
 @dataclass
@@ -95,121 +92,6 @@ class Sequence:
         return self.prompt_ids + self.response
 
 
-class Blocks:
-    """Who holds which block of the cache, and which full blocks hold known tokens.
-
-    What a free block holds can be found until it is given out again, the longest unused first. Block 0 is nobody's:
-    the padding rows of a CUDA graph write into it.
-    """
-
-    def __init__(self, n_blocks):
-        self.holders = [0] * n_blocks
-        self.free = dict.fromkeys(range(1, n_blocks))  # in the order in which they are given out
-        self.known = {}  # (name of the block before, the tokens) -> block
-        self.key_of, self.name_of = {}, {}  # of a known block; names are never used twice, unlike blocks
-        self.names = itertools.count(1)
-
-    def take(self, n):
-        """n free blocks, held once."""
-        taken = list(itertools.islice(self.free, n))
-        assert len(taken) == n, "the caller has to look at `free` first"
-        for block in taken:
-            del self.free[block]
-            self._forget(block)
-            self.holders[block] = 1
-        return taken
-
-    def share(self, blocks):
-        for block in blocks:
-            self.free.pop(block, None)
-            self.holders[block] += 1
-
-    def release(self, blocks):
-        for block in reversed(blocks):  # of a sequence the end is given away before the beginning
-            self.holders[block] -= 1
-            if self.holders[block] == 0:
-                self.free[block] = None
-
-    def match(self, ids):
-        """The known blocks that hold the beginning of ids."""
-        blocks, name = [], 0
-        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-            block = self.known.get((name, tuple(ids[start : start + BLOCK])))
-            if block is None:
-                break
-            blocks.append(block)
-            name = self.name_of[block]
-        return blocks
-
-    def learn(self, ids, blocks):
-        """Makes the full blocks of a sequence known; ids: the tokens whose keys and values they hold."""
-        name = 0
-        for block, start in zip(blocks, range(0, len(ids) - BLOCK + 1, BLOCK)):
-            key = (name, tuple(ids[start : start + BLOCK]))
-            if key not in self.known:
-                self._forget(block)
-                self.known[key], self.key_of[block], self.name_of[block] = block, key, next(self.names)
-            name = self.name_of[self.known[key]]
-
-    def forget_all(self):
-        for block in list(self.key_of):
-            self._forget(block)
-
-    def _forget(self, block):
-        if block in self.key_of:
-            del self.known[self.key_of.pop(block)], self.name_of[block]
-
-
-class Prefill:
-    """Attention context of chunks: each sequence's new tokens see what the cache holds of it, and one another."""
-
-    def __init__(self, cache, chunks, device):
-        """chunks: (blocks, start, end) a sequence, tokens start..end are new."""
-        self.cache, keys, new = cache, [], []
-        for blocks, start, end in chunks:
-            slots = (torch.tensor(blocks)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:end]
-            keys.append(slots)
-            new.append(slots[start:])
-        self.queries = Segments([len(slots) for slots in new], device)
-        self.keys = Segments([len(slots) for slots in keys], device)
-        self.key_slots, self.new_slots = torch.cat(keys).to(device), torch.cat(new).to(device)
-        self.position_ids = torch.cat([torch.arange(start, end) for _, start, end in chunks]).to(device)
-
-    def attend(self, layer, q, k, v, cos, sin):
-        keys, values = self.cache[layer].flatten(1, 2)  # [slots, Hkv, D] each
-        keys[self.new_slots], values[self.new_slots] = apply_rope(k, cos, sin), v
-        q = apply_rope(q, cos, sin)
-        return varlen_attention(q, keys[self.key_slots], values[self.key_slots], self.queries, self.keys)
-
-
-class Decode:
-    """Attention context of one new token a row."""
-
-    def __init__(self, cache, block_table, lengths):
-        """block_table: int32 [R, blocks]; lengths: int64 [R], tokens in the cache before this one."""
-        self.cache, self.block_table = cache, block_table
-        block = block_table.gather(1, (lengths // BLOCK)[:, None])[:, 0].long()
-        self.slots = block * BLOCK + lengths % BLOCK
-        self.lengths = (lengths + 1).int()
-
-    def attend(self, layer, q, k, v, cos, sin):
-        keys, values = self.cache[layer]  # [blocks, BLOCK, Hkv, D] each
-        q = rope_kv(q, k, v, cos, sin, keys, values, self.slots)
-        return paged_attention(q, keys, values, self.block_table, self.lengths)
-
-
-def kv_tokens_of(model, max_len, max_batch):
-    """Tokens for which a share of the free memory has room; at least one sequence's, at most that of all rows."""
-    device, config = next(model.parameters()).device, model.config
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    itemsize = next(model.parameters()).element_size()
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize  # bytes
-    return min(max(int(KV_SHARE[device.type] * free / per_token), max_len), max_len * max_batch)
-
-
 class Engine:
     """Batched generation for one model on one device. It computes with `model` and never trains it.
 
@@ -240,10 +122,11 @@ class Engine:
         self.rows |= {"temperature": tensor(torch.float32), "top_p": tensor(torch.float32), "done": tensor(torch.bool),
                       "blocks": tensor(torch.int32, -(-max_len // BLOCK) + 1),
                       "ids": tensor(torch.int64, max_len + 1), "logprobs": tensor(torch.float32, max_len + 1)}
-        # what the host knows without asking the device: tokens in the cache, room for them, tokens that may still come
-        self.length, self.room, self.left = (np.zeros(max_batch, dtype=np.int64) for _ in range(3))
+        # what the host knows without asking the device: tokens in the cache, room for them, tokens that may still come,
+        # alternatives that were asked for
+        self.length, self.room, self.left, self.n_top = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
         self.poll_steps = POLL_STEPS if self.device.type == "cuda" else 1
-        self.steps_since_poll, self.graphs = 0, {}
+        self.steps_since_poll, self.graphs, self.graph_memory = 0, {}, None
 
     @property
     def busy(self):
@@ -351,7 +234,8 @@ class Engine:
         ids = s.ids
         known = self.blocks.match(ids[:-1])  # the last token is computed in any case, for its logits
         new, idle = len(ids) // BLOCK - len(known), sum(block in self.blocks.free for block in known)
-        if new + len(s.seeds) > len(self.blocks.free) - idle:
+        spare = rows // 4  # blocks for those that run to grow into, or who joins would soon have to leave again
+        if new + len(s.seeds) + spare > len(self.blocks.free) - idle:
             return None
         self.blocks.share(known)
         s.blocks, s.tails = known + self.blocks.take(new), self.blocks.take(len(s.seeds))
@@ -387,6 +271,7 @@ class Engine:
         self.length[rows] = [len(s.ids) for s in new]
         self.room[rows] = [len(s.blocks) * BLOCK for s in new]
         self.left[rows] = [s.limit - len(s.response) for s in new]
+        self.n_top[rows] = [s.n_top for s in new]
         table = torch.zeros(len(new), self.rows["blocks"].shape[1], dtype=torch.int32)
         for i, s in enumerate(new):
             table[i, : len(s.blocks)] = torch.tensor(s.blocks)
@@ -474,7 +359,8 @@ class Engine:
                 self._decode_rows(size, width)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()  # one for all: they never run together
+            with torch.cuda.graph(graph, pool=self.graph_memory):
                 logits = self._decode_rows(size, width)
             for name, tensor in before.items():
                 self.rows[name].copy_(tensor)
@@ -497,11 +383,10 @@ class Engine:
 
     def _after(self, rows, logits):
         """Host's part after a token: alternatives that were asked for, a look at what has ended."""
-        for i, s in enumerate(self.running[rows]):
-            if s.n_top:
-                logits_at_t = logits[i].float() / (s.temperature or 1.0)
-                best = torch.log_softmax(logits_at_t, -1).topk(s.n_top)
-                s.top.append(list(zip(best.indices.tolist(), best.values.tolist())))
+        for i in self.n_top[rows].nonzero()[0]:
+            s = self.running[rows.start + i]
+            best = torch.log_softmax(logits[i] / (s.temperature or 1.0), -1).topk(s.n_top)
+            s.top.append(list(zip(best.indices.tolist(), best.values.tolist())))
         self.left[rows] -= 1
         self.steps_since_poll += 1
         if self.steps_since_poll >= self.poll_steps or (self.left[rows] <= 0).any():
@@ -518,8 +403,8 @@ class Engine:
             s, (ids, logprobs) = self.running[row], self._response(row)
             responses[row] = ids
             stop_id = ids[-1] if ids[-1] in self.stops else None
-            self.finished.append(Sample(s.key, s.index, ids[:-1] if ids[-1] in self.stops else ids, logprobs, stop_id,
-                                        "length" if stop_id is None else "stop", s.top[: len(ids)]))
+            text_ids, reason = (ids, "length") if stop_id is None else (ids[:-1], "stop")
+            self.finished.append(Sample(s.key, s.index, text_ids, logprobs, stop_id, reason, s.top[: len(ids)]))
         self._remove(responses)
 
     def _response(self, row):
@@ -541,7 +426,7 @@ class Engine:
             to, source = (torch.tensor(x, device=self.device) for x in (holes, movers))
             for tensor in self.rows.values():
                 tensor[to] = tensor[source]
-            for array in (self.length, self.room, self.left):
+            for array in (self.length, self.room, self.left, self.n_top):
                 array[holes] = array[movers]
         for hole, mover in zip(holes, movers):
             self.running[hole] = self.running[mover]
@@ -575,6 +460,8 @@ class Args:
     """Tokens of a response."""
     max_batch: int = 64
     """Samples that run at once."""
+    kv_tokens: int | None = None
+    """Tokens that the KV cache holds, of all sequences together; by default what a share of the free memory holds."""
     seed: int = 0
     """Of the sampling: a row's samples depend on the seed, its place in the file and the sample's number."""
     dtype: str = "auto"
@@ -677,7 +564,7 @@ def main(args):
     ranks = common.start(args.dtype)
     chat, templates = Chat(args.model), load_templates(answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
-    engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch)
+    engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch, args.kv_tokens)
     (generate_file if args.input else chat_loop)(args, engine, chat, templates)
 
 

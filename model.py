@@ -269,8 +269,13 @@ class Qwen2(nn.Module):
         return linear_logprob(x, weight, targets, temperature)
 
 
-def init_weights(model, seed, std=0.02):
-    """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth)."""
+def init_weights(model, seed, std=None):
+    """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth).
+
+    std None: d^-1/2, so that a product with a normalised vector has variance 1. At the usual 0.02, which is right for
+    d = 2500, a model of width 128 has not begun to look anything up after 600 steps; with this it has after 300.
+    """
+    std = std or model.config.hidden_size**-0.5
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         scale = std / (2 * model.config.num_hidden_layers) ** 0.5 if "o_proj" in name or "down_proj" in name else std

@@ -26,7 +26,7 @@ stage "SFT: the chosen answers"
 python sft.py --model "$CHECKPOINT" --data "$OUT/data/pairs.jsonl" --out "$OUT/sft" $SMALL --batch-size 4 --max-steps 4
 
 stage "GRM: the generated world's judgements"
-python train_grm.py --model "$CHECKPOINT" --data "$OUT/world/judgements.jsonl" $GRM --out "$OUT/grm" $SMALL --batch-size 16 \
+python train_grm.py --model "$CHECKPOINT" --data "$OUT/world/judgements.jsonl" $GRM --out "$OUT/grm" $SMALL --batch-size 8 \
     --epochs 1 --max-steps 40 --lr 2e-4 --eval-data "$OUT/world/judgements_eval.jsonl" --eval-judgements 24 \
     --eval-max-new-tokens 128
 python -c "
@@ -36,7 +36,7 @@ sys.exit(f'{parsed:.0%} of the judgements parse; expected 75 % before they serve
 
 stage "PPO with critique-post-edit"
 python ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" $GRM \
-    --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1300 \
+    --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1000 \
     --max-response-length 128 --max-judgement-length 128 --max-steps 3 --tokens-per-microbatch 4096 --dtype "${DTYPE:-fp32}"
 
 stage "evaluation: against the start of RL"

@@ -7,7 +7,8 @@ import torch
 from conftest import random_model, tiny_config
 
 import generate
-from generate import BLOCK, Blocks, Engine
+from generate import Engine
+from kv_cache import BLOCK, Blocks
 
 SETTINGS = dict(max_new_tokens=20)
 
