@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear_logprob import linear_logprob
+from kernels.linear_logprob import linear_logprob, logits
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -313,10 +313,10 @@ class Qwen2(nn.Module):
                 x = layer(x, cos, sin, context)
         x = self.model.norm(x if index is None else gather_rows(x, index))  # [S, d]
         if self.scalar_head:
-            return self.score(x).squeeze(-1).float()
+            return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if targets is None:
-            return F.linear(x, weight).float()
+            return logits(x, weight)
         return linear_logprob(x, weight, targets, temperature)
 
 
