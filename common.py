@@ -7,9 +7,11 @@ resumed run draws what the uninterrupted one would have drawn, on any number of 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,10 +28,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import Packed, save_pretrained
+from model import Packed, SharedPrefix, save_pretrained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,7 +47,7 @@ class Ranks:
     world_size: int
     device: torch.device
     dtype: torch.dtype
-    mesh: Any  # a DeviceMesh over all ranks
+    mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
 
 
 @contextlib.contextmanager
@@ -60,9 +62,15 @@ def user_errors():
         sys.exit(2)
 
 
-def start(dtype="auto"):
-    """Joins the process group of torchrun, or makes one of a single process. dtype: auto | fp32 | bf16."""
+def start(dtype="auto", shard_size=None):
+    """Joins the process group of torchrun, or makes one of a single process.
+
+    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. ValueError: it does
+    not divide the number of ranks.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if shard_size is not None and (shard_size < 1 or world_size % shard_size):
+        raise ValueError(f"--shard-size {shard_size}: expected a divisor of the number of ranks, {world_size}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -73,7 +81,11 @@ def start(dtype="auto"):
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (world_size,))
+    if shard_size in (None, world_size):
+        mesh = init_device_mesh(device.type, (world_size,))
+    else:  # neighbouring ranks share a copy: with the GPUs of a node as shard size, only gradients leave the node
+        mesh = init_device_mesh(device.type, (world_size // shard_size, shard_size),
+                                mesh_dim_names=("replicate", "shard"))
     dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
     return Ranks(rank, world_size, device, dtype, mesh)
 
@@ -203,13 +215,13 @@ def write_rows(path, rows):
 
 @dataclass
 class Batch:
-    """Packed sequences and the S positions that are trained: `index[i]` is where `targets[i]` is predicted."""
+    """Packed tokens and the S positions that are trained: `index[i]` is where `targets[i]` is predicted."""
 
     input_ids: torch.Tensor  # [T]
-    context: Packed
+    context: Packed | SharedPrefix
     index: torch.Tensor  # [S]
     targets: torch.Tensor  # [S]
-    sequence: torch.Tensor  # [S], which sequence each trained token belongs to
+    counts: list[int]  # trained tokens of each sequence (of each suffix), in order; their sum is S
 
 
 def pack(sequences, trained, device):
@@ -218,29 +230,82 @@ def pack(sequences, trained, device):
     The first token of a sequence cannot be a target: nothing predicts it.
     """
     input_ids = torch.tensor([i for ids in sequences for i in ids])
-    mask = torch.tensor([t for flags in trained for t in flags])
-    targets_at = mask.nonzero().squeeze(1)
-    sequence = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor([len(s) for s in sequences]))
-    tensors = (input_ids, targets_at - 1, input_ids[targets_at], sequence[targets_at])
-    input_ids, index, targets, sequence = (t.to(device) for t in tensors)
-    return Batch(input_ids, Packed([len(s) for s in sequences], device), index, targets, sequence)
+    targets_at = torch.tensor([t for flags in trained for t in flags]).nonzero().squeeze(1)
+    input_ids, index, targets = (t.to(device) for t in (input_ids, targets_at - 1, input_ids[targets_at]))
+    return Batch(input_ids, Packed([len(s) for s in sequences], device), index, targets, [sum(f) for f in trained])
 
 
-def micro_batches(lengths, tokens_per_microbatch, ranks):
-    """Splits 0..n-1 into runs of at most that many tokens (a longer sequence gets its own) -> lists of indices.
+def pack_shared(prefixes, suffixes, trained, device):
+    """Sequences that begin alike, packed so that neighbours with the same prefix compute it once -> Batch.
 
-    Under FSDP every rank must run the same number of passes: ranks with fewer get empty lists at the end, for which
-    the caller runs `EMPTY` with weight zero.
+    prefixes, suffixes: lists of ids, one each per sequence; trained: per sequence which tokens of the suffix are targets.
     """
-    batches, room = [], 0
-    for i, length in enumerate(lengths):
-        if not batches or length > room:
-            batches.append([])
-            room = tokens_per_microbatch
-        batches[-1].append(i)
-        room -= length
-    most = int(all_max(ranks, len(batches)))
-    return batches + [[] for _ in range(most - len(batches))]
+    input_ids, index, targets, groups = [], [], [], []
+    for i, (prefix, suffix, flags) in enumerate(zip(prefixes, suffixes, trained, strict=True)):
+        if i == 0 or prefix != prefixes[i - 1]:
+            groups.append((len(prefix), []))
+            input_ids += prefix
+            last = len(input_ids) - 1  # predicts the first token of every suffix
+        groups[-1][1].append(len(suffix))
+        places = [last, *range(len(input_ids), len(input_ids) + len(suffix) - 1)]
+        index += itertools.compress(places, flags)
+        targets += itertools.compress(suffix, flags)
+        input_ids += suffix
+    input_ids, index, targets = (torch.tensor(x, device=device) for x in (input_ids, index, targets))
+    return Batch(input_ids, SharedPrefix(groups, device), index, targets, [sum(f) for f in trained])
+
+
+def balance(sizes, n_bins):
+    """Indices of `sizes` in bins of nearly equal sums: the largest first, each into the emptiest bin (LPT rule)."""
+    bins, filled = [[] for _ in range(n_bins)], [0] * n_bins
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        emptiest = filled.index(min(filled))
+        bins[emptiest].append(i)
+        filled[emptiest] += sizes[i]
+    return [sorted(b) for b in bins]
+
+
+def share(rows, sizes, ranks):
+    """This rank's part of a step's rows, dealt out evenly by size: every rank waits for the one with most tokens."""
+    return [rows[i] for i in balance(sizes, ranks.world_size)[ranks.rank]]
+
+
+def micro_batches(sizes, tokens_per_microbatch, ranks):
+    """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger one gets its own) -> lists of indices.
+
+    Under FSDP every rank must run the same number of passes: all ranks make as many parts as the one that needs most.
+    Some may stay empty, at the end; for these the caller runs `EMPTY` with weight zero.
+    """
+    parts, room = [], []  # first fit, largest first: never over the budget
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fits = next((b for b, left in enumerate(room) if sizes[i] <= left), None)
+        if fits is None:
+            parts.append([])
+            room.append(tokens_per_microbatch)
+            fits = -1
+        parts[fits].append(i)
+        room[fits] -= sizes[i]
+    most = int(all_max(ranks, len(parts)))
+    even = balance(sizes, most)
+    if all(len(b) <= 1 or sum(sizes[i] for i in b) <= tokens_per_microbatch for b in even):
+        parts = even
+    return sorted((sorted(b) for b in parts + [[]] * (most - len(parts))), key=lambda b: (not b, b))
+
+
+def shared_micro_batches(prefixes, suffixes, tokens_per_microbatch, ranks):
+    """The same for sequences of a prefix and a suffix: those with the same prefix (neighbours) stay together.
+
+    A group that is over the budget is cut, and its prefix computed once in each part.
+    """
+    groups, sizes = [], []
+    for i, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
+        if i == 0 or prefix != prefixes[i - 1] or sizes[-1] + len(suffix) > tokens_per_microbatch:
+            groups.append([])
+            sizes.append(len(prefix))
+        groups[-1].append(i)
+        sizes[-1] += len(suffix)
+    parts = micro_batches(sizes, tokens_per_microbatch, ranks)
+    return [[i for g in part for i in groups[g]] for part in parts]
 
 
 EMPTY = ([0, 0], [False, True])  # a sequence that stands in for an empty micro-batch; its loss gets weight zero
@@ -252,6 +317,8 @@ EMPTY = ([0, 0], [False, True])  # a sequence that stands in for an empty micro-
 def shard(model, ranks):
     """FSDP2: each layer and the rest are gathered as they are needed; masters fp32, compute in ranks.dtype, fp32 sums.
 
+    The rest (embedding, last norm, LM head) is the root: it is gathered at the start of a pass and kept until its
+    backward pass is through, so that the log-probs, which walk over the head in chunks, never gather it again.
     One process in fp32 has nothing to shard or cast and keeps plain parameters.
     """
     if ranks.world_size == 1 and ranks.dtype == torch.float32:
@@ -259,7 +326,13 @@ def shard(model, ranks):
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reshard(model):
+    """Frees what passes without a backward pass have left gathered: the root of `shard`."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def adamw(model, lr, weight_decay):
@@ -276,10 +349,19 @@ def learning_rate(lr, step, total_steps, warmup_ratio, schedule):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def optimizer_step(model, optimizer, lr, max_grad_norm):
+def move(model, optimizer, device):
+    """Under --offload: a model's masters (None: they stay) and an optimizer's moments to host memory or back."""
+    if model is not None:
+        model.to(device)
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(device)
+
+
+def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
     """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
 
-    FloatingPointError where it is not finite: a run that goes on with such weights only hides the cause.
+    offload: between steps the moments lie in host memory. FloatingPointError where it is not finite: a run that goes on with such weights only hides the cause.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -287,15 +369,60 @@ def optimizer_step(model, optimizer, lr, max_grad_norm):
         raise FloatingPointError(f"gradient norm is {norm}; the weights were left as they were")
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if offload:
+        move(None, optimizer, next(model.parameters()).device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if offload:
+        move(None, optimizer, "cpu")
     return norm
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+# Dense bf16 FLOP/s of data sheets, by a part of the device's name.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}
+
+
+def peak_flops(ranks, tflops):
+    """FLOP/s of one device in the compute dtype: --peak-tflops, else from the table, else None (nothing is guessed)."""
+    if tflops is not None:
+        return tflops * 1e12
+    if ranks.device.type != "cuda" or ranks.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(ranks.device)
+    return next((known * 1e12 for part, known in PEAK_TFLOPS.items() if part in name), None)
+
+
+def forward_flops(model, batch):
+    """FLOPs of a forward pass over a Batch: two per weight and token, four d per pair of query and key and layer."""
+    c = model.config
+    d, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
+    weights = 2 * d * d + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
+    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * d * batch.context.pairs)
+    return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
+
+
+def machine_metrics(ranks, flops, seconds, tflops):
+    """mfu: model FLOPs (recomputation not counted) of all ranks in these seconds over their peak, None where that is not
+    known. peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
+    """
+    peak = peak_flops(ranks, tflops)
+    (flops,) = all_sum(ranks, flops)
+    if ranks.device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(ranks.device)
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return dict(mfu=flops / (seconds * peak * ranks.world_size) if peak else None,
+                peak_memory_gib=round(all_max(ranks, held) / 2**30, 3))
 
 
 # -- a run folder ------------------------------------------------------------------------------------------------------
 
 # Flags that may differ between the start of a run and its continuation: what a step computes stays the same.
-FREE_FLAGS = ("max_steps", "save_every", "keep_checkpoints", "tokens_per_microbatch", "out")
+FREE_FLAGS = ("max_steps", "save_every", "keep_checkpoints", "tokens_per_microbatch", "checkpoint_activations", "out",
+              "shard_size", "offload", "peak_tflops", "plan", "world_size", "gpu_gib")
 
 
 def open_run(args, ranks):

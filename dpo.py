@@ -4,7 +4,7 @@
 2. Before any training the start model scores every answer once; these reference log-probs stay in
    OUT/reference.json, so that memory holds one model and a resumed run has the same ones.
 3. Each step draws the next `batch_size` pairs of the epoch's permutation; both answers of a pair
-   share a micro-batch. With log-probs summed over an answer's tokens, the loss of a pair is
+   go through the same pass, which computes their prompt once. With log-probs summed over an answer's tokens, the loss of a pair is
        -log sigmoid(margin)
        margin = beta ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l)))
    (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) plus `sft_weight` times the mean negative
@@ -78,6 +78,12 @@ class Args:
     """Recompute layers in the backward pass: less memory, a third more time."""
     dtype: str = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    shard_size: int | None = None
+    """Ranks that share one copy of the model (HSDP; the GPUs of a node, say); None: all."""
+    offload: bool = False
+    """Keep Adam moments in host memory between steps."""
+    peak_tflops: float | None = None
+    """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
     max_steps: int | None = None
     """Stop early; the schedule stays that of the whole run."""
     save_every: int = 100
@@ -93,14 +99,14 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
 
 
 def read_pairs(args, chat):
-    """Per pair the (ids, trained) of prompt + chosen and of prompt + rejected."""
+    """Per pair the ids of (prompt, chosen, rejected)."""
     templates = load_templates(answer_template=args.answer_template)
     pairs = []
     for row in common.read_rows(args.data, "pair"):
         prompt = answer_prompt(chat, templates, row)
-        answers = [response_ids(chat, row[k]) for k in ("chosen", "rejected")]
-        pairs.append([(prompt + a, [False] * len(prompt) + [True] * len(a)) for a in answers])
-    kept = [pair for pair in pairs if max(len(ids) for ids, _ in pair) <= args.max_length]
+        pairs.append((prompt, response_ids(chat, row["chosen"]), response_ids(chat, row["rejected"])))
+    kept = [(prompt, y_w, y_l) for prompt, y_w, y_l in pairs
+            if len(prompt) + max(len(y_w), len(y_l)) <= args.max_length]
     print0(f"{len(kept)} pairs from {args.data}; {len(pairs) - len(kept)} left out "
            f"(over --max-length {args.max_length} tokens)")
     if len(kept) < args.batch_size:
@@ -109,23 +115,31 @@ def read_pairs(args, chat):
     return kept
 
 
-STAND_IN = [common.EMPTY, common.EMPTY]  # where a rank has no pair left; its loss gets weight zero
+STAND_IN = ([0], [0], [0])  # where a rank has no pair left; its loss gets weight zero
+
+
+def pair_size(pair):
+    return sum(map(len, pair))
 
 
 def pair_micro_batches(args, pairs, ranks):
     """Indices into `pairs` by token budget; both answers of a pair stay together."""
-    lengths = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
-    return common.micro_batches(lengths, args.tokens_per_microbatch, ranks)
+    return common.micro_batches([pair_size(p) for p in pairs], args.tokens_per_microbatch, ranks)
 
 
-def pair_logprobs(model, pairs, device):
-    """One pass -> log-probs of whole answers, chosen [P] and rejected [P]; tokens of chosen [P]."""
-    batch = common.pack(*zip(*(answer for pair in pairs for answer in pair)), device)
+def pair_batch(pairs, device):
+    """Sequences lie as chosen, rejected, chosen, rejected, ... behind the prompt of each pair."""
+    prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+    answers = [answer for _, *both in pairs for answer in both]
+    return common.pack_shared(prompts, answers, [[True] * len(a) for a in answers], device)
+
+
+def pair_logprobs(model, batch):
+    """One pass -> log-probs of whole answers, chosen [P] and rejected [P]."""
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index,
                         batch.targets)
-    sums = torch.zeros(2 * len(pairs), device=device).index_add(0, batch.sequence, logprobs)
-    chosen_tokens = torch.bincount(batch.sequence, minlength=2 * len(pairs))[0::2]
-    return sums[0::2], sums[1::2], chosen_tokens
+    sums = torch.stack([part.sum() for part in logprobs.split(batch.counts)])
+    return sums[0::2], sums[1::2]
 
 
 @torch.no_grad()
@@ -135,13 +149,13 @@ def reference_logprobs(args, model, pairs, ranks):
     ValueError where that file is of other pairs: the data changed under an unfinished run.
     """
     file = os.path.join(args.out, "reference.json")
-    digest = common.derive_seed(*(common.derive_seed(*ids) for pair in pairs for ids, _ in pair))
+    digest = common.derive_seed(*(common.derive_seed(*ids) for pair in pairs for ids in pair))
     if not os.path.isfile(file):
         mine, scored = pairs[ranks.rank :: ranks.world_size], []
         passes = pair_micro_batches(args, mine, ranks)
         for indices in tqdm(passes, "reference", disable=ranks.rank > 0):
             part = [mine[i] for i in indices] or [STAND_IN]
-            chosen, rejected, _ = pair_logprobs(model, part, ranks.device)
+            chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
             places = [i * ranks.world_size + ranks.rank for i in indices]
             scored += zip(places, chosen.tolist(), rejected.tolist())  # a stand-in has no place
         scored = sorted(common.all_gather(ranks, scored))
@@ -161,7 +175,7 @@ def reference_logprobs(args, model, pairs, ranks):
 
 
 def main(args):
-    ranks = common.start(args.dtype)
+    ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     pairs = read_pairs(args, chat)
@@ -180,35 +194,38 @@ def main(args):
     for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
         started = time.perf_counter()
         rows = common.batch_indices(len(pairs), args.batch_size, step, args.seed)
-        rows = rows[ranks.rank :: ranks.world_size]
+        rows = common.share(rows, [pair_size(pairs[i]) for i in rows], ranks)
         mine = [pairs[i] for i in rows]
 
         names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
-        totals = torch.zeros(len(names))
+        totals, flops = torch.zeros(len(names)), 0
         for indices in pair_micro_batches(args, mine, ranks):
             weight = float(len(indices) > 0)
             at = [rows[i] for i in indices] or [0]
             part = [mine[i] for i in indices] or [STAND_IN]
-            chosen, rejected, chosen_tokens = pair_logprobs(model, part, ranks.device)
+            batch = pair_batch(part, ranks.device)
+            flops += 3 * common.forward_flops(model, batch)  # backward costs two forward passes
+            chosen, rejected = pair_logprobs(model, batch)
             preference_loss, margin = dpo_loss(
                 chosen, rejected, reference_chosen[at].to(ranks.device),
                 reference_rejected[at].to(ranks.device), args.beta)
-            sft_loss = -chosen / chosen_tokens
+            sft_loss = -chosen / torch.tensor(batch.counts[0::2], device=ranks.device)
             loss = preference_loss + args.sft_weight * sft_loss
             # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
             values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
             totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
         lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
-        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
 
-        n_tokens = sum(len(ids) for pair in mine for ids, _ in pair)
+        n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)
         *totals, n_tokens = common.all_sum(ranks, *totals.tolist(), n_tokens)
         seconds = time.perf_counter() - started
         common.log_metrics(args.out, dict(
             step=step + 1, **{name: total / args.batch_size for name, total in zip(names, totals)},
             grad_norm=grad_norm, lr=lr, tokens=int(n_tokens), seconds=seconds,
             tokens_per_second=n_tokens / seconds,
+            **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
         ), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             common.save_checkpoint(args.out, step + 1, {"policy": model}, {"policy": optimizer},

@@ -1,8 +1,8 @@
 """Qwen2.5, by hand: config, weights in and out, and one forward for training, scoring and decoding.
 
 Tokens are packed: sequences of different lengths lie behind one another in one [T] tensor, without padding. What a
-token may attend to is decided by the `context` that is passed in: `Packed` here (training, scoring), the KV cache in
-generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict comparison of
+token may attend to is decided by the `context` that is passed in: `Packed` or `SharedPrefix` here (training, scoring),
+the KV cache in generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict comparison of
 names and shapes, and what is saved loads in `transformers` and vLLM.
 
 The critic and the Bradley-Terry reward model are the same trunk with a scalar head (`score.weight`, as in
@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear_logprob import linear_logprob
+from kernels.linear_logprob import linear_logprob, logits
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.swiglu import swiglu
 
@@ -123,10 +123,71 @@ class Packed(Segments):
     def __init__(self, lengths, device="cpu"):
         super().__init__(lengths, device)
         self.position_ids = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+        self.pairs = seen_pairs(self, self)
 
     def attend(self, layer, q, k, v, cos, sin):
         """q [T, Hq, D], k and v [T, Hkv, D], before RoPE -> [T, Hq, D]."""
         return varlen_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self, self)
+
+
+class SharedPrefix:
+    """Attention context of packed groups: a prefix, once, and behind it n suffixes that do not see one another.
+
+    groups: (tokens of the prefix, may be 0; [tokens of each suffix, at least 1]). Positions go on from the end of the
+    prefix in every suffix. Queries are P, s1 .. sn; the keys of a suffix are those of its prefix and its own.
+    """
+
+    def __init__(self, groups, device="cpu"):
+        query_lengths, key_lengths, positions, key_index = [], [], [], []
+        start = 0
+        for prefix, suffixes in groups:
+            shared = torch.arange(start, start + prefix)
+            if len(suffixes) == 1:  # nothing to share: one plain causal segment
+                prefix, suffixes = prefix + suffixes[0], []
+                shared = torch.arange(start, start + prefix)
+            query_lengths += [n for n in (prefix, *suffixes) if n]
+            key_lengths += [n for n in (prefix, *(prefix + n for n in suffixes)) if n]
+            positions += [torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in suffixes)]
+            key_index.append(shared)
+            start += prefix
+            for n in suffixes:
+                key_index += [shared, torch.arange(start, start + n)]
+                start += n
+        self.queries, self.keys = Segments(query_lengths, device), Segments(key_lengths, device)
+        self.position_ids = torch.cat(positions).to(device)  # [T]
+        self.key_index = torch.cat(key_index).to(device)  # [Tk]
+        self.pairs = seen_pairs(self.queries, self.keys)
+
+    def attend(self, layer, q, k, v, cos, sin):
+        """q [T, Hq, D], k and v [T, Hkv, D], before RoPE -> [T, Hq, D]."""
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k, v = (gather_rows(x.flatten(1), self.key_index).unflatten(1, x.shape[1:]) for x in (k, v))  # [Tk, Hkv, D]
+        return varlen_attention(q, k, v, self.queries, self.keys)
+
+
+def seen_pairs(queries, keys):
+    """Pairs of a query and a key that it sees, over all segments: what causal attention has to compute."""
+    return sum(q * k - q * (q - 1) // 2 for q, k in zip(queries.lengths, keys.lengths))
+
+
+def gather_rows(x, index):
+    """x[index] for x [N, d], index int64 [M] -> [M, d]; gradients of a row that is taken often add up in fp32 or finer."""
+    return _GatherRows.apply(x, index)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.n_rows = x.shape[0]
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.n_rows, grad.shape[1], dtype=wide, device=grad.device)
+        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
 
 
 def varlen_attention(q, k, v, queries, keys):
@@ -258,14 +319,13 @@ class Qwen2(nn.Module):
                 x, residual = checkpoint(layer, x, residual, cos, sin, context, use_reentrant=False)
             else:
                 x, residual = layer(x, residual, cos, sin, context)
-        if index is not None:
-            x, residual = x[index], residual[index]
-        x, _ = self.model.norm(x, residual)  # [S, d]
+        x = x + residual
+        x, _ = self.model.norm(x if index is None else gather_rows(x, index), None)  # [S, d]
         if self.scalar_head:
-            return self.score(x).squeeze(-1).float()
+            return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if targets is None:
-            return F.linear(x, weight).float()
+            return logits(x, weight)
         return linear_logprob(x, weight, targets, temperature)
 
 

@@ -25,6 +25,7 @@ Where this departs from the paper or its code, and why (METHOD 2 has the whole t
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -145,6 +146,12 @@ class Args:
     """Recompute layers in the backward pass: less memory, a third more time."""
     dtype: str = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    shard_size: int | None = None
+    """Ranks that share one copy of a model (HSDP; the GPUs of a node, say); None: all."""
+    offload: bool = False
+    """Keep Adam moments, and while responses are sampled the trained models, in host memory."""
+    peak_tflops: float | None = None
+    """A device's peak in the compute dtype, for the metric mfu; None: from a table of known GPUs."""
     max_steps: int | None = None
     """Stop early."""
     save_every: int = 20
@@ -337,23 +344,69 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
     return judged, lost
 
 
+def share_out(trajectories, args, ranks):
+    """Deals whole prompts out to the ranks anew, evenly by tokens in each mini-batch -> this rank's, by place.
+
+    Responses differ in length, and every rank waits for the one that has most to compute.
+    """
+    batch = sorted(common.all_gather(ranks, trajectories), key=lambda t: (t.place, t.key))
+    prompts = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.place)]
+    mine = []
+    for _, groups in itertools.groupby(prompts, key=lambda group: group[0].place // args.mini_batch_prompts):
+        groups = list(groups)
+        sizes = [len(group[0].prompt_ids) + sum(len(t.response_ids) for t in group) for group in groups]
+        for i in common.balance(sizes, ranks.world_size)[ranks.rank]:
+            mine += groups[i]
+    return mine
+
+
+def fill_old_logprobs(batch, policy, args, ranks, stats):
+    """Fills old_logprobs: of an edit pi_e(y_e | edit prompt), of an original pi_old(y_o | x).
+
+    The first mini-batch is trained with the weights that sampled it, so there an original's ratio is 1, and `update`
+    takes the log-probs of its own pass. An edit prompt goes on from prompt and y_o: all of this shares the prompt, and
+    y_o is scored on the way to its edit.
+    """
+    unscored = {t.key: t for t in batch if t.parent is None and t.place >= args.mini_batch_prompts}
+    rows = []  # prefix, suffix, which of its tokens are scored, whose they are
+    for t in sorted(batch, key=lambda t: (t.place, t.parent is None)):  # of each prompt the edits first
+        suffix, scored, owners = [], [], [t]
+        if t.parent is not None:
+            suffix, y_o = t.sampled_under[len(t.prompt_ids) :], t.parent.response_ids
+            scored = [False] * len(suffix)
+            if t.parent.key in unscored and suffix[: len(y_o)] == y_o:
+                scored[: len(y_o)] = [True] * len(y_o)
+                owners = [unscored.pop(t.parent.key), t]
+        elif unscored.pop(t.key, None) is None:
+            continue
+        rows.append((t.prompt_ids, suffix + t.response_ids, scored + [True] * len(t.response_ids), owners))
+    prefixes, suffixes, trained, owners = zip(*rows) if rows else ((), (), (), ())
+    for ts, logprobs in zip(owners, per_token(policy, prefixes, suffixes, trained, args, ranks, stats)):
+        for t, t.old_logprobs in zip(ts, logprobs.split([len(t.response_ids) for t in ts])):
+            add_gap(t, stats)
+
+
+def add_gap(t, stats):
+    """Trainer against engine: the same weights, the same tokens; only the order of sums may differ."""
+    gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()
+    stats.add("logprob_gap", gap)
+    stats.add_max("logprob_gap_max", gap)
+
+
 @torch.no_grad()
-def per_token(model, contexts, responses, args, ranks):
-    """Log-prob of each response token after its context, or the critic's value before it -> list of fp32 [L_i]."""
-    lengths = [len(c) + len(r) for c, r in zip(contexts, responses)]
-    results = []
-    for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
+def per_token(model, prefixes, suffixes, trained, args, ranks, stats):
+    """Log-probs of the trained tokens of each suffix, or the critic's values before them -> list of fp32 [L_i]."""
+    results = [None] * len(suffixes)
+    for indices in common.shared_micro_batches(prefixes, suffixes, args.tokens_per_microbatch, ranks):
         if not indices:
             idle_pass(model, args, ranks)
             continue
-        batch = pack_responses([contexts[i] for i in indices], [responses[i] for i in indices], ranks)
-        results += forward(model, batch, args.temperature).cpu().split([len(responses[i]) for i in indices])
+        batch = common.pack_shared(*([rows[i] for i in indices] for rows in (prefixes, suffixes, trained)), ranks.device)
+        stats.flops += common.forward_flops(model, batch)
+        for i, result in zip(indices, forward(model, batch, args.temperature).cpu().split(batch.counts)):
+            results[i] = result
+    common.reshard(model)
     return results
-
-
-def pack_responses(contexts, responses, ranks):
-    trained = [[False] * len(c) + [True] * len(r) for c, r in zip(contexts, responses)]
-    return common.pack([c + r for c, r in zip(contexts, responses)], trained, ranks.device)
 
 
 def idle_pass(model, args, ranks):
@@ -369,6 +422,15 @@ def forward(model, batch, temperature):
     if model.scalar_head:
         return model(ids, context.position_ids, context, batch.index)
     return model(ids, context.position_ids, context, batch.index, batch.targets, temperature)[0]
+
+
+@torch.no_grad()
+def refresh_gap(engine, policy, ids, args, ranks):
+    """Largest difference in log-prob between engine and trainer on one prompt: stale weights show before sampling."""
+    batch = common.pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
+    gap = (forward(engine.model, batch, args.temperature) - forward(policy, batch, args.temperature)).abs().max()
+    common.reshard(policy)
+    return common.all_max(ranks, gap.item())
 
 
 def compute_advantages(batch, args, ranks):
@@ -411,6 +473,7 @@ class Stats:
 
     def __init__(self):
         self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(float)
+        self.flops, self.logical_tokens, self.computed_tokens = 0, 0, 0  # of this rank's passes
 
     def add(self, name, values):
         total = self.sums[name]
@@ -437,17 +500,19 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
         (n_tokens,) = common.all_sum(ranks, sum(len(t.response_ids) for t in mine))
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
-        lengths = [len(t.prompt_ids) + len(t.response_ids) for t in mine]
-        for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
+        rows = [(t.prompt_ids, t.response_ids, [True] * len(t.response_ids)) for t in mine]
+        prefixes, suffixes, _ = zip(*rows) if rows else ((), (), ())
+        for indices in common.shared_micro_batches(prefixes, suffixes, args.tokens_per_microbatch, ranks):
             if not indices:
                 for model in (policy, critic) if train_policy else (critic,):
                     idle_pass(model, args, ranks)
                 continue
             chosen = [mine[i] for i in indices]
-            packed = pack_responses([t.prompt_ids for t in chosen], [t.response_ids for t in chosen], ranks)
-            old_logprobs, advantages, old_values, returns = (
-                torch.cat([getattr(t, name) for t in chosen]).to(ranks.device)
-                for name in ("old_logprobs", "advantages", "values", "returns"))
+            packed = common.pack_shared(*zip(*(rows[i] for i in indices)), ranks.device)
+            stats.logical_tokens += sum(len(t.prompt_ids) + len(t.response_ids) for t in chosen)
+            stats.computed_tokens += len(packed.input_ids)
+            advantages, old_values, returns = (torch.cat([getattr(t, name) for t in chosen]).to(ranks.device)
+                                               for name in ("advantages", "values", "returns"))
             edit = torch.cat([torch.full((len(t.response_ids),), t.parent is not None) for t in chosen])
             edit = edit.to(ranks.device)  # [S] bool
 
@@ -455,6 +520,12 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
                 ids, context = packed.input_ids, packed.context
                 logprobs, entropy = policy(ids, context.position_ids, context, packed.index, packed.targets,
                                            args.temperature)
+                stats.flops += 3 * common.forward_flops(policy, packed)  # the backward pass costs two forward ones
+                for t, now in zip(chosen, logprobs.detach().cpu().split(packed.counts)):
+                    if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
+                        t.old_logprobs = now
+                        add_gap(t, stats)
+                old_logprobs = torch.cat([t.old_logprobs for t in chosen]).to(ranks.device)
                 loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old_logprobs[~edit], advantages[~edit],
                                                        args.eps_low, args.eps_high)
                 loss_e, ratio_e, weight = edit_loss(args.edit_ratio, logprobs[edit], old_logprobs[edit],
@@ -466,20 +537,23 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
                 stats.add("original/ratio", ratio_o)
                 stats.add("original/clipfrac", clipped)
                 stats.add("original/approx_kl", ratio_o - 1 - ratio_o.log())
+                stats.add_max("original/ratio_max", ratio_o)
                 stats.add("edit/ratio", ratio_e)
+                stats.add("edit/clipfrac", weight == 0)
                 stats.add_max("edit/ratio_max", ratio_e)
                 stats.add("edit/ratio_low", ratio_e < 1 - args.eps_low)
                 stats.add("edit/ratio_high", ratio_e > 1 + args.eps_high)
                 stats.add("edit/weight", weight)
 
             values = forward(critic, packed, args.temperature)
+            stats.flops += 3 * common.forward_flops(critic, packed)
             v_loss, v_clipped = value_loss(values, old_values, returns, args.value_clip)
             (v_loss.sum() * ranks.world_size / n_tokens).backward()
             stats.add("value_loss", v_loss.detach())
             stats.add("value_clipfrac", v_clipped)
         for name, model, lr in (("policy", policy, args.lr), ("critic", critic, args.critic_lr)):
             if name == "critic" or train_policy:
-                norm = common.optimizer_step(model, optimizers[name], lr, args.max_grad_norm)
+                norm = common.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
                 stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
@@ -538,7 +612,7 @@ def read_prompts(args, chat, templates):
 
 
 def main(args):
-    ranks = common.start(args.dtype)
+    ranks = common.start(args.dtype, args.shard_size)
     if not 0 <= args.edit_rate <= 1:
         raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
     tokenizer_from = resolve(args.policy)
@@ -572,51 +646,65 @@ def main(args):
         stats = Stats()
 
         # 1. originals, critiques, edits, with the weights as they are now
-        engine.refresh(policy)
         rows = common.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
+        engine.refresh(policy)
+        gap = refresh_gap(engine, policy, prompts[rows[0]][1], args, ranks)
+        clock.append(time.perf_counter())
+        if args.offload:
+            for name, model in models.items():
+                common.move(model, optimizers[name], "cpu")
         mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
         judged, lost = rollout(mine, engine, judge, chat, templates, args, step, progress)
         clock.append(time.perf_counter())
+        if args.offload:  # the moments follow in `optimizer_step`
+            for model in models.values():
+                model.to(ranks.device)
 
         # 2. all originals and a share of the edits; chosen on every rank alike from the rewards of all
         edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
         seed = common.derive_seed(args.seed, step, "select")
         selected = select_edits(common.all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
-        batch = sorted((t for t in judged if t.parent is None or t.key[:2] in selected), key=lambda t: (t.place, t.key))
+        batch = share_out([t for t in judged if t.parent is None or t.key[:2] in selected], args, ranks)
         (n_batch,) = common.all_sum(ranks, len(batch))
         if n_batch == 0:
             raise ValueError(f"step {step + 1}: no response is left to train on (lost on this rank: {lost}); is --judge "
                              f"{args.judge} a reward model for these answers?")
         describe_rollout(judged, selected, stats)
 
-        # 3. log-probs and values before the update, advantages. An edit's log-prob is that under its edit prompt
+        # 3. log-probs and values before the update, advantages
         progress.set_postfix_str("log-probs and values")
+        train_policy = step >= args.critic_warmup_steps
+        if train_policy:
+            fill_old_logprobs(batch, policy, args, ranks, stats)
         responses = [t.response_ids for t in batch]
-        old_logprobs = per_token(policy, [t.sampled_under for t in batch], responses, args, ranks)
-        values = per_token(critic, [t.prompt_ids for t in batch], responses, args, ranks)
-        for t, t.old_logprobs, t.values in zip(batch, old_logprobs, values):
-            gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()  # trainer against engine
-            stats.add("logprob_gap", gap)
-            stats.add_max("logprob_gap_max", gap)
+        values = per_token(critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses],
+                           args, ranks, stats)
+        for t, of_t in zip(batch, values):
+            t.values = of_t
         explained_variance = compute_advantages(batch, args, ranks)
         clock.append(time.perf_counter())
 
         # 4. the update
         progress.set_postfix_str("update")
-        update(batch, policy, critic, optimizers, step >= args.critic_warmup_steps, args, ranks, stats)
+        update(batch, policy, critic, optimizers, train_policy, args, ranks, stats)
         clock.append(time.perf_counter())
 
         # 5. what happened
         n_generated = sum(len(t.response_ids) for t in judged)
         asked, unparsed = judge.take_counts()
         counts = common.all_sum(ranks, *lost.values(), n_generated, asked, unparsed,
-                                len(mine) - len({t.place for t in judged}))
+                                len(mine) - len({t.place for t in judged}), stats.logical_tokens, stats.computed_tokens)
         names = ("lost/originals", "lost/edits", "lost/truncated", "generated_tokens", "judge_calls",
-                 "judge_unparsed", "lost/prompts")
-        seconds = dict(zip(("rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+                 "judge_unparsed", "lost/prompts", "trained_tokens", "computed_tokens")
+        counts = dict(zip(names, map(int, counts)))
+        seconds = dict(zip(("refresh", "rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+        training = seconds["score"] + seconds["update"]
         common.log_metrics(args.out, dict(
-            step=step + 1, **stats.means(ranks), explained_variance=explained_variance, batch=int(n_batch),
-            **dict(zip(names, map(int, counts))), **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
+            step=step + 1, **stats.means(ranks), explained_variance=explained_variance, refresh_gap=gap,
+            batch=int(n_batch), **counts, **common.machine_metrics(ranks, stats.flops, training, args.peak_tflops),
+            generated_tokens_per_second=counts["generated_tokens"] / seconds["rollout"],
+            trained_tokens_per_second=counts["trained_tokens"] / training,
+            **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
         ), ranks)
         rollouts = common.all_gather(ranks, rollout_rows(judged, selected))
         if ranks.rank == 0:

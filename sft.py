@@ -77,6 +77,12 @@ class Args:
     """Recompute layers in the backward pass: less memory, a third more time."""
     dtype: str = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    shard_size: int | None = None
+    """Ranks that share one copy of the model (HSDP; the GPUs of a node, say); None: all."""
+    offload: bool = False
+    """Keep Adam moments in host memory between steps."""
+    peak_tflops: float | None = None
+    """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
     max_steps: int | None = None
     """Stop early; the schedule stays that of the whole run."""
     save_every: int = 100
@@ -132,7 +138,7 @@ def open_model(args, chat, ranks):
 
 
 def main(args):
-    ranks = common.start(args.dtype)
+    ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     examples = read_examples(args, chat)
@@ -146,27 +152,29 @@ def main(args):
     for step in tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0):
         started = time.perf_counter()
         rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
-        mine = [examples[i] for i in rows[ranks.rank :: ranks.world_size]]
+        mine = [examples[i] for i in common.share(rows, [len(examples[i][0]) for i in rows], ranks)]
         # the mean is over the tokens of all ranks and micro-batches: the count must be known before any backward pass
         n_trained, n_tokens = common.all_sum(ranks, sum(sum(t) for _, t in mine), sum(len(ids) for ids, _ in mine))
 
-        loss_sum = 0.0
+        loss_sum, flops = 0.0, 0
         for indices in common.micro_batches([len(ids) for ids, _ in mine], args.tokens_per_microbatch, ranks):
             chosen = [mine[i] for i in indices] or [common.EMPTY]
             batch = common.pack(*zip(*chosen), ranks.device)
             logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
+            flops += 3 * common.forward_flops(model, batch)  # the backward pass costs two forward ones
             loss = -logprobs.sum() * (len(indices) > 0)
             # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * ranks.world_size / n_trained).backward()
             loss_sum += loss.item()
         lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
-        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
 
         (loss_sum,) = common.all_sum(ranks, loss_sum)
         seconds = time.perf_counter() - started
         common.log_metrics(args.out, dict(
             step=step + 1, loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, tokens=int(n_tokens),
             trained_tokens=int(n_trained), seconds=seconds, tokens_per_second=n_tokens / seconds,
+            **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
         ), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             common.save_checkpoint(args.out, step + 1, {"policy": model}, {"policy": optimizer}, tokenizer_from, ranks,

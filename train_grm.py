@@ -37,7 +37,7 @@ from tqdm import tqdm
 import common
 from common import print0
 from generate import Engine
-from model import Packed, load_pretrained, resolve
+from model import SharedPrefix, load_pretrained, resolve
 from prompts import (
     Chat,
     Judgement,
@@ -108,6 +108,12 @@ class Args:
     """Recompute layers in the backward pass: less memory, a third more time."""
     dtype: str = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    shard_size: int | None = None
+    """Ranks that share one copy of the model (HSDP; the GPUs of a node, say); None: all."""
+    offload: bool = False
+    """Keep Adam moments in host memory between steps."""
+    peak_tflops: float | None = None
+    """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
     max_steps: int | None = None
     """Stop early; the schedule stays that of the whole run."""
     save_every: int = 100
@@ -156,47 +162,61 @@ def bt_loss(chosen, rejected):
 
 
 def grm_sums(model, examples, device):
-    """One forward pass: (sum of the losses with its graph, {name: sum over the examples})."""
+    """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, FLOPs)."""
     batch = common.pack(*zip(*examples), device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index,
                         batch.targets)
-    return -logprobs.sum(), {}
+    return -logprobs.sum(), {}, common.forward_flops(model, batch)
 
 
 def bt_sums(model, examples, device):
-    """The same for pairs; sequences lie as chosen, rejected, chosen, rejected, ..."""
-    sequences = [ids for pair in examples for ids in pair]
-    context = Packed([len(ids) for ids in sequences], device)
-    input_ids = torch.tensor([i for ids in sequences for i in ids], device=device)
-    last_tokens = context.cu_seqlens[1:].long() - 1  # [2 P]
-    rewards = model(input_ids, context.position_ids, context, index=last_tokens)
+    """The same for pairs; what both answers begin with, the prompt at least, is computed once."""
+    input_ids, groups = [], []
+    for chosen, rejected in examples:
+        n = min(len(os.path.commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1)
+        groups.append((n, [len(chosen) - n, len(rejected) - n]))
+        input_ids += chosen + rejected[n:]
+    ends = torch.tensor([(n, *suffixes) for n, suffixes in groups]).flatten().cumsum(0).view(-1, 3)
+    last_tokens = (ends[:, 1:].flatten() - 1).to(device)  # [2 P]: chosen, rejected, chosen, ...
+    batch = common.Batch(torch.tensor(input_ids, device=device), SharedPrefix(groups, device),
+                         last_tokens, None, [1] * 2 * len(examples))
+    rewards = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
     chosen, rejected = rewards[0::2], rewards[1::2]
     sums = dict(correct=(chosen > rejected).sum(), ties=(chosen == rejected).sum(),
                 margin=(chosen - rejected).sum(), chosen_reward=chosen.sum(),
                 rejected_reward=rejected.sum())
-    return bt_loss(chosen, rejected).sum(), {name: value.item() for name, value in sums.items()}
+    return (bt_loss(chosen, rejected).sum(), {name: value.item() for name, value in sums.items()},
+            common.forward_flops(model, batch))
+
+
+def size(example):
+    """Tokens of an example: of a judgement, or of both answers of a pair."""
+    first, second = example
+    return len(first) if isinstance(second[0], bool) else len(first) + len(second)
 
 
 def over_examples(args, model, examples, ranks, train):
-    """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained).
+    """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained, FLOPs).
 
     The loss is a mean over trained tokens (grm) or pairs (bt): `trained` is their number. With
     `train` each pass is followed by its backward pass.
     """
     if args.objective == "bt":
         sums_of, stand_in = bt_sums, ([0], [0])
-        lengths, n_trained = [len(c) + len(r) for c, r in examples], len(examples)
+        n_trained = len(examples)
     else:
         sums_of, stand_in = grm_sums, common.EMPTY
-        lengths, n_trained = [len(ids) for ids, _ in examples], sum(sum(t) for _, t in examples)
+        n_trained = sum(sum(t) for _, t in examples)
+    lengths = [size(example) for example in examples]
     # the mean is over all ranks and micro-batches: the count must be known before any backward pass
     n_trained, n_tokens = common.all_sum(ranks, n_trained, sum(lengths))
 
-    totals = {}
+    totals, all_flops = {}, 0
     for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
         chosen = [examples[i] for i in indices] or [stand_in]
         with torch.set_grad_enabled(train):
-            loss, sums = sums_of(model, chosen, ranks.device)
+            loss, sums, flops = sums_of(model, chosen, ranks.device)
+        all_flops += (3 if train else 1) * flops  # backward costs two forward passes
         weight = float(len(indices) > 0)
         if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * weight * ranks.world_size / n_trained).backward()
@@ -206,7 +226,7 @@ def over_examples(args, model, examples, ranks, train):
     if args.objective == "bt":  # a tie is neither right nor wrong
         correct, decided = metrics.pop("correct"), 1 - metrics["ties"]
         metrics["accuracy"] = correct / decided if decided else float("nan")
-    return metrics, int(n_tokens), int(n_trained)
+    return metrics, int(n_tokens), int(n_trained), all_flops
 
 
 # -- judgements of held-out answers ----------------------------------------------------------------
@@ -249,7 +269,7 @@ def judge_held_out(args, chat, ranks):
 
 def main(args):
     args = with_defaults(args)
-    ranks = common.start(args.dtype)
+    ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
@@ -272,20 +292,21 @@ def main(args):
     for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
         started = time.perf_counter()
         rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
-        mine = [examples[i] for i in rows[ranks.rank :: ranks.world_size]]
-        metrics, n_tokens, n_trained = over_examples(args, model, mine, ranks, train=True)
+        mine = [examples[i] for i in common.share(rows, [size(examples[i]) for i in rows], ranks)]
+        metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
         lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
-        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
         seconds = time.perf_counter() - started
 
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == last_step):
             share = held_out[ranks.rank :: ranks.world_size]
-            held_out_metrics, _, _ = over_examples(args, model, share, ranks, train=False)
+            held_out_metrics, *_ = over_examples(args, model, share, ranks, train=False)
             metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
             print0(f"step {step + 1}:", {k: round(v, 4) for k, v in metrics.items()})
         common.log_metrics(args.out, dict(
             step=step + 1, **metrics, grad_norm=grad_norm, lr=lr, tokens=n_tokens,
             trained=n_trained, seconds=seconds, tokens_per_second=n_tokens / seconds,
+            **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
         ), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             common.save_checkpoint(args.out, step + 1, {"model": model}, {"model": optimizer},

@@ -1,21 +1,34 @@
-"""Hidden states and LM head to log-probabilities, without keeping [T, V] logits.
+"""Hidden states and LM head to log-probabilities and entropy, without ever keeping [T, V] logits.
 
     logprobs, entropy = linear_logprob(hidden, weight, targets, temperature)
 
-At V = 152k a single fp32 logits matrix for 8k tokens is 5 GB. Both passes therefore walk over the vocabulary in
-chunks with an online log-sum-exp, and the backward pass recomputes a chunk's logits instead of storing them.
-`reference` is the same result in three lines of plain autograd; the tests hold the two against each other.
+At V = 152k a single fp32 logits matrix for 8k tokens is 5 GB. The forward pass therefore walks over tiles of the logits
+with an online log-sum-exp, and the backward pass makes each tile again instead of storing it. Logits, sums and gradients
+are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16: nothing is rounded to bf16 before the softmax.
+
+- CPU: tiles that stay in a core's cache, vocabulary outside, tokens inside; matrix products by torch.
+- Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel; the
+  splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in the
+  dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and d weight.
 """
 
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 64 * 2**20  # one chunk of fp32 logits: large enough for an efficient GEMM, small enough to be forgotten
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU needs the torch code only
+    triton = None
+
+TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, half of it in each of two cores' caches
+SLICE_BYTES = 256 * 2**20  # on a GPU: d loss / d logits of one slice of the vocabulary
+MIN_PROGRAMS = 1024  # on a GPU: enough for the last wave of programs to be a small part of all
 
 
 def reference(hidden, weight, targets, temperature=1.0):
     """The definition: shapes as in `linear_logprob`, memory [T, V]."""
-    logp = torch.log_softmax(F.linear(hidden, weight).float() / temperature, dim=-1)  # [T, V]
+    logp = torch.log_softmax(F.linear(_wide(hidden), _wide(weight)) / temperature, dim=-1)  # [T, V]
     entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy.detach()
 
@@ -23,65 +36,220 @@ def reference(hidden, weight, targets, temperature=1.0):
 def linear_logprob(hidden, weight, targets, temperature=1.0):
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy.
 
-    hidden [T, d], weight [V, d] (one dtype), targets int64 [T], temperature > 0
+    hidden [T, d], weight [V, d] (one dtype, rows contiguous), targets int64 [T] in [0, V), temperature > 0
     -> logprobs fp32 [T] (differentiable in hidden and weight), entropy in nats fp32 [T] (not differentiable).
     """
-    return _LinearLogprob.apply(hidden, weight, targets, temperature)
+    assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
+    assert hidden.dtype == weight.dtype and targets.dtype == torch.int64, (hidden.dtype, weight.dtype, targets.dtype)
+    assert targets.shape == hidden.shape[:1] and hidden.stride(1) == weight.stride(1) == 1, (targets.shape, hidden.stride())
+    on_triton = hidden.is_cuda and triton is not None and hidden.dtype != torch.float64
+    return _LinearLogprob.apply(hidden, weight, targets, temperature, _Triton if on_triton else _Torch)
 
 
-def _vocabulary_chunks(n_tokens, vocab_size):
-    size = max(1, min(vocab_size, CHUNK_BYTES // (4 * max(1, n_tokens))))
-    return [(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
+def logits(hidden, weight):
+    """hidden @ weight.T in fp32 (fp64 for fp64): [T, d], [V, d] -> [T, V]; for sampling, not for log-probs of many tokens."""
+    if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.is_grad_enabled():
+        return _product(hidden, weight.t())
+    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def _chunk_logits(hidden, weight, start, end, temperature):
-    return F.linear(hidden, weight[start:end]).float().div_(temperature)  # [T, end - start]
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _target_in_chunk(targets, start, end):
-    inside = (targets >= start) & (targets < end)
-    return inside, (targets - start).clamp(0, end - start - 1)[:, None]
+def _product(a, b):
+    """a @ b with fp32 sums and an fp32 result."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return _wide(a) @ _wide(b)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        n = hidden.shape[0]
-        running_max = torch.full((n,), float("-inf"), device=hidden.device)
-        sum_exp = torch.zeros(n, device=hidden.device)
-        sum_exp_logit = torch.zeros(n, device=hidden.device)  # sum of exp(z - max) * z, for the entropy
-        target_logit = torch.zeros(n, device=hidden.device)
-        for start, end in _vocabulary_chunks(n, weight.shape[0]):
-            logits = _chunk_logits(hidden, weight, start, end, temperature)
-            inside, column = _target_in_chunk(targets, start, end)
-            target_logit += torch.where(inside, logits.gather(1, column).squeeze(1), 0.0)
-            new_max = torch.maximum(running_max, logits.amax(1))
-            rescale = torch.exp(running_max - new_max)
-            exp = torch.exp(logits - new_max[:, None])
-            sum_exp = sum_exp * rescale + exp.sum(1)
-            sum_exp_logit = sum_exp_logit * rescale + exp.mul_(logits).sum(1)
-            running_max = new_max
-        logsumexp = running_max + sum_exp.log()
-        entropy = logsumexp - sum_exp_logit / sum_exp
+    def forward(ctx, hidden, weight, targets, temperature, device_code):
+        target_logit, logsumexp, mean_logit = device_code.forward(hidden, weight, targets, temperature)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.device_code = temperature, device_code
+        entropy = logsumexp - mean_logit  # sum of p (log-sum-exp - z)
         ctx.mark_non_differentiable(entropy)
         return target_logit - logsumexp, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _grad_entropy):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        scale = (grad_logprobs / ctx.temperature)[:, None]
-        for start, end in _vocabulary_chunks(hidden.shape[0], weight.shape[0]):
-            logits = _chunk_logits(hidden, weight, start, end, ctx.temperature)
-            # d logp / d logits = onehot(target) - softmax
-            grad = logits.sub_(logsumexp[:, None]).exp_().neg_()
-            inside, column = _target_in_chunk(targets, start, end)
-            grad.scatter_add_(1, column, inside[:, None].float())
-            grad = grad.mul_(scale).to(hidden.dtype)
-            grad_hidden += grad @ weight[start:end]
+        scale = grad_logprobs / ctx.temperature  # d loss / d (hidden @ weight.T) = scale (onehot(target) - softmax)
+        grads = ctx.device_code.backward(hidden, weight, targets, logsumexp, ctx.temperature, scale,
+                                         ctx.needs_input_grad[1])
+        return *grads, None, None, None
+
+
+# -- torch -------------------------------------------------------------------------------------------------------------
+
+
+class _Torch:
+    @staticmethod
+    def tiles(hidden, weight, temperature):
+        """Logits tile by tile, all in the same memory -> (first word, its slice of the head, slice of tokens, tile)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        n_tokens, n_words = min(TILE_TOKENS, len(hidden)), min(TILE_WORDS, len(weight))
+        memory = torch.empty(n_tokens * n_words, dtype=wide, device=hidden.device)
+        hidden = hidden.to(wide) / temperature
+        for start in range(0, len(weight), n_words):
+            words = weight[start : start + n_words].to(wide)
+            for first in range(0, len(hidden), n_tokens):
+                rows = slice(first, min(first + n_tokens, len(hidden)))
+                tile = memory[: (rows.stop - first) * len(words)].view(-1, len(words))
+                yield start, words, rows, torch.mm(hidden[rows], words.t(), out=tile)
+
+    @staticmethod
+    def target_in_tile(targets, start, tile):
+        inside = (targets >= start) & (targets < start + tile.shape[1])
+        return inside.to(tile.dtype), (targets - start).clamp(0, tile.shape[1] - 1)[:, None]
+
+    @staticmethod
+    def forward(hidden, weight, targets, temperature):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        largest = torch.full(targets.shape, float("-inf"), dtype=wide, device=hidden.device)
+        sum_exp, sum_exp_logit, target_logit = (torch.zeros_like(largest) for _ in range(3))
+        memory = torch.empty(0, dtype=wide, device=hidden.device)
+        for start, _, rows, tile in _Torch.tiles(hidden, weight, temperature):
+            if tile.numel() > memory.numel():
+                memory = torch.empty(tile.numel(), dtype=wide, device=hidden.device)
+            inside, column = _Torch.target_in_tile(targets[rows], start, tile)
+            target_logit[rows] += inside * tile.gather(1, column)[:, 0]
+            now = torch.maximum(largest[rows], tile.amax(1))
+            rescale = torch.exp(largest[rows] - now)
+            exp = torch.sub(tile, now[:, None], out=memory[: tile.numel()].view_as(tile)).exp_()
+            sum_exp[rows] = sum_exp[rows] * rescale + exp.sum(1)
+            product = torch.bmm(exp[:, None], tile[:, :, None])[:, 0, 0]  # sum of exp * logit, without a tile for it
+            sum_exp_logit[rows] = sum_exp_logit[rows] * rescale + product
+            largest[rows] = now
+        return target_logit, largest + sum_exp.log(), sum_exp_logit / sum_exp
+
+    @staticmethod
+    def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
+        wide = logsumexp.dtype
+        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+        grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else None
+        wide_hidden, part = hidden.to(wide), None
+        for start, words, rows, tile in _Torch.tiles(hidden, weight, temperature):
+            inside, column = _Torch.target_in_tile(targets[rows], start, tile)
+            tile.sub_(logsumexp[rows, None]).exp_().neg_()
+            tile.scatter_add_(1, column, inside[:, None]).mul_(scale[rows, None])
+            grad_hidden[rows].addmm_(tile, words)
             if grad_weight is not None:
-                grad_weight[start:end] = grad.T @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+                mine = slice(start, start + len(words))
+                if weight.dtype == wide:
+                    grad_weight[mine].addmm_(tile.t(), wide_hidden[rows])
+                else:  # sums over the tokens in fp32, rounded once
+                    part = torch.zeros_like(words) if rows.start == 0 else part
+                    part.addmm_(tile.t(), wide_hidden[rows])
+                    if rows.stop == len(hidden):
+                        grad_weight[mine] = part
+        return grad_hidden.to(hidden.dtype), grad_weight
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D: tl.constexpr,
+              BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
+        """hidden[tokens] @ weight[words].T, fp32 [TOKENS, WORDS]; what lies outside counts as zero."""
+        acc = tl.zeros([TOKENS, WORDS], tl.float32)
+        h_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
+        w_rows = weight + words.to(tl.int64)[None, :] * weight_stride
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            h = tl.load(h_rows + d[None, :], mask=(tokens < n_tokens)[:, None] & (d < D)[None, :], other=0.0)
+            w = tl.load(w_rows + d[:, None], mask=(words < n_words)[None, :] & (d < D)[:, None], other=0.0)
+            acc = tl.dot(h, w, acc, input_precision="ieee")  # fp32 inputs are not cut to tf32
+        return acc
+
+    @triton.jit
+    def _forward_kernel(hidden, weight, targets, largest_out, sum_out, sum_logit_out, target_out, n_tokens, n_words,
+                        words_per_split, hidden_stride, weight_stride, inverse_temperature, D: tl.constexpr,
+                        BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
+        """Program (block of tokens, split): neighbours share the words, which so stay in the L2 cache."""
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        split = tl.program_id(1)
+        target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1)
+        largest = tl.full([TOKENS], float("-inf"), tl.float32)
+        sum_exp = tl.zeros([TOKENS], tl.float32)
+        sum_exp_logit = tl.zeros([TOKENS], tl.float32)
+        target_logit = tl.zeros([TOKENS], tl.float32)
+        for start in range(split * words_per_split, tl.minimum((split + 1) * words_per_split, n_words), WORDS):
+            words = start + tl.arange(0, WORDS)
+            z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS,
+                      WORDS) * inverse_temperature
+            inside = (words < n_words)[None, :]
+            now = tl.maximum(largest, tl.max(tl.where(inside, z, float("-inf")), 1))
+            rescale = tl.exp(largest - now)
+            exp = tl.where(inside, tl.exp(z - now[:, None]), 0.0)
+            sum_exp = sum_exp * rescale + tl.sum(exp, 1)
+            sum_exp_logit = sum_exp_logit * rescale + tl.sum(exp * z, 1)
+            target_logit += tl.sum(tl.where(words[None, :] == target[:, None], z, 0.0), 1)
+            largest = now
+        place, mask = split.to(tl.int64) * n_tokens + tokens, tokens < n_tokens
+        tl.store(largest_out + place, largest, mask=mask)
+        tl.store(sum_out + place, sum_exp, mask=mask)
+        tl.store(sum_logit_out + place, sum_exp_logit, mask=mask)
+        tl.store(target_out + place, target_logit, mask=mask)
+
+    @triton.jit
+    def _grad_kernel(hidden, weight, targets, logsumexp, scale, grad, first_word, n_tokens, n_words, hidden_stride,
+                     weight_stride, inverse_temperature, D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+                     WORDS: tl.constexpr):
+        """grad[t, w] = scale[t] (onehot(target[t]) - softmax[t])[first_word + w] for one tile; weight: the slice's rows."""
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+        z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS, WORDS)
+        mask = tokens < n_tokens
+        target = tl.load(targets + tokens, mask=mask, other=-1) - first_word
+        lse = tl.load(logsumexp + tokens, mask=mask, other=0.0)
+        factor = tl.load(scale + tokens, mask=mask, other=0.0)
+        onehot = tl.where(words[None, :] == target[:, None], 1.0, 0.0)
+        value = (onehot - tl.exp(z * inverse_temperature - lse[:, None])) * factor[:, None]
+        place = grad + tokens.to(tl.int64)[:, None] * n_words + words[None, :]
+        tl.store(place, value.to(grad.dtype.element_ty), mask=mask[:, None] & (words < n_words)[None, :])
+
+
+class _Triton:
+    @staticmethod
+    def blocks(dtype):
+        # two operands of BLOCK_D columns and three stages: 96 KB of shared memory in both cases
+        return dict(TOKENS=128, WORDS=128, BLOCK_D=64 if dtype.itemsize == 2 else 32, num_warps=8, num_stages=3)
+
+    @staticmethod
+    def forward(hidden, weight, targets, temperature):
+        (n_tokens, d), n_words, blocks = hidden.shape, len(weight), _Triton.blocks(hidden.dtype)
+        token_blocks, word_blocks = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(n_words, blocks["WORDS"])
+        per_split = triton.cdiv(word_blocks, min(word_blocks, triton.cdiv(MIN_PROGRAMS, token_blocks)))
+        splits = triton.cdiv(word_blocks, per_split)  # none is empty
+        parts = [torch.empty(splits, n_tokens, device=hidden.device) for _ in range(4)]
+        _forward_kernel[token_blocks, splits](hidden, weight, targets, *parts, n_tokens, n_words, per_split * blocks["WORDS"],
+                                              hidden.stride(0), weight.stride(0), 1 / temperature, D=d, **blocks)
+        largest, sum_exp, sum_exp_logit, target_logit = parts
+        top = largest.amax(0)
+        rescale = torch.exp(largest - top)
+        total = (sum_exp * rescale).sum(0)
+        return target_logit.sum(0), top + total.log(), (sum_exp_logit * rescale).sum(0) / total
+
+    @staticmethod
+    def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
+        (n_tokens, d), blocks = hidden.shape, _Triton.blocks(hidden.dtype)
+        slice_words = max(blocks["WORDS"], SLICE_BYTES // (n_tokens * hidden.element_size()))
+        memory = torch.empty(n_tokens * min(slice_words, len(weight)), dtype=hidden.dtype, device=hidden.device)
+        grad_hidden = torch.zeros(n_tokens, d, device=hidden.device)
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        for start in range(0, len(weight), slice_words):
+            words = weight[start : start + slice_words]
+            grad = memory[: n_tokens * len(words)].view(n_tokens, -1)
+            grid = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(len(words), blocks["WORDS"])
+            _grad_kernel[grid](hidden, words, targets, logsumexp, scale.contiguous(), grad, start, n_tokens, len(words),
+                               hidden.stride(0), words.stride(0), 1 / temperature, D=d, **blocks)
+            grad_hidden += _product(grad, words)
+            if needs_weight:
+                torch.mm(grad.t(), hidden, out=grad_weight[start : start + slice_words])
+        return grad_hidden.to(hidden.dtype), grad_weight

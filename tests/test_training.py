@@ -180,7 +180,7 @@ def test_bt_scores_the_last_token(tiny, tmp_path):
         return model(torch.tensor(ids), packed.position_ids, packed)[-1].item()
 
     margins = [reward(chosen) - reward(rejected) for chosen, rejected in examples]
-    loss, sums = train_grm.bt_sums(model, examples, "cpu")
+    loss, sums, _ = train_grm.bt_sums(model, examples, "cpu")
     assert sums["margin"] == pytest.approx(sum(margins), abs=1e-5)
     assert sums["correct"] == sum(m > 0 for m in margins) and sums["ties"] == 0
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), abs=1e-5)
