@@ -44,7 +44,7 @@ python train_grm.py --objective bt --model "$OUT/base/policy" --data "$WORLD/pai
 # n = 6 without edits against n = 4 and two edits of four: as many trained responses a prompt (METHOD 1.9)
 RL="--policy $OUT/sft/policy --prompts $WORLD/prompts_train.jsonl $ANSWER $EDIT $GRM --prompts-per-step 16
     --mini-batch-prompts 8 --max-response-length 96 --max-judgement-length 96 --temperature 1 --top-p 1 --lr 5e-5
-    --critic-lr 3e-4 --tokens-per-microbatch 8192 --max-steps $(scaled 40 2) --seed $SEED"
+    --critic-lr 2e-3 --tokens-per-microbatch 8192 --max-steps $(scaled 40 2) --seed $SEED"
 stage "PPO, rewarded by BT"
 python ppo_cpe.py $RL --judge "bt:$OUT/bt/model" --edit-rate 0 --n-samples 6 --out "$OUT/ppo_bt"
 stage "PPO, rewarded by the GRM"
