@@ -2,13 +2,13 @@
 
     out = paged_attention(q, k_cache, v_cache, block_table, lengths)
 
-The Triton kernel splits a row's tokens over programs (split-K): at batch 1 one program per head would leave most of a GPU
-idle. How many tokens a split has follows from the width of the block table alone, and a split is summed in one order, so
-a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. The query
-heads that share a key head are rows of one tile, so that a key is read once for all of them.
+The Triton kernel splits a row's tokens over programs (split-K): at batch 1 one program per head would leave most of a
+GPU idle. How many tokens a split has follows from the width of the block table alone, and a split is summed in one
+order, so a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. The
+query heads that share a key head are rows of one tile, so that a key is read once for all of them.
 
-On a CPU rows are taken in groups whose keys fit the second-level cache: blocks are copied there once (`index_select`), and
-read from there by torch's own attention.
+On a CPU rows are taken in groups whose keys fit its cache: they are copied there once (`index_select`), and read from
+there by torch's own attention.
 """
 
 import torch
@@ -22,19 +22,21 @@ except ImportError:  # a CPU needs the torch code only
 
 SPLIT_TOKENS = 256  # of one program; more where a row would have over MAX_SPLITS of them
 MAX_SPLITS = 32
-TILE_BYTES = 16384  # of keys in one step of the loop; as many of values, two steps in flight: fits any GPU's shared memory
-CPU_GROUP_BYTES = 2**20  # of gathered keys: about a core's second-level cache
+TILE_BYTES = 16384  # of keys in a step of the loop; as many of values, two steps in flight: fits any shared memory
+CPU_GROUP_BYTES = 2**21  # of gathered keys: they are read again from the cache, not from memory
 
 
 def paged_attention(q, k_cache, v_cache, block_table, lengths):
     """Row r of q attends to the first lengths[r] tokens of its blocks. Not differentiable.
 
-    q [R, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D], contiguous, of q's dtype (bf16, fp16, fp32), Hq = g Hkv;
-    block_table int32 [R, max_blocks]: entries past a row's length may be any in [0, blocks); lengths int32 [R], at most
-    max_blocks * block_size -> [R, Hq, D]. A row of length 0 (padding of a CUDA graph) gives zeros. Sums are fp32.
+    q [R, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D], contiguous, of q's dtype (bf16, fp16, fp32), Hq a
+    multiple of Hkv; block_table int32 [R, max_blocks]: entries past a row's length may be any in [0, blocks); lengths
+    int32 [R], at most max_blocks * block_size -> [R, Hq, D]. A row of length 0 (padding of a CUDA graph) gives zeros.
+    Sums are fp32.
     """
     n_heads, dim = q.shape[1:]
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape, (k_cache.shape, v_cache.shape)
+    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(), v_cache.stride())
+    assert k_cache.shape == v_cache.shape, (k_cache.shape, v_cache.shape)
     assert q.dtype == k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype, v_cache.dtype)
     assert k_cache.shape[3] == dim and n_heads % k_cache.shape[2] == 0, (q.shape, k_cache.shape)
     assert q.stride(2) == 1 and q.stride(1) == dim, q.stride()
@@ -53,23 +55,19 @@ def reference(q, k_cache, v_cache, block_table, lengths):
     if n_rows > group_rows:
         return torch.cat([reference(q[i : i + group_rows], k_cache, v_cache, block_table[i : i + group_rows],
                                     lengths[i : i + group_rows]) for i in range(0, n_rows, group_rows)])
-    if longest == 0:
-        return torch.zeros_like(q)
-    # a row of length 0 attends to its first slot, whatever is there, and is set to zero afterwards
-    n_blocks = (longest + block_size - 1) // block_size
-    blocks = block_table[:, :n_blocks].reshape(-1)
-    unseen = torch.arange(longest, device=q.device) >= lengths.clamp(min=1)[:, None]  # [R, L]
-    padded = bool(unseen.any())
-    mask, pads = (~unseen[:, None, None], unseen.nonzero(as_tuple=True)) if padded else (None, None)
-    gathered = []
-    for cache in (k_cache, v_cache):
-        x = cache.index_select(0, blocks).view(n_rows, -1, n_kv, dim)[:, :longest]  # [R, L, Hkv, D]
-        if padded:
-            x[pads] = 0  # a masked score or a weight of 0 times NaN would still be NaN
-        gathered.append(x.transpose(1, 2))
+    # a slot of the cache per token; padding reads the row's first one: what lies behind a row's end may be NaN, and
+    # even a weight of 0 times NaN is NaN. A row of length 0 reads its first slot, and is set to zero afterwards.
+    token = torch.arange(max(1, longest), dtype=torch.int32, device=q.device)
+    seen = token < lengths.clamp(min=1)[:, None]  # [R, L]
+    first = block_table[:, : len(token) // block_size + 1, None] * block_size
+    slots = (first + torch.arange(block_size, dtype=torch.int32, device=q.device)).flatten(1)[:, : len(token)]
+    slots = torch.where(seen, slots, slots[:, :1]).flatten()
+    keys, values = (cache.view(-1, n_kv * dim).index_select(0, slots).view(n_rows, -1, n_kv, dim).transpose(1, 2)
+                    for cache in (k_cache, v_cache))  # [R, Hkv, L, D]
     grouped = q.reshape(n_rows, n_kv, -1, dim)  # [R, Hkv, g, D]: a group's heads are the rows of one small matrix
-    out = F.scaled_dot_product_attention(grouped, *gathered, attn_mask=mask).reshape(q.shape)
-    return out.masked_fill(lengths[:, None, None] == 0, 0) if padded else out
+    mask = seen[:, None, None] if n_rows > 1 else None
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
+    return out.masked_fill(lengths[:, None, None] == 0, 0)
 
 
 if triton is not None:
@@ -78,7 +76,7 @@ if triton is not None:
     def _split_kernel(q, k_cache, v_cache, block_table, lengths, partial, lse, q_stride, table_stride, scale, n_splits,
                       split_tokens, BLOCK_SIZE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                       TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_N: tl.constexpr):
-        """Program (row, key head, split): the split's normalised output and log-sum-exp (base 2) for the group's heads."""
+        """Program (row, key head, split): the split's normalised output and log-sum-exp (base 2), for a head group."""
         row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         length = tl.load(lengths + row)
         start = split * split_tokens

@@ -25,11 +25,11 @@ def rms_norm(x, weight, eps):
     Differentiable in x and weight.
     """
     _check(x, None, weight)
-    return _RMSNorm.apply(x, None, weight, eps)[0] if x.is_cuda and triton is not None else reference(x, None, weight, eps)[0]
+    return (_RMSNorm.apply if x.is_cuda and triton is not None else reference)(x, None, weight, eps)[0]
 
 
 def add_rms_norm(x, residual, weight, eps):
-    """x, residual [T, d], weight [d], one dtype -> (rms_norm(x + residual), x + residual). Differentiable in all three."""
+    """x, residual [T, d], weight [d], one dtype -> (rms_norm(x + residual), x + residual). Differentiable in all."""
     _check(x, residual, weight)
     return (_RMSNorm.apply if x.is_cuda and triton is not None else reference)(x, residual, weight, eps)
 
@@ -44,7 +44,7 @@ def _check(x, residual, weight):
     assert x.ndim == 2 and weight.shape == x.shape[1:] and x.shape[1] <= MAX_WIDTH, (x.shape, weight.shape)
     assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.is_contiguous(), (x.dtype, weight.dtype, x.stride())
     if residual is not None:
-        assert residual.shape == x.shape and residual.dtype == x.dtype, (residual.shape, residual.dtype, x.shape, x.dtype)
+        assert residual.shape == x.shape and residual.dtype == x.dtype, (residual.shape, residual.dtype, x.dtype)
         assert residual.stride(1) == 1, residual.stride()
 
 

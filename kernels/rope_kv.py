@@ -19,16 +19,16 @@ def rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
     """-> rotated q, a new contiguous tensor [T, Hq, D]; rotated k, and v, go to the caches. Not differentiable.
 
     q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, as slices of one projection are), cos and sin [T, 1, D],
-    k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size +
-    offset, no slot twice; -1 writes nothing.
+    k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size
+    + offset, no slot twice; -1 writes nothing.
     """
     n_tokens, n_heads, dim = q.shape
     n_kv = k.shape[1]
     assert dim % 2 == 0 and k.shape == v.shape == (n_tokens, n_kv, dim), (q.shape, k.shape, v.shape)
-    assert cos.shape == sin.shape == (n_tokens, 1, dim) and slots.shape == (n_tokens,), (cos.shape, sin.shape, slots.shape)
+    assert cos.shape == sin.shape == (n_tokens, 1, dim), (cos.shape, sin.shape, q.shape)
     assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (n_kv, dim), (k_cache.shape, v_cache.shape)
     assert len({x.dtype for x in (q, k, v, cos, sin, k_cache, v_cache)}) == 1, "all tensors but slots have one dtype"
-    assert slots.dtype == torch.int64, slots.dtype
+    assert slots.dtype == torch.int64 and slots.shape == (n_tokens,), (slots.dtype, slots.shape)
     assert all(x.is_contiguous() for x in (cos, sin, k_cache, v_cache, slots)), "cos, sin, caches, slots: contiguous"
     assert all(x.stride(2) == 1 and x.stride(1) == dim for x in (q, k, v)), (q.stride(), k.stride(), v.stride())
     if q.is_cuda and triton is not None:
@@ -66,9 +66,9 @@ if triton is not None:
         tl.store(out + out_where + HALF, new_second.to(dtype), mask=mask)
 
     @triton.jit
-    def _rope_kv_kernel(q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q_stride, k_stride, v_stride, HQ: tl.constexpr,
-                        HKV: tl.constexpr, HALF: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr,
-                        TILE_D: tl.constexpr):
+    def _rope_kv_kernel(q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q_stride, k_stride, v_stride,
+                        HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, TILE_Q: tl.constexpr,
+                        TILE_KV: tl.constexpr, TILE_D: tl.constexpr):
         """One program a token."""
         token = tl.program_id(0).to(tl.int64)
         D: tl.constexpr = 2 * HALF
@@ -94,7 +94,7 @@ def triton_rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if n_tokens:
         _rope_kv_kernel[n_tokens,](
-            q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q.stride(0), k.stride(0), v.stride(0), HQ=n_heads, HKV=n_kv,
-            HALF=dim // 2, TILE_Q=triton.next_power_of_2(n_heads), TILE_KV=triton.next_power_of_2(n_kv),
+            q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q.stride(0), k.stride(0), v.stride(0), HQ=n_heads,
+            HKV=n_kv, HALF=dim // 2, TILE_Q=triton.next_power_of_2(n_heads), TILE_KV=triton.next_power_of_2(n_kv),
             TILE_D=triton.next_power_of_2(dim // 2), num_warps=4)
     return q_out

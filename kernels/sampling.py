@@ -2,9 +2,9 @@
 
     tokens, logprobs = sample(logits, temperature, top_p, seeds, positions)
 
-top-p keeps the tokens with p >= t, where t is the largest probability for which they hold at least the mass top_p (ties at t
-all stay). A token is then drawn by the inverse of the cumulative distribution, in the order of the vocabulary, at one
-number per row that is a hash of (seed, position): a row's token does not depend on the rest of the batch.
+top-p keeps the tokens with p >= t, where t is the largest probability for which they hold at least the mass top_p (ties
+at t all stay). A token is then drawn by the inverse of the cumulative distribution, in the order of the vocabulary, at
+one number per row that is a hash of (seed, position): a row's token does not depend on the rest of the batch.
 
 The search for t is exact: it ends on one value, not on an interval.
 - CPU: a histogram of mass over the leading bits of p (exponent and three bits) names the bucket that holds t; only the
@@ -70,7 +70,7 @@ def reference(logits, temperature, top_p, seeds, positions):
     else:
         probs = torch.softmax(logits, -1)
     if bool(probs[:, 0].isnan().any()):  # one NaN or +inf makes the whole row NaN
-        raise FloatingPointError(f"logits of row {int(probs[:, 0].isnan().nonzero()[0])} hold NaN or infinity")
+        raise FloatingPointError("logits hold NaN or +inf")
     if bool(greedy.all()):
         tokens = logits.argmax(-1, keepdim=True)
         return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
@@ -100,7 +100,7 @@ def _locate(weights, fraction):
 
 
 def nucleus_threshold(probs, top_p):
-    """The largest t of each row with mass{p >= t} >= top_p (0 where top_p is 1). probs fp32 [R, V], top_p [R] -> [R]."""
+    """The largest t of each row with mass{p >= t} >= top_p (0 where top_p is 1). probs fp32 [R, V] -> [R]."""
     n_rows = probs.shape[0]
     first = torch.arange(0, 1024 * n_rows, 1024, dtype=torch.int32, device=probs.device)[:, None]  # bucket of each row
     # fp32 in [0, 1] are ordered as their bits; bits >> 20 is at most 1016
@@ -186,7 +186,7 @@ if triton is not None:
             p = tl.exp((z - best) * scale) / total
             key = _order(z)
             mass = tl.zeros([16], tl.float32)
-            for i in tl.static_range(STEPS):  # i * step may pass 2^31: it wraps, and wraps back when the prefix is added
+            for i in tl.static_range(STEPS):  # i * step may wrap past 2^31; adding the prefix wraps it back
                 mass += tl.where(j == i, tl.sum(tl.where(key >= prefix + i * step, p, 0.0), 0), 0.0)
             tl.store(masses + ((level * n_rows + row) * n_chunks + chunk) * 16 + j, mass)
 
@@ -213,8 +213,8 @@ if triton is not None:
         return found, (point - before) / weight
 
     @triton.jit
-    def _pick_kernel(logits, maxima, sums, kept, thresholds, temperature, seeds, positions, tokens, logprobs, row_stride,
-                     n_chunks, V: tl.constexpr, CHUNK: tl.constexpr, TILE_S: tl.constexpr):
+    def _pick_kernel(logits, maxima, sums, kept, thresholds, temperature, seeds, positions, tokens, logprobs,
+                     row_stride, n_chunks, V: tl.constexpr, CHUNK: tl.constexpr, TILE_S: tl.constexpr):
         """One program a row: the chunk, then the token in it."""
         row = tl.program_id(0).to(tl.int64)
         scale = _inverse_temperature(temperature, row)
@@ -249,8 +249,8 @@ def triton_sample(logits, temperature, top_p, seeds, positions):
     _stats_kernel[grid](logits, maxima, sums, temperature, stride, **sizes)
     for level in range(levels + 1):
         last_step, step = 1 << min(28, 32 - 4 * level), 1 << max(0, 28 - 4 * level)
-        _search_kernel[grid](logits, maxima, sums, masses, prefixes, temperature, top_p, stride, n_rows, level, last_step,
-                             step, STEPS=16 if level < levels else 1, **sizes, **tile)
+        _search_kernel[grid](logits, maxima, sums, masses, prefixes, temperature, top_p, stride, n_rows, level,
+                             last_step, step, STEPS=16 if level < levels else 1, **sizes, **tile)
     _pick_kernel[n_rows,](logits, maxima, sums, masses[levels], prefixes[levels], temperature, seeds, positions, tokens,
                           logprobs, stride, n_chunks, **sizes, **tile)
     return tokens, logprobs

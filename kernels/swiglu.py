@@ -18,8 +18,9 @@ TILE = 1024  # elements of a program
 
 
 def swiglu(gate, up):
-    """gate, up [T, f], one dtype; rows may be strided, as the halves of one projection are -> [T, f]. Differentiable."""
-    assert gate.ndim == 2 and gate.shape == up.shape and gate.dtype == up.dtype, (gate.shape, up.shape, gate.dtype, up.dtype)
+    """gate, up [T, f], one dtype; rows may be strided, as halves of one projection are -> [T, f]. Differentiable."""
+    assert gate.ndim == 2 and gate.shape == up.shape, (gate.shape, up.shape)
+    assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     assert gate.stride(1) == 1 and up.stride(1) == 1, (gate.stride(), up.stride())
     return _SwiGLU.apply(gate, up) if gate.is_cuda and triton is not None else reference(gate, up)
 

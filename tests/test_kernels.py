@@ -1,7 +1,7 @@
-"""Each kernel against its definition: the torch code that a CPU runs, and the Triton code on a GPU or in its interpreter.
+"""Each kernel against its definition: the torch code that a CPU runs, and the Triton code on a GPU or interpreted.
 
-Triton decides at import whether it interprets, and the other tests may have imported it before. Where there is no GPU, the
-tests of Triton code (`test_triton_*`) are therefore skipped here, and run in a process of their own by
+Triton decides at import whether it interprets, and the other tests may have imported it before. Where there is no GPU,
+the tests of Triton code (`test_triton_*`) are therefore skipped here, and run in a process of their own by
 `test_kernels_under_the_interpreter`.
 """
 
@@ -24,11 +24,11 @@ from model import apply_rope  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; the interpreter has its own process")
+on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="interpreted in a process of its own")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-if INTERPRETED:  # its bf16 is not that of a GPU: it cuts bits off instead of rounding, and a product is one of bit patterns
+if INTERPRETED:  # its bf16 is not that of a GPU: it cuts bits off instead of rounding, and multiplies bit patterns
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -53,7 +53,8 @@ if INTERPRETED:  # its bf16 is not that of a GPU: it cuts bits off instead of ro
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-k", "test_triton", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    command += ["-k", "test_triton", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
@@ -67,7 +68,7 @@ def randn(*shape, seed=0, dtype=torch.float32, scale=1.0):
 
 
 def paged_case(lengths, group, dim, dtype, n_kv=2, block_size=16, max_blocks=9):
-    """A cache in which every slot that no row may read is NaN, blocks in random order, garbage behind a row's blocks."""
+    """A cache in which every slot that no row may read is NaN; the blocks in random order."""
     n_blocks = len(lengths) * max_blocks
     order = torch.randperm(n_blocks, generator=torch.Generator().manual_seed(1)).view(len(lengths), max_blocks)
     caches = [torch.full((n_blocks, block_size, n_kv, dim), math.nan) for _ in range(2)]
@@ -89,8 +90,8 @@ def paged_case(lengths, group, dim, dtype, n_kv=2, block_size=16, max_blocks=9):
 
 def check_attention(attention, arguments, want):
     out = attention(*arguments)
-    # fp32: a few roundings of values below 4. bf16: the weights (in a product) and the result are rounded to 8 bits, and
-    # the values are below 4 with a mean below 1; one token too many or too few is an error of the order of 1 / length.
+    # fp32: a few roundings of values below 4; bf16: weights and result are rounded to 8 bits, the values' mean is below
+    # 1. A token too many would be NaN; one too few is an error of the order of 1 / length, 0.007 at the longest row.
     tolerance = 2e-6 if out.dtype == torch.float32 else 0.01
     assert out.shape == arguments[0].shape and out.dtype == arguments[0].dtype
     assert (out.double() - want).abs().max() < tolerance
@@ -134,7 +135,8 @@ def test_triton_paged_attention_has_a_bounded_number_of_splits(monkeypatch):
 
 def test_paged_attention_refuses_what_it_cannot_read():
     (q, k_cache, v_cache, block_table, lengths), _ = paged_case([3], 2, 32, torch.float32)
-    for changed in ((q.bfloat16(), k_cache, v_cache, block_table, lengths), (q, k_cache, v_cache, block_table.long(), lengths),
+    for changed in ((q.bfloat16(), k_cache, v_cache, block_table, lengths),
+                    (q, k_cache, v_cache, block_table.long(), lengths),
                     (q[:, :3], k_cache, v_cache, block_table, lengths),
                     (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), block_table, lengths)):
         with pytest.raises(AssertionError):
@@ -165,7 +167,8 @@ def rope_case(rope, n_tokens, heads, n_kv, dim, dtype):
     assert torch.equal(caches[1], want[1]) and torch.equal(qkv, before)
 
 
-ROPE_SHAPES = pytest.mark.parametrize("n_tokens, heads, n_kv, dim", [(1, 14, 2, 64), (3, 4, 4, 32), (257, 6, 3, 24), (9, 7, 1, 128)])
+ROPE_SHAPES = pytest.mark.parametrize("n_tokens, heads, n_kv, dim",
+                                      [(1, 14, 2, 64), (3, 4, 4, 32), (257, 6, 3, 24), (9, 7, 1, 128)])
 
 
 @dtypes
@@ -209,6 +212,9 @@ def test_triton_rms_norm(n_rows, width, dtype):
     x, residual, g1, g2 = (randn(n_rows, width, seed=i, dtype=dtype) for i in range(4))
     weight = (1 + 0.3 * randn(width, seed=5)).to(dtype)
 
+    def torch_norm(x, weight):
+        return F.rms_norm(x, (width,), weight, 1e-5)
+
     def norm(x, weight):
         return rmsnorm._RMSNorm.apply(x, None, weight, 1e-5)[0]
 
@@ -216,17 +222,18 @@ def test_triton_rms_norm(n_rows, width, dtype):
         return rmsnorm._RMSNorm.apply(x, residual, weight, 1e-5)
 
     (out,), grads = gradients(norm, (x, weight), (g1,))
-    torch_out = F.rms_norm(x, (width,), weight, 1e-5)
-    (exact,), exact_grads = gradients(lambda x, w: F.rms_norm(x, (width,), w, 1e-5), (x.double(), weight.double()), (g1,))
+    (exact,), exact_grads = gradients(torch_norm, (x.double(), weight.double()), (g1,))
     check_rounded_once(out, exact, dtype)
-    assert (out != torch_out).float().mean() < 0.01 or dtype == torch.float32  # the rounding points of torch
+    if dtype == torch.bfloat16:  # the rounding points of torch
+        assert (out != torch_norm(x, weight)).float().mean() < 0.01
     check_rounded_once(grads[0], exact_grads[0], dtype)
-    # dW adds a term of order 1 for each row
-    assert (grads[1].double() - exact_grads[1]).abs().max() < (0.004 if dtype == torch.bfloat16 else 4e-6) * (3 + n_rows**0.5) * 3
+    # dW sums a term of order 1 for each row in fp32, and is rounded once
+    bound = (2.0**-8 if dtype == torch.bfloat16 else 2e-6) * exact_grads[1].abs() + 1e-6 * (4 + n_rows**0.5)
+    assert ((grads[1].double() - exact_grads[1]).abs() <= bound).all()
 
     (out, total), grads = gradients(add_norm, (x, residual, weight), (g1, g2))
     assert torch.equal(total, x + residual)
-    (exact,), exact_grads = gradients(lambda x, w: F.rms_norm(x, (width,), w, 1e-5), (total.double(), weight.double()), (g1,))
+    (exact,), exact_grads = gradients(torch_norm, (total.double(), weight.double()), (g1,))
     check_rounded_once(out, exact, dtype)
     for grad in grads[:2]:
         check_rounded_once(grad, exact_grads[0] + g2.double(), dtype)
@@ -270,7 +277,8 @@ def test_triton_swiglu(n_rows, width, dtype):
     want = F.silu(gate) * up
     if dtype == torch.bfloat16:  # two roundings, in the same places
         assert (out != want).float().mean() < 0.01
-    assert ((out - want).abs().float() <= (2.0**-7 if dtype == torch.bfloat16 else 1e-6) * want.abs().float() + 1e-6).all()
+    bound = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
+    assert ((out - want).abs().float() <= bound * want.abs().float() + 1e-6).all()
     for got, exact in zip(grads, exact_grads):
         check_rounded_once(got, exact, dtype)
 
@@ -281,7 +289,8 @@ def test_triton_swiglu(n_rows, width, dtype):
 def by_definition(logits, temperature, top_p, seeds, positions):
     """The same with a sort, in fp64, row by row."""
     tokens, logprobs = [], []
-    for z, t, mass, u in zip(logits.double(), temperature.tolist(), top_p.tolist(), sampling.uniform(seeds, positions).tolist()):
+    points = sampling.uniform(seeds, positions).tolist()
+    for z, t, mass, u in zip(logits.double(), temperature.tolist(), top_p.tolist(), points):
         p = torch.softmax(z / (t or 1), -1)
         ranked = p.sort(descending=True).values
         threshold = ranked[min(int((ranked.cumsum(0) < mass).sum()), len(p) - 1)] if mass < 1 else 0
@@ -354,13 +363,14 @@ def test_nucleus_threshold_is_exact(vocab_size, scale):
 def draw(probs, n, temperature=1.0, top_p=1.0):
     """n tokens of one distribution (seeds 0..n-1), and their log-probs."""
     logits = torch.tensor(probs).log().repeat(n, 1)
-    seeds = torch.arange(n)
-    return sampling.sample(logits, torch.full((n,), temperature), torch.full((n,), top_p), seeds, torch.zeros_like(seeds))
+    settings = torch.full((n,), temperature), torch.full((n,), top_p)
+    return sampling.sample(logits, *settings, torch.arange(n), torch.zeros(n, dtype=torch.int64))
 
 
 def test_nucleus_by_hand():
     probs = [0.15, 0.5, 0.05, 0.3]
-    for top_p, kept in ((0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (0.94, {0, 1, 3}), (0.96, {0, 1, 2, 3})):
+    for top_p, kept in ((0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (0.94, {0, 1, 3}),
+                        (0.96, {0, 1, 2, 3})):
         tokens, logprobs = draw(probs, 400, top_p=top_p)
         assert set(tokens.tolist()) == kept, top_p
         # of the full softmax, not renormalised over the nucleus
@@ -378,7 +388,8 @@ def test_temperature_zero():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [0.0, 1.0, 2.0, 5.0]])
     for temperature in (torch.zeros(2), torch.tensor([0.0, 1.0])):
         tokens, logprobs = sampling.sample(logits, temperature, torch.ones(2), torch.arange(2), torch.arange(2))
-        assert tokens[0] == 1 and logprobs[0] == pytest.approx(3 - math.log(1 + 2 * math.exp(3) + math.exp(1)), abs=1e-6)
+        assert tokens[0] == 1  # the first of the equals
+        assert logprobs[0] == pytest.approx(3 - math.log(1 + 2 * math.exp(3) + math.exp(1)), abs=1e-6)
 
 
 def test_distribution():
@@ -415,7 +426,7 @@ def test_logits_that_are_no_numbers():
     for vocab_size in (10, 5000):
         logits = torch.zeros(3, vocab_size)
         logits[1, 7] = math.nan
-        with pytest.raises(FloatingPointError, match="row 1"):
+        with pytest.raises(FloatingPointError, match="NaN"):
             sampling.sample(logits, torch.ones(3), torch.full((3,), 0.9), torch.arange(3), torch.arange(3))
 
 
