@@ -8,6 +8,7 @@ cannot use, and on a GPU the context and NCCL's buffers, for which `RESERVED_GIB
 
 import dataclasses
 import os
+import sys
 
 import torch
 
@@ -15,7 +16,7 @@ from model import GIB, Packed, Qwen2, load_config
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
-KV_SHARE = 4  # sequences are on average a quarter of the longest (METHOD 3: 800 + 400 of 4096); for more, some wait
+KV_SHARE = 4  # sequences are on average a quarter of the longest (800 + 400 tokens of 2048 + 2048 in the paper's workload)
 
 
 class _Attention(torch.autograd.Function):
@@ -139,7 +140,7 @@ def machine_of(args):
 
 
 def report(args, machine, phases, expected):
-    """Prints the table and the answer -> the largest phase in bytes.
+    """Prints the table and the answer -> the largest phase in bytes. Where it does not fit the exit status is 1.
 
     phases: {name: {part: bytes per rank}}; expected: lines on what the run will compute.
     """
@@ -159,6 +160,8 @@ def report(args, machine, phases, expected):
         room = args.gpu_gib - RESERVED_GIB - max(totals) / GIB
         print(f"fits: {'yes' if room >= 0 else 'NO'}, {abs(room):.1f} GiB {'to spare' if room >= 0 else 'too much'} "
               f"({RESERVED_GIB:g} GiB set aside for CUDA, NCCL and fragmentation)")
+        if room < 0:
+            sys.exit(1)
     return max(totals)
 
 
