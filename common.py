@@ -15,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import Packed, SharedPrefix, save_pretrained
+from model import GIB, Packed, SharedPrefix, save_pretrained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -336,7 +337,9 @@ def reshard(model):
 
 
 def adamw(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay,
+                             fused=fused)
 
 
 def learning_rate(lr, step, total_steps, warmup_ratio, schedule):
@@ -415,7 +418,18 @@ def machine_metrics(ranks, flops, seconds, tflops):
     else:
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return dict(mfu=flops / (seconds * peak * ranks.world_size) if peak else None,
-                peak_memory_gib=round(all_max(ranks, held) / 2**30, 3))
+                peak_memory_gib=round(all_max(ranks, held) / GIB, 3))
+
+
+@torch.no_grad()
+def refresh_gap(own, trained, ids, ranks):
+    """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has just
+    taken over, over all ranks: stale or broken weights show before anything is sampled."""
+    batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
+    ours, theirs = (model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)[0]
+                    for model in (own, trained))
+    reshard(trained)
+    return all_max(ranks, (ours - theirs).abs().max().item())
 
 
 # -- a run folder ------------------------------------------------------------------------------------------------------
@@ -460,6 +474,37 @@ def git_hash():
 def barrier(ranks):
     if ranks.world_size > 1:
         dist.barrier()
+
+
+def moments(ranks, values):
+    """Mean and standard deviation of fp32 [S] over all ranks (numbers). S may be 0 on a rank, not on all."""
+    x = values.double()
+    n, total, square = all_sum(ranks, len(x), x.sum().item(), x.square().sum().item())
+    mean = total / n
+    return mean, max(square / n - mean**2, 0.0) ** 0.5
+
+
+class Stats:
+    """Sums and counts of per-token figures by name, for means over all micro-batches and ranks."""
+
+    def __init__(self):
+        self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: -math.inf)
+        self.flops, self.logical_tokens, self.computed_tokens = 0, 0, 0  # of this rank's passes
+
+    def add(self, name, values):
+        total = self.sums[name]
+        total[0] += values.double().sum().item()
+        total[1] += values.numel()
+
+    def add_max(self, name, values):
+        self.largest[name] = max([self.largest[name], *([values.max().item()] if values.numel() else [])])
+
+    def means(self, ranks):
+        names = sorted(set(all_gather(ranks, self.sums)))  # a rank may have met no edit, say
+        totals = all_sum(ranks, *(x for name in names for x in self.sums[name]))
+        means = {n: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else None for i, n in enumerate(names)}
+        largest = sorted(set(all_gather(ranks, self.largest)))
+        return means | {name: all_max(ranks, self.largest[name]) for name in largest}
 
 
 def log_metrics(out, metrics, ranks):

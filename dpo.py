@@ -30,6 +30,7 @@ import tyro
 from tqdm import tqdm
 
 import common
+import plan
 from common import print0
 from model import load_pretrained, resolve
 from prompts import Chat, answer_prompt, load_templates, response_ids
@@ -84,6 +85,12 @@ class Args:
     """Keep Adam moments in host memory between steps."""
     peak_tflops: float | None = None
     """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
+    plan: bool = False
+    """Print what the run will hold in memory, whether it fits, and exit; needs no GPU."""
+    world_size: int | None = None
+    """For --plan: number of ranks; None: as started."""
+    gpu_gib: float = 80
+    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
     max_steps: int | None = None
     """Stop early; the schedule stays that of the whole run."""
     save_every: int = 100
@@ -175,6 +182,8 @@ def reference_logprobs(args, model, pairs, ranks):
 
 
 def main(args):
+    if args.plan:
+        return plan.one_model(args, resolve(args.model))
     ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

@@ -40,6 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
+import plan
 from common import print0
 from generate import Engine
 from judges import open_judge
@@ -152,6 +153,12 @@ class Args:
     """Keep Adam moments, and while responses are sampled the trained models, in host memory."""
     peak_tflops: float | None = None
     """A device's peak in the compute dtype, for the metric mfu; None: from a table of known GPUs."""
+    plan: bool = False
+    """Print what the run will hold in memory, and whether it fits, and exit; needs no GPU and no weights."""
+    world_size: int | None = None
+    """For --plan: number of ranks; None: as started."""
+    gpu_gib: float = 80
+    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
     max_steps: int | None = None
     """Stop early."""
     save_every: int = 20
@@ -281,14 +288,6 @@ def select_edits(edits, rate, strategy, seed):
         group.sort(key=lambda e: -e[2] if strategy == "reward_rank" else e[3] - e[2])
         chosen |= {e[:2] for e in group[: int(rate * len(group) + rng.random())]}
     return chosen
-
-
-def moments(ranks, values):
-    """Mean and standard deviation of fp32 [S] over all ranks (numbers). S may be 0 on a rank, not on all."""
-    x = values.double()
-    n, total, square = common.all_sum(ranks, len(x), x.sum().item(), x.square().sum().item())
-    mean = total / n
-    return mean, max(square / n - mean**2, 0.0) ** 0.5
 
 
 # -- the phases of a step ----------------------------------------------------------------------------------------------
@@ -424,15 +423,6 @@ def forward(model, batch, temperature):
     return model(ids, context.position_ids, context, batch.index, batch.targets, temperature)[0]
 
 
-@torch.no_grad()
-def refresh_gap(engine, policy, ids, args, ranks):
-    """Largest difference in log-prob between engine and trainer on one prompt: stale weights show before sampling."""
-    batch = common.pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
-    gap = (forward(engine.model, batch, args.temperature) - forward(policy, batch, args.temperature)).abs().max()
-    common.reshard(policy)
-    return common.all_max(ranks, gap.item())
-
-
 def compute_advantages(batch, args, ranks):
     """Fills advantages and returns of every trajectory (METHOD 1.6f) -> explained variance of the values."""
     if batch:
@@ -452,7 +442,7 @@ def compute_advantages(batch, args, ranks):
         if t.parent is None:
             group[t.place].append(t.reward)
     whitened = [t for t in batch if t.parent is None or not against_originals]
-    mean, std = moments(ranks, torch.cat([t.advantages for t in whitened] or [torch.zeros(0)]))
+    mean, std = common.moments(ranks, torch.cat([t.advantages for t in whitened] or [torch.zeros(0)]))
     for t in batch:
         if t.parent is not None and against_originals:
             # in units of the same spread, but not moved by the batch's mean
@@ -463,98 +453,86 @@ def compute_advantages(batch, args, ranks):
 
     all_returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
     residual = all_returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
-    _, spread = moments(ranks, all_returns)
-    _, unexplained = moments(ranks, residual)
+    _, spread = common.moments(ranks, all_returns)
+    _, unexplained = common.moments(ranks, residual)
     return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
 
 
-class Stats:
-    """Sums and counts of per-token figures by name, for means over all micro-batches and ranks."""
+def policy_pass(policy, packed, trajectories, args, stats):
+    """One micro-batch -> the sum of its tokens' losses, with the graph."""
+    device, cap = packed.input_ids.device, args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
+    logprobs, entropy = policy(packed.input_ids, packed.context.position_ids, packed.context, packed.index, packed.targets,
+                               args.temperature)
+    for t, now in zip(trajectories, logprobs.detach().cpu().split(packed.counts)):
+        if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
+            t.old_logprobs = now
+            add_gap(t, stats)
+    old_logprobs, advantages = (torch.cat([getattr(t, name) for t in trajectories]).to(device)
+                                for name in ("old_logprobs", "advantages"))
+    edit = torch.cat([torch.full((n,), t.parent is not None) for t, n in zip(trajectories, packed.counts)]).to(device)
+    loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old_logprobs[~edit], advantages[~edit], args.eps_low,
+                                           args.eps_high)
+    loss_e, ratio_e, weight = edit_loss(args.edit_ratio, logprobs[edit], old_logprobs[edit], advantages[edit],
+                                        args.eps_low, args.eps_high, cap, args.luffy_gamma)
+    stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
+    stats.add("entropy", entropy)
+    stats.add("original/ratio", ratio_o)
+    stats.add_max("original/ratio_max", ratio_o)
+    stats.add("original/clipfrac", clipped)
+    stats.add("original/approx_kl", ratio_o - 1 - ratio_o.log())
+    stats.add("edit/ratio", ratio_e)
+    stats.add_max("edit/ratio_max", ratio_e)
+    stats.add("edit/ratio_low", ratio_e < 1 - args.eps_low)
+    stats.add("edit/ratio_high", ratio_e > 1 + args.eps_high)
+    stats.add("edit/weight", weight)
+    stats.add("edit/clipfrac", weight == 0)
+    return loss_o.sum() + loss_e.sum()
 
-    def __init__(self):
-        self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(float)
-        self.flops, self.logical_tokens, self.computed_tokens = 0, 0, 0  # of this rank's passes
 
-    def add(self, name, values):
-        total = self.sums[name]
-        total[0] += values.double().sum().item()
-        total[1] += values.numel()
-
-    def add_max(self, name, values):
-        self.largest[name] = max([self.largest[name], *([values.max().item()] if values.numel() else [])])
-
-    def means(self, ranks):
-        names = sorted(set(common.all_gather(ranks, self.sums)))  # a rank may have met no edit, say
-        totals = common.all_sum(ranks, *(x for name in names for x in self.sums[name]))
-        means = {n: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else None for i, n in enumerate(names)}
-        largest = sorted(set(common.all_gather(ranks, self.largest)))
-        return means | {name: common.all_max(ranks, self.largest[name]) for name in largest}
+def critic_pass(critic, packed, trajectories, args, stats):
+    """The same for the critic."""
+    values = forward(critic, packed, args.temperature)
+    old_values, returns = (torch.cat([getattr(t, name) for t in trajectories]).to(values.device)
+                           for name in ("values", "returns"))
+    loss, clipped = value_loss(values, old_values, returns, args.value_clip)
+    stats.add("value_loss", loss.detach())
+    stats.add("value_clipfrac", clipped)
+    return loss.sum()
 
 
 def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
-    """PPO epochs over mini-batches of prompts (METHOD 1.6g); losses are means over the tokens of all ranks."""
-    cap = args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
+    """PPO epochs over mini-batches of prompts (METHOD 1.6g); losses are means over the tokens of all ranks.
+
+    One model after the other, so that only one has gradients at a time.
+    """
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
     for mini_batch in list(range(n_mini_batches)) * args.ppo_epochs:
         mine = [t for t in batch if t.place // args.mini_batch_prompts == mini_batch]
         (n_tokens,) = common.all_sum(ranks, sum(len(t.response_ids) for t in mine))
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
-        rows = [(t.prompt_ids, t.response_ids, [True] * len(t.response_ids)) for t in mine]
-        prefixes, suffixes, _ = zip(*rows) if rows else ((), (), ())
-        for indices in common.shared_micro_batches(prefixes, suffixes, args.tokens_per_microbatch, ranks):
-            if not indices:
-                for model in (policy, critic) if train_policy else (critic,):
-                    idle_pass(model, args, ranks)
+        prompts, responses = [t.prompt_ids for t in mine], [t.response_ids for t in mine]
+        passes = []
+        for indices in common.shared_micro_batches(prompts, responses, args.tokens_per_microbatch, ranks):
+            some = [mine[i] for i in indices]
+            rows = [(t.prompt_ids, t.response_ids, [True] * len(t.response_ids)) for t in some]
+            passes.append((some, common.pack_shared(*zip(*rows), ranks.device) if some else None))
+        stats.logical_tokens += sum(map(len, prompts + responses))
+        stats.computed_tokens += sum(len(packed.input_ids) for _, packed in passes if packed)
+
+        for name, model, lr, loss_of in (("policy", policy, args.lr, policy_pass),
+                                         ("critic", critic, args.critic_lr, critic_pass)):
+            if name == "policy" and not train_policy:
                 continue
-            chosen = [mine[i] for i in indices]
-            packed = common.pack_shared(*zip(*(rows[i] for i in indices)), ranks.device)
-            stats.logical_tokens += sum(len(t.prompt_ids) + len(t.response_ids) for t in chosen)
-            stats.computed_tokens += len(packed.input_ids)
-            advantages, old_values, returns = (torch.cat([getattr(t, name) for t in chosen]).to(ranks.device)
-                                               for name in ("advantages", "values", "returns"))
-            edit = torch.cat([torch.full((len(t.response_ids),), t.parent is not None) for t in chosen])
-            edit = edit.to(ranks.device)  # [S] bool
-
-            if train_policy:
-                ids, context = packed.input_ids, packed.context
-                logprobs, entropy = policy(ids, context.position_ids, context, packed.index, packed.targets,
-                                           args.temperature)
-                stats.flops += 3 * common.forward_flops(policy, packed)  # the backward pass costs two forward ones
-                for t, now in zip(chosen, logprobs.detach().cpu().split(packed.counts)):
-                    if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
-                        t.old_logprobs = now
-                        add_gap(t, stats)
-                old_logprobs = torch.cat([t.old_logprobs for t in chosen]).to(ranks.device)
-                loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old_logprobs[~edit], advantages[~edit],
-                                                       args.eps_low, args.eps_high)
-                loss_e, ratio_e, weight = edit_loss(args.edit_ratio, logprobs[edit], old_logprobs[edit],
-                                                    advantages[edit], args.eps_low, args.eps_high, cap, args.luffy_gamma)
+            for some, packed in passes:
+                if not some:
+                    idle_pass(model, args, ranks)
+                    continue
+                stats.flops += 3 * common.forward_flops(model, packed)  # the backward pass costs two forward ones
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
-                ((loss_o.sum() + loss_e.sum()) * ranks.world_size / n_tokens).backward()
-                stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
-                stats.add("entropy", entropy)
-                stats.add("original/ratio", ratio_o)
-                stats.add("original/clipfrac", clipped)
-                stats.add("original/approx_kl", ratio_o - 1 - ratio_o.log())
-                stats.add_max("original/ratio_max", ratio_o)
-                stats.add("edit/ratio", ratio_e)
-                stats.add("edit/clipfrac", weight == 0)
-                stats.add_max("edit/ratio_max", ratio_e)
-                stats.add("edit/ratio_low", ratio_e < 1 - args.eps_low)
-                stats.add("edit/ratio_high", ratio_e > 1 + args.eps_high)
-                stats.add("edit/weight", weight)
-
-            values = forward(critic, packed, args.temperature)
-            stats.flops += 3 * common.forward_flops(critic, packed)
-            v_loss, v_clipped = value_loss(values, old_values, returns, args.value_clip)
-            (v_loss.sum() * ranks.world_size / n_tokens).backward()
-            stats.add("value_loss", v_loss.detach())
-            stats.add("value_clipfrac", v_clipped)
-        for name, model, lr in (("policy", policy, args.lr), ("critic", critic, args.critic_lr)):
-            if name == "critic" or train_policy:
-                norm = common.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
-                stats.add(f"grad_norm_{name}", torch.tensor(norm))
+                (loss_of(model, packed, some, args, stats) * ranks.world_size / n_tokens).backward()
+            norm = common.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
+            stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
 # -- what is written down ----------------------------------------------------------------------------------------------
@@ -612,6 +590,10 @@ def read_prompts(args, chat, templates):
 
 
 def main(args):
+    # an edit's context is prompt, answer and critique
+    max_len = args.max_prompt_length + 2 * args.max_response_length + args.max_judgement_length + 512
+    if args.plan:
+        return plan.ppo(args, max_len)
     ranks = common.start(args.dtype, args.shard_size)
     if not 0 <= args.edit_rate <= 1:
         raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
@@ -636,19 +618,18 @@ def main(args):
                   "critic": common.adamw(critic, args.critic_lr, args.weight_decay)}
     first_step = common.load_checkpoint(args.out, models, optimizers, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
-    # the engine's own copy, whole on every rank, in the compute dtype; an edit's context is prompt, answer and critique
-    max_len = args.max_prompt_length + 2 * args.max_response_length + args.max_judgement_length + 512
+    # the engine's own copy, whole on every rank, in the compute dtype
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, max_len, args.max_batch)
 
     progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0)
     for step in progress:
         clock = [time.perf_counter()]
-        stats = Stats()
+        stats = common.Stats()
 
         # 1. originals, critiques, edits, with the weights as they are now
         rows = common.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
         engine.refresh(policy)
-        gap = refresh_gap(engine, policy, prompts[rows[0]][1], args, ranks)
+        gap = common.refresh_gap(engine.model, policy, prompts[rows[0]][1], ranks)
         clock.append(time.perf_counter())
         if args.offload:
             for name, model in models.items():

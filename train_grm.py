@@ -35,6 +35,7 @@ import tyro
 from tqdm import tqdm
 
 import common
+import plan
 from common import print0
 from generate import Engine
 from model import SharedPrefix, load_pretrained, resolve
@@ -114,6 +115,12 @@ class Args:
     """Keep Adam moments in host memory between steps."""
     peak_tflops: float | None = None
     """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
+    plan: bool = False
+    """Print what the run will hold in memory, whether it fits, and exit; needs no GPU."""
+    world_size: int | None = None
+    """For --plan: number of ranks; None: as started."""
+    gpu_gib: float = 80
+    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
     max_steps: int | None = None
     """Stop early; the schedule stays that of the whole run."""
     save_every: int = 100
@@ -269,6 +276,8 @@ def judge_held_out(args, chat, ranks):
 
 def main(args):
     args = with_defaults(args)
+    if args.plan:
+        return plan.one_model(args, resolve(args.model), scalar_head=args.objective == "bt")
     ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

@@ -6,7 +6,7 @@ At V = 152k a single fp32 logits matrix for 8k tokens is 5 GB. The forward pass 
 with an online log-sum-exp, and the backward pass makes each tile again instead of storing it. Logits, sums and gradients
 are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16: nothing is rounded to bf16 before the softmax.
 
-- CPU: tiles that stay in a core's cache, vocabulary outside, tokens inside; matrix products by torch.
+- CPU: tiles that stay in its cache, vocabulary outside, tokens inside; matrix products by torch.
 - Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel; the
   splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in the
   dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and d weight.
@@ -21,7 +21,7 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, half of it in each of two cores' caches
+TILE_TOKENS, TILE_WORDS = 512, 2048  # on a CPU: 4 MB of fp32, which stay in its last cache; few calls per product
 SLICE_BYTES = 256 * 2**20  # on a GPU: d loss / d logits of one slice of the vocabulary
 MIN_PROGRAMS = 1024  # on a GPU: enough for the last wave of programs to be a small part of all
 

@@ -144,7 +144,7 @@ def trajectories():
 def test_old_logprobs_are_those_of_every_response_under_its_own_prompt():
     ranks, model, batch = common.start("fp32"), random_model(tiny_config()), trajectories()
     args = ppo_cpe.Args(mini_batch_prompts=1, tokens_per_microbatch=40, temperature=0.9)
-    stats = ppo_cpe.Stats()
+    stats = common.Stats()
     ppo_cpe.fill_old_logprobs(batch, model, args, ranks, stats)
     for t in batch:
         if t.parent is None and t.place == 0:

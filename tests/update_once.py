@@ -48,7 +48,7 @@ def main(file, budget, shard_size):
     before = {name: full(model) for name, model in models.items()}
 
     batch = ppo_cpe.share_out([t for t in trajectories(12) if t.place % ranks.world_size == ranks.rank], args, ranks)
-    stats = ppo_cpe.Stats()
+    stats = common.Stats()
     ppo_cpe.fill_old_logprobs(batch, models["policy"], args, ranks, stats)
     values = ppo_cpe.per_token(models["critic"], [t.prompt_ids for t in batch], [t.response_ids for t in batch],
                                [[True] * len(t.response_ids) for t in batch], args, ranks, stats)

@@ -1,0 +1,343 @@
+"""The update half of a step against what it would be composed of elsewhere: `transformers` models on padded batches, and
+TRL's way to log-probs (full logits, gather, a log-sum-exp per sequence). Each line is measured in the same run.
+
+    python bench/train.py                          # a CPU: log-probs, shared prefixes, a whole update
+    python bench/train.py --device cuda            # a GPU: the same at 0.5B and 1.5B, bf16 (not run yet: no GPU was at hand)
+    python bench/train.py --only logprob --repeats 5
+
+Log-probs: time and peak memory beyond inputs, weights and (with a backward pass) their gradients. Shared: forward and
+backward of one micro-batch of 6 responses of 400 tokens to prompts of 800. Step: old log-probs, values, GAE, two
+mini-batches of actor and critic, as in a step of recipes/tiny.sh; the peer runs the same responses through
+`AutoModel...` with padding, one optimizer step per mini-batch and model.
+"""
+
+import os
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import common  # noqa: E402
+import ppo_cpe  # noqa: E402
+from kernels.linear_logprob import linear_logprob  # noqa: E402
+from model import Config, Qwen2, init_weights  # noqa: E402
+
+SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads, tied
+    "tiny": (1024, 128, 384, 4, 4, 2, True),
+    "layers": (4096, 896, 4864, 2, 14, 2, True),  # two of 0.5B's layers; its head is as large a part as in a 7B
+    "0.5b": (151936, 896, 4864, 24, 14, 2, True),
+    "1.5b": (151936, 1536, 8960, 28, 12, 2, True),
+}
+
+
+@dataclass
+class Args:
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run; sizes follow from it."""
+    only: tuple[Literal["logprob", "shared", "step"], ...] = ("logprob", "shared", "step")
+    """Which of the three."""
+    repeats: int = 3
+    """Measurements of each side, taken in turns; the median counts."""
+
+
+def config_of(shape):
+    vocab, width, mlp, layers, heads, kv_heads, tied = SHAPES[shape]
+    return Config(vocab, width, mlp, layers, heads, kv_heads, tie_word_embeddings=tied)
+
+
+# -- the peer: full logits, padding ------------------------------------------------------------------------------------
+
+
+def selective_log_softmax(logits, index):
+    """As TRL's function of that name: log-softmax at one index, without keeping it for the others.
+
+    fp32: the log-sum-exp of one sequence at a time; bf16: the log-softmax of one sequence at a time. [B, L, V], [B, L] -> [B, L]
+    """
+    if logits.dtype in (torch.float32, torch.float64):
+        selected = logits.gather(-1, index[..., None])[..., 0]
+        return selected - torch.stack([torch.logsumexp(row, -1) for row in logits])
+    return torch.stack([F.log_softmax(row, -1).gather(-1, i[:, None])[:, 0] for row, i in zip(logits, index)])
+
+
+def peer_models(config, device, dtype):
+    fields = dict(vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+                  num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+                  num_key_value_heads=config.num_key_value_heads, tie_word_embeddings=config.tie_word_embeddings,
+                  num_labels=1, pad_token_id=0, use_cache=False, attn_implementation="sdpa")
+    policy = Qwen2ForCausalLM(Qwen2Config(**fields)).to(device, dtype)
+    return policy, Qwen2ForSequenceClassification(Qwen2Config(**fields)).to(device, dtype)
+
+
+def padded(contexts, responses, device):
+    """Contexts padded on the left, responses on the right -> ids, mask, positions [B, C + R], response mask [B, R]."""
+    longest_context, longest = max(map(len, contexts)), max(map(len, responses))
+    ids = torch.zeros(len(contexts), longest_context + longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, (c, r) in enumerate(zip(contexts, responses)):
+        ids[row, longest_context - len(c) : longest_context + len(r)] = torch.tensor(c + r)
+        mask[row, longest_context - len(c) : longest_context + len(r)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return [x.to(device) for x in (ids, mask, positions, mask[:, longest_context:].bool())]
+
+
+def peer_logprobs(policy, batch, temperature, with_entropy):
+    ids, mask, positions, response = batch
+    n = response.shape[1]
+    logits = policy(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=n + 1).logits[:, :-1]
+    logits = logits / temperature
+    if with_entropy:  # a metric of its own pass over the logits, as TRL's PPO has it
+        with torch.no_grad():
+            (torch.logsumexp(logits, -1) - (F.softmax(logits, -1) * logits).sum(-1)).mean()
+    return selective_log_softmax(logits, ids[:, -n:])
+
+
+def peer_values(critic, batch):
+    ids, mask, positions, response = batch
+    hidden = critic.model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return critic.score(hidden)[:, -response.shape[1] - 1 : -1, 0]
+
+
+def peer_step(policy, critic, optimizers, trajectories, args, device, sequences):
+    """What `ours_step` does, on padded batches of that many sequences."""
+    parts = [trajectories[i : i + sequences] for i in range(0, len(trajectories), sequences)]
+    rewards, values, masks, old = [], [], [], []
+    with torch.no_grad():
+        for part in parts:
+            under = padded([t.sampled_under for t in part], [t.response_ids for t in part], device)
+            old.append(peer_logprobs(policy, under, args.temperature, False).float())
+            batch = padded([t.prompt_ids for t in part], [t.response_ids for t in part], device)
+            values.append(peer_values(critic, batch).float())
+            masks.append(batch[3])
+    advantages, returns = [], []
+    for part, value, mask in zip(parts, values, masks):
+        reward = torch.zeros_like(value)
+        reward[range(len(part)), [len(t.response_ids) - 1 for t in part]] = torch.tensor([t.reward for t in part], device=device)
+        a, r = ppo_cpe.gae(reward.cpu(), value.cpu() * mask.cpu(), mask.cpu().float(), 1.0, 1.0)
+        advantages.append(a.to(device))
+        returns.append(r.to(device))
+    flat = torch.cat([a[m] for a, m in zip(advantages, masks)])
+    advantages = [(a - flat.mean()) / (flat.std() + 1e-8) for a in advantages]
+
+    per_mini_batch = len(parts) // 2
+    for first in range(0, len(parts), per_mini_batch):
+        chosen = range(first, first + per_mini_batch)
+        n_tokens = sum(masks[i].sum() for i in chosen)
+        for i in chosen:
+            part, mask = parts[i], masks[i]
+            batch = padded([t.prompt_ids for t in part], [t.response_ids for t in part], device)
+            logprobs = peer_logprobs(policy, batch, args.temperature, True).float()
+            edit = torch.tensor([t.parent is not None for t in part], device=device)[:, None] & mask
+            original = mask & ~edit
+            loss, _, _ = ppo_cpe.policy_loss(logprobs[original], old[i][original], advantages[i][original], 0.2, 0.2)
+            loss_e, _, _ = ppo_cpe.edit_loss("unclipped", logprobs[edit], old[i][edit], advantages[i][edit], cap=10.0)
+            ((loss.sum() + loss_e.sum()) / n_tokens).backward()
+            value = peer_values(critic, batch).float()
+            v_loss, _ = ppo_cpe.value_loss(value[mask], values[i][mask], returns[i][mask], 0.5)
+            (v_loss.sum() / n_tokens).backward()
+        for model, optimizer in zip((policy, critic), optimizers):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+def ours_step(policy, critic, optimizers, trajectories, args, ranks):
+    for t in trajectories:
+        t.old_logprobs = None
+    stats = common.Stats()
+    batch = ppo_cpe.share_out(trajectories, args, ranks)
+    ppo_cpe.fill_old_logprobs(batch, policy, args, ranks, stats)
+    responses = [t.response_ids for t in batch]
+    values = ppo_cpe.per_token(critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses],
+                               args, ranks, stats)
+    for t, of_t in zip(batch, values):
+        t.values = of_t
+    ppo_cpe.compute_advantages(batch, args, ranks)
+    ppo_cpe.update(batch, policy, critic, optimizers, True, args, ranks, stats)
+    return stats
+
+
+def made_up(n_prompts, prompt, response, critique, vocab, n=4, edits=2):
+    """Trajectories of a step: prompts and responses of half to the whole of these lengths, in tokens."""
+    rng = random.Random(0)
+
+    def ids(longest):
+        return [rng.randrange(vocab) for _ in range(rng.randint(longest // 2, longest))]
+
+    result = []
+    for place in range(n_prompts):
+        x = ids(prompt)
+        for i in range(n):
+            y = ids(response)
+            t = ppo_cpe.Trajectory(f"p{place}", i, {}, place, x, None, x, y, [-1.0] * len(y), reward=rng.gauss(0, 2))
+            result.append(t)
+            if i < edits:
+                y = ids(response)
+                result.append(ppo_cpe.Trajectory(f"p{place}", i, {}, place, x, t, x + t.response_ids + ids(critique), y,
+                                                 [-1.0] * len(y), reward=rng.gauss(0, 2)))
+    return result
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(sides, repeats, device):
+    """{name: function} -> {name: median seconds}; one run of each to warm up, then in turns."""
+    times = {name: [] for name in sides}
+    for i in range(repeats + 1):
+        for name, function in sides.items():
+            started = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def peak_of(function, device):
+    """Bytes by which memory rises above where it stands (CPU: resident memory of the process, Linux)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(field):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # sets the high-water mark to what is resident now
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def line(work, peer, ours, target, unit="s"):
+    ratio = peer / ours if ours else float("inf")
+    print(f"{work:58}{peer:10.3f}{ours:10.3f} {unit:4}{ratio:8.2f} x   {target}", flush=True)
+
+
+def bench_logprob(args, dtype):
+    shape = "0.5b" if args.device == "cpu" else "1.5b"
+    config, (n_sequences, length) = config_of(shape), (8, 64) if args.device == "cpu" else (8, 1024)
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.03).to(args.device, dtype)
+    hidden = torch.randn(n_sequences * length, config.hidden_size, generator=generator).to(args.device, dtype)
+    targets = torch.randint(0, config.vocab_size, (n_sequences * length,), generator=generator).to(args.device)
+
+    def peer(h, w):
+        logits = F.linear(h, w).view(n_sequences, length, -1)
+        return selective_log_softmax(logits, targets.view(n_sequences, length)).flatten()
+
+    def ours(h, w):
+        return linear_logprob(h, w, targets)[0]
+
+    def backward(function):
+        def run():
+            for x in (hidden, weight):
+                x.grad = torch.zeros_like(x) if x.grad is None else x.grad
+            function(hidden, weight).float().sum().backward()
+        return run
+
+    print(f"log-probs, {n_sequences * length} tokens, V {config.vocab_size}, d {config.hidden_size}")
+    for name in ("forward", "forward and backward"):
+        grad = name != "forward"
+        with torch.set_grad_enabled(grad):
+            for x in (hidden, weight):
+                x.requires_grad_(grad)
+            sides = {"peer": lambda: peer(hidden, weight), "ours": lambda: ours(hidden, weight)}
+            sides = {"peer": backward(peer), "ours": backward(ours)} if grad else sides
+            # before any other run: memory that the C library keeps of an earlier one would not show
+            peaks = {side: peak_of(function, args.device) / 2**20 for side, function in sides.items()}
+            times = seconds_of(sides, args.repeats, args.device)
+            gemms = (4 if grad else 1) * 2 * len(hidden) * weight.numel()  # the logits are made twice
+            rate = gemms / times["ours"] / 1e12
+            line(f"  {name}, {rate:.2f} TFLOP/s", times["peer"], times["ours"], "time <= 1 x" if not grad else "")
+            line(f"  {name}, peak memory", peaks["peer"], peaks["ours"], "memory <= 1/8" if not grad else "", "MiB")
+    with torch.no_grad():
+        difference = (peer(hidden.float(), weight.float()) - ours(hidden, weight)).abs().max().item()
+    print(f"  they differ by at most {difference:.1e}")
+
+
+def bench_shared(args, dtype):
+    shape, n_prompts = ("layers", 1) if args.device == "cpu" else ("1.5b", 4)
+    config = config_of(shape)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(800)] for _ in range(n_prompts)]
+    rows = [(p, [rng.randrange(config.vocab_size) for _ in range(400)]) for p in prompts for _ in range(6)]
+    shared = common.pack_shared([p for p, _ in rows], [r for _, r in rows], [[True] * 400] * len(rows), args.device)
+    apart = common.pack([p + r for p, r in rows], [[False] * 800 + [True] * 400] * len(rows), args.device)
+    print(f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width {config.hidden_size}")
+    for name, scalar_head in (("actor", False), ("critic", True)):
+        model = Qwen2(config, scalar_head)
+        init_weights(model, 0)
+        model.to(args.device, dtype)
+
+        def run(batch):
+            model.zero_grad()
+            ppo_cpe.forward(model, batch, 1.0).sum().backward()
+
+        times = seconds_of({"apart": lambda: run(apart), "shared": lambda: run(shared)}, args.repeats, args.device)
+        limit = common.forward_flops(model, apart) / common.forward_flops(model, shared)
+        rate = 3 * common.forward_flops(model, shared) / times["shared"] / 1e12
+        line(f"  {name} (limit {limit:.2f} x), {rate:.2f} TFLOP/s", times["apart"], times["shared"], ">= 1.9 x")
+
+
+def bench_step(args, ranks, dtype):
+    shape, n_prompts, lengths = ("tiny", 16, (200, 96, 60)) if args.device == "cpu" else ("0.5b", 64, (1000, 512, 200))
+    config = config_of(shape)
+    flags = ppo_cpe.Args(prompts_per_step=n_prompts, mini_batch_prompts=n_prompts // 2, tokens_per_microbatch=8192,
+                         temperature=1.0, edit_rate=0.5)
+    trajectories = made_up(n_prompts, *lengths, config.vocab_size)
+    models = {"policy": Qwen2(config), "critic": Qwen2(config, scalar_head=True)}
+    for model in models.values():
+        init_weights(model, 0)
+        model.to(args.device)
+        common.shard(model, ranks)
+    optimizers = {name: common.adamw(model, 1e-6, 0.01) for name, model in models.items()}
+    peers = peer_models(config, args.device, dtype)
+    peer_optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01) for model in peers]
+    n_tokens = sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories)
+    print(f"a PPO update, {n_prompts} prompts x (4 originals + 2 edits), {n_tokens} tokens, {shape}")
+    sides = {"ours": lambda: ours_step(models["policy"], models["critic"], optimizers, trajectories, flags, ranks)}
+    # the fastest of several batch sizes, so that the peer is not held up by a bad one
+    sides |= {f"peer, {n} sequences a batch": lambda n=n: peer_step(*peers, peer_optimizers, trajectories, flags, args.device, n)
+              for n in ((12, 24, 48) if args.device == "cpu" else (8, 16))}
+    times = seconds_of(sides, args.repeats, args.device)
+    ours = times.pop("ours")
+    for name, seconds in times.items():
+        line(f"  {name}", seconds, ours, ">= 2 x" if seconds == min(times.values()) else "")
+
+
+def main(args):
+    ranks = common.start("bf16" if args.device == "cuda" else "fp32")
+    if ranks.device.type != args.device:
+        raise ValueError(f"--device {args.device}: this machine's is {ranks.device.type}")
+    dtype = ranks.dtype
+    print(f"{torch.__version__}, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name())
+    print(f"{'':58}{'peer':>10}{'ours':>10}     {'ratio':>9}     target")
+    if "logprob" in args.only:
+        bench_logprob(args, dtype)
+    if "shared" in args.only:
+        bench_shared(args, dtype)
+    if "step" in args.only:
+        bench_step(args, ranks, dtype)
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(tyro.cli(Args))

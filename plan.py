@@ -1,0 +1,213 @@
+"""`--plan`: what a run will hold in memory, by rank and part, before it is started. Needs a config.json and no GPU.
+
+Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by running
+two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves what
+FlashAttention saves there (on a CPU torch keeps the output twice). Not counted: memory that the allocator has split and
+cannot use, and on a GPU the context and NCCL's buffers, for which `RESERVED_GIB` is set aside.
+"""
+
+import dataclasses
+import os
+import sys
+
+import torch
+
+from model import GIB, Packed, Qwen2, load_config
+
+RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
+PROBE_TOKENS = 64
+KV_SHARE = 4  # sequences are on average a quarter of the longest (800 + 400 tokens of 2048 + 2048 in the paper's workload)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves what a memory-efficient attention saves, computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, stored_twice):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        return out.clone() if stored_twice else out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("the plan runs no backward pass")
+
+
+class _Context(Packed):
+    """As `Packed`, with `_Attention`. Keys and values are counted `key_copies` times (SharedPrefix copies a prefix's)."""
+
+    def __init__(self, n_tokens, key_copies, stored_twice):
+        super().__init__([n_tokens], "meta")
+        self.key_copies, self.stored_twice = key_copies, stored_twice
+
+    def attend(self, layer, q, k, v, *rope_tables):
+        k, v = (x.repeat(self.key_copies, 1, 1) for x in (k, v))
+        return _Attention.apply(q, k, v, self.stored_twice)
+
+
+def saved_bytes(config, n_layers, dtype, scalar_head, device, key_copies):
+    """-> bytes per token that a forward pass of that many layers saves, and of what enters the last layer."""
+    with torch.device("meta"):
+        model = Qwen2(dataclasses.replace(config, num_hidden_layers=n_layers), scalar_head).to(dtype)
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept, entering = {}, 0
+
+    def save(x):
+        if x.untyped_storage()._cdata not in known:
+            kept[x.untyped_storage()._cdata] = x  # holds it, so that no other tensor gets its place
+        return x
+
+    def enter(_, args):
+        nonlocal entering
+        entering = sum(x.nbytes for x in args if isinstance(x, torch.Tensor) and x.shape == (PROBE_TOKENS, config.hidden_size))
+
+    model.model.layers[-1].register_forward_pre_hook(enter)
+    ids = torch.zeros(PROBE_TOKENS, dtype=torch.int64, device="meta")
+    context = _Context(PROBE_TOKENS, key_copies, device == "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        model(ids, context.position_ids, context, ids, None if scalar_head else ids)
+    return sum(x.untyped_storage().nbytes() for x in kept.values()) / PROBE_TOKENS, entering / PROBE_TOKENS
+
+
+def activations(config, n_tokens, dtype, scalar_head, recompute, device, key_copies=1):
+    """Bytes of a micro-batch at the turn from forward to backward, with what one layer's backward pass adds."""
+    one, entering = saved_bytes(config, 1, dtype, scalar_head, device, key_copies)
+    two, _ = saved_bytes(config, 2, dtype, scalar_head, device, key_copies)
+    layer = two - one
+    working = 3 * config.intermediate_size * dtype.itemsize  # gradients of the MLP's three wide tensors
+    layers = config.num_hidden_layers * (entering if recompute else layer) + (layer if recompute else 0)
+    return int(n_tokens * ((one - layer) + layers + working))
+
+
+@dataclasses.dataclass
+class Machine:
+    """Where a run is planned for. ranks that share a copy: shard_size, None: all."""
+
+    world_size: int
+    shard_size: int | None
+    dtype: torch.dtype
+    device: str  # cuda | cpu
+    offload: bool
+
+    @property
+    def sharded(self):
+        return self.world_size > 1 or self.dtype != torch.float32  # as common.shard
+
+
+class Trained:
+    """Bytes per rank of a model that is trained, by part."""
+
+    def __init__(self, path, scalar_head, machine, n_tokens, recompute, key_copies=1):
+        self.config = config = load_config(path)
+        with torch.device("meta"):
+            model = Qwen2(config, scalar_head)
+        total = sum(p.numel() for p in model.parameters())
+        of_layer = sum(p.numel() for p in model.model.layers[0].parameters())
+        root, itemsize = total - config.num_hidden_layers * of_layer, machine.dtype.itemsize
+        ranks = (machine.shard_size or machine.world_size) if machine.sharded else 1
+        self.n_parameters = total
+        self.masters, self.gradients, self.moments = (n * total / ranks for n in (4, 4, 8))
+        self.activations = activations(config, n_tokens, machine.dtype, scalar_head, recompute, machine.device, key_copies)
+        # sharded: root and two layers whole, the root's gradient, and its fp32 copy on the way to the other ranks;
+        # else: the gradient of the LM head, before it is added to the others
+        head = config.vocab_size * config.hidden_size * (not scalar_head)
+        self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if machine.sharded else 4 * head
+
+
+def inference(path, dtype, kv_tokens, scalar_head=False):
+    """-> bytes of a model that only computes, whole on every rank, and of its KV cache."""
+    config = load_config(path)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Qwen2(config, scalar_head).parameters()) * dtype.itemsize
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return weights, kv_tokens * per_token
+
+
+def kv_tokens(max_len, max_batch):
+    """Tokens for which an engine's cache needs room: at least one of the longest sequences."""
+    return max(max_len, max_len * max_batch // KV_SHARE)
+
+
+def machine_of(args):
+    """From a script's flags. The dtype `auto` is that of a GPU, unless the plan is for a CPU (--gpu-gib 0)."""
+    device = "cuda" if args.gpu_gib else "cpu"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16,
+             "auto": torch.bfloat16 if args.gpu_gib else torch.float32}[args.dtype]
+    world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard_size is not None and (args.shard_size < 1 or world_size % args.shard_size):
+        raise ValueError(f"--shard-size {args.shard_size}: expected a divisor of --world-size {world_size}")
+    return Machine(world_size, args.shard_size, dtype, device, args.offload)
+
+
+def report(args, machine, phases, expected):
+    """Prints the table and the answer -> the largest phase in bytes. Where it does not fit the exit status is 1.
+
+    phases: {name: {part: bytes per rank}}; expected: lines on what the run will compute.
+    """
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    copies = f", {machine.shard_size} of them to a copy" if machine.shard_size else ""
+    print(f"plan for {machine.world_size} x {args.gpu_gib:g} GiB{copies}" if args.gpu_gib else
+          f"plan for {machine.world_size} CPU processes", f"in {str(machine.dtype).removeprefix('torch.')}; GiB per rank")
+    print(f"{'':34}" + "".join(f"{name:>12}" for name in phases))
+    for part in parts:
+        print(f"{part:34}" + "".join(f"{phase[part] / GIB:12.2f}" if part in phase else f"{'-':>12}"
+                                     for phase in phases.values()))
+    totals = [sum(phase.values()) for phase in phases.values()]
+    print(f"{'together':34}" + "".join(f"{total / GIB:12.2f}" for total in totals))
+    for line in expected:
+        print(line)
+    if args.gpu_gib:
+        room = args.gpu_gib - RESERVED_GIB - max(totals) / GIB
+        print(f"fits: {'yes' if room >= 0 else 'NO'}, {abs(room):.1f} GiB {'to spare' if room >= 0 else 'too much'} "
+              f"({RESERVED_GIB:g} GiB set aside for CUDA, NCCL and fragmentation)")
+        if room < 0:
+            sys.exit(1)
+    return max(totals)
+
+
+def one_model(args, path, scalar_head=False):
+    """The plan of sft.py, train_grm.py and dpo.py."""
+    machine = machine_of(args)
+    t = Trained(path, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
+    state = {"fp32 masters": t.masters, "gradients": t.gradients}
+    moments = {"Adam moments": t.moments}
+    phases = {"passes": {**state, **({} if machine.offload else moments), "gathered weights and gradients": t.whole,
+                         "activations": t.activations}, "optimizer": {**state, **moments}}
+    return report(args, machine, phases, [
+        f"{t.n_parameters / 1e9:.2f} billion parameters; at most {args.tokens_per_microbatch} tokens a pass and rank"])
+
+
+def ppo(args, max_len, judge_max_len=8192):
+    """The plan of ppo_cpe.py: while responses are sampled, while the models are trained, in the optimizer."""
+    machine = machine_of(args)
+    common = (machine, args.tokens_per_microbatch, args.checkpoint_activations)
+    per_prompt = args.n_samples * (1 + args.edit_rate)
+    policy = Trained(args.policy, False, *common, key_copies=2)
+    critic = Trained(args.critic or args.policy, True, *common, key_copies=2)
+    weights, cache = inference(args.policy, machine.dtype, kv_tokens(max_len, args.max_batch))
+    resident = {"engine: weights": weights, "engine: KV cache": cache}
+    if args.judge.startswith("bt:"):
+        resident["judge: weights"], _ = inference(args.judge.removeprefix("bt:"), machine.dtype, 0, True)
+    elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
+        resident["judge: weights"], resident["judge: KV cache"] = inference(
+            args.judge, machine.dtype, kv_tokens(judge_max_len, args.max_batch))
+    masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
+    moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
+    larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)
+    on_host = machine.offload and machine.device == "cuda"
+    logits = 3 * 4 * args.max_batch * policy.config.vocab_size  # of a step of decoding, and the sampler's two copies
+    phases = {
+        "sampling": {**resident, "logits of a step": logits, **({} if on_host else masters | moments)},
+        "passes": {**resident, **masters, **({} if on_host else moments), "gradients (one model at a time)": larger.gradients,
+                   "gathered weights and gradients": larger.whole, "activations": larger.activations},
+        "optimizer": {**resident, **masters, "gradients (one model at a time)": larger.gradients,
+                      **({"policy: Adam moments": policy.moments} if on_host else moments)},
+    }
+    prompts = args.prompts_per_step
+    sampled = prompts * args.n_samples * (2 if args.edit_rate > 0 else 1)
+    return report(args, machine, phases, [
+        f"policy {policy.n_parameters / 1e9:.2f}, critic {critic.n_parameters / 1e9:.2f} billion parameters; at most "
+        f"{args.tokens_per_microbatch} tokens a pass and rank",
+        f"a step, at most: {sampled} responses, {sampled * args.max_response_length:,} tokens sampled; "
+        f"{prompts * per_prompt:g} responses trained, "
+        f"{int(prompts * (args.max_prompt_length + per_prompt * args.max_response_length)):,} tokens computed in each pass"])
