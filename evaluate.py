@@ -384,7 +384,12 @@ def compare_files(args):
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
     comparisons = [tables.compare(rows, args.seed, gamed, args.bootstrap_draws) for rows in files]
     tests = [tables.paired(a, b, args.seed) for i, a in enumerate(files) for b in files[i + 1 :]]
-    kappas = [tables.agreement(a, b) for a in files for b in labels]
+    kappas = []
+    for path, rows in zip(args.labels, labels):
+        found = [kappa for kappa in (tables.agreement(a, rows) for a in files) if kappa]
+        if not found:
+            raise ValueError(f"{path}: no instruction with the same two outputs as in --annotations")
+        kappas += found
     write_json(os.path.join(args.out, "results.json"), dict(comparisons=comparisons, paired_tests=tests, kappas=kappas,
                                                             args=dataclasses.asdict(args)))
     print(tables.write_tables(args.out, comparisons, files, tests, kappas))

@@ -51,7 +51,7 @@ from prompts import (
 )
 
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
-TOP_LOGPROBS = 5  # alternatives of the first token that a server is asked for, AlpacaEval's number
+TOP_LOGPROBS = (20, 5)  # alternatives of the first token that a server is asked for; some refuse more than 5
 
 
 @dataclass
@@ -323,7 +323,7 @@ class PairServerJudge(ServerJudge):
 
     def __init__(self, *settings):
         *settings, self.votes = settings
-        self.gives_logprobs = True
+        self.top_logprobs = list(TOP_LOGPROBS)  # what has not been refused; none left: votes
         super().__init__(*settings)
 
     def submit(self, key, row, answers, seed):
@@ -331,22 +331,25 @@ class PairServerJudge(ServerJudge):
 
     def judge(self, request, seed):
         asked, reason, kind = 0, "", ""
-        while self.gives_logprobs and asked < self.attempts:
-            asked += 1
+        # a copy: another thread may take out what its request was refused
+        while (numbers := list(self.top_logprobs)) and asked < self.attempts:
+            asked, number = asked + 1, numbers[0]
             try:
                 choice = self.complete(request, seed, temperature=0, max_tokens=1, logprobs=True,
-                                       top_logprobs=TOP_LOGPROBS)
+                                       top_logprobs=number)
             except Failure as failure:
-                if "logprob" in str(failure).lower():  # this server does not give them
-                    self.gives_logprobs, asked = False, asked - 1
-                    break
+                if "logprob" in str(failure).lower():  # this server gives none, or not as many
+                    asked -= 1
+                    if number in self.top_logprobs:  # not yet taken out by another thread
+                        self.top_logprobs.remove(number)
+                    continue
                 reason, kind = str(failure), failure.kind
                 if kind == "request":
                     return asked, asked, failed_verdict(reason, kind)
                 continue
             tokens = getattr(choice.logprobs, "content", None)
             if tokens is None or tokens and not tokens[0].top_logprobs:
-                self.gives_logprobs, asked = False, asked - 1
+                self.top_logprobs, asked = [], asked - 1
                 break
             if not tokens:
                 return asked, asked, failed_verdict("an empty reply", "unparsable")
@@ -355,7 +358,7 @@ class PairServerJudge(ServerJudge):
                 return asked, asked - 1, dict(reward=share, method="logprobs")
             error = f"neither name among the likely first tokens; it began with {tokens[0].token!r}"
             return asked, asked, failed_verdict(error, "unparsable")  # at temperature 0 always so
-        if self.gives_logprobs:
+        if self.top_logprobs:
             return asked, asked, failed_verdict(f"{reason}, {asked} verdicts", kind)
         return self.by_votes(request, seed)
 

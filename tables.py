@@ -164,14 +164,15 @@ def paired(first, second, seed):
 
 
 def agreement(annotations, labels):
-    """Cohen's kappa of two judges (or a judge and people) over the pairs of answers that both files hold."""
+    """Cohen's kappa of two judges (or a judge and people) over the pairs of answers in both files; None without any."""
+
     def pair(row):
         return row["instruction"], row["output_1"], row["output_2"]
 
     theirs = {pair(row): row for row in labels}
     both = [(row, theirs[pair(row)]) for row in annotations if pair(row) in theirs]
     if not both:
-        raise ValueError("no instruction with the same two outputs is in both files: nothing to compare judges on")
+        return None
     a, b = (verdicts_of(rows) for rows in zip(*both))
     return dict(first=annotations[0].get("annotator"), second=labels[0].get("annotator"),
                 in_one_file_only=len(annotations) + len(labels) - 2 * len(both)) | winrate.cohens_kappa(a, b)

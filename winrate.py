@@ -252,9 +252,10 @@ def bootstrap_length_controlled(verdicts, model_lengths, baseline_lengths, resul
                                 draws=1000):
     """95 % interval of a length-controlled win rate: rows (or groups) drawn again, lengths standardized and the model
     fitted again each time, at the C of `result`: cross-validation over rows that were drawn twice would see its own
-    training rows. -> (low, high), or (None, None) where `result` has no fit.
+    training rows. -> (low, high), or (None, None) where `result` has no fit or sees one class only.
     """
-    if result["penalty"] is None:
+    judged = verdicts[~np.isnan(verdicts)]
+    if result["penalty"] is None or not judged.any() or (judged == 1).all():
         return None, None
     gamed = gamed if result["variant"] == "v1" else None
     lengths = np.asarray(model_lengths), np.asarray(baseline_lengths)
@@ -264,6 +265,9 @@ def bootstrap_length_controlled(verdicts, model_lengths, baseline_lengths, resul
         if np.isnan(verdicts[rows]).all():
             continue
         train, y, weight, test = _design(verdicts[rows], lengths[0][rows], lengths[1][rows], gamed, rows)
+        if (y == y[0]).all() and y[0] in (0, 1):  # one class has no finite fit: its limit
+            rates.append(100 * y[0])
+            continue
         coefficients = _fit(train, y, weight, result["penalty"], np.random.RandomState(SEED))
         rates.append(100 * sigmoid(test @ coefficients).mean())
     low, high = np.quantile(rates, [0.025, 0.975])

@@ -274,7 +274,7 @@ def test_an_unreachable_server_is_found_at_once(url):
 class PairServer(FaultyServer):
     """Prefers the longer answer with probability 0.8, after the faults scripted for the pair; knows the sampling rules.
 
-    server.logprobs: "given" | "refused" (400) | "left out". Votes go by the seed, 7 of 10 for the longer one.
+    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". Votes go by the seed, 7 of 10 for the longer one.
     """
 
     def do_POST(self):
@@ -295,12 +295,14 @@ class PairServer(FaultyServer):
             return self.reply(200, b'{"choices": [{"mess' if fault == "garbage" else b'{"choices": []}')
         if request.get("logprobs") and self.server.logprobs == "refused":
             return self.reply(400, b'{"error": {"message": "logprobs are not supported by this model"}}')
+        if request.get("logprobs") and self.server.logprobs == "at most 5" and request["top_logprobs"] > 5:
+            return self.reply(400, b'{"error": {"message": "top_logprobs: must be less than or equal to 5"}}')
         longer, other = ("m", "M") if len(answers[0]) > len(answers[1]) else ("M", "m")
         message, logprobs = {"role": "assistant", "content": longer, "refusal": None}, None
         if fault == "refusal":
             message |= {"content": None, "refusal": "I can't help with that."}
-        if request.get("logprobs") and self.server.logprobs == "given":
-            assert request["max_tokens"] == 1 and request["temperature"] == 0 and request["top_logprobs"] == 5
+        if request.get("logprobs") and self.server.logprobs in ("given", "at most 5"):
+            assert request["max_tokens"] == 1 and request["temperature"] == 0
             top = [(longer, 0.6), (other, 0.15), (f" {longer}", 0.1)]
             top = [("The", 0.9)] if fault == "neither" else [("m", 0.4)] if fault == "one name" else top
             top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top]
@@ -361,11 +363,21 @@ def test_pairs_by_votes(pair_server, logprobs):
     assert found["unclear"].reward is None and found["unclear"].failure == "unparsable"
     assert "0 verdicts of 15 parsed, 5 needed" in found["unclear"].error
     with_logprobs = [r for some in pair_server.requests.values() for r in some if "logprobs" in r]
-    assert len(with_logprobs) == 1  # asked once, then known
+    assert [r["top_logprobs"] for r in with_logprobs] == ([20, 5] if logprobs == "refused" else [20])  # then it is known
     one = open_judge(pair_server.url, Templates(), RANKS, votes=1)
     one.submit("x", ROW, ("a", "longer"), seed=0)
     assert verdicts(one)["x"].reward in (0, 1)
     assert pair_server.requests[("a", "longer")][-1]["temperature"] == 0
+
+
+def test_a_server_that_gives_fewer_logprobs(pair_server):
+    pair_server.logprobs = "at most 5"
+    judge = open_judge(pair_server.url, Templates(), RANKS, concurrency=1)
+    for n in range(3):
+        judge.submit(n, ROW, ("a longer one", f"{n}"), seed=0)
+    assert all((v.reward, v.method) == (pytest.approx(0.8), "logprobs") for v in verdicts(judge).values())
+    asked = [r["top_logprobs"] for some in pair_server.requests.values() for r in some]
+    assert asked == [20, 5, 5, 5]
 
 
 HOSTILE = [
