@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 
 import common
@@ -47,7 +46,7 @@ import tables
 import winrate
 from common import derive_seed
 from data import persona_world
-from journal import DIMENSIONS, check_judge, draw_rows, is_url, replies, verdicts_on
+from journal import DIMENSIONS, check_judge, draw_rows, is_url, replies, verdicts_on, with_name
 from prompts import Chat, answer_request, load_templates, persona_text
 from tables import mean_and_error, write_json
 
@@ -477,7 +476,7 @@ def accuracy_by_tier(pairs, outcomes, seed):
     def rows_of(names):
         return [i for i, label in enumerate(labels) if label in names]
 
-    groups = {label: part(rows_of([label])) for label in sorted(set(labels))}
+    groups = {label: part(rows_of([label])) for label in tables.in_order(labels)}
     kinds = {}
     for kind in sorted({pair["kind"] for pair in pairs if pair.get("kind")}):
         names = [label for label in groups if label.split()[0] == kind]
@@ -580,6 +579,8 @@ def main(args):
         return compare_files(args)
     if args.labels:
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
+    named = {name: with_name(getattr(args, name)) for name in ("model", "baseline", "judge")}
+    args = dataclasses.replace(args, **named)
     ranks = common.start(args.dtype)
     templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template,
                                pair_template=args.pair_template)

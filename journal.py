@@ -8,6 +8,7 @@ asked for again, whenever the run was killed. `args` are those of evaluate.py.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import glob
@@ -42,8 +43,16 @@ def is_url(spec):
     return spec.removeprefix("pair:").startswith(("http://", "https://"))
 
 
+def with_name(spec):
+    """A server's URL with the name of its model, which digests need: asks the server where the URL has none."""
+    if not is_url(spec) or "#" in spec:
+        return spec
+    client, _ = open_client(spec.removeprefix("pair:"))
+    return f"{spec}#{served_model(client, '')}"
+
+
 def fingerprint(spec):
-    """What a model or judge consists of: new weights under an old name count as another. Of a server only the URL."""
+    """What a model or judge consists of: new weights under an old name count as another. Of a server URL and name."""
     if is_url(spec):
         return spec
     if spec == "world":
@@ -86,15 +95,18 @@ class Journal:
                     found[row["made_by"]] = row
         return found
 
-    def open(self):
+    @contextlib.contextmanager
+    def writing(self):
+        """The time in which this process, and no other, appends."""
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        self.file = open(self.path, "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{self.path}: another run is writing it") from error
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)  # without a torn last line
+        with open(self.path, "a+b") as self.file:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{self.path}: another run is writing it") from error
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)  # without a torn last line
+            yield
 
     def append(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
@@ -109,7 +121,11 @@ def made_once(name, stage, digests, make, args, ranks):
     journal = Journal(args.out, name, ranks.rank)
     kept = journal.rows()
     common.barrier(ranks)  # no rank writes before all have read: they have to agree on what is missing
-    missing = list({d: i for i, d in reversed(list(enumerate(digests))) if d not in kept}.values())[::-1]
+    missing, seen = [], set(kept)
+    for i, d in enumerate(digests):  # equal ones are made once
+        if d not in seen:
+            missing.append(i)
+            seen.add(d)
     n_there = len(set(digests)) - len(missing)
     if args.stage not in ("all", stage):
         print0(f"{name}: {n_there} are there, {len(missing)} are not (--stage {args.stage} makes none)")
@@ -117,8 +133,7 @@ def made_once(name, stage, digests, make, args, ranks):
     print0(f"{name}: {len(missing)} to make, {n_there} are there")
     mine, made = missing[ranks.rank :: ranks.world_size], {}
     if mine:
-        journal.open()
-        with tqdm(total=len(mine), desc=name, disable=ranks.rank > 0) as bar:
+        with journal.writing(), tqdm(total=len(mine), desc=name, disable=ranks.rank > 0) as bar:
 
             def record(i, row):
                 made[digests[i]] = row | {"made_by": digests[i]}

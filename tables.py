@@ -73,6 +73,12 @@ def persons_of(annotations):
     return None if None in persons else persons
 
 
+def in_order(groups):
+    """Distinct labels by kind, then from easy to hard."""
+    tiers = {"easy": "1", "mid": "2", "hard": "3"}
+    return sorted(set(groups), key=lambda label: [tiers.get(word, word) for word in label.split()])
+
+
 def mean_and_error(values):
     """{"mean", "standard_error"} of the values that are not None; None where those are too few."""
     values = [v for v in values if v is not None]
@@ -107,7 +113,7 @@ def compare(annotations, seed, gamed=None, draws=1000):
                 row["glm_preference"] = float(prediction)
     labels = [row.get("group") for row in annotations]
     groups = {}
-    for label in dict.fromkeys(label for label in labels if label is not None):
+    for label in in_order(label for label in labels if label is not None):
         rows = np.array([i for i, other in enumerate(labels) if other == label])
         groups[label] = share_won(verdicts[rows], seed, persons and [persons[i] for i in rows])
     return dict(
@@ -315,7 +321,7 @@ def plot_win_rates(comparisons, folder):
     axis.axvline(50, color="0.6", linewidth=1, linestyle="--", zorder=0)
     axis.set_yticks(range(len(lines)), [line[0] for line in lines])
     axis.set_ylim(len(lines) - 0.5, -0.5)
-    axis.set_xlim(0, 100)
+    axis.set_xlim(-2, 102)  # a marker at either end is whole
     axis.set_xlabel(f"win rate against {comparisons[0]['generators']['baseline']}, %, 95 % interval")
     save_plot(figure, folder, "win_rates")
 
@@ -334,7 +340,7 @@ def plot_lengths(comparisons, annotations, folder):
         axis.errorbar(x, y, yerr=error, fmt="o-", color=color, capsize=2, markersize=4, label=c["generators"]["model"])
     axis.axhline(50, color="0.6", linewidth=1, linestyle="--", zorder=0)
     axis.axvline(0, color="0.6", linewidth=1, linestyle="--", zorder=0)
-    axis.set_ylim(0, 100)
+    axis.set_ylim(-3, 103)
     axis.set_xlabel("characters of the model's answer minus the baseline's")
     axis.set_ylabel("win rate, % ± standard error")
     axis.legend(frameon=False)

@@ -10,6 +10,7 @@ here: scikit-learn changed theirs at some release, so the same annotations gave 
 little (an L1 penalty that removed the model term, one class only), `notes` says so and `unpenalized` stands beside it.
 """
 
+import contextlib
 import math
 import os
 import warnings
@@ -73,6 +74,19 @@ def _fit(x, y, weight, penalty, random):
         warnings.filterwarnings("ignore", category=UserWarning)
         model.fit(np.vstack([x, x]), labels, sample_weight=np.concatenate([weight * y, weight * (1 - y)]))
     return model.coef_[0]
+
+
+@contextlib.contextmanager
+def _without_solver_output():
+    """liblinear writes a line to the process's stderr for every fit that sees one class; `notes` say it once."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def sigmoid(z):
@@ -179,8 +193,9 @@ def length_controlled(verdicts, model_lengths, baseline_lengths, variant="minima
 
     gamed = gamed if variant == "v1" else None
     train, y, weight, test = _design(verdicts, model_lengths, baseline_lengths, gamed, np.arange(n))
-    penalty = choose_penalty(train, y, weight)
-    coefficients = _fit(train, y, weight, penalty, np.random.RandomState(SEED))
+    with _without_solver_output():
+        penalty = choose_penalty(train, y, weight)
+        coefficients = _fit(train, y, weight, penalty, np.random.RandomState(SEED))
     predictions = sigmoid(test @ coefficients)
     rate = 100 * float(predictions.mean())
     free = _fit_unpenalized(train, y, weight)

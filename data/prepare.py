@@ -81,9 +81,9 @@ def list_files(source):
         try:
             source = snapshot_download(source, repo_type="dataset", allow_patterns=patterns)
         except (HFValidationError, OSError) as error:
-            raise ValueError(f"{source}: no such folder or file, and as a data set not fetched from the hub "
-                             f"({type(error).__name__}: {' '.join(str(error).split())}). Without a network, copy the release's files "
-                             "to a folder and name that") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{source}: no such folder or file, and as a data set not fetched from the hub ({reason}). "
+                             "Without a network, copy the release's files to a folder and name that") from error
     found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
     return source, sorted(f for f in found if f.endswith(tuple(p[1:] for p in patterns)))
 

@@ -264,6 +264,7 @@ def test_pairs_in_both_orders(world, tmp_path, pair_server):  # noqa: F811
     assert results["methods"] == {"logprobs": 6} and results["failures"] == {}
     rows = json.loads((tmp_path / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == pytest.approx([1 + y for y in expected])
+    assert rows[0]["annotator"] == f"{pair_server.url}#tiny"  # the name was asked for: other weights, other digests
     for row, prompt, a, b in zip(rows, json.loads(json.dumps(answers["model"])), answers["model"], answers["baseline"]):
         assert (row["output_2"], row["output_1"]) == (a["answer"], b["answer"])
         assert row["prompt_id"] == prompt["prompt_id"] and prompt["question"] in row["instruction"]
@@ -346,6 +347,27 @@ def without_flags(results):
     return {k: v for k, v in results.items() if k != "args"}
 
 
+def test_the_journal(tmp_path):
+    book = journal.Journal(str(tmp_path), "verdicts", 0)
+    with book.writing():
+        book.append({"made_by": "a", "text": "é\n"})
+        with pytest.raises(ValueError, match="another run is writing it"):
+            with journal.Journal(str(tmp_path), "verdicts", 0).writing():
+                pass
+        with journal.Journal(str(tmp_path), "verdicts", 1).writing():  # another rank has its own file
+            pass
+    with open(book.path, "ab") as f:
+        f.write(b'{"made_by": "b", "te')
+    assert list(book.rows()) == ["a"]
+    with book.writing():
+        book.append({"made_by": "c"})
+    assert list(book.rows()) == ["a", "c"] and book.rows()["a"]["text"] == "é\n"
+    with open(book.path, "ab") as f:
+        f.write(b"{broken}\n")
+    with pytest.raises(ValueError, match="verdicts.0.jsonl:3: not JSON"):
+        book.rows()
+
+
 def test_stages_one_by_one(world, tmp_path, pair_server):  # noqa: F811
     flags = pair_flags(world, pair_server, tmp_path / "stages")
     for stage, made, asked in (("answers", "answers_model.jsonl", 0), ("verdicts", "verdicts.jsonl", 12),
@@ -423,8 +445,7 @@ def test_annotations_to_tables(tmp_path, capsys):
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
     table = (tmp_path / "out/table.md").read_text()
     assert table in capsys.readouterr().out and "| model - other |" in table and "Cohen's kappa" in table
-    rows = [line for line in table.splitlines() if line.startswith("| model |")]
-    assert f"| {100 * np.nanmean(y):.1f} (" in rows[0]
+    assert f"| model | {100 * np.nanmean(y):.1f} (" in table
     error = error_of(evaluate, capsys, "--annotations", tmp_path / "b.json", *flags[3:])
     assert "people.json: no instruction with the same two outputs" in error
 

@@ -274,7 +274,7 @@ def test_an_unreachable_server_is_found_at_once(url):
 class PairServer(FaultyServer):
     """Prefers the longer answer with probability 0.8, after the faults scripted for the pair; knows the sampling rules.
 
-    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". Votes go by the seed, 7 of 10 for the longer one.
+    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". Votes go by the seed, 7 of 10 for the longer.
     """
 
     def do_POST(self):
@@ -363,7 +363,7 @@ def test_pairs_by_votes(pair_server, logprobs):
     assert found["unclear"].reward is None and found["unclear"].failure == "unparsable"
     assert "0 verdicts of 15 parsed, 5 needed" in found["unclear"].error
     with_logprobs = [r for some in pair_server.requests.values() for r in some if "logprobs" in r]
-    assert [r["top_logprobs"] for r in with_logprobs] == ([20, 5] if logprobs == "refused" else [20])  # then it is known
+    assert [r["top_logprobs"] for r in with_logprobs] == ([20, 5] if logprobs == "refused" else [20])  # then never
     one = open_judge(pair_server.url, Templates(), RANKS, votes=1)
     one.submit("x", ROW, ("a", "longer"), seed=0)
     assert verdicts(one)["x"].reward in (0, 1)

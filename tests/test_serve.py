@@ -73,7 +73,8 @@ def test_a_completion_is_what_the_engine_samples(running, alone):
     again = running.ask(n=1)
     assert again.choices[0].message.content == answer.choices[0].message.content and again.id != answer.id
     assert running.ask(seed=4).choices[0].message.content != again.choices[0].message.content
-    parts = [{"role": "user", "content": [{"type": "text", "text": "What about "}, {"type": "text", "text": "a gift?"}]}]
+    parts = [{"type": "text", "text": "What about "}, {"type": "text", "text": "a gift?"}]
+    parts = [{"role": "user", "content": parts}]
     assert running.ask(parts).choices[0].message.content == again.choices[0].message.content
 
 
