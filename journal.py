@@ -25,7 +25,7 @@ import common
 from common import derive_seed, print0
 from data import persona_world
 from generate import Engine
-from judges import open_client, open_judge, served_model, without_control_tokens
+from judges import Failure, open_client, open_judge, served_model, without_control_tokens
 from model import load_config, load_pretrained, resolve
 from prompts import Chat
 
@@ -183,18 +183,26 @@ def replies(name, spec, requests, temperature, args, ranks):
     def by_server(indices, record):
         def ask(i):
             messages = [m | {"content": without_control_tokens(m["content"])} for m in inputs[i]]
-            choice = client.chat.completions.create(
-                model=model, messages=messages, seed=seeds[i] % 2**31, temperature=temperature, top_p=args.top_p,
-                max_tokens=args.max_new_tokens).choices[0]
-            text = choice.message.content or getattr(choice.message, "refusal", None)
-            return dict(answer=text or "", truncated=choice.finish_reason == "length")
+            for _ in range(args.judge_attempts):  # the client itself tries again where nothing arrived
+                try:
+                    choice = client.chat.completions.create(
+                        model=model, messages=messages, seed=seeds[i] % 2**31, temperature=temperature,
+                        top_p=args.top_p, max_tokens=args.max_new_tokens).choices[0]
+                except (json.JSONDecodeError, IndexError, TypeError) as error:  # cut off, or without a choice
+                    reason = f"{type(error).__name__}: {error}"
+                    continue
+                text = choice.message.content or getattr(choice.message, "refusal", None)
+                if text is not None:
+                    return dict(answer=text, truncated=choice.finish_reason == "length")
+                reason = "no text"
+            raise Failure(f"{args.judge_attempts} replies could not be read ({reason})", "unparsable")
 
         with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
             futures = {pool.submit(ask, i): i for i in indices}
             for future in concurrent.futures.as_completed(futures):
                 try:
                     record(futures[future], future.result())
-                except (openai.APIError, json.JSONDecodeError, IndexError, TypeError) as error:  # after all retries
+                except (openai.APIError, Failure) as error:  # after all retries: not kept, asked again by the next run
                     print(f'{name}: no answer to prompt "{requests[futures[future]][0]}": {type(error).__name__}: '
                           f"{error}", file=sys.stderr)
 

@@ -16,7 +16,7 @@ import pytest
 import tables
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judges import pair_server  # noqa: F401  a fixture
+from test_judges import pair_server, server  # noqa: F401  fixtures
 from test_serve import Running
 from test_winrate import annotations as made_annotations
 from test_winrate import gamed_file
@@ -265,9 +265,9 @@ def test_pairs_in_both_orders(world, tmp_path, pair_server):  # noqa: F811
     rows = json.loads((tmp_path / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == pytest.approx([1 + y for y in expected])
     assert rows[0]["annotator"] == f"{pair_server.url}#tiny"  # the name was asked for: other weights, other digests
-    for row, prompt, a, b in zip(rows, json.loads(json.dumps(answers["model"])), answers["model"], answers["baseline"]):
+    for row, a, b in zip(rows, answers["model"], answers["baseline"]):
         assert (row["output_2"], row["output_1"]) == (a["answer"], b["answer"])
-        assert row["prompt_id"] == prompt["prompt_id"] and prompt["question"] in row["instruction"]
+        assert row["prompt_id"] == a["prompt_id"] and a["question"] in row["instruction"]
     run(*flags, "--orders", "drawn")  # by the instruction: half of the questions, all known
     assert sum(map(len, pair_server.requests.values())) == 12
     one = json.loads((tmp_path / "annotations.json").read_text())
@@ -394,6 +394,29 @@ def test_answers_of_a_server(tiny, tmp_path):
     assert len(answers["model"]) == 5 and results["win_rate"]["ties"] == 5
     running.server.should_exit = True
     running.thread.join(10)
+
+
+def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):  # noqa: F811
+    """Each prompt gets its answer, whatever happens on the way; one that is refused for good is listed and not kept."""
+    prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    for i, prompt in enumerate(prompts):
+        prompt["question"] = f"never {i}" if i == 5 else f"question {i}"
+    server.faults = {"question 0": [429, 500], "question 1": ["drop"], "question 2": ["garbage"],
+                     "question 3": ["empty", "garbage"], "question 4": ["cut"], "never 5": [400]}
+    (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--model", server.url, "--baseline-answers",
+             write(tmp_path / "base.jsonl", [p | {"answer": "x"} for p in prompts]), "--answer-template",
+             tmp_path / "answer.txt", "--judge", "world", "--stage", "answers", "--out", tmp_path / "out"]
+    for _ in range(2):
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
+        answers = [json.loads(line) for line in (tmp_path / "out/answers_model.jsonl").read_text().splitlines()]
+        assert [a["question"] for a in answers] == [f"question {i}" for i in range(5)]
+        assert all("</scores>" in a["answer"] for a in answers)
+        assert [a["truncated"] for a in answers] == [False] * 4 + [True]
+    asked = {question: len(requests) for question, requests in server.requests.items()}
+    assert asked == {"question 0": 3, "question 1": 2, "question 2": 2, "question 3": 3, "question 4": 1, "never 5": 2}
+    error = capfd.readouterr().err
+    assert f'no answer to prompt "{prompts[5]["prompt_id"]}": BadRequestError' in error
 
 
 def test_alpaca_eval_outputs(world, tmp_path):
@@ -525,8 +548,8 @@ def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):  # noq
                                                 pair_server.url, "--out", str(tmp_path / "out")]))
     results = json.loads((tmp_path / "out/results.json").read_text())
     longer = [evaluate.longer_wins(p) for p in pairs[1:]]  # what this server goes by; of equal lengths: the second
-    expected = [x if x != 0.5 else 0.5 for x in longer]
-    assert results["total"]["accuracy"] == pytest.approx(np.mean([x == 1 for x in expected]))
+    assert results["total"]["accuracy"] == pytest.approx(np.mean([x == 1 for x in longer]))
+    assert results["total"]["ties"] == longer.count(0.5)
     assert results["total"]["without_verdict"] == 1 and results["failures"] == {"unparsable": 1}
     assert results["position_bias"]["rows"] == 11
 
