@@ -333,6 +333,7 @@ def test_killed_and_resumed_over_http(world, tmp_path, pair_server):  # noqa: F8
     with open(file, "ab") as f:
         f.write(b'{"reward": 0.1, "made_')  # what a write that was cut off leaves
     pair_server.RequestHandlerClass = handler
+    time.sleep(0.5)  # what was in flight arrives
     before = sum(map(len, pair_server.requests.values()))
     resumed = run(*flags)
     # what was in flight when it was killed may have reached the server: two requests at a time
