@@ -22,7 +22,7 @@ import torch
 import transformers
 import tyro
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 import generate  # noqa: E402
 from common import start  # noqa: E402
 from model import Config, Qwen2, init_weights  # noqa: E402
