@@ -352,10 +352,8 @@ def learning_rate(lr, step, total_steps, warmup_ratio, schedule):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def move(model, optimizer, device):
-    """Under --offload: a model's masters (None: they stay) and an optimizer's moments to host memory or back."""
-    if model is not None:
-        model.to(device)
+def move_moments(optimizer, device):
+    """Adam's moments to host memory or back (--offload)."""
     for state in optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(device)
@@ -373,11 +371,11 @@ def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
     for group in optimizer.param_groups:
         group["lr"] = lr
     if offload:
-        move(None, optimizer, next(model.parameters()).device)
+        move_moments(optimizer, next(model.parameters()).device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if offload:
-        move(None, optimizer, "cpu")
+        move_moments(optimizer, "cpu")
     return norm
 
 

@@ -183,7 +183,7 @@ def reference_logprobs(args, model, pairs, ranks):
 
 def main(args):
     if args.plan:
-        return plan.one_model(args, resolve(args.model))
+        return plan.one_model(args, plan.config_of(args.model))
     ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

@@ -338,15 +338,15 @@ def init_weights(model, seed, std=0.02):
 # -- weights in and out ------------------------------------------------------------------------------------------------
 
 
-def resolve(path):
-    """A local folder for a folder name or a hub id; ValueError if it is neither."""
+def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+    """A local folder for a folder name or a hub id, of which files of these patterns are fetched; ValueError if neither."""
     if os.path.isdir(path):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        return snapshot_download(path, allow_patterns=list(patterns))
     except (HFValidationError, OSError) as error:  # the hub's errors for an unknown id or no network are OSErrors
         raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
 

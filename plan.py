@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from model import GIB, Packed, Qwen2, load_config
+from model import GIB, Packed, Qwen2, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
@@ -94,11 +94,15 @@ class Machine:
         return self.world_size > 1 or self.dtype != torch.float32  # as common.shard
 
 
+def config_of(path):
+    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or it is not Qwen2."""
+    return load_config(resolve(path, ["config.json"]))
+
+
 class Trained:
     """Bytes per rank of a model that is trained, by part."""
 
-    def __init__(self, path, scalar_head, machine, n_tokens, recompute, key_copies=1):
-        self.config = config = load_config(path)
+    def __init__(self, config, scalar_head, machine, n_tokens, recompute, key_copies=1):
         with torch.device("meta"):
             model = Qwen2(config, scalar_head)
         total = sum(p.numel() for p in model.parameters())
@@ -114,9 +118,8 @@ class Trained:
         self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if machine.sharded else 4 * head
 
 
-def inference(path, dtype, kv_tokens, scalar_head=False):
+def inference(config, dtype, kv_tokens, scalar_head=False):
     """-> bytes of a model that only computes, whole on every rank, and of its KV cache."""
-    config = load_config(path)
     with torch.device("meta"):
         weights = sum(p.numel() for p in Qwen2(config, scalar_head).parameters()) * dtype.itemsize
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -165,10 +168,10 @@ def report(args, machine, phases, expected):
     return max(totals)
 
 
-def one_model(args, path, scalar_head=False):
+def one_model(args, config, scalar_head=False):
     """The plan of sft.py, train_grm.py and dpo.py."""
     machine = machine_of(args)
-    t = Trained(path, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
+    t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
     state = {"fp32 masters": t.masters, "gradients": t.gradients}
     moments = {"Adam moments": t.moments}
     phases = {"passes": {**state, **({} if machine.offload else moments), "gathered weights and gradients": t.whole,
@@ -180,22 +183,23 @@ def one_model(args, path, scalar_head=False):
 def ppo(args, max_len, judge_max_len=8192):
     """The plan of ppo_cpe.py: while responses are sampled, while the models are trained, in the optimizer."""
     machine = machine_of(args)
+    policy_config, critic_config = config_of(args.policy), config_of(args.critic or args.policy)
     common = (machine, args.tokens_per_microbatch, args.checkpoint_activations)
     per_prompt = args.n_samples * (1 + args.edit_rate)
-    policy = Trained(args.policy, False, *common, key_copies=2)
-    critic = Trained(args.critic or args.policy, True, *common, key_copies=2)
-    weights, cache = inference(args.policy, machine.dtype, kv_tokens(max_len, args.max_batch))
+    policy = Trained(policy_config, False, *common, key_copies=2)
+    critic = Trained(critic_config, True, *common, key_copies=2)
+    weights, cache = inference(policy_config, machine.dtype, kv_tokens(max_len, args.max_batch))
     resident = {"engine: weights": weights, "engine: KV cache": cache}
     if args.judge.startswith("bt:"):
-        resident["judge: weights"], _ = inference(args.judge.removeprefix("bt:"), machine.dtype, 0, True)
+        resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine.dtype, 0, True)
     elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
         resident["judge: weights"], resident["judge: KV cache"] = inference(
-            args.judge, machine.dtype, kv_tokens(judge_max_len, args.max_batch))
+            config_of(args.judge), machine.dtype, kv_tokens(judge_max_len, args.max_batch))
     masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
     moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
     larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)
     on_host = machine.offload and machine.device == "cuda"
-    logits = 3 * 4 * args.max_batch * policy.config.vocab_size  # of a step of decoding, and the sampler's two copies
+    logits = 3 * 4 * args.max_batch * policy_config.vocab_size  # of a step of decoding, and the sampler's two copies
     phases = {
         "sampling": {**resident, "logits of a step": logits, **({} if on_host else masters | moments)},
         "passes": {**resident, **masters, **({} if on_host else moments), "gradients (one model at a time)": larger.gradients,

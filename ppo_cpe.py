@@ -631,9 +631,10 @@ def main(args):
         engine.refresh(policy)
         gap = common.refresh_gap(engine.model, policy, prompts[rows[0]][1], ranks)
         clock.append(time.perf_counter())
-        if args.offload:
-            for name, model in models.items():
-                common.move(model, optimizers[name], "cpu")
+        if args.offload:  # a resumed run's moments have come with the checkpoint
+            for name in models:
+                models[name].to("cpu")
+                common.move_moments(optimizers[name], "cpu")
         mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
         judged, lost = rollout(mine, engine, judge, chat, templates, args, step, progress)
         clock.append(time.perf_counter())

@@ -21,7 +21,7 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-TILE_TOKENS, TILE_WORDS = 512, 2048  # on a CPU: 4 MB of fp32, which stay in its last cache; few calls per product
+TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, which stay in its cache
 SLICE_BYTES = 256 * 2**20  # on a GPU: d loss / d logits of one slice of the vocabulary
 MIN_PROGRAMS = 1024  # on a GPU: enough for the last wave of programs to be a small part of all
 

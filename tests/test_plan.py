@@ -139,3 +139,10 @@ def test_flags_that_do_not_go_together(tmp_path):
         sft.main(sft.Args(model=str(tmp_path / "m"), plan=True, world_size=8, shard_size=3))
     with pytest.raises(ValueError, match="no config.json"):
         sft.main(sft.Args(model=str(tmp_path), plan=True))
+
+
+def test_a_model_from_scratch_is_planned_from_its_flags(tmp_path, capsys):
+    tiny_tokenizer(str(tmp_path / "tokenizer"), ["a b c user assistant"])
+    args = sft.Args(from_scratch=str(tmp_path / "tokenizer"), plan=True, gpu_gib=0, hidden_size=64, layers=2)
+    assert 0 < sft.main(args) < GIB
+    assert "0.00 billion parameters" in capsys.readouterr().out
