@@ -1,134 +1,333 @@
-"""Stage 4: the answers of a model against those of a baseline, by a judge (METHOD 4).
+"""Stage 4: how good are the answers, and how good is the judge (METHOD 4).
 
-1. Draw `n_prompts` of the prompts and get both sides' answers: sampled from a model, or read from a
-   file (--answers, --baseline-answers), or the prompts' own references (--baseline reference).
-2. The judge scores every answer by itself: a generative reward model, a server, a Bradley-Terry
-   model or the exact judge of the generated world (judges.py).
-3. The side with the higher score wins a prompt, equal scores are half a win. A prompt of which an
-   answer got no judgement is left out and counted.
-4. One table: mean scores with their standard errors, win rate with a bootstrap interval, lengths.
+`--task win-rate` compares a model with a baseline:
+1. Draw `n_prompts` of the prompts and get both sides' answers: sampled from a model by the engine or by a server, read
+   from a file (--answers, --baseline-answers), or the prompts' own references (--baseline reference).
+2. A judge decides. `--judge pair:...` names the better of the two answers, asked in both orders (judges.py). Any other
+   judge (a generative reward model, a Bradley-Terry model, the exact judge of the generated world) scores each answer
+   by itself, and the higher score wins. Equal texts are a draw without a question.
+3. Tables: win rate and length-controlled win rate with 95 % intervals, by group, position bias, what is missing.
+What the rows are makes the benchmark: PersonaFeedback's questions with their fixed baseline, AlpacaEval's with
+personas, PersonaMem's with the persona only, the generated world's (data/prepare.py, data/persona_world.py).
 
-OUT/answers_model.jsonl, answers_baseline.jsonl and verdicts.jsonl hold what was made, and
-OUT/results.json the table's numbers. Each row carries `made_by`, a digest of all that it depends
-on: a row with an unchanged digest is used again, so a repeated command does only what is missing.
+`--task reward-accuracy`: how often the judge prefers the chosen answer of a pair, by tier.
+`--task persona-swap`: the model's answers scored under their own and under another person's profile.
+`--task personamem`: multiple choice after a long history, by generated letter and by likelihood (personamem.py).
+`--annotations A.json B.json`: tables from annotation files in AlpacaEval's format; no model, no judge. Two models on
+the same questions get a paired test; `--labels FILE` (another judge's or people's annotations) gives Cohen's kappa.
 
-Departure: the paper's judge sees both answers and names the better one; here each is scored alone.
+Each finished answer and verdict is appended to OUT/journal/ as it comes, under a digest of all that it depends on
+(weights, prompt, settings, seed): a killed run goes on without asking twice, and a changed model, prompt or setting is
+never mistaken for a finished one. Requests that failed are not kept, so the next run asks them again. Nothing that
+failed becomes a number: a prompt without a verdict is left out of the rates, counted and listed.
 
-    python evaluate.py                               # out/ppo_cpe/policy against out/sft/policy
-    torchrun --nproc_per_node=8 evaluate.py --judge https://api.example.com/v1#NAME
-    python evaluate.py --answers a.jsonl --baseline-answers b.jsonl --judge world
+Departures from the paper: both orders instead of one; the judge's text is ours; intervals.
+
+    python evaluate.py                                  # out/ppo_cpe/policy against out/sft/policy, scored by out/grm
+    torchrun --nproc_per_node=8 evaluate.py --judge pair:https://api.example.com/v1#NAME --baseline reference
+    python evaluate.py --stage answers; python evaluate.py --stage verdicts; python evaluate.py --stage table
+    python evaluate.py --annotations annotations.json --gamed-data tatsu-lab/alpaca_eval
 """
 
 import dataclasses
-import glob
 import json
 import os
+import random
+from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import torch
 import tyro
-from tqdm import tqdm
 
 import common
-from common import derive_seed, print0
+import personamem
+import tables
+import winrate
+from common import derive_seed
 from data import persona_world
-from generate import Engine
-from judges import open_judge
-from model import load_config, load_pretrained, resolve
-from prompts import Chat, answer_prompt, load_templates
+from journal import DIMENSIONS, check_judge, draw_rows, is_url, replies, verdicts_on, with_name
+from prompts import Chat, answer_request, load_templates, persona_text
+from tables import mean_and_error, write_json
 
-DIMENSIONS = ("helpfulness", "personalization", "naturalness")
+SIDES = ("model", "baseline")
 
 
 @dataclass
 class Args:
+    # -- what is done
+    task: Literal["win-rate", "reward-accuracy", "persona-swap", "personamem"] = "win-rate"
+    """See the top of this file."""
+    stage: Literal["all", "answers", "verdicts", "table"] = "all"
+    """What is made; earlier stages are only read."""
+    annotations: tuple[str, ...] = ()
+    """Tables from these files instead of a task; each is one model."""
+    labels: tuple[str, ...] = ()
+    """With --annotations: files of another judge or of people, for Cohen's kappa."""
+
     # -- who is compared, on what
     model: str = "out/ppo_cpe/policy"
-    """Folder or hub id of the model."""
+    """Folder or hub id of the model, or http(s)://HOST#NAME of a chat server."""
     answers: str | None = None
-    """File of rows with `prompt_id, persona, question, answer`, instead of --model."""
+    """File of answers instead of --model: rows with `prompt_id, persona, question, answer`, or AlpacaEval's outputs
+    (.json), found by prompt_id, profile and question, or question."""
     baseline: str = "out/sft/policy"
-    """Folder or hub id | reference: the answers that the prompts bring along."""
+    """As --model | reference: the answers that the prompts bring along."""
     baseline_answers: str | None = None
     """File of answers, instead of --baseline."""
     prompts: str = "out/data/prompts_eval.jsonl"
-    """Prompt rows."""
+    """Prompt rows; for reward-accuracy pair rows, for personamem its questions."""
     n_prompts: int = 300
-    """Drawn at random by the seed where the file has more."""
+    """Drawn at random by the seed where the file has more; 0 takes all."""
     out: str = "out/evaluate"
-    """Folder of answers, verdicts and results.json."""
+    """Folder of journal, answers, verdicts, annotations, tables and plots."""
     answer_template: str | None = None
     """File that replaces the built-in prompt of the policy."""
     grm_template: str | None = None
-    """File that replaces the built-in rubric of the judge."""
+    """File that replaces the built-in rubric of a judge that scores."""
+    pair_template: str | None = None
+    """File that replaces the built-in question of a judge that compares."""
 
     # -- sampling of answers (METHOD 4; the length limit is that of RL)
     temperature: float = 0.8
     """Of the answers."""
+    baseline_temperature: float | None = None
+    """Of the baseline's answers, where it differs."""
     top_p: float = 0.9
     """Nucleus."""
     max_new_tokens: int = 2048
-    """Tokens of an answer; what is cut off is judged as it stands, and counted."""
+    """Tokens of an answer; what is cut off is judged as it stands, and listed."""
     seed: int = 0
     """Choice of prompts, answers, judgements, bootstrap."""
 
     # -- the judge
     judge: str = "out/grm/model"
-    """PATH of a generative reward model | http(s)://... | bt:PATH | world (judges.py)."""
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | pair:PATH | pair:http... (judges.py)."""
+    orders: Literal["both", "drawn"] = "both"
+    """A judge that compares sees both orders, or one that AlpacaEval's rule draws from the instruction."""
     judge_temperature: float = 0.0
     """0: its most likely judgement. Above 0, one that does not parse is asked again."""
     judge_attempts: int = 3
     """Judgements asked for before an answer is given up."""
+    judge_votes: int = 5
+    """Verdicts whose share counts where a server gives no log-probabilities; 1 is asked at temperature 0."""
     max_judgement_length: int = 512
     """Tokens of a judgement; what is cut off does not parse."""
+
+    # -- the tables
+    gamed_data: str | None = None
+    """AlpacaEval's df_gamed.csv or the data set tatsu-lab/alpaca_eval: adds length_controlled_v1 (805 rows only)."""
+    bootstrap_draws: int = 1000
+    """Of the length-controlled win rate; each is a fit."""
 
     # -- the machine
     max_batch: int = 256
     """Sequences that are generated at once, per rank."""
+    concurrency: int = 64
+    """Requests that a server gets at a time, per rank."""
     dtype: str = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
 
 
-# -- numbers ---------------------------------------------------------------------------------------
+# -- answers: prompt rows with `answer` (None: missing) and, where it is known, `truncated` ----------------------------
 
 
-def mean_and_error(values):
-    """{"mean", "standard_error"} of the values that are not None; None where those are too few."""
-    values = [v for v in values if v is not None]
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)) if values else None, "standard_error": error}
+def instruction_of(row):
+    """Profile and question as one text: what AlpacaEval's files have as the instruction."""
+    return f"{persona_text(row['persona'])}\n\n{row['question']}"
 
 
-def win_rate(rewards, baseline_rewards, seed, draws=10_000):
-    """Share of prompts won, ties half, with a 95% bootstrap interval over the prompts.
+def given_answers(file, rows):
+    """Answers from a file -> (generator, rows with `answer`, None where the file has none).
 
-    Rewards by prompt, None where there is no judgement: such a prompt is left out and counted.
+    ValueError: no answer to any prompt, two to one, another question under the same prompt_id.
     """
-    pairs = [p for p in zip(rewards, baseline_rewards, strict=True) if None not in p]
-    won = np.array([0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs])
-    result = dict(win_rate=None, low=None, high=None, wins=int((won == 1).sum()),
-                  ties=int((won == 0.5).sum()), losses=int((won == 0).sum()),
-                  left_out=len(rewards) - len(pairs))
-    if pairs:
-        rng = np.random.default_rng(seed)
-        means = won[rng.integers(len(won), size=(draws, len(won)))].mean(1)  # [draws]
-        low, high = np.quantile(means, [0.025, 0.975])
-        result |= dict(win_rate=float(won.mean()), low=float(low), high=float(high))
+    found, generator, outputs = {}, file, file.endswith(".json")
+    for place, entry in enumerate(_read_outputs(file) if outputs else common.read_rows(file, "answer"), not outputs):
+        key = entry["instruction"] if outputs else entry["prompt_id"]
+        if key in found:
+            what = "instruction" if outputs else "prompt"
+            raise ValueError(f'{file}:{place}: a second answer to {what} "{key[:80]}"')
+        found[key] = entry if not outputs else {"answer": entry["output"]}
+        generator = entry.get("generator") or generator
+    questions = [row["question"] for row in rows]
+    unique = {q for q in questions if questions.count(q) == 1}
+    given = []
+    for row in rows:
+        keys = [row["prompt_id"], instruction_of(row), *({row["question"]} & unique)] if outputs else [row["prompt_id"]]
+        entry = next((found[key] for key in keys if key in found), {"answer": None})
+        if entry.get("question", row["question"]) != row["question"]:
+            raise ValueError(f'{file}: prompt "{row["prompt_id"]}": it has another question there')
+        given.append({**row, **entry})
+    if all(row["answer"] is None for row in given):
+        raise ValueError(f"{file}: no answer to any of the {len(rows)} prompts")
+    return generator, given
+
+
+def _read_outputs(file):
+    """AlpacaEval's outputs: a JSON list of instruction, output and generator."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            entries = json.load(f)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        for field in ("instruction", "output"):
+            if not isinstance(entries, list) or not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+                raise ValueError(f'{file}, entry {i}: field "{field}" is missing or no text; expected AlpacaEval\'s '
+                                 "outputs, a JSON list of instruction, output, generator")
+    return entries
+
+
+def reference_answers(file, rows):
+    """The answers that prompts bring along. ValueError: a prompt without one."""
+    for row in rows:
+        if not isinstance(row.get("reference"), str):
+            raise ValueError(f'{file}: prompt "{row["prompt_id"]}" has no reference; give '
+                             "--baseline FOLDER or --baseline-answers FILE")
+    return "reference", [{**row, "answer": row["reference"], "truncated": None} for row in rows]
+
+
+def measured(rows, chat, judge):
+    """Answer rows with what is counted in them; None where it is unknown.
+
+    Tokens are those of one tokenizer (chat) for both sides; without one, what a row says.
+    """
+    result = []
+    for row in rows:
+        persona, answer = row["persona"], row["answer"]
+        counts = dict.fromkeys(("n_characters", "n_tokens", "recites_profile"))
+        if answer is not None:
+            recites = persona_world.recites_profile(persona, answer) if judge == "world" else None
+            n_tokens = len(chat.encode(answer)) if chat else row.get("n_tokens")
+            counts = dict(n_characters=len(answer), n_tokens=n_tokens, recites_profile=recites)
+        result.append({**row, "truncated": row.get("truncated"), **counts})
     return result
 
 
+def answers_of(sides, rows, templates, args, ranks):
+    """-> {side: (generator, answer rows)}. What is quick to refuse (files) comes before any sampling."""
+    specs = {"model": args.model, "baseline": args.baseline}
+    files = {"model": args.answers, "baseline": args.baseline_answers}
+    temperatures = {"model": args.temperature, "baseline": args.temperature}
+    if args.baseline_temperature is not None:
+        temperatures["baseline"] = args.baseline_temperature
+    found = {}
+    for side in sides:
+        if files[side] is not None:
+            found[side] = given_answers(files[side], rows)
+        elif specs[side] == "reference":
+            found[side] = reference_answers(args.prompts, rows)
+    for side in [side for side in sides if side not in found]:
+        requests = [(r["prompt_id"], [{"role": "user", "content": answer_request(templates, r)}]) for r in rows]
+        made = replies(f"answers_{side}", specs[side], requests, temperatures[side], args, ranks)
+        name = specs[side] + ("" if args.baseline_temperature is None else f" at temperature {temperatures[side]:g}")
+        found[side] = name, [row | (reply or {"answer": None, "truncated": None}) for row, reply in zip(rows, made)]
+    local = [specs[s] for s in sides if files[s] is None and specs[s] != "reference" and not is_url(specs[s])]
+    chat = Chat(local[0]) if local else None
+    found = {side: (found[side][0], measured(found[side][1], chat, args.judge)) for side in sides}
+    if ranks.rank == 0:
+        for side, (_, answered) in found.items():
+            there = [row for row in answered if row["answer"] is not None]
+            common.write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), there)
+    return found
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def shown_orders(row, args):
+    """The orders that the judge sees: "baseline_first", "model_first", or the one that AlpacaEval's rule draws."""
+    if args.orders == "both":
+        return ["baseline_first", "model_first"]
+    switched = random.Random(f"is_switched_outputs{instruction_of(row)}0").choices([False, True])[0]
+    return ["model_first"] if switched else ["baseline_first"]
+
+
+def judged_in_pairs(rows, outputs, templates, args, ranks):
+    """outputs: {side: [answer or None]} -> dict(preference, shown, method, failure) a prompt, and the verdict rows."""
+    items, places = [], []
+    for i, (row, ours, theirs) in enumerate(zip(rows, outputs["model"], outputs["baseline"])):
+        if None in (ours, theirs) or ours == theirs:
+            continue
+        for order in shown_orders(row, args):
+            items.append((row, (theirs, ours) if order == "baseline_first" else (ours, theirs)))
+            places.append((i, order))
+    verdicts = verdicts_on(items, templates, args, ranks)
+    results = []
+    for i, (ours, theirs) in enumerate(zip(outputs["model"], outputs["baseline"])):
+        result = dict(preference=None, shown=None, method=None, failure="no answer")
+        if ours is not None and ours == theirs:
+            result |= dict(preference=1.5, method="equal texts", failure=None)
+        results.append(result)
+    for (i, order), verdict in zip(places, verdicts):
+        p = verdict["reward"]
+        if results[i]["shown"] is None:
+            results[i] |= dict(shown={}, failure=None)
+        results[i]["shown"][order] = None if p is None else p if order == "model_first" else 1 - p
+        results[i]["method"] = results[i]["method"] or verdict["method"]
+        results[i]["failure"] = results[i]["failure"] or verdict["failure"]
+    for result in results:  # one order alone would count the judge's bias for a place: all or none
+        if result["shown"] and None not in result["shown"].values():
+            result["preference"] = 1 + sum(result["shown"].values()) / len(result["shown"])
+    verdicts = [dict(prompt_id=rows[i]["prompt_id"], order=order, **v) for (i, order), v in zip(places, verdicts)]
+    return results, verdicts
+
+
+def judged_alone(rows, outputs, templates, args, ranks):
+    """The same by scores: the higher one wins, equal ones draw."""
+    places = [(side, i) for side in SIDES for i, answer in enumerate(outputs[side]) if answer is not None]
+    found = verdicts_on([(rows[i], outputs[side][i]) for side, i in places], templates, args, ranks)
+    by_place = dict(zip(places, found))
+    results = []
+    for i in range(len(rows)):
+        ours, theirs = (by_place.get((side, i)) for side in SIDES)
+        result = dict(preference=None, shown=None, method="scores", failure="no answer")
+        if ours and theirs:
+            failures = [v["failure"] for v in (ours, theirs) if v["reward"] is None]
+            result["failure"] = failures[0] if failures else None
+            if not failures:
+                a, b = ours["reward"], theirs["reward"]
+                result["preference"] = 1.5 if a == b else 2.0 if a > b else 1.0
+        results.append(result)
+    return results, [dict(side=side, prompt_id=rows[i]["prompt_id"], **v) for (side, i), v in zip(places, found)]
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+def group_of(row):
+    """"general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
+    return " ".join(row[k] for k in ("kind", "tier") if row.get(k)) or None
+
+
+def annotations_of(rows, answers, judged, judge):
+    """Rows in AlpacaEval's format, in the order of the prompts. A missing answer is an empty text without a verdict."""
+    found = []
+    for i, (row, result) in enumerate(zip(rows, judged)):
+        sides = {side: answers[side][1][i] for side in SIDES}
+        annotation = {"prompt_id": row["prompt_id"], "instruction": instruction_of(row)}
+        for number, side in (("1", "baseline"), ("2", "model")):
+            annotation |= {f"output_{number}": sides[side]["answer"] or "", f"generator_{number}": answers[side][0]}
+        annotation |= dict(annotator=judge, preference=result["preference"], group=group_of(row), shown=result["shown"],
+                           method=result["method"], failure=result["failure"],
+                           missing=[side for side in SIDES if sides[side]["answer"] is None],
+                           truncated=[side for side in SIDES if sides[side]["truncated"]])
+        found.append(annotation | {k: row[k] for k in ("user_id", "dataset") if k in row})
+    return found
+
+
 def summarize(answers, verdicts):
-    """One side's numbers, from its answer rows (`measured`) and verdict rows (`verdicts_on`)."""
+    """One side's numbers, from its answer rows (`measured`) and, where the judge scores, its verdict rows."""
     judged = {name: mean_and_error([v[name] for v in verdicts]) for name in (*DIMENSIONS, "reward")}
     names = ("n_characters", "n_tokens", "truncated", "recites_profile")
     counted = {name: mean_and_error([a[name] for a in answers]) for name in names}
-    unjudged = sum(v["reward"] is None for v in verdicts)
-    return judged | counted | dict(answers=len(answers), unjudged=unjudged)
+    return judged | counted | dict(answers=sum(a["answer"] is not None for a in answers),
+                                   unjudged=sum(v["reward"] is None for v in verdicts))
 
 
-def table(results):
-    """The numbers of results.json as text."""
+def side_table(results):
+    """Both sides' numbers as text."""
     labels = {**{name: name for name in DIMENSIONS}, "reward": "weighted score",
               "n_characters": "length, characters", "n_tokens": "length, tokens",
               "truncated": "truncated, %", "recites_profile": "recites the profile, %",
@@ -143,205 +342,249 @@ def table(results):
 
     lines = [f"{'':24}{'model':>18}{'baseline':>18}"]
     for name, label in labels.items():
-        scale = 100 if label.endswith("%") else 1
-        cells = [cell(results[side][name], scale) for side in ("model", "baseline")]
-        lines.append(f"{label:24}{cells[0]:>18}{cells[1]:>18}")
-    won, rate = results["win_rate"], "none, for no prompt has two judgements"
-    if won["win_rate"] is not None:
-        low, mean, high = (f"{100 * won[name]:.1f}" for name in ("low", "win_rate", "high"))
-        rate = f"{mean} % (95% interval {low} to {high})"
-    counts = (f"{won['wins']} won, {won['ties']} tied, {won['losses']} lost, "
-              f"{won['left_out']} left out")
-    return "\n".join([*lines, f"win rate of the model: {rate}; {counts}"])
+        cells = [cell(results[side][name], 100 if label.endswith("%") else 1) for side in SIDES]
+        if set(cells) != {"-"}:
+            lines.append(f"{label:24}{cells[0]:>18}{cells[1]:>18}")
+    return "\n".join(lines)
 
 
-# -- what is made once and kept --------------------------------------------------------------------
+def compare_sides(args, templates, ranks):
+    """--task win-rate."""
+    rows = draw_rows(args)
+    gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
+    check_judge(args, templates, ranks)
+    answers = answers_of(SIDES, rows, templates, args, ranks)
+    if args.stage == "answers":
+        return
+    outputs = {side: [row["answer"] for row in answers[side][1]] for side in SIDES}
+    by_pairs = args.judge.startswith("pair:")
+    judged, verdicts = (judged_in_pairs if by_pairs else judged_alone)(rows, outputs, templates, args, ranks)
+    if ranks.rank == 0:
+        common.write_rows(os.path.join(args.out, "verdicts.jsonl"), verdicts)
+    if args.stage == "verdicts" or ranks.rank > 0:
+        return
+    annotations = annotations_of(rows, answers, judged, args.judge)
+    comparison = tables.compare(annotations, args.seed, gamed, args.bootstrap_draws)
+    scored = {side: [] if by_pairs else [v for v in verdicts if v["side"] == side] for side in SIDES}
+    results = {side: summarize(answers[side][1], scored[side]) for side in SIDES}
+    write_json(os.path.join(args.out, "annotations.json"), annotations)
+    write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": dataclasses.asdict(args)})
+    text = tables.write_tables(args.out, [comparison], [annotations],
+                               sides={answers[side][0]: results[side] for side in SIDES})
+    print(f"{side_table(results)}\n\n{text}")
+    print(f"written: {args.out}/ (answers_*.jsonl, verdicts.jsonl, annotations.json, results.json, leaderboard.csv, "
+          "table.md, plots/)")
 
 
-def fingerprint(spec):
-    """What a model or judge consists of: new weights under an old name count as another."""
-    if spec.startswith(("http://", "https://")):
-        return spec
-    if spec == "world":
-        files = [persona_world.__file__]
+def compare_files(args):
+    """--annotations: tables, paired tests between the models, kappas against --labels."""
+    files = [tables.read_annotations(path) for path in args.annotations]
+    labels = [tables.read_annotations(path) for path in args.labels]
+    gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
+    comparisons = [tables.compare(rows, args.seed, gamed, args.bootstrap_draws) for rows in files]
+    tests = [tables.paired(a, b, args.seed) for i, a in enumerate(files) for b in files[i + 1 :]]
+    kappas = []
+    for path, rows in zip(args.labels, labels):
+        found = [kappa for kappa in (tables.agreement(a, rows) for a in files) if kappa]
+        if not found:
+            raise ValueError(f"{path}: no instruction with the same two outputs as in --annotations")
+        kappas += found
+    write_json(os.path.join(args.out, "results.json"), dict(comparisons=comparisons, paired_tests=tests, kappas=kappas,
+                                                            args=dataclasses.asdict(args)))
+    print(tables.write_tables(args.out, comparisons, files, tests, kappas))
+    print(f"written: {args.out}/ (results.json, leaderboard.csv, table.md, plots/)")
+
+
+# -- reward-model accuracy ---------------------------------------------------------------------------------------------
+
+
+def accuracy(outcomes, seed, persons=None):
+    """outcomes: 1 right, 0 wrong, 0.5 a tie, NaN no verdict [n] -> dict; shares in [0, 1] of the rows with a verdict.
+
+    accuracy counts a tie as wrong, with its 95 % interval; ties_half counts it as a half.
+    """
+    judged = outcomes[~np.isnan(outcomes)]
+    right = np.where(np.isnan(outcomes), np.nan, outcomes == 1)
+    low, high = winrate.bootstrap_mean(right, seed, persons)
+    return dict(accuracy=float((judged == 1).mean()) if len(judged) else None, low=low, high=high,
+                ties_half=float(judged.mean()) if len(judged) else None, ties=int((judged == 0.5).sum()),
+                n=len(judged), without_verdict=int(np.isnan(outcomes).sum()))
+
+
+def longer_wins(pair):
+    """What "the answer with more characters" says: 1 the chosen one, 0 the rejected one, 0.5 neither."""
+    return 0.5 + 0.5 * float(np.sign(len(pair["chosen"]) - len(pair["rejected"])))
+
+
+def reward_accuracy(args, templates, ranks):
+    """--task reward-accuracy. Scores of a GRM are sums of integers with exact weights: ties are ties, not rounding."""
+    pairs = draw_rows(args, "pair")
+    check_judge(args, templates, ranks)
+    if args.stage == "answers":
+        return common.print0("reward-accuracy has no answers to make: they are in the pairs")
+    # both texts of a pair, and all pairs of a prompt, one after another: their prompts share a prefix
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
+    if args.judge.startswith("pair:"):
+        items = [(pairs[i], texts) for i in order for texts in (
+            (pairs[i]["chosen"], pairs[i]["rejected"]), (pairs[i]["rejected"], pairs[i]["chosen"]))]
     else:
-        folder = resolve(spec.removeprefix("bt:"))
-        files = sorted(glob.glob(os.path.join(folder, "*.safetensors")))
-        if not files:
-            raise ValueError(f"{spec}: no *.safetensors there")
-    return [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+        items = [(pairs[i], pairs[i][side]) for i in order for side in ("chosen", "rejected")]
+    found = verdicts_on(items, templates, args, ranks)
+    if args.stage == "verdicts" or ranks.rank > 0:
+        return
+    both = {i: (found[2 * k], found[2 * k + 1]) for k, i in enumerate(order)}
+    outcomes, shown = np.full(len(pairs), np.nan), []
+    for i in range(len(pairs)):
+        a, b = (v["reward"] for v in both[i])
+        if None in (a, b):
+            continue
+        if args.judge.startswith("pair:"):  # P(first): chosen first, then rejected first
+            shown.append({"baseline_first": 1 - b, "model_first": a})
+            a, b = a + (1 - b), b + (1 - a)
+        outcomes[i] = 0.5 if a == b else float(a > b)
+    results = accuracy_by_tier(pairs, outcomes, args.seed)
+    failures = Counter(v["failure"] for pair in both.values() for v in pair if v["failure"])
+    results |= dict(position_bias=tables.position_bias(shown, args.seed), failures=dict(failures), judge=args.judge,
+                    args=dataclasses.asdict(args))
+    common.write_rows(os.path.join(args.out, "verdicts.jsonl"), [
+        dict(prompt_id=pair["prompt_id"], outcome=None if np.isnan(o) else float(o), verdicts=both[i])
+        for i, (pair, o) in enumerate(zip(pairs, outcomes))])
+    write_json(os.path.join(args.out, "results.json"), results)
+    text = accuracy_table(results)
+    tables.write_text(os.path.join(args.out, "table.md"), text)
+    print(f"{text}\nwritten: {args.out}/ (verdicts.jsonl, results.json, table.md)")
 
 
-def make_missing(path, digests, make, ranks):
-    """Rows for `digests`, in order: those that `path` holds, the rest from `make` on all ranks.
+def accuracy_by_tier(pairs, outcomes, seed):
+    """-> {"groups": {"general hard": ...}, "kinds": {"general": ...}, "total"}, each with the longer answer beside it.
 
-    make: indices into digests, this rank's -> {index: row}. Rows with an `error` are made again.
+    A kind's (and the total's) `mean_of_tiers` is the plain mean of its groups' accuracies, `accuracy` that by rows:
+    published tables mix the two (EVALUATION 7).
     """
-    kept = common.read_rows(path, "object") if os.path.isfile(path) else []
-    kept = {row.get("made_by"): row for row in kept if row.get("error") is None}
-    missing = [i for i, digest in enumerate(digests) if digest not in kept]
-    print0(f"{path}: {len(missing)} to make, {len(digests) - len(missing)} are there")
-    mine = missing[ranks.rank :: ranks.world_size]
-    made = dict(common.all_gather(ranks, make(mine).items() if mine else []))
-    rows = [made[i] | {"made_by": d} if i in made else kept[d] for i, d in enumerate(digests)]
-    if ranks.rank == 0 and missing:
-        common.write_rows(path, rows)
-    return rows
+    longer = np.array([longer_wins(pair) for pair in pairs])
+    labels = [group_of(pair) or "all" for pair in pairs]
+    persons = tables.persons_of(pairs)
+
+    def part(rows):
+        theirs = persons and [persons[i] for i in rows]
+        return accuracy(outcomes[rows], seed, theirs) | dict(longer_answer=float(longer[rows].mean()))
+
+    def mean_of_tiers(groups):
+        found = [group["accuracy"] for group in groups]
+        return None if None in found else float(np.mean(found))
+
+    def rows_of(names):
+        return [i for i, label in enumerate(labels) if label in names]
+
+    groups = {label: part(rows_of([label])) for label in tables.in_order(labels)}
+    kinds = {}
+    for kind in sorted({pair["kind"] for pair in pairs if pair.get("kind")}):
+        names = [label for label in groups if label.split()[0] == kind]
+        kinds[kind] = part(rows_of(names)) | dict(mean_of_tiers=mean_of_tiers([groups[n] for n in names]))
+    total = part(list(range(len(pairs)))) | dict(mean_of_tiers=mean_of_tiers(groups.values()))
+    return dict(groups=groups, kinds=kinds, total=total,
+                intervals="rows of one user_id drawn together" if persons else "rows drawn one by one")
 
 
-# -- answers: prompt rows with `answer` and, where it is known, `truncated` ------------------------
+def accuracy_table(results):
+    """Markdown."""
+    row = tables.markdown_row
+    lines = [row("pairs", "accuracy %, by rows", "mean of tiers", "ties half", "longer answer %", "ties", "n",
+                 "no verdict"), row("---", *["--:"] * 7)]
+    parts = {**results["groups"], **{f"{k}, all": v for k, v in results["kinds"].items()}, "total": results["total"]}
+    for name, p in parts.items():
+        shares = [p.get(k) for k in ("mean_of_tiers", "ties_half", "longer_answer")]
+        lines.append(row(name, tables.interval_text(p["accuracy"], p["low"], p["high"], 100),
+                         *("-" if share is None else f"{100 * share:.1f}" for share in shares), p["ties"], p["n"],
+                         p["without_verdict"]))
+    lines += ["", f"Judge: {results['judge']}. A tie is not right; the longer answer's ties count half; 95 % intervals "
+              f"by bootstrap, {results['intervals']}."]
+    if results["position_bias"]:
+        bias = results["position_bias"]
+        share = tables.interval_text(bias["first_place"], bias["low"], bias["high"], 100)
+        lines.append(f"The answer shown first is preferred at {share} %; both orders agree on "
+                     f"{100 * bias['agree']:.1f} %.")
+    lines += [f"{n} questions to the judge without a verdict: {kind}." for kind, n in results["failures"].items()]
+    return "\n".join(lines) + "\n"
 
 
-def sampled_answers(path, side, rows, templates, args, ranks):
-    """Answers of a model. ValueError: a prompt that leaves no room for the answer."""
-    chat, limit = Chat(path), load_config(resolve(path)).max_position_embeddings
-    prompts = [answer_prompt(chat, templates, row) for row in rows]
-    for row, prompt in zip(rows, prompts):
-        if len(prompt) + args.max_new_tokens > limit:
-            raise ValueError(
-                f'prompt "{row["prompt_id"]}" has {len(prompt)} tokens: with --max-new-tokens '
-                f"{args.max_new_tokens} that is over the {limit} positions of {path}")
-    what = fingerprint(path), args.temperature, args.top_p, args.max_new_tokens, args.seed
-    digests = [derive_seed(json.dumps(row), ids, *what) for row, ids in zip(rows, prompts)]
-
-    def make(indices):
-        model = load_pretrained(path, ranks.dtype, ranks.device)
-        max_len = max(len(prompts[i]) for i in indices) + args.max_new_tokens
-        engine = Engine(model, chat.stop_ids, max_len, args.max_batch)
-        for i in indices:
-            engine.submit(prompts[i], key=i, seeds=[derive_seed(args.seed, rows[i]["prompt_id"])],
-                          max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                          top_p=args.top_p)
-        made = {}
-        with tqdm(total=len(indices), desc=f"answers of the {side}", disable=ranks.rank > 0) as bar:
-            while engine.busy:
-                engine.step()
-                for sample in engine.collect():
-                    truncated = sample.finish_reason == "length"
-                    made[sample.key] = {**rows[sample.key], "answer": chat.decode(sample.ids),
-                                        "truncated": truncated}
-                    bar.update()
-        return made
-
-    return make_missing(os.path.join(args.out, f"answers_{side}.jsonl"), digests, make, ranks)
+# -- persona swap ------------------------------------------------------------------------------------------------------
 
 
-def given_answers(file, rows):
-    """Answers from a file, by prompt_id. ValueError: a prompt has none, two, another question."""
-    found = {}
-    for line, row in enumerate(common.read_rows(file, "answer"), 1):
-        if row["prompt_id"] in found:
-            raise ValueError(f'{file}:{line}: a second answer to prompt "{row["prompt_id"]}"')
-        found[row["prompt_id"]] = row
+def swapped_personas(rows, seed):
+    """Another person's profile for each row, drawn from the file's by the seed. ValueError: there is only one."""
+    personas = {json.dumps(row["persona"], sort_keys=True): row["persona"] for row in rows}
+    if len(personas) < 2:
+        raise ValueError("persona-swap needs prompts of at least two persons")
+    found = []
     for row in rows:
-        given = found.get(row["prompt_id"])
-        if given is None or given["question"] != row["question"]:
-            problem = "no answer to it" if given is None else "it has another question there"
-            raise ValueError(f'{file}: prompt "{row["prompt_id"]}": {problem}')
-    return [found[row["prompt_id"]] for row in rows]
+        others = [p for p in personas.values() if p != row["persona"]]
+        found.append(others[derive_seed(seed, row["prompt_id"], "swap") % len(others)])
+    return found
 
 
-def reference_answers(file, rows):
-    """The answers that prompts bring along. ValueError: a prompt without one."""
-    for row in rows:
-        if not isinstance(row.get("reference"), str):
-            raise ValueError(f'{file}: prompt "{row["prompt_id"]}" has no reference; give '
-                             "--baseline FOLDER or --baseline-answers FILE")
-    return [{**row, "answer": row["reference"]} for row in rows]
+def persona_swap(args, templates, ranks):
+    """--task persona-swap: an answer that is meant for one person scores lower under another's profile. One that does
+    not is generic, or the judge does not read the profile."""
+    if args.judge.startswith("pair:"):
+        raise ValueError(f"--judge {args.judge}: persona-swap needs a judge that scores one answer")
+    rows = draw_rows(args)
+    strangers = swapped_personas(rows, args.seed)
+    check_judge(args, templates, ranks)
+    generator, answered = answers_of(["model"], rows, templates, args, ranks)["model"]
+    if args.stage == "answers":
+        return
+    there = [i for i, row in enumerate(answered) if row["answer"] is not None]
+    own = [(rows[i], answered[i]["answer"]) for i in there]
+    swapped = [({**rows[i], "persona": strangers[i]}, answered[i]["answer"]) for i in there]
+    found = verdicts_on(own + swapped, templates, args, ranks)
+    if args.stage == "verdicts" or ranks.rank > 0:
+        return
+    own, swapped = found[: len(own)], found[len(own) :]
+    names = [n for n in (*DIMENSIONS, "reward") if any(v[n] is not None for v in own)]
+    results = dict(model=generator, judge=args.judge, missing=[r["prompt_id"] for r in answered if r["answer"] is None],
+                   own={n: mean_and_error([v[n] for v in own]) for n in names},
+                   swapped={n: mean_and_error([v[n] for v in swapped]) for n in names}, difference={},
+                   failures=dict(Counter(v["failure"] for v in found if v["failure"])))
+    persons = tables.persons_of([rows[i] for i in there])
+    for name in names:
+        a, b = (np.array([np.nan if v[name] is None else v[name] for v in side]) for side in (own, swapped))
+        results["difference"][name] = winrate.paired_test(a, b, args.seed, persons)
+    common.write_rows(os.path.join(args.out, "verdicts.jsonl"), [
+        dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b)
+        for i, a, b in zip(there, own, swapped)])
+    write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
+    row = tables.markdown_row
+    lines = [row(generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
+             row("---", *["--:"] * 7)]
+    for name in names:
+        means = [f"{results[side][name]['mean']:.2f}" if results[side][name]["mean"] is not None else "-"
+                 for side in ("own", "swapped")]
+        d = results["difference"][name]
+        gap = "-" if d["difference"] is None else f"{d['difference']:.2f} ({d['low']:.2f} to {d['high']:.2f})"
+        p = "-" if d["p_permutation"] is None else f"{d['p_permutation']:.4f}"
+        lines.append(row(name, *means, gap, d["better"], d["equal"], d["worse"], p))
+    lines += [f"{count} answers without a verdict: {kind}" for kind, count in results["failures"].items()]
+    text = "\n".join(lines) + "\n"
+    tables.write_text(os.path.join(args.out, "table.md"), text)
+    print(f"{text}\nwritten: {args.out}/ (answers_model.jsonl, verdicts.jsonl, results.json, table.md)")
 
 
-def measured(rows, chat, judge):
-    """Answer rows with what is counted in them; None where it is unknown.
-
-    Tokens are those of one tokenizer (chat) for both sides; without one, what a row says.
-    """
-    result = []
-    for row in rows:
-        persona, answer = row["persona"], row["answer"]
-        recites = persona_world.recites_profile(persona, answer) if judge == "world" else None
-        n_tokens = len(chat.encode(answer)) if chat else row.get("n_tokens")
-        result.append({**row, "n_characters": len(answer), "n_tokens": n_tokens,
-                       "truncated": row.get("truncated"), "recites_profile": recites})
-    return result
-
-
-# -- verdicts --------------------------------------------------------------------------------------
-
-
-def judge_of(args, templates, ranks):
-    return open_judge(args.judge, templates, ranks, attempts=args.judge_attempts,
-                      temperature=args.judge_temperature, max_batch=args.max_batch,
-                      max_new_tokens=args.max_judgement_length)
-
-
-def verdicts_on(answers, templates, args, ranks):
-    """answers: {side: rows} -> {side: verdict rows}, in the same order.
-
-    Both sides get the judge's same random numbers for a prompt: equal answers are a tie.
-    """
-    items = [(side, row) for side, rows in answers.items() for row in rows]
-    what = (fingerprint(args.judge), templates, args.judge_temperature, args.judge_attempts,
-            args.max_judgement_length, args.seed)
-    texts = [[json.dumps(row[k]) for k in ("prompt_id", "persona", "question", "answer")]
-             for _, row in items]
-    digests = [derive_seed(side, *text, *what) for (side, _), text in zip(items, texts)]
-
-    def make(indices):
-        judge = judge_of(args, templates, ranks)
-        for i in indices:
-            _, row = items[i]
-            judge.submit(i, row, row["answer"], derive_seed(args.seed, row["prompt_id"], "judge"))
-        made = {}
-        with tqdm(total=len(indices), desc="verdicts", disable=ranks.rank > 0) as bar:
-            while judge.busy:
-                for verdict in judge.poll():
-                    side, row = items[verdict.key]
-                    names = (*DIMENSIONS, "critique")  # None where the judge writes none
-                    scores = {name: getattr(verdict.judgement, name, None) for name in names}
-                    made[verdict.key] = dict(side=side, prompt_id=row["prompt_id"],
-                                             reward=verdict.reward, **scores, error=verdict.error)
-                    bar.update()
-        return made
-
-    rows = make_missing(os.path.join(args.out, "verdicts.jsonl"), digests, make, ranks)
-    return {side: [row for row in rows if row["side"] == side] for side in answers}
+TASKS = {"win-rate": compare_sides, "reward-accuracy": reward_accuracy, "persona-swap": persona_swap,
+         "personamem": personamem.evaluate}
 
 
 def main(args):
+    if args.annotations:
+        return compare_files(args)
+    if args.labels:
+        raise ValueError("--labels needs --annotations: the files whose judges are compared")
+    named = {name: with_name(getattr(args, name)) for name in ("model", "baseline", "judge")}
+    args = dataclasses.replace(args, **named)
     ranks = common.start(args.dtype)
-    templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template)
-    rows = common.read_rows(args.prompts, "prompt")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
-    rows = [rows[i] for i in sorted(order[: args.n_prompts].tolist())]
-
-    # what is quick to refuse comes before any sampling: an absent judge, answers from files
-    fingerprint(args.judge)
-    if "://" in args.judge:
-        judge_of(args, templates, ranks)
-    folder, answers = {"model": args.model, "baseline": args.baseline}, {}
-    for side, file in (("model", args.answers), ("baseline", args.baseline_answers)):
-        if file is not None:
-            answers[side] = given_answers(file, rows)
-        elif folder[side] == "reference":
-            answers[side] = reference_answers(args.prompts, rows)
-    to_sample = [side for side in folder if side not in answers]
-    chat = Chat(folder[to_sample[0]]) if to_sample else None
-    for side in to_sample:
-        answers[side] = sampled_answers(folder[side], side, rows, templates, args, ranks)
-    answers = {side: measured(answers[side], chat, args.judge) for side in folder}
-    if ranks.rank == 0:
-        for side in folder:
-            common.write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), answers[side])
-
-    verdicts = verdicts_on(answers, templates, args, ranks)
-    results = {side: summarize(answers[side], verdicts[side]) for side in folder}
-    rewards = [[verdict["reward"] for verdict in verdicts[side]] for side in folder]
-    results["win_rate"] = win_rate(*rewards, args.seed)
-    if ranks.rank == 0:
-        with open(os.path.join(args.out, "results.json"), "w") as f:
-            json.dump(results | {"args": dataclasses.asdict(args)}, f, indent=2)
-    print0(table(results))
-    print0(f"written: {args.out}/ (answers_*.jsonl, verdicts.jsonl, results.json)")
+    templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template,
+                               pair_template=args.pair_template)
+    TASKS[args.task](args, templates, ranks)
 
 
 if __name__ == "__main__":

@@ -3,37 +3,50 @@
     engine = Engine(model, chat.stop_ids, max_len=4096)
     engine.submit(prompt_ids, key="p1", n=4, seeds=[1, 2, 3, 4], max_new_tokens=512)
     while engine.busy:
-        engine.step()                   # prefills what was submitted, then one token for every running sample
+        engine.step()                   # a chunk of what was submitted, then one token for every running sample
         for sample in engine.collect():
             ...                         # what finished since the last call; more can be submitted at any time
 
-How it works: the running samples are rows 0..R-1 of one contiguous KV cache per layer. A prompt is prefilled once, packed
-with the other new prompts, and its keys and values are copied to the rows of its n samples. A row that finishes is
-filled with the last one. The random number of a sample's i-th token is a hash of (its seed, i), so a sample does not
-depend on what else is in the batch, beyond the rounding of sums.
+How it works:
+1. The KV cache is a pool of blocks of 16 tokens. A sequence holds a list of blocks, its row of the block table; a block
+   may be in several lists, and is free when it is in none (kv_cache.py).
+2. Full blocks are found again by the tokens in them and before them, until they are given to somebody else. So an edit
+   finds its prompt and answer, a judgement the rubric, persona and question of its neighbours. New weights forget all.
+3. A step admits waiting requests while rows and blocks are free, prefills at most PREFILL_TOKENS of them (a long prompt
+   in chunks), and decodes one token for each row. A prompt is prefilled once and then forked: its n samples share the
+   full blocks, the last one is copied.
+4. Where the blocks run out, the youngest sample gives up its own and waits again; later it is recomputed from its ids.
+5. The random number of a sample's i-th token is a hash of (its seed, i), and no sum runs over the batch. So a sample does
+   not depend on its neighbours, beyond the rounding of matrix products of different sizes.
+6. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
+   few steps for samples that have ended.
 
     python generate.py --model DIR                                      # chat
     python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions of one person
     python generate.py --model DIR --input ROWS.jsonl --output OUT.jsonl --n 4 --temperature 0
 """
 
+import itertools
 import json
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import common
-from model import Packed, load_pretrained
+from kernels.sampling import sample
+from kv_cache import BLOCK, Blocks, Decode, Prefill, kv_tokens_of
+from model import load_pretrained
 from prompts import Chat, answer_prompt, load_templates
 
-PREFILL_TOKENS = 8192  # of one step, so that a long queue of prompts does not hold up running samples
+PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
+POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
 
 
 @dataclass
@@ -41,7 +54,8 @@ class Sample:
     """One generated response.
 
     ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
-    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length".
+    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length". top_logprobs: for
+    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for.
     """
 
     key: Any
@@ -50,113 +64,76 @@ class Sample:
     logprobs: list[float]
     stop_id: int | None
     finish_reason: str
+    top_logprobs: list[list[tuple[int, float]]]
 
 
-@dataclass
-class Request:
+@dataclass(eq=False)
+class Sequence:
+    """A request while it waits or is prefilled (a seed per sample), then one of its samples in a row (one seed)."""
+
     key: Any
-    index: int  # of its first sample
+    index: int  # of its (first) sample
     prompt_ids: list[int]
-    seeds: list[int]  # one a sample
-    max_new_tokens: int
+    seeds: list[int]
+    limit: int  # tokens of the response
     temperature: float
     top_p: float
+    n_top: int
+    response: list[int] = field(default_factory=list)  # sampled before it had to give up its blocks
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    tails: list[int] = field(default_factory=list)  # while it is prefilled: the block that each sample goes on in
+    computed: int = 0  # of `ids`, in the cache
+    age: int = 0  # the number of its admission
 
-
-class Prefill:
-    """Attention context of new prompts: packed, and their keys and values are kept for the cache."""
-
-    def __init__(self, lengths, device):
-        self.packed, self.kv = Packed(lengths, device), []
-
-    def attend(self, layer, q, k, v):
-        self.kv.append((k, v))  # [T, Hkv, D] each
-        return self.packed.attend(layer, q, k, v)
-
-
-class Decode:
-    """Attention context of one new token for each of the first R rows of the cache."""
-
-    def __init__(self, cache, lengths, longest):
-        self.cache, self.rows, self.lengths = cache, torch.arange(len(lengths), device=lengths.device), lengths
-        self.longest = longest  # the new token included
-        seen = torch.arange(longest, device=lengths.device) <= lengths[:, None]
-        self.mask = seen[:, None, None]  # [R, 1, 1, L]
-
-    def attend(self, layer, q, k, v):
-        keys, values = self.cache[layer]  # [slots, Hkv, capacity, D]
-        n = len(self.rows)
-        keys[self.rows, :, self.lengths] = k
-        values[self.rows, :, self.lengths] = v
-        # the query heads of a group as rows of one small matrix: a batched product instead of repeated keys
-        grouped = q.view(n, keys.shape[1], -1, q.shape[-1])  # [R, Hkv, g, D]
-        out = F.scaled_dot_product_attention(grouped, keys[:n, :, : self.longest], values[:n, :, : self.longest],
-                                             attn_mask=self.mask)
-        return out.reshape(q.shape)
-
-
-def uniform(seeds, positions):
-    """A number in [0, 1) per row: a hash (splitmix64) of its seed and position. int64 [R] -> float64 [R]."""
-
-    def mix(z, shift, factor):  # int64 products wrap as the algorithm wants; the shift has to be a logical one
-        return (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-
-    z = seeds + (positions + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
-    z = mix(mix(z, 30, -0x40A7B892E31B1A47), 27, -0x6B2FB644ECCEEE15)
-    z = z ^ ((z >> 31) & ((1 << 33) - 1))
-    return ((z >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-
-
-def sample(logits, temperature, top_p, seeds, positions):
-    """Next tokens. logits fp32 [R, V]; the others [R] -> tokens int64 [R], log-probs fp32 [R].
-
-    By the inverse of the cumulative distribution at one uniform number a row; top_p keeps the smallest set of most
-    likely tokens that holds at least that mass. temperature 0 takes the most likely token.
-    """
-    greedy = temperature == 0
-    logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], -1)
-    probs = logprobs.exp()
-    order = None
-    if (top_p < 1).any():
-        probs, order = probs.sort(-1, descending=True)
-        before = probs.cumsum(-1) - probs  # mass of the more likely tokens
-        probs = torch.where(before < top_p[:, None], probs, 0.0)
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    point = uniform(seeds, positions) * cumulative[:, -1]
-    tokens = torch.searchsorted(cumulative, point[:, None], right=True).clamp_(max=logits.shape[1] - 1)
-    if order is not None:
-        tokens = order.gather(1, tokens)
-    tokens = torch.where(greedy, logits.argmax(-1), tokens[:, 0])
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    @property
+    def ids(self):
+        return self.prompt_ids + self.response
 
 
 class Engine:
     """Batched generation for one model on one device. It computes with `model` and never trains it.
 
     stop_ids: a response ends with the first of these. max_len: tokens of a sequence, prompt and response together.
-    max_batch: samples that run at once; more wait.
+    max_batch: samples that run at once; more wait. kv_tokens: size of the cache (None: what the free memory holds).
     """
 
-    def __init__(self, model, stop_ids, max_len, max_batch=256):
+    def __init__(self, model, stop_ids, max_len, max_batch=256, kv_tokens=None):
         self.model, self.max_len, self.max_batch = model.eval(), max_len, max_batch
-        self.device = next(model.parameters()).device
+        self.device, config = next(model.parameters()).device, model.config
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)
-        self.waiting, self.finished = deque(), []
-        self.prefilled_tokens = 0  # for tests and benchmarks
-        self.owners = []  # (key, index) of each row
-        self.cache, self.capacity = [], 0
-        integers = ("length", "token", "position", "limit", "seed")
-        self.rows = {name: torch.zeros(max_batch, dtype=torch.int64, device=self.device) for name in integers}
-        self.rows["temperature"] = torch.zeros(max_batch, device=self.device)
-        self.rows["top_p"] = torch.zeros(max_batch, device=self.device)
-        self.rows["ids"] = torch.zeros(max_batch, 0, dtype=torch.int64, device=self.device)
-        self.rows["logprobs"] = torch.zeros(max_batch, 0, device=self.device)
+        self.stops = set(stop_ids)
+        if kv_tokens is None:
+            kv_tokens = kv_tokens_of(model, max_len, max_batch)
+        n_blocks = max(2, -(-kv_tokens // BLOCK) + 1)
+        shape = (config.num_hidden_layers, 2, n_blocks, BLOCK, config.num_key_value_heads, config.head_dim)
+        self.cache = torch.empty(shape, dtype=next(model.parameters()).dtype, device=self.device)
+        self.blocks = Blocks(n_blocks)
+        self.waiting, self.prefilling, self.running, self.finished = deque(), None, [], []
+        self.admitted = itertools.count()
+        self.computed_tokens = self.reused_tokens = self.preemptions = 0  # for tests and benchmarks
+
+        # a row per running sample, the first len(running) are in use
+        def tensor(dtype, *shape):
+            return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
+
+        self.rows = {name: tensor(torch.int64) for name in ("token", "length", "position", "limit", "seed", "active")}
+        self.rows |= {"temperature": tensor(torch.float32), "top_p": tensor(torch.float32), "done": tensor(torch.bool),
+                      "blocks": tensor(torch.int32, -(-max_len // BLOCK) + 1),
+                      "ids": tensor(torch.int64, max_len + 1), "logprobs": tensor(torch.float32, max_len + 1)}
+        # what the host knows without asking the device: tokens in the cache, room for them, tokens that may still come,
+        # alternatives that were asked for
+        self.length, self.room, self.left, self.n_top = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
+        self.poll_steps = POLL_STEPS if self.device.type == "cuda" else 1
+        self.steps_since_poll, self.graphs, self.graph_memory = 0, {}, None
 
     @property
     def busy(self):
-        return bool(self.waiting or self.owners or self.finished)
+        return bool(self.waiting or self.prefilling or self.running or self.finished)
 
-    def submit(self, prompt_ids, key=None, n=1, seeds=None, max_new_tokens=512, temperature=1.0, top_p=1.0):
+    def submit(self, prompt_ids, key=None, n=1, seeds=None, max_new_tokens=512, temperature=1.0, top_p=1.0,
+               top_logprobs=0):
         """n samples of one prompt; seeds: n integers (None: 0..n-1). ValueError: no room for a prompt, bad settings."""
         seeds = list(range(n)) if seeds is None else list(seeds)
         if not prompt_ids or len(prompt_ids) >= self.max_len:
@@ -166,23 +143,24 @@ class Engine:
             raise ValueError(f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}, temperature {temperature}, "
                              f"top_p {top_p}; expected n >= 1 seeds, at least 1 token, >= 0, and in (0, 1]")
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
-        for i in range(0, n, self.max_batch):
-            part = seeds[i : i + self.max_batch]
-            self.waiting.append(Request(key, i, list(prompt_ids), part, limit, temperature, top_p))
+        needed, there = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
+        if needed > there:
+            raise ValueError(f"a prompt of {len(prompt_ids)} tokens and a response of up to {limit} need {needed} blocks of "
+                             f"{BLOCK} tokens; the whole cache has {there} (its size: kv_tokens)")
+        # as many samples together as there are rows and, beside the prompt, blocks
+        together = max(1, min(self.max_batch, there - len(prompt_ids) // BLOCK))
+        for i in range(0, n, together):
+            self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + together], limit, float(temperature),
+                                         float(top_p), top_logprobs))
 
     @torch.inference_mode()
     def step(self):
-        """Admits what fits and prefills it, then one token for every running sample."""
-        admitted, n_rows, n_tokens = [], len(self.owners), 0
-        while self.waiting:
-            request = self.waiting[0]
-            n_rows, n_tokens = n_rows + len(request.seeds), n_tokens + len(request.prompt_ids)
-            if n_rows > self.max_batch or (admitted and n_tokens > PREFILL_TOKENS):
-                break
-            admitted.append(self.waiting.popleft())
-        if admitted:
-            self._prefill(admitted)
-        if self.owners:
+        """Admits and prefills what fits, then one token for every running sample."""
+        chunks = self._schedule()
+        if chunks:
+            self._prefill(chunks)
+        self._grow()
+        if self.running:
             self._decode()
 
     def collect(self):
@@ -190,9 +168,23 @@ class Engine:
         samples, self.finished = self.finished, []
         return samples
 
-    def partial(self, row):
-        """Ids so far of the sample in that row (a chat shows them as they come)."""
-        return self.rows["ids"][row, : int(self.rows["position"][row])].tolist()
+    @torch.inference_mode()
+    def partial(self, key, index=0):
+        """Ids so far of a running sample (a chat shows them as they come); empty while it waits."""
+        for row, s in enumerate(self.running):
+            if (s.key, s.index) == (key, index):
+                return self.rows["ids"][row, : int(self.rows["position"][row])].tolist()
+        return []
+
+    @torch.inference_mode()
+    def cancel(self, key):
+        """Drops all samples of a key, waiting, running or finished."""
+        self.waiting = deque(s for s in self.waiting if s.key != key)
+        self.finished = [s for s in self.finished if s.key != key]
+        if self.prefilling and self.prefilling.key == key:
+            self._give_up(self.prefilling)
+            self.prefilling = None
+        self._remove({row: self._response(row)[0] for row, s in enumerate(self.running) if s.key == key})
 
     def generate(self, prompts, n=1, **settings):
         """All samples of a list of prompts -> a list of n Samples per prompt, in order."""
@@ -209,106 +201,238 @@ class Engine:
         """Copies the weights of another model of the same shape (sharded: every rank calls). Nothing may be running."""
         if self.busy:
             raise RuntimeError("refresh while samples are running: their cache belongs to the old weights")
+        self.blocks.forget_all()
         with torch.no_grad():
             for (name, ours), (other, theirs) in zip(self.model.named_parameters(), model.named_parameters(), strict=True):
                 assert name == other, (name, other)
                 ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
-    # -- internals -----------------------------------------------------------------------------------------------------
+    # -- admission and prefill -----------------------------------------------------------------------------------------
 
-    def _prefill(self, requests):
-        lengths = [len(r.prompt_ids) for r in requests]
-        copies = torch.tensor([len(r.seeds) for r in requests], device=self.device)
-        self._reserve(max(lengths) + 1, max(r.max_new_tokens for r in requests))
-        context = Prefill(lengths, self.device)
-        ids = torch.tensor([i for r in requests for i in r.prompt_ids], device=self.device)
-        last = context.packed.cu_seqlens[1:].long() - 1
-        logits = self.model(ids, context.packed.position_ids, context, index=last)  # [requests, V]
-        self.prefilled_tokens += len(ids)
+    def _schedule(self):
+        """What this step prefills: (sequence, start, end) each. At most the last one remains unfinished."""
+        chunks, budget, rows = [], PREFILL_TOKENS, len(self.running)
+        while budget > 0:
+            s = self.prefilling or self._admit(rows)
+            if s is None:
+                break
+            start, ids = s.computed, s.ids
+            s.computed = min(len(ids), start + budget)
+            # known from here on: the next sequence of this very pass may read what this one writes in each layer
+            self.blocks.learn(ids[: s.computed], s.blocks)
+            chunks.append((s, start, s.computed))
+            budget -= s.computed - start
+            rows += len(s.seeds)
+            self.prefilling = s if s.computed < len(ids) else None
+        return chunks
 
-        start = len(self.owners)
-        for request, end in zip(requests, (last + 1).tolist()):
-            row, n, length = len(self.owners), len(request.seeds), len(request.prompt_ids)
-            for (keys, values), (k, v) in zip(self.cache, context.kv):
-                keys[row : row + n, :, :length] = k[end - length : end].transpose(0, 1)
-                values[row : row + n, :, :length] = v[end - length : end].transpose(0, 1)
-            self.owners += [(request.key, request.index + i) for i in range(n)]
-        new = slice(start, len(self.owners))
-        self.rows["seed"][new] = torch.tensor([s for r in requests for s in r.seeds], device=self.device)
-        self.rows["position"][new] = 0
-        for name, values in (("length", lengths), ("limit", [r.max_new_tokens for r in requests]),
-                             ("temperature", [r.temperature for r in requests]), ("top_p", [r.top_p for r in requests])):
-            self.rows[name][new] = torch.tensor(values, device=self.device).to(self.rows[name]).repeat_interleave(copies)
-        self._emit(new, logits.repeat_interleave(copies, 0))
+    def _admit(self, rows):
+        """The next waiting sequence with the blocks that it needs, or None."""
+        if not self.waiting or rows + len(self.waiting[0].seeds) > self.max_batch:
+            return None
+        s = self.waiting[0]
+        ids = s.ids
+        known = self.blocks.match(ids[:-1])  # the last token is computed in any case, for its logits
+        new, idle = len(ids) // BLOCK - len(known), sum(block in self.blocks.free for block in known)
+        spare = rows // 4  # blocks for those that run to grow into, or who joins would soon have to leave again
+        if new + len(s.seeds) + spare > len(self.blocks.free) - idle:
+            return None
+        self.blocks.share(known)
+        s.blocks, s.tails = known + self.blocks.take(new), self.blocks.take(len(s.seeds))
+        s.computed, s.age = len(known) * BLOCK, next(self.admitted)
+        self.reused_tokens += s.computed
+        return self.waiting.popleft()
+
+    def _prefill(self, chunks):
+        context = Prefill(self.cache, [(s.blocks + s.tails[:1], start, end) for s, start, end in chunks], self.device)
+        ids = torch.tensor([i for s, start, end in chunks for i in s.ids[start:end]], device=self.device)
+        ready = [s for s, _, _ in chunks if s is not self.prefilling]
+        last = (context.queries.cu_seqlens[1:].long() - 1)[: len(ready)]
+        logits = self.model(ids, context.position_ids, context, index=last)  # [ready, V]
+        self.computed_tokens += len(ids)
+        if ready:
+            self._fork(ready, logits)
+
+    def _fork(self, ready, logits):
+        """Starts the samples of prefilled sequences in new rows, each with its first token. logits: [len(ready), V]."""
+        start, copies = len(self.running), []
+        for s in ready:
+            if len(s.ids) % BLOCK:
+                copies += [(s.tails[0], tail) for tail in s.tails[1:]]
+            self.blocks.share(s.blocks * (len(s.seeds) - 1))
+            for i, (seed, tail) in enumerate(zip(s.seeds, s.tails)):
+                self.running.append(Sequence(s.key, s.index + i, s.prompt_ids, [seed], s.limit, s.temperature, s.top_p,
+                                             s.n_top, s.response, s.logprobs, list(s.top), s.blocks + [tail], age=s.age))
+        if copies:
+            source, to = torch.tensor(copies, device=self.device).T
+            self.cache[:, :, to] = self.cache[:, :, source]
+
+        rows, new = slice(start, len(self.running)), self.running[start:]
+        self.length[rows] = [len(s.ids) for s in new]
+        self.room[rows] = [len(s.blocks) * BLOCK for s in new]
+        self.left[rows] = [s.limit - len(s.response) for s in new]
+        self.n_top[rows] = [s.n_top for s in new]
+        table = torch.zeros(len(new), self.rows["blocks"].shape[1], dtype=torch.int32)
+        for i, s in enumerate(new):
+            table[i, : len(s.blocks)] = torch.tensor(s.blocks)
+        values = {"length": self.length[rows], "position": [len(s.response) for s in new], "blocks": table,
+                  "limit": [s.limit for s in new], "seed": [s.seeds[0] for s in new], "active": [1] * len(new),
+                  "temperature": [s.temperature for s in new], "top_p": [s.top_p for s in new], "done": [False] * len(new)}
+        for name, value in values.items():
+            self.rows[name][rows] = torch.as_tensor(value).to(self.rows[name])
+        for row, s in enumerate(new, start):
+            if s.response:  # it goes on
+                self.rows["ids"][row, : len(s.response)] = torch.tensor(s.response, device=self.device)
+                self.rows["logprobs"][row, : len(s.response)] = torch.tensor(s.logprobs, device=self.device)
+        logits = logits.repeat_interleave(torch.tensor([len(s.seeds) for s in ready], device=self.device), 0)
+        self._emit(rows, logits)
+        self._after(rows, logits)
+
+    # -- decode --------------------------------------------------------------------------------------------------------
+
+    def _grow(self):
+        """A new block for each row whose last one is full; where too few are free, the youngest give theirs up."""
+        while True:
+            n = len(self.running)
+            full = (self.length[:n] == self.room[:n]).nonzero()[0]
+            if len(full) <= len(self.blocks.free):
+                break
+            self._preempt()
+        if len(full):
+            new = self.blocks.take(len(full))
+            for row, block in zip(full, new):
+                self.running[row].blocks.append(block)
+            where = torch.from_numpy(full).to(self.device), torch.from_numpy(self.room[full] // BLOCK).to(self.device)
+            self.rows["blocks"][where] = torch.tensor(new, dtype=torch.int32, device=self.device)
+            self.room[full] += BLOCK
+
+    def _preempt(self):
+        """Takes the blocks of the youngest sequence; it will be computed again when there is room."""
+        if self.prefilling:  # nobody is younger
+            self.waiting.appendleft(self.prefilling)
+            self._give_up(self.prefilling)
+            self.prefilling = None
+        else:
+            before = len(self.running)
+            self._poll()
+            if len(self.running) < before:  # what had ended has made room
+                return
+            row = max(range(before), key=lambda i: self.running[i].age)
+            s = self.running[row]
+            s.response, s.logprobs = self._response(row)
+            self._remove({row: s.response})
+            self.waiting.appendleft(s)
+        self.preemptions += 1
+
+    def _give_up(self, s):
+        self.blocks.release(s.blocks + s.tails)
+        s.blocks, s.tails, s.computed = [], [], 0
 
     def _decode(self):
-        running = slice(0, len(self.owners))
-        lengths = self.rows["length"][running]
-        longest = int(lengths.max()) + 1
-        self._reserve(longest, 0)
-        context = Decode(self.cache, lengths, longest)
-        logits = self.model(self.rows["token"][running], lengths, context)  # [R, V]
-        self.rows["length"][running] += 1
-        self._emit(running, logits)
+        n = len(self.running)
+        if self.device.type == "cuda":
+            logits = self._replay(n)[:n]
+        else:
+            logits = self._decode_rows(n, -(-int(self.length[:n].max() + 1) // BLOCK))
+        self.length[:n] += 1
+        self._after(slice(0, n), logits)
+
+    def _decode_rows(self, n, n_blocks):
+        """One token for rows 0..n-1; no step of it depends on a value on the device -> logits [n, V]."""
+        r = self.rows
+        lengths = r["length"][:n]
+        context = Decode(self.cache, r["blocks"][:n, :n_blocks], lengths)
+        logits = self.model(r["token"][:n], lengths, context)
+        lengths += r["active"][:n]
+        self._emit(slice(0, n), logits)
+        return logits
+
+    def _replay(self, n):
+        """The same as a CUDA graph of the next larger bucket: 1, 2, 4, 8, then multiples of 16."""
+        size = min(self.max_batch, next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16))
+        if size not in self.graphs:
+            width = self.rows["blocks"].shape[1]
+            before = {name: tensor.clone() for name, tensor in self.rows.items()}
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles the kernels; writes keys and values that the replay writes again
+                self._decode_rows(size, width)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()  # one for all: they never run together
+            with torch.cuda.graph(graph, pool=self.graph_memory):
+                logits = self._decode_rows(size, width)
+            for name, tensor in before.items():
+                self.rows[name].copy_(tensor)
+            self.graphs[size] = graph, logits
+        graph, logits = self.graphs[size]
+        graph.replay()
+        return logits
 
     def _emit(self, rows, logits):
-        """Samples a token for these rows, writes it down, and takes out the rows that are done."""
-        r = self.rows
-        position = r["position"][rows]
-        tokens, logprobs = sample(logits, r["temperature"][rows], r["top_p"][rows], r["seed"][rows], position)
-        r["ids"][rows].scatter_(1, position[:, None], tokens[:, None])
-        r["logprobs"][rows].scatter_(1, position[:, None], logprobs[:, None])
-        r["token"][rows] = tokens
-        r["position"][rows] += 1  # `position` is a view of this
-        stopped = torch.isin(tokens, self.stop_ids)
-        done = (stopped | (r["position"][rows] >= r["limit"][rows])).nonzero()[:, 0]
+        """Samples a token for each of these rows and writes it down, unless the row is done."""
+        r = {name: tensor[rows] for name, tensor in self.rows.items()}
+        tokens, logprobs = sample(logits, r["temperature"], r["top_p"], r["seed"], r["position"])
+        # of a row that is done `position` stands still, and behind its response there is room for what nobody reads
+        r["ids"].scatter_(1, r["position"][:, None], tokens[:, None])
+        r["logprobs"].scatter_(1, r["position"][:, None], logprobs[:, None])
+        r["token"].copy_(tokens)
+        r["position"] += ~r["done"]
+        stopped = (tokens[:, None] == self.stop_ids).any(1)
+        r["done"] |= stopped | (r["position"] >= r["limit"])
+
+    def _after(self, rows, logits):
+        """Host's part after a token: alternatives that were asked for, a look at what has ended."""
+        for i in self.n_top[rows].nonzero()[0]:
+            s = self.running[rows.start + i]
+            best = torch.log_softmax(logits[i] / (s.temperature or 1.0), -1).topk(s.n_top)
+            s.top.append(list(zip(best.indices.tolist(), best.values.tolist())))
+        self.left[rows] -= 1
+        self.steps_since_poll += 1
+        if self.steps_since_poll >= self.poll_steps or (self.left[rows] <= 0).any():
+            self._poll()
+
+    def _poll(self):
+        """Collects the samples that are done and frees their rows."""
+        self.steps_since_poll, n = 0, len(self.running)
+        done = self.rows["done"][:n].nonzero()[:, 0]
         if not len(done):
             return
-        offset = rows.start
-        for i, stop in zip((done + offset).tolist(), stopped[done].tolist()):
-            n = int(r["position"][i])
-            ids, (key, index) = r["ids"][i, :n].tolist(), self.owners[i]
-            stop_id = ids.pop() if stop else None
-            self.finished.append(Sample(key, index, ids, r["logprobs"][i, :n].tolist(), stop_id,
-                                        "stop" if stop else "length"))
-        self._remove((done + offset).tolist())
+        responses = {}
+        for row in done.tolist():
+            s, (ids, logprobs) = self.running[row], self._response(row)
+            responses[row] = ids
+            stop_id = ids[-1] if ids[-1] in self.stops else None
+            text_ids, reason = (ids, "length") if stop_id is None else (ids[:-1], "stop")
+            self.finished.append(Sample(s.key, s.index, text_ids, logprobs, stop_id, reason, s.top[: len(ids)]))
+        self._remove(responses)
+
+    def _response(self, row):
+        """What a row has sampled so far: ids, log-probs."""
+        position = int(self.rows["position"][row])
+        return tuple(self.rows[name][row, :position].tolist() for name in ("ids", "logprobs"))
 
     def _remove(self, gone):
-        """Fills the holes among the rows with the last rows."""
-        gone_set, n_left = set(gone), len(self.owners) - len(gone)
+        """Frees rows ({row: its response}) and their blocks, whose tokens stay known; the last rows fill the holes."""
+        for row, response in gone.items():
+            s = self.running[row]
+            in_cache = int(self.length[row])  # the newest token is not: its keys come with the next step
+            self.blocks.learn((s.prompt_ids + response)[:in_cache], s.blocks)
+            self._give_up(s)
+        n_left = len(self.running) - len(gone)
         holes = [i for i in gone if i < n_left]
-        movers = [i for i in range(n_left, len(self.owners)) if i not in gone_set]
+        movers = [i for i in range(n_left, len(self.running)) if i not in gone]
         if holes:
             to, source = (torch.tensor(x, device=self.device) for x in (holes, movers))
             for tensor in self.rows.values():
                 tensor[to] = tensor[source]
-            longest = int(self.rows["length"][to].max())
-            for keys, values in self.cache:
-                keys[to, :, :longest] = keys[source, :, :longest]
-                values[to, :, :longest] = values[source, :, :longest]
+            for array in (self.length, self.room, self.left, self.n_top):
+                array[holes] = array[movers]
         for hole, mover in zip(holes, movers):
-            self.owners[hole] = self.owners[mover]
-        del self.owners[n_left:]
-
-    def _reserve(self, length, new_tokens):
-        """Room for sequences of that length and responses of that many tokens; grows by half, up to max_len."""
-        if length > self.capacity:
-            capacity = min(self.max_len, max(length, self.capacity * 3 // 2, 64))
-            config, dtype = self.model.config, next(self.model.parameters()).dtype
-            shape = (self.max_batch, config.num_key_value_heads, capacity, config.head_dim)
-            old, self.cache = self.cache, []
-            for layer in range(config.num_hidden_layers):
-                pair = tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
-                if old:
-                    for new, before in zip(pair, old[layer]):
-                        new[: len(self.owners), :, : self.capacity] = before[: len(self.owners)]
-                    old[layer] = None
-                self.cache.append(pair)
-            self.capacity = capacity
-        for name in ("ids", "logprobs"):
-            missing = new_tokens - self.rows[name].shape[1]
-            if missing > 0:
-                self.rows[name] = F.pad(self.rows[name], (0, missing))
+            self.running[hole] = self.running[mover]
+        for name in ("active", "length", "blocks", "done"):  # padding rows of a CUDA graph: they write into block 0
+            self.rows[name][n_left : len(self.running)] = 0
+        del self.running[n_left:]
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -336,6 +460,8 @@ class Args:
     """Tokens of a response."""
     max_batch: int = 64
     """Samples that run at once."""
+    kv_tokens: int | None = None
+    """Tokens that the KV cache holds, of all sequences together; by default what a share of the free memory holds."""
     seed: int = 0
     """Of the sampling: a row's samples depend on the seed, its place in the file and the sample's number."""
     dtype: str = "auto"
@@ -438,7 +564,7 @@ def main(args):
     ranks = common.start(args.dtype)
     chat, templates = Chat(args.model), load_templates(answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
-    engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch)
+    engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch, args.kv_tokens)
     (generate_file if args.input else chat_loop)(args, engine, chat, templates)
 
 

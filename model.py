@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_logprob import linear_logprob, logits
+from kernels.rmsnorm import add_rms_norm, rms_norm
+from kernels.swiglu import swiglu
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -124,9 +126,9 @@ class Packed(Segments):
         self.position_ids = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
         self.pairs = seen_pairs(self, self)
 
-    def attend(self, layer, q, k, v):
-        """q [T, Hq, D], k and v [T, Hkv, D], after RoPE -> [T, Hq, D]."""
-        return varlen_attention(q, k, v, self, self)
+    def attend(self, layer, q, k, v, cos, sin):
+        """q [T, Hq, D], k and v [T, Hkv, D], before RoPE -> [T, Hq, D]."""
+        return varlen_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self, self)
 
 
 class SharedPrefix:
@@ -157,8 +159,9 @@ class SharedPrefix:
         self.key_index = torch.cat(key_index).to(device)  # [Tk]
         self.pairs = seen_pairs(self.queries, self.keys)
 
-    def attend(self, layer, q, k, v):
-        """q [T, Hq, D], k and v [T, Hkv, D], after RoPE -> [T, Hq, D]."""
+    def attend(self, layer, q, k, v, cos, sin):
+        """q [T, Hq, D], k and v [T, Hkv, D], before RoPE -> [T, Hq, D]."""
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         k, v = (gather_rows(x.flatten(1), self.key_index).unflatten(1, x.shape[1:]) for x in (k, v))  # [Tk, Hkv, D]
         return varlen_attention(q, k, v, self.queries, self.keys)
 
@@ -222,8 +225,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x, residual):
+        """x [T, d]: what the last sublayer gives; residual [T, d]: the stream it is added to, None at the start
+        -> the sum, normalised, and the sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 def rope_tables(config, position_ids, dtype):
@@ -251,7 +258,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, context):
         q, k, v = (proj(x).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = context.attend(self.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        out = context.attend(self.layer, q, k, v, cos, sin)
         return self.o_proj(out.reshape(x.shape))
 
 
@@ -263,7 +270,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -274,9 +281,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, context):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, residual, cos, sin, context):
+        x, residual = self.input_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, cos, sin, context), residual)
+        return self.mlp(x), residual
 
 
 class Qwen2(nn.Module):
@@ -305,14 +313,15 @@ class Qwen2(nn.Module):
            targets None: logits fp32 [S, V]
            targets int64 [S]: (log-probs of the targets at the temperature fp32 [S], entropy fp32 [S])
         """
-        x = self.model.embed_tokens(input_ids)  # [T, d]
+        x, residual = self.model.embed_tokens(input_ids), None  # [T, d]
         cos, sin = rope_tables(self.config, position_ids, x.dtype)
         for layer in self.model.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, context, use_reentrant=False)
+                x, residual = checkpoint(layer, x, residual, cos, sin, context, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, context)
-        x = self.model.norm(x if index is None else gather_rows(x, index))  # [S, d]
+                x, residual = layer(x, residual, cos, sin, context)
+        x = x + residual
+        x, _ = self.model.norm(x if index is None else gather_rows(x, index), None)  # [S, d]
         if self.scalar_head:
             return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -321,8 +330,13 @@ class Qwen2(nn.Module):
         return linear_logprob(x, weight, targets, temperature)
 
 
-def init_weights(model, seed, std=0.02):
-    """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth)."""
+def init_weights(model, seed, std=None):
+    """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth).
+
+    std None: d^-1/2, so that a product with a normalised vector has variance 1. At the usual 0.02, which is right for
+    d = 2500, a model of width 128 has not begun to look anything up after 600 steps; with this it has after 300.
+    """
+    std = std or model.config.hidden_size**-0.5
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         scale = std / (2 * model.config.num_hidden_layers) ** 0.5 if "o_proj" in name or "down_proj" in name else std

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from model import GIB, Packed, Qwen2, load_config, resolve
+from model import GIB, Packed, Qwen2, apply_rope, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
@@ -41,7 +41,8 @@ class _Context(Packed):
         super().__init__([n_tokens], "meta")
         self.key_copies, self.stored_twice = key_copies, stored_twice
 
-    def attend(self, layer, q, k, v, *rope_tables):
+    def attend(self, layer, q, k, v, cos, sin):
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         k, v = (x.repeat(self.key_copies, 1, 1) for x in (k, v))
         return _Attention.apply(q, k, v, self.stored_twice)
 

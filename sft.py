@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning of the policy (METHOD 1.3), and pretraining of a tiny base from scratch.
 
 1. Read rows: preference pairs, of which the chosen answers are learned, or conversations (`messages`), of which every
-   assistant turn is learned.
+   assistant turn is learned (from scratch: every token).
 2. Each step draws the next `batch_size` rows of the epoch's permutation, shares them out over the ranks, packs them
    without padding and takes the mean negative log-likelihood over all trained tokens of all ranks.
 3. AdamW with warm-up and cosine decay; a checkpoint from time to time, from which the same command continues.
@@ -115,6 +115,8 @@ def read_examples(args, chat):
                 answer = response_ids(chat, message["content"])
                 trained += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
                 ids, before = prompt + answer, []
+            if args.from_scratch:  # pretraining: what people ask is text to learn from, too
+                trained = [False] + [True] * (len(ids) - 1)
             examples.append((ids, trained))
     else:
         templates = load_templates(answer_template=args.answer_template)

@@ -1,20 +1,34 @@
-"""Public data in: PersonaFeedback's released files (arXiv 2506.12915) into rows of this project.
+"""Public data in: the released files of four benchmarks into rows of this project.
 
+PersonaFeedback (arXiv 2506.12915), for training and evaluation:
 1. Find the files of a source by what they hold: personas, preference pairs, RL prompts (verl form).
    The authors' repository, the hub's data set and a flat folder of JSON lines differ in names only.
 2. Join pairs with their personas, and take persona and question back out of the RL prompts' text.
 3. Hold out a share of the personas: their questions and pairs go to the *_eval files, so that no
    evaluation question has a persona that was trained on. A persona's side depends on itself alone.
-4. Write prompts_train, prompts_eval, pairs and pairs_eval (.jsonl), each only where there are rows
-   for it, and print how many rows each has and what was left out.
+   Where the release's file of baseline answers is there (question, persona, response), its questions
+   become prompts_winrate with the answer as `reference`, and their personas are held out too.
+4. Write prompts_train, prompts_eval, prompts_winrate, pairs and pairs_eval (.jsonl), each only where
+   there are rows for it, and print how many rows each has and what was left out.
 
-PersonaFeedback is a benchmark: after training on its pairs, figures on it mean something for the
-held-out personas only.
+After training on PersonaFeedback's pairs, figures on it mean something for the held-out personas only.
+
+For evaluation only, each written whole, no persona held out:
+- AlpacaEval's outputs (a .json of instruction and output): alpaca_eval.jsonl, the output as
+  `reference`, in the file's order. Each instruction gets a persona of --personas, drawn by --seed and
+  kept in the row (`user_id`, `assigned`): the paper's own assignment is not released.
+- PersonaMem v1 (arXiv 2504.14225: questions_SIZE.csv, shared_contexts_SIZE.jsonl): personamem_SIZE.jsonl,
+  multiple choice and plain prompts in one, and personamem_SIZE_contexts.jsonl.
+- Personalized-RewardBench (arXiv 2604.07343: question, profile, chosen, rejected): rewardbench.jsonl.
 
     python data/prepare.py --source PersonalAILab/PersonaFeedback      # a data set on the hub
     python data/prepare.py --source path/to/files --output out/data    # a folder, searched through
+    python data/prepare.py --source tatsu-lab/alpaca_eval --personas PersonalAILab/PersonaFeedback
+    python data/prepare.py --source bowen-upenn/PersonaMem
 """
 
+import ast
+import csv
 import hashlib
 import json
 import os
@@ -26,7 +40,7 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import user_errors, write_rows  # noqa: E402
+from common import check_row, derive_seed, user_errors, write_rows  # noqa: E402
 
 
 @dataclass
@@ -37,6 +51,10 @@ class Args:
     """Folder of the written files."""
     eval_share: float = 0.1
     """Share of the personas held out for evaluation, in [0, 1)."""
+    personas: str | None = None
+    """For AlpacaEval: a source, as above, whose personas its instructions are given to."""
+    seed: int = 0
+    """Which persona each of AlpacaEval's instructions gets."""
 
 
 # where an RL prompt holds the persona (JSON follows) and the question: the text of the release
@@ -45,24 +63,29 @@ QUESTION_END = re.compile(r"\s*生成\s*1\s*个[^\n]*回答：?\s*$")
 ANSWER_TAGS = re.compile(r"^\s*<?answer>\s*|\s*</answer>\s*$")
 TIER = re.compile(r"(easy|mid|medium|hard)")
 KIND = re.compile(r"(general|spe[cd]ific)")  # the hub spells one folder "spedific"
+# the baseline's file has no tiers: 50 questions of each, in this order
+WINRATE_TIERS = [(kind, tier) for kind in ("specific", "general") for tier in ("easy", "mid", "hard")]
+ALPACA_BASELINE = "alpaca_eval_gpt4_baseline.json"  # of AlpacaEval 2, which its difficulties belong to
+OPTION = re.compile(r"\s*\(([a-d])\)\s*")
 
 
 def list_files(source):
     """(root, sorted files) of a folder, a file or a data set on the hub. ValueError: no such."""
     if os.path.isfile(source):
         return os.path.dirname(source), [source]
+    patterns = ["*.jsonl", "*.json", "*.parquet", "*.csv"]
     if not os.path.isdir(source):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
 
-        patterns = ["*.jsonl", "*.json", "*.parquet"]
         try:
             source = snapshot_download(source, repo_type="dataset", allow_patterns=patterns)
         except (HFValidationError, OSError) as error:
-            raise ValueError(f"--source {source}: no folder or file, and not fetched from the hub "
-                             f"({type(error).__name__}: {error})") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{source}: no such folder or file, and as a data set not fetched from the hub ({reason}). "
+                             "Without a network, copy the release's files to a folder and name that") from error
     found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
-    return source, sorted(f for f in found if f.endswith((".jsonl", ".json", ".parquet")))
+    return source, sorted(f for f in found if f.endswith(tuple(p[1:] for p in patterns)))
 
 
 def read_objects(path):
@@ -85,11 +108,23 @@ def read_objects(path):
 
 
 def what_it_holds(path):
-    """personas | persona (the file is one) | pairs | rl | None, by name and first row's fields."""
+    """personas | persona (the file is one) | pairs | rl | baseline | rewardbench | alpaca | personamem |
+    contexts | None, by name and first row's fields."""
     folder, name = os.path.split(path)
     if path.endswith(".json"):
-        return "persona" if "persona" in os.path.basename(folder) else None
+        if "persona" in os.path.basename(folder):
+            return "persona"
+        with open(path, encoding="utf-8") as f:
+            return "alpaca" if is_outputs(json.load(f)) else None
+    if path.endswith(".csv"):
+        return "personamem" if name.startswith("questions_") else None
+    if name.startswith("shared_contexts_"):
+        return "contexts"
     _, first = next(read_objects(path), (None, {}))
+    if {"question", "persona", "response"} <= set(first):
+        return "baseline"
+    if {"question", "profile", "chosen", "rejected"} <= set(first):
+        return "rewardbench"
     if {"user_id", "question", "chosen"} <= set(first):
         return "pairs"
     if {"prompt", "reward_model"} <= set(first):
@@ -199,49 +234,200 @@ def distinct(rows, key, dropped, what):
     return list(kept.values())
 
 
-def main(args):
-    if not 0 <= args.eval_share < 1:
-        raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
-    root, paths = list_files(args.source)
+def winrate_rows(path, source, dropped):
+    """Prompt rows of the baseline's file, its answer as `reference`; tiers by place where all 300 are there."""
+    rows = []
+    for place, row in read_objects(path):
+        persona = checked_persona(row["persona"], place)
+        question, answer = text_field(row, "question", place), text_field(row, "response", place)
+        rows.append(prompt_row(persona, question, source) | {"reference": answer})
+    if len(rows) == 50 * len(WINRATE_TIERS):
+        for i, row in enumerate(rows):
+            row["kind"], row["tier"] = WINRATE_TIERS[i // 50]
+    return distinct(rows, lambda row: row["prompt_id"], dropped, "repeated questions of the baseline")
+
+
+def is_outputs(value):
+    """AlpacaEval's form: a list of instruction and output."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)
+        for row in value)
+
+
+def alpaca_rows(paths, args):
+    """AlpacaEval's instructions in order, each with a persona of the pool. ValueError: no pool, several files."""
+    named = [path for path in paths if os.path.basename(path) == ALPACA_BASELINE] or paths
+    if len(named) > 1:
+        raise ValueError(f"--source {args.source}: several files of outputs ({', '.join(sorted(named)[:5])}); name one")
+    if args.personas is None:
+        raise ValueError("AlpacaEval's instructions have no personas: give --personas, a folder or data set that has "
+                         "(such as PersonalAILab/PersonaFeedback)")
+    pool = find_personas(sort_files(list_files(args.personas)[1]))
+    if not pool:
+        raise ValueError(f"--personas {args.personas}: no personas there")
+    names = sorted(pool)
+    with open(named[0], encoding="utf-8") as f:
+        outputs = json.load(f)
+    for i, row in enumerate(outputs):
+        user_id = names[derive_seed("persona", args.seed, i) % len(names)]
+        yield dict(prompt_id=f"alpaca-{i}", persona=pool[user_id], question=row["instruction"], reference=row["output"],
+                   source=os.path.basename(named[0]), dataset=row.get("dataset", ""), user_id=user_id,
+                   assigned=f"at random, seed {args.seed}, of {len(pool)} personas in {args.personas}")
+
+
+def personamem_rows(path, contexts, dropped):
+    """PersonaMem v1's questions. contexts: {id: messages}. The persona is the system message that opens a context."""
+    version = f"v1 {os.path.basename(path)[len('questions_'):-len('.csv')]}"
+    csv.field_size_limit(2**30)
+    with open(path, encoding="utf-8", newline="") as f:
+        for number, row in enumerate(csv.DictReader(f), 1):
+            place = f"{path}, row {number}"
+            options, correct = personamem_options(row, place)
+            context_id, end = row.get("shared_context_id"), text_field(row, "end_index_in_shared_context", place)
+            messages = contexts.get(context_id)
+            if messages is None or not end.isdigit() or int(end) > len(messages):
+                raise ValueError(f'{place}: no context "{context_id}" with {end} messages in its shared_contexts file')
+            if messages[0]["role"] != "system":
+                raise ValueError(f'{place}: context "{context_id}" does not begin with a system message, the persona')
+            question = text_field(row, "user_question_or_message", place)
+            if not question.strip():
+                dropped["blank questions"] += 1
+                continue
+            yield dict(prompt_id=text_field(row, "question_id", place), persona=messages[0]["content"],
+                       question=question, source="PersonaMem", version=version, user_id=str(row.get("persona_id")),
+                       kind=text_field(row, "question_type", place), question_type=row["question_type"],
+                       options=options, correct=correct, context_id=context_id, end_index=int(end))
+
+
+def personamem_options(row, place):
+    """([text of a, b, c, d], right letter); the list is JSON or a Python literal. ValueError: it is neither."""
+    text = text_field(row, "all_options", place)
+    try:
+        try:
+            options = json.loads(text)
+        except json.JSONDecodeError:
+            options = ast.literal_eval(text)
+        texts = {match[1]: option[match.end():] for option in options if (match := OPTION.match(option))}
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(f'{place}: field "all_options" is no list of texts ({error})') from error
+    correct = text_field(row, "correct_answer", place).strip().strip("()")
+    if sorted(texts) != list("abcd") or correct not in texts:
+        raise ValueError(f'{place}: expected options (a) to (d) and one of them as correct_answer; got {sorted(texts)} '
+                         f'and "{correct}"')
+    return [texts[letter] for letter in "abcd"], correct
+
+
+def personamem_contexts(path):
+    """{id: messages} of a shared_contexts file: a line is an object of one id and its messages."""
+    found = {}
+    for place, row in read_objects(path):
+        for context_id, messages in row.items():
+            check_row({"messages": messages}, "messages", place)
+            found[context_id] = messages
+    return found
+
+
+def rewardbench_rows(path, source, dropped):
+    """Pair rows of Personalized-RewardBench; a profile that is a list becomes an object."""
+    for place, row in read_objects(path):
+        profile = {"profile": row["profile"]} if isinstance(row["profile"], list) else row["profile"]
+        texts = [text_field(row, field, place) for field in ("question", "chosen", "rejected")]
+        if not all(text.strip() for text in texts) or texts[1] == texts[2]:
+            dropped["pairs with a blank text, or of two equal answers"] += 1
+            continue
+        pair = prompt_row(checked_persona(profile, place), texts[0], source)
+        yield pair | {"chosen": texts[1], "rejected": texts[2], "kind": os.path.splitext(os.path.basename(path))[0]}
+
+
+def sort_files(paths):
+    """{what it holds: [path]}."""
     files = {}
     for path in paths:
         files.setdefault(what_it_holds(path), []).append(path)
-    ignored = [os.path.relpath(path, root) for path in files.get(None, [])]
-    if ignored:
-        print(f"not used, {len(ignored)} other files: {', '.join(ignored[:5])}")
+    return files
 
+
+def find_personas(files):
+    """{user_id: persona} of all files of a source."""
     personas = {}
     for path in files.get("personas", []):
         personas |= read_personas(path)
     for path in files.get("persona", []):  # one file a persona: its name is the user_id
         with open(path, encoding="utf-8") as f:
             personas[os.path.basename(path).removesuffix(".json")] = checked_persona(f.read(), path)
+    return personas
 
+
+def benchmark_rows(files, root, args, dropped):
+    """{name of the written file: rows} of the sources that are evaluated on only."""
+    if files.get("alpaca"):
+        return {"alpaca_eval": list(alpaca_rows(files["alpaca"], args))}
+    if files.get("rewardbench"):
+        return {"rewardbench": [row for path in files["rewardbench"]
+                                for row in rewardbench_rows(path, os.path.relpath(path, root), dropped)]}
+    outputs = {}
+    for path in files.get("personamem", []):
+        folder, name = os.path.split(path)
+        size = name[len("questions_"):-len(".csv")]
+        file = os.path.join(folder, f"shared_contexts_{size}.jsonl")
+        if file not in files.get("contexts", []):
+            raise ValueError(f"{path}: its contexts are missing; expected {file}")
+        contexts = personamem_contexts(file)
+        outputs[f"personamem_{size}"] = list(personamem_rows(path, contexts, dropped))
+        outputs[f"personamem_{size}_contexts"] = [dict(context_id=k, messages=v) for k, v in contexts.items()]
+    return outputs
+
+
+def main(args):
+    if not 0 <= args.eval_share < 1:
+        raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
+    root, paths = list_files(args.source)
+    files = sort_files(paths)
+    ignored = [os.path.relpath(path, root) for path in files.get(None, [])]
+    if ignored:
+        print(f"not used, {len(ignored)} other files: {', '.join(ignored[:5])}")
     dropped = Counter()
-    pairs, prompts = [], []
+    write(benchmark_rows(files, root, args, dropped) or personafeedback(files, root, args, dropped), args)
+    for what, count in sorted(dropped.items()):
+        print(f"{count:7d} left out: {what}")
+
+
+def personafeedback(files, root, args, dropped):
+    """{name of the written file: rows}, some of them empty."""
+    personas = find_personas(files)
+    pairs, prompts, winrate = [], [], []
     for path in files.get("pairs", []):
         pairs += pair_rows(path, os.path.relpath(path, root), personas, dropped)
     for path in files.get("rl", []):
         prompts += rl_rows(path, os.path.relpath(path, root))
+    for path in files.get("baseline", []):
+        winrate += winrate_rows(path, os.path.relpath(path, root), dropped)
     pairs = distinct(pairs, lambda row: (row["prompt_id"], row["chosen"], row["rejected"]), dropped,
                      "repeated pairs")
     fields = ("prompt_id", "persona", "question", "source")
     prompts += [{field: pair[field] for field in fields} for pair in pairs]
     prompts = distinct(prompts, lambda row: row["prompt_id"], dropped, "repeated prompts")
-    if not prompts:
-        raise ValueError(f"--source {args.source}: neither pairs nor RL prompts in {len(paths)} "
-                         "files; expected PersonaFeedback's (see the top of data/prepare.py)")
+    if not prompts and not winrate:
+        raise ValueError(f"--source {args.source}: neither pairs nor RL prompts nor another known release in "
+                         f"{sum(map(len, files.values()))} files (see the top of data/prepare.py for what is read)")
+    asked = {digest(row["persona"]) for row in winrate}
 
     def held_out(row):
-        return int(digest(row["persona"]), 16) < args.eval_share * 2**64
+        persona = digest(row["persona"])
+        return persona in asked or int(persona, 16) < args.eval_share * 2**64
 
+    return {"prompts_train": [row for row in prompts if not held_out(row)],
+            "prompts_eval": [row for row in prompts if held_out(row)],
+            **({"prompts_winrate": winrate} if winrate else {}),
+            "pairs": [row for row in pairs if not held_out(row)],
+            "pairs_eval": [row for row in pairs if held_out(row)]}
+
+
+def write(outputs, args):
+    """One file for each name that has rows, and a line on each. ValueError: a file of another source would stay."""
     def path_of(name):
         return os.path.join(args.output, f"{name}.jsonl")
 
-    outputs = {"prompts_train": [row for row in prompts if not held_out(row)],
-               "prompts_eval": [row for row in prompts if held_out(row)],
-               "pairs": [row for row in pairs if not held_out(row)],
-               "pairs_eval": [row for row in pairs if held_out(row)]}
     for name, rows in outputs.items():
         if not rows and os.path.exists(path_of(name)):
             raise ValueError(f"{path_of(name)} is of another source; this one has no such rows: "
@@ -250,8 +436,6 @@ def main(args):
         if rows:
             write_rows(path_of(name), rows)
         print(f"{len(rows):7d} {name}{'' if rows else ': not written'}")
-    for what, count in sorted(dropped.items()):
-        print(f"{count:7d} left out: {what}")
 
 
 if __name__ == "__main__":

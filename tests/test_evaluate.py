@@ -1,13 +1,25 @@
-"""evaluate.py: its numbers by hand, answers from files and from models, what it reuses, and what it refuses."""
+"""evaluate.py: numbers by hand, answers from files, models and servers, what it reuses, its tables, what it refuses."""
 
+import csv
 import json
+import os
 import random
 import shutil
+import signal
+import time
+from collections import Counter
 
 import evaluate
+import journal
+import numpy as np
 import pytest
+import tables
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
+from test_judges import pair_server, server  # noqa: F401  fixtures
+from test_serve import Running
+from test_winrate import annotations as made_annotations
+from test_winrate import gamed_file
 
 from data import persona_world
 from model import load_config, save_pretrained
@@ -56,24 +68,24 @@ def test_mean_and_error_by_hand():
     assert evaluate.mean_and_error([None]) == {"mean": None, "standard_error": None}
 
 
-def test_win_rate_by_hand():
-    # won, tied, lost, won; two prompts without a judgement on one side
-    result = evaluate.win_rate([3.0, 1.0, 2.0, 0.1, None, 0.0], [1.0, 1.0, 3.0, 0.0, 2.0, None], seed=0)
-    assert result["win_rate"] == 2.5 / 4
+def test_share_won_by_hand():
+    # won, tied, lost, won; two prompts without a verdict
+    result = tables.share_won(np.array([1, 0.5, 0, 0.9, np.nan, np.nan]), seed=0)
+    assert result["win_rate"] == 2.4 / 4
     assert (result["wins"], result["ties"], result["losses"], result["left_out"]) == (2, 1, 1, 2)
-    assert 0 <= result["low"] < 0.625 < result["high"] <= 1
-    nothing = evaluate.win_rate([None], [1.0], seed=0)
+    assert 0 <= result["low"] < 0.6 < result["high"] <= 1
+    nothing = tables.share_won(np.array([np.nan]), seed=0)
     assert nothing["win_rate"] is None and nothing["low"] is None and nothing["left_out"] == 1
 
 
-def test_the_interval_is_that_of_a_share():
-    # 60 of 100: normal approximation 0.6 +- 1.96 sqrt(0.24 / 100) = 0.504 to 0.696
-    result = evaluate.win_rate([1.0] * 60 + [0.0] * 40, [0.5] * 100, seed=0)
-    assert result["low"] == pytest.approx(0.504, abs=0.015)
-    assert result["high"] == pytest.approx(0.696, abs=0.015)
-    assert result == evaluate.win_rate([1.0] * 60 + [0.0] * 40, [0.5] * 100, seed=0)
-    surely = evaluate.win_rate([1.0] * 5, [0.0] * 5, seed=0)
-    assert (surely["low"], surely["win_rate"], surely["high"]) == (1, 1, 1)
+def test_position_bias_by_hand():
+    # P(model) by order: the first place gets 0.3 and 0.9, then 0.4 and 0.6; the same answer wins only in the second
+    shown = [{"baseline_first": 0.7, "model_first": 0.9}, {"baseline_first": 0.6, "model_first": 0.4}, None,
+             {"baseline_first": 0.1, "model_first": None}, {"model_first": 0.8}]
+    bias = tables.position_bias(shown, seed=0)
+    assert bias["first_place"] == pytest.approx(((0.3 + 0.9) / 2 + (0.4 + 0.4) / 2) / 2)
+    assert bias["rows"] == 2 and bias["agree"] == 0.5
+    assert tables.position_bias([None], seed=0) is None
 
 
 # -- answers from files, judged by the exact judge -------------------------------------------------
@@ -99,8 +111,9 @@ def test_two_files_and_the_exact_judge(world, tmp_path, capsys):
     assert wins >= 4  # else the comparison below says little
     assert results["win_rate"]["win_rate"] == pytest.approx((wins + ties / 2) / 6)
     assert [v["critique"] for v in verdicts[:6]] == [j.critique for j in judged["model"]]
+    assert [v["side"] for v in verdicts] == ["model"] * 6 + ["baseline"] * 6
     table = capsys.readouterr().out
-    assert f"{results['model']['helpfulness']['mean']:.2f} ±" in table and f"{wins} won" in table
+    assert f"{results['model']['helpfulness']['mean']:.2f} ±" in table and f" | {wins} | {ties} | " in table
 
 
 def test_recitals_are_counted(world, tmp_path):
@@ -179,8 +192,8 @@ def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monke
     first = run(*flags, "--n-prompts", 6)
     assert counts() == [2, 2, 4]  # two prompts more
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "Engine", None)  # neither is needed any more
-        patch.setattr(evaluate, "open_judge", None)
+        patch.setattr(journal, "Engine", None)  # neither is needed any more
+        patch.setattr(journal, "open_judge", None)
         assert run(*flags, "--n-prompts", 6) == first
     assert counts() == [0, 0, 0]
     run(*flags, "--n-prompts", 6, "--temperature", 0.5)
@@ -207,7 +220,7 @@ def test_bad_answers(world, tmp_path, capsys):
 
     first = good[0]["prompt_id"]
     assert "answers.jsonl: empty" in error([])
-    assert f'answers.jsonl: prompt "{first}": no answer to it' in error(good[1:])
+    assert "answers.jsonl: no answer to any of the 6 prompts" in error([good[0] | {"prompt_id": "other"}])
     assert f'answers.jsonl:7: a second answer to prompt "{first}"' in error([*good, good[0]])
     assert f'prompt "{first}": it has another question there' in error([good[0] | {"question": "?"}, *good[1:]])
     del good[2]["answer"]
@@ -230,3 +243,337 @@ def test_bad_models_and_judges(tiny, world, tmp_path, capsys):
                      "--baseline", "reference", "--judge", "world", "--out", tmp_path / "out")
     assert f'prompt "{prompts[0]["prompt_id"]}" has no reference' in error
     assert not (tmp_path / "out").exists()
+
+
+# -- a judge that compares, behind a server
+
+
+def pair_flags(world, server, out):
+    return ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--baseline-answers",
+            world / "bad.jsonl", "--judge", server.url, "--out", out, "--bootstrap-draws", 20]
+
+
+def test_pairs_in_both_orders(world, tmp_path, pair_server):  # noqa: F811
+    flags = pair_flags(world, pair_server, tmp_path)
+    results, answers, verdicts = run(*flags)
+    longer = [len(a["answer"]) > len(b["answer"]) for a, b in zip(answers["model"], answers["baseline"])]
+    expected = [0.8 if is_longer else 0.2 for is_longer in longer]  # the server likes length
+    assert results["win_rate"]["win_rate"] == pytest.approx(np.mean(expected))
+    assert Counter(v["order"] for v in verdicts) == {"baseline_first": 6, "model_first": 6}
+    assert results["position_bias"]["first_place"] == pytest.approx(0.5) and results["position_bias"]["agree"] == 1
+    assert results["methods"] == {"logprobs": 6} and results["failures"] == {}
+    rows = json.loads((tmp_path / "annotations.json").read_text())
+    assert [row["preference"] for row in rows] == pytest.approx([1 + y for y in expected])
+    assert rows[0]["annotator"] == f"{pair_server.url}#tiny"  # the name was asked for: other weights, other digests
+    for row, a, b in zip(rows, answers["model"], answers["baseline"]):
+        assert (row["output_2"], row["output_1"]) == (a["answer"], b["answer"])
+        assert row["prompt_id"] == a["prompt_id"] and a["question"] in row["instruction"]
+    run(*flags, "--orders", "drawn")  # by the instruction: half of the questions, all known
+    assert sum(map(len, pair_server.requests.values())) == 12
+    one = json.loads((tmp_path / "annotations.json").read_text())
+    switched = [random.Random(f"is_switched_outputs{row['instruction']}0").choices([False, True])[0] for row in one]
+    assert [list(row["shown"]) for row in one] == [["model_first" if s else "baseline_first"] for s in switched]
+
+
+def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):  # noqa: F811
+    good, bad = (list(map(json.loads, (world / f"{n}.jsonl").read_text().splitlines())) for n in ("good", "bad"))
+    bad[0]["answer"] = good[0]["answer"]  # equal texts
+    pair_server.faults = {
+        (bad[1]["answer"], good[1]["answer"]): ["neither"],  # one of its two orders
+        (good[2]["answer"], bad[2]["answer"]): ["refusal"] * 3, (bad[2]["answer"], good[2]["answer"]): ["refusal"] * 3,
+        (bad[3]["answer"], good[3]["answer"]): [403]}
+    good[4]["truncated"] = True
+    flags = ["--prompts", world / "prompts.jsonl", "--answers", write(tmp_path / "good.jsonl", good[:5]),
+             "--baseline-answers", write(tmp_path / "bad.jsonl", bad), "--judge", pair_server.url, "--out",
+             tmp_path / "out", "--bootstrap-draws", 20]
+    results, _, _ = run(*flags)
+    rows = json.loads((tmp_path / "out/annotations.json").read_text())
+    assert [row["preference"] is None for row in rows] == [False, True, True, True, False, True]
+    assert rows[0]["preference"] == 1.5 and rows[0]["method"] == "equal texts"
+    assert results["failures"] == {"unparsable": 1, "refused": 1, "request": 1, "no answer": 1}
+    assert results["win_rate"]["left_out"] == 4 and results["leaderboard"]["n_total"] == 2
+    ids = [row["prompt_id"] for row in rows]
+    assert results["missing"] == {"model": [ids[5]], "baseline": []}
+    assert results["truncated"] == {"model": [ids[4]], "baseline": []}
+    printed = capsys.readouterr().out
+    assert "1 pairs without a verdict: refused" in printed
+    assert f"1 answers of the model are missing: {ids[5]}" in printed
+    assert results["length_controlled"]["minimal"]["length_controlled_winrate"] is None
+    assert "2 verdicts, fewer than the 5 folds" in printed
+
+    asked = Counter({pair: len(requests) for pair, requests in pair_server.requests.items()})
+    results, _, _ = run(*flags)  # only the request that failed is asked again, and now it works
+    again = Counter({pair: len(requests) for pair, requests in pair_server.requests.items()}) - asked
+    assert again == {(bad[3]["answer"], good[3]["answer"]): 1}
+    assert results["failures"] == {"unparsable": 1, "refused": 1, "no answer": 1}
+
+
+def test_killed_and_resumed_over_http(world, tmp_path, pair_server):  # noqa: F811
+    """SIGKILL in the middle of the verdicts: the rest is asked once, and the table is that of an uninterrupted run."""
+    rng = random.Random(1)
+    prompts = list(persona_world.prompt_rows(rng, "eval", 30))
+    write(tmp_path / "prompts.jsonl", prompts)
+    for name, quality in (("good", 1.0), ("bad", 0.0)):
+        answers = [persona_world.write_answer(rng, r["persona"], r["question"], quality) for r in prompts]
+        write(tmp_path / f"{name}.jsonl", [r | {"answer": a} for r, a in zip(prompts, answers)])
+    flags = [*pair_flags(tmp_path, pair_server, tmp_path / "killed"), "--concurrency", 2]
+    handler = pair_server.RequestHandlerClass
+    slow = type("Slow", (handler,), {"do_POST": lambda self: (time.sleep(0.05), handler.do_POST(self))})
+    pair_server.RequestHandlerClass = slow
+    process = launch("evaluate.py", *flags)
+    file = tmp_path / "killed/journal/verdicts.0.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 10):
+        assert time.monotonic() < deadline and process.ranks[0].is_alive()
+        time.sleep(0.01)
+    os.kill(process.ranks[0].pid, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    kept = file.read_bytes().count(b"\n")
+    assert 10 <= kept < 60 and not (tmp_path / "killed/results.json").exists()
+    with open(file, "ab") as f:
+        f.write(b'{"reward": 0.1, "made_')  # what a write that was cut off leaves
+    pair_server.RequestHandlerClass = handler
+    time.sleep(0.5)  # what was in flight arrives
+    before = sum(map(len, pair_server.requests.values()))
+    resumed = run(*flags)
+    # what was in flight when it was killed may have reached the server: two requests at a time
+    assert 60 - kept == sum(map(len, pair_server.requests.values())) - before <= 60 - before + 2
+    whole = run(*pair_flags(tmp_path, pair_server, tmp_path / "whole"))
+    assert [without_flags(resumed[0]), *resumed[1:]] == [without_flags(whole[0]), *whole[1:]]
+    for name in ("table.md", "leaderboard.csv", "annotations.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def without_flags(results):
+    return {k: v for k, v in results.items() if k != "args"}
+
+
+def test_the_journal(tmp_path):
+    book = journal.Journal(str(tmp_path), "verdicts", 0)
+    with book.writing():
+        book.append({"made_by": "a", "text": "é\n"})
+        with pytest.raises(ValueError, match="another run is writing it"):
+            with journal.Journal(str(tmp_path), "verdicts", 0).writing():
+                pass
+        with journal.Journal(str(tmp_path), "verdicts", 1).writing():  # another rank has its own file
+            pass
+    with open(book.path, "ab") as f:
+        f.write(b'{"made_by": "b", "te')
+    assert list(book.rows()) == ["a"]
+    with book.writing():
+        book.append({"made_by": "c"})
+    assert list(book.rows()) == ["a", "c"] and book.rows()["a"]["text"] == "é\n"
+    with open(book.path, "ab") as f:
+        f.write(b"{broken}\n")
+    with pytest.raises(ValueError, match="verdicts.0.jsonl:3: not JSON"):
+        book.rows()
+
+
+def test_stages_one_by_one(world, tmp_path, pair_server):  # noqa: F811
+    flags = pair_flags(world, pair_server, tmp_path / "stages")
+    for stage, made, asked in (("answers", "answers_model.jsonl", 0), ("verdicts", "verdicts.jsonl", 12),
+                               ("table", "results.json", 12)):
+        assert not (tmp_path / "stages" / made).exists()
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, "--stage", stage]]))
+        assert (tmp_path / "stages" / made).exists()
+        assert sum(map(len, pair_server.requests.values())) == asked
+    whole = run(*pair_flags(world, pair_server, tmp_path / "whole"))
+    assert without_flags(written(tmp_path / "stages")[0]) == without_flags(whole[0])
+
+
+def test_answers_of_a_server(tiny, tmp_path):
+    """Our own server: its answers at temperature 0 are those of its model in this process."""
+    running = Running(str(tiny / "checkpoint"))
+    vocab_size = load_config(str(tiny / "checkpoint")).vocab_size
+    save_pretrained(random_model(tiny_config(vocab_size=vocab_size), scalar_head=True), str(tmp_path / "bt"),
+                    str(tiny / "tokenizer"))
+    results, answers, _ = run(
+        "--prompts", tiny / "prompts.jsonl", "--model", f"http://127.0.0.1:{running.port}", "--baseline",
+        tiny / "checkpoint", "--answer-template", tiny / "answer.txt", "--n-prompts", 5, "--max-new-tokens", 12,
+        "--temperature", 0, "--judge", f"bt:{tmp_path / 'bt'}", "--out", tmp_path / "out")
+    assert [a["answer"] for a in answers["model"]] == [a["answer"] for a in answers["baseline"]]
+    assert len(answers["model"]) == 5 and results["win_rate"]["ties"] == 5
+    running.server.should_exit = True
+    running.thread.join(10)
+
+
+def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):  # noqa: F811
+    """Each prompt gets its answer, whatever happens on the way; one that is refused for good is listed and not kept."""
+    prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    for i, prompt in enumerate(prompts):
+        prompt["question"] = f"never {i}" if i == 5 else f"question {i}"
+    server.faults = {"question 0": [429, 500], "question 1": ["drop"], "question 2": ["garbage"],
+                     "question 3": ["empty", "garbage"], "question 4": ["cut"], "never 5": [400]}
+    (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--model", server.url, "--baseline-answers",
+             write(tmp_path / "base.jsonl", [p | {"answer": "x"} for p in prompts]), "--answer-template",
+             tmp_path / "answer.txt", "--judge", "world", "--stage", "answers", "--out", tmp_path / "out"]
+    for _ in range(2):
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
+        answers = [json.loads(line) for line in (tmp_path / "out/answers_model.jsonl").read_text().splitlines()]
+        assert [a["question"] for a in answers] == [f"question {i}" for i in range(5)]
+        assert all("</scores>" in a["answer"] for a in answers)
+        assert [a["truncated"] for a in answers] == [False] * 4 + [True]
+    asked = {question: len(requests) for question, requests in server.requests.items()}
+    assert asked == {"question 0": 3, "question 1": 2, "question 2": 2, "question 3": 3, "question 4": 1, "never 5": 2}
+    error = capfd.readouterr().err
+    assert f'no answer to prompt "{prompts[5]["prompt_id"]}": BadRequestError' in error
+
+
+def test_alpaca_eval_outputs(world, tmp_path):
+    """Answers in AlpacaEval's format are found by the question, or by profile and question."""
+    good = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
+    outputs = [dict(instruction=evaluate.instruction_of(r), output=r["answer"], generator="Good-7B") for r in good]
+    questions = [r["question"] for r in good]
+    for output, r in zip(outputs[:3], good):
+        if questions.count(r["question"]) == 1:
+            output["instruction"] = r["question"]
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs[::-1][:-1]))  # another order, one missing
+    results, answers, _ = run("--prompts", world / "prompts.jsonl", "--answers", tmp_path / "outputs.json",
+                              "--baseline-answers", world / "bad.jsonl", "--judge", "world", "--out", tmp_path / "out")
+    assert [a["answer"] for a in answers["model"]] == [r["answer"] for r in good[1:]]
+    assert results["generators"]["model"] == "Good-7B" and results["missing"]["model"] == [good[0]["prompt_id"]]
+
+
+# -- tables from annotation files
+
+
+def test_annotations_to_tables(tmp_path, capsys):
+    """No model: leaderboard in AlpacaEval's columns, paired test, kappa, plots."""
+    first = [r | {"output_1": "b" * len(r["output_1"])} for r in made_annotations("mixed", 340)]
+    second = [r | {"generator_2": "other", "output_2": "o",
+                   "preference": r["preference"] and max(1, r["preference"] - 0.3)} for r in first]
+    people = [r | {"annotator": "people", "preference": r["preference"] and round(r["preference"])} for r in first[::2]]
+    for name, rows in (("a", first), ("b", second), ("people", people)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    flags = ["--annotations", tmp_path / "a.json", tmp_path / "b.json", "--labels", tmp_path / "people.json", "--out",
+             tmp_path / "out", "--bootstrap-draws", 50]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    with open(tmp_path / "out/leaderboard.csv") as f:
+        leaderboard = {row[""]: row for row in csv.DictReader(f)}
+    y = np.array([np.nan if r["preference"] is None else (r["preference"] or 1.5) - 1 for r in first])
+    row = leaderboard["model"]
+    assert float(row["win_rate"]) == pytest.approx(100 * np.nanmean(y)) and row["mode"] == "community"
+    assert int(row["avg_length"]) == int(np.mean([len(r["output_2"]) for r in first]))
+    assert int(row["n_total"]) == (~np.isnan(y)).sum() and set(tables.LEADERBOARD) <= set(row)
+    assert list(leaderboard) == sorted(leaderboard, key=lambda k: -float(leaderboard[k]["length_controlled_winrate"]))
+    (test,) = results["paired_tests"]
+    assert test["difference"] > 0.15 and test["p_permutation"] < 0.001
+    assert (test["first"], test["second"]) == ("model", "other")
+    kappa = results["kappas"][0]
+    assert kappa["n"] + kappa["left_out"] == 170 and 0.3 < kappa["kappa"] < 1
+    assert len(results["kappas"]) == 1 and tables.agreement(second, people) is None
+    for name in ("win_rates", "lengths"):
+        assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
+        assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
+    table = (tmp_path / "out/table.md").read_text()
+    assert table in capsys.readouterr().out and "| model - other |" in table and "Cohen's kappa" in table
+    assert f"| model | {100 * np.nanmean(y):.1f} (" in table
+    error = error_of(evaluate, capsys, "--annotations", tmp_path / "b.json", *flags[3:])
+    assert "people.json: no instruction with the same two outputs" in error
+
+
+def test_degenerate_rates_are_marked(tmp_path, capsys):
+    rows = [r | {"preference": 1} for r in made_annotations("mixed", 40)]
+    (tmp_path / "lost.json").write_text(json.dumps(rows))
+    flags = ["--annotations", tmp_path / "lost.json", "--out", tmp_path / "out", "--bootstrap-draws", 5]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
+    printed = capsys.readouterr().out
+    assert "| 50.0 * |" in printed and "all verdicts are losses" in printed
+
+
+def test_bad_annotations(tmp_path, capsys):
+    good = made_annotations("mixed", 6)
+
+    def error(rows, *flags):
+        (tmp_path / "a.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return error_of(evaluate, capsys, "--annotations", tmp_path / "a.json", "--out", tmp_path / "out", *flags)
+
+    assert "a.json: not JSON" in error('[{"instruction"')
+    assert "a.json: expected a non-empty JSON list" in error([])
+    short = {k: v for k, v in good[1].items() if k != "output_2"}
+    assert 'a.json, entry 1: field "output_2" is missing' in error([good[0], short])
+    assert 'a.json, entry 0: field "output_1" is null' in error([good[0] | {"output_1": None}])
+    assert 'a.json, entry 0: field "preference" is "2"' in error([good[0] | {"preference": "2"}])
+    assert 'field "generator_2" has 2 values' in error([good[0], good[1] | {"generator_2": "x"}])
+    assert "needs AlpacaEval's 805 rows" in error(good, "--gamed-data", gamed_file(tmp_path / "df_gamed.csv"))
+    assert "--labels needs --annotations" in error_of(evaluate, capsys, "--labels", tmp_path / "a.json")
+    assert not (tmp_path / "out").exists()
+
+
+# -- reward-model accuracy
+
+
+def test_accuracy_by_hand():
+    found = evaluate.accuracy(np.array([1, 1, 0.5, 0, np.nan]), seed=0)
+    assert (found["accuracy"], found["ties_half"], found["ties"], found["n"], found["without_verdict"]) == (
+        0.5, 0.625, 1, 4, 1)
+    pairs = [dict(chosen="a" * n, rejected="bb", kind=kind, tier=tier, user_id=u) for n, kind, tier, u in (
+        (3, "general", "easy", 1), (1, "general", "easy", 1), (2, "general", "hard", 2), (3, "specific", "mid", 3))]
+    found = evaluate.accuracy_by_tier(pairs, np.array([1, 1, 0, 0.5]), seed=0)
+    assert {k: (v["accuracy"], v["longer_answer"]) for k, v in found["groups"].items()} == {
+        "general easy": (1, 0.5), "general hard": (0, 0.5), "specific mid": (0, 1)}
+    general = found["kinds"]["general"]
+    assert general["accuracy"] == pytest.approx(2 / 3) and general["mean_of_tiers"] == 0.5  # by rows, by tiers
+    assert found["total"]["accuracy"] == 0.5 and found["total"]["mean_of_tiers"] == pytest.approx(1 / 3)
+    assert found["total"]["longer_answer"] == 0.625 and found["intervals"].startswith("rows of one user_id")
+
+
+def world_pairs(folder):
+    rng = random.Random(2)
+    pairs = list(persona_world.pair_rows(rng, "eval", 12))
+    pairs[3] |= {"rejected": pairs[3]["chosen"] + " "}  # a tie for the exact judge
+    tiers = [dict(kind=("general", "specific")[i % 2], tier=("easy", "mid", "hard")[i % 3]) for i in range(12)]
+    return write(folder / "pairs.jsonl", [{**p, **t} for p, t in zip(pairs, tiers)]), pairs
+
+
+def test_reward_accuracy_of_a_judge_that_scores(tmp_path, capsys):
+    file, pairs = world_pairs(tmp_path)
+    evaluate.main(tyro.cli(evaluate.Args, args=["--task", "reward-accuracy", "--prompts", str(file), "--judge", "world",
+                                                "--out", str(tmp_path / "out")]))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    scores = [[persona_world.judge(p["persona"], p["question"], p[side]).score() for side in ("chosen", "rejected")]
+              for p in pairs]
+    assert results["total"]["accuracy"] == pytest.approx(np.mean([a > b for a, b in scores]))
+    assert results["total"]["ties"] == sum(a == b for a, b in scores) >= 1
+    assert set(results["groups"]) == {f"{k} {t}" for k in ("general", "specific") for t in ("easy", "mid", "hard")}
+    assert results["total"]["longer_answer"] == pytest.approx(np.mean([evaluate.longer_wins(p) for p in pairs]))
+    assert "| longer answer % |" in capsys.readouterr().out
+
+
+def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):  # noqa: F811
+    file, pairs = world_pairs(tmp_path)
+    pair_server.faults = {(pairs[0]["chosen"], pairs[0]["rejected"]): ["neither"]}
+    evaluate.main(tyro.cli(evaluate.Args, args=["--task", "reward-accuracy", "--prompts", str(file), "--judge",
+                                                pair_server.url, "--out", str(tmp_path / "out")]))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    longer = [evaluate.longer_wins(p) for p in pairs[1:]]  # what this server goes by; of equal lengths: the second
+    assert results["total"]["accuracy"] == pytest.approx(np.mean([x == 1 for x in longer]))
+    assert results["total"]["ties"] == longer.count(0.5)
+    assert results["total"]["without_verdict"] == 1 and results["failures"] == {"unparsable": 1}
+    assert results["position_bias"]["rows"] == 11
+
+
+# -- persona swap
+
+
+def test_persona_swap(world, tmp_path, capsys):
+    flags = ["--task", "persona-swap", "--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl",
+             "--judge", "world", "--out", tmp_path]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
+    results = json.loads((tmp_path / "results.json").read_text())
+    with open(tmp_path / "verdicts.jsonl") as f:
+        verdicts = [json.loads(line) for line in f]
+    good = {r["prompt_id"]: r for r in map(json.loads, (world / "good.jsonl").read_text().splitlines())}
+    gaps = []
+    for v in verdicts:
+        row = good[v["prompt_id"]]
+        assert v["persona"] != row["persona"]
+        own, other = (persona_world.judge(persona, row["question"], row["answer"]).score()
+                      for persona in (row["persona"], v["persona"]))
+        assert (v["own"]["reward"], v["swapped"]["reward"]) == (own, other)
+        gaps.append(own - other)
+    assert results["difference"]["reward"]["difference"] == pytest.approx(np.mean(gaps)) and np.mean(gaps) > 0
+    assert "| reward |" in capsys.readouterr().out
+    assert "needs a judge that scores" in error_of(evaluate, capsys, *flags[:-3], "pair:x", "--out", tmp_path / "no")

@@ -10,7 +10,8 @@ from conftest import error_of, finish, launch, random_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 import generate
-from generate import Engine, sample, uniform
+from generate import Engine
+from kernels.sampling import sample, uniform
 from model import Packed, load_pretrained, save_pretrained
 from prompts import Chat
 
@@ -97,7 +98,7 @@ def test_a_sample_depends_on_its_seed_alone(model):
 def test_samples_of_a_prompt_prefill_it_once(model):
     engine = engine_of(model, max_batch=8)
     results = engine.generate(RAGGED, n=4, seeds=[1, 2, 3, 4], max_new_tokens=5)
-    assert engine.prefilled_tokens == sum(map(len, RAGGED))
+    assert engine.computed_tokens == sum(map(len, RAGGED))
     for prompt, samples in zip(RAGGED, results):
         for seed, s in zip((1, 2, 3, 4), samples):
             assert engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=5)[0][0].ids == s.ids
@@ -152,6 +153,40 @@ def test_uniform_is_splitmix64():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     found = uniform(torch.full((4,), 1234567), torch.arange(4))
     assert (found * 2**53).long().tolist() == [x >> 11 for x in expected]
+
+
+def test_top_logprobs(model):
+    """The most likely tokens of each place at the temperature, the sampled one among them when all are asked for."""
+    engine = engine_of(model, stop_ids=[7])
+    engine.submit([5, 6], "top", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=model.config.vocab_size)
+    engine.submit([9], "plain", max_new_tokens=6)
+    found = drain(engine)
+    assert found["plain", 0].top_logprobs == []
+    for i in range(2):
+        s = found["top", i]
+        response = s.ids + ([] if s.stop_id is None else [s.stop_id])
+        assert len(s.top_logprobs) == len(s.logprobs) == len(response)
+        for token, logprob, top in zip(response, s.logprobs, s.top_logprobs):
+            values = [value for _, value in top]
+            assert values == sorted(values, reverse=True)
+            assert dict(top)[token] == pytest.approx(logprob, abs=1e-5)
+
+
+def test_cancel_and_partial(model):
+    engine = engine_of(model, max_batch=3)
+    expected = engine_of(model).generate([[9]], seeds=[3], max_new_tokens=10)[0][0].ids
+    engine.submit([5, 6], "gone", n=2, max_new_tokens=10)
+    engine.submit([9], "stays", seeds=[3], max_new_tokens=10)
+    engine.submit([9, 9], "waits", max_new_tokens=10)
+    assert engine.partial("stays") == []
+    for _ in range(4):
+        engine.step()
+    so_far = engine.partial("stays")
+    assert 0 < len(so_far) < 10 and so_far == expected[: len(so_far)]
+    engine.cancel("gone")
+    engine.cancel("waits")
+    found = drain(engine)
+    assert list(found) == [("stays", 0)] and found["stays", 0].ids == expected
 
 
 def test_refused_requests(model):

@@ -3,14 +3,19 @@
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
 
+import ppo_cpe
 from common import write_rows
+from generate import Engine
+from judges import Verdict
 from model import load_pretrained
+from prompts import Chat, Judgement, answer_prompt, load_templates
 
 
 def flags_of(tiny, judge):
@@ -78,6 +83,42 @@ def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):
     assert 1e-5 < metrics["mfu"] < 1
     assert metrics["peak_memory_gib"] > 0.1 and metrics["trained_tokens_per_second"] > 0
     assert all(metrics[f"seconds/{phase}"] > 0 for phase in ("refresh", "rollout", "score", "update"))
+
+
+def test_nobody_waits_for_a_straggler(tiny):
+    """One answer goes on for long after the others: their critiques and edits are finished before it."""
+    events = []
+
+    class Recorded(Engine):
+        def submit(self, prompt_ids, key, **settings):
+            super().submit(prompt_ids, key, **settings | {"max_new_tokens": 120 if key == 0 else 6})
+
+        def collect(self):
+            samples = super().collect()
+            events.extend((s.key, s.index) for s in samples)
+            return samples
+
+    class AtOnce:
+        pending = ()
+        busy = property(lambda self: bool(self.pending))
+
+        def submit(self, key, row, answer, seed):
+            self.pending += (Verdict(key, 1.0, Judgement("Say it shorter.", 1, 1, 1), 1, None),)
+
+        def poll(self):
+            verdicts, self.pending = self.pending, ()
+            return verdicts
+
+    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(*(str(tiny / f"{n}.txt") for n in ("answer", "edit", "grm")))
+    rows = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()[:4]]
+    prompts = [(place, row, answer_prompt(chat, templates, row)) for place, row in enumerate(rows)]
+    engine = Recorded(load_pretrained(str(tiny / "checkpoint")), [], 400)
+    args = ppo_cpe.Args(n_samples=2, temperature=1.0, top_p=1.0)
+    judged, lost = ppo_cpe.rollout(prompts, engine, AtOnce(), chat, templates, args, 0, SimpleNamespace(set_postfix_str=str))
+    assert len(judged) == 16 and not any(lost.values())
+    # 2 x 4 originals and their edits; the straggler is the first prompt's, and its edits come last
+    straggler = min(events.index((0, i)) for i in range(2))
+    assert straggler == 12 and all(key[2] for key, _ in events[6:12])
 
 
 def test_policy_and_critic_are_saved_for_others(whole, tiny):

@@ -1,5 +1,6 @@
 """data/prepare.py: every layout gives the same rows; broken input names its place."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -151,3 +152,121 @@ def test_rows_of_an_earlier_source_do_not_stay_beside_new_ones(tmp_path):
     run(flat(tmp_path / "in"), tmp_path / "out", eval_share=0.3)
     with pytest.raises(ValueError, match="pairs.jsonl is of another source"):
         run(flat(tmp_path / "in", pairs=[]), tmp_path / "out", eval_share=0.3)
+
+
+# -- the baseline's file, and releases that are for evaluation only
+
+
+def test_questions_of_the_baseline(tmp_path):
+    """Their personas are held out; the answer is the reference; tiers by place; a repeated question counts once."""
+    source = tmp_path / "in"
+    flat(source)
+    names = list(PERSONAS)[:6]
+    rows = [{"question": f"Q{i}?", "persona": json.dumps(PERSONAS[names[i // 50]]), "response": f"A{i}"}
+            for i in range(300)]
+    rows[299] = rows[298]
+    write_lines(source / "gpt4o_baseline.jsonl", rows)
+    written = run(str(source), tmp_path / "out", eval_share=0.0)
+    found = written["prompts_winrate"]
+    assert len(found) == 299 and found[170]["reference"] == "A170"
+    tiers = [(row["kind"], row["tier"]) for row in found]
+    assert tiers[0] == ("specific", "easy") and tiers[149] == ("specific", "hard") and tiers[150] == ("general", "easy")
+    assert tiers.count(("general", "hard")) == 49
+    trained = {row["persona"]["Name"] for row in written["pairs"] + written["prompts_train"]}
+    asked = {row["persona"]["Name"] for row in found}
+    assert len(asked) == 6 and not trained & asked and "prompts_eval" in written
+    write_lines(source / "gpt4o_baseline.jsonl", rows[:20] + [{**rows[0], "persona": "{}"}])
+    with pytest.raises(ValueError, match=r"baseline.jsonl:21: .*persona"):
+        run(str(source), tmp_path / "again", eval_share=0.0)
+
+
+def test_alpaca_eval_with_personas(tmp_path):
+    outputs = [{"instruction": f"Do {i}", "output": f"Done {i}", "generator": "g"} for i in range(30)]
+    file = tmp_path / "in/alpaca_eval_gpt4_baseline.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(outputs))
+    (tmp_path / "in/alpaca_eval.json").write_text(json.dumps(outputs[:3]))  # the baseline's file is taken
+    with pytest.raises(ValueError, match="give --personas"):
+        run(str(tmp_path / "in"), tmp_path / "out")
+    flat(tmp_path / "pool")
+    settings = dict(personas=str(tmp_path / "pool"))
+    rows = run(str(tmp_path / "in"), tmp_path / "out", **settings)["alpaca_eval"]
+    assert [row["question"] for row in rows] == [o["instruction"] for o in outputs]  # difficulties go by place
+    assert [row["reference"] for row in rows] == [o["output"] for o in outputs]
+    assert all(row["persona"] == PERSONAS[row["user_id"]] for row in rows)
+    assert "seed 0, of 20 personas" in rows[0]["assigned"]
+    assert len({row["user_id"] for row in rows}) > 5
+    assert run(str(tmp_path / "in"), tmp_path / "same", **settings)["alpaca_eval"] == rows
+    assert run(str(tmp_path / "in"), tmp_path / "other", seed=1, **settings)["alpaca_eval"] != rows
+    file.rename(tmp_path / "in/b.json")
+    with pytest.raises(ValueError, match="several files of outputs"):
+        run(str(tmp_path / "in"), tmp_path / "no", **settings)
+
+
+def personamem(folder, **changes):
+    """Two questions after a context, in the release's form: one list of options is JSON, one a Python literal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context = [{"role": "system", "content": "Kim likes tea."}, {"role": "user", "content": "Hi"},
+               {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "I moved\nto \"Oslo\"."}]
+    write_lines(folder / "shared_contexts_32k.jsonl", [{"c1": context}])
+    options = [f"({letter}) Option, {letter}'s" for letter in "bacd"]
+    row = dict(persona_id="7", question_id="q1", question_type="recall_user_shared_facts", topic="food",
+               user_question_or_message="What, \n then?", correct_answer="(b)", all_options=json.dumps(options),
+               shared_context_id="c1", end_index_in_shared_context="3") | changes
+    with open(folder / "questions_32k.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.DictWriter(f, list(row))
+        out.writeheader()
+        out.writerow(row)
+        out.writerow(row | {"question_id": "q2", "all_options": repr(options), "end_index_in_shared_context": "4"})
+    return str(folder), context
+
+
+def test_personamem(tmp_path):
+    source, context = personamem(tmp_path / "in")
+    prepare.main(prepare.Args(source=source, output=str(tmp_path / "out")))
+    rows = read_rows(str(tmp_path / "out/personamem_32k.jsonl"), "prompt")
+    assert [row["prompt_id"] for row in rows] == ["q1", "q2"] and [row["end_index"] for row in rows] == [3, 4]
+    for row in rows:
+        assert row["options"] == [f"Option, {letter}'s" for letter in "abcd"] and row["correct"] == "b"
+        assert row["persona"] == "Kim likes tea." and row["question"] == "What, \n then?" and row["version"] == "v1 32k"
+        assert row["kind"] == row["question_type"] == "recall_user_shared_facts" and row["user_id"] == "7"
+    assert read_rows(str(tmp_path / "out/personamem_32k_contexts.jsonl"), "messages") == [
+        {"context_id": "c1", "messages": context}]
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"end_index_in_shared_context": "5"}, 'row 1: no context "c1" with 5 messages'),
+    ({"shared_context_id": "c2"}, 'row 1: no context "c2"'),
+    ({"correct_answer": "(e)"}, 'row 1: expected options'),
+    ({"all_options": "['(a) x', '(b) y']"}, "row 1: expected options"),
+    ({"all_options": "import os"}, 'row 1: field "all_options" is no list'),
+])
+def test_broken_personamem(tmp_path, changes, problem):
+    source, _ = personamem(tmp_path / "in", **changes)
+    with pytest.raises(ValueError, match=problem):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_personamem_without_its_contexts(tmp_path):
+    source, _ = personamem(tmp_path / "in")
+    (tmp_path / "in/shared_contexts_32k.jsonl").unlink()
+    with pytest.raises(ValueError, match="its contexts are missing; expected .*shared_contexts_32k.jsonl"):
+        run(source, tmp_path / "out")
+
+
+def test_rewardbench(tmp_path, capsys):
+    row = {"question": "Q?", "profile": [{"title": "past", "text": "I paint."}], "chosen": "Good", "rejected": "Bad"}
+    write_lines(tmp_path / "in/Art.jsonl", [row, {**row, "profile": "A painter."}, {**row, "rejected": "Good"}])
+    prepare.main(prepare.Args(source=str(tmp_path / "in"), output=str(tmp_path / "out")))
+    rows = read_rows(str(tmp_path / "out/rewardbench.jsonl"), "pair")
+    assert [r["persona"] for r in rows] == [{"profile": row["profile"]}, "A painter."]
+    assert rows[0]["kind"] == "Art" and rows[0]["rejected"] == "Bad"
+    assert "1 left out: pairs with a blank text" in capsys.readouterr().out
+
+
+def test_a_source_that_is_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in (str(tmp_path / "none"), "nobody/nothing-here"):
+        with pytest.raises(ValueError, match="no such folder or file.*copy the release's files to a folder"):
+            prepare.main(prepare.Args(source=source))

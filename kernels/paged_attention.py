@@ -1,0 +1,147 @@
+"""Attention of one new token per sequence to its keys and values in a paged cache (decoding).
+
+    out = paged_attention(q, k_cache, v_cache, block_table, lengths)
+
+The Triton kernel splits a row's tokens over programs (split-K): at batch 1 one program per head would leave most of a
+GPU idle. How many tokens a split has follows from the width of the block table alone, and a split is summed in one
+order, so a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. The
+query heads that share a key head are rows of one tile, so that a key is read once for all of them.
+
+On a CPU rows are taken in groups whose keys fit its cache: they are copied there once (`index_select`), and read from
+there by torch's own attention.
+"""
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU needs the torch code only
+    triton = None
+
+SPLIT_TOKENS = 256  # of one program; more where a row would have over MAX_SPLITS of them
+MAX_SPLITS = 32
+TILE_BYTES = 16384  # of keys in a step of the loop; as many of values, two steps in flight: fits any shared memory
+CPU_GROUP_BYTES = 2**21  # of gathered keys: they are read again from the cache, not from memory
+
+
+def paged_attention(q, k_cache, v_cache, block_table, lengths):
+    """Row r of q attends to the first lengths[r] tokens of its blocks. Not differentiable.
+
+    q [R, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D], contiguous, of q's dtype (bf16, fp16, fp32), Hq a
+    multiple of Hkv; block_table int32 [R, max_blocks]: entries past a row's length may be any in [0, blocks); lengths
+    int32 [R], at most max_blocks * block_size -> [R, Hq, D]. A row of length 0 (padding of a CUDA graph) gives zeros.
+    Sums are fp32.
+    """
+    n_heads, dim = q.shape[1:]
+    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(), v_cache.stride())
+    assert k_cache.shape == v_cache.shape, (k_cache.shape, v_cache.shape)
+    assert q.dtype == k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype, v_cache.dtype)
+    assert k_cache.shape[3] == dim and n_heads % k_cache.shape[2] == 0, (q.shape, k_cache.shape)
+    assert q.stride(2) == 1 and q.stride(1) == dim, q.stride()
+    assert block_table.dtype == lengths.dtype == torch.int32, (block_table.dtype, lengths.dtype)
+    assert block_table.stride(1) == 1 and lengths.is_contiguous(), (block_table.stride(), lengths.stride())
+    if q.is_cuda and triton is not None:
+        return triton_paged_attention(q, k_cache, v_cache, block_table, lengths)
+    return reference(q, k_cache, v_cache, block_table, lengths)
+
+
+def reference(q, k_cache, v_cache, block_table, lengths):
+    """In torch; what a CPU runs. It reads `lengths` on the host."""
+    (n_rows, n_heads, dim), (_, block_size, n_kv, _) = q.shape, k_cache.shape
+    longest = max(lengths.tolist(), default=0)
+    group_rows = max(1, CPU_GROUP_BYTES // max(1, longest * n_kv * dim * q.element_size()))
+    if n_rows > group_rows:
+        return torch.cat([reference(q[i : i + group_rows], k_cache, v_cache, block_table[i : i + group_rows],
+                                    lengths[i : i + group_rows]) for i in range(0, n_rows, group_rows)])
+    # a slot of the cache per token; padding reads the row's first one: what lies behind a row's end may be NaN, and
+    # even a weight of 0 times NaN is NaN. A row of length 0 reads its first slot, and is set to zero afterwards.
+    token = torch.arange(max(1, longest), dtype=torch.int32, device=q.device)
+    seen = token < lengths.clamp(min=1)[:, None]  # [R, L]
+    first = block_table[:, : len(token) // block_size + 1, None] * block_size
+    slots = (first + torch.arange(block_size, dtype=torch.int32, device=q.device)).flatten(1)[:, : len(token)]
+    slots = torch.where(seen, slots, slots[:, :1]).flatten()
+    keys, values = (cache.view(-1, n_kv * dim).index_select(0, slots).view(n_rows, -1, n_kv, dim).transpose(1, 2)
+                    for cache in (k_cache, v_cache))  # [R, Hkv, L, D]
+    grouped = q.reshape(n_rows, n_kv, -1, dim)  # [R, Hkv, g, D]: a group's heads are the rows of one small matrix
+    mask = seen[:, None, None] if n_rows > 1 else None
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
+    return out.masked_fill(lengths[:, None, None] == 0, 0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _split_kernel(q, k_cache, v_cache, block_table, lengths, partial, lse, q_stride, table_stride, scale, n_splits,
+                      split_tokens, BLOCK_SIZE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                      TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_N: tl.constexpr):
+        """Program (row, key head, split): the split's normalised output and log-sum-exp (base 2), for a head group."""
+        row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        length = tl.load(lengths + row)
+        start = split * split_tokens
+        if start < length:
+            end = tl.minimum(start + split_tokens, length)
+            g, d = tl.arange(0, TILE_G), tl.arange(0, TILE_D)
+            heads = head * G + g
+            mask = (g < G)[:, None] & (d < D)[None, :]
+            query = tl.load(q + row * q_stride + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
+            best = tl.full([TILE_G], float("-inf"), tl.float32)
+            total = tl.zeros([TILE_G], tl.float32)
+            acc = tl.zeros([TILE_G, TILE_D], tl.float32)
+            for first in range(start, end, TILE_N):
+                token = first + tl.arange(0, TILE_N)
+                seen = token < end
+                block = tl.load(block_table + row * table_stride + token // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+                slot = (block * BLOCK_SIZE + token % BLOCK_SIZE) * (HKV * D) + head * D
+                where, tile = slot[:, None] + d[None, :], seen[:, None] & (d < D)[None, :]
+                keys = tl.load(k_cache + where, mask=tile, other=0.0)
+                values = tl.load(v_cache + where, mask=tile, other=0.0)
+                scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale  # [G, N]
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+                new_best = tl.maximum(best, tl.max(scores, 1))
+                weights = tl.exp2(scores - new_best[:, None])
+                rescale = tl.exp2(best - new_best)
+                total = total * rescale + tl.sum(weights, 1)
+                acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+                best = new_best
+            at = (row * (HKV * G) + heads) * n_splits + split  # [G]
+            tl.store(partial + at[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
+            tl.store(lse + at, best + tl.log2(total), mask=g < G)
+
+    @triton.jit
+    def _merge_kernel(partial, lse, lengths, out, n_splits, split_tokens, HQ: tl.constexpr, D: tl.constexpr,
+                      TILE_S: tl.constexpr, TILE_D: tl.constexpr):
+        """Program (row, query head): the mean of its splits, each weighted by exp(its log-sum-exp)."""
+        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        s, d = tl.arange(0, TILE_S), tl.arange(0, TILE_D)
+        used = s < tl.cdiv(tl.load(lengths + row), split_tokens)  # the others were never written
+        at = (row * HQ + head) * n_splits + s
+        logs = tl.load(lse + at, mask=used, other=float("-inf"))
+        best = tl.max(logs, 0)
+        weights = tl.where(used, tl.exp2(logs - tl.where(best == float("-inf"), 0.0, best)), 0.0)
+        parts = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
+        total = tl.sum(weights, 0)
+        merged = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)  # length 0: zeros
+        tl.store(out + (row * HQ + head) * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+
+
+def triton_paged_attention(q, k_cache, v_cache, block_table, lengths):
+    (n_rows, n_heads, dim), (_, block_size, n_kv, _) = q.shape, k_cache.shape
+    tile_d = max(16, triton.next_power_of_2(dim))
+    tile_n = max(16, TILE_BYTES // (tile_d * q.element_size()))
+    capacity = block_table.shape[1] * block_size
+    split_tokens = max(SPLIT_TOKENS, triton.cdiv(triton.cdiv(capacity, MAX_SPLITS), tile_n) * tile_n)
+    n_splits = triton.cdiv(capacity, split_tokens)
+    group = n_heads // n_kv
+    partial = torch.empty(n_rows, n_heads, n_splits, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(n_rows, n_heads, n_splits, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    scale = dim**-0.5 * 1.4426950408889634  # log2(e): the kernel works with powers of two
+    _split_kernel[n_rows, n_kv, n_splits](
+        q, k_cache, v_cache, block_table, lengths, partial, lse, q.stride(0), block_table.stride(0), scale, n_splits,
+        split_tokens, BLOCK_SIZE=block_size, HKV=n_kv, G=group, D=dim, TILE_G=max(16, triton.next_power_of_2(group)),
+        TILE_D=tile_d, TILE_N=tile_n, num_warps=4, num_stages=2)
+    _merge_kernel[n_rows, n_heads](partial, lse, lengths, out, n_splits, split_tokens, HQ=n_heads, D=dim,
+                                   TILE_S=triton.next_power_of_2(n_splits), TILE_D=tile_d, num_warps=4)
+    return out

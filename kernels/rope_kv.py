@@ -1,0 +1,100 @@
+"""Rotary embedding of new queries and keys, and the write of keys and values to the paged cache, in one pass.
+
+    q = rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+
+In bf16 the products and their sum are rounded where `apply_rope` in model.py rounds them, so that what the engine
+caches is what a training pass computes.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU needs the torch code only
+    triton = None
+
+
+def rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
+    """-> rotated q, a new contiguous tensor [T, Hq, D]; rotated k, and v, go to the caches. Not differentiable.
+
+    q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, as slices of one projection are), cos and sin [T, 1, D],
+    k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size
+    + offset, no slot twice; -1 writes nothing.
+    """
+    n_tokens, n_heads, dim = q.shape
+    n_kv = k.shape[1]
+    assert dim % 2 == 0 and k.shape == v.shape == (n_tokens, n_kv, dim), (q.shape, k.shape, v.shape)
+    assert cos.shape == sin.shape == (n_tokens, 1, dim), (cos.shape, sin.shape, q.shape)
+    assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (n_kv, dim), (k_cache.shape, v_cache.shape)
+    assert len({x.dtype for x in (q, k, v, cos, sin, k_cache, v_cache)}) == 1, "all tensors but slots have one dtype"
+    assert slots.dtype == torch.int64 and slots.shape == (n_tokens,), (slots.dtype, slots.shape)
+    assert all(x.is_contiguous() for x in (cos, sin, k_cache, v_cache, slots)), "cos, sin, caches, slots: contiguous"
+    assert all(x.stride(2) == 1 and x.stride(1) == dim for x in (q, k, v)), (q.stride(), k.stride(), v.stride())
+    if q.is_cuda and triton is not None:
+        return triton_rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+    return reference(q, k, v, cos, sin, k_cache, v_cache, slots)
+
+
+def _rotate(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def reference(q, k, v, cos, sin, k_cache, v_cache, slots):
+    """In torch; what a CPU runs."""
+    k = _rotate(k, cos, sin)
+    if bool((slots < 0).any()):
+        kept = (slots >= 0).nonzero()[:, 0]
+        k, v, slots = k[kept], v[kept], slots[kept]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
+    return _rotate(q, cos, sin)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rotate_heads(x, out, where, out_where, mask, c1, c2, s1, s2, HALF: tl.constexpr):
+        """Rotates a [heads, D / 2] pair of halves from x + where to out + out_where; products rounded to x's dtype."""
+        dtype = x.dtype.element_ty
+        first = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x + where + HALF, mask=mask, other=0.0).to(tl.float32)
+        new_first = (first * c1).to(dtype).to(tl.float32) - (second * s1).to(dtype).to(tl.float32)
+        new_second = (second * c2).to(dtype).to(tl.float32) + (first * s2).to(dtype).to(tl.float32)
+        tl.store(out + out_where, new_first.to(dtype), mask=mask)
+        tl.store(out + out_where + HALF, new_second.to(dtype), mask=mask)
+
+    @triton.jit
+    def _rope_kv_kernel(q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q_stride, k_stride, v_stride,
+                        HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, TILE_Q: tl.constexpr,
+                        TILE_KV: tl.constexpr, TILE_D: tl.constexpr):
+        """One program a token."""
+        token = tl.program_id(0).to(tl.int64)
+        D: tl.constexpr = 2 * HALF
+        d = tl.arange(0, TILE_D)
+        c1 = tl.load(cos + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        c2 = tl.load(cos + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        s1 = tl.load(sin + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        s2 = tl.load(sin + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        h = tl.arange(0, TILE_Q)
+        where, mask = h[:, None] * D + d[None, :], (h < HQ)[:, None] & (d < HALF)[None, :]
+        _rotate_heads(q, q_out, token * q_stride + where, token * (HQ * D) + where, mask, c1, c2, s1, s2, HALF)
+        slot = tl.load(slots + token)
+        h = tl.arange(0, TILE_KV)
+        where, mask = h[:, None] * D + d[None, :], (h < HKV)[:, None] & (d < HALF)[None, :] & (slot >= 0)
+        cached = slot * (HKV * D) + where
+        _rotate_heads(k, k_cache, token * k_stride + where, cached, mask, c1, c2, s1, s2, HALF)
+        tl.store(v_cache + cached, tl.load(v + token * v_stride + where, mask=mask, other=0.0), mask=mask)
+        tl.store(v_cache + cached + HALF, tl.load(v + token * v_stride + where + HALF, mask=mask, other=0.0), mask=mask)
+
+
+def triton_rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
+    (n_tokens, n_heads, dim), n_kv = q.shape, k.shape[1]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if n_tokens:
+        _rope_kv_kernel[n_tokens,](
+            q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q.stride(0), k.stride(0), v.stride(0), HQ=n_heads,
+            HKV=n_kv, HALF=dim // 2, TILE_Q=triton.next_power_of_2(n_heads), TILE_KV=triton.next_power_of_2(n_kv),
+            TILE_D=triton.next_power_of_2(dim // 2), num_warps=4)
+    return q_out

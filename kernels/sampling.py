@@ -1,0 +1,256 @@
+"""Next tokens from logits: temperature, top-p without a sort of the vocabulary, and the log-prob of what was taken.
+
+    tokens, logprobs = sample(logits, temperature, top_p, seeds, positions)
+
+top-p keeps the tokens with p >= t, where t is the largest probability for which they hold at least the mass top_p (ties
+at t all stay). A token is then drawn by the inverse of the cumulative distribution, in the order of the vocabulary, at
+one number per row that is a hash of (seed, position): a row's token does not depend on the rest of the batch.
+
+The search for t is exact: it ends on one value, not on an interval.
+- CPU: a histogram of mass over the leading bits of p (exponent and three bits) names the bucket that holds t; only the
+  tokens of that bucket are sorted.
+- Triton: t is found on the logits, as integers in the same order, from the leading bits down, four bits a pass: a
+  pass sums the mass above 15 thresholds (8 passes for fp32, 4 for bf16). All passes run over (row, chunk of the
+  vocabulary), so that one row occupies many programs, and sums are merged in a fixed order. Rows with top_p = 1 leave
+  each pass at its first line. Nothing is read on the host: it can be part of a CUDA graph.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU needs the torch code only
+    triton = None
+
+CPU_CHUNK = 2**20  # probabilities in work at once on a CPU: several passes read them, so they should stay in its cache
+BLOCK = 512  # of the vocabulary, in the two-level search for a point of the cumulative distribution on a CPU
+CHUNK = 8192  # of the vocabulary, one program's part on a GPU
+
+
+def sample(logits, temperature, top_p, seeds, positions):
+    """logits fp32 or bf16 [R, V]; temperature, top_p fp32 [R]; seeds, positions int64 [R]
+    -> tokens int64 [R], log-probs fp32 [R] under the softmax at the temperature, whatever top_p is.
+
+    temperature 0 takes the most likely token (the first of equals), with its log-prob at temperature 1. NaN or +inf
+    among the logits: FloatingPointError on a CPU; on a GPU, where nothing can be checked, that row's log-prob is NaN.
+    """
+    assert logits.ndim == 2 and logits.stride(1) == 1, (logits.shape, logits.stride())
+    assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), logits.dtype
+    assert temperature.dtype == top_p.dtype == torch.float32, (temperature.dtype, top_p.dtype)
+    assert seeds.dtype == positions.dtype == torch.int64, (seeds.dtype, positions.dtype)
+    for x in (temperature, top_p, seeds, positions):
+        assert x.shape == logits.shape[:1] and x.is_contiguous(), (x.shape, x.stride(), logits.shape)
+    if logits.is_cuda and triton is not None:
+        return triton_sample(logits, temperature, top_p, seeds, positions)
+    rows = max(1, CPU_CHUNK // logits.shape[1])
+    parts = zip(*(x.split(rows) for x in (logits, temperature, top_p, seeds, positions)))
+    tokens, logprobs = zip(*(reference(*part) for part in parts))
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def uniform(seeds, positions):
+    """A number in [0, 1) per row: a hash (splitmix64) of its seed and position. int64 [R] -> float64 [R]."""
+
+    def mix(z, shift, factor):  # int64 products wrap as the algorithm wants; the shift has to be a logical one
+        return (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+
+    z = seeds + (positions + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+    z = mix(mix(z, 30, -0x40A7B892E31B1A47), 27, -0x6B2FB644ECCEEE15)
+    z = z ^ ((z >> 31) & ((1 << 33) - 1))
+    return ((z >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def reference(logits, temperature, top_p, seeds, positions):
+    """In torch; what a CPU runs, some rows at a time."""
+    greedy = temperature == 0
+    logits = logits.float()
+    if bool((temperature != 1).any()):
+        probs = torch.softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], -1)
+    else:
+        probs = torch.softmax(logits, -1)
+    if bool(probs[:, 0].isnan().any()):  # one NaN or +inf makes the whole row NaN
+        raise FloatingPointError("logits hold NaN or +inf")
+    if bool(greedy.all()):
+        tokens = logits.argmax(-1, keepdim=True)
+        return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+    kept = probs
+    if bool((top_p < 1).any()):
+        kept = torch.where(probs >= nucleus_threshold(probs, top_p)[:, None], probs, 0.0)
+    whole = kept.shape[1] // BLOCK * BLOCK
+    blocks = torch.cat([kept[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), kept[:, whole:].sum(-1, keepdim=True)], 1)
+    block, rest = _locate(blocks, uniform(seeds, positions)[:, None])
+    columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)  # [R, BLOCK]
+    inside = kept.gather(1, columns.clamp(max=kept.shape[1] - 1)).masked_fill(columns >= kept.shape[1], 0.0)
+    tokens = block * BLOCK + _locate(inside, rest)[0]
+    if bool(greedy.any()):
+        tokens = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), tokens)
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+def _locate(weights, fraction):
+    """Where that fraction of a row's mass is passed. weights [R, N] >= 0, fraction [R, 1] in [0, 1)
+    -> index [R, 1] of positive weight, and the fraction of that weight at which it is."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    point = torch.minimum(fraction * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, point, right=True)
+    weight = weights.gather(1, index).double()
+    return index, ((point - cumulative.gather(1, index) + weight) / weight).clamp_(0, 1)
+
+
+def nucleus_threshold(probs, top_p):
+    """The largest t of each row with mass{p >= t} >= top_p (0 where top_p is 1). probs fp32 [R, V] -> [R]."""
+    n_rows = probs.shape[0]
+    first = torch.arange(0, 1024 * n_rows, 1024, dtype=torch.int32, device=probs.device)[:, None]  # bucket of each row
+    # fp32 in [0, 1] are ordered as their bits; bits >> 20 is at most 1016
+    buckets = (probs.view(torch.int32) >> 20).add_(first)
+    mass = torch.bincount(buckets.view(-1), probs.view(-1).double(), minlength=n_rows * 1024).view(n_rows, 1024).flip(1)
+    downwards = mass.cumsum(1)  # [R, 1024], from the bucket of the largest p
+    place = torch.searchsorted(downwards, top_p[:, None].double()).clamp_(max=1023)
+    above = (downwards - mass).gather(1, place)
+    chosen = torch.where(top_p[:, None] < 1, first + 1023 - place, -1).int()
+    # the tokens of that bucket, row by row, as the rows of a matrix
+    row, column = (buckets == chosen).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=n_rows)
+    rank = torch.arange(len(row), device=probs.device) - (counts.cumsum(0) - counts)[row]
+    candidates = probs.new_zeros(n_rows, max(1, int(counts.max())))
+    candidates[row, rank] = probs[row, column]
+    ranked = candidates.sort(-1, descending=True).values
+    reached = above + ranked.cumsum(-1, dtype=torch.float64)
+    index = torch.searchsorted(reached, top_p[:, None].double())
+    index = index.minimum((counts - 1).clamp(min=0)[:, None])  # sums that end a rounding short of top_p
+    return torch.where(top_p < 1, ranked.gather(1, index)[:, 0], 0.0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _chunk(logits, row, row_stride, chunk, V: tl.constexpr, CHUNK: tl.constexpr):
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        return tl.load(logits + row * row_stride + column, mask=column < V, other=float("-inf")).to(tl.float32)
+
+    @triton.jit
+    def _order(z):
+        """fp32 -> int32 in the same order (-0 becomes 0 first, which it equals)."""
+        bits = (z + 0.0).to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    @triton.jit
+    def _inverse_temperature(temperature, row):
+        t = tl.load(temperature + row)
+        return 1.0 / tl.where(t == 0, 1.0, t)
+
+    @triton.jit
+    def _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S: tl.constexpr):
+        """-> (the row's largest logit, sum of exp((z - it) * scale)), from those of its chunks."""
+        s = tl.arange(0, TILE_S)
+        chunk_max = tl.load(maxima + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
+        best = tl.max(chunk_max, 0)
+        chunk_sum = tl.load(sums + row * n_chunks + s, mask=s < n_chunks, other=0.0)
+        return best, tl.sum(tl.where(chunk_sum > 0, chunk_sum * tl.exp((chunk_max - best) * scale), 0.0), 0)
+
+    @triton.jit
+    def _stats_kernel(logits, maxima, sums, temperature, row_stride, V: tl.constexpr, CHUNK: tl.constexpr):
+        row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
+        best = tl.max(z, 0)
+        # a chunk of -inf alone holds no mass
+        terms = tl.where(z == float("-inf"), 0.0, tl.exp((z - best) * _inverse_temperature(temperature, row)))
+        tl.store(maxima + row * n_chunks + chunk, best)
+        tl.store(sums + row * n_chunks + chunk, tl.sum(terms, 0))
+
+    @triton.jit(do_not_specialize=["level", "last_step", "step"])
+    def _search_kernel(logits, maxima, sums, masses, prefixes, temperature, top_p, row_stride, n_rows, level, last_step,
+                       step, V: tl.constexpr, CHUNK: tl.constexpr, TILE_S: tl.constexpr, STEPS: tl.constexpr):
+        """masses[level, row, chunk, j]: the chunk's mass at or above prefix + j * step, for j below STEPS.
+
+        The prefix of a level is that of the level before, plus its step times the largest j whose mass reached top_p.
+        The last level (STEPS = 1) sums what is kept, and is for every row.
+        """
+        row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        wanted = tl.load(top_p + row)
+        if (wanted < 1) | (STEPS == 1):
+            j = tl.arange(0, 16)
+            prefix = tl.full([], -2147483648, tl.int32)
+            if (wanted < 1) & (level > 0):
+                s = tl.arange(0, TILE_S)
+                at = (((level - 1) * n_rows + row) * n_chunks + s[:, None]) * 16 + j[None, :]
+                mass = tl.sum(tl.load(masses + at, mask=(s < n_chunks)[:, None], other=0.0).to(tl.float64), 0)  # [16]
+                digit = tl.max(tl.where(mass >= wanted, j, 0), 0)
+                prefix = tl.load(prefixes + (level - 1) * n_rows + row) + digit * last_step
+            tl.store(prefixes + level * n_rows + row, prefix)  # the programs of a row store the same
+            scale = _inverse_temperature(temperature, row)
+            best, total = _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S)
+            z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
+            p = tl.exp((z - best) * scale) / total
+            key = _order(z)
+            mass = tl.zeros([16], tl.float32)
+            for i in tl.static_range(STEPS):  # i * step may wrap past 2^31; adding the prefix wraps it back
+                mass += tl.where(j == i, tl.sum(tl.where(key >= prefix + i * step, p, 0.0), 0), 0.0)
+            tl.store(masses + ((level * n_rows + row) * n_chunks + chunk) * 16 + j, mass)
+
+    @triton.jit
+    def _mix(z, SHIFT: tl.constexpr, FACTOR: tl.constexpr):
+        return (z ^ ((z >> SHIFT) & ((1 << (64 - SHIFT)) - 1))) * FACTOR
+
+    @triton.jit
+    def _uniform(seed, position):
+        z = _mix(_mix(seed + (position + 1) * -0x61C8864680B583EB, 30, -0x40A7B892E31B1A47), 27, -0x6B2FB644ECCEEE15)
+        z = z ^ ((z >> 31) & 0x1FFFFFFFF)
+        return ((z >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16  # 2 ** -53
+
+    @triton.jit
+    def _locate_point(weights, fraction, SIZE: tl.constexpr):
+        """As `_locate` above, for one row. A parallel cumulative sum need not rise everywhere, hence weights > 0."""
+        index, wide = tl.arange(0, SIZE), weights.to(tl.float64)
+        cumulative = tl.cumsum(wide, 0)
+        point = fraction * tl.max(cumulative, 0)
+        last = tl.max(tl.where(weights > 0, index, 0), 0)
+        found = tl.min(tl.where((weights > 0) & (cumulative > point), index, last), 0)
+        weight = tl.sum(tl.where(index == found, wide, 0.0), 0)
+        before = tl.sum(tl.where(index == found, cumulative, 0.0), 0) - weight
+        return found, (point - before) / weight
+
+    @triton.jit
+    def _pick_kernel(logits, maxima, sums, kept, thresholds, temperature, seeds, positions, tokens, logprobs,
+                     row_stride, n_chunks, V: tl.constexpr, CHUNK: tl.constexpr, TILE_S: tl.constexpr):
+        """One program a row: the chunk, then the token in it."""
+        row = tl.program_id(0).to(tl.int64)
+        scale = _inverse_temperature(temperature, row)
+        best, total = _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S)
+        s = tl.arange(0, TILE_S)
+        masses = tl.load(kept + (row * n_chunks + s) * 16, mask=s < n_chunks, other=0.0)
+        chunk, fraction = _locate_point(masses, _uniform(tl.load(seeds + row), tl.load(positions + row)), TILE_S)
+        greedy = tl.load(temperature + row) == 0
+        chunk_max = tl.load(maxima + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
+        chunk = tl.where(greedy, tl.argmax(chunk_max, 0), chunk)
+        z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
+        p = tl.where(_order(z) >= tl.load(thresholds + row), tl.exp((z - best) * scale), 0.0)
+        index, _ = _locate_point(p, fraction, CHUNK)
+        index = tl.where(greedy, tl.argmax(z, 0), index)
+        token = tl.minimum(chunk * CHUNK + index, V - 1)  # in range even where logits are NaN
+        chosen = tl.load(logits + row * row_stride + token).to(tl.float32)
+        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(logprobs + row, (chosen - best) * scale - tl.log(total))
+
+
+def triton_sample(logits, temperature, top_p, seeds, positions):
+    n_rows, vocab_size = logits.shape
+    n_chunks = triton.cdiv(vocab_size, CHUNK)
+    levels = 4 if logits.dtype == torch.bfloat16 else 8  # of 4 bits; the lower half of a widened bf16 is empty
+    sizes = dict(V=vocab_size, CHUNK=CHUNK, num_warps=8)
+    tile = dict(TILE_S=triton.next_power_of_2(n_chunks))
+    maxima, sums = torch.empty(2, n_rows, n_chunks, dtype=torch.float32, device=logits.device)
+    masses = torch.empty(levels + 1, n_rows, n_chunks, 16, dtype=torch.float32, device=logits.device)
+    prefixes = torch.empty(levels + 1, n_rows, dtype=torch.int32, device=logits.device)
+    tokens, logprobs = torch.empty_like(seeds), torch.empty_like(temperature)
+    grid, stride = (n_rows, n_chunks), logits.stride(0)
+    _stats_kernel[grid](logits, maxima, sums, temperature, stride, **sizes)
+    for level in range(levels + 1):
+        last_step, step = 1 << min(28, 32 - 4 * level), 1 << max(0, 28 - 4 * level)
+        _search_kernel[grid](logits, maxima, sums, masses, prefixes, temperature, top_p, stride, n_rows, level,
+                             last_step, step, STEPS=16 if level < levels else 1, **sizes, **tile)
+    _pick_kernel[n_rows,](logits, maxima, sums, masses[levels], prefixes[levels], temperature, seeds, positions, tokens,
+                          logprobs, stride, n_chunks, **sizes, **tile)
+    return tokens, logprobs

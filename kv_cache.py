@@ -1,0 +1,133 @@
+"""The paged KV cache: which block of it belongs to whom, and attention through it.
+
+The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots hold
+the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it: `Prefill`
+for chunks of prompts, `Decode` for one new token per sequence.
+"""
+
+import itertools
+import os
+
+import torch
+
+from kernels.paged_attention import paged_attention
+from kernels.rope_kv import rope_kv
+from model import Segments, apply_rope, varlen_attention
+
+BLOCK = 16  # tokens
+KV_SHARE = {"cuda": 0.3, "cpu": 0.1}  # of the free memory, for a cache whose size is not given: others live there too
+
+
+class Blocks:
+    """Who holds which block of the cache, and which full blocks hold known tokens.
+
+    What a free block holds can be found until it is given out again, the longest unused first. Block 0 is nobody's:
+    the padding rows of a CUDA graph write into it.
+    """
+
+    def __init__(self, n_blocks):
+        self.holders = [0] * n_blocks
+        self.free = dict.fromkeys(range(1, n_blocks))  # in the order in which they are given out
+        self.known = {}  # (name of the block before, the tokens) -> block
+        self.key_of, self.name_of = {}, {}  # of a known block; names are never used twice, unlike blocks
+        self.names = itertools.count(1)
+
+    def take(self, n):
+        """n free blocks, held once."""
+        taken = list(itertools.islice(self.free, n))
+        assert len(taken) == n, "the caller has to look at `free` first"
+        for block in taken:
+            del self.free[block]
+            self._forget(block)
+            self.holders[block] = 1
+        return taken
+
+    def share(self, blocks):
+        for block in blocks:
+            self.free.pop(block, None)
+            self.holders[block] += 1
+
+    def release(self, blocks):
+        for block in reversed(blocks):  # of a sequence the end is given away before the beginning
+            self.holders[block] -= 1
+            if self.holders[block] == 0:
+                self.free[block] = None
+
+    def match(self, ids):
+        """The known blocks that hold the beginning of ids."""
+        blocks, name = [], 0
+        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+            block = self.known.get((name, tuple(ids[start : start + BLOCK])))
+            if block is None:
+                break
+            blocks.append(block)
+            name = self.name_of[block]
+        return blocks
+
+    def learn(self, ids, blocks):
+        """Makes the full blocks of a sequence known; ids: the tokens whose keys and values they hold."""
+        name = 0
+        for block, start in zip(blocks, range(0, len(ids) - BLOCK + 1, BLOCK)):
+            key = (name, tuple(ids[start : start + BLOCK]))
+            if key not in self.known:
+                self._forget(block)
+                self.known[key], self.key_of[block], self.name_of[block] = block, key, next(self.names)
+            name = self.name_of[self.known[key]]
+
+    def forget_all(self):
+        for block in list(self.key_of):
+            self._forget(block)
+
+    def _forget(self, block):
+        if block in self.key_of:
+            del self.known[self.key_of.pop(block)], self.name_of[block]
+
+
+class Prefill:
+    """Attention context of chunks: each sequence's new tokens see what the cache holds of it, and one another."""
+
+    def __init__(self, cache, chunks, device):
+        """chunks: (blocks, start, end) a sequence, tokens start..end are new."""
+        self.cache, keys, new = cache, [], []
+        for blocks, start, end in chunks:
+            slots = (torch.tensor(blocks)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:end]
+            keys.append(slots)
+            new.append(slots[start:])
+        self.queries = Segments([len(slots) for slots in new], device)
+        self.keys = Segments([len(slots) for slots in keys], device)
+        self.key_slots, self.new_slots = torch.cat(keys).to(device), torch.cat(new).to(device)
+        self.position_ids = torch.cat([torch.arange(start, end) for _, start, end in chunks]).to(device)
+
+    def attend(self, layer, q, k, v, cos, sin):
+        keys, values = self.cache[layer].flatten(1, 2)  # [slots, Hkv, D] each
+        keys[self.new_slots], values[self.new_slots] = apply_rope(k, cos, sin), v
+        q = apply_rope(q, cos, sin)
+        return varlen_attention(q, keys[self.key_slots], values[self.key_slots], self.queries, self.keys)
+
+
+class Decode:
+    """Attention context of one new token a row."""
+
+    def __init__(self, cache, block_table, lengths):
+        """block_table: int32 [R, blocks]; lengths: int64 [R], tokens in the cache before this one."""
+        self.cache, self.block_table = cache, block_table
+        block = block_table.gather(1, (lengths // BLOCK)[:, None])[:, 0].long()
+        self.slots = block * BLOCK + lengths % BLOCK
+        self.lengths = (lengths + 1).int()
+
+    def attend(self, layer, q, k, v, cos, sin):
+        keys, values = self.cache[layer]  # [blocks, BLOCK, Hkv, D] each
+        q = rope_kv(q, k, v, cos, sin, keys, values, self.slots)
+        return paged_attention(q, keys, values, self.block_table, self.lengths)
+
+
+def kv_tokens_of(model, max_len, max_batch):
+    """Tokens for which a share of the free memory has room; at least one sequence's, at most that of all rows."""
+    device, config = next(model.parameters()).device, model.config
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    itemsize = next(model.parameters()).element_size()
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize  # bytes
+    return min(max(int(KV_SHARE[device.type] * free / per_token), max_len), max_len * max_batch)

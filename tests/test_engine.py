@@ -1,0 +1,193 @@
+"""The paged cache: sharing, chunks, preemption, refresh; nothing leaks and no result depends on any of it."""
+
+import random
+
+import pytest
+import torch
+from conftest import random_model, tiny_config
+
+import generate
+from generate import Engine
+from kv_cache import BLOCK, Blocks
+
+SETTINGS = dict(max_new_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(tie_word_embeddings=False), std=0.3)
+
+
+def tokens(n, seed=0):
+    return torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def drain(engine, found=None):
+    """-> {(key, index): Sample}"""
+    found = {} if found is None else found
+    while engine.busy:
+        engine.step()
+        found |= {(s.key, s.index): s for s in engine.collect()}
+    return found
+
+
+def check_blocks(engine):
+    """Each block is free or held as often as it stands in the lists of sequences; the tables say what the lists say."""
+    held = [0] * len(engine.blocks.holders)
+    for s in [*engine.running, *engine.waiting, *([engine.prefilling] if engine.prefilling else [])]:
+        for block in s.blocks + s.tails:
+            held[block] += 1
+    assert held == engine.blocks.holders
+    assert set(engine.blocks.free) == {b for b in range(1, len(held)) if not held[b]}
+    for row, s in enumerate(engine.running):
+        assert engine.rows["blocks"][row, : len(s.blocks)].tolist() == s.blocks
+        assert engine.length[row] == engine.rows["length"][row] <= len(s.blocks) * BLOCK == engine.room[row]
+
+
+def test_an_edit_and_a_judgement_find_what_is_there(model):
+    engine = Engine(model, [], 200)
+    prompt = tokens(40)
+    (first,), = engine.generate([prompt], max_new_tokens=25)
+    assert (engine.computed_tokens, engine.reused_tokens) == (40, 0)
+    # 64 of the prompt's and the answer's 65 tokens have keys and values: four full blocks
+    edit = prompt + first.ids + tokens(10, seed=1)
+    (found,), = engine.generate([edit], **SETTINGS)
+    assert (engine.computed_tokens, engine.reused_tokens) == (40 + 75 - 64, 64)
+    assert found.ids == Engine(model, [], 200).generate([edit], **SETTINGS)[0][0].ids
+    # the same prompt again: all of it is known, but its last token has to be computed for the logits
+    before = engine.computed_tokens
+    engine.generate([edit], **SETTINGS)
+    assert engine.computed_tokens - before == 75 - 64
+    check_blocks(engine)
+
+
+@pytest.mark.parametrize("chunk", [4096, 24])
+def test_requests_of_one_step_share_their_beginning(model, monkeypatch, chunk):
+    """Judgements that arrive together: rubric and persona are computed once, in one pass or in chunks."""
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", chunk)
+    prompts = [tokens(64) + tokens(20, seed=i) for i in range(1, 5)]
+    engine = Engine(model, [], 200)
+    together = engine.generate(prompts, **SETTINGS)
+    assert (engine.computed_tokens, engine.reused_tokens) == (64 + 4 * 20, 3 * 64)
+    for prompt, (found,) in zip(prompts, together):
+        assert found.ids == Engine(model, [], 200).generate([prompt], **SETTINGS)[0][0].ids
+    check_blocks(engine)
+
+
+def test_a_long_prompt_does_not_hold_up_running_samples(model, monkeypatch):
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 16)
+    engine = Engine(model, [], 200)
+    engine.submit([5, 6], "short", max_new_tokens=30)
+    engine.step()
+    engine.submit(tokens(150), "long", max_new_tokens=5)
+    progress = []
+    while not engine.partial("long"):
+        engine.step()
+        progress.append(len(engine.partial("short")))
+    assert len(progress) == 10 and progress == list(range(progress[0], progress[0] + 10))  # 150 tokens in chunks of 16
+    found = drain(engine)
+    assert found["long", 0].ids == Engine(model, [], 200).generate([tokens(150)], max_new_tokens=5)[0][0].ids
+
+
+@pytest.mark.parametrize("n_prompt", [1, 15, 16, 17, 33])
+def test_forked_samples_do_not_write_into_each_other(model, n_prompt):
+    prompt = tokens(n_prompt)
+    (samples,) = Engine(model, [], 200).generate([prompt], n=5, seeds=[1, 2, 3, 4, 5], **SETTINGS)
+    for seed, found in zip((1, 2, 3, 4, 5), samples):
+        assert found.ids == Engine(model, [], 200).generate([prompt], seeds=[seed], **SETTINGS)[0][0].ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_preempted_samples_go_on_as_if_nothing_had_happened(model, temperature):
+    """Too few blocks for all: the youngest wait and are computed again, log-probs included."""
+    prompts = [tokens(n, seed=n) for n in (10, 20, 30, 40)]
+    settings = dict(n=2, seeds=[7, 8], max_new_tokens=60, temperature=temperature)
+    small, large = Engine(model, [], 200, kv_tokens=240), Engine(model, [], 200)
+    expected, found = large.generate(prompts, **settings), small.generate(prompts, **settings)
+    assert small.preemptions > 2 and large.preemptions == 0
+    for a, b in zip(sum(expected, []), sum(found, [])):
+        assert a.ids == b.ids
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
+    check_blocks(small)
+
+
+def test_what_can_never_fit_is_refused_with_its_numbers(model):
+    engine = Engine(model, [], 200, kv_tokens=64)
+    with pytest.raises(ValueError, match="60 tokens and a response of up to 20 need 5 blocks of 16 tokens; the whole cache "
+                                         "has 4"):
+        engine.submit(tokens(60), max_new_tokens=20)
+    assert not engine.busy
+    # what fits alone but not with its siblings is sampled one after the other
+    (samples,) = engine.generate([tokens(40)], n=6, max_new_tokens=24)
+    assert [len(s.ids) for s in samples] == [24] * 6
+    check_blocks(engine)
+
+
+def test_new_weights_forget_the_old_cache(model):
+    other = random_model(tiny_config(tie_word_embeddings=False), seed=5, std=0.3)
+    engine, prompt = Engine(random_model(tiny_config(tie_word_embeddings=False), std=0.3), [], 200), tokens(50)
+    engine.generate([prompt], **SETTINGS)
+    engine.refresh(other)
+    (found,), = engine.generate([prompt], temperature=0, **SETTINGS)
+    assert engine.reused_tokens == 0
+    assert found.ids == Engine(other, [], 200).generate([prompt], temperature=0, **SETTINGS)[0][0].ids
+
+
+def test_a_thousand_requests_in_a_tiny_pool(model):
+    """Random arrivals, lengths, forks, common beginnings and cancels: every result right, no block leaked."""
+    rng = random.Random(0)
+    beginnings = [tokens(n, seed=100 + n) for n in (0, 16, 23, 48)]
+    stop_ids = [7, 11, 100, 200]
+    requests = {}
+    for key in range(1000):
+        prompt = rng.choice(beginnings) + tokens(rng.randint(1, 30), seed=rng.randrange(200))
+        n = rng.choice((1, 1, 1, 2, 4))
+        requests[key] = prompt, dict(n=n, seeds=[rng.getrandbits(60) for _ in range(n)], top_p=rng.choice((1.0, 0.9)),
+                                     max_new_tokens=rng.randint(1, 24), temperature=rng.choice((0.0, 0.8, 1.0)))
+    plain, expected = Engine(model, stop_ids, 128, max_batch=64), {}
+    for key, (prompt, settings) in requests.items():
+        plain.submit(prompt, key, **settings)
+    drain(plain, expected)
+
+    engine, found, cancelled = Engine(model, stop_ids, 128, max_batch=12, kv_tokens=20 * BLOCK), {}, set()
+    arriving = list(requests)
+    while arriving or engine.busy:
+        for _ in range(min(len(arriving), rng.choice((0, 0, 1, 5)))):
+            key = arriving.pop()
+            engine.submit(requests[key][0], key, **requests[key][1])
+        engine.step()
+        found |= {(s.key, s.index): s for s in engine.collect()}
+        if rng.random() < 0.02:
+            unfinished = [s.key for s in [*engine.waiting, *engine.running]]
+            if unfinished:
+                key = rng.choice(unfinished)
+                engine.cancel(key)
+                cancelled.add(key)
+        if rng.random() < 0.05:
+            check_blocks(engine)
+    check_blocks(engine)
+    assert len(engine.blocks.free) == 20 and engine.preemptions > 10 and engine.reused_tokens > 1000 and len(cancelled) > 5
+    for at, sample in expected.items():
+        if at[0] not in cancelled or at in found:
+            assert (found[at].ids, found[at].finish_reason) == (sample.ids, sample.finish_reason), at
+    assert {s.finish_reason for s in found.values()} == {"stop", "length"}
+
+
+def test_blocks_are_known_by_all_that_precedes_them():
+    blocks = Blocks(10)
+    one, two = tokens(32, seed=1), tokens(32, seed=2)
+    a, b = blocks.take(2), blocks.take(2)
+    blocks.learn(one, a)
+    blocks.learn(two[:16] + one[16:], b)
+    assert blocks.match(one) == a and blocks.match(two[:16] + one[16:]) == b
+    assert blocks.match(one[:16] + two[16:]) == a[:1] and blocks.match(one[16:]) == [] and blocks.match(one[:31]) == a[:1]
+    blocks.release(a)
+    assert blocks.match(one) == a  # free, but still there
+    blocks.take(5)  # 9 blocks less b: takes those that never held anything
+    assert blocks.match(one) == a
+    blocks.take(1)  # the end of a goes first
+    assert blocks.match(one) == a[:1]
+    blocks.take(1)
+    assert blocks.match(one) == [] and not blocks.free
+    with pytest.raises(AssertionError):
+        blocks.take(1)
