@@ -239,7 +239,7 @@ def pack(sequences, trained, device):
 def pack_shared(prefixes, suffixes, trained, device):
     """Sequences that begin alike, packed so that neighbours with the same prefix compute it once -> Batch.
 
-    prefixes, suffixes: lists of ids, one each per sequence; trained: per sequence which tokens of the suffix are targets.
+    prefixes, suffixes: lists of ids, one each per sequence; trained: per sequence which of the suffix are targets.
     """
     input_ids, index, targets, groups = [], [], [], []
     for i, (prefix, suffix, flags) in enumerate(zip(prefixes, suffixes, trained, strict=True)):
@@ -272,7 +272,7 @@ def share(rows, sizes, ranks):
 
 
 def micro_batches(sizes, tokens_per_microbatch, ranks):
-    """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger one gets its own) -> lists of indices.
+    """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger one gets its own): lists of indices.
 
     Under FSDP every rank must run the same number of passes: all ranks make as many parts as the one that needs most.
     Some may stay empty, at the end; for these the caller runs `EMPTY` with weight zero.
@@ -352,19 +352,25 @@ def learning_rate(lr, step, total_steps, warmup_ratio, schedule):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def move(model, optimizer, device):
-    """Under --offload: a model's masters (None: they stay) and an optimizer's moments to host memory or back."""
-    if model is not None:
-        model.to(device)
+def move_moments(optimizer, device):
+    """Adam's moments to host memory or back (--offload)."""
     for state in optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(device)
 
 
+def to_host(models, optimizers):
+    """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint."""
+    for name, model in models.items():
+        model.to("cpu")
+        move_moments(optimizers[name], "cpu")
+
+
 def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
     """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
 
-    offload: between steps the moments lie in host memory. FloatingPointError where it is not finite: a run that goes on with such weights only hides the cause.
+    offload: between steps the moments lie in host memory. FloatingPointError where the norm is not finite: a run that
+    goes on with such weights only hides the cause.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -373,18 +379,18 @@ def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
     for group in optimizer.param_groups:
         group["lr"] = lr
     if offload:
-        move(None, optimizer, next(model.parameters()).device)
+        move_moments(optimizer, next(model.parameters()).device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if offload:
-        move(None, optimizer, "cpu")
+        move_moments(optimizer, "cpu")
     return norm
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
 
 # Dense bf16 FLOP/s of data sheets, by a part of the device's name.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362}
 
 
 def peak_flops(ranks, tflops):
@@ -407,8 +413,8 @@ def forward_flops(model, batch):
 
 
 def machine_metrics(ranks, flops, seconds, tflops):
-    """mfu: model FLOPs (recomputation not counted) of all ranks in these seconds over their peak, None where that is not
-    known. peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
+    """mfu: model FLOPs (recomputation not counted) of all ranks in these seconds over their peak, None where unknown.
+    peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
     """
     peak = peak_flops(ranks, tflops)
     (flops,) = all_sum(ranks, flops)
@@ -423,8 +429,8 @@ def machine_metrics(ranks, flops, seconds, tflops):
 
 @torch.no_grad()
 def refresh_gap(own, trained, ids, ranks):
-    """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has just
-    taken over, over all ranks: stale or broken weights show before anything is sampled."""
+    """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has
+    just taken over, over all ranks: stale or broken weights show before anything is sampled."""
     batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
     ours, theirs = (model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)[0]
                     for model in (own, trained))

@@ -4,7 +4,8 @@
 2. Before any training the start model scores every answer once; these reference log-probs stay in
    OUT/reference.json, so that memory holds one model and a resumed run has the same ones.
 3. Each step draws the next `batch_size` pairs of the epoch's permutation; both answers of a pair
-   go through the same pass, which computes their prompt once. With log-probs summed over an answer's tokens, the loss of a pair is
+   go through the same pass, which computes their prompt once. With log-probs summed over an
+   answer's tokens, the loss of a pair is
        -log sigmoid(margin)
        margin = beta ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l)))
    (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) plus `sft_weight` times the mean negative
@@ -183,7 +184,7 @@ def reference_logprobs(args, model, pairs, ranks):
 
 def main(args):
     if args.plan:
-        return plan.one_model(args, resolve(args.model))
+        return plan.one_model(args, plan.config_of(args.model))
     ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

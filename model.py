@@ -2,8 +2,8 @@
 
 Tokens are packed: sequences of different lengths lie behind one another in one [T] tensor, without padding. What a
 token may attend to is decided by the `context` that is passed in: `Packed` or `SharedPrefix` here (training, scoring),
-the KV cache in generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict comparison of
-names and shapes, and what is saved loads in `transformers` and vLLM.
+the KV cache in generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict
+comparison of names and shapes, and what is saved loads in `transformers` and vLLM.
 
 The critic and the Bradley-Terry reward model are the same trunk with a scalar head (`score.weight`, as in
 Qwen2ForSequenceClassification with one label).
@@ -172,7 +172,7 @@ def seen_pairs(queries, keys):
 
 
 def gather_rows(x, index):
-    """x[index] for x [N, d], index int64 [M] -> [M, d]; gradients of a row that is taken often add up in fp32 or finer."""
+    """x[index] for x [N, d], index int64 [M] -> [M, d]; a row that is taken often sums its gradients in fp32."""
     return _GatherRows.apply(x, index)
 
 
@@ -352,15 +352,15 @@ def init_weights(model, seed, std=None):
 # -- weights in and out ------------------------------------------------------------------------------------------------
 
 
-def resolve(path):
-    """A local folder for a folder name or a hub id; ValueError if it is neither."""
+def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+    """A local folder for a folder name or a hub id, of which these files are fetched; ValueError if it is neither."""
     if os.path.isdir(path):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        return snapshot_download(path, allow_patterns=list(patterns))
     except (HFValidationError, OSError) as error:  # the hub's errors for an unknown id or no network are OSErrors
         raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
 

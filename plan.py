@@ -1,9 +1,10 @@
 """`--plan`: what a run will hold in memory, by rank and part, before it is started. Needs a config.json and no GPU.
 
-Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by running
-two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves what
-FlashAttention saves there (on a CPU torch keeps the output twice). Not counted: memory that the allocator has split and
-cannot use, and on a GPU the context and NCCL's buffers, for which `RESERVED_GIB` is set aside.
+Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by
+running two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves
+what FlashAttention saves there (on a CPU torch keeps the output twice). Not counted: memory that the allocator has
+split and cannot use (on a CPU the C library's may be a third of all), and on a GPU the context and NCCL's buffers, for which
+`RESERVED_GIB` is set aside.
 """
 
 import dataclasses
@@ -12,11 +13,11 @@ import sys
 
 import torch
 
-from model import GIB, Packed, Qwen2, apply_rope, load_config
+from model import GIB, Packed, Qwen2, apply_rope, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
-KV_SHARE = 4  # sequences are on average a quarter of the longest (800 + 400 tokens of 2048 + 2048 in the paper's workload)
+KV_SHARE = 4  # sequences are on average a quarter of the longest: 800 + 400 tokens of 2048 + 2048, say
 
 
 class _Attention(torch.autograd.Function):
@@ -34,7 +35,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Context(Packed):
-    """As `Packed`, with `_Attention`. Keys and values are counted `key_copies` times (SharedPrefix copies a prefix's)."""
+    """As `Packed`, with `_Attention`. `key_copies` of keys and values: SharedPrefix copies those of a prefix."""
 
     def __init__(self, n_tokens, key_copies, stored_twice):
         super().__init__([n_tokens], "meta")
@@ -60,7 +61,8 @@ def saved_bytes(config, n_layers, dtype, scalar_head, device, key_copies):
 
     def enter(_, args):
         nonlocal entering
-        entering = sum(x.nbytes for x in args if isinstance(x, torch.Tensor) and x.shape == (PROBE_TOKENS, config.hidden_size))
+        wide = [x for x in args if isinstance(x, torch.Tensor) and x.shape == (PROBE_TOKENS, config.hidden_size)]
+        entering = sum(x.nbytes for x in wide)
 
     model.model.layers[-1].register_forward_pre_hook(enter)
     ids = torch.zeros(PROBE_TOKENS, dtype=torch.int64, device="meta")
@@ -95,11 +97,15 @@ class Machine:
         return self.world_size > 1 or self.dtype != torch.float32  # as common.shard
 
 
+def config_of(path):
+    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or it is not Qwen2."""
+    return load_config(resolve(path, ["config.json"]))
+
+
 class Trained:
     """Bytes per rank of a model that is trained, by part."""
 
-    def __init__(self, path, scalar_head, machine, n_tokens, recompute, key_copies=1):
-        self.config = config = load_config(path)
+    def __init__(self, config, scalar_head, machine, n_tokens, recompute, key_copies=1):
         with torch.device("meta"):
             model = Qwen2(config, scalar_head)
         total = sum(p.numel() for p in model.parameters())
@@ -108,16 +114,16 @@ class Trained:
         ranks = (machine.shard_size or machine.world_size) if machine.sharded else 1
         self.n_parameters = total
         self.masters, self.gradients, self.moments = (n * total / ranks for n in (4, 4, 8))
-        self.activations = activations(config, n_tokens, machine.dtype, scalar_head, recompute, machine.device, key_copies)
+        self.activations = activations(config, n_tokens, machine.dtype, scalar_head, recompute, machine.device,
+                                       key_copies)
         # sharded: root and two layers whole, the root's gradient, and its fp32 copy on the way to the other ranks;
         # else: the gradient of the LM head, before it is added to the others
         head = config.vocab_size * config.hidden_size * (not scalar_head)
         self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if machine.sharded else 4 * head
 
 
-def inference(path, dtype, kv_tokens, scalar_head=False):
+def inference(config, dtype, kv_tokens, scalar_head=False):
     """-> bytes of a model that only computes, whole on every rank, and of its KV cache."""
-    config = load_config(path)
     with torch.device("meta"):
         weights = sum(p.numel() for p in Qwen2(config, scalar_head).parameters()) * dtype.itemsize
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -147,8 +153,8 @@ def report(args, machine, phases, expected):
     """
     parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
     copies = f", {machine.shard_size} of them to a copy" if machine.shard_size else ""
-    print(f"plan for {machine.world_size} x {args.gpu_gib:g} GiB{copies}" if args.gpu_gib else
-          f"plan for {machine.world_size} CPU processes", f"in {str(machine.dtype).removeprefix('torch.')}; GiB per rank")
+    where = f"{machine.world_size} x {args.gpu_gib:g} GiB" if args.gpu_gib else f"{machine.world_size} CPU processes"
+    print(f"plan for {where}{copies} in {str(machine.dtype).removeprefix('torch.')}; GiB per rank")
     print(f"{'':34}" + "".join(f"{name:>12}" for name in phases))
     for part in parts:
         print(f"{part:34}" + "".join(f"{phase[part] / GIB:12.2f}" if part in phase else f"{'-':>12}"
@@ -166,10 +172,10 @@ def report(args, machine, phases, expected):
     return max(totals)
 
 
-def one_model(args, path, scalar_head=False):
+def one_model(args, config, scalar_head=False):
     """The plan of sft.py, train_grm.py and dpo.py."""
     machine = machine_of(args)
-    t = Trained(path, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
+    t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
     state = {"fp32 masters": t.masters, "gradients": t.gradients}
     moments = {"Adam moments": t.moments}
     phases = {"passes": {**state, **({} if machine.offload else moments), "gathered weights and gradients": t.whole,
@@ -181,34 +187,36 @@ def one_model(args, path, scalar_head=False):
 def ppo(args, max_len, judge_max_len=8192):
     """The plan of ppo_cpe.py: while responses are sampled, while the models are trained, in the optimizer."""
     machine = machine_of(args)
+    policy_config, critic_config = config_of(args.policy), config_of(args.critic or args.policy)
     common = (machine, args.tokens_per_microbatch, args.checkpoint_activations)
     per_prompt = args.n_samples * (1 + args.edit_rate)
-    policy = Trained(args.policy, False, *common, key_copies=2)
-    critic = Trained(args.critic or args.policy, True, *common, key_copies=2)
-    weights, cache = inference(args.policy, machine.dtype, kv_tokens(max_len, args.max_batch))
+    policy = Trained(policy_config, False, *common, key_copies=2)
+    critic = Trained(critic_config, True, *common, key_copies=2)
+    weights, cache = inference(policy_config, machine.dtype, kv_tokens(max_len, args.max_batch))
     resident = {"engine: weights": weights, "engine: KV cache": cache}
     if args.judge.startswith("bt:"):
-        resident["judge: weights"], _ = inference(args.judge.removeprefix("bt:"), machine.dtype, 0, True)
+        resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine.dtype, 0, True)
     elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
         resident["judge: weights"], resident["judge: KV cache"] = inference(
-            args.judge, machine.dtype, kv_tokens(judge_max_len, args.max_batch))
+            config_of(args.judge), machine.dtype, kv_tokens(judge_max_len, args.max_batch))
     masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
     moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
     larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)
     on_host = machine.offload and machine.device == "cuda"
-    logits = 3 * 4 * args.max_batch * policy.config.vocab_size  # of a step of decoding, and the sampler's two copies
+    logits = 3 * 4 * args.max_batch * policy_config.vocab_size  # of a step of decoding, and the sampler's two copies
     phases = {
         "sampling": {**resident, "logits of a step": logits, **({} if on_host else masters | moments)},
-        "passes": {**resident, **masters, **({} if on_host else moments), "gradients (one model at a time)": larger.gradients,
-                   "gathered weights and gradients": larger.whole, "activations": larger.activations},
+        "passes": {**resident, **masters, **({} if on_host else moments),
+                   "gradients (one model at a time)": larger.gradients, "gathered weights and gradients": larger.whole,
+                   "activations": larger.activations},
         "optimizer": {**resident, **masters, "gradients (one model at a time)": larger.gradients,
                       **({"policy: Adam moments": policy.moments} if on_host else moments)},
     }
     prompts = args.prompts_per_step
     sampled = prompts * args.n_samples * (2 if args.edit_rate > 0 else 1)
+    computed = int(prompts * (args.max_prompt_length + per_prompt * args.max_response_length))
     return report(args, machine, phases, [
         f"policy {policy.n_parameters / 1e9:.2f}, critic {critic.n_parameters / 1e9:.2f} billion parameters; at most "
         f"{args.tokens_per_microbatch} tokens a pass and rank",
         f"a step, at most: {sampled} responses, {sampled * args.max_response_length:,} tokens sampled; "
-        f"{prompts * per_prompt:g} responses trained, "
-        f"{int(prompts * (args.max_prompt_length + per_prompt * args.max_response_length)):,} tokens computed in each pass"])
+        f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass"])

@@ -400,7 +400,8 @@ def per_token(model, prefixes, suffixes, trained, args, ranks, stats):
         if not indices:
             idle_pass(model, args, ranks)
             continue
-        batch = common.pack_shared(*([rows[i] for i in indices] for rows in (prefixes, suffixes, trained)), ranks.device)
+        chosen = ([rows[i] for i in indices] for rows in (prefixes, suffixes, trained))
+        batch = common.pack_shared(*chosen, ranks.device)
         stats.flops += common.forward_flops(model, batch)
         for i, result in zip(indices, forward(model, batch, args.temperature).cpu().split(batch.counts)):
             results[i] = result
@@ -461,8 +462,8 @@ def compute_advantages(batch, args, ranks):
 def policy_pass(policy, packed, trajectories, args, stats):
     """One micro-batch -> the sum of its tokens' losses, with the graph."""
     device, cap = packed.input_ids.device, args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
-    logprobs, entropy = policy(packed.input_ids, packed.context.position_ids, packed.context, packed.index, packed.targets,
-                               args.temperature)
+    logprobs, entropy = policy(packed.input_ids, packed.context.position_ids, packed.context, packed.index,
+                               packed.targets, args.temperature)
     for t, now in zip(trajectories, logprobs.detach().cpu().split(packed.counts)):
         if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
             t.old_logprobs = now
@@ -632,8 +633,7 @@ def main(args):
         gap = common.refresh_gap(engine.model, policy, prompts[rows[0]][1], ranks)
         clock.append(time.perf_counter())
         if args.offload:
-            for name, model in models.items():
-                common.move(model, optimizers[name], "cpu")
+            common.to_host(models, optimizers)
         mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
         judged, lost = rollout(mine, engine, judge, chat, templates, args, step, progress)
         clock.append(time.perf_counter())
@@ -671,13 +671,12 @@ def main(args):
         clock.append(time.perf_counter())
 
         # 5. what happened
-        n_generated = sum(len(t.response_ids) for t in judged)
-        asked, unparsed = judge.take_counts()
-        counts = common.all_sum(ranks, *lost.values(), n_generated, asked, unparsed,
-                                len(mine) - len({t.place for t in judged}), stats.logical_tokens, stats.computed_tokens)
-        names = ("lost/originals", "lost/edits", "lost/truncated", "generated_tokens", "judge_calls",
-                 "judge_unparsed", "lost/prompts", "trained_tokens", "computed_tokens")
-        counts = dict(zip(names, map(int, counts)))
+        counts = {f"lost/{name}": n for name, n in lost.items()}
+        counts["lost/prompts"] = len(mine) - len({t.place for t in judged})
+        counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
+        counts["judge_calls"], counts["judge_unparsed"] = judge.take_counts()
+        counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
+        counts = dict(zip(counts, map(int, common.all_sum(ranks, *counts.values()))))
         seconds = dict(zip(("refresh", "rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
         training = seconds["score"] + seconds["update"]
         common.log_metrics(args.out, dict(

@@ -131,14 +131,17 @@ def read_examples(args, chat):
     return kept
 
 
+def scratch_config(args, chat):
+    return Config(chat.tokenizer.get_vocab_size(), args.hidden_size, args.intermediate_size, args.layers, args.heads,
+                  args.heads // 2, rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=2048)
+
+
 def open_model(args, chat, ranks):
     """The model that is trained, fp32 masters, sharded."""
     if not args.from_scratch:
         model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
     else:
-        config = Config(chat.tokenizer.get_vocab_size(), args.hidden_size, args.intermediate_size, args.layers, args.heads,
-                        args.heads // 2, rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=2048)
-        model = common.shard(Qwen2(config).to(ranks.device), ranks)
+        model = common.shard(Qwen2(scratch_config(args, chat)).to(ranks.device), ranks)
         init_weights(model, args.seed)
     model.checkpoint_activations = args.checkpoint_activations
     return model
@@ -146,7 +149,8 @@ def open_model(args, chat, ranks):
 
 def main(args):
     if args.plan:
-        return plan.one_model(args, resolve(args.model))
+        scratch = args.from_scratch
+        return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
     ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)

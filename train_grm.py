@@ -277,7 +277,7 @@ def judge_held_out(args, chat, ranks):
 def main(args):
     args = with_defaults(args)
     if args.plan:
-        return plan.one_model(args, resolve(args.model), scalar_head=args.objective == "bt")
+        return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
     ranks = common.start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

@@ -1,8 +1,8 @@
-"""The update half of a step against what it would be composed of elsewhere: `transformers` models on padded batches, and
-TRL's way to log-probs (full logits, gather, a log-sum-exp per sequence). Each line is measured in the same run.
+"""The update half of a step against what it would be composed of elsewhere: `transformers` models on padded batches
+and TRL's way to log-probs (full logits, gather, a log-sum-exp per sequence). Both sides are measured in the same run.
 
     python bench/train.py                          # a CPU: log-probs, shared prefixes, a whole update
-    python bench/train.py --device cuda            # a GPU: the same at 0.5B and 1.5B, bf16 (not run yet: no GPU was at hand)
+    python bench/train.py --device cuda            # a GPU: the same at 0.5B and 1.5B in bf16 (never run so far)
     python bench/train.py --only logprob --repeats 5
 
 Log-probs: time and peak memory beyond inputs, weights and (with a backward pass) their gradients. Shared: forward and
@@ -60,7 +60,7 @@ def config_of(shape):
 def selective_log_softmax(logits, index):
     """As TRL's function of that name: log-softmax at one index, without keeping it for the others.
 
-    fp32: the log-sum-exp of one sequence at a time; bf16: the log-softmax of one sequence at a time. [B, L, V], [B, L] -> [B, L]
+    fp32: the log-sum-exp of one sequence at a time; bf16: its log-softmax. [B, L, V], [B, L] -> [B, L]
     """
     if logits.dtype in (torch.float32, torch.float64):
         selected = logits.gather(-1, index[..., None])[..., 0]
@@ -69,10 +69,7 @@ def selective_log_softmax(logits, index):
 
 
 def peer_models(config, device, dtype):
-    fields = dict(vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-                  num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-                  num_key_value_heads=config.num_key_value_heads, tie_word_embeddings=config.tie_word_embeddings,
-                  num_labels=1, pad_token_id=0, use_cache=False, attn_implementation="sdpa")
+    fields = dict(config.to_dict(), num_labels=1, pad_token_id=0, use_cache=False, attn_implementation="sdpa")
     policy = Qwen2ForCausalLM(Qwen2Config(**fields)).to(device, dtype)
     return policy, Qwen2ForSequenceClassification(Qwen2Config(**fields)).to(device, dtype)
 
@@ -120,7 +117,8 @@ def peer_step(policy, critic, optimizers, trajectories, args, device, sequences)
     advantages, returns = [], []
     for part, value, mask in zip(parts, values, masks):
         reward = torch.zeros_like(value)
-        reward[range(len(part)), [len(t.response_ids) - 1 for t in part]] = torch.tensor([t.reward for t in part], device=device)
+        for row, t in zip(reward, part):
+            row[len(t.response_ids) - 1] = t.reward
         a, r = ppo_cpe.gae(reward.cpu(), value.cpu() * mask.cpu(), mask.cpu().float(), 1.0, 1.0)
         advantages.append(a.to(device))
         returns.append(r.to(device))
@@ -281,7 +279,8 @@ def bench_shared(args, dtype):
     rows = [(p, [rng.randrange(config.vocab_size) for _ in range(400)]) for p in prompts for _ in range(6)]
     shared = common.pack_shared([p for p, _ in rows], [r for _, r in rows], [[True] * 400] * len(rows), args.device)
     apart = common.pack([p + r for p, r in rows], [[False] * 800 + [True] * 400] * len(rows), args.device)
-    print(f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width {config.hidden_size}")
+    print(f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width "
+          f"{config.hidden_size}")
     for name, scalar_head in (("actor", False), ("critic", True)):
         model = Qwen2(config, scalar_head)
         init_weights(model, 0)
@@ -315,8 +314,9 @@ def bench_step(args, ranks, dtype):
     print(f"a PPO update, {n_prompts} prompts x (4 originals + 2 edits), {n_tokens} tokens, {shape}")
     sides = {"ours": lambda: ours_step(models["policy"], models["critic"], optimizers, trajectories, flags, ranks)}
     # the fastest of several batch sizes, so that the peer is not held up by a bad one
-    sides |= {f"peer, {n} sequences a batch": lambda n=n: peer_step(*peers, peer_optimizers, trajectories, flags, args.device, n)
-              for n in ((12, 24, 48) if args.device == "cpu" else (8, 16))}
+    for n in (12, 24, 48) if args.device == "cpu" else (8, 16):
+        sides[f"peer, {n} sequences a batch"] = lambda n=n: peer_step(
+            *peers, peer_optimizers, trajectories, flags, args.device, n)
     times = seconds_of(sides, args.repeats, args.device)
     ours = times.pop("ours")
     for name, seconds in times.items():
@@ -328,7 +328,8 @@ def main(args):
     if ranks.device.type != args.device:
         raise ValueError(f"--device {args.device}: this machine's is {ranks.device.type}")
     dtype = ranks.dtype
-    print(f"{torch.__version__}, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name())
+    cpu = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(cpu if args.device == "cpu" else torch.cuda.get_device_name())
     print(f"{'':58}{'peer':>10}{'ours':>10}     {'ratio':>9}     target")
     if "logprob" in args.only:
         bench_logprob(args, dtype)

@@ -3,13 +3,13 @@
     logprobs, entropy = linear_logprob(hidden, weight, targets, temperature)
 
 At V = 152k a single fp32 logits matrix for 8k tokens is 5 GB. The forward pass therefore walks over tiles of the logits
-with an online log-sum-exp, and the backward pass makes each tile again instead of storing it. Logits, sums and gradients
-are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16: nothing is rounded to bf16 before the softmax.
+with an online log-sum-exp, and the backward pass makes each tile again instead of storing it. Logits, sums and
+gradients are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16: nothing is rounded before the softmax.
 
 - CPU: tiles that stay in its cache, vocabulary outside, tokens inside; matrix products by torch.
-- Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel; the
-  splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in the
-  dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and d weight.
+- Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel;
+  the splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in
+  the dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and d weight.
 """
 
 import torch
@@ -21,7 +21,7 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-TILE_TOKENS, TILE_WORDS = 512, 2048  # on a CPU: 4 MB of fp32, which stay in its last cache; few calls per product
+TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, which stay in its cache
 SLICE_BYTES = 256 * 2**20  # on a GPU: d loss / d logits of one slice of the vocabulary
 MIN_PROGRAMS = 1024  # on a GPU: enough for the last wave of programs to be a small part of all
 
@@ -41,13 +41,14 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
     """
     assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert hidden.dtype == weight.dtype and targets.dtype == torch.int64, (hidden.dtype, weight.dtype, targets.dtype)
-    assert targets.shape == hidden.shape[:1] and hidden.stride(1) == weight.stride(1) == 1, (targets.shape, hidden.stride())
+    assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
+    assert hidden.stride(1) == weight.stride(1) == 1, (hidden.stride(), weight.stride())
     on_triton = hidden.is_cuda and triton is not None and hidden.dtype != torch.float64
     return _LinearLogprob.apply(hidden, weight, targets, temperature, _Triton if on_triton else _Torch)
 
 
 def logits(hidden, weight):
-    """hidden @ weight.T in fp32 (fp64 for fp64): [T, d], [V, d] -> [T, V]; for sampling, not for log-probs of many tokens."""
+    """hidden @ weight.T in fp32 (fp64 for fp64), [T, d] and [V, d] -> [T, V]: for sampling, where T is small."""
     if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.is_grad_enabled():
         return _product(hidden, weight.t())
     return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -181,8 +182,8 @@ if triton is not None:
         target_logit = tl.zeros([TOKENS], tl.float32)
         for start in range(split * words_per_split, tl.minimum((split + 1) * words_per_split, n_words), WORDS):
             words = start + tl.arange(0, WORDS)
-            z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS,
-                      WORDS) * inverse_temperature
+            z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D,
+                      TOKENS, WORDS) * inverse_temperature
             inside = (words < n_words)[None, :]
             now = tl.maximum(largest, tl.max(tl.where(inside, z, float("-inf")), 1))
             rescale = tl.exp(largest - now)
@@ -201,10 +202,11 @@ if triton is not None:
     def _grad_kernel(hidden, weight, targets, logsumexp, scale, grad, first_word, n_tokens, n_words, hidden_stride,
                      weight_stride, inverse_temperature, D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
                      WORDS: tl.constexpr):
-        """grad[t, w] = scale[t] (onehot(target[t]) - softmax[t])[first_word + w] for one tile; weight: the slice's rows."""
+        """grad[t, w] = scale[t] (onehot(target[t]) - softmax[t])[first_word + w], one tile; weight: the slice's."""
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-        z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS, WORDS)
+        z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS,
+                  WORDS)
         mask = tokens < n_tokens
         target = tl.load(targets + tokens, mask=mask, other=-1) - first_word
         lse = tl.load(logsumexp + tokens, mask=mask, other=0.0)
@@ -228,8 +230,9 @@ class _Triton:
         per_split = triton.cdiv(word_blocks, min(word_blocks, triton.cdiv(MIN_PROGRAMS, token_blocks)))
         splits = triton.cdiv(word_blocks, per_split)  # none is empty
         parts = [torch.empty(splits, n_tokens, device=hidden.device) for _ in range(4)]
-        _forward_kernel[token_blocks, splits](hidden, weight, targets, *parts, n_tokens, n_words, per_split * blocks["WORDS"],
-                                              hidden.stride(0), weight.stride(0), 1 / temperature, D=d, **blocks)
+        _forward_kernel[token_blocks, splits](
+            hidden, weight, targets, *parts, n_tokens, n_words, per_split * blocks["WORDS"], hidden.stride(0),
+            weight.stride(0), 1 / temperature, D=d, **blocks)
         largest, sum_exp, sum_exp_logit, target_logit = parts
         top = largest.amax(0)
         rescale = torch.exp(largest - top)

@@ -17,7 +17,7 @@ from kernels import linear_logprob as fused  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; the interpreter has its own process")
+on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; interpreted in its own process")
 
 if INTERPRETED:  # it multiplies the bit patterns of bf16 numbers, and cuts bits off where a GPU rounds
     import numpy as np
@@ -45,7 +45,8 @@ if INTERPRETED:  # it multiplies the bit patterns of bf16 numbers, and cuts bits
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is that process, or there is a GPU")
 def test_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-k", "test_triton", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-k", "test_triton",
+               __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
@@ -72,9 +73,9 @@ def results(function, hidden, weight, targets, upstream, temperature):
 def check(function, n_tokens, n_words, width, dtype, temperature):
     """Against the definition in fp64 on the same (rounded) numbers.
 
-    Log-probs and entropy are differences of sums below 20, so 5e-5 is some 25 fp32 roundings; a word too many or too few in the sum shows at
-    1 / n_words > 1e-3 in at least one row. Gradients in bf16 are rounded to 8 bits where d loss / d logits is stored
-    and where the result is: 2 % of the largest, a tile left out is most of it.
+    Log-probs and entropy are differences of sums below 20, so 5e-5 is some 25 fp32 roundings; a word too many or too
+    few in the sum shows at 1 / n_words > 1e-3 in at least one row. Gradients in bf16 are rounded to 8 bits where d loss /
+    d logits is stored and where the result is: 2 % of the largest; a tile left out is most of it.
     """
     hidden, weight, targets, upstream = case(n_tokens, n_words, width, dtype)
     found = results(function, hidden, weight, targets, upstream, temperature)
@@ -86,7 +87,7 @@ def check(function, n_tokens, n_words, width, dtype, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tile", [(512, 1024), (16, 64), (50, 301), (7, 300)])  # one tile, even, odd, a last tile of one
+@pytest.mark.parametrize("tile", [(512, 1024), (16, 64), (50, 301), (7, 300)])  # one, even, odd, a last of one
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_torch(monkeypatch, dtype, tile, temperature):
     monkeypatch.setattr(fused, "TILE_TOKENS", tile[0])

@@ -21,12 +21,12 @@ from model import GIB, Packed, save_pretrained
 
 QWEN = dict(model_type="qwen2", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768)
 SIZES = {  # the published config.json files of Qwen2.5-Instruct
-    "0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                 num_key_value_heads=2, tie_word_embeddings=True),
-    "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, tie_word_embeddings=False),
-    "14b": dict(vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
-                num_key_value_heads=8, tie_word_embeddings=False),
+    "0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                 num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+    "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+               num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
+    "14b": dict(vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48,
+                num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False),
 }
 
 
@@ -48,8 +48,9 @@ def test_recipes_pass_their_own_plan(size, tmp_path):
     os.chmod(tmp_path / ".venv" / "bin" / "python", 0o755)
     shutil.copy(os.path.join(ROOT, "requirements.txt"), tmp_path / ".venv" / "installed.txt")
     model = config_folder(tmp_path / "model", size)
-    run = subprocess.run(["bash", tmp_path / "recipes" / f"qwen{size}.sh"], capture_output=True, text=True, cwd=tmp_path,
-                         env={**os.environ, "PLAN_ONLY": "1", "MODEL": str(model), "CUDA_VISIBLE_DEVICES": ""})
+    environment = {**os.environ, "PLAN_ONLY": "1", "MODEL": str(model), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(["bash", tmp_path / "recipes" / f"qwen{size}.sh"], capture_output=True, text=True,
+                         cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert run.stdout.count("fits: yes") == 3 and not (tmp_path / "out").exists()
 
@@ -69,8 +70,8 @@ def ppo_plan(tmp_path, capsys, *flags):
 def test_seven_billion_by_hand(tmp_path, capsys):
     config_folder(tmp_path / "m", "7b")
     status, parts = ppo_plan(tmp_path, capsys, "--world-size", 8)
-    # 28 layers of (2 x 3584^2 + 2 x 3584 x 512 + 3 x 3584 x 18944 weights, 3584 + 2 x 512 + 2 x 3584 biases and norms), a
-    # norm, and the vocabulary twice
+    # 28 layers of (2 x 3584^2 + 2 x 3584 x 512 + 3 x 3584 x 18944 weights, 3584 + 2 x 512 + 2 x 3584 biases and norms),
+    # a norm, and the vocabulary twice
     n = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944 + 3584 + 2 * 512 + 2 * 3584) + 3584 + 2 * 152064 * 3584
     assert n == 7_615_616_512  # what the model card says
     assert parts["policy: fp32 masters"] == pytest.approx(4 * n / 8 / GIB, abs=0.01)
@@ -83,7 +84,8 @@ def test_seven_billion_by_hand(tmp_path, capsys):
 
     _, less = ppo_plan(tmp_path, capsys, "--world-size", 8, "--checkpoint-activations", "--tokens-per-microbatch", 8192)
     # at least the inputs of 28 layers, and one layer's seven tensors as wide as the MLP or a few more
-    assert 8192 * 28 * 3584 * 2 < less["activations"] * GIB < 8192 * (2 * 28 * 3584 + 12 * 18944) * 2 < parts["activations"] * GIB
+    assert 8192 * 28 * 3584 * 2 < less["activations"] * GIB < 8192 * (2 * 28 * 3584 + 12 * 18944) * 2
+    assert parts["activations"] > 10 * less["activations"]  # 2 x the tokens, 28 whole layers
     _, spread = ppo_plan(tmp_path, capsys, "--world-size", 32, "--shard-size", 8)
     assert spread["policy: fp32 masters"] == parts["policy: fp32 masters"]  # four copies of eight ranks each
 
@@ -127,7 +129,7 @@ def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys):
     measured = int(run.stdout.split()[-1])
     tokens = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["tokens"]
     parts = -(-tokens // 2000)
-    flags[flags.index("2000")] = str(tokens // parts)  # the plan is for a full micro-batch: here for as many as there were
+    flags[flags.index("2000")] = str(tokens // parts)  # the plan is for a full micro-batch: for as many as there were
     planned = sft.main(tyro.cli(sft.Args, args=[*flags, "--plan", "--gpu-gib", "0"]))
     assert tokens > 2000 and measured > 0.3 * GIB
     assert planned == pytest.approx(measured, rel=0.15)
@@ -139,3 +141,10 @@ def test_flags_that_do_not_go_together(tmp_path):
         sft.main(sft.Args(model=str(tmp_path / "m"), plan=True, world_size=8, shard_size=3))
     with pytest.raises(ValueError, match="no config.json"):
         sft.main(sft.Args(model=str(tmp_path), plan=True))
+
+
+def test_a_model_from_scratch_is_planned_from_its_flags(tmp_path, capsys):
+    tiny_tokenizer(str(tmp_path / "tokenizer"), ["a b c user assistant"])
+    args = sft.Args(from_scratch=str(tmp_path / "tokenizer"), plan=True, gpu_gib=0, hidden_size=64, layers=2)
+    assert 0 < sft.main(args) < GIB
+    assert "0.00 billion parameters" in capsys.readouterr().out

@@ -67,6 +67,22 @@ def test_a_step_does_what_the_method_says(whole):
     # the same weights in engine and trainer; 1e-4 is some hundred fp32 roundings of a log-prob near 5
     assert first["logprob_gap_max"] < 1e-4
     assert first["policy_loss"] is not None and first["value_loss"] > 0 and first["grad_norm_policy"] > 0
+    assert 0 <= first["refresh_gap"] < 1e-4
+    # a prompt counts once for each of its responses, and is computed once
+    assert first["computed_tokens"] < first["trained_tokens"] < 4 * first["computed_tokens"]
+    assert first["mfu"] is None  # a CPU's peak is not known
+    kinds = [f"{kind}/{name}" for kind in ("original", "edit") for name in ("ratio", "ratio_max", "clipfrac")]
+    assert all(first[name] is not None for name in [*kinds, "value_clipfrac", "explained_variance"])
+
+
+def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):
+    flags = [*flags_of(tiny, judge), "--max-steps", 1, "--out", tmp_path / "run", "--peak-tflops", 0.05, "--offload"]
+    finish(launch("ppo_cpe.py", *flags))
+    (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    # 4 + 2 passes' worth over some 1,000 tokens of a model of 100,000 weights: far from 0 and below 1 at 50 GFLOP/s
+    assert 1e-5 < metrics["mfu"] < 1
+    assert metrics["peak_memory_gib"] > 0.1 and metrics["trained_tokens_per_second"] > 0
+    assert all(metrics[f"seconds/{phase}"] > 0 for phase in ("refresh", "rollout", "score", "update"))
 
 
 def test_nobody_waits_for_a_straggler(tiny):

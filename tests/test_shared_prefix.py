@@ -35,7 +35,7 @@ def run(model, batch):
     return out.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-# A key or a position that is wrong changes results and gradients, which are of the order of 1, in the first digit or two.
+# A key or a position that is wrong changes results and gradients, which are of the order of 1, in the first digits.
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("scalar_head", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
@@ -164,7 +164,7 @@ SETTINGS = [(1, 10_000, None), (1, 60, None), (2, 10_000, None), (2, 45, None), 
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
-    """Weights after one update of plain SGD at rate 1, less those before: the gradients, by (processes, budget, shard)."""
+    """Weights before, less those after an update by SGD at rate 1: the gradients; by (processes, budget, shard)."""
     folder = tmp_path_factory.mktemp("updates")
     result = {}
     for processes, budget, shard_size in SETTINGS:
