@@ -265,7 +265,10 @@ def judged_in_pairs(rows, outputs, templates, args, ranks):
         if results[i]["shown"] is None:
             results[i] |= dict(shown={}, failure=None)
         results[i]["shown"][order] = None if p is None else p if order == "model_first" else 1 - p
-        results[i]["method"] = results[i]["method"] or verdict["method"]
+        if "votes" not in (results[i]["method"], verdict["method"]):
+            results[i]["method"] = results[i]["method"] or verdict["method"]
+        else:  # of either order
+            results[i]["method"] = "votes"
         results[i]["failure"] = results[i]["failure"] or verdict["failure"]
     for result in results:  # one order alone would count the judge's bias for a place: all or none
         if result["shown"] and None not in result["shown"].values():
