@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 
 import common  # noqa: E402
 import ppo_cpe  # noqa: E402

@@ -36,8 +36,8 @@ sys.exit(f'{parsed:.0%} of the judgements parse; expected 75 % before they serve
 
 stage "PPO with critique-post-edit"
 python ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" $GRM \
-    --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1000 \
-    --max-response-length 128 --max-judgement-length 128 --max-steps 3 --tokens-per-microbatch 4096 --dtype "${DTYPE:-fp32}"
+    --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1300 \
+    --max-response-length 128 --max-judgement-length 128 --epochs 4 --max-steps 3 --tokens-per-microbatch 4096 --dtype "${DTYPE:-fp32}"
 
 stage "evaluation: against the start of RL"
 python evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --prompts "$OUT/data/prompts_eval.jsonl" \
