@@ -10,12 +10,12 @@ import os
 
 import torch
 
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import gather_plan, gathered_attention, paged_attention
 from kernels.rope_kv import rope_kv
 from model import Segments, apply_rope, varlen_attention
 
 BLOCK = 16  # tokens
-KV_SHARE = {"cuda": 0.3, "cpu": 0.1}  # of the free memory, for a cache whose size is not given: others live there too
+KV_SHARE = {"cuda": 0.9, "cpu": 0.25}  # of the free memory, at most, for a cache whose size is not given
 
 
 class Blocks:
@@ -114,15 +114,24 @@ class Decode:
         block = block_table.gather(1, (lengths // BLOCK)[:, None])[:, 0].long()
         self.slots = block * BLOCK + lengths % BLOCK
         self.lengths = (lengths + 1).int()
+        self.plan = None if cache.is_cuda else gather_plan(block_table, self.lengths, cache[0, 0])
 
     def attend(self, layer, q, k, v, cos, sin):
         keys, values = self.cache[layer]  # [blocks, BLOCK, Hkv, D] each
         q = rope_kv(q, k, v, cos, sin, keys, values, self.slots)
+        if self.plan is not None:
+            return gathered_attention(q, keys, values, self.plan)
         return paged_attention(q, keys, values, self.block_table, self.lengths)
 
 
+def likely_tokens(max_len, max_batch):
+    """Tokens that max_batch sequences hold when they are on average a quarter of the longest, 800 + 400 tokens of
+    2048 + 2048, say; at least one of the longest."""
+    return max(max_len, max_len * max_batch // 4)
+
+
 def kv_tokens_of(model, max_len, max_batch):
-    """Tokens for which a share of the free memory has room; at least one sequence's, at most that of all rows."""
+    """The size of a cache for which none is given: `likely_tokens`, if a share of the free memory has room for them."""
     device, config = next(model.parameters()).device, model.config
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -130,4 +139,4 @@ def kv_tokens_of(model, max_len, max_batch):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     itemsize = next(model.parameters()).element_size()
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize  # bytes
-    return min(max(int(KV_SHARE[device.type] * free / per_token), max_len), max_len * max_batch)
+    return max(max_len, min(likely_tokens(max_len, max_batch), int(KV_SHARE[device.type] * free / per_token)))

@@ -13,11 +13,11 @@ import sys
 
 import torch
 
+from kv_cache import likely_tokens
 from model import GIB, Packed, Qwen2, apply_rope, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
-KV_SHARE = 4  # sequences are on average a quarter of the longest: 800 + 400 tokens of 2048 + 2048, say
 
 
 class _Attention(torch.autograd.Function):
@@ -130,11 +130,6 @@ def inference(config, dtype, kv_tokens, scalar_head=False):
     return weights, kv_tokens * per_token
 
 
-def kv_tokens(max_len, max_batch):
-    """Tokens for which an engine's cache needs room: at least one of the longest sequences."""
-    return max(max_len, max_len * max_batch // KV_SHARE)
-
-
 def machine_of(args):
     """From a script's flags. The dtype `auto` is that of a GPU, unless the plan is for a CPU (--gpu-gib 0)."""
     device = "cuda" if args.gpu_gib else "cpu"
@@ -192,13 +187,13 @@ def ppo(args, max_len, judge_max_len=8192):
     per_prompt = args.n_samples * (1 + args.edit_rate)
     policy = Trained(policy_config, False, *common, key_copies=2)
     critic = Trained(critic_config, True, *common, key_copies=2)
-    weights, cache = inference(policy_config, machine.dtype, kv_tokens(max_len, args.max_batch))
+    weights, cache = inference(policy_config, machine.dtype, likely_tokens(max_len, args.max_batch))
     resident = {"engine: weights": weights, "engine: KV cache": cache}
     if args.judge.startswith("bt:"):
         resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine.dtype, 0, True)
     elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
         resident["judge: weights"], resident["judge: KV cache"] = inference(
-            config_of(args.judge), machine.dtype, kv_tokens(judge_max_len, args.max_batch))
+            config_of(args.judge), machine.dtype, likely_tokens(judge_max_len, args.max_batch))
     masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
     moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
     larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)
