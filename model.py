@@ -236,7 +236,7 @@ class RMSNorm(nn.Module):
 def rope_tables(config, position_ids, dtype):
     """cos and sin of the rotary embedding, [T, 1, D], computed in fp32 (RoFormer, the half-split layout of HF)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    angles = position_ids[:, None].float() / config.rope_theta**exponents  # [T, D / 2]
+    angles = position_ids[:, None].float() * (1 / config.rope_theta**exponents)  # [T, D / 2], rounded as in HF
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
