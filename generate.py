@@ -42,7 +42,7 @@ from tqdm import tqdm
 import common
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, Prefill, kv_tokens_of
-from model import load_pretrained
+from model import load_pretrained, pack_weights
 from prompts import Chat, answer_prompt, load_templates
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
@@ -101,6 +101,7 @@ class Engine:
 
     def __init__(self, model, stop_ids, max_len, max_batch=256, kv_tokens=None):
         self.model, self.max_len, self.max_batch = model.eval(), max_len, max_batch
+        pack_weights(model)
         self.device, config = next(model.parameters()).device, model.config
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)
         self.stops = set(stop_ids)
@@ -206,6 +207,7 @@ class Engine:
             for (name, ours), (other, theirs) in zip(self.model.named_parameters(), model.named_parameters(), strict=True):
                 assert name == other, (name, other)
                 ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+        pack_weights(self.model)
 
     # -- admission and prefill -----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_logprob import linear_logprob, logits
+from kernels.packed_linear import pack, packed_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.swiglu import swiglu
 
@@ -246,15 +247,26 @@ def apply_rope(x, cos, sin):
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+class Linear(nn.Linear):
+    """nn.Linear; where `pack_weights` was called, passes without gradients use the packed copy."""
+
+    packed = None
+
+    def forward(self, x):
+        if self.packed is None or torch.is_grad_enabled():
+            return super().forward(x)
+        return packed_linear(x, self.packed, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(d, d, bias=True)
-        self.k_proj = nn.Linear(d, kv, bias=True)
-        self.v_proj = nn.Linear(d, kv, bias=True)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d, bias=True)
+        self.k_proj = Linear(d, kv, bias=True)
+        self.v_proj = Linear(d, kv, bias=True)
+        self.o_proj = Linear(d, d, bias=False)
 
     def forward(self, x, cos, sin, context):
         q, k, v = (proj(x).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -265,9 +277,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -293,6 +305,7 @@ class Qwen2(nn.Module):
     def __init__(self, config, scalar_head=False):
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
+        self.packed_head = None  # of the LM head, see `pack_weights`
         self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more time
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -326,8 +339,17 @@ class Qwen2(nn.Module):
             return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if targets is None:
-            return logits(x, weight)
+            return logits(x, weight) if self.packed_head is None else packed_linear(x, self.packed_head)
         return linear_logprob(x, weight, targets, temperature)
+
+
+def pack_weights(model):
+    """Copies of the matrices, laid out for fast passes without gradients on a CPU; to be called again when weights change."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.packed = pack(module.weight)
+    if not model.scalar_head:
+        model.packed_head = pack(model.model.embed_tokens.weight if model.config.tie_word_embeddings else model.lm_head.weight)
 
 
 def init_weights(model, seed, std=None):

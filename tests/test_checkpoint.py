@@ -84,10 +84,11 @@ def test_greedy_preempted(model, prompts, expected):
 
 def test_greedy_after_new_weights(model, prompts, expected):
     """An engine that has generated with other weights, prompts in its cache, and is then given these."""
-    engine = Engine(load_pretrained(CHECKPOINT, torch.float32), [], 1024)
+    other = load_pretrained(CHECKPOINT, torch.float32)
     with torch.no_grad():
-        for parameter in engine.model.parameters():
+        for parameter in other.parameters():
             parameter.mul_(1.1)
+    engine = Engine(other, [], 1024)
     assert greedy(engine, prompts[:4]) != [[ids] for ids in expected[:4]]
     engine.refresh(model)
     assert greedy(engine, prompts) == [[ids] for ids in expected]

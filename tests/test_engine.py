@@ -8,6 +8,7 @@ from conftest import random_model, tiny_config
 
 import generate
 from generate import Engine
+from kernels import packed_linear
 from kv_cache import BLOCK, Blocks
 
 SETTINGS = dict(max_new_tokens=20)
@@ -131,6 +132,23 @@ def test_new_weights_forget_the_old_cache(model):
     (found,), = engine.generate([prompt], temperature=0, **SETTINGS)
     assert engine.reused_tokens == 0
     assert found.ids == Engine(other, [], 200).generate([prompt], temperature=0, **SETTINGS)[0][0].ids
+
+
+def test_packed_weights_change_nothing_but_rounding(model, monkeypatch):
+    """On a CPU large matrices are used in a packed copy; it follows new weights."""
+    prompts = [tokens(n, seed=n) for n in (5, 40, 70)]
+    others = [random_model(tiny_config(tie_word_embeddings=tied), seed=5, std=0.3) for tied in (False, True)]
+    plain = [Engine(m, [], 200).generate(prompts, n=2, **SETTINGS) for m in (model, *others)]
+    monkeypatch.setattr(packed_linear, "WORTH_PACKING", 1)
+    fresh = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
+    engine = Engine(fresh, [], 200)
+    assert fresh.packed_head is not None and fresh.model.layers[0].self_attn.q_proj.packed is not None
+    packed = [engine.generate(prompts, n=2, **SETTINGS)]
+    engine.refresh(others[0])
+    packed += [engine.generate(prompts, n=2, **SETTINGS), Engine(others[1], [], 200).generate(prompts, n=2, **SETTINGS)]
+    for a, b in zip(sum(sum(plain, []), []), sum(sum(packed, []), []), strict=True):
+        assert a.ids == b.ids
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
 
 
 def test_a_thousand_requests_in_a_tiny_pool(model):
