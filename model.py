@@ -255,7 +255,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.packed is None or torch.is_grad_enabled():
             return super().forward(x)
-        return packed_linear(x, self.packed, self.bias)
+        return packed_linear(x, self.weight, self.packed, self.bias)
 
 
 class Attention(nn.Module):
@@ -339,7 +339,7 @@ class Qwen2(nn.Module):
             return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if targets is None:
-            return logits(x, weight) if self.packed_head is None else packed_linear(x, self.packed_head)
+            return logits(x, weight) if self.packed_head is None else packed_linear(x, weight, self.packed_head)
         return linear_logprob(x, weight, targets, temperature)
 
 

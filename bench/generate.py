@@ -152,7 +152,7 @@ def measured_rates(device, dtype):
             times.append(time.perf_counter() - started)
         return min(times)
 
-    large = torch.ones(2**28 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device).view(torch.float32)
+    large = torch.ones(2**30 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device).view(torch.float32)
     n = 1024 if device.type == "cpu" else 8192
     a, b = torch.ones(n, n, dtype=dtype, device=device), torch.ones(n, n, dtype=dtype, device=device)
     return large.nbytes / seconds(large.sum), 2 * n**3 / seconds(lambda: a @ b)
