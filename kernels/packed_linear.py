@@ -33,6 +33,6 @@ def packed_linear(x, weight, packed, bias=None):
     """x fp32 [T, in], weight [out, in], packed: `pack` of it, bias [out] -> [T, out]. Not differentiable."""
     parts = torch.get_num_threads()
     if len(x) <= 2 and len(weight) % parts == 0:
-        y = torch.bmm(weight.view(parts, -1, weight.shape[1]), x.t().expand(parts, -1, -1)).view(len(weight), -1).t()
+        y = torch.bmm(weight.view(parts, -1, weight.shape[1]), x.t().expand(parts, -1, -1)).view(len(weight), -1).t().contiguous()
         return y if bias is None else y + bias
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
