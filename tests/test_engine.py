@@ -137,7 +137,8 @@ def test_new_weights_forget_the_old_cache(model):
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 17, 300])
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_linear(n_rows, bias):
-    x, weight, b = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((n_rows, 512), (640, 512), (640,)))
+    shapes = (n_rows, 512), (640, 512), (640,)
+    x, weight, b = (torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes))
     found = packed_linear.packed_linear(x, weight, packed_linear.pack(weight), b if bias else None)
     # sums of 512 products of variance 1 in another order: roundings of 1e-7 x 20, some of them
     torch.testing.assert_close(found, packed_linear.reference(x, weight, b if bias else None), atol=1e-4, rtol=0)
