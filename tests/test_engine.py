@@ -140,8 +140,8 @@ def test_packed_linear(n_rows, bias):
     shapes = (n_rows, 512), (640, 512), (640,)
     x, weight, b = (torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes))
     found = packed_linear.packed_linear(x, weight, packed_linear.pack(weight), b if bias else None)
-    # sums of 512 products of variance 1 in another order: roundings of 1e-7 x 20, some of them
-    torch.testing.assert_close(found, packed_linear.reference(x, weight, b if bias else None), atol=1e-4, rtol=0)
+    # sums of 512 products in another order: values of about 20, up to 100, and some hundred roundings of 1e-6
+    torch.testing.assert_close(found, packed_linear.reference(x, weight, b if bias else None), atol=1e-3, rtol=0)
     assert found.is_contiguous() and packed_linear.pack(weight[:64]) is None and packed_linear.pack(weight.bfloat16()) is None
 
 
