@@ -131,12 +131,15 @@ def likely_tokens(max_len, max_batch):
 
 
 def kv_tokens_of(model, max_len, max_batch):
-    """The size of a cache for which none is given: `likely_tokens`, if a share of the free memory has room for them."""
+    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a GPU,
+    on a CPU, where memory counts only once it is written, the most that there can be."""
     device, config = next(model.parameters()).device, model.config
     if device.type == "cuda":
+        wanted = likely_tokens(max_len, max_batch)
         free, _ = torch.cuda.mem_get_info(device)
     else:
+        wanted = max_len * max_batch
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     itemsize = next(model.parameters()).element_size()
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize  # bytes
-    return max(max_len, min(likely_tokens(max_len, max_batch), int(KV_SHARE[device.type] * free / per_token)))
+    return max(max_len, min(wanted, int(KV_SHARE[device.type] * free / per_token)))

@@ -211,7 +211,8 @@ def main(args):
         for name in names:
             requests, known = workload(name, vocab_size)
             n_rows = sum(n for _, n, _ in requests)
-            engine = generate.Engine(model, [], max(len(p) + length for p, _, length in requests), max_batch=n_rows)
+            engine = generate.Engine(model, [], longest := max(len(p) + length for p, _, length in requests), n_rows,
+                                     kv_tokens=(longest + generate.BLOCK) * n_rows)
             run_ours(engine, [(p[: known + 8], n, 2) for p, n, _ in requests], known)  # warm-up
             ours = fastest(lambda: run_ours(engine, requests, known), args.repeats)
             del engine
