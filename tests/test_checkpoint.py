@@ -1,6 +1,6 @@
 """A real pretrained checkpoint against transformers; runs where CHECKPOINT names one (minutes at 135M parameters on a CPU).
 
-    CHECKPOINT=path/to/model bash tests/run.sh tests/test_checkpoint.py
+    CHECKPOINT=path/to/model python -m pytest tests/test_checkpoint.py
 """
 
 import os
