@@ -20,7 +20,7 @@ sys.path.insert(0, ROOT)
 
 from kernels import paged_attention as paged  # noqa: E402
 from kernels import rmsnorm, rope_kv, sampling, swiglu  # noqa: E402
-from model import apply_rope  # noqa: E402
+from kernels.rope_kv import apply_rope  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -28,26 +28,8 @@ on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="inte
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-if INTERPRETED:  # its bf16 is not that of a GPU: it cuts bits off instead of rounding, and multiplies bit patterns
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    _convert_float, _create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def convert_float(x, source, target, rounding):
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return (x.astype(np.uint32) << 16).view(np.float32)
-        if (source, target) == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16()  # to the nearest, ties to even
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        return _convert_float(x, source, target, rounding)
-
-    def create_dot(self, a, b, *rest):
-        wide = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return _create_dot(self, *wide, *rest)
-
-    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, create_dot
+if INTERPRETED:
+    import interpreter_bf16  # noqa: F401
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")

@@ -19,27 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; interpreted in its own process")
 
-if INTERPRETED:  # it multiplies the bit patterns of bf16 numbers, and cuts bits off where a GPU rounds
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    _dot, _convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
-
-    def _as_float(bits):
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-
-    def create_dot(self, a, b, *rest):
-        a, b = (interpreter.TensorHandle(_as_float(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-                for x in (a, b))
-        return _dot(self, a, b, *rest)
-
-    def convert(x, source, target, rounding):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return _convert(x, source, target, rounding)
-
-    interpreter.InterpreterBuilder.create_dot, interpreter._convert_float = create_dot, convert
+if INTERPRETED:
+    import interpreter_bf16  # noqa: F401
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is that process, or there is a GPU")
