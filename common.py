@@ -204,10 +204,15 @@ def read_rows(path, kind):
 
 
 def write_rows(path, rows):
-    """JSON lines; the file appears whole or not at all."""
+    """JSON lines; see `write_text`."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path, text):
+    """The file appears whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.write(text)
     os.replace(f"{path}.tmp", path)
 
 
@@ -459,9 +464,7 @@ def open_run(args, ranks):
             raise ValueError(f"{args.out} holds a run with other flags ({was}); choose another --out or remove it")
     if ranks.rank == 0:
         os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
-        with open(f"{file}.tmp", "w") as f:
-            json.dump({**flags, "git": git_hash()}, f, indent=2)
-        os.replace(f"{file}.tmp", file)
+        write_text(file, json.dumps({**flags, "git": git_hash()}, indent=2))
     barrier(ranks)
     print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
 
@@ -588,8 +591,6 @@ def load_checkpoint(out, models, optimizers, ranks):
     if ranks.rank == 0 and os.path.isfile(metrics):
         with open(metrics) as f:  # a killed run may have left half a line
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(f"{metrics}.tmp", "w") as f:
-            f.writelines(lines)
-        os.replace(f"{metrics}.tmp", metrics)
+        write_text(metrics, "".join(lines))
     barrier(ranks)
     return step

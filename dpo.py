@@ -170,9 +170,7 @@ def reference_logprobs(args, model, pairs, ranks):
         if ranks.rank == 0:
             _, chosen, rejected = zip(*scored)
             content = dict(pairs=digest, chosen=chosen, rejected=rejected)
-            with open(f"{file}.tmp", "w") as f:
-                json.dump(content, f)
-            os.replace(f"{file}.tmp", file)
+            common.write_text(file, json.dumps(content))
         common.barrier(ranks)
     with open(file) as f:
         content = json.load(f)

@@ -454,7 +454,7 @@ def reward_accuracy(args, templates, ranks):
         for i, (pair, o) in enumerate(zip(pairs, outcomes))])
     write_json(os.path.join(args.out, "results.json"), results)
     text = accuracy_table(results)
-    tables.write_text(os.path.join(args.out, "table.md"), text)
+    common.write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (verdicts.jsonl, results.json, table.md)")
 
 
@@ -569,7 +569,7 @@ def persona_swap(args, templates, ranks):
         lines.append(row(name, *means, gap, d["better"], d["equal"], d["worse"], p))
     lines += [f"{count} answers without a verdict: {kind}" for kind, count in results["failures"].items()]
     text = "\n".join(lines) + "\n"
-    tables.write_text(os.path.join(args.out, "table.md"), text)
+    common.write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (answers_model.jsonl, verdicts.jsonl, results.json, table.md)")
 
 

@@ -154,7 +154,7 @@ def evaluate(args, templates, ranks):
         for i, (row, reply, j) in enumerate(zip(rows, replied, judged))])
     tables.write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
     text = markdown(results, list(measures))
-    tables.write_text(os.path.join(args.out, "table.md"), text)
+    common.write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (choices.jsonl, results.json, table.md)")
 
 

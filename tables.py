@@ -14,20 +14,13 @@ from collections import Counter
 
 import numpy as np
 import winrate
+from common import write_text
 from journal import DIMENSIONS
 from matplotlib.figure import Figure
 
 FIELDS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
 LEADERBOARD = ("win_rate", "standard_error", "mode", "avg_length", "n_wins", "n_wins_base", "n_draws", "n_total",
                "discrete_win_rate", "length_controlled_winrate", "lc_standard_error")
-
-
-def write_text(path, text):
-    """The file appears whole or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(f"{path}.tmp", path)
 
 
 def write_json(path, value):
