@@ -96,7 +96,7 @@ class Engine:
     """Batched generation for one model on one device. It computes with `model` and never trains it.
 
     stop_ids: a response ends with the first of these. max_len: tokens of a sequence, prompt and response together.
-    max_batch: samples that run at once; more wait. kv_tokens: size of the cache (None: what the free memory holds).
+    max_batch: samples that run at once; more wait. kv_tokens: size of the cache (None: see `kv_tokens_of`).
     """
 
     def __init__(self, model, stop_ids, max_len, max_batch=256, kv_tokens=None):
@@ -463,7 +463,7 @@ class Args:
     max_batch: int = 64
     """Samples that run at once."""
     kv_tokens: int | None = None
-    """Tokens that the KV cache holds, of all sequences together; by default what a share of the free memory holds."""
+    """Tokens that the KV cache holds, of all sequences together; by default by --max-batch and the free memory."""
     seed: int = 0
     """Of the sampling: a row's samples depend on the seed, its place in the file and the sample's number."""
     dtype: str = "auto"

@@ -11,8 +11,8 @@ import os
 import torch
 
 from kernels.paged_attention import gather_plan, gathered_attention, paged_attention
-from kernels.rope_kv import rope_kv
-from model import Segments, apply_rope, varlen_attention
+from kernels.rope_kv import apply_rope, rope_kv
+from model import Segments, varlen_attention
 
 BLOCK = 16  # tokens
 KV_SHARE = {"cuda": 0.9, "cpu": 0.25}  # of the free memory, at most, for a cache whose size is not given

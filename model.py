@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.linear_logprob import linear_logprob, logits
 from kernels.packed_linear import pack, packed_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
+from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
 
 try:
@@ -242,11 +243,6 @@ def rope_tables(config, position_ids, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x, cos, sin):
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
 class Linear(nn.Linear):
     """nn.Linear; where `pack_weights` was called, passes without gradients use the packed copy."""
 
@@ -317,6 +313,11 @@ class Qwen2(nn.Module):
         elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def head_weight(self):
+        """[V, d], of the LM head."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     def forward(self, input_ids, position_ids, context, index=None, targets=None, temperature=1.0):
         """One pass over packed tokens. The head runs here, not outside, so that FSDP has its weight at hand.
 
@@ -337,19 +338,20 @@ class Qwen2(nn.Module):
         x, _ = self.model.norm(x if index is None else gather_rows(x, index), None)  # [S, d]
         if self.scalar_head:
             return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        if targets is None:
-            return logits(x, weight) if self.packed_head is None else packed_linear(x, weight, self.packed_head)
-        return linear_logprob(x, weight, targets, temperature)
+        if targets is not None:
+            return linear_logprob(x, self.head_weight, targets, temperature)
+        if self.packed_head is not None:
+            return packed_linear(x, self.head_weight, self.packed_head)
+        return logits(x, self.head_weight)
 
 
 def pack_weights(model):
-    """Copies of the matrices, laid out for fast passes without gradients on a CPU; to be called again when weights change."""
+    """Copies of the matrices, laid out for fast passes without gradients on a CPU; to be called again for new weights."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.packed = pack(module.weight)
     if not model.scalar_head:
-        model.packed_head = pack(model.model.embed_tokens.weight if model.config.tie_word_embeddings else model.lm_head.weight)
+        model.packed_head = pack(model.head_weight)
 
 
 def init_weights(model, seed, std=None):

@@ -13,8 +13,9 @@ import sys
 
 import torch
 
+from kernels.rope_kv import apply_rope
 from kv_cache import likely_tokens
-from model import GIB, Packed, Qwen2, apply_rope, load_config, resolve
+from model import GIB, Packed, Qwen2, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64

@@ -30,7 +30,7 @@ from kernels.rmsnorm import add_rms_norm  # noqa: E402
 from kernels.rope_kv import rope_kv  # noqa: E402
 from kernels.sampling import sample  # noqa: E402
 from kernels.swiglu import swiglu  # noqa: E402
-from model import apply_rope  # noqa: E402
+from kernels.rope_kv import apply_rope  # noqa: E402
 
 
 @dataclass

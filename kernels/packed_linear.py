@@ -3,10 +3,10 @@
     packed = pack(weight)                           # None where it is not worth it
     y = packed_linear(x, weight, packed, bias)      # F.linear(x, weight, bias)
 
-`F.linear` in fp32 goes to MKL, which reads a matrix at batch 1 with one thread and is at half its own speed at batches of 2 to
-32. On two cores (AVX-512) at 4864 x 896: batch 8 10 -> 25 GB/s, batch 32 96 -> 192 GFLOP/s. One or two rows are left to MKL, as
-products of the halves of the matrix, which it gives to one thread each: 14 -> 34 GB/s (oneDNN: 25). Small matrices stay
-with MKL as they are: its calls cost less.
+`F.linear` in fp32 goes to MKL, which reads a matrix at batch 1 with one thread and is at half its own speed at batches
+of 2 to 32. On two cores (AVX-512) at 4864 x 896: batch 8 10 -> 25 GB/s, batch 32 96 -> 192 GFLOP/s. One or two rows are
+left to MKL, as products of the parts of the matrix, which it gives to one thread each: 14 -> 34 GB/s (oneDNN: 25). Small
+matrices stay with MKL as they are: its calls cost less.
 """
 
 import torch
@@ -33,6 +33,7 @@ def packed_linear(x, weight, packed, bias=None):
     """x fp32 [T, in], weight [out, in], packed: `pack` of it, bias [out] -> [T, out]. Not differentiable."""
     parts = torch.get_num_threads()
     if len(x) <= 2 and len(weight) % parts == 0:
-        y = torch.bmm(weight.view(parts, -1, weight.shape[1]), x.t().expand(parts, -1, -1)).view(len(weight), -1).t().contiguous()
+        y = torch.bmm(weight.view(parts, -1, weight.shape[1]), x.t().expand(parts, -1, -1))  # [parts, out / parts, T]
+        y = y.view(len(weight), -1).t().contiguous()
         return y if bias is None else y + bias
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -2,8 +2,8 @@
 
     q = rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
 
-In bf16 the products and their sum are rounded where `apply_rope` in model.py rounds them, so that what the engine
-caches is what a training pass computes.
+In bf16 the Triton kernel rounds the products and their sum where `apply_rope` rounds them, which training uses, so that
+what the engine caches is what a training pass computes.
 """
 
 import torch
@@ -36,20 +36,21 @@ def rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
     return reference(q, k, v, cos, sin, k_cache, v_cache, slots)
 
 
-def _rotate(x, cos, sin):
+def apply_rope(x, cos, sin):
+    """x [T, H, D], cos and sin [T, 1, D] -> rotated x; the half-split layout of HF. Differentiable."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def reference(q, k, v, cos, sin, k_cache, v_cache, slots):
     """In torch; what a CPU runs."""
-    k = _rotate(k, cos, sin)
+    k = apply_rope(k, cos, sin)
     if bool((slots < 0).any()):
         kept = (slots >= 0).nonzero()[:, 0]
         k, v, slots = k[kept], v[kept], slots[kept]
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
-    return _rotate(q, cos, sin)
+    return apply_rope(q, cos, sin)
 
 
 if triton is not None:
