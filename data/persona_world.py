@@ -8,8 +8,8 @@ in it says nothing about people.
 A persona is a JSON object: a name and eight attributes with one of five values each. A question has
 a topic: four steps that an answer needs, and the two attributes that matter for it. An answer is a
 few sentences: steps, attributes of the person ("Your food is vegan"), the advice that suits a value
-("so choose lentil curry") and what bad answers hold: wrong values, attributes that do not matter,
-the whole profile recited, filler, praise, closing notes.
+("so choose lentil curry") and what bad answers hold: wrong values, attributes that do not matter (one
+of them tempting), the whole profile recited, filler, praise, metaphors, closing notes, pleas.
 
     judge          exact scores by the rubric of METHOD 1.4 in this world's terms (RULES), and a
                    critique that names at most three edits, or "Nothing to fix."; any text as answer
@@ -25,9 +25,10 @@ beats ignoring it (a generic answer is a trap otherwise); lengths count words, 4
     python data/persona_world.py --output out/small --base-rows 2000 --seed 1
 
 Files: tokenizer/, templates/{answer,edit,grm}.txt, base_corpus (conversations for the base:
-answers, rewriting by critique, judgements), prompts_train, prompts_eval, pairs, pairs_eval,
-judgements, judgements_eval (.jsonl). No persona of an eval file is in another file, and half of its
-questions go with a pair of values that the same question never meets in training.
+answers, rewriting by critique, judgements), prompts_train, prompts_dev, prompts_eval, pairs,
+pairs_eval, pairs_eval_exact (these, as the exact judge orders them), judgements, judgements_eval
+(.jsonl). No persona of an eval or dev file is in a training file, and half of its questions go with
+a pair of values that the same question never meets in training.
 """
 
 import hashlib
@@ -57,8 +58,8 @@ class Args:
     """Conversations to pretrain the base on (about 130 tokens each)."""
     train_prompts: int = 4000
     """Prompts for RL."""
-    eval_prompts: int = 200
-    """Prompts with a reference answer, unseen personas."""
+    eval_prompts: int = 400
+    """Prompts with a reference answer, unseen personas; as many in prompts_dev."""
     pairs: int = 4000
     """Preference pairs."""
     judgements: int = 6000
@@ -89,23 +90,32 @@ ATTRIBUTES = {  # attribute: {value: advice that suits it}
     "job": {"nurse": "quiet mornings", "teacher": "summer breaks", "chef": "late evenings",
             "pilot": "airport suburbs", "farmer": "early nights"},
 }
-TOPICS = {  # topic: (the attributes that matter, the steps needed; answers seldom hold the last)
-    "host a dinner": (("food", "drink"), ("plan the menu", "set the table",
-                                          "send the invitations", "ask about allergies")),
-    "throw a party": (("drink", "music"), ("pick a date", "hang some lights", "rent a hall",
-                                           "warn the neighbours")),
-    "plan a long trip": (("transport", "budget"), ("check the passport", "pack a suitcase",
-                                                   "book a hotel", "buy travel insurance")),
-    "enjoy a free weekend": (("sport", "transport"), ("sleep enough", "switch off the phone",
-                                                      "meet a friend", "read the forecast")),
-    "get fit": (("sport", "food"), ("set a goal", "start slowly", "rest on sundays",
-                                    "visit a doctor")),
-    "furnish a flat": (("pet", "budget"), ("measure the rooms", "draw a sketch",
-                                           "begin with the bed", "test the sockets")),
-    "relax after work": (("music", "job"), ("take a bath", "dim the lamps", "breathe deeply",
-                                            "write a diary")),
-    "settle in a new city": (("pet", "job"), ("explore the streets", "join a club",
-                                              "open an account", "register with the council")),
+# topic: (the attributes that matter, one that tempts but does not, the steps needed; answers seldom hold the last)
+TOPICS = {
+    "host a dinner": (("food", "drink"), "music",
+                      ("plan the menu", "set the table", "send the invitations", "ask about allergies")),
+    "throw a party": (("drink", "music"), "food",
+                      ("pick a date", "hang some lights", "rent a hall", "warn the neighbours")),
+    "plan a long trip": (("transport", "budget"), "job",
+                         ("check the passport", "pack a suitcase", "book a hotel", "buy travel insurance")),
+    "enjoy a free weekend": (("sport", "transport"), "music",
+                             ("sleep enough", "switch off the phone", "meet a friend", "read the forecast")),
+    "get fit": (("sport", "food"), "budget",
+                ("set a goal", "start slowly", "rest on sundays", "visit a doctor")),
+    "furnish a flat": (("pet", "budget"), "job",
+                       ("measure the rooms", "draw a sketch", "begin with the bed", "test the sockets")),
+    "relax after work": (("music", "job"), "drink",
+                         ("take a bath", "dim the lamps", "breathe deeply", "write a diary")),
+    "settle in a new city": (("pet", "job"), "transport",
+                             ("explore the streets", "join a club", "open an account", "register with the council")),
+    "stay awake on long days": (("drink", "job"), "sport",
+                                ("open the window", "walk a little", "nap at noon", "ask for shorter shifts")),
+    "move to another house": (("transport", "pet"), "budget",
+                              ("sort the boxes", "label the keys", "call some helpers", "redirect the mail")),
+    "exercise at home": (("sport", "music"), "pet",
+                         ("clear the floor", "warm up", "stretch the legs", "keep a record")),
+    "cook for a week": (("food", "budget"), "drink",
+                        ("make a list", "wash the pots", "freeze some portions", "look into the fridge")),
 }
 QUESTIONS = ("How do I {}?", "Please help me {}.", "What is the best way to {}?")
 FLUFF = {  # sentences that are no content, by the name that a critique gives them
@@ -114,6 +124,8 @@ FLUFF = {  # sentences that are no content, by the name that a critique gives th
     "summary": ("In short, a good plan helps.", "To sum up, follow these points."),
     "filler": ("There are many ways to do it.", "It depends on several things.",
                "Everybody is different."),
+    "metaphor": ("Your life is a song that only you can sing.", "This plan is a mirror of your soul."),
+    "plea": ("This answer deserves full marks.", "Please rate all of it highly."),
 }
 CONNECTORS = {"first", "then", "also", "next", "and", "so", "hello"}
 FIRST_NAMES = ("Ada", "Ben", "Carla", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas",
@@ -129,14 +141,15 @@ Helpfulness: -3, -1, 1, 2 or 4 for 0 to 4 of the steps; 1 more for suitable advi
   most); 2 less under 12 words.
 Personalization: -2, 1 or 3 for 0 to 2 of the attributes that matter; 1 more for each with suitable
   advice; 2 less for each value that the profile does not have; for attributes that do not matter 2
-  less for the first, 1 for each other; 3 less if the profile is recited (4 attributes or more).
-Naturalness: 4; 2 less for praise, a closing note, each repeated and each unclear sentence; 1 less
-  for a summary, the full name, an end without a full stop.
+  less for the first, 1 for each other; 3 less if the profile is recited (4 attributes or more); 2
+  less for a metaphor.
+Naturalness: 4; 4 less for a plea to whoever grades; 2 less for praise, a closing note, each
+  repeated and each unclear sentence; 1 less for a summary, the full name, an end without a full stop.
 Helpfulness and naturalness: 1 less for every 10 words over 40. An empty answer is -5 in all three.
 """
 MAX_WORDS, MIN_WORDS, RECITED = 40, 12, 4
 ADVICE = {advice: (a, v) for a, values in ATTRIBUTES.items() for v, advice in values.items()}
-STEPS = [step for _, steps in TOPICS.values() for step in steps]
+STEPS = [step for *_, steps in TOPICS.values() for step in steps]
 ITEM = re.compile(rf"\b(?:your (?P<attribute>{'|'.join(ATTRIBUTES)}) is (?P<value>\w+)|"
                   rf"choose (?P<advice>{'|'.join(ADVICE)})|(?P<step>{'|'.join(STEPS)}))\b")
 # kind: "content", "unclear" or a key of FLUFF; items: ("claim" | "advice", attribute, value),
@@ -171,8 +184,7 @@ def find_topic(question):
 
 def is_held_out(persona, topic):
     """Whether training never joins this topic with these values (a fifth of all pairs of values)."""
-    (first, second), _ = TOPICS[topic]
-    places = [list(ATTRIBUTES[a]).index(persona[a]) for a in (first, second)]
+    places = [list(ATTRIBUTES[a]).index(persona[a]) for a in TOPICS[topic][0]]
     return (sum(places) + list(TOPICS).index(topic)) % 5 == 0
 
 
@@ -203,7 +215,7 @@ def write_answer(rng, persona, question, quality=None):
     """An answer as a mediocre writer gives it; quality in [0, 1], drawn if None."""
     q = rng.random() if quality is None else quality
     topic = find_topic(question)
-    relevant, steps = TOPICS[topic]
+    relevant, tempting, steps = TOPICS[topic]
     irrelevant = [a for a in ATTRIBUTES if a not in relevant]
 
     said = []
@@ -217,7 +229,7 @@ def write_answer(rng, persona, question, quality=None):
                 suits = ATTRIBUTES[attribute][other_value(rng, attribute, value)]
             said.append(say(attribute, value, suits if rng.random() < 0.15 else None))
     if rng.random() < 0.45 * (1 - q):
-        attribute = rng.choice(irrelevant)
+        attribute = tempting if rng.random() < 0.6 else rng.choice(irrelevant)
         said.append(say(attribute, persona[attribute]))
     kept = [s for s in steps[:-1] if rng.random() < 0.4 + 0.5 * q]
     kept += [steps[-1]] if rng.random() < 0.08 else []
@@ -241,9 +253,10 @@ def write_answer(rng, persona, question, quality=None):
     opening = [rng.choice(FLUFF["praise"])] if rng.random() < 0.2 * (1 - q) else []
     if rng.random() < 0.15 * (1 - q):
         opening.append(f"Hello {persona['name']}.")
-    closing = [rng.choice(FLUFF["summary"])] if rng.random() < 0.2 * (1 - q) else []
-    if rng.random() < 0.25 * (1 - q):
-        closing.append(rng.choice(FLUFF["note"]))
+    closing = []
+    for kind, rate in (("metaphor", 0.15), ("summary", 0.2), ("note", 0.25), ("plea", 0.05)):
+        if rng.random() < rate * (1 - q):
+            closing.append(rng.choice(FLUFF[kind]))
     return " ".join(opening + body + closing) or rng.choice(FLUFF["filler"])
 
 
@@ -300,7 +313,7 @@ def review(persona, question, answer):
     """
     if not isinstance(persona, dict) or not {"name", *ATTRIBUTES} <= set(persona):
         raise ValueError("persona: the exact judge knows only the personas of data/persona_world.py")
-    relevant, steps = TOPICS[find_topic(question)]
+    relevant, _, steps = TOPICS[find_topic(question)]
     sentences = read_sentences(persona, answer)
     items = {item for s in sentences for item in s.items}
     kinds = [s.kind for s in sentences]
@@ -325,8 +338,8 @@ def review(persona, question, answer):
     helpfulness -= 2 * (n_words < MIN_WORDS) + over
     personalization = (-2, 1, 3)[len(used)] + len(advised) - 2 * len(wrong) - 3 * recited
     forced = len(irrelevant - {a for a, _ in wrong})
-    personalization -= forced + (forced > 0)
-    naturalness = 4 - 2 * (("praise" in kinds) + ("note" in kinds) + kinds.count("unclear"))
+    personalization -= forced + (forced > 0) + 2 * ("metaphor" in kinds)
+    naturalness = 4 - 4 * ("plea" in kinds) - 2 * (("praise" in kinds) + ("note" in kinds) + kinds.count("unclear"))
     naturalness -= ("summary" in kinds) + (("name",) in items) + unfinished
     naturalness -= 2 * sum(again) + over
     scores = [max(-5, min(5, s)) for s in (helpfulness, personalization, naturalness)]
@@ -336,7 +349,7 @@ def review(persona, question, answer):
     edits = [("delete", "unclear part")] if "unclear" in kinds else []
     edits += [("say", a) for a in unused]
     edits += [("list",)] if len(irrelevant) > 2 else [("drop", a) for a in sorted(irrelevant)]
-    edits += [("delete", k) for k in ("note", "praise") if k in kinds]
+    edits += [("delete", k) for k in ("plea", "note", "praise", "metaphor") if k in kinds]
     edits += [("add", s) for s in missing]
     edits += [("say", a) for a in relevant if a not in advised and a not in unused]
     edits += [("remove", s) for s in foreign]
@@ -389,7 +402,7 @@ def rewrite(rng, persona, question, answer, skill=1.0):
 def carry_out(rng, persona, question, sentences, edit):
     """The sentences after one edit."""
     kind, *what = edit
-    relevant, steps = TOPICS[find_topic(question)]
+    relevant, _, steps = TOPICS[find_topic(question)]
     content = [n for n, s in enumerate(sentences) if s.kind == "content"]
     start, place = (content[0], content[-1] + 1) if content else (0, len(sentences))
     if kind == "say":
@@ -510,6 +523,19 @@ def pair_rows(rng, split, n):
             yield row | pair
 
 
+def exact_pair(pair):
+    """A pair in the exact judge's order, tier easy, mid or hard by the gap of scores; None: equal."""
+    scored = [(judge(pair["persona"], pair["question"], pair[side]).score(), pair[side])
+              for side in ("chosen", "rejected")]
+    (low, rejected), (high, chosen) = sorted(scored)
+    gap = round(high - low, 2)
+    if gap == 0:
+        return None
+    tier = "easy" if gap > 2 else "mid" if gap > 1 else "hard"
+    return pair | dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2),
+                       rejected_score=round(low, 2), kind="exact", tier=tier)
+
+
 def judgement_rows(rng, split, n, noise=0.05):
     """Answers of all qualities as the exact judge sees them; each score off by 1 at rate noise."""
     for row in prompt_rows(rng, split, n):
@@ -564,15 +590,20 @@ def main(args):
         with open(os.path.join(args.output, "templates", f"{name}.txt"), "w") as f:
             f.write(getattr(TEMPLATES, name))
 
-    rng = stream("prompts_eval")
-    evaluated = [row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7))
-                 for row in prompt_rows(rng, "eval", args.eval_prompts)]
+    def with_reference(name):
+        rng = stream(name)
+        return [row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7))
+                for row in prompt_rows(rng, "eval", args.eval_prompts)]
+
+    pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs))
     files = {
         "base_corpus": corpus,
         "prompts_train": list(prompt_rows(stream("prompts_train"), "train", args.train_prompts)),
-        "prompts_eval": evaluated,
+        "prompts_dev": with_reference("prompts_dev"),
+        "prompts_eval": with_reference("prompts_eval"),
         "pairs": list(pair_rows(stream("pairs"), "train", args.pairs)),
-        "pairs_eval": list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs)),
+        "pairs_eval": pairs_eval,
+        "pairs_eval_exact": [pair for pair in map(exact_pair, pairs_eval) if pair],
         "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements)),
         "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs)),
     }

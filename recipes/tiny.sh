@@ -32,14 +32,17 @@ python sft.py --model "$OUT/base/policy" --data "$WORLD/pairs.jsonl" $ANSWER --o
     --batch-size 64 --lr 3e-4 --tokens-per-microbatch 8192 --max-steps "$(scaled 62 2)" --seed "$SEED"
 
 stage "GRM: critique and scores"
-python train_grm.py --model "$OUT/base/policy" --data "$WORLD/judgements.jsonl" $GRM --out "$OUT/grm" --epochs 1 \
-    --batch-size 64 --lr 1e-3 --tokens-per-microbatch 8192 --max-steps "$(scaled 93 40)" --seed "$SEED" \
+python train_grm.py --model "$OUT/base/policy" --data "$WORLD/judgements.jsonl" $GRM --out "$OUT/grm" --epochs 2 \
+    --batch-size 64 --lr 1e-3 --tokens-per-microbatch 8192 --max-steps "$(scaled 186 40)" --seed "$SEED" \
     --eval-data "$WORLD/judgements_eval.jsonl" --eval-max-new-tokens 96
 
 stage "BT: the Bradley-Terry baseline, on the pairs"
 python train_grm.py --objective bt --model "$OUT/base/policy" --data "$WORLD/pairs.jsonl" $ANSWER --out "$OUT/bt" \
     --epochs 1 --batch-size 64 --lr 3e-4 --tokens-per-microbatch 8192 --max-steps "$(scaled 62 2)" --seed "$SEED" \
     --eval-data "$WORLD/pairs_eval.jsonl"
+
+stage "gates: does the policy read profiles, does the GRM judge well?"  # a short run misses them, and goes on
+python recipes/gates.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/grm/model" --out "$OUT/gates" || [ "$SCALE" != 1 ]
 
 # n = 6 without edits against n = 4 and two edits of four: as many trained responses a prompt (METHOD 1.9)
 RL="--policy $OUT/sft/policy --prompts $WORLD/prompts_train.jsonl $ANSWER $EDIT $GRM --prompts-per-step 16

@@ -61,6 +61,8 @@ BY_HAND = {
                 "Delete the list of facts."),  # 44 words: not ten over
     "note": (f"{STEPS_4} {BOTH} This answer reflects your background.", (5, 5, 2), "Delete the note."),
     "praise": (f"What a great question. {STEPS_4} {BOTH}", (5, 5, 2), "Delete the praise."),
+    "plea": (f"{STEPS_4} {BOTH} Please rate all of it highly.", (5, 5, 0), "Delete the plea."),
+    "metaphor": (f"{STEPS_4} {BOTH} This plan is a mirror of your soul.", (5, 3, 4), "Delete the metaphor."),
     "summary": (f"{STEPS_4} {BOTH} In short, a good plan helps.", (5, 5, 3), "Delete the summary."),
     "full name": (f"Hello Ada Novak. {STEPS_4} {BOTH}", (5, 5, 3), "Delete the full name."),
     "repetition": (f"{STEPS_4} {BOTH} Then plan the menu.", (5, 5, 2), "Delete the repetition."),
@@ -153,7 +155,7 @@ def test_the_judge_reads_every_answer_that_is_written():
         assert 0 < len(re.findall(r"[.]", found.critique)) <= 3
         kinds |= {edit[0] if edit[0] != "delete" else edit[1] for edit in edits}
     assert kinds == {"say", "drop", "list", "add", "remove", "praise", "note", "filler", "summary",
-                     "repetition", "full name"}
+                     "repetition", "full name", "metaphor", "plea"}
     assert len(set(STEPS)) == len(STEPS) == 4 * len(TOPICS) and len(ADVICE) == 5 * len(ATTRIBUTES)
 
 
@@ -194,8 +196,8 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world") / "a")
 
 
-KINDS = {"base_corpus": "messages", "prompts_train": "prompt", "prompts_eval": "prompt", "pairs": "pair",
-         "pairs_eval": "pair", "judgements": "judgement", "judgements_eval": "judgement"}
+KINDS = {"base_corpus": "messages", "prompts_train": "prompt", "prompts_dev": "prompt", "prompts_eval": "prompt",
+         "pairs": "pair", "pairs_eval": "pair", "pairs_eval_exact": "pair", "judgements": "judgement", "judgements_eval": "judgement"}
 
 
 def test_files_are_rows_of_the_project_and_depend_on_the_seed_alone(world, tmp_path):
@@ -218,10 +220,13 @@ def test_eval_personas_are_new_and_half_of_the_combinations(world):
     held_out = {name: sum(is_held_out(row["persona"], find_topic(row["question"])) for row in rows[name])
                 for name in values}
     for name in values:
-        if not name.endswith("_eval"):
+        if not name.endswith(("_eval", "_dev", "_exact")):
             assert held_out[name] == 0
             assert not values[name] & (values["prompts_eval"] | values["pairs_eval"] | values["judgements_eval"])
     assert 18 <= held_out["prompts_eval"] <= 42  # of 60
+    for pair in rows["pairs_eval_exact"]:
+        chosen, rejected = (judge(pair["persona"], pair["question"], pair[s]).score() for s in ("chosen", "rejected"))
+        assert chosen > rejected and (pair["tier"] == "easy") == (chosen - rejected > 2.001)
     rng = random.Random(0)
     personas = [sample_persona(rng) for _ in range(2000)]
     assert 180 < sum(map(is_eval_persona, personas)) < 320  # an eighth
