@@ -205,7 +205,7 @@ def run(cells, out, jobs):
     todo = {cell.name: cell for cell in cells if not is_done(out, cell)}
     running = {}  # name: (cell, process, when it started)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell")
+    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell", desc=out)
     try:
         while todo or running:
             for name, cell in list(todo.items()):
@@ -219,7 +219,7 @@ def run(cells, out, jobs):
                         process = subprocess.Popen(["bash", "-c", shell], stdout=log, stderr=log, env=environment,
                                                    start_new_session=True)
                     running[name] = (todo.pop(name), process, time.time())
-            bar.set_postfix_str(", ".join(running))
+                    bar.set_postfix_str(", ".join(running))
             time.sleep(0.2)
             for name, (cell, process, started) in list(running.items()):
                 if process.poll() is None:
@@ -232,6 +232,7 @@ def run(cells, out, jobs):
                 done = dict(commands=cell.commands, seconds=round(time.time() - started, 1))
                 write_text(f"{out}/{name}/done.json", json.dumps(done, indent=2))
                 bar.update()
+                bar.set_postfix_str(", ".join(running))
     finally:
         for _, process, _ in running.values():
             os.killpg(process.pid, 15)
