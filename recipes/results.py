@@ -48,8 +48,9 @@ def evaluated(run):
         for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
             numbers[name] = sum(step[key] for step in steps)
         for name in ("edit/gain", "edit/ratio", "edit/ratio_low", "edit/weight"):
-            if name in steps[0]:
-                numbers[name] = float(np.mean([step[name] for step in steps if name in step]))
+            known = [step[name] for step in steps if step.get(name) is not None]
+            if known:
+                numbers[name] = float(np.mean(known))
     return numbers
 
 
