@@ -19,12 +19,12 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-import tyro
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
-
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import tyro  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification  # noqa: E402
 
 import common  # noqa: E402
 import ppo_cpe  # noqa: E402
