@@ -76,7 +76,7 @@ def exact_curves(run):
         curves["generated_tokens"].append(step["generated_tokens"])
         curves["judge_calls"].append(step["judge_calls"])
     for name in ("generated_tokens", "judge_calls"):
-        curves[name] = np.cumsum(curves[name])
+        curves[name] = np.cumsum(curves[name]) / 1000
     return curves
 
 
@@ -203,8 +203,8 @@ def figures(out, cells, folder):
         plt.close(figure)
 
     panels = {
-        "score": [("exact", "exact judge's score", None, "step"), ("exact", "exact judge's score", "generated_tokens", "generated tokens"),
-                  ("exact", "exact judge's score", "judge_calls", "judge calls")],
+        "score": [("exact", "exact judge's score", None, "step"), ("exact", "exact judge's score", "generated_tokens", "generated tokens, thousands"),
+                  ("exact", "exact judge's score", "judge_calls", "judge calls, thousands")],
         "hacking": [("tokens", "length, tokens", None, "step"), ("recites", "recites the profile, %", None, "step"),
                     ("personalization", "personalization, exact", None, "step")],
         "dimensions": [(name, f"{name}, exact", None, "step") for name in SCORES[1:]],
