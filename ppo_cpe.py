@@ -8,6 +8,7 @@
 3. The critic's values, GAE with the reward on the last token, advantages whitened over all response tokens.
 4. Update, in mini-batches of prompts: PPO-clip on originals; on edits one of five losses on
    r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`; clipped value loss for the critic.
+   `--edit-ratio sdpo` edits nothing: the critique gives the original's own tokens a credit, see `fill_credit`.
 
 `--edit-rate 0` is the PPO baseline (nothing is edited; the paper then samples n = 6). `--judge bt:out/bt/model` is the
 Bradley-Terry baseline.
@@ -24,7 +25,6 @@ Where this departs from the paper or its code, and why (METHOD 2 has the whole t
     python ppo_cpe.py --edit-rate 0 --n-samples 6 --out out/ppo   # the baseline
 """
 
-import dataclasses
 import itertools
 import math
 import os
@@ -40,6 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
+import diagnostics
 import plan
 from common import print0
 from generate import Engine
@@ -99,12 +100,14 @@ class Args:
     """Share r_e of the edits that joins the batch; 0 is plain PPO."""
     edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
     """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
-    edit_ratio: Literal["paper", "unclipped", "tis", "luffy", "none"] = "unclipped"
-    """The loss on edits: see `edit_loss`."""
+    edit_ratio: Literal["paper", "unclipped", "tis", "luffy", "none", "sdpo"] = "unclipped"
+    """The loss on edits: see `edit_loss`. sdpo: nothing is edited, the critique gives each token a credit instead."""
     ratio_cap: float | None = None
     """Upper bound of the ratio for unclipped and tis; None: 10 and 2."""
     luffy_gamma: float = 0.1
     """gamma of p / (p + gamma)."""
+    sdpo_lambda: float = 0.5
+    """With sdpo: lambda A + (1 - lambda) credit; one half leans to neither."""
     edit_baseline: Literal["batch", "original"] = "batch"
     """An edit's advantage: as any other (critic, whitened) | its reward less the mean of its prompt's originals."""
 
@@ -187,6 +190,7 @@ class Trajectory:
     # filled before the update, fp32 [len(response_ids)] each
     old_logprobs: torch.Tensor | None = None  # pi_old(y | x); of an edit pi_e(y_e | edit prompt)
     values: torch.Tensor | None = None
+    credit: torch.Tensor | None = None  # sdpo
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 
@@ -298,7 +302,7 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
 
     prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), counts of what was lost.
     """
-    editing = args.edit_rate > 0
+    editing = args.edit_rate > 0 and args.edit_ratio != "sdpo"
     lost = dict(originals=0, edits=0, truncated=0)
     judged, in_engine, in_judge = [], {}, {}
 
@@ -385,6 +389,25 @@ def fill_old_logprobs(batch, policy, args, ranks, stats):
             add_gap(t, stats)
 
 
+def fill_credit(batch, policy, chat, templates, args, ranks, stats):
+    """SDPO's credit of each token (METHOD 5, arXiv 2601.20802): log pi(y_t | x, critique, y_<t) - log pi(y_t | x, y_<t).
+
+    The critique is said as in an edit prompt, after an empty answer: y_o itself must not be in the context.
+    """
+    rows = []
+    for t in batch:
+        told = edit_prompt(chat, templates, t.prompt_ids, [], t.judgement.critique)[len(t.prompt_ids) :]
+        scored = [True] * len(t.response_ids)
+        rows += [(t.prompt_ids, told + t.response_ids, [False] * len(told) + scored),
+                 (t.prompt_ids, t.response_ids, scored)]
+    prefixes, suffixes, trained = zip(*rows) if rows else ((), (), ())
+    logprobs = per_token(policy, prefixes, suffixes, trained, args, ranks, stats)
+    for t, with_critique, without in zip(batch, logprobs[::2], logprobs[1::2]):
+        t.credit = with_critique - without
+        stats.add("sdpo/credit", t.credit)
+        stats.add("sdpo/credit_size", t.credit.abs())
+
+
 def add_gap(t, stats):
     """Trainer against engine: the same weights, the same tokens; only the order of sums may differ."""
     gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()
@@ -451,6 +474,8 @@ def compute_advantages(batch, args, ranks):
             t.advantages = torch.full_like(t.advantages, edge / (std + 1e-8))
         else:
             t.advantages = (t.advantages - mean) / (std + 1e-8)
+        if t.credit is not None:  # raw, as the method mixes it
+            t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
 
     all_returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
     residual = all_returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
@@ -536,45 +561,7 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
             stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
-# -- what is written down ----------------------------------------------------------------------------------------------
-
-
-def describe_rollout(judged, selected, stats):
-    """Rewards, gains, lengths and scores of originals and edits into stats (METRICS in the README)."""
-    def add(name, value):
-        stats.add(name, torch.tensor(value, dtype=torch.float64))
-
-    for t in judged:
-        kind = "edit" if t.parent else "original"
-        add(f"{kind}/reward", t.reward)
-        add(f"{kind}/length", len(t.response_ids))
-        add(f"{kind}/truncated", t.truncated)
-        if t.judgement:
-            for name in ("helpfulness", "personalization", "naturalness"):
-                add(f"{kind}/{name}", getattr(t.judgement, name))
-        if t.parent:
-            add("edit/gain", t.reward - t.parent.reward)
-            add("edit/improved", t.reward > t.parent.reward)
-            add("edit/worse", t.reward < t.parent.reward)
-            add("edit/unchanged", t.answer == t.parent.answer)
-            add("edit/selected", t.key[:2] in selected)
-
-
-def rollout_rows(judged, selected):
-    """One JSON row per original, its edit inside."""
-    edit_of = {t.key[:2]: t for t in judged if t.parent}
-
-    def describe(t):
-        scores = dataclasses.asdict(t.judgement) if t.judgement else {}
-        return dict(answer=t.answer, reward=t.reward, **scores, n_tokens=len(t.response_ids), truncated=t.truncated)
-
-    rows = []
-    for t in judged:
-        if t.parent is None:
-            e = edit_of.get(t.key[:2])
-            edit = e and describe(e) | {"selected": e.key[:2] in selected}
-            rows.append({**t.row, "sample_id": t.sample_id, **describe(t), "edit": edit})
-    return rows
+# -- the loop -----------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(args, chat, templates):
@@ -598,6 +585,8 @@ def main(args):
     ranks = common.start(args.dtype, args.shard_size)
     if not 0 <= args.edit_rate <= 1:
         raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
+    if not 0 <= args.sdpo_lambda <= 1:
+        raise ValueError(f"--sdpo-lambda {args.sdpo_lambda}: expected a weight from 0 to 1")
     tokenizer_from = resolve(args.policy)
     chat = Chat(tokenizer_from)
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
@@ -606,8 +595,8 @@ def main(args):
     judge = open_judge(args.judge, templates, ranks, weights=args.score_weights, attempts=args.judge_attempts,
                        temperature=args.judge_temperature, max_new_tokens=args.max_judgement_length,
                        max_batch=args.max_batch)
-    if args.edit_rate > 0 and not judge.writes_critiques:
-        raise ValueError(f"--judge {args.judge} writes no critiques, so nothing can be edited: --edit-rate 0")
+    if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and not judge.writes_critiques:
+        raise ValueError(f"--judge {args.judge} writes no critiques: nothing can be edited (--edit-rate 0), nor with sdpo")
 
     common.open_run(args, ranks)
     policy = load_pretrained(args.policy, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
@@ -650,13 +639,15 @@ def main(args):
         if n_batch == 0:
             raise ValueError(f"step {step + 1}: no response is left to train on (lost on this rank: {lost}); is --judge "
                              f"{args.judge} a reward model for these answers?")
-        describe_rollout(judged, selected, stats)
+        diagnostics.describe_rollout(judged, selected, stats)
 
         # 3. log-probs and values before the update, advantages
         progress.set_postfix_str("log-probs and values")
         train_policy = step >= args.critic_warmup_steps
         if train_policy:
             fill_old_logprobs(batch, policy, args, ranks, stats)
+            if args.edit_ratio == "sdpo":
+                fill_credit(batch, policy, chat, templates, args, ranks, stats)
         responses = [t.response_ids for t in batch]
         values = per_token(critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses],
                            args, ranks, stats)
@@ -686,7 +677,7 @@ def main(args):
             trained_tokens_per_second=counts["trained_tokens"] / training,
             **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
         ), ranks)
-        rollouts = common.all_gather(ranks, rollout_rows(judged, selected))
+        rollouts = common.all_gather(ranks, diagnostics.rollout_rows(judged, selected))
         if ranks.rank == 0:
             common.write_rows(os.path.join(args.out, "rollouts", f"step_{step + 1:06d}.jsonl"), rollouts)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:

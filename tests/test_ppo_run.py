@@ -11,11 +11,11 @@ from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
 
 import ppo_cpe
-from common import write_rows
+from common import Stats, pack, start, write_rows
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
-from prompts import Chat, Judgement, answer_prompt, load_templates
+from prompts import Chat, Judgement, answer_prompt, fill, load_templates
 
 
 def flags_of(tiny, judge):
@@ -161,6 +161,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, tiny, judge, tmp_path):
     ("--edit-ratio", "luffy", "--edit-strategy", "batch_rank", "--truncated", "floor"),
     ("--edit-ratio", "none", "--edit-rate", 1, "--critic-warmup-steps", 1),
     ("--edit-rate", 0, "--n-samples", 3),
+    ("--edit-ratio", "sdpo", "--n-samples", 3, "--sdpo-lambda", 0.3),
 ], ids=lambda c: " ".join(map(str, c)))
 def test_every_option_runs(tiny, judge, tmp_path, changes):
     finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 2, "--out", tmp_path / "run", *changes))
@@ -168,8 +169,38 @@ def test_every_option_runs(tiny, judge, tmp_path, changes):
     if "--critic-warmup-steps" in changes:
         assert "policy_loss" not in metrics[0] and metrics[0]["value_loss"] > 0
     assert metrics[1]["grad_norm_policy"] > 0
-    if "--edit-rate" in changes and 0 in changes:
-        assert "edit/gain" not in metrics[1]
+    if "--n-samples" in changes:
+        assert "edit/gain" not in metrics[1] and metrics[1]["batch"] <= 12
+    assert ("sdpo/credit_size" in metrics[1]) == ("sdpo" in changes)
+
+
+def test_sdpo_credit_is_what_the_critique_adds(tiny):
+    ranks, folder = start("fp32"), str(tiny / "checkpoint")
+    chat, policy = Chat(folder), load_pretrained(folder, torch.float32, ranks.device)
+    templates = load_templates(*(str(tiny / f"{name}.txt") for name in ("answer", "edit", "grm")))
+    row = {"prompt_id": "p", "persona": {"name": "Kim"}, "question": "What to drink?"}
+    x, y = answer_prompt(chat, templates, row), chat.encode("Green tea.")
+    batch = [ppo_cpe.Trajectory("p", i, row, 0, x, response_ids=y, judgement=Judgement(critique, 1, 1, 1))
+             for i, critique in enumerate(("Say it shorter.", "Name the tea."))]
+    args = ppo_cpe.Args(temperature=0.9)
+    ppo_cpe.fill_credit(batch, policy, chat, templates, args, ranks, Stats())
+
+    def logprobs_under(context):  # each sequence alone, nothing shared
+        packed = pack([context + y], [[False] * len(context) + [True] * len(y)], ranks.device)
+        with torch.no_grad():
+            return ppo_cpe.forward(policy, packed, args.temperature)
+
+    for t in batch:
+        told = [*x, chat.im_end, *chat.newline, *chat.turn("user", fill(templates.edit, critique=t.judgement.critique)),
+                *chat.header]
+        assert torch.allclose(t.credit, logprobs_under(told) - logprobs_under(x), atol=1e-4) and t.credit.abs().max() > 1e-2
+
+    for t in batch:
+        t.values, t.reward = torch.zeros(len(y)), float(t.sample_id)
+    credits = [t.credit for t in batch]
+    ppo_cpe.compute_advantages(batch, ppo_cpe.Args(edit_ratio="sdpo", sdpo_lambda=0.25), ranks)
+    for t, whitened, credit in zip(batch, (-1.0, 1.0), credits):
+        assert torch.allclose(t.advantages, 0.25 * whitened + 0.75 * credit, atol=1e-5)
 
 
 def test_truncated_responses_can_leave_the_batch(tiny, judge, tmp_path):
