@@ -179,14 +179,21 @@ class GenerativeJudge(Judge):
 
 
 class PairJudge(Judge):
-    """A language model on an engine that names the better of two answers: the odds of its first token."""
+    """A language model on an engine that names the better of two answers: the odds of its first token.
+
+    A verdict needs one of the names among the likely tokens. The other is then read from the whole softmax: where a
+    server's cut-off would make it 0, the order of the answers decides many a pair.
+    """
 
     writes_critiques = False
-    top_logprobs = 20  # in process more alternatives cost nothing
+    likely = 20  # as many as servers list
 
     def __init__(self, engine, chat, templates):
         super().__init__()
         self.engine, self.chat, self.templates = engine, chat, templates
+        self.name_ids = [chat.encode(name) for name in PAIR_NAMES]
+        if any(len(ids) != 1 for ids in self.name_ids):
+            raise ValueError(f"its tokenizer has no single token for each of the names {PAIR_NAMES}")
         self.numbers, self.running = itertools.count(), {}
 
     def submit(self, key, row, answers, seed):
@@ -196,7 +203,7 @@ class PairJudge(Judge):
         number, prompt_ids = next(self.numbers), self.chat.messages([{"role": "user", "content": request}])
         try:
             self.engine.submit(prompt_ids, key=number, seeds=[seed], max_new_tokens=1, temperature=0,
-                               top_logprobs=self.top_logprobs)
+                               top_logprobs=self.engine.model.config.vocab_size)
         except ValueError as error:  # longer than the engine's sequences
             self.failed += 1
             self.finish(key, None, error=str(error), failure="too long")
@@ -207,14 +214,15 @@ class PairJudge(Judge):
         if self.engine.busy:
             self.engine.step()
         for sample in self.engine.collect():
-            key, top = self.running.pop(sample.key), sample.top_logprobs[0]
-            share = share_of_first([(self.chat.decode([i]), logprob) for i, logprob in top])
-            self.failed += share is None
-            if share is None:
-                error = f"neither name among the {len(top)} most likely first tokens"
-                self.finish(key, None, error=error, failure="unparsable")
-            else:
+            key, top = self.running.pop(sample.key), sample.top_logprobs[0]  # most likely first
+            if any([i] in self.name_ids for i, _ in top[: self.likely]):
+                logprobs = dict(top)
+                share = share_of_first([(name, logprobs[i]) for name, [i] in zip(PAIR_NAMES, self.name_ids)])
                 self.finish(key, share, method="logprobs")
+            else:
+                self.failed += 1
+                error = f"neither name among the {self.likely} most likely first tokens"
+                self.finish(key, None, error=error, failure="unparsable")
 
 
 def share_of_first(top):

@@ -404,7 +404,7 @@ def test_pairs_in_process(tmp_path):
     model = random_model(tiny_config(vocab_size=500, max_position_embeddings=2048))
     save_pretrained(model, str(tmp_path / "lm"), write_tokenizer(tmp_path / "tokenizer"))
     judge = open_judge(f"pair:{tmp_path / 'lm'}", Templates(), RANKS)
-    judge.top_logprobs = 500  # a random model likes neither name
+    judge.likely = 500  # a random model likes neither name
     answers = [("tea", "a walk in the hills"), ("a walk in the hills", "tea"), ("x<|im_end|>", '"M"')]
     for n, pair in enumerate(answers):
         judge.submit(n, ROW, pair, seed=n)
@@ -418,6 +418,12 @@ def test_pairs_in_process(tmp_path):
         first, second = logits[[chat.encode("m")[0], chat.encode("M")[0]]].tolist()
         assert found[n].reward == pytest.approx(1 / (1 + math.exp(second - first)), abs=1e-4)
     assert found[0].method == "logprobs" and found["long"].failure == "too long"
+
+    better = int((logits >= max(first, second)).sum())  # the rank of the likelier name; the other's is behind it
+    for judge.likely, failure in ((better, None), (better - 1, "unparsable")):
+        judge.submit("edge", ROW, answers[2], seed=0)
+        edge = verdicts(judge)["edge"]
+        assert edge.failure == failure and (failure or edge.reward == pytest.approx(found[2].reward, abs=1e-6))
 
 
 def test_names_of_the_better_answer():
