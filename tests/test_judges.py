@@ -291,6 +291,8 @@ class PairServer(FaultyServer):
         if fault == "drop":
             self.close_connection = True
             return self.connection.close()
+        if fault == "hang":
+            return time.sleep(2)  # longer than the client waits
         if fault in ("garbage", "empty"):
             return self.reply(200, b'{"choices": [{"mess' if fault == "garbage" else b'{"choices": []}')
         if request.get("logprobs") and self.server.logprobs == "refused":
@@ -326,17 +328,18 @@ def pair_server():
 
 
 def test_pairs_by_logprobs_through_faults(pair_server):
-    pairs = {name: (f"{name} long", name) for name in ("fine", "busy", "down", "lost", "cut", "empty", "neither", "one",
-                                                       "refused", "forbidden")}
-    faults = dict(busy=[429, 429], down=[500, 503], lost=["drop"], cut=["garbage"], empty=["empty", "empty"],
+    pairs = {name: (f"{name} long", name) for name in ("fine", "busy", "down", "lost", "slow", "cut", "empty", "neither",
+                                                       "one", "refused", "forbidden")}
+    faults = dict(slow=["hang", "hang"], busy=[429, 429], down=[500, 503], lost=["drop"], cut=["garbage"], empty=["empty", "empty"],
                   neither=["neither"], one=["one name"], refused=["refusal"] * 3, forbidden=[403])
     pair_server.faults = {pairs[name]: some for name, some in faults.items()}
     judge = open_judge(pair_server.url, Templates(), RANKS, concurrency=4)
+    judge.client.timeout = 0.5
     for name, answers in pairs.items():
         judge.submit(name, ROW, answers, seed=0)
     judge.submit("turned", ROW, pairs["fine"][::-1], seed=0)
     found = verdicts(judge)
-    for name in ("fine", "busy", "down", "lost", "cut", "empty"):  # 0.6 / (0.6 + 0.15): " m" is no name
+    for name in ("fine", "busy", "down", "lost", "slow", "cut", "empty"):  # 0.6 / (0.6 + 0.15): " m" is no name
         assert (found[name].reward, found[name].method) == (pytest.approx(0.8), "logprobs"), name
     assert found["turned"].reward == pytest.approx(0.2)
     assert found["one"].reward == 1.0  # the missing name has probability 0
@@ -344,7 +347,8 @@ def test_pairs_by_logprobs_through_faults(pair_server):
     assert failures == dict(neither="unparsable", refused="refused", forbidden="request")
     assert all(found[name].reward is None and found[name].error for name in failures)
     assert len(pair_server.requests[pairs["neither"]]) == 1  # at temperature 0 the same again
-    assert judge.take_counts() == (16, 8) and not judge.writes_critiques
+    assert len(pair_server.requests[pairs["slow"]]) == 3
+    assert judge.take_counts() == (17, 8) and not judge.writes_critiques
 
 
 @pytest.mark.parametrize("logprobs", ["refused", "left out"])
