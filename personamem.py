@@ -23,7 +23,7 @@ import common
 import tables
 import winrate
 from journal import digest, draw_rows, fingerprint, is_url, made_once, replies
-from model import Packed, load_pretrained
+from model import load_pretrained
 from prompts import Chat
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
@@ -76,19 +76,10 @@ def is_right(reply, correct):
 
 @torch.no_grad()
 def option_logprobs(model, prompt_ids, options, device):
-    """Log-probs of each option's tokens after the prompt: lists of ids -> a list of fp32 tensors."""
-    sequences = [prompt_ids + ids for ids in options]
-    context = Packed([len(s) for s in sequences], device)
-    input_ids = torch.tensor([i for s in sequences for i in s], device=device)  # [T]
-    index, start = [], 0
-    for sequence, ids in zip(sequences, options):
-        end = start + len(sequence)
-        index += range(end - len(ids) - 1, end - 1)  # each token is predicted one place before it
-        start = end
-    targets = torch.tensor([i for ids in options for i in ids], device=device)
-    index = torch.tensor(index, device=device)
-    logprobs, _ = model(input_ids, context.position_ids, context, index=index, targets=targets)
-    return logprobs.float().cpu().split([len(ids) for ids in options])
+    """Log-probs of each option's tokens after the prompt, which is computed once: lists of ids -> fp32 tensors."""
+    batch = common.pack_shared([prompt_ids] * len(options), options, [[True] * len(ids) for ids in options], device)
+    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
+    return logprobs.float().cpu().split(batch.counts)
 
 
 def likelihoods(rows, contexts, args, ranks):
