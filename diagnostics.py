@@ -23,7 +23,7 @@ def leaves(value):
 
 
 def recited(persona, answer):
-    """Share of the profile's values whose words an answer repeats, in their order. Any JSON object or text as persona."""
+    """Share of the profile's values (any JSON) whose words an answer repeats, in their order."""
     said = f" {' '.join(words_of(answer))} "
     values = [f" {' '.join(words)} " for words in map(words_of, leaves(persona)) if words]
     return sum(value in said for value in values) / len(values) if values else 0.0

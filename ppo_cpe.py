@@ -561,7 +561,7 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
             stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
-# -- the loop -----------------------------------------------------------------------------------------------------------
+# -- the loop ----------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(args, chat, templates):
@@ -596,7 +596,7 @@ def main(args):
                        temperature=args.judge_temperature, max_new_tokens=args.max_judgement_length,
                        max_batch=args.max_batch)
     if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and not judge.writes_critiques:
-        raise ValueError(f"--judge {args.judge} writes no critiques: nothing can be edited (--edit-rate 0), nor with sdpo")
+        raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
 
     common.open_run(args, ranks)
     policy = load_pretrained(args.policy, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))

@@ -1,4 +1,4 @@
-"""Is the miniature fit for a comparison? A policy that misreads profiles, or a judge that cannot judge, would decide it.
+"""Is the miniature fit for a comparison? A policy that misreads profiles, or a judge that cannot judge, decides it.
 
     python recipes/gates.py --world out/tiny/world --policy out/tiny/sft/policy --grm out/tiny/grm/model --out out/tiny/gates
 
