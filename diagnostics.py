@@ -1,11 +1,12 @@
-"""What edits and rewards do: pure functions on the trajectories of ppo_cpe.py, which it calls in a line each."""
+"""What edits, rewards and judges do: pure functions, which the stages call in a line each."""
 
 import dataclasses
 import re
 
+import numpy as np
 import torch
 
-DIMENSIONS = ("helpfulness", "personalization", "naturalness")
+from prompts import DIMENSIONS
 
 
 def words_of(text):
@@ -33,6 +34,24 @@ def distinct(answers, n):
     """Distinct n-grams of words over all n-grams of some answers (Li et al. 2016): low where answers are all alike."""
     grams = [tuple(words[i : i + n]) for words in map(words_of, answers) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def agreement(labels, found):
+    """How judgements agree with labels: lists of Judgement, in `found` None where none parsed.
+
+    -> judged (number), parsed (share), score_correlation (Pearson, of the weighted score),
+    exact_DIMENSION (shares); the last two over the parsed ones, None where they do not exist
+    (nothing parsed, no variance).
+    """
+    pairs = [(label, own) for label, own in zip(labels, found, strict=True) if own is not None]
+    result = {"judged": len(labels), "parsed": len(pairs) / len(labels)}
+    scores = np.array([[j.score() for j in pair] for pair in pairs]).reshape(-1, 2)  # [N, 2]
+    defined = len(pairs) > 1 and bool((scores.std(0) > 0).all())
+    result["score_correlation"] = float(np.corrcoef(scores.T)[0, 1]) if defined else None
+    for name in DIMENSIONS:
+        same = [getattr(label, name) == getattr(own, name) for label, own in pairs]
+        result[f"exact_{name}"] = sum(same) / len(same) if same else None
+    return result
 
 
 def describe_rollout(judged, selected, stats):

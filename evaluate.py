@@ -46,8 +46,8 @@ import tables
 import winrate
 from common import derive_seed
 from data import persona_world
-from journal import DIMENSIONS, check_judge, draw_rows, is_url, replies, verdicts_on, with_name
-from prompts import Chat, answer_request, load_templates, persona_text
+from journal import check_judge, draw_rows, is_url, replies, verdicts_on, with_name
+from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text
 from tables import mean_and_error, write_json
 
 SIDES = ("model", "baseline")

@@ -27,9 +27,7 @@ from data import persona_world
 from generate import Engine
 from judges import Failure, open_client, open_judge, served_model, without_control_tokens
 from model import load_config, load_pretrained, resolve
-from prompts import Chat
-
-DIMENSIONS = ("helpfulness", "personalization", "naturalness")
+from prompts import DIMENSIONS, Chat
 
 
 def draw_rows(args, kind="prompt"):

@@ -360,6 +360,9 @@ def parse_pair(text):
     return PAIR_NAMES.index(name) if name in PAIR_NAMES else None
 
 
+DIMENSIONS = ("helpfulness", "personalization", "naturalness")
+
+
 @dataclass(frozen=True)
 class Judgement:
     """A critique (2-3 concrete edits) and three integers in [-5, 5] (METHOD 1.4)."""
@@ -371,7 +374,7 @@ class Judgement:
 
     def score(self, weights=(0.35, 0.40, 0.25)):
         """Weighted sum, exact in decimals until the last step: equal scores are equal floats."""
-        values = (self.helpfulness, self.personalization, self.naturalness)
+        values = [getattr(self, name) for name in DIMENSIONS]
         return float(sum(Fraction(str(w)) * v for w, v in zip(weights, values, strict=True)))
 
 

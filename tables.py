@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 import winrate
 from common import write_text
-from journal import DIMENSIONS
 from matplotlib.figure import Figure
+from prompts import DIMENSIONS
 
 FIELDS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
 LEADERBOARD = ("win_rate", "standard_error", "mode", "avg_length", "n_wins", "n_wins_base", "n_draws", "n_total",

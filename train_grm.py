@@ -28,7 +28,6 @@ import os
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -37,9 +36,11 @@ from tqdm import tqdm
 import common
 import plan
 from common import print0
+from diagnostics import agreement
 from generate import Engine
 from model import SharedPrefix, load_pretrained, resolve
 from prompts import (
+    DIMENSIONS,
     Chat,
     Judgement,
     bt_ids,
@@ -55,7 +56,6 @@ DEFAULTS = {
                 max_length=16384),
     "bt": dict(data="out/data/pairs.jsonl", out="out/bt", lr=1e-5, epochs=1.0, max_length=8192),
 }
-DIMENSIONS = ("helpfulness", "personalization", "naturalness")
 
 
 @dataclass
@@ -237,24 +237,6 @@ def over_examples(args, model, examples, ranks, train):
 
 
 # -- judgements of held-out answers ----------------------------------------------------------------
-
-
-def agreement(labels, found):
-    """How judgements agree with labels: lists of Judgement, in `found` None where none parsed.
-
-    -> judged (number), parsed (share), score_correlation (Pearson, of the weighted score),
-    exact_DIMENSION (shares); the last two over the parsed ones, None where they do not exist
-    (nothing parsed, no variance).
-    """
-    pairs = [(label, own) for label, own in zip(labels, found, strict=True) if own is not None]
-    result = {"judged": len(labels), "parsed": len(pairs) / len(labels)}
-    scores = np.array([[j.score() for j in pair] for pair in pairs]).reshape(-1, 2)  # [N, 2]
-    defined = len(pairs) > 1 and bool((scores.std(0) > 0).all())
-    result["score_correlation"] = float(np.corrcoef(scores.T)[0, 1]) if defined else None
-    for name in DIMENSIONS:
-        same = [getattr(label, name) == getattr(own, name) for label, own in pairs]
-        result[f"exact_{name}"] = sum(same) / len(same) if same else None
-    return result
 
 
 def judge_held_out(args, chat, ranks):

@@ -13,16 +13,16 @@ import os
 import sys
 from dataclasses import dataclass
 
-import numpy as np
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
 from data.persona_world import read_sentences  # noqa: E402
+from diagnostics import agreement  # noqa: E402
 from generate import Engine  # noqa: E402
 from judges import open_judge  # noqa: E402
 from model import load_pretrained  # noqa: E402
-from prompts import Chat, Judgement, answer_prompt, load_templates  # noqa: E402
+from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates  # noqa: E402
 
 GATES = {  # name: (at least or at most, limit)
     "mentions_right": ("at least", 0.90), "score_correlation": ("at least", 0.85),
@@ -42,7 +42,7 @@ class Args:
 
 
 def mentions_right(args, templates, ranks):
-    """-> share of the claims in the policy's answers that are true of the person."""
+    """-> share of the claims in the policy's answers that are true of the person; None: there is no claim."""
     chat = Chat(args.policy)
     rows = common.read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, 512)
@@ -50,24 +50,24 @@ def mentions_right(args, templates, ranks):
     right = [row["persona"].get(item[1]) == item[2] for row, (sample,) in zip(rows, samples)
              for sentence in read_sentences(row["persona"], chat.decode(sample.ids))
              for item in sentence.items if item[0] == "claim"]
-    return float(np.mean(right)) if right else 0.0
+    return sum(right) / len(right) if right else None
 
 
 def judge_agreement(args, templates, ranks):
-    """-> correlation of scores, share of equal first edits, share without a judgement."""
+    """-> correlation of scores, share of equal first edits, share without a judgement; None where it does not exist."""
     rows = common.read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
     judge = open_judge(args.grm, templates, ranks, attempts=1, temperature=0.0, max_new_tokens=96)
     for i, row in enumerate(rows):
         judge.submit(i, row, row["answer"], seed=0)
-    found = {}
+    found = [None] * len(rows)
     while judge.busy:
-        found |= {v.key: v.judgement for v in judge.poll() if v.judgement}
-    labels = {i: Judgement(*(rows[i][k] for k in ("critique", "helpfulness", "personalization", "naturalness"))) for i in found}
-    scores = np.array([[found[i].score(), labels[i].score()] for i in found])  # [N, 2]
-    first = [[j.critique.split(".")[0] for j in (found[i], labels[i])] for i in found]
-    return dict(score_correlation=float(np.corrcoef(scores.T)[0, 1]) if len(found) > 1 else 0.0,
-                same_first_edit=float(np.mean([own == label for own, label in first])) if first else 0.0,
-                unparsable=1 - len(found) / len(rows))
+        for verdict in judge.poll():
+            found[verdict.key] = verdict.judgement
+    labels = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
+    result = agreement(labels, found)
+    same = [own.critique.split(".")[0] == label.critique.split(".")[0] for own, label in zip(found, labels) if own]
+    return dict(score_correlation=result["score_correlation"], unparsable=1 - result["parsed"],
+                same_first_edit=sum(same) / len(same) if same else None)
 
 
 def main(args):
@@ -76,9 +76,11 @@ def main(args):
     found = dict(mentions_right=mentions_right(args, templates, ranks), **judge_agreement(args, templates, ranks))
     missed = []
     for name, (kind, limit) in GATES.items():
-        met = found[name] >= limit if kind == "at least" else found[name] <= limit
+        value = found[name]
+        met = value is not None and (value >= limit if kind == "at least" else value <= limit)
         missed += [] if met else [name]
-        print(f"{name:20}{found[name]:8.3f}   {kind} {limit:g}   {'met' if met else 'MISSED'}")
+        text = "-" if value is None else f"{value:.3f}"
+        print(f"{name:20}{text:>8}   {kind} {limit:g}   {'met' if met else 'MISSED'}")
     common.write_text(os.path.join(args.out, "gates.json"), json.dumps(found | {"missed": missed}, indent=2))
     if missed:
         raise ValueError(f"gates missed: {', '.join(missed)}; a comparison of RL runs on these models would say little")
