@@ -14,10 +14,30 @@ from scipy import stats
 
 from common import read_rows, write_text
 from data.persona_world import judge, recites_profile
+from prompts import DIMENSIONS
+from tables import markdown_row, write_json
 
-SCORES = ("reward", "helpfulness", "personalization", "naturalness")
-METHODS = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo_bt": "PPO, BT, n = 6", "ppo_grm": "PPO, GRM, n = 6", "cpe": "CPE, GRM, 4 + 2"}
+METHODS = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo_bt": "PPO, BT, n = 6", "ppo_grm": "PPO, GRM, n = 6",
+           "cpe": "CPE, GRM, 4 + 2"}
 COLORS = {"ppo_bt": "#b5442e", "ppo_grm": "#2f6db3", "cpe": "#2e8b57"}
+# what the tables compare; recipes/tables.py trains a cell for each
+MAIN = tuple(COLORS)
+RATES = (0.1, 0.25, 0.5, 0.75, 1.0)
+STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")
+RATIOS, BASELINES = ("paper", "unclipped", "tis", "luffy", "none"), ("batch", "original")
+WEIGHTS = {"equal": (0.34, 0.33, 0.33), "helpfulness": (0.6, 0.2, 0.2), "personalization": (0.2, 0.6, 0.2),
+           "naturalness": (0.2, 0.2, 0.6)}
+
+
+def grid_cell(strategy, rate):
+    """The cell of a strategy at a rate: random at 0.5 is CPE's default; at rate 1 all strategies take every edit."""
+    if rate == 1:
+        strategy = "random"
+    return "cpe" if (strategy, rate) == ("random", 0.5) else f"{strategy}_{rate:g}"
+
+
+def loss_cell(ratio, baseline):
+    return "cpe" if (ratio, baseline) == ("unclipped", "batch") else f"loss_{ratio}_{baseline}"
 
 
 # -- reading cells -----------------------------------------------------------------------------------------------------
@@ -28,15 +48,10 @@ def read_json(path):
         return json.load(f)
 
 
-def metrics_of(run):
-    with open(f"{run}/metrics.jsonl") as f:
-        return [json.loads(line) for line in f]
-
-
 def evaluated(run):
     """{quantity: number} of a finished cell: exact scores, rates in percent, cost of the run."""
     found = read_json(f"{run}/eval/results.json")
-    numbers = {name: found["model"][name]["mean"] for name in (*SCORES, "n_tokens")}
+    numbers = {name: found["model"][name]["mean"] for name in ("reward", *DIMENSIONS, "n_tokens")}
     numbers["recites"] = 100 * found["model"]["recites_profile"]["mean"]
     numbers["win"] = 100 * found["win_rate"]["win_rate"]
     numbers["lc"] = found["length_controlled"]["minimal"]["length_controlled_winrate"]
@@ -44,7 +59,7 @@ def evaluated(run):
         numbers["swap"] = read_json(f"{run}/swap/results.json")["difference"]["reward"]["difference"]
     numbers["minutes"] = read_json(f"{run}/done.json")["seconds"] / 60
     if os.path.isdir(f"{run}/rollouts"):
-        steps = metrics_of(run)
+        steps = read_rows(f"{run}/metrics.jsonl", "object")
         for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
             numbers[name] = sum(step[key] for step in steps)
         for name in ("edit/gain", "edit/ratio", "edit/ratio_low", "edit/weight"):
@@ -57,11 +72,12 @@ def evaluated(run):
 def exact_curves(run):
     """{quantity: [steps]} of the originals that were sampled in training, by the exact judge and by that of the run."""
     curves = defaultdict(list)
-    for path, step in zip(sorted(glob.glob(f"{run}/rollouts/step_*.jsonl")), metrics_of(run)):
+    steps = read_rows(f"{run}/metrics.jsonl", "object")
+    for path, step in zip(sorted(glob.glob(f"{run}/rollouts/step_*.jsonl")), steps, strict=True):
         rows = read_rows(path, "object")
         found = [judge(row["persona"], row["question"], row["answer"]) for row in rows]
         curves["exact"].append(np.mean([j.score() for j in found]))
-        for name in SCORES[1:]:
+        for name in DIMENSIONS:
             curves[name].append(np.mean([getattr(j, name) for j in found]))
         curves["own"].append(np.mean([row["reward"] for row in rows]))
         curves["tokens"].append(np.mean([row["n_tokens"] for row in rows]))
@@ -103,8 +119,8 @@ def spread(values, digits=2):
 
 
 def markdown(header, rows):
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    lines = [markdown_row(*header), "|---" + "|--:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + [markdown_row(*row) for row in rows])
 
 
 COLUMNS = {"reward": ("score", 2), "helpfulness": ("helpful", 2), "personalization": ("personal", 2), "naturalness": ("natural", 2),
@@ -131,8 +147,8 @@ def grid(numbers, strategies, rates):
         for strategy in strategies:
             cells = []
             for rate in rates:
-                name = "cpe" if (strategy, rate) == ("random", 0.5) else f"{'random' if rate == 1 else strategy}_{rate:g}"
-                cells.append(spread([n[column] for n in numbers.get(name, {}).values()], COLUMNS[column][1]))
+                of_seeds = numbers.get(grid_cell(strategy, rate), {}).values()
+                cells.append(spread([n[column] for n in of_seeds], COLUMNS[column][1]))
             rows.append([f"{strategy}, {label}", *cells])
     return markdown(["", *(f"r_e = {rate:g}" for rate in rates)], rows)
 
@@ -207,7 +223,7 @@ def figures(out, cells, folder):
                   ("exact", "exact judge's score", "judge_calls", "judge calls, thousands")],
         "hacking": [("tokens", "length, tokens", None, "step"), ("recites", "recites the profile, %", None, "step"),
                     ("personalization", "personalization, exact", None, "step")],
-        "dimensions": [(name, f"{name}, exact", None, "step") for name in SCORES[1:]],
+        "dimensions": [(name, f"{name}, exact", None, "step") for name in DIMENSIONS],
     }
     for file, wanted in panels.items():
         figure, axes = plt.subplots(1, len(wanted), figsize=(4.2 * len(wanted), 3.4))
@@ -244,54 +260,50 @@ def figures(out, cells, folder):
 
 def draw(out, finished, folder):
     """All tables and figures of the finished cells into `folder`, and onto the terminal."""
-    from recipes import tables
-
     cells = by_name(finished)
     ready = {name: seeds for name, seeds in cells.items() if name not in ("grm", "bt", "gates", "accuracy")}
     numbers = {name: {s: evaluated(f"{out}/seed{s}/{name}") for s in seeds} for name, seeds in ready.items()}
     if "base" in finished:
         numbers["base"] = {0: evaluated(f"{out}/base")}
-    losses = {("cpe" if (r, b) == ("unclipped", "batch") else f"loss_{r}_{b}"): f"{r}, {b}" for r in tables.RATIOS
-              for b in ("batch", "original")} | {"loss_sdpo": "sdpo, n = 6, no edits"}
-    weights = {"cpe": "0.35, 0.40, 0.25"} | {f"weights_{n}": ", ".join(f"{w:.2f}" for w in ws) for n, ws in tables.WEIGHTS.items()}
+    losses = {loss_cell(ratio, baseline): f"{ratio}, {baseline}" for ratio in RATIOS for baseline in BASELINES}
+    losses["loss_sdpo"] = "sdpo, n = 6, no edits"
+    weights = {"cpe": "0.35, 0.40, 0.25"}
+    weights |= {f"weights_{name}": ", ".join(f"{w:.2f}" for w in some) for name, some in WEIGHTS.items()}
     pairs = [("cpe", "ppo_grm"), ("cpe", "sft"), ("ppo_grm", "ppo_bt"), ("ppo_bt", "sft")]
     pairs += [("cpe", name) for name in losses if name != "cpe"]
     gaps = [d for a, b in pairs for column in ("reward", "lc") if (d := difference(numbers, a, b, column))]
     gates = [read_json(f"{out}/seed{s}/gates/gates.json") for s in cells.get("gates", [])]
     sections = {
-        "Table 1: methods": method_table(METHODS, numbers, ["reward", "helpfulness", "personalization", "naturalness", "win", "lc",
-                                                            "n_tokens", "recites", "swap"]),
+        "Table 1: methods": method_table(
+            METHODS, numbers, ["reward", *DIMENSIONS, "win", "lc", "n_tokens", "recites", "swap"]),
         "Table 2: reward models and edits, with their cost": method_table(
-            {name: METHODS[name] for name in tables.MAIN}, numbers,
+            {name: METHODS[name] for name in MAIN}, numbers,
             ["reward", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
         "Differences": difference_table(gaps),
-        "Table 4: which edits, and how many": grid(numbers, tables.STRATEGIES, tables.RATES),
+        "Table 4: which edits, and how many": grid(numbers, STRATEGIES, RATES),
         "The loss on edits": method_table(losses, numbers, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
                                                             "edit/ratio_low", "edit/weight", "generated", "judge_calls"]),
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
-            weights, numbers, ["reward", "helpfulness", "personalization", "naturalness", "n_tokens", "lc"]),
+            weights, numbers, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
     }
     if cells.get("accuracy"):
         sections["Table 6: accuracy of the judges, % of pairs of unseen people"] = accuracy_table(out, cells["accuracy"])
     if gates:
         names = [name for name in gates[0] if name != "missed"]
         sections["Gates"] = markdown(names, [[spread([g[name] for g in gates], 3) for name in names]])
-    os.makedirs(folder, exist_ok=True)
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
     note = ("Scores by the exact judge on unseen people's questions, win rates against fixed reference answers; mean ± standard "
             "deviation over seeds. Persona swap: the score less the score under another person's profile.")
     write_text(f"{folder}/tables.md", f"# The generated world\n\n{note}\n\n{text}\n")
-    write_text(f"{folder}/results.json", json.dumps(dict(cells=numbers, differences=gaps, gates=gates), indent=1))
+    write_json(f"{folder}/results.json", dict(cells=numbers, differences=gaps, gates=gates))
     figures(out, cells, folder)
     print(f"{text}\n\nwritten: {folder}/ (tables.md, results.json, figures)")
 
 
-def search(out, finished, folder):
-    """The search for learning rates: every value that was tried, the best in bold."""
-    from recipes import tables
-
+def search(out, finished, folder, candidates):
+    """The search for learning rates, candidates {cell: values}: every value that was tried, the best in bold."""
     done, rows = set(finished), []
-    for name, lrs in tables.LRS.items():
+    for name, lrs in candidates.items():
         found = {lr: evaluated(f"{out}/seed100/{name}_lr{lr:g}") for lr in lrs if f"seed100/{name}_lr{lr:g}" in done}
         best = max(found, key=lambda lr: found[lr]["reward"], default=None)
         for lr, numbers in found.items():
@@ -299,6 +311,5 @@ def search(out, finished, folder):
             rows.append([METHODS[name], f"{mark}{lr:g}{mark}", *(f"{numbers[c]:.2f}" for c in ("reward", "lc", "n_tokens"))])
     text = "# Learning rates\n\nSeed 100, dev prompts, exact score; the same effort for each method.\n\n" + markdown(
         ["", "lr", "score", "LC win rate, %", "tokens"], rows)
-    os.makedirs(folder, exist_ok=True)
     write_text(f"{folder}/search.md", text + "\n")
     print(f"{text}\n\nwritten: {folder}/search.md")

@@ -50,36 +50,28 @@ class Args:
     """Tables and figures from the cells that are finished, and no run."""
 
 
-# Chosen by `bash recipes/tables.sh --search` (results/search.md): three values each, the best exact score on dev prompts.
+# To be chosen by `bash recipes/tables.sh --search`, as the best of LRS by the exact score on dev prompts; until it has been
+# run, RL has the rate of recipes/tiny.sh and DPO the middle one.
 LR = {"ppo_bt": 5e-5, "ppo_grm": 5e-5, "cpe": 5e-5, "dpo": 3e-5}
 LRS = {"ppo_bt": (2e-5, 5e-5, 1e-4), "ppo_grm": (2e-5, 5e-5, 1e-4), "cpe": (2e-5, 5e-5, 1e-4), "dpo": (1e-5, 3e-5, 1e-4)}
-RATES = (0.1, 0.25, 0.5, 0.75, 1.0)
-STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")
-RATIOS = ("paper", "unclipped", "tis", "luffy", "none")
-WEIGHTS = {"equal": (0.34, 0.33, 0.33), "helpfulness": (0.6, 0.2, 0.2), "personalization": (0.2, 0.6, 0.2),
-           "naturalness": (0.2, 0.2, 0.6)}
-MAIN = ("ppo_bt", "ppo_grm", "cpe")
 
 
 def variants():
     """{cell name: flags of ppo_cpe.py that differ from CPE's defaults}, for every RL cell."""
     found = {"ppo_bt": "--edit-rate 0 --n-samples 6", "ppo_grm": "--edit-rate 0 --n-samples 6", "cpe": ""}
-    for strategy in STRATEGIES:
-        for rate in RATES:
-            # random at 0.5 is `cpe`; at rate 1 all strategies take every edit
-            if (strategy, rate) != ("random", 0.5) and (strategy == "random" or rate < 1):
-                found[f"{strategy}_{rate:g}"] = f"--edit-strategy {strategy} --edit-rate {rate:g}"
-    for ratio in RATIOS:
-        for baseline in ("batch", "original"):
-            if (ratio, baseline) != ("unclipped", "batch"):
-                found[f"loss_{ratio}_{baseline}"] = f"--edit-ratio {ratio} --edit-baseline {baseline}"
+    for strategy in results.STRATEGIES:
+        for rate in results.RATES:
+            found.setdefault(results.grid_cell(strategy, rate), f"--edit-strategy {strategy} --edit-rate {rate:g}")
+    for ratio in results.RATIOS:
+        for baseline in results.BASELINES:
+            found.setdefault(results.loss_cell(ratio, baseline), f"--edit-ratio {ratio} --edit-baseline {baseline}")
     found["loss_sdpo"] = "--edit-ratio sdpo --n-samples 6"
-    for name, weights in WEIGHTS.items():
+    for name, weights in results.WEIGHTS.items():
         found[f"weights_{name}"] = "--score-weights " + " ".join(f"{w:g}" for w in weights)
     return found
 
 
-QUICK = (*MAIN, "loss_paper_batch", "loss_none_batch", "reward_rank_0.5")
+QUICK = (*results.MAIN, "loss_paper_batch", "loss_none_batch", "reward_rank_0.5")
 
 
 @dataclass
@@ -94,7 +86,7 @@ class Cell:
 
 
 def preparation(out, seed):
-    """World, base, and one seed's SFT, GRM, BT, DPO, gate and judge accuracy."""
+    """World, base, and one seed's SFT, GRM, BT, gate and judge accuracy."""
     world, base, here = f"{out}/world", f"{out}/base", f"{out}/seed{seed}"
     answer, grm = f"--answer-template {world}/templates/answer.txt", f"--grm-template {world}/templates/grm.txt"
     training = f"--batch-size 64 --tokens-per-microbatch 8192 --seed {seed}"
@@ -107,10 +99,10 @@ def preparation(out, seed):
         Cell("world", [f"data/persona_world.py --output {world}"]),
         Cell("base", [f"sft.py --from-scratch {world}/tokenizer --data {world}/base_corpus.jsonl --out {base} --epochs 2 --layers 3 "
                       "--batch-size 64 --lr 3e-3 --warmup-ratio 0.05 --tokens-per-microbatch 8192",
-                      evaluation(out, base, "eval", 0)], ["world"], alone=True),
+                      evaluation(out, base, 0)], ["world"], alone=True),
         Cell(f"seed{seed}/sft", [f"sft.py --model {base}/policy --data {world}/pairs.jsonl {answer} --out {here}/sft "
                                  f"--epochs 1 --lr 3e-4 {training}",
-                                 evaluation(out, f"{here}/sft", "eval", seed), swap(out, f"{here}/sft", seed)], ["base"]),
+                                 evaluation(out, f"{here}/sft", seed), swap(out, f"{here}/sft", seed)], ["base"]),
         Cell(f"seed{seed}/grm", [f"train_grm.py --model {base}/policy --data {world}/judgements.jsonl {grm} --out {here}/grm "
                                  f"--epochs 2 --lr 1e-3 {training}"], ["base"]),
         Cell(f"seed{seed}/bt", [f"train_grm.py --objective bt --model {base}/policy --data {world}/pairs.jsonl {answer} "
@@ -124,17 +116,18 @@ def preparation(out, seed):
     ]
 
 
-def evaluation(out, run, folder, seed, prompts="prompts_eval"):
+def evaluation(out, run, seed, prompts="prompts_eval"):
     """The exact judge on answers to new people's questions, against fixed references."""
     world = f"{out}/world"
     return (f"evaluate.py --model {run}/policy --baseline reference --prompts {world}/{prompts}.jsonl --judge world "
             f"--answer-template {world}/templates/answer.txt --n-prompts 0 --max-new-tokens 96 --temperature 1 --top-p 1 "
-            f"--seed {seed} --bootstrap-draws 100 --out {run}/{folder}")
+            f"--seed {seed} --bootstrap-draws 100 --out {run}/eval")
 
 
 def swap(out, run, seed):
-    """The same answers under their own and another person's profile."""
-    return evaluation(out, run, "swap", seed).replace("evaluate.py", "evaluate.py --task persona-swap")
+    """The answers of `evaluation` under their own and another person's profile."""
+    return (f"evaluate.py --task persona-swap --answers {run}/eval/answers_model.jsonl --prompts {out}/world/prompts_eval.jsonl "
+            f"--judge world --n-prompts 0 --seed {seed} --out {run}/swap")
 
 
 def dpo_cell(out, seed, name="dpo", lr=None, prompts="prompts_eval"):
@@ -142,7 +135,7 @@ def dpo_cell(out, seed, name="dpo", lr=None, prompts="prompts_eval"):
     run = f"{here}/{name}"
     train = (f"dpo.py --model {here}/sft/policy --data {world}/pairs.jsonl --answer-template {world}/templates/answer.txt --out {run} "
              f"--epochs 1 --batch-size 64 --lr {lr or LR['dpo']:g} --tokens-per-microbatch 8192 --seed {seed}")
-    return Cell(f"seed{seed}/{name}", [train, evaluation(out, run, "eval", seed, prompts)], [f"seed{seed}/gates"])
+    return Cell(f"seed{seed}/{name}", [train, evaluation(out, run, seed, prompts)], [f"seed{seed}/gates"])
 
 
 def rl_cell(out, seed, name, flags, steps, folder=None, lr=None, prompts="prompts_eval"):
@@ -155,8 +148,8 @@ def rl_cell(out, seed, name, flags, steps, folder=None, lr=None, prompts="prompt
              f"--prompts-per-step 16 --mini-batch-prompts 8 --max-response-length 96 --max-judgement-length 96 --temperature 1 "
              f"--top-p 1 --critic-lr 2e-3 --tokens-per-microbatch 8192 --max-steps {steps} --seed {seed} "
              f"--lr {lr or LR.get(name, LR['cpe']):g} {flags}")
-    commands = [train.strip(), evaluation(out, run, "eval", seed, prompts)]
-    if name in MAIN and lr is None:
+    commands = [train.strip(), evaluation(out, run, seed, prompts)]
+    if name in results.MAIN and lr is None:
         commands.append(swap(out, run, seed))
     return Cell(f"seed{seed}/{folder or name}", commands, [f"seed{seed}/gates", f"seed{seed}/bt"])
 
@@ -180,7 +173,7 @@ def cells_of(args, out):
     for seed in range(max(n_main, n_other)):
         add(preparation(out, seed))
     for seed in range(n_main):
-        add([dpo_cell(out, seed), *(rl_cell(out, seed, name, flags[name], steps) for name in MAIN)])
+        add([dpo_cell(out, seed), *(rl_cell(out, seed, name, flags[name], steps) for name in results.MAIN)])
     for seed in range(n_other):
         add(rl_cell(out, seed, name, f, steps) for name, f in flags.items() if not args.quick or name in QUICK)
     return list(cells.values())
@@ -247,7 +240,10 @@ def main(args):
     finished = [cell.name for cell in cells if is_done(out, cell)]
     print(f"{len(finished)} of {len(cells)} cells are finished")
     folder = args.results or (f"{out}/results" if args.quick or args.search else "results")
-    (results.search if args.search else results.draw)(out, finished, folder)
+    if args.search:
+        results.search(out, finished, folder, LRS)
+    else:
+        results.draw(out, finished, folder)
 
 
 if __name__ == "__main__":
