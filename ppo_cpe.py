@@ -397,13 +397,14 @@ def fill_credit(batch, policy, chat, templates, args, ranks, stats):
     rows = []
     for t in batch:
         told = edit_prompt(chat, templates, t.prompt_ids, [], t.judgement.critique)[len(t.prompt_ids) :]
-        scored = [True] * len(t.response_ids)
-        rows += [(t.prompt_ids, told + t.response_ids, [False] * len(told) + scored),
-                 (t.prompt_ids, t.response_ids, scored)]
+        for context in [told, []] if t.old_logprobs is None else [told]:  # under x alone only where not yet known
+            trained = [False] * len(context) + [True] * len(t.response_ids)
+            rows.append((t.prompt_ids, context + t.response_ids, trained))
     prefixes, suffixes, trained = zip(*rows) if rows else ((), (), ())
-    logprobs = per_token(policy, prefixes, suffixes, trained, args, ranks, stats)
-    for t, with_critique, without in zip(batch, logprobs[::2], logprobs[1::2]):
-        t.credit = with_critique - without
+    logprobs = iter(per_token(policy, prefixes, suffixes, trained, args, ranks, stats))
+    for t in batch:
+        with_critique = next(logprobs)
+        t.credit = with_critique - (next(logprobs) if t.old_logprobs is None else t.old_logprobs)
         stats.add("sdpo/credit", t.credit)
         stats.add("sdpo/credit_size", t.credit.abs())
 
