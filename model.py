@@ -340,7 +340,7 @@ class Qwen2(nn.Module):
             return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         if targets is not None:
             return linear_logprob(x, self.head_weight, targets, temperature)
-        if self.packed_head is not None:
+        if self.packed_head is not None and not torch.is_grad_enabled():
             return packed_linear(x, self.head_weight, self.packed_head)
         return logits(x, self.head_weight)
 

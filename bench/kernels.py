@@ -27,10 +27,9 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from kernels.paged_attention import paged_attention  # noqa: E402
 from kernels.rmsnorm import add_rms_norm  # noqa: E402
-from kernels.rope_kv import rope_kv  # noqa: E402
+from kernels.rope_kv import apply_rope, rope_kv  # noqa: E402
 from kernels.sampling import sample  # noqa: E402
 from kernels.swiglu import swiglu  # noqa: E402
-from kernels.rope_kv import apply_rope  # noqa: E402
 
 
 @dataclass
