@@ -447,7 +447,8 @@ def refresh_gap(own, trained, ids, ranks):
 
 # Flags that may differ between the start of a run and its continuation: what a step computes stays the same.
 FREE_FLAGS = ("max_steps", "save_every", "keep_checkpoints", "tokens_per_microbatch", "checkpoint_activations", "out",
-              "shard_size", "offload", "peak_tflops", "plan", "world_size", "gpu_gib")
+              "shard_size", "offload", "peak_tflops", "plan", "world_size", "gpu_gib", "eval_prompts", "eval_every", "eval_n",
+              "audit_share", "audit_judge", "save_batch")
 
 
 def open_run(args, ranks):
@@ -522,6 +523,13 @@ def log_metrics(out, metrics, ranks):
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with open(os.path.join(out, "metrics.jsonl"), "a") as f:
             f.write(json.dumps(clean) + "\n")
+
+
+def write_step(out, kind, step, rows, ranks):
+    """The rows of all ranks as OUT/KIND/step_NNNNNN.jsonl."""
+    rows = all_gather(ranks, rows)
+    if ranks.rank == 0:
+        write_rows(os.path.join(out, kind, f"step_{step:06d}.jsonl"), rows)
 
 
 def _train_state(models, optimizers):

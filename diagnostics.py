@@ -1,12 +1,29 @@
-"""What edits, rewards and judges do: pure functions, which the stages call in a line each."""
+"""What edits, rewards and judges do: functions that the stages call in a line each, and two commands.
+
+    python diagnostics.py out/ppo_cpe out/ppo --out out/compared      # draws runs beside one another, from metrics.jsonl
+    python diagnostics.py --replay out/ppo_cpe/batch_000020           # every loss on edits on one batch
+
+The batch of --replay is what `ppo_cpe.py --save-batch 20` kept, with the weights that sampled it. Printed are norms and
+cosines of the gradients of each loss, over the whole model, and of the loss on originals that it is added to. A gradient
+of each is held in fp32 in host memory.
+"""
 
 import dataclasses
+import difflib
+import json
+import math
+import os
+import random
 import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import tyro
 
-from prompts import DIMENSIONS
+import common
+from model import load_pretrained, save_pretrained
+from prompts import DIMENSIONS, Chat, Judgement, load_templates
 
 
 def words_of(text):
@@ -54,15 +71,21 @@ def agreement(labels, found):
     return result
 
 
-def describe_rollout(judged, selected, stats):
-    """Rewards, gains, lengths and scores of originals and edits into stats (METRICS in the README)."""
+# -- what a step of ppo_cpe.py is described by; t, judged, ...: its trajectories, stats: common.Stats ----------------------
+
+
+def describe_rollout(judged, lost, selected, stats, prefix=""):
+    """Rewards, gains, lengths and scores of originals and edits into stats (README, "Metrics of a PPO step")."""
     def add(name, value):
-        stats.add(name, torch.tensor(value, dtype=torch.float64))
+        stats.add(prefix + name, torch.tensor(value, dtype=torch.float64))
 
     for kind, answers in (("original", [t.answer for t in judged if not t.parent]),
                           ("edit", [t.answer for t in judged if t.parent])):
         if answers:
             add(f"{kind}/distinct_2", distinct(answers, 2))
+    for t in lost["originals"] + lost["edits"]:  # whom failed judgements hit
+        add("lost/length", len(t.response_ids))
+        add("lost/recited", recited(t.row["persona"], t.answer))
     for t in judged:
         kind = "edit" if t.parent else "original"
         add(f"{kind}/reward", t.reward)
@@ -80,10 +103,11 @@ def describe_rollout(judged, selected, stats):
             if t.judgement:
                 for name in DIMENSIONS:
                     add(f"edit/gain_{name}", getattr(t.judgement, name) - getattr(t.parent.judgement, name))
-            add("edit/selected", t.key[:2] in selected)
+            if selected is not None:
+                add("edit/selected", t.key[:2] in selected)
 
 
-def rollout_rows(judged, selected):
+def rollout_rows(judged, selected=()):
     """One JSON row per original, its edit inside."""
     edit_of = {t.key[:2]: t for t in judged if t.parent}
 
@@ -96,5 +120,255 @@ def rollout_rows(judged, selected):
         if t.parent is None:
             e = edit_of.get(t.key[:2])
             edit = e and describe(e) | {"selected": e.key[:2] in selected}
-            rows.append({**t.row, "sample_id": t.sample_id, **describe(t), "edit": edit})
+            audit = {"audit": t.audit} if t.audit else {}
+            rows.append({**t.row, "sample_id": t.sample_id, **describe(t), **audit, "edit": edit})
     return rows
+
+
+def rewards_of(judge, asked):
+    """Asks a judge about (row, answer, seed) each -> rewards, None where there is no judgement."""
+    rewards = [None] * len(asked)
+    for i, (row, answer, seed) in enumerate(asked):
+        judge.submit(i, row, answer, seed)
+    while judge.busy:
+        for verdict in judge.poll():
+            rewards[verdict.key] = verdict.reward
+    return rewards
+
+
+def describe_held_out(judged, lost, judge, stats):
+    """As `describe_rollout`, of prompts that are not trained on; and what an answer loses under another person's profile."""
+    describe_rollout(judged, lost, None, stats, "held_out/")
+    originals = [t for t in judged if not t.parent]
+    others = {t.key: next((o.row["persona"] for o in originals[i + 1 :] + originals[:i] if o.row["persona"] != t.row["persona"]), None)
+              for i, t in enumerate(originals)}
+    swapped = [t for t in originals if others[t.key] is not None]
+    asked = [(t.row | {"persona": others[t.key]}, t.answer, common.derive_seed("swap", *t.key)) for t in swapped]
+    for t, reward in zip(swapped, rewards_of(judge, asked)):
+        if reward is not None:
+            stats.add("held_out/swap", torch.tensor(t.reward - reward))
+
+
+def audit(judged, judge, second, args, step, stats):
+    """A share of the originals judged once more, with another seed, and by a second judge: fills t.audit."""
+    if not args.audit_share:
+        return
+    rng = random.Random(common.derive_seed(args.seed, step, "audit"))
+    chosen = [t for t in judged if not t.parent]
+    chosen = rng.sample(chosen, math.ceil(args.audit_share * len(chosen)))
+    asked = [(t.row, t.answer, common.derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
+    again = rewards_of(judge, asked)
+    others = rewards_of(second, asked) if second else [None] * len(asked)
+    for t, reward, other in zip(chosen, again, others):
+        t.audit = dict(again=reward, second=other)
+        if reward is not None:
+            stats.add("audit/noise", torch.tensor(abs(t.reward - reward)))
+        if other is not None:
+            stats.add("audit/second", torch.tensor(other))
+            stats.add("audit/own", torch.tensor(t.reward))
+
+
+def add_gap(t, stats):
+    """Trainer against engine: the same weights, the same tokens; only the order of sums may differ."""
+    gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()
+    stats.add("logprob_gap", gap)
+    stats.add_max("logprob_gap_max", gap)
+
+
+def describe_credit(t, stats):
+    stats.add("sdpo/credit", t.credit)
+    stats.add("sdpo/credit_size", t.credit.abs())
+
+
+def describe_originals(ratio, clipped, stats):
+    """What the update did with originals, per token."""
+    stats.add("original/ratio", ratio)
+    stats.add_max("original/ratio_max", ratio)
+    stats.add("original/clipfrac", clipped)
+    stats.add("original/approx_kl", ratio - 1 - ratio.log())
+
+
+def kept_tokens(before, after):
+    """Which tokens of an edit were in its original: bool [len(after)], by the longest common stretches (difflib)."""
+    kept = torch.zeros(len(after), dtype=torch.bool)
+    for _, start, n in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
+        kept[start : start + n] = True
+    return kept
+
+
+def describe_edits(edits, ratio, weight, advantages, args, stats):
+    """The edit ledger: what the update did with the tokens that an edit kept, and with those that it inserted.
+
+    ratio r, weight on grad log p, advantages A: [S], of all tokens of `edits`. A token's mass is |weight A|, the size of
+    the loss' derivative by its log-prob; both masses are means over all tokens of edits, so that they add up.
+    """
+    stats.add("edit/ratio", ratio)
+    stats.add_max("edit/ratio_max", ratio)
+    stats.add("edit/ratio_low", ratio < 1 - args.eps_low)
+    stats.add("edit/ratio_high", ratio > 1 + args.eps_high)
+    stats.add("edit/weight", weight)
+    stats.add("edit/clipfrac", weight == 0)
+    if edits:
+        kept = torch.cat([kept_tokens(t.parent.response_ids, t.response_ids) for t in edits]).to(ratio.device)
+        stats.add("edit/kept", kept)
+        for kind, tokens in (("kept", kept), ("inserted", ~kept)):
+            stats.add(f"edit/{kind}_ratio", ratio[tokens])
+            stats.add(f"edit/{kind}_clipfrac", weight[tokens] == 0)
+            stats.add(f"edit/{kind}_mass", (weight * advantages).abs() * tokens)
+
+
+# -- replay: every loss on edits on one batch --------------------------------------------------------------------------
+
+
+def save_batch(args, step, batch, policy, tokenizer_from, ranks):
+    """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN."""
+    folder = os.path.join(args.out, f"batch_{step:06d}")
+    batch = common.all_gather(ranks, [dataclasses.asdict(t) for t in batch])
+    save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from)
+    if ranks.rank == 0:
+        torch.save(dict(args=dataclasses.asdict(args), batch=batch), os.path.join(folder, "batch.pt"))
+
+
+def load_batch(folder):
+    """-> ppo_cpe.Args of the run, trajectories."""
+    import ppo_cpe  # here, as it imports this file
+
+    def trajectory(fields):
+        judgement, parent = fields["judgement"], fields["parent"]
+        return ppo_cpe.Trajectory(**fields | {"judgement": judgement and Judgement(**judgement),
+                                              "parent": parent and trajectory(parent)})
+
+    found = torch.load(os.path.join(folder, "batch.pt"), weights_only=True)
+    return ppo_cpe.Args(**found["args"]), [trajectory(fields) for fields in found["batch"]]
+
+
+def gradient(policy, batch, args, n_tokens, ranks):
+    """Gradient of `ppo_cpe.policy_pass` on some trajectories, a mean over n_tokens -> fp32 [parameters] on the host, stats."""
+    from ppo_cpe import policy_pass
+
+    policy.zero_grad()
+    stats = common.Stats()
+    prompts, responses = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
+    for indices in common.shared_micro_batches(prompts, responses, args.tokens_per_microbatch, ranks):
+        some = [batch[i] for i in indices]
+        rows = [(t.prompt_ids, t.response_ids, [True] * len(t.response_ids)) for t in some]
+        packed = common.pack_shared(*zip(*rows), ranks.device)
+        (policy_pass(policy, packed, some, args, stats) / n_tokens).backward()
+    return torch.cat([p.grad.flatten().cpu() for p in policy.parameters()]), stats.means(ranks)
+
+
+def replay(folder):
+    """Prints norms and cosines of the gradients of all losses -> {loss: gradient}."""
+    import ppo_cpe
+
+    ranks = common.start("fp32")
+    args, batch = load_batch(folder)
+    policy = load_pretrained(f"{folder}/policy", torch.float32, ranks.device)
+    originals, edits = ([t for t in batch if bool(t.parent) == edited] for edited in (False, True))
+    n_tokens = sum(len(t.response_ids) for t in batch)
+    if not edits:
+        raise ValueError(f"{folder}: the batch has no edits, so no loss on edits to compare")
+    gradients, described = {}, {}
+    gradients["originals"], _ = gradient(policy, originals, args, n_tokens, ranks)
+    for kind in ("paper", "unclipped", "tis", "luffy", "none"):
+        # the cap of the run was chosen for its own loss
+        settings = args if kind == args.edit_ratio else replace(args, edit_ratio=kind, ratio_cap=None)
+        gradients[kind], described[kind] = gradient(policy, edits, settings, n_tokens, ranks)
+    chat = Chat(f"{folder}/policy")
+    templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
+    ppo_cpe.fill_credit(originals, policy, chat, templates, args, ranks, common.Stats())
+    for t in originals:
+        t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
+    gradients["sdpo"], _ = gradient(policy, originals, args, n_tokens, ranks)
+
+    norms = {name: g.norm().item() for name, g in gradients.items()}
+    print(f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has no "
+          f"edits: it takes the place of the loss on originals")
+    print(f"{'':11}{'norm':>10}{'mass, inserted':>16}{'no gradient':>13}   cosines" + "".join(f"{name:>11}" for name in gradients))
+    for name, g in gradients.items():
+        found = described.get(name)
+        mass = found and found["edit/kept_mass"] + found["edit/inserted_mass"]
+        inserted = f"{100 * found['edit/inserted_mass'] / mass:.1f} %" if mass else "-"
+        clipped = f"{100 * found['edit/clipfrac']:.1f} %" if found else "-"
+        cosines = "".join(f"{torch.dot(g, other).item() / (norms[name] * norms[o]):11.3f}" if norms[name] * norms[o] else f"{'-':>11}"
+                          for o, other in gradients.items())
+        print(f"{name:11}{norms[name]:10.5f}{inserted:>16}{clipped:>13}   {'':7}{cosines}")
+    return gradients
+
+
+# -- figures of runs ---------------------------------------------------------------------------------------------------
+
+PANELS = {  # title: metrics, the first as a line, the others dashed and dotted
+    "reward": ("original/reward", "edit/reward"),
+    "gain of edits": ("edit/gain",),
+    "share of edits: better, worse": ("edit/improved", "edit/worse"),
+    "held out: answer, its edit": ("held_out/original/reward", "held_out/edit/reward"),
+    "held out: gain, persona swap": ("held_out/edit/gain", "held_out/swap"),
+    "length, tokens": ("original/length", "edit/length"),
+    "recitation of the profile": ("original/recited", "edit/recited"),
+    "distinct pairs of words": ("original/distinct_2", "edit/distinct_2"),
+    "entropy": ("entropy",),
+    "ratio: kept, inserted tokens": ("edit/kept_ratio", "edit/inserted_ratio"),
+    "mass: kept, inserted tokens": ("edit/kept_mass", "edit/inserted_mass"),
+    "no gradient: kept, inserted": ("edit/kept_clipfrac", "edit/inserted_clipfrac"),
+    "audit: own judge, second": ("audit/own", "audit/second"),
+    "audit: noise": ("audit/noise",),
+    "length: judged, judgement failed": ("original/length", "lost/length"),
+}
+AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "judge_calls"}
+
+
+def draw(runs, out):
+    """PANELS of some run folders, one figure for each of AXES: OUT/by_step.png and .svg, ..."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = {run: common.read_rows(os.path.join(run, "metrics.jsonl"), "object") for run in runs}
+    panels = {title: names for title, names in PANELS.items()
+              if any(row.get(name) is not None for rows in metrics.values() for row in rows for name in names)}
+    os.makedirs(out, exist_ok=True)
+    n_rows = -(-len(panels) // 4)
+    for x_title, x_name in AXES.items():
+        figure, axes = plt.subplots(n_rows, 4, figsize=(16, 3 * n_rows), squeeze=False)
+        for axis, (title, names) in zip(axes.flat, panels.items()):
+            for i, (run, rows) in enumerate(metrics.items()):
+                xs = np.cumsum([row[x_name] if x_name else 1 for row in rows])
+                for name, line in zip(names, ("-", "--")):
+                    known = [(x, row[name]) for x, row in zip(xs, rows) if row.get(name) is not None]
+                    if known:
+                        axis.plot(*zip(*known), line, color=f"C{i}", label=run if line == "-" else None, marker="." * (len(known) < 10))
+            axis.set(title=title, xlabel=x_title)
+        for axis in list(axes.flat)[len(panels) :]:
+            axis.axis("off")
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        figure.tight_layout()
+        for ending in ("png", "svg"):
+            figure.savefig(os.path.join(out, f"by_{x_title.replace(' ', '_')}.{ending}"), dpi=100)
+        plt.close(figure)
+    print(f"output: {out}/ (by_step, by_generated_tokens, by_judge_calls; .png and .svg)")
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders of ppo_cpe.py to draw."""
+    out: str = "out/diagnostics"
+    """Folder of the figures."""
+    replay: str | None = None
+    """Folder that `ppo_cpe.py --save-batch` wrote."""
+
+
+def main(args):
+    if bool(args.runs) == bool(args.replay):
+        raise ValueError("expected run folders to draw, or --replay with the folder of a batch")
+    if args.replay:
+        replay(args.replay)
+    else:
+        draw(args.runs, args.out)
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(tyro.cli(Args))

@@ -27,11 +27,10 @@ Where this departs from the paper or its code, and why (METHOD 2 has the whole t
 
 import itertools
 import math
-import os
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -141,6 +140,20 @@ class Args:
     seed: int = 0
     """Order of the prompts, sampling, selection."""
 
+    # -- diagnostics, which change nothing in the training (README, "Metrics of a PPO step")
+    eval_prompts: str | None = None
+    """Rows that are not trained on: how answers, edits and their gap develop there goes into held_out/*."""
+    eval_every: int = 10
+    """Steps from one such look to the next; the first is at step 1, before any training."""
+    eval_n: int = 64
+    """Prompts of a look: the file's first."""
+    audit_share: float = 0.0
+    """Share of the originals that the judge scores a second time, with another seed."""
+    audit_judge: str | None = None
+    """Another judge (as --judge) that scores these too."""
+    save_batch: int | None = None
+    """Step whose batch and weights are kept in OUT/batch_*, for `python diagnostics.py --replay`."""
+
     # -- the machine
     tokens_per_microbatch: int = 16384
     """Tokens per forward pass and rank."""
@@ -187,6 +200,7 @@ class Trajectory:
     truncated: bool = False
     judgement: Judgement | None = None
     reward: float | None = None
+    audit: dict | None = None  # {"again": reward, "second": reward}
     # filled before the update, fp32 [len(response_ids)] each
     old_logprobs: torch.Tensor | None = None  # pi_old(y | x); of an edit pi_e(y_e | edit prompt)
     values: torch.Tensor | None = None
@@ -300,10 +314,10 @@ def select_edits(edits, rate, strategy, seed):
 def rollout(prompts, engine, judge, chat, templates, args, step, progress):
     """Originals, their judgements, edits and theirs (METHOD 1.6a-d), all overlapping.
 
-    prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), counts of what was lost.
+    prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), {kind: lost ones}.
     """
     editing = args.edit_rate > 0 and args.edit_ratio != "sdpo"
-    lost = dict(originals=0, edits=0, truncated=0)
+    lost = dict(originals=[], edits=[], truncated=[])
     judged, in_engine, in_judge = [], {}, {}
 
     def sample(trajectory):
@@ -327,14 +341,14 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
             t.response_ids = s.ids + ([s.stop_id] if s.finish_reason == "stop" else [])
             t.engine_logprobs, t.truncated, t.answer = s.logprobs, s.finish_reason == "length", chat.decode(s.ids)
             if t.truncated and args.truncated == "drop":
-                lost["truncated"] += 1
+                lost["truncated"].append(t)
                 continue
             in_judge[t.key] = t
             judge.submit(t.key, t.row, t.answer, common.derive_seed(args.seed, step, *t.key, "judge"))
         for verdict in judge.poll():
             t = in_judge.pop(verdict.key)
             if verdict.reward is None:
-                lost["edits" if t.parent else "originals"] += 1
+                lost["edits" if t.parent else "originals"].append(t)
                 continue
             t.judgement, t.reward = verdict.judgement, verdict.reward
             if t.truncated and args.truncated == "floor":
@@ -386,7 +400,7 @@ def fill_old_logprobs(batch, policy, args, ranks, stats):
     prefixes, suffixes, trained, owners = zip(*rows) if rows else ((), (), (), ())
     for ts, logprobs in zip(owners, per_token(policy, prefixes, suffixes, trained, args, ranks, stats)):
         for t, t.old_logprobs in zip(ts, logprobs.split([len(t.response_ids) for t in ts])):
-            add_gap(t, stats)
+            diagnostics.add_gap(t, stats)
 
 
 def fill_credit(batch, policy, chat, templates, args, ranks, stats):
@@ -405,15 +419,7 @@ def fill_credit(batch, policy, chat, templates, args, ranks, stats):
     for t in batch:
         with_critique = next(logprobs)
         t.credit = with_critique - (next(logprobs) if t.old_logprobs is None else t.old_logprobs)
-        stats.add("sdpo/credit", t.credit)
-        stats.add("sdpo/credit_size", t.credit.abs())
-
-
-def add_gap(t, stats):
-    """Trainer against engine: the same weights, the same tokens; only the order of sums may differ."""
-    gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()
-    stats.add("logprob_gap", gap)
-    stats.add_max("logprob_gap_max", gap)
+        diagnostics.describe_credit(t, stats)
 
 
 @torch.no_grad()
@@ -493,7 +499,7 @@ def policy_pass(policy, packed, trajectories, args, stats):
     for t, now in zip(trajectories, logprobs.detach().cpu().split(packed.counts)):
         if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
             t.old_logprobs = now
-            add_gap(t, stats)
+            diagnostics.add_gap(t, stats)
     old_logprobs, advantages = (torch.cat([getattr(t, name) for t in trajectories]).to(device)
                                 for name in ("old_logprobs", "advantages"))
     edit = torch.cat([torch.full((n,), t.parent is not None) for t, n in zip(trajectories, packed.counts)]).to(device)
@@ -503,16 +509,8 @@ def policy_pass(policy, packed, trajectories, args, stats):
                                         args.eps_low, args.eps_high, cap, args.luffy_gamma)
     stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
     stats.add("entropy", entropy)
-    stats.add("original/ratio", ratio_o)
-    stats.add_max("original/ratio_max", ratio_o)
-    stats.add("original/clipfrac", clipped)
-    stats.add("original/approx_kl", ratio_o - 1 - ratio_o.log())
-    stats.add("edit/ratio", ratio_e)
-    stats.add_max("edit/ratio_max", ratio_e)
-    stats.add("edit/ratio_low", ratio_e < 1 - args.eps_low)
-    stats.add("edit/ratio_high", ratio_e > 1 + args.eps_high)
-    stats.add("edit/weight", weight)
-    stats.add("edit/clipfrac", weight == 0)
+    diagnostics.describe_originals(ratio_o, clipped, stats)
+    diagnostics.describe_edits([t for t in trajectories if t.parent], ratio_e, weight, advantages[edit], args, stats)
     return loss_o.sum() + loss_e.sum()
 
 
@@ -565,16 +563,13 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(args, chat, templates):
+def read_prompts(path, args, chat, templates):
     """(row, prompt ids) of every prompt within the length limit."""
-    rows = common.read_rows(args.prompts, "prompt")
+    rows = common.read_rows(path, "prompt")
     prompts = [(row, answer_prompt(chat, templates, row)) for row in rows]
     kept = [(row, ids) for row, ids in prompts if len(ids) <= args.max_prompt_length]
-    print0(f"{len(kept)} prompts from {args.prompts}; {len(prompts) - len(kept)} left out "
+    print0(f"{len(kept)} prompts from {path}; {len(prompts) - len(kept)} left out "
            f"(over --max-prompt-length {args.max_prompt_length} tokens)")
-    if len(kept) < args.prompts_per_step:
-        raise ValueError(f"{args.prompts}: {len(kept)} usable prompts are fewer than --prompts-per-step "
-                         f"{args.prompts_per_step}")
     return kept
 
 
@@ -586,16 +581,23 @@ def main(args):
     ranks = common.start(args.dtype, args.shard_size)
     if not 0 <= args.edit_rate <= 1:
         raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
+    if not 0 <= args.audit_share <= 1 or args.audit_judge and not args.audit_share:
+        raise ValueError(f"--audit-share {args.audit_share}: expected a share from 0 to 1, above 0 for an --audit-judge")
     if not 0 <= args.sdpo_lambda <= 1:
         raise ValueError(f"--sdpo-lambda {args.sdpo_lambda}: expected a weight from 0 to 1")
     tokenizer_from = resolve(args.policy)
     chat = Chat(tokenizer_from)
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
-    prompts = read_prompts(args, chat, templates)
+    prompts = read_prompts(args.prompts, args, chat, templates)
+    if len(prompts) < args.prompts_per_step:
+        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts are fewer than --prompts-per-step "
+                         f"{args.prompts_per_step}")
+    held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
+    held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
-    judge = open_judge(args.judge, templates, ranks, weights=args.score_weights, attempts=args.judge_attempts,
-                       temperature=args.judge_temperature, max_new_tokens=args.max_judgement_length,
-                       max_batch=args.max_batch)
+    judge, second = (spec and open_judge(spec, templates, ranks, weights=args.score_weights, attempts=args.judge_attempts,
+                                         temperature=args.judge_temperature, max_new_tokens=args.max_judgement_length,
+                                         max_batch=args.max_batch) for spec in (args.judge, args.audit_judge))
     if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and not judge.writes_critiques:
         raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
 
@@ -627,6 +629,15 @@ def main(args):
         mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
         judged, lost = rollout(mine, engine, judge, chat, templates, args, step, progress)
         clock.append(time.perf_counter())
+        counts = {f"lost/{name}": len(some) for name, some in lost.items()}
+        counts["judge_calls"], counts["judge_unparsed"] = judge.take_counts()
+        diagnostics.audit(judged, judge, second, args, step, stats)
+        if held_out and step % args.eval_every == 0:
+            seen = rollout(held_out, engine, judge, chat, templates, replace(args, n_samples=1), "held out", progress)
+            diagnostics.describe_held_out(*seen, judge, stats)
+            common.write_step(args.out, "held_out", step + 1, diagnostics.rollout_rows(seen[0]), ranks)
+        judge.take_counts()  # of these: not a cost of the training
+        clock.append(time.perf_counter())
         if args.offload:  # the moments follow in `optimizer_step`
             for model in models.values():
                 model.to(ranks.device)
@@ -638,9 +649,9 @@ def main(args):
         batch = share_out([t for t in judged if t.parent is None or t.key[:2] in selected], args, ranks)
         (n_batch,) = common.all_sum(ranks, len(batch))
         if n_batch == 0:
-            raise ValueError(f"step {step + 1}: no response is left to train on (lost on this rank: {lost}); is --judge "
+            raise ValueError(f"step {step + 1}: no response is left to train on (on this rank: {counts}); is --judge "
                              f"{args.judge} a reward model for these answers?")
-        diagnostics.describe_rollout(judged, selected, stats)
+        diagnostics.describe_rollout(judged, lost, selected, stats)
 
         # 3. log-probs and values before the update, advantages
         progress.set_postfix_str("log-probs and values")
@@ -655,6 +666,8 @@ def main(args):
         for t, of_t in zip(batch, values):
             t.values = of_t
         explained_variance = compute_advantages(batch, args, ranks)
+        if step + 1 == args.save_batch:
+            diagnostics.save_batch(args, step + 1, batch, policy, tokenizer_from, ranks)
         clock.append(time.perf_counter())
 
         # 4. the update
@@ -663,13 +676,11 @@ def main(args):
         clock.append(time.perf_counter())
 
         # 5. what happened
-        counts = {f"lost/{name}": n for name, n in lost.items()}
         counts["lost/prompts"] = len(mine) - len({t.place for t in judged})
         counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
-        counts["judge_calls"], counts["judge_unparsed"] = judge.take_counts()
         counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
         counts = dict(zip(counts, map(int, common.all_sum(ranks, *counts.values()))))
-        seconds = dict(zip(("refresh", "rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+        seconds = dict(zip(("refresh", "rollout", "diagnostics", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
         training = seconds["score"] + seconds["update"]
         common.log_metrics(args.out, dict(
             step=step + 1, **stats.means(ranks), explained_variance=explained_variance, refresh_gap=gap,
@@ -678,9 +689,7 @@ def main(args):
             trained_tokens_per_second=counts["trained_tokens"] / training,
             **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
         ), ranks)
-        rollouts = common.all_gather(ranks, diagnostics.rollout_rows(judged, selected))
-        if ranks.rank == 0:
-            common.write_rows(os.path.join(args.out, "rollouts", f"step_{step + 1:06d}.jsonl"), rollouts)
+        common.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             common.save_checkpoint(args.out, step + 1, models, optimizers, tokenizer_from, ranks, args.keep_checkpoints)
     print0(f"weights: {args.out}/policy (and critic)")

@@ -4,7 +4,8 @@
 
 On people and questions that training never saw, all greedy:
 - mentions: of the values that the policy's answers claim of the person, the share that is right;
-- the GRM against the exact judge: correlation of scores, share of critiques whose first edit is the same, unparsable.
+- the GRM against the exact judge: correlation of scores, share of critiques whose first edit is the same, unparsable; and of
+  the answers that say something wrong of the person the share in which it sees that (personalization off by at most 1).
 Writes OUT/gates.json; exit status 1 where one is missed.
 """
 
@@ -26,7 +27,7 @@ from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates  
 
 GATES = {  # name: (at least or at most, limit)
     "mentions_right": ("at least", 0.90), "score_correlation": ("at least", 0.85),
-    "same_first_edit": ("at least", 0.85), "unparsable": ("at most", 0.01)}
+    "same_first_edit": ("at least", 0.85), "sees_wrong_values": ("at least", 0.80), "unparsable": ("at most", 0.01)}
 
 
 @dataclass
@@ -41,20 +42,24 @@ class Args:
     """Folder of gates.json."""
 
 
+def claims(persona, answer):
+    """Of each value that the answer claims of the person: is it right?"""
+    return [persona.get(item[1]) == item[2] for sentence in read_sentences(persona, answer)
+            for item in sentence.items if item[0] == "claim"]
+
+
 def mentions_right(args, templates, ranks):
     """-> share of the claims in the policy's answers that are true of the person; None: there is no claim."""
     chat = Chat(args.policy)
     rows = common.read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, 512)
     samples = engine.generate([answer_prompt(chat, templates, row) for row in rows], temperature=0.0, max_new_tokens=96)
-    right = [row["persona"].get(item[1]) == item[2] for row, (sample,) in zip(rows, samples)
-             for sentence in read_sentences(row["persona"], chat.decode(sample.ids))
-             for item in sentence.items if item[0] == "claim"]
+    right = [ok for row, (sample,) in zip(rows, samples) for ok in claims(row["persona"], chat.decode(sample.ids))]
     return sum(right) / len(right) if right else None
 
 
 def judge_agreement(args, templates, ranks):
-    """-> correlation of scores, share of equal first edits, share without a judgement; None where it does not exist."""
+    """-> {gate: value}, None where it does not exist."""
     rows = common.read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
     judge = open_judge(args.grm, templates, ranks, attempts=1, temperature=0.0, max_new_tokens=96)
     for i, row in enumerate(rows):
@@ -66,8 +71,10 @@ def judge_agreement(args, templates, ranks):
     labels = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
     result = agreement(labels, found)
     same = [own.critique.split(".")[0] == label.critique.split(".")[0] for own, label in zip(found, labels) if own]
+    seen = [abs(own.personalization - label.personalization) <= 1 for row, own, label in zip(rows, found, labels)
+            if own and not all(claims(row["persona"], row["answer"]))]
     return dict(score_correlation=result["score_correlation"], unparsable=1 - result["parsed"],
-                same_first_edit=sum(same) / len(same) if same else None)
+                same_first_edit=sum(same) / len(same) if same else None, sees_wrong_values=sum(seen) / len(seen) if seen else None)
 
 
 def main(args):

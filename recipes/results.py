@@ -62,10 +62,12 @@ def evaluated(run):
         steps = read_rows(f"{run}/metrics.jsonl", "object")
         for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
             numbers[name] = sum(step[key] for step in steps)
-        for name in ("edit/gain", "edit/ratio", "edit/ratio_low", "edit/weight"):
+        for name in ("edit/gain", "edit/ratio", "edit/ratio_low", "edit/weight", "edit/kept_mass", "edit/inserted_mass"):
             known = [step[name] for step in steps if step.get(name) is not None]
             if known:
                 numbers[name] = float(np.mean(known))
+        if numbers.get("edit/inserted_mass"):
+            numbers["inserted"] = 100 * numbers["edit/inserted_mass"] / (numbers["edit/kept_mass"] + numbers["edit/inserted_mass"])
     return numbers
 
 
@@ -93,6 +95,22 @@ def exact_curves(run):
         curves["judge_calls"].append(step["judge_calls"])
     for name in ("generated_tokens", "judge_calls"):
         curves[name] = np.cumsum(curves[name]) / 1000
+    return curves
+
+
+def held_out_curves(run):
+    """The internalisation curve, by the exact judge: {"step", "answer", "edit", "gap"} on prompts that are not trained on."""
+    curves = defaultdict(list)
+    for path in sorted(glob.glob(f"{run}/held_out/step_*.jsonl")):
+        rows = read_rows(path, "object")
+        scores = [judge(row["persona"], row["question"], row["answer"]).score() for row in rows]
+        edited = [(judge(row["persona"], row["question"], row["edit"]["answer"]).score(), before)
+                  for row, before in zip(rows, scores) if row.get("edit")]
+        curves["step"].append(int(path[-12:-6]) - 1)  # steps trained before it
+        curves["answer"].append(np.mean(scores))
+        if edited:
+            curves["edit"].append(np.mean([after for after, _ in edited]))
+            curves["gap"].append(np.mean([after - before for after, before in edited]))
     return curves
 
 
@@ -127,7 +145,7 @@ COLUMNS = {"reward": ("score", 2), "helpfulness": ("helpful", 2), "personalizati
            "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1), "recites": ("recites, %", 1),
            "swap": ("persona swap", 2), "trained": ("trained samples", 0), "generated": ("generated tokens", 0),
            "judge_calls": ("judge calls", 0), "edit/gain": ("gain of edits", 2), "edit/ratio_low": ("ratio low, share", 3),
-           "edit/weight": ("weight", 2), "minutes": ("minutes", 1)}
+           "edit/weight": ("weight", 2), "inserted": ("mass on inserted, %", 1), "minutes": ("minutes", 1)}
 
 
 def method_table(names, numbers, columns):
@@ -254,6 +272,33 @@ def figures(out, cells, folder):
             axis.legend(frameon=False)
         save(figure, "edits")
 
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4))  # does the policy come to write what edits supplied?
+    for name in ("ppo_grm", "cpe"):
+        some = [held_out_curves(f"{out}/seed{s}/{name}") for s in cells.get(name, [])]
+        for axis, y, line in ((axes[0], "answer", "-"), (axes[0], "edit", "--"), (axes[1], "gap", "-")):
+            ys = np.array([c[y] for c in some if c[y]])
+            if len(ys):
+                axis.plot(some[0]["step"], ys.mean(0), line, color=COLORS[name], label=f"{METHODS[name]}: {y}", marker=".")
+                axis.fill_between(some[0]["step"], ys.min(0), ys.max(0), color=COLORS[name], alpha=0.15, lw=0)
+    axes[0].set(xlabel="steps trained", ylabel="exact score, held-out prompts")
+    axes[1].set(xlabel="steps trained", ylabel="edits less answers", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    save(figure, "internalisation")
+
+    figure, axes = plt.subplots(1, 3, figsize=(12.6, 3.4))  # the edit ledger
+    for name, color in (("cpe", COLORS["cpe"]), ("loss_paper_batch", "#8a6bbf")):
+        some = [read_rows(f"{out}/seed{s}/{name}/metrics.jsonl", "object") for s in cells.get(name, [])]
+        for axis, what in zip(axes, ("ratio", "mass", "clipfrac")):
+            for kind, line in (("kept", "-"), ("inserted", "--")):
+                if some:
+                    ys = np.array([[step[f"edit/{kind}_{what}"] for step in run] for run in some], dtype=float)
+                    label = f"{'unclipped' if name == 'cpe' else 'paper'}, {kind}"
+                    axis.plot(np.arange(1, ys.shape[1] + 1), np.nanmean(ys, 0), line, color=color, label=label)
+    for axis, title in zip(axes, ("ratio", "|weight x advantage| per token", "share of tokens without gradient")):
+        axis.set(xlabel="step", ylabel=title)
+    axes[0].legend(frameon=False)
+    save(figure, "ledger")
+
 
 # -- what is written ---------------------------------------------------------------------------------------------------
 
@@ -282,7 +327,7 @@ def draw(out, finished, folder):
         "Differences": difference_table(gaps),
         "Table 4: which edits, and how many": grid(numbers, STRATEGIES, RATES),
         "The loss on edits": method_table(losses, numbers, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
-                                                            "edit/ratio_low", "edit/weight", "generated", "judge_calls"]),
+                                                            "edit/ratio_low", "edit/weight", "inserted", "generated", "judge_calls"]),
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
             weights, numbers, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
     }

@@ -149,7 +149,8 @@ def rl_cell(out, seed, name, flags, steps, folder=None, lr=None, prompts="prompt
              f"--top-p 1 --critic-lr 2e-3 --tokens-per-microbatch 8192 --max-steps {steps} --seed {seed} "
              f"--lr {lr or LR.get(name, LR['cpe']):g} {flags}")
     commands = [train.strip(), evaluation(out, run, seed, prompts)]
-    if name in results.MAIN and lr is None:
+    if name in results.MAIN and lr is None:  # what diagnostics.py draws, and the batch for its --replay
+        commands[0] += f" --eval-prompts {world}/prompts_dev.jsonl --eval-every 7 --eval-n 48 --save-batch {steps // 2}"
         commands.append(swap(out, run, seed))
     return Cell(f"seed{seed}/{folder or name}", commands, [f"seed{seed}/gates", f"seed{seed}/bt"])
 

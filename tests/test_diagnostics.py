@@ -1,8 +1,12 @@
 """What is counted in answers, on examples by hand."""
 
-import pytest
+from types import SimpleNamespace
 
-from diagnostics import distinct, leaves, recited
+import pytest
+import torch
+
+from common import Stats, start
+from diagnostics import describe_edits, distinct, kept_tokens, leaves, recited
 
 PERSONA = {"name": "Ada Novak", "food": ["vegan", "green tea"], "age": 41, "city": {"now": "北京"}}
 
@@ -24,3 +28,23 @@ def test_distinct_pairs_of_words():
     assert distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)  # ab ba ab | ab: none across answers
     assert distinct(["A, b. a b"], 1) == pytest.approx(2 / 4)
     assert distinct(["a"], 2) == 0 and distinct([], 2) == 0
+
+
+def test_kept_and_inserted_tokens():
+    assert kept_tokens([1, 2, 3, 9], [1, 7, 2, 3, 8, 9]).tolist() == [True, False, True, True, False, True]
+    assert kept_tokens([1, 2], [3, 4]).tolist() == [False, False] and kept_tokens([], [1]).tolist() == [False]
+    assert kept_tokens([5, 6], [5, 6]).tolist() == [True, True] and kept_tokens([1], []).tolist() == []
+
+
+def test_ledger_of_edits():
+    """Two edits: 1 7 | 2 of original 1 2, and 4 of original 3: kept are the tokens 1 and 2."""
+    edits = [SimpleNamespace(parent=SimpleNamespace(response_ids=before), response_ids=after)
+             for before, after in (([1, 2], [1, 7, 2]), ([3], [4]))]
+    ratio, weight, advantages = (torch.tensor(x) for x in ([1.0, 0.1, 0.5, 3.0], [1.0, 0.1, 0.0, 0.0], [2.0, 2.0, 2.0, -1.0]))
+    stats = Stats()
+    describe_edits(edits, ratio, weight, advantages, SimpleNamespace(eps_low=0.2, eps_high=0.2), stats)
+    found = stats.means(start("fp32"))
+    want = {"edit/kept": 2 / 4, "edit/kept_ratio": 0.75, "edit/inserted_ratio": 1.55, "edit/kept_clipfrac": 1 / 2,
+            "edit/inserted_clipfrac": 1 / 2, "edit/kept_mass": 2 / 4, "edit/inserted_mass": 0.2 / 4, "edit/ratio": 4.6 / 4,
+            "edit/ratio_low": 2 / 4, "edit/ratio_high": 1 / 4, "edit/weight": 1.1 / 4, "edit/clipfrac": 2 / 4, "edit/ratio_max": 3.0}
+    assert found == {name: pytest.approx(value) for name, value in want.items()}

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import finish, launch, read_metrics
+from conftest import error_of, finish, launch, read_metrics
 from safetensors.torch import load_file
 
+import diagnostics
 import ppo_cpe
 from common import Stats, pack, start, write_rows
 from generate import Engine
@@ -121,6 +122,60 @@ def test_nobody_waits_for_a_straggler(tiny):
     assert straggler == 12 and all(key[2] for key, _ in events[6:12])
 
 
+@pytest.fixture(scope="module")
+def watched(tiny, judge, tmp_path_factory):
+    """The first three steps of `whole` with all diagnostics."""
+    out = tmp_path_factory.mktemp("watched") / "run"
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", out, "--eval-prompts",
+                  tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 5, "--audit-share", 0.5, "--audit-judge",
+                  tiny / "judge" / "model", "--save-batch", 2))
+    return out
+
+
+def test_diagnostics_change_nothing_in_the_training(whole, watched):
+    for plain, seen in zip(read_metrics(whole), read_metrics(watched)):
+        for name in plain:
+            assert seen[name] == (plain[name] if plain[name] is None else pytest.approx(plain[name], abs=1e-4)), name
+
+
+def test_what_diagnostics_see(watched):
+    metrics = read_metrics(watched)
+    assert ["held_out/swap" in m for m in metrics] == [True, False, True]
+    first = metrics[0]
+    rows = [json.loads(line) for line in (watched / "held_out" / "step_000001.jsonl").read_text().splitlines()]
+    assert 0 < len(rows) <= 5 and all(row["sample_id"] == 0 for row in rows)
+    assert first["held_out/original/reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows))
+    gains = [row["edit"]["reward"] - row["reward"] for row in rows if row["edit"]]
+    assert first["held_out/edit/gain"] == pytest.approx(sum(gains) / len(gains))
+    audited = [json.loads(line) for line in (watched / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    audited = [row for row in audited if "audit" in row and row["audit"]["again"] is not None]
+    # half of the originals, less those whose second judgement did not parse; the second judge is the same with the same seeds
+    assert 0 < len(audited) <= 4 and all(row["audit"]["again"] == row["audit"]["second"] for row in audited)
+    assert first["audit/noise"] == pytest.approx(sum(abs(row["reward"] - row["audit"]["again"]) for row in audited) / len(audited))
+    assert first["edit/kept_mass"] >= 0 and first["edit/inserted_mass"] > 0 and 0 <= first["edit/kept"] < 1
+
+
+def test_replay_gives_the_gradients_of_the_update(watched, capsys):
+    gradients = diagnostics.replay(str(watched / "batch_000002"))
+    args, batch = diagnostics.load_batch(str(watched / "batch_000002"))
+    policy = load_pretrained(str(watched / "batch_000002" / "policy"), torch.float32)
+    together, _ = diagnostics.gradient(policy, batch, args, sum(len(t.response_ids) for t in batch), start("fp32"))
+    # sums in another order: a wrong loss or count differs by tens of percent
+    assert torch.allclose(gradients["originals"] + gradients["unclipped"], together, atol=1e-4 * together.abs().max())
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == list(gradients)
+    for name, g in gradients.items():
+        assert f"{g.norm().item():.5f}" in printed, name
+
+
+def test_figures_of_runs(whole, watched, tmp_path, capsys):
+    diagnostics.draw([str(whole), str(watched)], str(tmp_path))
+    names = {f"by_{x}.{ending}" for x in ("step", "generated_tokens", "judge_calls") for ending in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert "held out: answer, its edit" in (tmp_path / "by_step.svg").read_text()
+    assert "expected run folders" in error_of(diagnostics, capsys)
+
+
 def test_policy_and_critic_are_saved_for_others(whole, tiny):
     start = load_file(tiny / "checkpoint" / "model.safetensors")
     policy, critic = (load_file(whole / name / "model.safetensors") for name in ("policy", "critic"))
@@ -205,7 +260,7 @@ def test_sdpo_credit_is_what_the_critique_adds(tiny):
 
 def test_truncated_responses_can_leave_the_batch(tiny, judge, tmp_path):
     # an untrained policy never ends its responses, so nothing is left
-    assert "'truncated': 8" in bad(tiny, judge, tmp_path, "--truncated", "drop")
+    assert "'lost/truncated': 8" in bad(tiny, judge, tmp_path, "--truncated", "drop")
 
 
 def test_a_bradley_terry_judge(tiny, judge, tmp_path):
