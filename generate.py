@@ -18,7 +18,9 @@ How it works:
 4. Where the blocks run out, the youngest sample gives up its own and waits again; later it is recomputed from its ids.
 5. The random number of a sample's i-th token is a hash of (its seed, i), and no sum runs over the batch. So a sample does
    not depend on its neighbours, beyond the rounding of matrix products of different sizes.
-6. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
+6. On a CPU the running rows are decoded in a dense copy of their keys and values, at most as large as the cache itself:
+   rows times the longest of them; where that would be more, the youngest wait as in 4.
+7. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
    few steps for samples that have ended.
 
     python generate.py --model DIR                                      # chat

@@ -17,7 +17,8 @@ from kernels.rope_kv import apply_rope, rope_kv
 from model import Segments, varlen_attention
 
 BLOCK = 16  # tokens
-KV_SHARE = {"cuda": 0.9, "cpu": 0.25}  # of the free memory, at most, for a cache whose size is not given
+# of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again
+KV_SHARE = {"cuda": 0.9, "cpu": 0.25}
 
 
 class Blocks:
@@ -126,7 +127,7 @@ class Decode:
 class DenseRows:
     """The keys and values of the running rows once more, each row's tokens behind one another: what a CPU decodes in.
 
-    Gathering a row's blocks for each token takes a CPU three times as long as the attention itself. A row is filled from
+    Gathering its blocks for each token would take longer than the attention itself. A row is filled from
     its blocks when it joins (`load`), and its full blocks from it when it leaves (`store`): between the two they are
     behind. It is also the attention context of a step, after `begin`.
     """

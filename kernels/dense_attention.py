@@ -16,7 +16,7 @@ STEP = 16  # tokens; the length is a multiple of it, or those behind the last mu
 
 
 def length_mask(lengths, longest, n_kv, dtype):
-    """What is added to the scores: 0 for a row's tokens, -inf behind them. lengths int64 [R], longest: the largest of them
+    """What is added to the scores: 0 for a row's tokens, -inf behind them. lengths int64 [R], longest: their maximum
     -> [R * n_kv, 1, L], L: longest, rounded up to a multiple of STEP."""
     token = torch.arange(-(-longest // STEP) * STEP)
     mask = torch.zeros(len(lengths), len(token), dtype=dtype).masked_fill_(token >= lengths[:, None], float("-inf"))

@@ -85,7 +85,8 @@ def reference(logits, temperature, top_p, seeds, positions):
         tokens, _ = _locate(kept, fraction)
     else:
         whole = kept.shape[1] // BLOCK * BLOCK
-        blocks = torch.cat([kept[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), kept[:, whole:].sum(-1, keepdim=True)], 1)
+        blocks = kept[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+        blocks = torch.cat([blocks, kept[:, whole:].sum(-1, keepdim=True)], 1)
         block, fraction = _locate(blocks, fraction)
         columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)  # [R, BLOCK]
         inside = kept.gather(1, columns.clamp(max=kept.shape[1] - 1)).masked_fill(columns >= kept.shape[1], 0.0)

@@ -135,7 +135,8 @@ def dense_case(lengths, group, dim, dtype, n_kv=2):
     q = torch.cat([randn(1, group * n_kv, dim, seed=n, dtype=dtype) for n in lengths])
     caches = []
     for i in (1, 2):
-        rows = [torch.cat([randn(n_kv, n, dim, seed=10 * n + i), randn(n_kv, 2000 - n, dim, scale=100.0)], 1) for n in lengths]
+        rest = randn(n_kv, 2000, dim, scale=100.0)
+        rows = [torch.cat([randn(n_kv, n, dim, seed=10 * n + i), rest[:, n:]], 1) for n in lengths]
         caches.append(torch.stack(rows).to(dtype))
     return q, *caches, dense.length_mask(torch.tensor(lengths), max(lengths), n_kv, dtype)
 
