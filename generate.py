@@ -18,7 +18,9 @@ How it works:
 4. Where the blocks run out, the youngest sample gives up its own and waits again; later it is recomputed from its ids.
 5. The random number of a sample's i-th token is a hash of (its seed, i), and no sum runs over the batch. So a sample does
    not depend on its neighbours, beyond the rounding of matrix products of different sizes.
-6. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
+6. On a CPU the running rows are decoded in a dense copy of their keys and values, at most as large as the cache itself:
+   rows times the longest of them; where that would be more, the youngest wait as in 4.
+7. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
    few steps for samples that have ended.
 
     python generate.py --model DIR                                      # chat
@@ -41,7 +43,7 @@ from tqdm import tqdm
 
 import common
 from kernels.sampling import sample
-from kv_cache import BLOCK, Blocks, Decode, Prefill, kv_tokens_of
+from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
 from model import load_pretrained, pack_weights
 from prompts import Chat, answer_prompt, load_templates
 
@@ -111,6 +113,7 @@ class Engine:
         shape = (config.num_hidden_layers, 2, n_blocks, BLOCK, config.num_key_value_heads, config.head_dim)
         self.cache = torch.empty(shape, dtype=next(model.parameters()).dtype, device=self.device)
         self.blocks = Blocks(n_blocks)
+        self.dense = DenseRows(self.cache, max_batch, (n_blocks - 1) * BLOCK) if self.device.type == "cpu" else None
         self.waiting, self.prefilling, self.running, self.finished = deque(), None, [], []
         self.admitted = itertools.count()
         self.computed_tokens = self.reused_tokens = self.preemptions = 0  # for tests and benchmarks
@@ -149,7 +152,10 @@ class Engine:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens and a response of up to {limit} need {needed} blocks of "
                              f"{BLOCK} tokens; the whole cache has {there} (its size: kv_tokens)")
         # as many samples together as there are rows and, beside the prompt, blocks
-        together = max(1, min(self.max_batch, there - len(prompt_ids) // BLOCK))
+        together = min(self.max_batch, there - len(prompt_ids) // BLOCK)
+        if self.dense:
+            together = min(together, there * BLOCK // (len(prompt_ids) + 1))
+        together = max(1, together)
         for i in range(0, n, together):
             self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + together], limit, float(temperature),
                                          float(top_p), top_logprobs))
@@ -214,8 +220,9 @@ class Engine:
     def _schedule(self):
         """What this step prefills: (sequence, start, end) each. At most the last one remains unfinished."""
         chunks, budget, rows = [], PREFILL_TOKENS, len(self.running)
+        longest = int(self.length[:rows].max(initial=0)) + 1  # tokens of a row, the next one included
         while budget > 0:
-            s = self.prefilling or self._admit(rows)
+            s = self.prefilling or self._admit(rows, longest)
             if s is None:
                 break
             start, ids = s.computed, s.ids
@@ -224,16 +231,18 @@ class Engine:
             self.blocks.learn(ids[: s.computed], s.blocks)
             chunks.append((s, start, s.computed))
             budget -= s.computed - start
-            rows += len(s.seeds)
+            rows, longest = rows + len(s.seeds), max(longest, len(ids) + 1)
             self.prefilling = s if s.computed < len(ids) else None
         return chunks
 
-    def _admit(self, rows):
-        """The next waiting sequence with the blocks that it needs, or None."""
+    def _admit(self, rows, longest):
+        """The next waiting sequence with the blocks that it needs, or None. rows, longest: of those that are in."""
         if not self.waiting or rows + len(self.waiting[0].seeds) > self.max_batch:
             return None
         s = self.waiting[0]
         ids = s.ids
+        if self.dense and not self.dense.fits(rows + len(s.seeds), max(longest, len(ids) + 1)):
+            return None
         known = self.blocks.match(ids[:-1])  # the last token is computed in any case, for its logits
         new, idle = len(ids) // BLOCK - len(known), sum(block in self.blocks.free for block in known)
         spare = rows // 4  # blocks for those that run to grow into, or who joins would soon have to leave again
@@ -271,6 +280,10 @@ class Engine:
 
         rows, new = slice(start, len(self.running)), self.running[start:]
         self.length[rows] = [len(s.ids) for s in new]
+        if self.dense:
+            self.dense.reserve(len(self.running), int(self.length[: len(self.running)].max()) + 1)
+            for row, s in enumerate(new, start):
+                self.dense.load(row, s.blocks, int(self.length[row]))
         self.room[rows] = [len(s.blocks) * BLOCK for s in new]
         self.left[rows] = [s.limit - len(s.response) for s in new]
         self.n_top[rows] = [s.n_top for s in new]
@@ -297,7 +310,8 @@ class Engine:
         while True:
             n = len(self.running)
             full = (self.length[:n] == self.room[:n]).nonzero()[0]
-            if len(full) <= len(self.blocks.free):
+            longest = int(self.length[:n].max(initial=0)) + 1
+            if len(full) <= len(self.blocks.free) and (not self.dense or self.dense.fits(n, longest)):
                 break
             self._preempt()
         if len(full):
@@ -335,15 +349,18 @@ class Engine:
         if self.device.type == "cuda":
             logits = self._replay(n)[:n]
         else:
-            logits = self._decode_rows(n, -(-int(self.length[:n].max() + 1) // BLOCK))
+            logits = self._decode_rows(n)
         self.length[:n] += 1
         self._after(slice(0, n), logits)
 
-    def _decode_rows(self, n, n_blocks):
-        """One token for rows 0..n-1; no step of it depends on a value on the device -> logits [n, V]."""
+    def _decode_rows(self, n):
+        """One token for rows 0..n-1; on a GPU no step of it depends on a value there -> logits [n, V]."""
         r = self.rows
         lengths = r["length"][:n]
-        context = Decode(self.cache, r["blocks"][:n, :n_blocks], lengths)
+        if self.dense:
+            context = self.dense.begin(lengths, int(self.length[:n].max()))
+        else:
+            context = Decode(self.cache, r["blocks"][:n], lengths)
         logits = self.model(r["token"][:n], lengths, context)
         lengths += r["active"][:n]
         self._emit(slice(0, n), logits)
@@ -353,17 +370,16 @@ class Engine:
         """The same as a CUDA graph of the next larger bucket: 1, 2, 4, 8, then multiples of 16."""
         size = min(self.max_batch, next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16))
         if size not in self.graphs:
-            width = self.rows["blocks"].shape[1]
             before = {name: tensor.clone() for name, tensor in self.rows.items()}
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles the kernels; writes keys and values that the replay writes again
-                self._decode_rows(size, width)
+                self._decode_rows(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()  # one for all: they never run together
             with torch.cuda.graph(graph, pool=self.graph_memory):
-                logits = self._decode_rows(size, width)
+                logits = self._decode_rows(size)
             for name, tensor in before.items():
                 self.rows[name].copy_(tensor)
             self.graphs[size] = graph, logits
@@ -419,6 +435,9 @@ class Engine:
         for row, response in gone.items():
             s = self.running[row]
             in_cache = int(self.length[row])  # the newest token is not: its keys come with the next step
+            if self.dense:
+                first = len(s.prompt_ids) // BLOCK  # what is before it, the prefill has written
+                self.dense.store(row, s.blocks[first : in_cache // BLOCK], first * BLOCK)
             self.blocks.learn((s.prompt_ids + response)[:in_cache], s.blocks)
             self._give_up(s)
         n_left = len(self.running) - len(gone)
@@ -430,6 +449,8 @@ class Engine:
                 tensor[to] = tensor[source]
             for array in (self.length, self.room, self.left, self.n_top):
                 array[holes] = array[movers]
+            if self.dense:
+                self.dense.move(to, source, int(self.length[holes].max()))
         for hole, mover in zip(holes, movers):
             self.running[hole] = self.running[mover]
         for name in ("active", "length", "blocks", "done"):  # padding rows of a CUDA graph: they write into block 0

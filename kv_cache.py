@@ -2,7 +2,8 @@
 
 The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots hold
 the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it: `Prefill`
-for chunks of prompts, `Decode` for one new token per sequence.
+for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a copy of their
+own, without blocks: `DenseRows`.
 """
 
 import itertools
@@ -10,12 +11,14 @@ import os
 
 import torch
 
-from kernels.paged_attention import gather_plan, gathered_attention, paged_attention
+from kernels.dense_attention import dense_attention, length_mask
+from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
 from model import Segments, varlen_attention
 
 BLOCK = 16  # tokens
-KV_SHARE = {"cuda": 0.9, "cpu": 0.25}  # of the free memory, at most, for a cache whose size is not given
+# of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again
+KV_SHARE = {"cuda": 0.9, "cpu": 0.25}
 
 
 class Blocks:
@@ -106,7 +109,7 @@ class Prefill:
 
 
 class Decode:
-    """Attention context of one new token a row."""
+    """Attention context of one new token a row, through the block table."""
 
     def __init__(self, cache, block_table, lengths):
         """block_table: int32 [R, blocks]; lengths: int64 [R], tokens in the cache before this one."""
@@ -114,14 +117,73 @@ class Decode:
         block = block_table.gather(1, (lengths // BLOCK)[:, None])[:, 0].long()
         self.slots = block * BLOCK + lengths % BLOCK
         self.lengths = (lengths + 1).int()
-        self.plan = None if cache.is_cuda else gather_plan(block_table, self.lengths, cache[0, 0])
 
     def attend(self, layer, q, k, v, cos, sin):
         keys, values = self.cache[layer]  # [blocks, BLOCK, Hkv, D] each
         q = rope_kv(q, k, v, cos, sin, keys, values, self.slots)
-        if self.plan is not None:
-            return gathered_attention(q, keys, values, self.plan)
         return paged_attention(q, keys, values, self.block_table, self.lengths)
+
+
+class DenseRows:
+    """The keys and values of the running rows once more, each row's tokens behind one another: what a CPU decodes in.
+
+    Gathering its blocks for each token would take longer than the attention itself. A row is filled from
+    its blocks when it joins (`load`), and its full blocks from it when it leaves (`store`): between the two they are
+    behind. It is also the attention context of a step, after `begin`.
+    """
+
+    def __init__(self, cache, max_rows, max_tokens):
+        """max_tokens: most that rows x tokens of the longest row may be, unless it is one row."""
+        self.cache, self.max_rows, self.max_tokens = cache, max_rows, max_tokens
+        layers, _, _, _, n_kv, dim = cache.shape
+        self.data = cache.new_zeros(layers, 2, 0, n_kv, 0, dim)  # [layers, 2, rows, Hkv, capacity, D]
+
+    def fits(self, n_rows, longest):
+        return n_rows == 1 or n_rows * longest <= self.max_tokens
+
+    def reserve(self, n_rows, longest):
+        """Room for rows of that many tokens; as growing copies all, for more of both where max_tokens lets it."""
+        layers, two, rows, n_kv, capacity, dim = self.data.shape
+        if n_rows <= rows and longest <= capacity:
+            return
+        wanted = capacity if longest <= capacity else longest * 3 // 2
+        wanted = max(longest, min(wanted, self.max_tokens // n_rows))
+        wanted = -(-wanted // BLOCK) * BLOCK
+        wanted_rows = rows if n_rows <= rows else min(n_rows * 2, self.max_rows)
+        wanted_rows = max(n_rows, min(wanted_rows, self.max_tokens // wanted))
+        old = self.data[:, :, :wanted_rows, :, :wanted]
+        self.data = old.new_zeros(layers, two, wanted_rows, n_kv, wanted, dim)  # zeros: what is masked may not be NaN
+        self.data[:, :, :rows, :, :capacity] = old
+
+    def load(self, row, blocks, n_tokens):
+        """Fills a row with the first tokens of these blocks."""
+        found = self.cache[:, :, blocks].flatten(2, 3)[:, :, :n_tokens]  # [layers, 2, tokens, Hkv, D]
+        self.data[:, :, row, :, :n_tokens] = found.transpose(2, 3)
+
+    def store(self, row, blocks, start):
+        """Fills whole blocks with a row's tokens from `start` on."""
+        found = self.data[:, :, row, :, start : start + len(blocks) * BLOCK].transpose(2, 3)
+        self.cache[:, :, blocks] = found.unflatten(2, (len(blocks), BLOCK))
+
+    def move(self, to, source, longest):
+        """Copies rows; their tokens are at most `longest`."""
+        self.data[:, :, to, :, :longest] = self.data[:, :, source, :, :longest]
+
+    def begin(self, lengths, longest):
+        """A step for the first rows -> itself. lengths: int64 [R], tokens before this one; longest: their maximum."""
+        self.reserve(len(lengths), longest + 1)
+        n_kv, capacity = self.data.shape[3:5]
+        places = torch.arange(len(lengths) * n_kv).view(-1, n_kv) * capacity + lengths[:, None]
+        self.places = places.flatten()  # of the new keys, [R * Hkv]
+        self.mask = length_mask(lengths + 1, longest + 1, n_kv, self.data.dtype)
+        return self
+
+    def attend(self, layer, q, k, v, cos, sin):
+        n_heads, dim = q.shape[1:]
+        q, k = apply_rope(torch.cat([q, k], 1), cos, sin).split([n_heads, k.shape[1]], 1)
+        for cache, new in zip(self.data[layer], (k, v)):
+            cache.view(-1, dim).index_copy_(0, self.places, new.reshape(-1, dim))
+        return dense_attention(q, *self.data[layer], self.mask)
 
 
 def likely_tokens(max_len, max_batch):

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_logprob import linear_logprob, logits
-from kernels.packed_linear import pack, packed_linear
+from kernels.packed_linear import Product
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
@@ -244,17 +244,19 @@ def rope_tables(config, position_ids, dtype):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; where `pack_weights` was called, passes without gradients use the packed copy."""
+    """nn.Linear; after `pack_weights` passes without gradients use `product`."""
 
-    packed = None
+    product = None
 
     def forward(self, x):
-        if self.packed is None or torch.is_grad_enabled():
+        if self.product is None or torch.is_grad_enabled():
             return super().forward(x)
-        return packed_linear(x, self.weight, self.packed, self.bias)
+        return self.product(x)
 
 
 class Attention(nn.Module):
+    qkv = None  # the three projections as one product, see `pack_weights`
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -265,12 +267,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(d, d, bias=False)
 
     def forward(self, x, cos, sin, context):
-        q, k, v = (proj(x).view(x.shape[0], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qkv is None or torch.is_grad_enabled():
+            heads = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        else:
+            heads = self.qkv(x).split([self.q_proj.out_features, *[self.k_proj.out_features] * 2], 1)
+        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in heads)
         out = context.attend(self.layer, q, k, v, cos, sin)
         return self.o_proj(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
+    gate_up = None  # both projections as one product, see `pack_weights`
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -278,7 +286,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        if self.gate_up is None or torch.is_grad_enabled():
+            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_up(x).chunk(2, 1)
+        return self.down_proj(F.silu(gate).mul_(up))  # in place: fresh memory costs a CPU more than the product
 
 
 class Layer(nn.Module):
@@ -301,7 +312,7 @@ class Qwen2(nn.Module):
     def __init__(self, config, scalar_head=False):
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
-        self.packed_head = None  # of the LM head, see `pack_weights`
+        self.head_product = None  # of the LM head, see `pack_weights`
         self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more time
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -340,18 +351,24 @@ class Qwen2(nn.Module):
             return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
         if targets is not None:
             return linear_logprob(x, self.head_weight, targets, temperature)
-        if self.packed_head is not None and not torch.is_grad_enabled():
-            return packed_linear(x, self.head_weight, self.packed_head)
+        if self.head_product is not None and not torch.is_grad_enabled():
+            return self.head_product(x).to(torch.promote_types(x.dtype, torch.float32))
         return logits(x, self.head_weight)
 
 
 def pack_weights(model):
-    """Copies of the matrices, laid out for fast passes without gradients on a CPU; to be called again for new weights."""
+    """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights."""
+    if model.model.embed_tokens.weight.device.type != "cpu":
+        return
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.packed = pack(module.weight)
+        if isinstance(module, Attention):
+            module.qkv = Product([(p.weight, p.bias) for p in (module.q_proj, module.k_proj, module.v_proj)])
+            module.o_proj.product = Product([(module.o_proj.weight, None)])
+        elif isinstance(module, MLP):
+            module.gate_up = Product([(module.gate_proj.weight, None), (module.up_proj.weight, None)])
+            module.down_proj.product = Product([(module.down_proj.weight, None)])
     if not model.scalar_head:
-        model.packed_head = pack(model.head_weight)
+        model.head_product = Product([(model.head_weight, None)])
 
 
 def init_weights(model, seed, std=None):

@@ -123,10 +123,12 @@ class Trained:
         self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if machine.sharded else 4 * head
 
 
-def inference(config, dtype, kv_tokens, scalar_head=False):
-    """-> bytes of a model that only computes, whole on every rank, and of its KV cache."""
+def inference(config, machine, kv_tokens, scalar_head=False):
+    """-> bytes of a model that only computes, whole on every rank, and of its KV cache (on a CPU with the dense rows)."""
+    dtype = machine.dtype
     with torch.device("meta"):
         weights = sum(p.numel() for p in Qwen2(config, scalar_head).parameters()) * dtype.itemsize
+    kv_tokens *= 2 if machine.device == "cpu" else 1
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return weights, kv_tokens * per_token
 
@@ -188,13 +190,13 @@ def ppo(args, max_len, judge_max_len=8192):
     per_prompt = args.n_samples * (1 + args.edit_rate)
     policy = Trained(policy_config, False, *common, key_copies=2)
     critic = Trained(critic_config, True, *common, key_copies=2)
-    weights, cache = inference(policy_config, machine.dtype, likely_tokens(max_len, args.max_batch))
+    weights, cache = inference(policy_config, machine, likely_tokens(max_len, args.max_batch))
     resident = {"engine: weights": weights, "engine: KV cache": cache}
     if args.judge.startswith("bt:"):
-        resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine.dtype, 0, True)
+        resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine, 0, True)
     elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
         resident["judge: weights"], resident["judge: KV cache"] = inference(
-            config_of(args.judge), machine.dtype, likely_tokens(judge_max_len, args.max_batch))
+            config_of(args.judge), machine, likely_tokens(judge_max_len, args.max_batch))
     masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
     moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
     larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)

@@ -7,12 +7,10 @@ GPU idle. How many tokens a split has follows from the width of the block table 
 order, so a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. The
 query heads that share a key head are rows of one tile, so that a key is read once for all of them.
 
-On a CPU rows are taken in groups whose keys fit its cache: they are copied there once (`index_select`), and read from
-there by torch's own attention. An engine makes the list of slots to copy once per step (`gather_plan`), for all layers.
+A CPU decodes without blocks (dense_attention.py); the torch code here defines what the kernel computes.
 """
 
 import torch
-import torch.nn.functional as F
 
 try:
     import triton
@@ -23,7 +21,6 @@ except ImportError:  # a CPU needs the torch code only
 SPLIT_TOKENS = 256  # of one program; more where a row would have over MAX_SPLITS of them
 MAX_SPLITS = 32
 TILE_BYTES = 16384  # of keys in a step of the loop; as many of values, two steps in flight: fits any shared memory
-CPU_GROUP_BYTES = 2**21  # of gathered keys: they are read again from the cache, not from memory
 
 
 def paged_attention(q, k_cache, v_cache, block_table, lengths):
@@ -48,47 +45,15 @@ def paged_attention(q, k_cache, v_cache, block_table, lengths):
 
 
 def reference(q, k_cache, v_cache, block_table, lengths):
-    """In torch; what a CPU runs. It reads `lengths` on the host."""
-    if not len(q):
-        return torch.empty_like(q)
-    out = gathered_attention(q, k_cache, v_cache, gather_plan(block_table, lengths, k_cache))
-    return out.masked_fill((lengths == 0)[:, None, None], 0)
-
-
-def gather_plan(block_table, lengths, cache):
-    """Which slots of the cache each row reads: the same for keys and values of every layer, so made once per step.
-
-    block_table [R, max_blocks], lengths [R] as in `paged_attention`, R at least 1 (a row of length 0 counts as one of 1)
-    -> groups of rows whose keys fit the CPU's cache: (slice of the rows, slots int32 [rows * L], mask bool [rows, 1, 1, L],
-    None where every slot is seen). Padding reads the row's first slot: what lies behind a row's end may be NaN, and even a
-    weight of 0 times NaN is NaN.
-    """
-    block_size, n_kv, dim = cache.shape[1:]
-    counts = lengths.clamp(min=1)
-    token = torch.arange(int(counts.max()), dtype=torch.int32, device=lengths.device)
-    seen = token < counts[:, None]  # [R, L]
-    first = block_table[:, : len(token) // block_size + 1, None] * block_size
-    slots = (first + torch.arange(block_size, dtype=torch.int32, device=lengths.device)).flatten(1)[:, : len(token)]
-    slots = torch.where(seen, slots, slots[:, :1])
-    rows = max(1, CPU_GROUP_BYTES // (len(token) * n_kv * dim * cache.element_size()))
-    if rows == 1:
-        return [(slice(i, i + 1), slots[i, :n], None) for i, n in enumerate(counts.tolist())]
-    mask = seen[:, None, None]
-    whole = len(lengths) == 1
-    return [(slice(i, i + rows), slots[i : i + rows].flatten(), None if whole else mask[i : i + rows])
-            for i in range(0, len(lengths), rows)]
-
-
-def gathered_attention(q, k_cache, v_cache, plan):
-    """Attention of q [R, Hq, D] over the slots of a `gather_plan` -> [R, Hq, D]."""
+    """In torch. What lies behind a row's end may be NaN, and even a weight of 0 times NaN is NaN: it is made 0."""
     n_kv, dim = k_cache.shape[2:]
-    out = []
-    for rows, slots, mask in plan:
-        grouped = q[rows].unflatten(1, (n_kv, -1))  # [rows, Hkv, g, D]: a group's heads are the rows of one small matrix
-        keys, values = (cache.view(-1, n_kv * dim).index_select(0, slots).view(len(grouped), -1, n_kv, dim).transpose(1, 2)
-                        for cache in (k_cache, v_cache))  # [rows, Hkv, L, D]
-        out.append(F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask))
-    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(q.shape)
+    keys, values = (cache[block_table.long()].flatten(1, 2).float() for cache in (k_cache, v_cache))  # [R, L, Hkv, D]
+    seen = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]  # [R, L]
+    keys, values = (x.masked_fill(~seen[:, :, None, None], 0).transpose(1, 2) for x in (keys, values))
+    grouped = q.unflatten(1, (n_kv, -1)).float()  # [R, Hkv, g, D]
+    scores = (grouped @ keys.mT * dim**-0.5).masked_fill(~seen[:, None, None], float("-inf"))
+    out = (scores.softmax(-1) @ values).to(q.dtype).view(q.shape)
+    return out.masked_fill((lengths == 0)[:, None, None], 0)
 
 
 if triton is not None:

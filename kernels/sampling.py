@@ -24,7 +24,8 @@ except ImportError:  # a CPU needs the torch code only
     triton = None
 
 CPU_CHUNK = 2**20  # probabilities in work at once on a CPU: several passes read them, so they should stay in its cache
-BLOCK = 512  # of the vocabulary, in the two-level search for a point of the cumulative distribution on a CPU
+BLOCK = 512  # of a vocabulary that is larger than SMALL, in the two-level search for a point of the cumulative
+SMALL = 4096  # distribution on a CPU; below, one level takes fewer calls
 CHUNK = 8192  # of the vocabulary, one program's part on a GPU
 
 
@@ -44,6 +45,8 @@ def sample(logits, temperature, top_p, seeds, positions):
     if logits.is_cuda and triton is not None:
         return triton_sample(logits, temperature, top_p, seeds, positions)
     rows = max(1, CPU_CHUNK // logits.shape[1])
+    if len(logits) <= rows:
+        return reference(logits, temperature, top_p, seeds, positions)
     parts = zip(*(x.split(rows) for x in (logits, temperature, top_p, seeds, positions)))
     tokens, logprobs = zip(*(reference(*part) for part in parts))
     return torch.cat(tokens), torch.cat(logprobs)
@@ -63,28 +66,33 @@ def uniform(seeds, positions):
 
 def reference(logits, temperature, top_p, seeds, positions):
     """In torch; what a CPU runs, some rows at a time."""
-    greedy = temperature == 0
     logits = logits.float()
-    if bool((temperature != 1).any()):
-        probs = torch.softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], -1)
-    else:
+    lowest, highest = (x.item() for x in temperature.aminmax())
+    if lowest == highest == 1:
         probs = torch.softmax(logits, -1)
+    else:
+        probs = torch.softmax(logits / torch.where(temperature == 0, 1.0, temperature)[:, None], -1)
     if bool(probs[:, 0].isnan().any()):  # one NaN or +inf makes the whole row NaN
         raise FloatingPointError("logits hold NaN or +inf")
-    if bool(greedy.all()):
+    if highest == 0:
         tokens = logits.argmax(-1, keepdim=True)
         return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
     kept = probs
-    if bool((top_p < 1).any()):
+    if top_p.min().item() < 1:
         kept = torch.where(probs >= nucleus_threshold(probs, top_p)[:, None], probs, 0.0)
-    whole = kept.shape[1] // BLOCK * BLOCK
-    blocks = torch.cat([kept[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), kept[:, whole:].sum(-1, keepdim=True)], 1)
-    block, rest = _locate(blocks, uniform(seeds, positions)[:, None])
-    columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)  # [R, BLOCK]
-    inside = kept.gather(1, columns.clamp(max=kept.shape[1] - 1)).masked_fill(columns >= kept.shape[1], 0.0)
-    tokens = block * BLOCK + _locate(inside, rest)[0]
-    if bool(greedy.any()):
-        tokens = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), tokens)
+    fraction = uniform(seeds, positions)[:, None]
+    if kept.shape[1] <= SMALL:
+        tokens, _ = _locate(kept, fraction)
+    else:
+        whole = kept.shape[1] // BLOCK * BLOCK
+        blocks = kept[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+        blocks = torch.cat([blocks, kept[:, whole:].sum(-1, keepdim=True)], 1)
+        block, fraction = _locate(blocks, fraction)
+        columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)  # [R, BLOCK]
+        inside = kept.gather(1, columns.clamp(max=kept.shape[1] - 1)).masked_fill(columns >= kept.shape[1], 0.0)
+        tokens = block * BLOCK + _locate(inside, fraction)[0]
+    if lowest == 0:
+        tokens = torch.where(temperature[:, None] == 0, logits.argmax(-1, keepdim=True), tokens)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 

@@ -9,7 +9,7 @@ from conftest import random_model, tiny_config
 import generate
 from generate import Engine
 from kernels import packed_linear
-from kv_cache import BLOCK, Blocks
+from kv_cache import BLOCK, Blocks, DenseRows
 
 SETTINGS = dict(max_new_tokens=20)
 
@@ -153,7 +153,7 @@ def test_packed_weights_change_nothing_but_rounding(model, monkeypatch):
     monkeypatch.setattr(packed_linear, "WORTH_PACKING", 1)
     fresh = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
     engine = Engine(fresh, [], 200)
-    assert fresh.packed_head is not None and fresh.model.layers[0].self_attn.q_proj.packed is not None
+    assert fresh.head_product.packed is not None and fresh.model.layers[0].self_attn.qkv.packed is not None
     packed = [engine.generate(prompts, n=2, **SETTINGS)]
     engine.refresh(others[0])
     packed += [engine.generate(prompts, n=2, **SETTINGS), Engine(others[1], [], 200).generate(prompts, n=2, **SETTINGS)]
@@ -200,6 +200,44 @@ def test_a_thousand_requests_in_a_tiny_pool(model):
         if at[0] not in cancelled or at in found:
             assert (found[at].ids, found[at].finish_reason) == (sample.ids, sample.finish_reason), at
     assert {s.finish_reason for s in found.values()} == {"stop", "length"}
+
+
+def test_a_longer_neighbour_changes_no_bit(model):
+    """Beside a row of 5 tokens and beside one of 250, in batches of one size."""
+
+    def logprobs(neighbour):
+        engine = Engine(model, [], 400, max_batch=2)
+        engine.submit(tokens(20), "ours", seeds=[3], max_new_tokens=60)
+        engine.step()  # alone: prompts in one pass would be products of another size
+        engine.submit(tokens(neighbour), "neighbour", max_new_tokens=100)
+        return drain(engine)["ours", 0].logprobs
+
+    assert logprobs(5) == logprobs(250)
+
+
+def test_dense_rows_keep_what_they_hold():
+    """Filled from blocks, moved, grown within the bound, and written back."""
+    cache = torch.randn(2, 2, 8, BLOCK, 2, 4, generator=torch.Generator().manual_seed(0))
+    before, rows = cache.clone(), DenseRows(cache, max_rows=4, max_tokens=12 * BLOCK)
+    rows.reserve(3, 40)
+    rows.load(0, [3, 5, 1], 40)
+    rows.load(2, [2, 4], 17)
+    rows.move([1], [2], 17)
+    for n_rows, longest in ((3, 60), (2, 96), (4, 41), (1, 500)):
+        rows.reserve(n_rows, longest)
+        shape = rows.data.shape
+        assert shape[2] >= n_rows and shape[4] >= longest and (n_rows == 1 or shape[2] * shape[4] <= 12 * BLOCK)
+    assert rows.fits(3, 64) and not rows.fits(3, 65) and rows.fits(1, 500)
+    cache.zero_()
+    rows.store(0, [7, 6], 0)
+    assert torch.equal(cache[:, :, [7, 6]], before[:, :, [3, 5]])
+    rows = DenseRows(before, 4, 12 * BLOCK)
+    rows.reserve(3, 40)
+    rows.load(2, [2, 4], 17)
+    rows.move([1], [2], 17)
+    rows.reserve(2, 90)
+    rows.store(1, [6], 0)
+    assert torch.equal(before[:, :, 6], before[:, :, 2])
 
 
 def test_blocks_are_known_by_all_that_precedes_them():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from kernels import dense_attention as dense  # noqa: E402
 from kernels import paged_attention as paged  # noqa: E402
 from kernels import rmsnorm, rope_kv, sampling, swiglu  # noqa: E402
 from kernels.rope_kv import apply_rope  # noqa: E402
@@ -84,10 +85,8 @@ LENGTHS = [1, 15, 16, 17, 0, 144, 33]
 
 @dtypes
 @pytest.mark.parametrize("group, dim", [(1, 64), (7, 32), (2, 128)])
-def test_paged_attention(group, dim, dtype, monkeypatch):
+def test_paged_attention(group, dim, dtype):
     arguments, want = paged_case(LENGTHS, group, dim, dtype)
-    check_attention(paged.reference, arguments, want)
-    monkeypatch.setattr(paged, "CPU_GROUP_BYTES", 1)  # every row by itself: no padding
     check_attention(paged.reference, arguments, want)
     equal, want = paged_case([48, 48], group, dim, dtype)
     check_attention(paged.paged_attention, equal, want)
@@ -123,6 +122,46 @@ def test_paged_attention_refuses_what_it_cannot_read():
                     (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), block_table, lengths)):
         with pytest.raises(AssertionError):
             paged.paged_attention(*changed)
+
+
+# -- dense attention, of a CPU -----------------------------------------------------------------------------------------
+
+
+GROUPS = pytest.mark.parametrize("group, dim", [(1, 64), (2, 32), (7, 64), (4, 16), (6, 128)])
+
+
+def dense_case(lengths, group, dim, dtype, n_kv=2):
+    """Rows with 2000 tokens of room, of which the first `lengths` are theirs; what is behind is large."""
+    q = torch.cat([randn(1, group * n_kv, dim, seed=n, dtype=dtype) for n in lengths])
+    caches = []
+    for i in (1, 2):
+        rest = randn(n_kv, 2000, dim, scale=100.0)
+        rows = [torch.cat([randn(n_kv, n, dim, seed=10 * n + i), rest[:, n:]], 1) for n in lengths]
+        caches.append(torch.stack(rows).to(dtype))
+    return q, *caches, dense.length_mask(torch.tensor(lengths), max(lengths), n_kv, dtype)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+@dtypes
+@GROUPS
+def test_dense_attention(group, dim, dtype):
+    lengths = [1, 15, 16, 17, 200, 33, 391]
+    q, keys, values, mask = dense_case(lengths, group, dim, dtype)
+    want = []
+    for row, n, k, v in zip(q.double(), lengths, keys.double(), values.double()):
+        scores = torch.einsum("hgd,hld->hgl", row.view(2, group, dim), k[:, :n]) / dim**0.5
+        want.append(torch.einsum("hgl,hld->hgd", scores.softmax(-1), v[:, :n]).reshape(-1, dim))
+    check_attention(dense.dense_attention, (q, keys, values, mask), torch.stack(want))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+@GROUPS
+@pytest.mark.parametrize("length", [5, 16, 100, 190, 200, 333, 513])
+def test_dense_attention_has_the_same_bits_beside_longer_rows(group, dim, length):
+    alone = dense.dense_attention(*dense_case([length], group, dim, torch.float32))
+    for others in ([3], [length + 1], [length + 100] * 17, [1500, 700]):
+        together = dense.dense_attention(*dense_case([*others, length], group, dim, torch.float32))
+        assert torch.equal(alone[0], together[-1]), others
 
 
 # -- RoPE and the write to the cache -----------------------------------------------------------------------------------
