@@ -475,21 +475,11 @@ def label_pair(rng, persona, question, first, second, margin=1.5):
 # -- the files -----------------------------------------------------------------------------------
 
 
-def mistaken(rng, persona):
-    """The profile with about half of its values changed."""
-    return {a: v if a == "name" or rng.random() < 0.5 else other_value(rng, a, v) for a, v in persona.items()}
-
-
 def improved_answer(rng, persona, question):
-    """An answer after 0 to 3 rounds of critique: what a policy in training comes to write.
-
-    One in four takes the person for somebody else: where nearly every claim is right, a judge need not look at the profile,
-    and would not see a policy that makes things up.
-    """
-    believed = mistaken(rng, persona) if rng.random() < 0.25 else persona
-    answer = write_answer(rng, believed, question)
+    """An answer after 0 to 3 rounds of critique: what a policy in training comes to write."""
+    answer = write_answer(rng, persona, question)
     for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
-        answer = rewrite(rng, believed, question, answer, skill=0.9)
+        answer = rewrite(rng, persona, question, answer, skill=0.9)
     return answer or write_answer(rng, persona, question)
 
 

@@ -4,8 +4,9 @@
 
 On people and questions that training never saw, all greedy:
 - mentions: of the values that the policy's answers claim of the person, the share that is right;
-- the GRM against the exact judge: correlation of scores, share of critiques whose first edit is the same, unparsable; and of
-  the answers that say something wrong of the person the share in which it sees that (personalization off by at most 1).
+- the GRM against the exact judge: correlation of scores, share of critiques whose first edit is the same, unparsable.
+Told, and no gate: how much of what an answer loses under another person's profile the GRM sees. A small GRM sees next to
+nothing of it: it judges what an answer claims, and hardly whether that is true.
 Writes OUT/gates.json; exit status 1 where one is missed.
 """
 
@@ -18,6 +19,7 @@ import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
+from data.persona_world import judge as exact
 from data.persona_world import read_sentences  # noqa: E402
 from diagnostics import agreement  # noqa: E402
 from generate import Engine  # noqa: E402
@@ -27,7 +29,7 @@ from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates  
 
 GATES = {  # name: (at least or at most, limit)
     "mentions_right": ("at least", 0.90), "score_correlation": ("at least", 0.85),
-    "same_first_edit": ("at least", 0.85), "sees_wrong_values": ("at least", 0.80), "unparsable": ("at most", 0.01)}
+    "same_first_edit": ("at least", 0.85), "unparsable": ("at most", 0.01)}
 
 
 @dataclass
@@ -42,19 +44,15 @@ class Args:
     """Folder of gates.json."""
 
 
-def claims(persona, answer):
-    """Of each value that the answer claims of the person: is it right?"""
-    return [persona.get(item[1]) == item[2] for sentence in read_sentences(persona, answer)
-            for item in sentence.items if item[0] == "claim"]
-
-
 def mentions_right(args, templates, ranks):
     """-> share of the claims in the policy's answers that are true of the person; None: there is no claim."""
     chat = Chat(args.policy)
     rows = common.read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, 512)
     samples = engine.generate([answer_prompt(chat, templates, row) for row in rows], temperature=0.0, max_new_tokens=96)
-    right = [ok for row, (sample,) in zip(rows, samples) for ok in claims(row["persona"], chat.decode(sample.ids))]
+    right = [row["persona"].get(item[1]) == item[2] for row, (sample,) in zip(rows, samples)
+             for sentence in read_sentences(row["persona"], chat.decode(sample.ids))
+             for item in sentence.items if item[0] == "claim"]
     return sum(right) / len(right) if right else None
 
 
@@ -62,19 +60,27 @@ def judge_agreement(args, templates, ranks):
     """-> {gate: value}, None where it does not exist."""
     rows = common.read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
     judge = open_judge(args.grm, templates, ranks, attempts=1, temperature=0.0, max_new_tokens=96)
+    found = judgements_of(judge, rows)
+    labels = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
+    result = agreement(labels, found)
+    same = [own.critique.split(".")[0] == label.critique.split(".")[0] for own, label in zip(found, labels) if own]
+    swapped = [row | {"persona": other["persona"]} for row, other in zip(rows, rows[1:] + rows[:1])]
+    lost = [(own.score() - other.score(), label.score() - exact(row["persona"], row["question"], row["answer"]).score())
+            for own, other, label, row in zip(found, judgements_of(judge, swapped), labels, swapped) if own and other]
+    by_grm, by_exact = map(sum, zip(*lost)) if lost else (0, 0)
+    return dict(score_correlation=result["score_correlation"], unparsable=1 - result["parsed"],
+                same_first_edit=sum(same) / len(same) if same else None, sees_other_profile=by_grm / by_exact if by_exact else None)
+
+
+def judgements_of(judge, rows):
+    """-> Judgement, or None where it did not parse, of each row's answer."""
     for i, row in enumerate(rows):
         judge.submit(i, row, row["answer"], seed=0)
     found = [None] * len(rows)
     while judge.busy:
         for verdict in judge.poll():
             found[verdict.key] = verdict.judgement
-    labels = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
-    result = agreement(labels, found)
-    same = [own.critique.split(".")[0] == label.critique.split(".")[0] for own, label in zip(found, labels) if own]
-    seen = [abs(own.personalization - label.personalization) <= 1 for row, own, label in zip(rows, found, labels)
-            if own and not all(claims(row["persona"], row["answer"]))]
-    return dict(score_correlation=result["score_correlation"], unparsable=1 - result["parsed"],
-                same_first_edit=sum(same) / len(same) if same else None, sees_wrong_values=sum(seen) / len(seen) if seen else None)
+    return found
 
 
 def main(args):
@@ -88,6 +94,8 @@ def main(args):
         missed += [] if met else [name]
         text = "-" if value is None else f"{value:.3f}"
         print(f"{name:20}{text:>8}   {kind} {limit:g}   {'met' if met else 'MISSED'}")
+    told = found["sees_other_profile"]
+    print(f"{'sees_other_profile':20}{'-' if told is None else f'{told:.3f}':>8}   no gate")
     common.write_text(os.path.join(args.out, "gates.json"), json.dumps(found | {"missed": missed}, indent=2))
     if missed:
         raise ValueError(f"gates missed: {', '.join(missed)}; a comparison of RL runs on these models would say little")
