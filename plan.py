@@ -124,11 +124,14 @@ class Trained:
 
 
 def inference(config, machine, kv_tokens, scalar_head=False):
-    """-> bytes of a model that only computes, whole on every rank, and of its KV cache (on a CPU with the dense rows)."""
-    dtype = machine.dtype
+    """-> bytes of a model that only computes, whole on every rank, and of its KV cache; on a CPU with the packed copies of
+    matrices (kernels/packed_linear.py) and the dense rows (kv_cache.py)."""
+    dtype, on_cpu = machine.dtype, machine.device == "cpu"
     with torch.device("meta"):
-        weights = sum(p.numel() for p in Qwen2(config, scalar_head).parameters()) * dtype.itemsize
-    kv_tokens *= 2 if machine.device == "cpu" else 1
+        parameters = list(Qwen2(config, scalar_head).parameters())
+    copied = sum(p.numel() for p in parameters if p.dim() == 2) if on_cpu and dtype == torch.float32 else 0
+    weights = (sum(p.numel() for p in parameters) + copied) * dtype.itemsize
+    kv_tokens *= 2 if on_cpu else 1
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return weights, kv_tokens * per_token
 
