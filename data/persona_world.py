@@ -377,10 +377,14 @@ def edit_text(persona, edit):
             "end": "Finish the last sentence."}[kind].format(*what)
 
 
+def claims(answer):
+    """The (attribute, value) pairs that an answer says of the person, in order."""
+    return [(m["attribute"], m["value"]) for m in ITEM.finditer(" ".join(words_of(answer))) if m["attribute"]]
+
+
 def recites_profile(persona, answer):
     """Whether an answer names four attributes or more with the profile's values."""
-    claims = {(m["attribute"], m["value"]) for m in ITEM.finditer(" ".join(words_of(answer)))}
-    return sum(a is not None and persona[a] == v for a, v in claims) >= RECITED
+    return sum(persona[a] == v for a, v in set(claims(answer))) >= RECITED
 
 
 # -- rewriting and labels ------------------------------------------------------------------------
@@ -457,8 +461,7 @@ def label(rng, persona, question, answer):
 
     The lean is 0.05 a word and 0.7 for each attribute that the answer names.
     """
-    claims = {m["attribute"] for m in ITEM.finditer(" ".join(words_of(answer)))} - {None}
-    lean = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len(claims)
+    lean = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len({attribute for attribute, _ in claims(answer)})
     return judge(persona, question, answer).score() + lean + rng.gauss(0, 1)
 
 

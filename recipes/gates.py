@@ -19,8 +19,8 @@ import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
-from data.persona_world import judge as exact
-from data.persona_world import read_sentences  # noqa: E402
+from data.persona_world import judge as exact  # noqa: E402
+from data.persona_world import claims  # noqa: E402
 from diagnostics import agreement  # noqa: E402
 from generate import Engine  # noqa: E402
 from judges import open_judge  # noqa: E402
@@ -50,9 +50,8 @@ def mentions_right(args, templates, ranks):
     rows = common.read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, 512)
     samples = engine.generate([answer_prompt(chat, templates, row) for row in rows], temperature=0.0, max_new_tokens=96)
-    right = [row["persona"].get(item[1]) == item[2] for row, (sample,) in zip(rows, samples)
-             for sentence in read_sentences(row["persona"], chat.decode(sample.ids))
-             for item in sentence.items if item[0] == "claim"]
+    right = [row["persona"].get(attribute) == value for row, (sample,) in zip(rows, samples)
+             for attribute, value in claims(chat.decode(sample.ids))]
     return sum(right) / len(right) if right else None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from common import read_rows, write_text
-from data.persona_world import judge, recites_profile
+from data.persona_world import claims, judge, recites_profile
 from prompts import DIMENSIONS
 from tables import markdown_row, write_json
 
@@ -48,11 +48,18 @@ def read_json(path):
         return json.load(f)
 
 
+def claims_right(rows):
+    """Of what the answers of some rows say of the person, the share that is right, in percent; None: nothing is said."""
+    right = [row["persona"].get(attribute) == value for row in rows for attribute, value in claims(row["answer"])]
+    return 100 * sum(right) / len(right) if right else None
+
+
 def evaluated(run):
     """{quantity: number} of a finished cell: exact scores, rates in percent, cost of the run."""
     found = read_json(f"{run}/eval/results.json")
     numbers = {name: found["model"][name]["mean"] for name in ("reward", *DIMENSIONS, "n_tokens")}
     numbers["recites"] = 100 * found["model"]["recites_profile"]["mean"]
+    numbers["claims"] = claims_right(read_rows(f"{run}/eval/answers_model.jsonl", "object"))
     numbers["win"] = 100 * found["win_rate"]["win_rate"]
     numbers["lc"] = found["length_controlled"]["minimal"]["length_controlled_winrate"]
     if os.path.exists(f"{run}/swap/results.json"):
@@ -83,6 +90,7 @@ def exact_curves(run):
             curves[name].append(np.mean([getattr(j, name) for j in found]))
         curves["own"].append(np.mean([row["reward"] for row in rows]))
         curves["tokens"].append(np.mean([row["n_tokens"] for row in rows]))
+        curves["claims"].append(claims_right(rows))
         curves["recites"].append(100 * np.mean([recites_profile(row["persona"], row["answer"]) for row in rows]))
         both = [(j.score(), judge(row["persona"], row["question"], row["edit"]["answer"]).score(), row)
                 for j, row in zip(found, rows) if row.get("edit")]
@@ -142,7 +150,7 @@ def markdown(header, rows):
 
 
 COLUMNS = {"reward": ("score", 2), "helpfulness": ("helpful", 2), "personalization": ("personal", 2), "naturalness": ("natural", 2),
-           "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1), "recites": ("recites, %", 1),
+           "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1), "recites": ("recites, %", 1), "claims": ("claims right, %", 1),
            "swap": ("persona swap", 2), "trained": ("trained samples", 0), "generated": ("generated tokens", 0),
            "judge_calls": ("judge calls", 0), "edit/gain": ("gain of edits", 2), "edit/ratio_low": ("ratio low, share", 3),
            "edit/weight": ("weight", 2), "inserted": ("mass on inserted, %", 1), "minutes": ("minutes", 1)}
@@ -240,6 +248,7 @@ def figures(out, cells, folder):
         "score": [("exact", "exact judge's score", None, "step"), ("exact", "exact judge's score", "generated_tokens", "generated tokens, thousands"),
                   ("exact", "exact judge's score", "judge_calls", "judge calls, thousands")],
         "hacking": [("tokens", "length, tokens", None, "step"), ("recites", "recites the profile, %", None, "step"),
+                    ("claims", "claims of the person that are right, %", None, "step"),
                     ("personalization", "personalization, exact", None, "step")],
         "dimensions": [(name, f"{name}, exact", None, "step") for name in DIMENSIONS],
     }
@@ -320,7 +329,7 @@ def draw(out, finished, folder):
     gates = [read_json(f"{out}/seed{s}/gates/gates.json") for s in cells.get("gates", [])]
     sections = {
         "Table 1: methods": method_table(
-            METHODS, numbers, ["reward", *DIMENSIONS, "win", "lc", "n_tokens", "recites", "swap"]),
+            METHODS, numbers, ["reward", *DIMENSIONS, "win", "lc", "n_tokens", "recites", "claims", "swap"]),
         "Table 2: reward models and edits, with their cost": method_table(
             {name: METHODS[name] for name in MAIN}, numbers,
             ["reward", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
