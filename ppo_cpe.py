@@ -583,6 +583,8 @@ def main(args):
         raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
     if not 0 <= args.audit_share <= 1 or args.audit_judge and not args.audit_share:
         raise ValueError(f"--audit-share {args.audit_share}: expected a share from 0 to 1, above 0 for an --audit-judge")
+    if args.eval_every < 1 or args.eval_n < 1:
+        raise ValueError(f"--eval-every {args.eval_every} --eval-n {args.eval_n}: expected 1 or more")
     if not 0 <= args.sdpo_lambda <= 1:
         raise ValueError(f"--sdpo-lambda {args.sdpo_lambda}: expected a weight from 0 to 1")
     tokenizer_from = resolve(args.policy)
@@ -590,8 +592,7 @@ def main(args):
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
     prompts = read_prompts(args.prompts, args, chat, templates)
     if len(prompts) < args.prompts_per_step:
-        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts are fewer than --prompts-per-step "
-                         f"{args.prompts_per_step}")
+        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step {args.prompts_per_step}")
     held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
     held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
@@ -632,7 +633,7 @@ def main(args):
         counts = {f"lost/{name}": len(some) for name, some in lost.items()}
         counts["judge_calls"], counts["judge_unparsed"] = judge.take_counts()
         diagnostics.audit(judged, judge, second, args, step, stats)
-        if held_out and step % args.eval_every == 0:
+        if args.eval_prompts and step % args.eval_every == 0:
             seen = rollout(held_out, engine, judge, chat, templates, replace(args, n_samples=1), "held out", progress)
             diagnostics.describe_held_out(*seen, judge, stats)
             common.write_step(args.out, "held_out", step + 1, diagnostics.rollout_rows(seen[0]), ranks)

@@ -186,7 +186,9 @@ def test_policy_and_critic_are_saved_for_others(whole, tiny):
 
 
 def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
-    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", tmp_path / "two", processes=2))
+    # with one held-out prompt: the second process has none
+    held_out = ["--eval-prompts", tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 1]
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", tmp_path / "two", *held_out, processes=2))
     for one, two in zip(read_metrics(whole), read_metrics(tmp_path / "two")):
         for name in ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
@@ -287,8 +289,10 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     assert f'{broken}:1: field "question" is missing' in bad(tiny, judge, tmp_path, "--prompts", broken)
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: empty" in bad(tiny, judge, tmp_path, "--prompts", tmp_path / "empty.jsonl")
-    assert "are fewer than --prompts-per-step" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
+    assert "fewer than --prompts-per-step" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
     assert "expected a share" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
+    assert "--audit-share" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
+    assert "expected 1 or more" in bad(tiny, judge, tmp_path, "--eval-every", 0)
     assert "127.0.0.1:9" in bad(tiny, judge, tmp_path, "--judge", "http://127.0.0.1:9/v1")
 
 
