@@ -151,7 +151,7 @@ def markdown(header, rows):
 
 COLUMNS = {"reward": ("score", 2), "helpfulness": ("helpful", 2), "personalization": ("personal", 2), "naturalness": ("natural", 2),
            "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1), "recites": ("recites, %", 1), "claims": ("claims right, %", 1),
-           "swap": ("persona swap", 2), "trained": ("trained samples", 0), "generated": ("generated tokens", 0),
+           "swap": ("persona swap", 2), "in_training": ("score over training", 2), "trained": ("trained samples", 0), "generated": ("generated tokens", 0),
            "judge_calls": ("judge calls", 0), "edit/gain": ("gain of edits", 2), "edit/ratio_low": ("ratio low, share", 3),
            "edit/weight": ("weight", 2), "inserted": ("mass on inserted, %", 1), "minutes": ("minutes", 1)}
 
@@ -181,7 +181,7 @@ def grid(numbers, strategies, rates):
 
 def difference(numbers, name, other, column):
     """Paired over seeds: mean, 95 % interval by Student's t, p, seeds. None below two seeds."""
-    seeds = sorted(set(numbers.get(name, {})) & set(numbers.get(other, {})))
+    seeds = sorted(s for s, of_seed in numbers.get(name, {}).items() if column in of_seed and column in numbers.get(other, {}).get(s, {}))
     if len(seeds) < 2:
         return None
     gaps = np.array([numbers[name][s][column] - numbers[other][s][column] for s in seeds])
@@ -215,15 +215,13 @@ def accuracy_table(out, seeds):
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def figures(out, cells, folder):
-    """Curves over training of the three RL methods: mean over seeds and, shaded, their range."""
+def figures(out, cells, curves, folder):
+    """Curves over training of the three RL methods, {cell: [exact_curves]}: mean over seeds and, shaded, their range."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = {name: [exact_curves(f"{out}/seed{s}/{name}") for s in cells[name]] for name in COLORS if name in cells}
-    curves = {name: some for name, some in curves.items() if some}
     if not curves:
         return
 
@@ -290,7 +288,8 @@ def figures(out, cells, folder):
                 axis.plot(some[0]["step"], ys.mean(0), line, color=COLORS[name], label=f"{METHODS[name]}: {y}", marker=".")
                 axis.fill_between(some[0]["step"], ys.min(0), ys.max(0), color=COLORS[name], alpha=0.15, lw=0)
     axes[0].set(xlabel="steps trained", ylabel="exact score, held-out prompts")
-    axes[1].set(xlabel="steps trained", ylabel="edits less answers", ylim=(0, None))
+    axes[1].set(xlabel="steps trained", ylabel="edits less answers")
+    axes[1].axhline(0, color="black", lw=0.5)
     axes[0].legend(frameon=False)
     save(figure, "internalisation")
 
@@ -317,6 +316,10 @@ def draw(out, finished, folder):
     cells = by_name(finished)
     ready = {name: seeds for name, seeds in cells.items() if name not in ("grm", "bt", "gates", "accuracy")}
     numbers = {name: {s: evaluated(f"{out}/seed{s}/{name}") for s in seeds} for name, seeds in ready.items()}
+    curves = {name: [exact_curves(f"{out}/seed{s}/{name}") for s in cells[name]] for name in MAIN if cells.get(name)}
+    for name, some in curves.items():
+        for s, curve in zip(cells[name], some):
+            numbers[name][s]["in_training"] = float(np.mean(curve["exact"]))
     if "base" in finished:
         numbers["base"] = {0: evaluated(f"{out}/base")}
     losses = {loss_cell(ratio, baseline): f"{ratio}, {baseline}" for ratio in RATIOS for baseline in BASELINES}
@@ -325,14 +328,14 @@ def draw(out, finished, folder):
     weights |= {f"weights_{name}": ", ".join(f"{w:.2f}" for w in some) for name, some in WEIGHTS.items()}
     pairs = [("cpe", "ppo_grm"), ("cpe", "sft"), ("ppo_grm", "ppo_bt"), ("ppo_bt", "sft")]
     pairs += [("cpe", name) for name in losses if name != "cpe"]
-    gaps = [d for a, b in pairs for column in ("reward", "lc") if (d := difference(numbers, a, b, column))]
+    gaps = [d for a, b in pairs for column in ("reward", "lc", "in_training") if (d := difference(numbers, a, b, column))]
     gates = [read_json(f"{out}/seed{s}/gates/gates.json") for s in cells.get("gates", [])]
     sections = {
         "Table 1: methods": method_table(
             METHODS, numbers, ["reward", *DIMENSIONS, "win", "lc", "n_tokens", "recites", "claims", "swap"]),
         "Table 2: reward models and edits, with their cost": method_table(
             {name: METHODS[name] for name in MAIN}, numbers,
-            ["reward", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
+            ["reward", "in_training", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
         "Differences": difference_table(gaps),
         "Table 4: which edits, and how many": grid(numbers, STRATEGIES, RATES),
         "The loss on edits": method_table(losses, numbers, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
@@ -347,10 +350,11 @@ def draw(out, finished, folder):
         sections["Gates"] = markdown(names, [[spread([g[name] for g in gates], 3) for name in names]])
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
     note = ("Scores by the exact judge on unseen people's questions, win rates against fixed reference answers; mean ± standard "
-            "deviation over seeds. Persona swap: the score less the score under another person's profile.")
+            "deviation over seeds. Score over training: mean over all steps, of what was sampled. Persona swap: the score less the score "
+            "under another person's profile.")
     write_text(f"{folder}/tables.md", f"# The generated world\n\n{note}\n\n{text}\n")
     write_json(f"{folder}/results.json", dict(cells=numbers, differences=gaps, gates=gates))
-    figures(out, cells, folder)
+    figures(out, cells, curves, folder)
     print(f"{text}\n\nwritten: {folder}/ (tables.md, results.json, figures)")
 
 
