@@ -193,7 +193,7 @@ def difference(numbers, name, other, column):
 
 def difference_table(found):
     rows = [[f"{METHODS.get(d['cells'][0], d['cells'][0])} - {METHODS.get(d['cells'][1], d['cells'][1])}", COLUMNS[d["column"]][0],
-             f"{d['mean']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}", f"{d['p']:.3f}", d["seeds"]] for d in found]
+             f"{d['mean']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}", "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}", d["seeds"]] for d in found]
     return markdown(["", "of", "mean", "95 % interval over seeds", "p", "seeds"], rows)
 
 
