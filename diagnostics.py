@@ -71,7 +71,7 @@ def agreement(labels, found):
     return result
 
 
-# -- what a step of ppo_cpe.py is described by; t, judged, ...: its trajectories, stats: common.Stats ----------------------
+# -- what a step of ppo_cpe.py is described by; t, judged, ...: its trajectories -----------------------------------------
 
 
 def describe_rollout(judged, lost, selected, stats, prefix=""):
@@ -137,14 +137,13 @@ def rewards_of(judge, asked):
 
 
 def describe_held_out(judged, lost, judge, stats):
-    """As `describe_rollout`, of prompts that are not trained on; and what an answer loses under another person's profile."""
+    """As `describe_rollout`, of prompts that are not trained on; and what answers lose under another person's profile."""
     describe_rollout(judged, lost, None, stats, "held_out/")
     originals = [t for t in judged if not t.parent]
-    others = {t.key: next((o.row["persona"] for o in originals[i + 1 :] + originals[:i] if o.row["persona"] != t.row["persona"]), None)
-              for i, t in enumerate(originals)}
-    swapped = [t for t in originals if others[t.key] is not None]
-    asked = [(t.row | {"persona": others[t.key]}, t.answer, common.derive_seed("swap", *t.key)) for t in swapped]
-    for t, reward in zip(swapped, rewards_of(judge, asked)):
+    swapped = [(t, other.row["persona"]) for t, other in zip(originals, originals[1:] + originals[:1])
+               if other.row["persona"] != t.row["persona"]]
+    asked = [(t.row | {"persona": persona}, t.answer, common.derive_seed("swap", *t.key)) for t, persona in swapped]
+    for (t, _), reward in zip(swapped, rewards_of(judge, asked)):
         if reward is not None:
             stats.add("held_out/swap", torch.tensor(t.reward - reward))
 
@@ -243,7 +242,7 @@ def load_batch(folder):
 
 
 def gradient(policy, batch, args, n_tokens, ranks):
-    """Gradient of `ppo_cpe.policy_pass` on some trajectories, a mean over n_tokens -> fp32 [parameters] on the host, stats."""
+    """Gradient of `ppo_cpe.policy_pass` on some trajectories, as a mean over n_tokens -> fp32 [parameters], means of stats."""
     from ppo_cpe import policy_pass
 
     policy.zero_grad()
@@ -282,16 +281,18 @@ def replay(folder):
     gradients["sdpo"], _ = gradient(policy, originals, args, n_tokens, ranks)
 
     norms = {name: g.norm().item() for name, g in gradients.items()}
-    print(f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has no "
-          f"edits: it takes the place of the loss on originals")
-    print(f"{'':11}{'norm':>10}{'mass, inserted':>16}{'no gradient':>13}   cosines" + "".join(f"{name:>11}" for name in gradients))
+    print(f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has "
+          "no edits: it takes the place of the loss on originals")
+    names = "".join(f"{name:>11}" for name in gradients)
+    print(f"{'':11}{'norm':>10}{'mass, inserted':>16}{'no gradient':>13}   cosines{names}")
     for name, g in gradients.items():
         found = described.get(name)
         mass = found and found["edit/kept_mass"] + found["edit/inserted_mass"]
         inserted = f"{100 * found['edit/inserted_mass'] / mass:.1f} %" if mass else "-"
         clipped = f"{100 * found['edit/clipfrac']:.1f} %" if found else "-"
-        cosines = "".join(f"{torch.dot(g, other).item() / (norms[name] * norms[o]):11.3f}" if norms[name] * norms[o] else f"{'-':>11}"
-                          for o, other in gradients.items())
+        scales = [norms[name] * norms[other] for other in gradients]
+        cosines = "".join(f"{torch.dot(g, other).item() / scale:11.3f}" if scale else f"{'-':>11}"
+                          for other, scale in zip(gradients.values(), scales))
         print(f"{name:11}{norms[name]:10.5f}{inserted:>16}{clipped:>13}   {'':7}{cosines}")
     return gradients
 
@@ -338,7 +339,8 @@ def draw(runs, out):
                 for name, line in zip(names, ("-", "--")):
                     known = [(x, row[name]) for x, row in zip(xs, rows) if row.get(name) is not None]
                     if known:
-                        axis.plot(*zip(*known), line, color=f"C{i}", label=run if line == "-" else None, marker="." * (len(known) < 10))
+                        axis.plot(*zip(*known), line, color=f"C{i}", label=run if line == "-" else None,
+                                  marker="." if len(known) < 10 else "")
             axis.set(title=title, xlabel=x_title)
         for axis in list(axes.flat)[len(panels) :]:
             axis.axis("off")

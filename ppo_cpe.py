@@ -579,20 +579,17 @@ def main(args):
     if args.plan:
         return plan.ppo(args, max_len)
     ranks = common.start(args.dtype, args.shard_size)
-    if not 0 <= args.edit_rate <= 1:
-        raise ValueError(f"--edit-rate {args.edit_rate}: expected a share from 0 to 1")
-    if not 0 <= args.audit_share <= 1 or args.audit_judge and not args.audit_share:
-        raise ValueError(f"--audit-share {args.audit_share}: expected a share from 0 to 1, above 0 for an --audit-judge")
-    if args.eval_every < 1 or args.eval_n < 1:
-        raise ValueError(f"--eval-every {args.eval_every} --eval-n {args.eval_n}: expected 1 or more")
-    if not 0 <= args.sdpo_lambda <= 1:
-        raise ValueError(f"--sdpo-lambda {args.sdpo_lambda}: expected a weight from 0 to 1")
+    for flag in ("edit_rate", "sdpo_lambda", "audit_share"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a share from 0 to 1")
+    if args.eval_every < 1 or args.eval_n < 1 or args.audit_judge and not args.audit_share:
+        raise ValueError("--eval-every, --eval-n: expected 1 or more; with --audit-judge an --audit-share above 0")
     tokenizer_from = resolve(args.policy)
     chat = Chat(tokenizer_from)
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
     prompts = read_prompts(args.prompts, args, chat, templates)
     if len(prompts) < args.prompts_per_step:
-        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step {args.prompts_per_step}")
+        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step asks for")
     held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
     held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
@@ -681,7 +678,8 @@ def main(args):
         counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
         counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
         counts = dict(zip(counts, map(int, common.all_sum(ranks, *counts.values()))))
-        seconds = dict(zip(("refresh", "rollout", "diagnostics", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+        phases = ("refresh", "rollout", "diagnostics", "score", "update")
+        seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
         training = seconds["score"] + seconds["update"]
         common.log_metrics(args.out, dict(
             step=step + 1, **stats.means(ranks), explained_variance=explained_variance, refresh_gap=gap,

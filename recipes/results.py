@@ -73,8 +73,9 @@ def evaluated(run):
             known = [step[name] for step in steps if step.get(name) is not None]
             if known:
                 numbers[name] = float(np.mean(known))
-        if numbers.get("edit/inserted_mass"):
-            numbers["inserted"] = 100 * numbers["edit/inserted_mass"] / (numbers["edit/kept_mass"] + numbers["edit/inserted_mass"])
+        kept, inserted = (numbers.get(f"edit/{kind}_mass", 0) for kind in ("kept", "inserted"))
+        if inserted:
+            numbers["inserted"] = 100 * inserted / (kept + inserted)
     return numbers
 
 
@@ -149,11 +150,14 @@ def markdown(header, rows):
     return "\n".join(lines + [markdown_row(*row) for row in rows])
 
 
-COLUMNS = {"reward": ("score", 2), "helpfulness": ("helpful", 2), "personalization": ("personal", 2), "naturalness": ("natural", 2),
-           "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1), "recites": ("recites, %", 1), "claims": ("claims right, %", 1),
-           "swap": ("persona swap", 2), "in_training": ("score over training", 2), "trained": ("trained samples", 0), "generated": ("generated tokens", 0),
-           "judge_calls": ("judge calls", 0), "edit/gain": ("gain of edits", 2), "edit/ratio_low": ("ratio low, share", 3),
-           "edit/weight": ("weight", 2), "inserted": ("mass on inserted, %", 1), "minutes": ("minutes", 1)}
+COLUMNS = {  # quantity: (heading, digits)
+    "reward": ("score", 2), "helpfulness": ("helpful", 2), "personalization": ("personal", 2),
+    "naturalness": ("natural", 2), "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1),
+    "recites": ("recites, %", 1), "claims": ("claims right, %", 1), "swap": ("persona swap", 2),
+    "in_training": ("score over training", 2), "trained": ("trained samples", 0),
+    "generated": ("generated tokens", 0), "judge_calls": ("judge calls", 0), "edit/gain": ("gain of edits", 2),
+    "edit/ratio_low": ("ratio low, share", 3), "edit/weight": ("weight", 2), "inserted": ("mass on inserted, %", 1),
+    "minutes": ("minutes", 1)}
 
 
 def method_table(names, numbers, columns):
@@ -181,7 +185,8 @@ def grid(numbers, strategies, rates):
 
 def difference(numbers, name, other, column):
     """Paired over seeds: mean, 95 % interval by Student's t, p, seeds. None below two seeds."""
-    seeds = sorted(s for s, of_seed in numbers.get(name, {}).items() if column in of_seed and column in numbers.get(other, {}).get(s, {}))
+    known = [{s for s, found in numbers.get(cell, {}).items() if column in found} for cell in (name, other)]
+    seeds = sorted(known[0] & known[1])
     if len(seeds) < 2:
         return None
     gaps = np.array([numbers[name][s][column] - numbers[other][s][column] for s in seeds])
@@ -192,8 +197,9 @@ def difference(numbers, name, other, column):
 
 
 def difference_table(found):
-    rows = [[f"{METHODS.get(d['cells'][0], d['cells'][0])} - {METHODS.get(d['cells'][1], d['cells'][1])}", COLUMNS[d["column"]][0],
-             f"{d['mean']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}", "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}", d["seeds"]] for d in found]
+    rows = [[" - ".join(METHODS.get(cell, cell) for cell in d["cells"]), COLUMNS[d["column"]][0], f"{d['mean']:+.2f}",
+             f"{d['low']:+.2f} to {d['high']:+.2f}", "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}", d["seeds"]]
+            for d in found]
     return markdown(["", "of", "mean", "95 % interval over seeds", "p", "seeds"], rows)
 
 
