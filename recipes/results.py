@@ -332,6 +332,9 @@ def draw(out, finished, folder):
     losses["loss_sdpo"] = "sdpo, n = 6, no edits"
     weights = {"cpe": "0.35, 0.40, 0.25"}
     weights |= {f"weights_{name}": ", ".join(f"{w:.2f}" for w in some) for name, some in WEIGHTS.items()}
+    # CPE beside its variants: on their seeds, of which there are fewer
+    seeds = {s for name, of_seeds in numbers.items() if name not in METHODS for s in of_seeds}
+    same = numbers | {"cpe": {s: found for s, found in numbers.get("cpe", {}).items() if s in seeds}}
     pairs = [("cpe", "ppo_grm"), ("cpe", "sft"), ("ppo_grm", "ppo_bt"), ("ppo_bt", "sft")]
     pairs += [("cpe", name) for name in losses if name != "cpe"]
     gaps = [d for a, b in pairs for column in ("reward", "lc", "in_training") if (d := difference(numbers, a, b, column))]
@@ -343,11 +346,11 @@ def draw(out, finished, folder):
             {name: METHODS[name] for name in MAIN}, numbers,
             ["reward", "in_training", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
         "Differences": difference_table(gaps),
-        "Table 4: which edits, and how many": grid(numbers, STRATEGIES, RATES),
-        "The loss on edits": method_table(losses, numbers, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
+        "Table 4: which edits, and how many": grid(same, STRATEGIES, RATES),
+        "The loss on edits": method_table(losses, same, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
                                                             "edit/ratio_low", "edit/weight", "inserted", "generated", "judge_calls"]),
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
-            weights, numbers, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
+            weights, same, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
     }
     if cells.get("accuracy"):
         sections["Table 6: accuracy of the judges, % of pairs of unseen people"] = accuracy_table(out, cells["accuracy"])
