@@ -448,7 +448,7 @@ def refresh_gap(own, trained, ids, ranks):
 # Flags that may differ between the start of a run and its continuation: what a step computes stays the same.
 FREE_FLAGS = ("max_steps", "save_every", "keep_checkpoints", "tokens_per_microbatch", "checkpoint_activations", "out",
               "shard_size", "offload", "peak_tflops", "plan", "world_size", "gpu_gib", "eval_prompts", "eval_every", "eval_n",
-              "audit_share", "audit_judge", "save_batch")
+              "audit_share", "audit_judge", "save_batch", "kv_tokens")
 
 
 def open_run(args, ranks):

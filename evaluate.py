@@ -123,6 +123,8 @@ class Args:
     # -- the machine
     max_batch: int = 256
     """Sequences that are generated at once, per rank."""
+    kv_tokens: int | None = None
+    """Tokens in the KV cache of a model that answers here; None: by max_batch and what memory is free."""
     concurrency: int = 64
     """Requests that a server gets at a time, per rank."""
     dtype: str = "auto"

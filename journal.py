@@ -170,7 +170,7 @@ def replies(name, spec, requests, temperature, args, ranks):
     def by_engine(indices, record):
         model = load_pretrained(spec, ranks.dtype, ranks.device)
         max_len = max(len(inputs[i]) for i in indices) + args.max_new_tokens
-        engine = Engine(model, chat.stop_ids, max_len, args.max_batch)
+        engine = Engine(model, chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
         for i in indices:
             engine.submit(inputs[i], key=i, seeds=[seeds[i]], **settings)
         while engine.busy:

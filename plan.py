@@ -193,7 +193,7 @@ def ppo(args, max_len, judge_max_len=8192):
     per_prompt = args.n_samples * (1 + args.edit_rate)
     policy = Trained(policy_config, False, *common, key_copies=2)
     critic = Trained(critic_config, True, *common, key_copies=2)
-    weights, cache = inference(policy_config, machine, likely_tokens(max_len, args.max_batch))
+    weights, cache = inference(policy_config, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch))
     resident = {"engine: weights": weights, "engine: KV cache": cache}
     if args.judge.startswith("bt:"):
         resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine, 0, True)

@@ -159,6 +159,8 @@ class Args:
     """Tokens per forward pass and rank."""
     max_batch: int = 256
     """Sequences that are generated at once, per rank."""
+    kv_tokens: int | None = None
+    """Tokens in the policy's KV cache, per rank; None: by max_batch and what memory is free."""
     checkpoint_activations: bool = False
     """Recompute layers in the backward pass: less memory, a third more time."""
     dtype: str = "auto"
@@ -582,6 +584,8 @@ def main(args):
     for flag in ("edit_rate", "sdpo_lambda", "audit_share"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a share from 0 to 1")
+    if args.kv_tokens is not None and args.kv_tokens < max_len:
+        raise ValueError(f"--kv-tokens {args.kv_tokens}: expected at least {max_len}, an edit prompt and its response")
     if args.eval_every < 1 or args.eval_n < 1 or args.audit_judge and not args.audit_share:
         raise ValueError("--eval-every, --eval-n: expected 1 or more; with --audit-judge an --audit-share above 0")
     tokenizer_from = resolve(args.policy)
@@ -610,7 +614,8 @@ def main(args):
     first_step = common.load_checkpoint(args.out, models, optimizers, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
     # the engine's own copy, whole on every rank, in the compute dtype
-    engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, max_len, args.max_batch)
+    sampler = load_pretrained(args.policy, ranks.dtype, ranks.device)
+    engine = Engine(sampler, chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
     progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0)
     for step in progress:

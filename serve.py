@@ -51,6 +51,8 @@ class Args:
     port: int = 8000
     max_batch: int = 64
     """Samples that run at once; more wait."""
+    kv_tokens: int | None = None
+    """Tokens in the KV cache; None: by max_batch and what memory is free."""
     max_len: int | None = None
     """Tokens of prompt and response together; by default the positions of the model."""
     dtype: str = "auto"
@@ -348,7 +350,7 @@ def main(args):
     limit = model.config.max_position_embeddings
     if args.max_len is not None and not 2 <= args.max_len <= limit:
         raise ValueError(f"--max-len {args.max_len}: expected 2 to {limit}, the positions of {args.model}")
-    engine = Engine(model, chat.stop_ids, args.max_len or limit, args.max_batch)
+    engine = Engine(model, chat.stop_ids, args.max_len or limit, args.max_batch, args.kv_tokens)
     name = args.name or args.model
     app = make_app(engine, chat, name)
     print(f"{name!r} at http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)

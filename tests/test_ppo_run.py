@@ -292,6 +292,7 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     assert "fewer than --prompts-per-step" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
     assert "expected a share" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
     assert "an --audit-share above 0" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
+    assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512
     assert "expected 1 or more" in bad(tiny, judge, tmp_path, "--eval-every", 0)
     assert "127.0.0.1:9" in bad(tiny, judge, tmp_path, "--judge", "http://127.0.0.1:9/v1")
 
