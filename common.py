@@ -314,6 +314,18 @@ def shared_micro_batches(prefixes, suffixes, tokens_per_microbatch, ranks):
     return [[i for g in part for i in groups[g]] for part in parts]
 
 
+def packed_micro_batches(prefixes, suffixes, trained, tokens_per_microbatch, ranks):
+    """`shared_micro_batches`, packed one after the other: yields (indices, Batch), for an empty one ([], None).
+
+    trained: as in `pack_shared`; None: the whole of every suffix.
+    """
+    if trained is None:
+        trained = [[True] * len(suffix) for suffix in suffixes]
+    for indices in shared_micro_batches(prefixes, suffixes, tokens_per_microbatch, ranks):
+        chosen = ([rows[i] for i in indices] for rows in (prefixes, suffixes, trained))
+        yield indices, pack_shared(*chosen, ranks.device) if indices else None
+
+
 EMPTY = ([0, 0], [False, True])  # a sequence that stands in for an empty micro-batch; its loss gets weight zero
 
 

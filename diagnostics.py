@@ -10,7 +10,6 @@ of each is held in fp32 in host memory.
 
 import dataclasses
 import difflib
-import json
 import math
 import os
 import random
@@ -22,6 +21,7 @@ import torch
 import tyro
 
 import common
+from judges import verdicts_of
 from model import load_pretrained, save_pretrained
 from prompts import DIMENSIONS, Chat, Judgement, load_templates
 
@@ -125,17 +125,6 @@ def rollout_rows(judged, selected=()):
     return rows
 
 
-def rewards_of(judge, asked):
-    """Asks a judge about (row, answer, seed) each -> rewards, None where there is no judgement."""
-    rewards = [None] * len(asked)
-    for i, (row, answer, seed) in enumerate(asked):
-        judge.submit(i, row, answer, seed)
-    while judge.busy:
-        for verdict in judge.poll():
-            rewards[verdict.key] = verdict.reward
-    return rewards
-
-
 def describe_held_out(judged, lost, judge, stats):
     """As `describe_rollout`, of prompts that are not trained on; and what answers lose under another person's profile."""
     describe_rollout(judged, lost, None, stats, "held_out/")
@@ -143,9 +132,9 @@ def describe_held_out(judged, lost, judge, stats):
     swapped = [(t, other.row["persona"]) for t, other in zip(originals, originals[1:] + originals[:1])
                if other.row["persona"] != t.row["persona"]]
     asked = [(t.row | {"persona": persona}, t.answer, common.derive_seed("swap", *t.key)) for t, persona in swapped]
-    for (t, _), reward in zip(swapped, rewards_of(judge, asked)):
-        if reward is not None:
-            stats.add("held_out/swap", torch.tensor(t.reward - reward))
+    for (t, _), verdict in zip(swapped, verdicts_of(judge, asked)):
+        if verdict.reward is not None:
+            stats.add("held_out/swap", torch.tensor(t.reward - verdict.reward))
 
 
 def audit(judged, judge, second, args, step, stats):
@@ -156,8 +145,8 @@ def audit(judged, judge, second, args, step, stats):
     chosen = [t for t in judged if not t.parent]
     chosen = rng.sample(chosen, math.ceil(args.audit_share * len(chosen)))
     asked = [(t.row, t.answer, common.derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
-    again = rewards_of(judge, asked)
-    others = rewards_of(second, asked) if second else [None] * len(asked)
+    again = [verdict.reward for verdict in verdicts_of(judge, asked)]
+    others = [verdict.reward for verdict in verdicts_of(second, asked)] if second else [None] * len(asked)
     for t, reward, other in zip(chosen, again, others):
         t.audit = dict(again=reward, second=other)
         if reward is not None:
@@ -248,11 +237,8 @@ def gradient(policy, batch, args, n_tokens, ranks):
     policy.zero_grad()
     stats = common.Stats()
     prompts, responses = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
-    for indices in common.shared_micro_batches(prompts, responses, args.tokens_per_microbatch, ranks):
-        some = [batch[i] for i in indices]
-        rows = [(t.prompt_ids, t.response_ids, [True] * len(t.response_ids)) for t in some]
-        packed = common.pack_shared(*zip(*rows), ranks.device)
-        (policy_pass(policy, packed, some, args, stats) / n_tokens).backward()
+    for indices, packed in common.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks):
+        (policy_pass(policy, packed, [batch[i] for i in indices], args, stats) / n_tokens).backward()
     return torch.cat([p.grad.flatten().cpu() for p in policy.parameters()]), stats.means(ranks)
 
 
@@ -299,7 +285,7 @@ def replay(folder):
 
 # -- figures of runs ---------------------------------------------------------------------------------------------------
 
-PANELS = {  # title: metrics, the first as a line, the others dashed and dotted
+PANELS = {  # title: metrics, the first as a line, the second dashed
     "reward": ("original/reward", "edit/reward"),
     "gain of edits": ("edit/gain",),
     "share of edits: better, worse": ("edit/improved", "edit/worse"),

@@ -134,6 +134,17 @@ class Judge:
         self.finished.append(Verdict(key, reward, judgement, attempts, error, failure, method))
 
 
+def verdicts_of(judge, asked):
+    """Asks about (row, answer, seed) each, where nothing else is under way -> a Verdict each, in their order."""
+    verdicts = [None] * len(asked)
+    for i, (row, answer, seed) in enumerate(asked):
+        judge.submit(i, row, answer, seed)
+    while judge.busy:
+        for verdict in judge.poll():
+            verdicts[verdict.key] = verdict
+    return verdicts
+
+
 class GenerativeJudge(Judge):
     """A generative reward model on an engine, which judgements join and leave at every step."""
 

@@ -426,14 +426,12 @@ def fill_credit(batch, policy, chat, templates, args, ranks, stats):
 
 @torch.no_grad()
 def per_token(model, prefixes, suffixes, trained, args, ranks, stats):
-    """Log-probs of the trained tokens of each suffix, or the critic's values before them -> list of fp32 [L_i]."""
+    """Log-probs of the trained tokens of each suffix (None: all), or the critic's values before them -> list of fp32 [L_i]."""
     results = [None] * len(suffixes)
-    for indices in common.shared_micro_batches(prefixes, suffixes, args.tokens_per_microbatch, ranks):
+    for indices, batch in common.packed_micro_batches(prefixes, suffixes, trained, args.tokens_per_microbatch, ranks):
         if not indices:
             idle_pass(model, args, ranks)
             continue
-        chosen = ([rows[i] for i in indices] for rows in (prefixes, suffixes, trained))
-        batch = common.pack_shared(*chosen, ranks.device)
         stats.flops += common.forward_flops(model, batch)
         for i, result in zip(indices, forward(model, batch, args.temperature).cpu().split(batch.counts)):
             results[i] = result
@@ -539,11 +537,8 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
         prompts, responses = [t.prompt_ids for t in mine], [t.response_ids for t in mine]
-        passes = []
-        for indices in common.shared_micro_batches(prompts, responses, args.tokens_per_microbatch, ranks):
-            some = [mine[i] for i in indices]
-            rows = [(t.prompt_ids, t.response_ids, [True] * len(t.response_ids)) for t in some]
-            passes.append((some, common.pack_shared(*zip(*rows), ranks.device) if some else None))
+        micro_batches = common.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks)
+        passes = [([mine[i] for i in indices], packed) for indices, packed in micro_batches]
         stats.logical_tokens += sum(map(len, prompts + responses))
         stats.computed_tokens += sum(len(packed.input_ids) for _, packed in passes if packed)
 
@@ -663,9 +658,8 @@ def main(args):
             fill_old_logprobs(batch, policy, args, ranks, stats)
             if args.edit_ratio == "sdpo":
                 fill_credit(batch, policy, chat, templates, args, ranks, stats)
-        responses = [t.response_ids for t in batch]
-        values = per_token(critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses],
-                           args, ranks, stats)
+        prefixes, suffixes = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
+        values = per_token(critic, prefixes, suffixes, None, args, ranks, stats)
         for t, of_t in zip(batch, values):
             t.values = of_t
         explained_variance = compute_advantages(batch, args, ranks)

@@ -23,7 +23,7 @@ from data.persona_world import judge as exact  # noqa: E402
 from data.persona_world import claims  # noqa: E402
 from diagnostics import agreement  # noqa: E402
 from generate import Engine  # noqa: E402
-from judges import open_judge  # noqa: E402
+from judges import open_judge, verdicts_of  # noqa: E402
 from model import load_pretrained  # noqa: E402
 from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates  # noqa: E402
 
@@ -73,13 +73,7 @@ def judge_agreement(args, templates, ranks):
 
 def judgements_of(judge, rows):
     """-> Judgement, or None where it did not parse, of each row's answer."""
-    for i, row in enumerate(rows):
-        judge.submit(i, row, row["answer"], seed=0)
-    found = [None] * len(rows)
-    while judge.busy:
-        for verdict in judge.poll():
-            found[verdict.key] = verdict.judgement
-    return found
+    return [verdict.judgement for verdict in verdicts_of(judge, [(row, row["answer"], 0) for row in rows])]
 
 
 def main(args):
