@@ -129,7 +129,8 @@ def inference(config, machine, kv_tokens, scalar_head=False):
     dtype, on_cpu = machine.dtype, machine.device == "cpu"
     with torch.device("meta"):
         parameters = list(Qwen2(config, scalar_head).parameters())
-    copied = sum(p.numel() for p in parameters if p.dim() == 2) if on_cpu and dtype == torch.float32 else 0
+    packs = on_cpu and dtype == torch.float32 and not scalar_head  # only an engine does
+    copied = sum(p.numel() for p in parameters if p.dim() == 2) if packs else 0
     weights = (sum(p.numel() for p in parameters) + copied) * dtype.itemsize
     kv_tokens *= 2 if on_cpu else 1
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
