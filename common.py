@@ -359,13 +359,11 @@ def adamw(model, lr, weight_decay):
                              fused=fused)
 
 
-def learning_rate(lr, step, total_steps, warmup_ratio, schedule):
-    """Linear warm-up over a share of the steps, then cosine to zero or constant. step counts from 0."""
+def learning_rate(lr, step, total_steps, warmup_ratio):
+    """Linear warm-up over a share of the steps, then cosine to zero. step counts from 0."""
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:
         return lr * (step + 1) / warmup
-    if schedule == "constant":
-        return lr
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 

@@ -223,7 +223,7 @@ def main(args):
             (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
             values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
             totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
-        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
+        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
         grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
 
         n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)

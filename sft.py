@@ -179,7 +179,7 @@ def main(args):
             # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * ranks.world_size / n_trained).backward()
             loss_sum += loss.item()
-        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
+        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
         grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
 
         (loss_sum,) = common.all_sum(ranks, loss_sum)

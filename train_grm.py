@@ -285,7 +285,7 @@ def main(args):
         rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
         mine = [examples[i] for i in common.share(rows, [size(examples[i]) for i in rows], ranks)]
         metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
-        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio, "cosine")
+        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
         grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
         seconds = time.perf_counter() - started
 
