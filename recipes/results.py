@@ -25,6 +25,8 @@ MAIN = tuple(COLORS)
 RATES = (0.1, 0.25, 0.5, 0.75, 1.0)
 STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")
 RATIOS, BASELINES = ("paper", "unclipped", "tis", "luffy", "none"), ("batch", "original")
+# ahead of PPO with the GRM on the seeds of the variants, and so chosen after the fact: on the main cells' further seeds too
+FOLLOWED_UP = ("loss_paper_batch", "loss_paper_original", "loss_sdpo")
 WEIGHTS = {"equal": (0.34, 0.33, 0.33), "helpfulness": (0.6, 0.2, 0.2), "personalization": (0.2, 0.6, 0.2),
            "naturalness": (0.2, 0.2, 0.6)}
 
@@ -183,6 +185,17 @@ def grid(numbers, strategies, rates):
     return markdown(["", *(f"r_e = {rate:g}" for rate in rates)], rows)
 
 
+def seed_table(names, numbers, chosen_on):
+    """Exact score, a column a seed; the seeds in `chosen_on` had a part in the choice of what is compared."""
+    seeds = sorted({s for name in names for s in numbers.get(name, {})})
+    rows = []
+    for name, label in names.items():
+        found = {s: n["reward"] for s, n in numbers.get(name, {}).items()}
+        new = [score for s, score in found.items() if s not in chosen_on]
+        rows.append([label, *(f"{found[s]:.2f}" if s in found else "-" for s in seeds), spread(new), spread(list(found.values()))])
+    return markdown(["", *(f"seed {s}" for s in seeds), "seeds that chose nothing", "all"], rows)
+
+
 def difference(numbers, name, other, column):
     """Paired over seeds: mean, 95 % interval by Student's t, p, seeds. None below two seeds."""
     known = [{s for s, found in numbers.get(cell, {}).items() if column in found} for cell in (name, other)]
@@ -332,10 +345,12 @@ def draw(out, finished, folder):
     losses["loss_sdpo"] = "sdpo, n = 6, no edits"
     weights = {"cpe": "0.35, 0.40, 0.25"}
     weights |= {f"weights_{name}": ", ".join(f"{w:.2f}" for w in some) for name, some in WEIGHTS.items()}
-    # CPE beside its variants: on their seeds, of which there are fewer
-    seeds = {s for name, of_seeds in numbers.items() if name not in METHODS for s in of_seeds}
-    same = numbers | {"cpe": {s: found for s, found in numbers.get("cpe", {}).items() if s in seeds}}
+    # variants beside one another and CPE: on the seeds of all, of which there are fewer
+    seeds = {s for name, of_seeds in numbers.items() if name not in (*METHODS, *FOLLOWED_UP) for s in of_seeds}
+    same = {name: {s: found for s, found in of_seeds.items() if s in seeds} for name, of_seeds in numbers.items()}
+    followed = {name: METHODS[name] for name in ("ppo_grm", "cpe")} | {name: losses[name] for name in FOLLOWED_UP}
     pairs = [("cpe", "ppo_grm"), ("cpe", "sft"), ("ppo_grm", "ppo_bt"), ("ppo_bt", "sft")]
+    pairs += [(name, "ppo_grm") for name in FOLLOWED_UP]
     pairs += [("cpe", name) for name in losses if name != "cpe"]
     gaps = [d for a, b in pairs for column in ("reward", "lc", "in_training") if (d := difference(numbers, a, b, column))]
     gates = [read_json(f"{out}/seed{s}/gates/gates.json") for s in cells.get("gates", [])]
@@ -349,6 +364,7 @@ def draw(out, finished, folder):
         "Table 4: which edits, and how many": grid(same, STRATEGIES, RATES),
         "The loss on edits": method_table(losses, same, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
                                                             "edit/ratio_low", "edit/weight", "inserted", "generated", "judge_calls"]),
+        "Losses that were ahead of PPO, on further seeds": seed_table(followed, numbers, seeds),
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
             weights, same, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
     }

@@ -176,6 +176,8 @@ def cells_of(args, out):
         add([dpo_cell(out, seed), *(rl_cell(out, seed, name, flags[name], steps) for name in results.MAIN)])
     for seed in range(n_other):
         add(rl_cell(out, seed, name, f, steps) for name, f in flags.items() if not args.quick or name in QUICK)
+    for seed in range(n_other, n_main):
+        add(rl_cell(out, seed, name, flags[name], steps) for name in results.FOLLOWED_UP)
     return list(cells.values())
 
 
