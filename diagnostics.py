@@ -255,7 +255,7 @@ def replay(folder):
         raise ValueError(f"{folder}: the batch has no edits, so no loss on edits to compare")
     gradients, described = {}, {}
     gradients["originals"], _ = gradient(policy, originals, args, n_tokens, ranks)
-    for kind in ("paper", "unclipped", "tis", "luffy", "none"):
+    for kind in ppo_cpe.EDIT_LOSSES:
         # the cap of the run was chosen for its own loss
         settings = args if kind == args.edit_ratio else replace(args, edit_ratio=kind, ratio_cap=None)
         gradients[kind], described[kind] = gradient(policy, edits, settings, n_tokens, ranks)

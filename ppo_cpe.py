@@ -47,6 +47,8 @@ from judges import open_judge
 from model import load_pretrained, resolve
 from prompts import Chat, Judgement, answer_prompt, edit_prompt, load_templates
 
+EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "none")  # see `edit_loss`
+
 
 @dataclass
 class Args:
@@ -99,7 +101,7 @@ class Args:
     """Share r_e of the edits that joins the batch; 0 is plain PPO."""
     edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
     """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
-    edit_ratio: Literal["paper", "unclipped", "tis", "luffy", "none", "sdpo"] = "unclipped"
+    edit_ratio: Literal[*EDIT_LOSSES, "sdpo"] = "unclipped"
     """The loss on edits: see `edit_loss`. sdpo: nothing is edited, the critique gives each token a credit instead."""
     ratio_cap: float | None = None
     """Upper bound of the ratio for unclipped and tis; None: 10 and 2."""
@@ -253,7 +255,7 @@ def edit_loss(kind, logprobs, edit_logprobs, advantages, eps_low=0.2, eps_high=0
     none       -A log p                            1
 
     logprobs = log p, edit_logprobs = log q, advantages: [S] -> loss [S], r [S], weight [S] (both detached). To try
-    another loss, add it here.
+    another loss, add it here and to EDIT_LOSSES.
     """
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()

@@ -14,6 +14,7 @@ from scipy import stats
 
 from common import read_rows, write_text
 from data.persona_world import claims, judge, recites_profile
+from ppo_cpe import EDIT_LOSSES
 from prompts import DIMENSIONS
 from tables import markdown_row, write_json
 
@@ -24,7 +25,7 @@ COLORS = {"ppo_bt": "#b5442e", "ppo_grm": "#2f6db3", "cpe": "#2e8b57"}
 MAIN = tuple(COLORS)
 RATES = (0.1, 0.25, 0.5, 0.75, 1.0)
 STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")
-RATIOS, BASELINES = ("paper", "unclipped", "tis", "luffy", "none"), ("batch", "original")
+BASELINES = ("batch", "original")
 # ahead of PPO with the GRM on the seeds of the variants, and so chosen after the fact: on the main cells' further seeds too
 FOLLOWED_UP = ("loss_paper_batch", "loss_paper_original", "loss_sdpo")
 WEIGHTS = {"equal": (0.34, 0.33, 0.33), "helpfulness": (0.6, 0.2, 0.2), "personalization": (0.2, 0.6, 0.2),
@@ -341,7 +342,7 @@ def draw(out, finished, folder):
             numbers[name][s]["in_training"] = float(np.mean(curve["exact"]))
     if "base" in finished:
         numbers["base"] = {0: evaluated(f"{out}/base")}
-    losses = {loss_cell(ratio, baseline): f"{ratio}, {baseline}" for ratio in RATIOS for baseline in BASELINES}
+    losses = {loss_cell(ratio, baseline): f"{ratio}, {baseline}" for ratio in EDIT_LOSSES for baseline in BASELINES}
     losses["loss_sdpo"] = "sdpo, n = 6, no edits"
     weights = {"cpe": "0.35, 0.40, 0.25"}
     weights |= {f"weights_{name}": ", ".join(f"{w:.2f}" for w in some) for name, some in WEIGHTS.items()}
