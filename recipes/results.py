@@ -361,11 +361,12 @@ def draw(out, finished, folder):
         "Table 2: reward models and edits, with their cost": method_table(
             {name: METHODS[name] for name in MAIN}, numbers,
             ["reward", "in_training", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
-        "Differences": difference_table(gaps),
+        "Differences": difference_table(gaps) if gaps else None,
         "Table 4: which edits, and how many": grid(same, STRATEGIES, RATES),
         "The loss on edits": method_table(losses, same, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
                                                             "edit/ratio_low", "edit/weight", "inserted", "generated", "judge_calls"]),
-        "Losses that were ahead of PPO, on further seeds": seed_table(followed, numbers, seeds),
+        "Losses that were ahead of PPO, on further seeds": seed_table(followed, numbers, seeds)
+        if any(s not in seeds for name in FOLLOWED_UP for s in numbers.get(name, {})) else None,
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
             weights, same, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
     }
@@ -374,7 +375,7 @@ def draw(out, finished, folder):
     if gates:
         names = [name for name in gates[0] if name != "missed"]
         sections["Gates"] = markdown(names, [[spread([g[name] for g in gates], 3) for name in names]])
-    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
     note = ("Scores by the exact judge on unseen people's questions, win rates against fixed reference answers; mean ± standard "
             "deviation over seeds. Score over training: mean over all steps, of what was sampled. Persona swap: the score less the score "
             "under another person's profile.")
