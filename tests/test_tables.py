@@ -45,7 +45,9 @@ def test_every_cell_is_there_and_differs_from_cpe_in_one_thing():
     assert len(set(flags)) == len(flags) - 1  # the two PPO baselines differ in their judge
     train = {name: full[f"seed0/{name}"].commands[0] for name in tables.variants()}
     assert "--judge bt:out/seed0/bt/model" in train["ppo_bt"] and "--judge out/seed0/grm/model" in train["ppo_grm"]
-    assert {name for name in full if name.endswith("/cpe")} == {f"seed{s}/cpe" for s in range(5)}
+    for name in tables.variants():
+        seeds = 5 if name in (*results.MAIN, *results.FOLLOWED_UP) else 3
+        assert {cell for cell in full if cell.endswith(f"/{name}")} == {f"seed{s}/{name}" for s in range(seeds)}
     quick, search = ({cell.name for cell in cells_of(Args(**{k: True}), "out")} for k in ("quick", "search"))
     assert {f"seed0/{name}" for name in tables.QUICK} <= quick and len(quick) < 15
     searched = cells_of(Args(search=True), "out")
@@ -73,3 +75,12 @@ def test_what_is_missing_leaves_a_gap():
     assert lines[4] == "| random, LC, % | 70.0 | 55.0 ± 7.1 | - |"
     table = results.method_table({"cpe": "CPE", "dpo": "DPO"}, numbers, ["reward", "swap"]).splitlines()
     assert table[2:] == ["| CPE | 2 | 1.50 ± 0.71 | - |"]
+
+
+def test_seeds_that_had_a_part_in_a_choice_are_told_apart():
+    scores = {"ppo_grm": (3.0, 3.2, 3.4), "loss_sdpo": (3.5, 3.7, 4.1)}
+    numbers = {name: {s: {"reward": score} for s, score in enumerate(some)} for name, some in scores.items()}
+    del numbers["ppo_grm"][1]
+    lines = results.seed_table({"ppo_grm": "PPO", "loss_sdpo": "sdpo"}, numbers, chosen_on={0}).splitlines()
+    assert lines[2:] == ["| PPO | 3.00 | - | 3.40 | 3.40 | 3.20 ± 0.28 |",
+                         "| sdpo | 3.50 | 3.70 | 4.10 | 3.90 ± 0.28 | 3.77 ± 0.31 |"]
