@@ -32,7 +32,7 @@ import itertools
 import json
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ class Sample:
 
     ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
     0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length". top_logprobs: for
-    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for.
+    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for, and `also` what was.
     """
 
     key: Any
@@ -81,6 +81,7 @@ class Sequence:
     temperature: float
     top_p: float
     n_top: int
+    also: tuple[int, ...]  # ids that the alternatives have to name too
     response: list[int] = field(default_factory=list)  # sampled before it had to give up its blocks
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -137,8 +138,9 @@ class Engine:
         return bool(self.waiting or self.prefilling or self.running or self.finished)
 
     def submit(self, prompt_ids, key=None, n=1, seeds=None, max_new_tokens=512, temperature=1.0, top_p=1.0,
-               top_logprobs=0):
-        """n samples of one prompt; seeds: n integers (None: 0..n-1). ValueError: no room for a prompt, bad settings."""
+               top_logprobs=0, also=()):
+        """n samples of one prompt; seeds: n integers (None: 0..n-1). top_logprobs: how many alternatives to list at each
+        place; also: ids that are listed behind them in any case. ValueError: no room for a prompt, bad settings."""
         seeds = list(range(n)) if seeds is None else list(seeds)
         if not prompt_ids or len(prompt_ids) >= self.max_len:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens; expected 1 to {self.max_len - 1} (the engine's "
@@ -158,7 +160,7 @@ class Engine:
         together = max(1, together)
         for i in range(0, n, together):
             self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + together], limit, float(temperature),
-                                         float(top_p), top_logprobs))
+                                         float(top_p), top_logprobs, tuple(also)))
 
     @torch.inference_mode()
     def step(self):
@@ -272,8 +274,8 @@ class Engine:
                 copies += [(s.tails[0], tail) for tail in s.tails[1:]]
             self.blocks.share(s.blocks * (len(s.seeds) - 1))
             for i, (seed, tail) in enumerate(zip(s.seeds, s.tails)):
-                self.running.append(Sequence(s.key, s.index + i, s.prompt_ids, [seed], s.limit, s.temperature, s.top_p,
-                                             s.n_top, s.response, s.logprobs, list(s.top), s.blocks + [tail], age=s.age))
+                self.running.append(replace(s, index=s.index + i, seeds=[seed], top=list(s.top), blocks=s.blocks + [tail],
+                                            tails=[], computed=0))
         if copies:
             source, to = torch.tensor(copies, device=self.device).T
             self.cache[:, :, to] = self.cache[:, :, source]
@@ -403,8 +405,10 @@ class Engine:
         """Host's part after a token: alternatives that were asked for, a look at what has ended."""
         for i in self.n_top[rows].nonzero()[0]:
             s = self.running[rows.start + i]
-            best = torch.log_softmax(logits[i] / (s.temperature or 1.0), -1).topk(s.n_top)
-            s.top.append(list(zip(best.indices.tolist(), best.values.tolist())))
+            logprobs = torch.log_softmax(logits[i] / (s.temperature or 1.0), -1)
+            ids = logprobs.topk(s.n_top).indices.tolist()
+            ids += [token for token in s.also if token not in ids]
+            s.top.append(list(zip(ids, logprobs[ids].tolist())))
         self.left[rows] -= 1
         self.steps_since_poll += 1
         if self.steps_since_poll >= self.poll_steps or (self.left[rows] <= 0).any():

@@ -192,8 +192,8 @@ class GenerativeJudge(Judge):
 class PairJudge(Judge):
     """A language model on an engine that names the better of two answers: the odds of its first token.
 
-    A verdict needs one of the names among the likely tokens. The other is then read from the whole softmax: where a
-    server's cut-off would make it 0, the order of the answers decides many a pair.
+    A verdict needs one of the names among the likely tokens. The other is read however unlikely it is: where a server's
+    cut-off would make it 0, the order of the answers decides many a pair.
     """
 
     writes_critiques = False
@@ -202,9 +202,10 @@ class PairJudge(Judge):
     def __init__(self, engine, chat, templates):
         super().__init__()
         self.engine, self.chat, self.templates = engine, chat, templates
-        self.name_ids = [chat.encode(name) for name in PAIR_NAMES]
-        if any(len(ids) != 1 for ids in self.name_ids):
+        encoded = [chat.encode(name) for name in PAIR_NAMES]
+        if any(len(ids) != 1 for ids in encoded):
             raise ValueError(f"its tokenizer has no single token for each of the names {PAIR_NAMES}")
+        self.name_ids = [token for [token] in encoded]
         self.numbers, self.running = itertools.count(), {}
 
     def submit(self, key, row, answers, seed):
@@ -214,7 +215,7 @@ class PairJudge(Judge):
         number, prompt_ids = next(self.numbers), self.chat.messages([{"role": "user", "content": request}])
         try:
             self.engine.submit(prompt_ids, key=number, seeds=[seed], max_new_tokens=1, temperature=0,
-                               top_logprobs=self.engine.model.config.vocab_size)
+                               top_logprobs=self.likely, also=self.name_ids)
         except ValueError as error:  # longer than the engine's sequences
             self.failed += 1
             self.finish(key, None, error=str(error), failure="too long")
@@ -226,9 +227,9 @@ class PairJudge(Judge):
             self.engine.step()
         for sample in self.engine.collect():
             key, top = self.running.pop(sample.key), sample.top_logprobs[0]  # most likely first
-            if any([i] in self.name_ids for i, _ in top[: self.likely]):
+            if any(i in self.name_ids for i, _ in top[: self.likely]):
                 logprobs = dict(top)
-                share = share_of_first([(name, logprobs[i]) for name, [i] in zip(PAIR_NAMES, self.name_ids)])
+                share = share_of_first([(name, logprobs[i]) for name, i in zip(PAIR_NAMES, self.name_ids)])
                 self.finish(key, share, method="logprobs")
             else:
                 self.failed += 1

@@ -160,8 +160,14 @@ def test_top_logprobs(model):
     engine = engine_of(model, stop_ids=[7])
     engine.submit([5, 6], "top", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=model.config.vocab_size)
     engine.submit([9], "plain", max_new_tokens=6)
+    engine.submit([5, 6], "also", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=3, also=[4, 8])
     found = drain(engine)
     assert found["plain", 0].top_logprobs == []
+    for i in range(2):  # the first 3, then those that were asked for by name
+        for top, everything in zip(found["also", i].top_logprobs, found["top", i].top_logprobs, strict=True):
+            expected = everything[:3] + [pair for token in (4, 8) for pair in everything[3:] if pair[0] == token]
+            assert [token for token, _ in top] == [token for token, _ in expected]
+            assert [value for _, value in top] == pytest.approx([value for _, value in expected], abs=1e-5)
     for i in range(2):
         s = found["top", i]
         response = s.ids + ([] if s.stop_id is None else [s.stop_id])
