@@ -52,7 +52,7 @@ class Args:
 
 # The best of LRS by the exact score on dev prompts, as `bash recipes/tables.sh --search` found them (results/search.md)
 LR = {"ppo_bt": 1e-4, "ppo_grm": 5e-5, "cpe": 5e-5, "dpo": 1e-4}
-LRS = {"ppo_bt": (2e-5, 5e-5, 1e-4), "ppo_grm": (2e-5, 5e-5, 1e-4), "cpe": (2e-5, 5e-5, 1e-4), "dpo": (1e-5, 3e-5, 1e-4)}
+LRS = {name: (2e-5, 5e-5, 1e-4, 2e-4) for name in results.MAIN} | {"dpo": (1e-5, 3e-5, 1e-4, 3e-4)}
 
 
 def variants():
