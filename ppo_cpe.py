@@ -583,14 +583,17 @@ def main(args):
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a share from 0 to 1")
     if args.kv_tokens is not None and args.kv_tokens < max_len:
         raise ValueError(f"--kv-tokens {args.kv_tokens}: expected at least {max_len}, an edit prompt and its response")
-    if args.eval_every < 1 or args.eval_n < 1 or args.audit_judge and not args.audit_share:
-        raise ValueError("--eval-every, --eval-n: expected 1 or more; with --audit-judge an --audit-share above 0")
+    if args.eval_every < 1 or args.eval_n < 1:
+        raise ValueError(f"--eval-every {args.eval_every} --eval-n {args.eval_n}: expected 1 or more")
+    if args.audit_judge and not args.audit_share:
+        raise ValueError(f"--audit-judge {args.audit_judge}: expected an --audit-share above 0")
     tokenizer_from = resolve(args.policy)
     chat = Chat(tokenizer_from)
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
     prompts = read_prompts(args.prompts, args, chat, templates)
     if len(prompts) < args.prompts_per_step:
-        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step asks for")
+        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts, "
+                         f"fewer than --prompts-per-step {args.prompts_per_step}")
     held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
     held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
