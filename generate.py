@@ -57,7 +57,7 @@ class Sample:
 
     ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
     0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length". top_logprobs: for
-    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for, and `also` what was.
+    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for, then those of `also`.
     """
 
     key: Any
@@ -129,7 +129,7 @@ class Engine:
                       "ids": tensor(torch.int64, max_len + 1), "logprobs": tensor(torch.float32, max_len + 1)}
         # what the host knows without asking the device: tokens in the cache, room for them, tokens that may still come,
         # alternatives that were asked for
-        self.length, self.room, self.left, self.n_top = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
+        self.length, self.room, self.left, self.n_listed = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
         self.poll_steps = POLL_STEPS if self.device.type == "cuda" else 1
         self.steps_since_poll, self.graphs, self.graph_memory = 0, {}, None
 
@@ -288,7 +288,7 @@ class Engine:
                 self.dense.load(row, s.blocks, int(self.length[row]))
         self.room[rows] = [len(s.blocks) * BLOCK for s in new]
         self.left[rows] = [s.limit - len(s.response) for s in new]
-        self.n_top[rows] = [s.n_top for s in new]
+        self.n_listed[rows] = [s.n_top + len(s.also) for s in new]
         table = torch.zeros(len(new), self.rows["blocks"].shape[1], dtype=torch.int32)
         for i, s in enumerate(new):
             table[i, : len(s.blocks)] = torch.tensor(s.blocks)
@@ -403,7 +403,7 @@ class Engine:
 
     def _after(self, rows, logits):
         """Host's part after a token: alternatives that were asked for, a look at what has ended."""
-        for i in self.n_top[rows].nonzero()[0]:
+        for i in self.n_listed[rows].nonzero()[0]:
             s = self.running[rows.start + i]
             logprobs = torch.log_softmax(logits[i] / (s.temperature or 1.0), -1)
             ids = logprobs.topk(s.n_top).indices.tolist()
@@ -451,7 +451,7 @@ class Engine:
             to, source = (torch.tensor(x, device=self.device) for x in (holes, movers))
             for tensor in self.rows.values():
                 tensor[to] = tensor[source]
-            for array in (self.length, self.room, self.left, self.n_top):
+            for array in (self.length, self.room, self.left, self.n_listed):
                 array[holes] = array[movers]
             if self.dense:
                 self.dense.move(to, source, int(self.length[holes].max()))

@@ -161,8 +161,11 @@ def test_top_logprobs(model):
     engine.submit([5, 6], "top", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=model.config.vocab_size)
     engine.submit([9], "plain", max_new_tokens=6)
     engine.submit([5, 6], "also", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=3, also=[4, 8])
+    engine.submit([9], "only", max_new_tokens=6, also=[8, 4])
     found = drain(engine)
     assert found["plain", 0].top_logprobs == []
+    only = found["only", 0]
+    assert len(only.top_logprobs) == len(only.logprobs) and all([t for t, _ in top] == [8, 4] for top in only.top_logprobs)
     for i in range(2):  # the first 3, then those that were asked for by name
         for top, everything in zip(found["also", i].top_logprobs, found["top", i].top_logprobs, strict=True):
             expected = everything[:3] + [pair for token in (4, 8) for pair in everything[3:] if pair[0] == token]
