@@ -14,7 +14,6 @@ from scipy import stats
 
 from common import read_rows, write_text
 from data.persona_world import claims, judge, recites_profile
-from ppo_cpe import EDIT_LOSSES
 from prompts import DIMENSIONS
 from tables import markdown_row, write_json
 
@@ -25,7 +24,7 @@ COLORS = {"ppo_bt": "#b5442e", "ppo_grm": "#2f6db3", "cpe": "#2e8b57"}
 MAIN = tuple(COLORS)
 RATES = (0.1, 0.25, 0.5, 0.75, 1.0)
 STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")
-BASELINES = ("batch", "original")
+RATIOS, BASELINES = ("paper", "unclipped", "tis", "luffy", "none"), ("batch", "original")
 # ahead of PPO with the GRM on the seeds of the variants, and so chosen after the fact: on the main cells' further seeds too
 FOLLOWED_UP = ("loss_paper_batch", "loss_paper_original", "loss_sdpo")
 WEIGHTS = {"equal": (0.34, 0.33, 0.33), "helpfulness": (0.6, 0.2, 0.2), "personalization": (0.2, 0.6, 0.2),
@@ -342,13 +341,14 @@ def draw(out, finished, folder):
             numbers[name][s]["in_training"] = float(np.mean(curve["exact"]))
     if "base" in finished:
         numbers["base"] = {0: evaluated(f"{out}/base")}
-    losses = {loss_cell(ratio, baseline): f"{ratio}, {baseline}" for ratio in EDIT_LOSSES for baseline in BASELINES}
+    losses = {loss_cell(ratio, baseline): f"{ratio}, {baseline}" for ratio in RATIOS for baseline in BASELINES}
     losses["loss_sdpo"] = "sdpo, n = 6, no edits"
     weights = {"cpe": "0.35, 0.40, 0.25"}
     weights |= {f"weights_{name}": ", ".join(f"{w:.2f}" for w in some) for name, some in WEIGHTS.items()}
     # variants beside one another and CPE: on the seeds of all, of which there are fewer
     seeds = {s for name, of_seeds in numbers.items() if name not in (*METHODS, *FOLLOWED_UP) for s in of_seeds}
     same = {name: {s: found for s, found in of_seeds.items() if s in seeds} for name, of_seeds in numbers.items()}
+    further = {s for name in FOLLOWED_UP for s in numbers.get(name, {})} - seeds
     followed = {name: METHODS[name] for name in ("ppo_grm", "cpe")} | {name: losses[name] for name in FOLLOWED_UP}
     pairs = [("cpe", "ppo_grm"), ("cpe", "sft"), ("ppo_grm", "ppo_bt"), ("ppo_bt", "sft")]
     pairs += [(name, "ppo_grm") for name in FOLLOWED_UP]
@@ -365,8 +365,7 @@ def draw(out, finished, folder):
         "Table 4: which edits, and how many": grid(same, STRATEGIES, RATES),
         "The loss on edits": method_table(losses, same, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
                                                             "edit/ratio_low", "edit/weight", "inserted", "generated", "judge_calls"]),
-        "Losses that were ahead of PPO, on further seeds": seed_table(followed, numbers, seeds)
-        if any(s not in seeds for name in FOLLOWED_UP for s in numbers.get(name, {})) else None,
+        "Losses that were ahead of PPO, on further seeds": seed_table(followed, numbers, seeds) if further else None,
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
             weights, same, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
     }

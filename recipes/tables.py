@@ -61,7 +61,7 @@ def variants():
     for strategy in results.STRATEGIES:
         for rate in results.RATES:
             found.setdefault(results.grid_cell(strategy, rate), f"--edit-strategy {strategy} --edit-rate {rate:g}")
-    for ratio in results.EDIT_LOSSES:
+    for ratio in results.RATIOS:
         for baseline in results.BASELINES:
             found.setdefault(results.loss_cell(ratio, baseline), f"--edit-ratio {ratio} --edit-baseline {baseline}")
     found["loss_sdpo"] = "--edit-ratio sdpo --n-samples 6"
