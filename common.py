@@ -85,8 +85,9 @@ def start(dtype="auto", shard_size=None):
     if shard_size in (None, world_size):
         mesh = init_device_mesh(device.type, (world_size,))
     else:  # neighbouring ranks share a copy: with the GPUs of a node as shard size, only gradients leave the node
-        mesh = init_device_mesh(device.type, (world_size // shard_size, shard_size),
-                                mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            device.type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+        )
     dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
     return Ranks(rank, world_size, device, dtype, mesh)
 
@@ -142,8 +143,14 @@ ROW_FIELDS = {
     "prompt": _PROMPT,
     "pair": {**_PROMPT, "chosen": "text", "rejected": "text"},
     "answer": {**_PROMPT, "answer": "string"},
-    "judgement": {**_PROMPT, "answer": "text", "critique": "text", "helpfulness": "score", "personalization": "score",
-                  "naturalness": "score"},
+    "judgement": {
+        **_PROMPT,
+        "answer": "text",
+        "critique": "text",
+        "helpfulness": "score",
+        "personalization": "score",
+        "naturalness": "score",
+    },
     "messages": {"messages": "messages"},
     "object": {},
 }
@@ -152,8 +159,7 @@ ROW_FIELDS = {
 def _roles_alternate(messages):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return False
-    return all(m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-               for m in messages)
+    return all(m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str) for m in messages)
 
 
 CHECKS = {
@@ -196,7 +202,9 @@ def read_rows(path, kind):
                 raise ValueError(f"{where}: not JSON ({error})") from error
             check_row(row, kind, where)
             if kind == "prompt" and line_of.setdefault(row["prompt_id"], number) != number:
-                raise ValueError(f'{where}: prompt_id "{row["prompt_id"]}" stands on line {line_of[row["prompt_id"]]} too')
+                raise ValueError(
+                    f'{where}: prompt_id "{row["prompt_id"]}" stands on line {line_of[row["prompt_id"]]} too'
+                )
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: empty, expected {kind} rows")
@@ -355,8 +363,9 @@ def reshard(model):
 
 def adamw(model, lr, weight_decay):
     fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay,
-                             fused=fused)
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
+    )
 
 
 def learning_rate(lr, step, total_steps, warmup_ratio):
@@ -438,8 +447,10 @@ def machine_metrics(ranks, flops, seconds, tflops):
         torch.cuda.reset_peak_memory_stats(ranks.device)
     else:
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return dict(mfu=flops / (seconds * peak * ranks.world_size) if peak else None,
-                peak_memory_gib=round(all_max(ranks, held) / GIB, 3))
+    return dict(
+        mfu=flops / (seconds * peak * ranks.world_size) if peak else None,
+        peak_memory_gib=round(all_max(ranks, held) / GIB, 3),
+    )
 
 
 @torch.no_grad()
@@ -447,8 +458,10 @@ def refresh_gap(own, trained, ids, ranks):
     """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has
     just taken over, over all ranks: stale or broken weights show before anything is sampled."""
     batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
-    ours, theirs = (model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)[0]
-                    for model in (own, trained))
+    ours, theirs = (
+        model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)[0]
+        for model in (own, trained)
+    )
     reshard(trained)
     return all_max(ranks, (ours - theirs).abs().max().item())
 
@@ -456,9 +469,27 @@ def refresh_gap(own, trained, ids, ranks):
 # -- a run folder ------------------------------------------------------------------------------------------------------
 
 # Flags that may differ between the start of a run and its continuation: what a step computes stays the same.
-FREE_FLAGS = ("max_steps", "save_every", "keep_checkpoints", "tokens_per_microbatch", "checkpoint_activations", "out",
-              "shard_size", "offload", "peak_tflops", "plan", "world_size", "gpu_gib", "eval_prompts", "eval_every", "eval_n",
-              "audit_share", "audit_judge", "save_batch", "kv_tokens")
+FREE_FLAGS = (
+    "max_steps",
+    "save_every",
+    "keep_checkpoints",
+    "tokens_per_microbatch",
+    "checkpoint_activations",
+    "out",
+    "shard_size",
+    "offload",
+    "peak_tflops",
+    "plan",
+    "world_size",
+    "gpu_gib",
+    "eval_prompts",
+    "eval_every",
+    "eval_n",
+    "audit_share",
+    "audit_judge",
+    "save_batch",
+    "kv_tokens",
+)
 
 
 def open_run(args, ranks):
@@ -484,8 +515,9 @@ def git_hash():
     """The commit of this code, with + where files differ from it; "unknown" outside a repository."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True,
-                             text=True)
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True
+        )
     except FileNotFoundError:
         return "unknown"
     return run.stdout.strip() or "unknown"

@@ -76,11 +76,14 @@ def agreement(labels, found):
 
 def describe_rollout(judged, lost, selected, stats, prefix=""):
     """Rewards, gains, lengths and scores of originals and edits into stats (README, "Metrics of a PPO step")."""
+
     def add(name, value):
         stats.add(prefix + name, torch.tensor(value, dtype=torch.float64))
 
-    for kind, answers in (("original", [t.answer for t in judged if not t.parent]),
-                          ("edit", [t.answer for t in judged if t.parent])):
+    for kind, answers in (
+        ("original", [t.answer for t in judged if not t.parent]),
+        ("edit", [t.answer for t in judged if t.parent]),
+    ):
         if answers:
             add(f"{kind}/distinct_2", distinct(answers, 2))
     for t in lost["originals"] + lost["edits"]:  # whom failed judgements hit
@@ -129,8 +132,11 @@ def describe_held_out(judged, lost, judge, stats):
     """As `describe_rollout`, of prompts that are not trained on; and what answers lose under another person's profile."""
     describe_rollout(judged, lost, None, stats, "held_out/")
     originals = [t for t in judged if not t.parent]
-    swapped = [(t, other.row["persona"]) for t, other in zip(originals, originals[1:] + originals[:1])
-               if other.row["persona"] != t.row["persona"]]
+    swapped = [
+        (t, other.row["persona"])
+        for t, other in zip(originals, originals[1:] + originals[:1])
+        if other.row["persona"] != t.row["persona"]
+    ]
     asked = [(t.row | {"persona": persona}, t.answer, common.derive_seed("swap", *t.key)) for t, persona in swapped]
     for (t, _), verdict in zip(swapped, verdicts_of(judge, asked)):
         if verdict.reward is not None:
@@ -223,8 +229,9 @@ def load_batch(folder):
 
     def trajectory(fields):
         judgement, parent = fields["judgement"], fields["parent"]
-        return ppo_cpe.Trajectory(**fields | {"judgement": judgement and Judgement(**judgement),
-                                              "parent": parent and trajectory(parent)})
+        return ppo_cpe.Trajectory(
+            **fields | {"judgement": judgement and Judgement(**judgement), "parent": parent and trajectory(parent)}
+        )
 
     found = torch.load(os.path.join(folder, "batch.pt"), weights_only=True)
     return ppo_cpe.Args(**found["args"]), [trajectory(fields) for fields in found["batch"]]
@@ -267,8 +274,10 @@ def replay(folder):
     gradients["sdpo"], _ = gradient(policy, originals, args, n_tokens, ranks)
 
     norms = {name: g.norm().item() for name, g in gradients.items()}
-    print(f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has "
-          "no edits: it takes the place of the loss on originals")
+    print(
+        f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has "
+        "no edits: it takes the place of the loss on originals"
+    )
     names = "".join(f"{name:>11}" for name in gradients)
     print(f"{'':11}{'norm':>10}{'mass, inserted':>16}{'no gradient':>13}   cosines{names}")
     for name, g in gradients.items():
@@ -277,8 +286,10 @@ def replay(folder):
         inserted = f"{100 * found['edit/inserted_mass'] / mass:.1f} %" if mass else "-"
         clipped = f"{100 * found['edit/clipfrac']:.1f} %" if found else "-"
         scales = [norms[name] * norms[other] for other in gradients]
-        cosines = "".join(f"{torch.dot(g, other).item() / scale:11.3f}" if scale else f"{'-':>11}"
-                          for other, scale in zip(gradients.values(), scales))
+        cosines = "".join(
+            f"{torch.dot(g, other).item() / scale:11.3f}" if scale else f"{'-':>11}"
+            for other, scale in zip(gradients.values(), scales)
+        )
         print(f"{name:11}{norms[name]:10.5f}{inserted:>16}{clipped:>13}   {'':7}{cosines}")
     return gradients
 
@@ -313,8 +324,11 @@ def draw(runs, out):
     import matplotlib.pyplot as plt
 
     metrics = {run: common.read_rows(os.path.join(run, "metrics.jsonl"), "object") for run in runs}
-    panels = {title: names for title, names in PANELS.items()
-              if any(row.get(name) is not None for rows in metrics.values() for row in rows for name in names)}
+    panels = {
+        title: names
+        for title, names in PANELS.items()
+        if any(row.get(name) is not None for rows in metrics.values() for row in rows for name in names)
+    }
     os.makedirs(out, exist_ok=True)
     n_rows = -(-len(panels) // 4)
     for x_title, x_name in AXES.items():
@@ -325,8 +339,13 @@ def draw(runs, out):
                 for name, line in zip(names, ("-", "--")):
                     known = [(x, row[name]) for x, row in zip(xs, rows) if row.get(name) is not None]
                     if known:
-                        axis.plot(*zip(*known), line, color=f"C{i}", label=run if line == "-" else None,
-                                  marker="." if len(known) < 10 else "")
+                        axis.plot(
+                            *zip(*known),
+                            line,
+                            color=f"C{i}",
+                            label=run if line == "-" else None,
+                            marker="." if len(known) < 10 else "",
+                        )
             axis.set(title=title, xlabel=x_title)
         for axis in list(axes.flat)[len(panels) :]:
             axis.axis("off")

@@ -113,13 +113,15 @@ def read_pairs(args, chat):
     for row in common.read_rows(args.data, "pair"):
         prompt = answer_prompt(chat, templates, row)
         pairs.append((prompt, response_ids(chat, row["chosen"]), response_ids(chat, row["rejected"])))
-    kept = [(prompt, y_w, y_l) for prompt, y_w, y_l in pairs
-            if len(prompt) + max(len(y_w), len(y_l)) <= args.max_length]
-    print0(f"{len(kept)} pairs from {args.data}; {len(pairs) - len(kept)} left out "
-           f"(over --max-length {args.max_length} tokens)")
+    kept = [
+        (prompt, y_w, y_l) for prompt, y_w, y_l in pairs if len(prompt) + max(len(y_w), len(y_l)) <= args.max_length
+    ]
+    print0(
+        f"{len(kept)} pairs from {args.data}; {len(pairs) - len(kept)} left out "
+        f"(over --max-length {args.max_length} tokens)"
+    )
     if len(kept) < args.batch_size:
-        raise ValueError(f"{args.data}: {len(kept)} usable pairs, fewer than "
-                         f"--batch-size {args.batch_size}")
+        raise ValueError(f"{args.data}: {len(kept)} usable pairs, fewer than --batch-size {args.batch_size}")
     return kept
 
 
@@ -144,8 +146,7 @@ def pair_batch(pairs, device):
 
 def pair_logprobs(model, batch):
     """One pass -> log-probs of whole answers, chosen [P] and rejected [P]."""
-    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index,
-                        batch.targets)
+    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     sums = torch.stack([part.sum() for part in logprobs.split(batch.counts)])
     return sums[0::2], sums[1::2]
 
@@ -175,8 +176,7 @@ def reference_logprobs(args, model, pairs, ranks):
     with open(file) as f:
         content = json.load(f)
     if content["pairs"] != digest:
-        raise ValueError(f"{file}: made from other pairs than {args.data} now holds; "
-                         "choose another --out or remove it")
+        raise ValueError(f"{file}: made from other pairs than {args.data} now holds; choose another --out or remove it")
     return torch.tensor(content["chosen"]), torch.tensor(content["rejected"])
 
 
@@ -189,8 +189,7 @@ def main(args):
     pairs = read_pairs(args, chat)
     total_steps = int(args.epochs * (len(pairs) // args.batch_size))
     common.open_run(args, ranks)
-    model = load_pretrained(args.model, torch.float32, ranks.device,
-                            shard=lambda m: common.shard(m, ranks))
+    model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = common.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference
@@ -215,8 +214,12 @@ def main(args):
             flops += 3 * common.forward_flops(model, batch)  # backward costs two forward passes
             chosen, rejected = pair_logprobs(model, batch)
             preference_loss, margin = dpo_loss(
-                chosen, rejected, reference_chosen[at].to(ranks.device),
-                reference_rejected[at].to(ranks.device), args.beta)
+                chosen,
+                rejected,
+                reference_chosen[at].to(ranks.device),
+                reference_rejected[at].to(ranks.device),
+                args.beta,
+            )
             sft_loss = -chosen / torch.tensor(batch.counts[0::2], device=ranks.device)
             loss = preference_loss + args.sft_weight * sft_loss
             # FSDP averages gradients over the ranks; times world_size makes that the sum
@@ -229,15 +232,30 @@ def main(args):
         n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)
         *totals, n_tokens = common.all_sum(ranks, *totals.tolist(), n_tokens)
         seconds = time.perf_counter() - started
-        common.log_metrics(args.out, dict(
-            step=step + 1, **{name: total / args.batch_size for name, total in zip(names, totals)},
-            grad_norm=grad_norm, lr=lr, tokens=int(n_tokens), seconds=seconds,
-            tokens_per_second=n_tokens / seconds,
-            **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-        ), ranks)
+        common.log_metrics(
+            args.out,
+            dict(
+                step=step + 1,
+                **{name: total / args.batch_size for name, total in zip(names, totals)},
+                grad_norm=grad_norm,
+                lr=lr,
+                tokens=int(n_tokens),
+                seconds=seconds,
+                tokens_per_second=n_tokens / seconds,
+                **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
+            ),
+            ranks,
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(args.out, step + 1, {"policy": model}, {"policy": optimizer},
-                                   tokenizer_from, ranks, args.keep_checkpoints)
+            common.save_checkpoint(
+                args.out,
+                step + 1,
+                {"policy": model},
+                {"policy": optimizer},
+                tokenizer_from,
+                ranks,
+                args.keep_checkpoints,
+            )
     print0(f"weights: {args.out}/policy")
 
 

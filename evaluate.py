@@ -176,8 +176,10 @@ def _read_outputs(file):
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         for field in ("instruction", "output"):
             if not isinstance(entries, list) or not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-                raise ValueError(f'{file}, entry {i}: field "{field}" is missing or no text; expected AlpacaEval\'s '
-                                 "outputs, a JSON list of instruction, output, generator")
+                raise ValueError(
+                    f'{file}, entry {i}: field "{field}" is missing or no text; expected AlpacaEval\'s '
+                    "outputs, a JSON list of instruction, output, generator"
+                )
     return entries
 
 
@@ -185,8 +187,10 @@ def reference_answers(file, rows):
     """The answers that prompts bring along. ValueError: a prompt without one."""
     for row in rows:
         if not isinstance(row.get("reference"), str):
-            raise ValueError(f'{file}: prompt "{row["prompt_id"]}" has no reference; give '
-                             "--baseline FOLDER or --baseline-answers FILE")
+            raise ValueError(
+                f'{file}: prompt "{row["prompt_id"]}" has no reference; give '
+                "--baseline FOLDER or --baseline-answers FILE"
+            )
     return "reference", [{**row, "answer": row["reference"], "truncated": None} for row in rows]
 
 
@@ -257,7 +261,7 @@ def judged_in_pairs(rows, outputs, templates, args, ranks):
             places.append((i, order))
     verdicts = verdicts_on(items, templates, args, ranks)
     results = []
-    for i, (ours, theirs) in enumerate(zip(outputs["model"], outputs["baseline"])):
+    for ours, theirs in zip(outputs["model"], outputs["baseline"]):
         result = dict(preference=None, shown=None, method=None, failure="no answer")
         if ours is not None and ours == theirs:
             result |= dict(preference=1.5, method="equal texts", failure=None)
@@ -302,7 +306,7 @@ def judged_alone(rows, outputs, templates, args, ranks):
 
 
 def group_of(row):
-    """"general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
+    """ "general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
     return " ".join(row[k] for k in ("kind", "tier") if row.get(k)) or None
 
 
@@ -314,10 +318,16 @@ def annotations_of(rows, answers, judged, judge):
         annotation = {"prompt_id": row["prompt_id"], "instruction": instruction_of(row)}
         for number, side in (("1", "baseline"), ("2", "model")):
             annotation |= {f"output_{number}": sides[side]["answer"] or "", f"generator_{number}": answers[side][0]}
-        annotation |= dict(annotator=judge, preference=result["preference"], group=group_of(row), shown=result["shown"],
-                           method=result["method"], failure=result["failure"],
-                           missing=[side for side in SIDES if sides[side]["answer"] is None],
-                           truncated=[side for side in SIDES if sides[side]["truncated"]])
+        annotation |= dict(
+            annotator=judge,
+            preference=result["preference"],
+            group=group_of(row),
+            shown=result["shown"],
+            method=result["method"],
+            failure=result["failure"],
+            missing=[side for side in SIDES if sides[side]["answer"] is None],
+            truncated=[side for side in SIDES if sides[side]["truncated"]],
+        )
         found.append(annotation | {k: row[k] for k in ("user_id", "dataset") if k in row})
     return found
 
@@ -327,16 +337,27 @@ def summarize(answers, verdicts):
     judged = {name: mean_and_error([v[name] for v in verdicts]) for name in (*DIMENSIONS, "reward")}
     names = ("n_characters", "n_tokens", "truncated", "recites_profile")
     counted = {name: mean_and_error([a[name] for a in answers]) for name in names}
-    return judged | counted | dict(answers=sum(a["answer"] is not None for a in answers),
-                                   unjudged=sum(v["reward"] is None for v in verdicts))
+    return (
+        judged
+        | counted
+        | dict(
+            answers=sum(a["answer"] is not None for a in answers), unjudged=sum(v["reward"] is None for v in verdicts)
+        )
+    )
 
 
 def side_table(results):
     """Both sides' numbers as text."""
-    labels = {**{name: name for name in DIMENSIONS}, "reward": "weighted score",
-              "n_characters": "length, characters", "n_tokens": "length, tokens",
-              "truncated": "truncated, %", "recites_profile": "recites the profile, %",
-              "answers": "answers", "unjudged": "without a judgement"}
+    labels = {
+        **{name: name for name in DIMENSIONS},
+        "reward": "weighted score",
+        "n_characters": "length, characters",
+        "n_tokens": "length, tokens",
+        "truncated": "truncated, %",
+        "recites_profile": "recites the profile, %",
+        "answers": "answers",
+        "unjudged": "without a judgement",
+    }
 
     def cell(value, scale):
         if not isinstance(value, dict):
@@ -374,11 +395,14 @@ def compare_sides(args, templates, ranks):
     results = {side: summarize(answers[side][1], scored[side]) for side in SIDES}
     write_json(os.path.join(args.out, "annotations.json"), annotations)
     write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": dataclasses.asdict(args)})
-    text = tables.write_tables(args.out, [comparison], [annotations],
-                               sides={answers[side][0]: results[side] for side in SIDES})
+    text = tables.write_tables(
+        args.out, [comparison], [annotations], sides={answers[side][0]: results[side] for side in SIDES}
+    )
     print(f"{side_table(results)}\n\n{text}")
-    print(f"written: {args.out}/ (answers_*.jsonl, verdicts.jsonl, annotations.json, results.json, leaderboard.csv, "
-          "table.md, plots/)")
+    print(
+        f"written: {args.out}/ (answers_*.jsonl, verdicts.jsonl, annotations.json, results.json, leaderboard.csv, "
+        "table.md, plots/)"
+    )
 
 
 def compare_files(args):
@@ -394,8 +418,10 @@ def compare_files(args):
         if not found:
             raise ValueError(f"{path}: no instruction with the same two outputs as in --annotations")
         kappas += found
-    write_json(os.path.join(args.out, "results.json"), dict(comparisons=comparisons, paired_tests=tests, kappas=kappas,
-                                                            args=dataclasses.asdict(args)))
+    write_json(
+        os.path.join(args.out, "results.json"),
+        dict(comparisons=comparisons, paired_tests=tests, kappas=kappas, args=dataclasses.asdict(args)),
+    )
     print(tables.write_tables(args.out, comparisons, files, tests, kappas))
     print(f"written: {args.out}/ (results.json, leaderboard.csv, table.md, plots/)")
 
@@ -411,9 +437,15 @@ def accuracy(outcomes, seed, persons=None):
     judged = outcomes[~np.isnan(outcomes)]
     right = np.where(np.isnan(outcomes), np.nan, outcomes == 1)
     low, high = winrate.bootstrap_mean(right, seed, persons)
-    return dict(accuracy=float((judged == 1).mean()) if len(judged) else None, low=low, high=high,
-                ties_half=float(judged.mean()) if len(judged) else None, ties=int((judged == 0.5).sum()),
-                n=len(judged), without_verdict=int(np.isnan(outcomes).sum()))
+    return dict(
+        accuracy=float((judged == 1).mean()) if len(judged) else None,
+        low=low,
+        high=high,
+        ties_half=float(judged.mean()) if len(judged) else None,
+        ties=int((judged == 0.5).sum()),
+        n=len(judged),
+        without_verdict=int(np.isnan(outcomes).sum()),
+    )
 
 
 def longer_wins(pair):
@@ -430,8 +462,11 @@ def reward_accuracy(args, templates, ranks):
     # both texts of a pair, and all pairs of a prompt, one after another: their prompts share a prefix
     order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
     if args.judge.startswith("pair:"):
-        items = [(pairs[i], texts) for i in order for texts in (
-            (pairs[i]["chosen"], pairs[i]["rejected"]), (pairs[i]["rejected"], pairs[i]["chosen"]))]
+        items = [
+            (pairs[i], texts)
+            for i in order
+            for texts in ((pairs[i]["chosen"], pairs[i]["rejected"]), (pairs[i]["rejected"], pairs[i]["chosen"]))
+        ]
     else:
         items = [(pairs[i], pairs[i][side]) for i in order for side in ("chosen", "rejected")]
     found = verdicts_on(items, templates, args, ranks)
@@ -449,11 +484,19 @@ def reward_accuracy(args, templates, ranks):
         outcomes[i] = 0.5 if a == b else float(a > b)
     results = accuracy_by_tier(pairs, outcomes, args.seed)
     failures = Counter(v["failure"] for pair in both.values() for v in pair if v["failure"])
-    results |= dict(position_bias=tables.position_bias(shown, args.seed), failures=dict(failures), judge=args.judge,
-                    args=dataclasses.asdict(args))
-    common.write_rows(os.path.join(args.out, "verdicts.jsonl"), [
-        dict(prompt_id=pair["prompt_id"], outcome=None if np.isnan(o) else float(o), verdicts=both[i])
-        for i, (pair, o) in enumerate(zip(pairs, outcomes))])
+    results |= dict(
+        position_bias=tables.position_bias(shown, args.seed),
+        failures=dict(failures),
+        judge=args.judge,
+        args=dataclasses.asdict(args),
+    )
+    common.write_rows(
+        os.path.join(args.out, "verdicts.jsonl"),
+        [
+            dict(prompt_id=pair["prompt_id"], outcome=None if np.isnan(o) else float(o), verdicts=both[i])
+            for i, (pair, o) in enumerate(zip(pairs, outcomes))
+        ],
+    )
     write_json(os.path.join(args.out, "results.json"), results)
     text = accuracy_table(results)
     common.write_text(os.path.join(args.out, "table.md"), text)
@@ -487,28 +530,45 @@ def accuracy_by_tier(pairs, outcomes, seed):
         names = [label for label in groups if label.split()[0] == kind]
         kinds[kind] = part(rows_of(names)) | dict(mean_of_tiers=mean_of_tiers([groups[n] for n in names]))
     total = part(list(range(len(pairs)))) | dict(mean_of_tiers=mean_of_tiers(groups.values()))
-    return dict(groups=groups, kinds=kinds, total=total,
-                intervals="rows of one user_id drawn together" if persons else "rows drawn one by one")
+    return dict(
+        groups=groups,
+        kinds=kinds,
+        total=total,
+        intervals="rows of one user_id drawn together" if persons else "rows drawn one by one",
+    )
 
 
 def accuracy_table(results):
     """Markdown."""
     row = tables.markdown_row
-    lines = [row("pairs", "accuracy %, by rows", "mean of tiers", "ties half", "longer answer %", "ties", "n",
-                 "no verdict"), row("---", *["--:"] * 7)]
+    lines = [
+        row("pairs", "accuracy %, by rows", "mean of tiers", "ties half", "longer answer %", "ties", "n", "no verdict"),
+        row("---", *["--:"] * 7),
+    ]
     parts = {**results["groups"], **{f"{k}, all": v for k, v in results["kinds"].items()}, "total": results["total"]}
     for name, p in parts.items():
         shares = [p.get(k) for k in ("mean_of_tiers", "ties_half", "longer_answer")]
-        lines.append(row(name, tables.interval_text(p["accuracy"], p["low"], p["high"], 100),
-                         *("-" if share is None else f"{100 * share:.1f}" for share in shares), p["ties"], p["n"],
-                         p["without_verdict"]))
-    lines += ["", f"Judge: {results['judge']}. A tie is not right; the longer answer's ties count half; 95 % intervals "
-              f"by bootstrap, {results['intervals']}."]
+        lines.append(
+            row(
+                name,
+                tables.interval_text(p["accuracy"], p["low"], p["high"], 100),
+                *("-" if share is None else f"{100 * share:.1f}" for share in shares),
+                p["ties"],
+                p["n"],
+                p["without_verdict"],
+            )
+        )
+    lines += [
+        "",
+        f"Judge: {results['judge']}. A tie is not right; the longer answer's ties count half; 95 % intervals "
+        f"by bootstrap, {results['intervals']}.",
+    ]
     if results["position_bias"]:
         bias = results["position_bias"]
         share = tables.interval_text(bias["first_place"], bias["low"], bias["high"], 100)
-        lines.append(f"The answer shown first is preferred at {share} %; both orders agree on "
-                     f"{100 * bias['agree']:.1f} %.")
+        lines.append(
+            f"The answer shown first is preferred at {share} %; both orders agree on {100 * bias['agree']:.1f} %."
+        )
     lines += [f"{n} questions to the judge without a verdict: {kind}." for kind, n in results["failures"].items()]
     return "\n".join(lines) + "\n"
 
@@ -547,24 +607,37 @@ def persona_swap(args, templates, ranks):
         return
     own, swapped = found[: len(own)], found[len(own) :]
     names = [n for n in (*DIMENSIONS, "reward") if any(v[n] is not None for v in own)]
-    results = dict(model=generator, judge=args.judge, missing=[r["prompt_id"] for r in answered if r["answer"] is None],
-                   own={n: mean_and_error([v[n] for v in own]) for n in names},
-                   swapped={n: mean_and_error([v[n] for v in swapped]) for n in names}, difference={},
-                   failures=dict(Counter(v["failure"] for v in found if v["failure"])))
+    results = dict(
+        model=generator,
+        judge=args.judge,
+        missing=[r["prompt_id"] for r in answered if r["answer"] is None],
+        own={n: mean_and_error([v[n] for v in own]) for n in names},
+        swapped={n: mean_and_error([v[n] for v in swapped]) for n in names},
+        difference={},
+        failures=dict(Counter(v["failure"] for v in found if v["failure"])),
+    )
     persons = tables.persons_of([rows[i] for i in there])
     for name in names:
         a, b = (np.array([np.nan if v[name] is None else v[name] for v in side]) for side in (own, swapped))
         results["difference"][name] = winrate.paired_test(a, b, args.seed, persons)
-    common.write_rows(os.path.join(args.out, "verdicts.jsonl"), [
-        dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b)
-        for i, a, b in zip(there, own, swapped)])
+    common.write_rows(
+        os.path.join(args.out, "verdicts.jsonl"),
+        [
+            dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b)
+            for i, a, b in zip(there, own, swapped)
+        ],
+    )
     write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
     row = tables.markdown_row
-    lines = [row(generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
-             row("---", *["--:"] * 7)]
+    lines = [
+        row(generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
+        row("---", *["--:"] * 7),
+    ]
     for name in names:
-        means = [f"{results[side][name]['mean']:.2f}" if results[side][name]["mean"] is not None else "-"
-                 for side in ("own", "swapped")]
+        means = [
+            f"{results[side][name]['mean']:.2f}" if results[side][name]["mean"] is not None else "-"
+            for side in ("own", "swapped")
+        ]
         d = results["difference"][name]
         gap = "-" if d["difference"] is None else f"{d['difference']:.2f} ({d['low']:.2f} to {d['high']:.2f})"
         p = "-" if d["p_permutation"] is None else f"{d['p_permutation']:.4f}"
@@ -575,8 +648,12 @@ def persona_swap(args, templates, ranks):
     print(f"{text}\nwritten: {args.out}/ (answers_model.jsonl, verdicts.jsonl, results.json, table.md)")
 
 
-TASKS = {"win-rate": compare_sides, "reward-accuracy": reward_accuracy, "persona-swap": persona_swap,
-         "personamem": personamem.evaluate}
+TASKS = {
+    "win-rate": compare_sides,
+    "reward-accuracy": reward_accuracy,
+    "persona-swap": persona_swap,
+    "personamem": personamem.evaluate,
+}
 
 
 def main(args):
@@ -587,8 +664,9 @@ def main(args):
     named = {name: with_name(getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
     ranks = common.start(args.dtype)
-    templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template,
-                               pair_template=args.pair_template)
+    templates = load_templates(
+        answer_template=args.answer_template, grm_template=args.grm_template, pair_template=args.pair_template
+    )
     TASKS[args.task](args, templates, ranks)
 
 

@@ -124,9 +124,14 @@ class Engine:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
 
         self.rows = {name: tensor(torch.int64) for name in ("token", "length", "position", "limit", "seed", "active")}
-        self.rows |= {"temperature": tensor(torch.float32), "top_p": tensor(torch.float32), "done": tensor(torch.bool),
-                      "blocks": tensor(torch.int32, -(-max_len // BLOCK) + 1),
-                      "ids": tensor(torch.int64, max_len + 1), "logprobs": tensor(torch.float32, max_len + 1)}
+        self.rows |= {
+            "temperature": tensor(torch.float32),
+            "top_p": tensor(torch.float32),
+            "done": tensor(torch.bool),
+            "blocks": tensor(torch.int32, -(-max_len // BLOCK) + 1),
+            "ids": tensor(torch.int64, max_len + 1),
+            "logprobs": tensor(torch.float32, max_len + 1),
+        }
         # what the host knows without asking the device: tokens in the cache, room for them, tokens that may still come,
         # alternatives that were asked for
         self.length, self.room, self.left, self.n_listed = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
@@ -137,30 +142,57 @@ class Engine:
     def busy(self):
         return bool(self.waiting or self.prefilling or self.running or self.finished)
 
-    def submit(self, prompt_ids, key=None, n=1, seeds=None, max_new_tokens=512, temperature=1.0, top_p=1.0,
-               top_logprobs=0, also=()):
+    def submit(
+        self,
+        prompt_ids,
+        key=None,
+        n=1,
+        seeds=None,
+        max_new_tokens=512,
+        temperature=1.0,
+        top_p=1.0,
+        top_logprobs=0,
+        also=(),
+    ):
         """n samples of one prompt; seeds: n integers (None: 0..n-1). top_logprobs: how many alternatives to list at each
         place; also: ids that are listed behind them in any case. ValueError: no room for a prompt, bad settings."""
         seeds = list(range(n)) if seeds is None else list(seeds)
         if not prompt_ids or len(prompt_ids) >= self.max_len:
-            raise ValueError(f"a prompt of {len(prompt_ids)} tokens; expected 1 to {self.max_len - 1} (the engine's "
-                             f"{self.max_len} hold prompt and response)")
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens; expected 1 to {self.max_len - 1} (the engine's "
+                f"{self.max_len} hold prompt and response)"
+            )
         if len(seeds) != n or n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}, temperature {temperature}, "
-                             f"top_p {top_p}; expected n >= 1 seeds, at least 1 token, >= 0, and in (0, 1]")
+            raise ValueError(
+                f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}, temperature {temperature}, "
+                f"top_p {top_p}; expected n >= 1 seeds, at least 1 token, >= 0, and in (0, 1]"
+            )
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
         needed, there = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
         if needed > there:
-            raise ValueError(f"a prompt of {len(prompt_ids)} tokens and a response of up to {limit} need {needed} blocks of "
-                             f"{BLOCK} tokens; the whole cache has {there} (its size: kv_tokens)")
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens and a response of up to {limit} need {needed} blocks of "
+                f"{BLOCK} tokens; the whole cache has {there} (its size: kv_tokens)"
+            )
         # as many samples together as there are rows and, beside the prompt, blocks
         together = min(self.max_batch, there - len(prompt_ids) // BLOCK)
         if self.dense:
             together = min(together, there * BLOCK // (len(prompt_ids) + 1))
         together = max(1, together)
         for i in range(0, n, together):
-            self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + together], limit, float(temperature),
-                                         float(top_p), top_logprobs, tuple(also)))
+            self.waiting.append(
+                Sequence(
+                    key,
+                    i,
+                    list(prompt_ids),
+                    seeds[i : i + together],
+                    limit,
+                    float(temperature),
+                    float(top_p),
+                    top_logprobs,
+                    tuple(also),
+                )
+            )
 
     @torch.inference_mode()
     def step(self):
@@ -212,7 +244,9 @@ class Engine:
             raise RuntimeError("refresh while samples are running: their cache belongs to the old weights")
         self.blocks.forget_all()
         with torch.no_grad():
-            for (name, ours), (other, theirs) in zip(self.model.named_parameters(), model.named_parameters(), strict=True):
+            for (name, ours), (other, theirs) in zip(
+                self.model.named_parameters(), model.named_parameters(), strict=True
+            ):
                 assert name == other, (name, other)
                 ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
         pack_weights(self.model)
@@ -274,8 +308,17 @@ class Engine:
                 copies += [(s.tails[0], tail) for tail in s.tails[1:]]
             self.blocks.share(s.blocks * (len(s.seeds) - 1))
             for i, (seed, tail) in enumerate(zip(s.seeds, s.tails)):
-                self.running.append(replace(s, index=s.index + i, seeds=[seed], top=list(s.top), blocks=s.blocks + [tail],
-                                            tails=[], computed=0))
+                self.running.append(
+                    replace(
+                        s,
+                        index=s.index + i,
+                        seeds=[seed],
+                        top=list(s.top),
+                        blocks=s.blocks + [tail],
+                        tails=[],
+                        computed=0,
+                    )
+                )
         if copies:
             source, to = torch.tensor(copies, device=self.device).T
             self.cache[:, :, to] = self.cache[:, :, source]
@@ -292,9 +335,17 @@ class Engine:
         table = torch.zeros(len(new), self.rows["blocks"].shape[1], dtype=torch.int32)
         for i, s in enumerate(new):
             table[i, : len(s.blocks)] = torch.tensor(s.blocks)
-        values = {"length": self.length[rows], "position": [len(s.response) for s in new], "blocks": table,
-                  "limit": [s.limit for s in new], "seed": [s.seeds[0] for s in new], "active": [1] * len(new),
-                  "temperature": [s.temperature for s in new], "top_p": [s.top_p for s in new], "done": [False] * len(new)}
+        values = {
+            "length": self.length[rows],
+            "position": [len(s.response) for s in new],
+            "blocks": table,
+            "limit": [s.limit for s in new],
+            "seed": [s.seeds[0] for s in new],
+            "active": [1] * len(new),
+            "temperature": [s.temperature for s in new],
+            "top_p": [s.top_p for s in new],
+            "done": [False] * len(new),
+        }
         for name, value in values.items():
             self.rows[name][rows] = torch.as_tensor(value).to(self.rows[name])
         for row, s in enumerate(new, start):
@@ -379,7 +430,9 @@ class Engine:
                 self._decode_rows(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()  # one for all: they never run together
+            self.graph_memory = (
+                self.graph_memory or torch.cuda.graph_pool_handle()
+            )  # one for all: they never run together
             with torch.cuda.graph(graph, pool=self.graph_memory):
                 logits = self._decode_rows(size)
             for name, tensor in before.items():
@@ -527,10 +580,20 @@ def generate_file(args, engine, chat, templates):
             for s in engine.collect():
                 results[s.key, s.index] = s
                 progress.update()
-    common.write_rows(args.output, [
-        {**rows[i], "sample": k, "text": chat.decode(s.ids), "token_ids": s.ids, "logprobs": s.logprobs[: len(s.ids)],
-         "finish_reason": s.finish_reason}
-        for (i, k), s in sorted(results.items())])
+    common.write_rows(
+        args.output,
+        [
+            {
+                **rows[i],
+                "sample": k,
+                "text": chat.decode(s.ids),
+                "token_ids": s.ids,
+                "logprobs": s.logprobs[: len(s.ids)],
+                "finish_reason": s.finish_reason,
+            }
+            for (i, k), s in sorted(results.items())
+        ],
+    )
     print(f"{len(results)} samples of {len(rows)} rows: {args.output}")
 
 

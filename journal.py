@@ -161,8 +161,10 @@ def replies(name, spec, requests, temperature, args, ranks):
         inputs = [chat.messages(messages) for _, messages in requests]
         for (prompt_id, _), prompt in zip(requests, inputs):
             if len(prompt) + args.max_new_tokens > limit:
-                raise ValueError(f'prompt "{prompt_id}" has {len(prompt)} tokens: with --max-new-tokens '
-                                 f"{args.max_new_tokens} that is over the {limit} positions of {spec}")
+                raise ValueError(
+                    f'prompt "{prompt_id}" has {len(prompt)} tokens: with --max-new-tokens '
+                    f"{args.max_new_tokens} that is over the {limit} positions of {spec}"
+                )
     what = fingerprint(spec), settings, args.seed, None if is_url(spec) else str(ranks.dtype)
     digests = [digest(prompt_id, ids, *what) for (prompt_id, _), ids in zip(requests, inputs)]
     seeds = [derive_seed(args.seed, prompt_id) for prompt_id, _ in requests]
@@ -184,8 +186,13 @@ def replies(name, spec, requests, temperature, args, ranks):
             for _ in range(args.judge_attempts):  # the client itself tries again where nothing arrived
                 try:
                     choice = client.chat.completions.create(
-                        model=model, messages=messages, seed=seeds[i] % 2**31, temperature=temperature,
-                        top_p=args.top_p, max_tokens=args.max_new_tokens).choices[0]
+                        model=model,
+                        messages=messages,
+                        seed=seeds[i] % 2**31,
+                        temperature=temperature,
+                        top_p=args.top_p,
+                        max_tokens=args.max_new_tokens,
+                    ).choices[0]
                 except (json.JSONDecodeError, IndexError, TypeError) as error:  # cut off, or without a choice
                     reason = f"{type(error).__name__}: {error}"
                     continue
@@ -201,8 +208,11 @@ def replies(name, spec, requests, temperature, args, ranks):
                 try:
                     record(futures[future], future.result())
                 except (openai.APIError, Failure) as error:  # after all retries: not kept, asked again by the next run
-                    print(f'{name}: no answer to prompt "{requests[futures[future]][0]}": {type(error).__name__}: '
-                          f"{error}", file=sys.stderr)
+                    print(
+                        f'{name}: no answer to prompt "{requests[futures[future]][0]}": {type(error).__name__}: '
+                        f"{error}",
+                        file=sys.stderr,
+                    )
 
     return made_once(name, "answers", digests, by_server if is_url(spec) else by_engine, args, ranks)
 
@@ -211,9 +221,17 @@ def replies(name, spec, requests, temperature, args, ranks):
 
 
 def judge_of(args, templates, ranks):
-    return open_judge(args.judge, templates, ranks, attempts=args.judge_attempts, temperature=args.judge_temperature,
-                      max_batch=args.max_batch, max_new_tokens=args.max_judgement_length,
-                      concurrency=args.concurrency, votes=args.judge_votes)
+    return open_judge(
+        args.judge,
+        templates,
+        ranks,
+        attempts=args.judge_attempts,
+        temperature=args.judge_temperature,
+        max_batch=args.max_batch,
+        max_new_tokens=args.max_judgement_length,
+        concurrency=args.concurrency,
+        votes=args.judge_votes,
+    )
 
 
 def check_judge(args, templates, ranks):
@@ -229,8 +247,16 @@ def verdicts_on(items, templates, args, ranks):
     A verdict row: reward (a score, or P(first is better); None: no verdict), the judgement's scores and critique,
     method, error, failure. Both sides get the judge's same random numbers for a prompt, so equal answers tie.
     """
-    what = (fingerprint(args.judge), dataclasses.asdict(templates), args.judge_temperature, args.judge_attempts,
-            args.judge_votes, args.max_judgement_length, args.seed, str(ranks.dtype))
+    what = (
+        fingerprint(args.judge),
+        dataclasses.asdict(templates),
+        args.judge_temperature,
+        args.judge_attempts,
+        args.judge_votes,
+        args.max_judgement_length,
+        args.seed,
+        str(ranks.dtype),
+    )
     digests = [digest(row["prompt_id"], row["persona"], row["question"], answer, *what) for row, answer in items]
     failed = {}
 

@@ -66,8 +66,19 @@ class Verdict:
     method: str | None = None  # of pairs: logprobs | votes
 
 
-def open_judge(spec, templates, ranks, weights=(0.35, 0.40, 0.25), attempts=3, temperature=0.9,
-               max_new_tokens=512, max_batch=256, max_len=8192, concurrency=64, votes=5):
+def open_judge(
+    spec,
+    templates,
+    ranks,
+    weights=(0.35, 0.40, 0.25),
+    attempts=3,
+    temperature=0.9,
+    max_new_tokens=512,
+    max_batch=256,
+    max_len=8192,
+    concurrency=64,
+    votes=5,
+):
     """The judge of a `--judge` value; see the top of this file. ValueError: it cannot judge.
 
     ranks: device and dtype of a model in this process. weights: of helpfulness, personalization,
@@ -95,8 +106,7 @@ def open_judge(spec, templates, ranks, weights=(0.35, 0.40, 0.25), attempts=3, t
         engine = Engine(model, chat.stop_ids, max_len, max_batch)
         if pairs:
             return PairJudge(engine, chat, templates)
-        return GenerativeJudge(engine, chat, templates, weights, attempts, temperature,
-                               max_new_tokens)
+        return GenerativeJudge(engine, chat, templates, weights, attempts, temperature, max_new_tokens)
     except ValueError as error:
         raise ValueError(f"--judge {spec}: {error}") from error
 
@@ -214,8 +224,15 @@ class PairJudge(Judge):
         request = pair_request(self.templates, row, *answers)
         number, prompt_ids = next(self.numbers), self.chat.messages([{"role": "user", "content": request}])
         try:
-            self.engine.submit(prompt_ids, key=number, seeds=[seed], max_new_tokens=1, temperature=0,
-                               top_logprobs=self.likely, also=self.name_ids)
+            self.engine.submit(
+                prompt_ids,
+                key=number,
+                seeds=[seed],
+                max_new_tokens=1,
+                temperature=0,
+                top_logprobs=self.likely,
+                also=self.name_ids,
+            )
         except ValueError as error:  # longer than the engine's sequences
             self.failed += 1
             self.finish(key, None, error=str(error), failure="too long")
@@ -318,7 +335,8 @@ class ServerJudge(Judge):
         """One chat completion -> its first choice. Failure: none arrived, or not in a readable form."""
         try:
             response = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": request}], seed=seed % 2**31, **sampling)
+                model=self.model, messages=[{"role": "user", "content": request}], seed=seed % 2**31, **sampling
+            )
         except openai.APIError as error:
             raise Failure(f"{type(error).__name__}: {error}", "request") from error
         except json.JSONDecodeError as error:
@@ -355,8 +373,7 @@ class PairServerJudge(ServerJudge):
         while (numbers := list(self.top_logprobs)) and asked < self.attempts:
             asked, number = asked + 1, numbers[0]
             try:
-                choice = self.complete(request, seed, temperature=0, max_tokens=1, logprobs=True,
-                                       top_logprobs=number)
+                choice = self.complete(request, seed, temperature=0, max_tokens=1, logprobs=True, top_logprobs=number)
             except Failure as failure:
                 if "logprob" in str(failure).lower():  # this server gives none, or not as many
                     asked -= 1
@@ -389,8 +406,9 @@ class PairServerJudge(ServerJudge):
         while len(places) < self.votes and asked < self.votes * self.attempts:
             asked += 1
             try:
-                choice = self.complete(request, derive_seed(seed, asked), temperature=temperature,
-                                       max_tokens=self.sampling["max_tokens"])
+                choice = self.complete(
+                    request, derive_seed(seed, asked), temperature=temperature, max_tokens=self.sampling["max_tokens"]
+                )
                 place = parse_pair(text_of(choice))
             except Failure as failure:
                 reason, kind = str(failure), failure.kind
@@ -422,7 +440,8 @@ def open_client(url):
     if urlsplit(base_url).path in ("", "/"):
         base_url = base_url.rstrip("/") + "/v1"
     client = openai.OpenAI(  # timeout in seconds; six waits last about half a minute
-        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300, max_retries=6)
+        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300, max_retries=6
+    )
     return client, name
 
 

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import shutil
-
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +41,14 @@ except ImportError:
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -86,8 +91,10 @@ class Config:
                 raise ValueError(f"{where}: {name} is {raw.get(name)!r}, expected a positive integer")
             fields[name] = raw[name]
         kv_heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
-        for name, whole, part in (("num_attention_heads", raw["hidden_size"], raw["num_attention_heads"]),
-                                  ("num_key_value_heads", raw["num_attention_heads"], kv_heads)):
+        for name, whole, part in (
+            ("num_attention_heads", raw["hidden_size"], raw["num_attention_heads"]),
+            ("num_key_value_heads", raw["num_attention_heads"], kv_heads),
+        ):
             if whole % part:
                 raise ValueError(f"{where}: {name} = {part} does not divide {whole}")
         return Config(
@@ -214,7 +221,9 @@ def varlen_attention(q, k, v, queries, keys):
         if not same:
             seen = torch.ones(qs.shape[1], ks.shape[1], dtype=torch.bool, device=q.device)
             mask = seen.tril(ks.shape[1] - qs.shape[1])
-        out.append(F.scaled_dot_product_attention(qs[None], ks[None], vs[None], mask, is_causal=same, enable_gqa=True)[0])
+        out.append(
+            F.scaled_dot_product_attention(qs[None], ks[None], vs[None], mask, is_causal=same, enable_gqa=True)[0]
+        )
     return torch.cat(out, 1).transpose(0, 1)
 
 
@@ -314,11 +323,13 @@ class Qwen2(nn.Module):
         self.config, self.scalar_head = config, scalar_head
         self.head_product = None  # of the LM head, see `pack_weights`
         self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more time
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        ))
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                layers=nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
         if scalar_head:
             self.score = nn.Linear(config.hidden_size, 1, bias=False)
         elif not config.tie_word_embeddings:
@@ -445,7 +456,7 @@ def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=Non
             file_of = json.load(f)["weight_map"]
     elif os.path.isfile(os.path.join(path, "model.safetensors")):
         with safe_open(os.path.join(path, "model.safetensors"), "pt") as f:
-            file_of = {name: "model.safetensors" for name in f.keys()}
+            file_of = dict.fromkeys(f.keys(), "model.safetensors")
     else:
         raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
 
@@ -456,8 +467,10 @@ def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=Non
     superfluous = [n for n in file_of if n not in wanted and n not in unused and "rotary_emb" not in n]
     missing = [n for n in wanted if n not in file_of and not (fresh_head and n == "score.weight")]
     if missing or superfluous:
-        raise ValueError(f"{path}: not the tensors of its config.json; missing {missing[:3]} ({len(missing)} in all), "
-                         f"superfluous {superfluous[:3]} ({len(superfluous)} in all)")
+        raise ValueError(
+            f"{path}: not the tensors of its config.json; missing {missing[:3]} ({len(missing)} in all), "
+            f"superfluous {superfluous[:3]} ({len(superfluous)} in all)"
+        )
 
     with contextlib.ExitStack() as stack:
         files = {}

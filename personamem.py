@@ -41,17 +41,22 @@ def read_questions(args):
     for row in rows:
         for field, kind in FIELDS.items():
             if not isinstance(row.get(field), kind):
-                raise ValueError(f'{args.prompts}: prompt "{row["prompt_id"]}": field "{field}" is missing or no '
-                                 f"{kind.__name__}; expected data/prepare.py's rows of PersonaMem")
+                raise ValueError(
+                    f'{args.prompts}: prompt "{row["prompt_id"]}": field "{field}" is missing or no '
+                    f"{kind.__name__}; expected data/prepare.py's rows of PersonaMem"
+                )
         if len(row["options"]) != len(LETTERS) or row["correct"] not in LETTERS:
-            raise ValueError(f'{args.prompts}: prompt "{row["prompt_id"]}": expected 4 options and one of a to d as '
-                             "correct")
+            raise ValueError(
+                f'{args.prompts}: prompt "{row["prompt_id"]}": expected 4 options and one of a to d as correct'
+            )
     file = args.prompts.removesuffix(".jsonl") + "_contexts.jsonl"
     contexts = {row["context_id"]: row["messages"] for row in common.read_rows(file, "messages")}
     for row in rows:
         if len(contexts.get(row["context_id"], ())) < row["end_index"]:
-            raise ValueError(f'{file}: no context "{row["context_id"]}" of {row["end_index"]} messages, which prompt '
-                             f'"{row["prompt_id"]}" needs')
+            raise ValueError(
+                f'{file}: no context "{row["context_id"]}" of {row["end_index"]} messages, which prompt '
+                f'"{row["prompt_id"]}" needs'
+            )
     return rows, contexts
 
 
@@ -95,8 +100,10 @@ def likelihoods(rows, contexts, args, ranks):
         limit = model.config.max_position_embeddings
         for i in indices:
             if len(prompts[i]) + max(map(len, options[i])) > limit:
-                raise ValueError(f'prompt "{rows[i]["prompt_id"]}" has {len(prompts[i])} tokens and options, over the '
-                                 f"{limit} positions of {args.model}")
+                raise ValueError(
+                    f'prompt "{rows[i]["prompt_id"]}" has {len(prompts[i])} tokens and options, over the '
+                    f"{limit} positions of {args.model}"
+                )
             found = option_logprobs(model, prompts[i], options[i], ranks.device)
             record(i, dict(sums=[x.sum().item() for x in found], means=[x.mean().item() for x in found]))
 
@@ -112,8 +119,9 @@ def by_type(rows, right, seed):
         values = right[where]
         low, high = winrate.bootstrap_mean(values, seed, persons and [persons[i] for i in where])
         n = int((~np.isnan(values)).sum())
-        found[name] = dict(accuracy=float(np.nanmean(values)) if n else None, low=low, high=high, n=n,
-                           not_answered=len(values) - n)
+        found[name] = dict(
+            accuracy=float(np.nanmean(values)) if n else None, low=low, high=high, n=n, not_answered=len(values) - n
+        )
     return found
 
 
@@ -135,14 +143,23 @@ def evaluate(args, templates, ranks):
         for name in ("sums", "means"):
             best = [None if found is None else LETTERS[int(np.argmax(found[name]))] for found in likely]
             measures[{"sums": "by likelihood", "means": "by likelihood per token"}[name]] = np.array(
-                [np.nan if b is None else float(b == row["correct"]) for b, row in zip(best, rows)])
-    results = dict(model=args.model, version=sorted({str(row.get("version")) for row in rows}), chance=0.25,
-                   no_letter=[row["prompt_id"] for row, r, j in zip(rows, replied, judged) if r and j is None],
-                   truncated=[row["prompt_id"] for row, r in zip(rows, replied) if r and r["truncated"]],
-                   **{name: by_type(rows, right, args.seed) for name, right in measures.items()})
-    common.write_rows(os.path.join(args.out, "choices.jsonl"), [
-        {**row, **(reply or {"answer": None}), "right": j, "likelihood": likely and likely[i]}
-        for i, (row, reply, j) in enumerate(zip(rows, replied, judged))])
+                [np.nan if b is None else float(b == row["correct"]) for b, row in zip(best, rows)]
+            )
+    results = dict(
+        model=args.model,
+        version=sorted({str(row.get("version")) for row in rows}),
+        chance=0.25,
+        no_letter=[row["prompt_id"] for row, r, j in zip(rows, replied, judged) if r and j is None],
+        truncated=[row["prompt_id"] for row, r in zip(rows, replied) if r and r["truncated"]],
+        **{name: by_type(rows, right, args.seed) for name, right in measures.items()},
+    )
+    common.write_rows(
+        os.path.join(args.out, "choices.jsonl"),
+        [
+            {**row, **(reply or {"answer": None}), "right": j, "likelihood": likely and likely[i]}
+            for i, (row, reply, j) in enumerate(zip(rows, replied, judged))
+        ],
+    )
     tables.write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
     text = markdown(results, list(measures))
     common.write_text(os.path.join(args.out, "table.md"), text)
@@ -151,12 +168,23 @@ def evaluate(args, templates, ranks):
 
 def markdown(results, measures):
     row = tables.markdown_row
-    lines = [row("question type", *(f"accuracy %, {m}" for m in measures), "n", "not answered"),
-             row("---", *["--:"] * (len(measures) + 2))]
+    lines = [
+        row("question type", *(f"accuracy %, {m}" for m in measures), "n", "not answered"),
+        row("---", *["--:"] * (len(measures) + 2)),
+    ]
     for name, first in results[measures[0]].items():
         cells = [results[m][name] for m in measures]
-        lines.append(row(name, *(tables.interval_text(c["accuracy"], c["low"], c["high"], 100) for c in cells),
-                         first["n"], first["not_answered"]))
-    lines += ["", f"{results['model']}, {', '.join(results['version'])}; chance 25 %; 95 % intervals by bootstrap. "
-              f"{len(results['no_letter'])} replies name no letter (wrong), {len(results['truncated'])} are truncated."]
+        lines.append(
+            row(
+                name,
+                *(tables.interval_text(c["accuracy"], c["low"], c["high"], 100) for c in cells),
+                first["n"],
+                first["not_answered"],
+            )
+        )
+    lines += [
+        "",
+        f"{results['model']}, {', '.join(results['version'])}; chance 25 %; 95 % intervals by bootstrap. "
+        f"{len(results['no_letter'])} replies name no letter (wrong), {len(results['truncated'])} are truncated.",
+    ]
     return "\n".join(lines) + "\n"

@@ -115,8 +115,9 @@ class Trained:
         ranks = (machine.shard_size or machine.world_size) if machine.sharded else 1
         self.n_parameters = total
         self.masters, self.gradients, self.moments = (n * total / ranks for n in (4, 4, 8))
-        self.activations = activations(config, n_tokens, machine.dtype, scalar_head, recompute, machine.device,
-                                       key_copies)
+        self.activations = activations(
+            config, n_tokens, machine.dtype, scalar_head, recompute, machine.device, key_copies
+        )
         # sharded: root and two layers whole, the root's gradient, and its fp32 copy on the way to the other ranks;
         # else: the gradient of the LM head, before it is added to the others
         head = config.vocab_size * config.hidden_size * (not scalar_head)
@@ -140,8 +141,9 @@ def inference(config, machine, kv_tokens, scalar_head=False):
 def machine_of(args):
     """From a script's flags. The dtype `auto` is that of a GPU, unless the plan is for a CPU (--gpu-gib 0)."""
     device = "cuda" if args.gpu_gib else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16,
-             "auto": torch.bfloat16 if args.gpu_gib else torch.float32}[args.dtype]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if args.gpu_gib else torch.float32}[
+        args.dtype
+    ]
     world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     if args.shard_size is not None and (args.shard_size < 1 or world_size % args.shard_size):
         raise ValueError(f"--shard-size {args.shard_size}: expected a divisor of --world-size {world_size}")
@@ -159,16 +161,20 @@ def report(args, machine, phases, expected):
     print(f"plan for {where}{copies} in {str(machine.dtype).removeprefix('torch.')}; GiB per rank")
     print(f"{'':34}" + "".join(f"{name:>12}" for name in phases))
     for part in parts:
-        print(f"{part:34}" + "".join(f"{phase[part] / GIB:12.2f}" if part in phase else f"{'-':>12}"
-                                     for phase in phases.values()))
+        print(
+            f"{part:34}"
+            + "".join(f"{phase[part] / GIB:12.2f}" if part in phase else f"{'-':>12}" for phase in phases.values())
+        )
     totals = [sum(phase.values()) for phase in phases.values()]
     print(f"{'together':34}" + "".join(f"{total / GIB:12.2f}" for total in totals))
     for line in expected:
         print(line)
     if args.gpu_gib:
         room = args.gpu_gib - RESERVED_GIB - max(totals) / GIB
-        print(f"fits: {'yes' if room >= 0 else 'NO'}, {abs(room):.1f} GiB {'to spare' if room >= 0 else 'too much'} "
-              f"({RESERVED_GIB:g} GiB set aside for CUDA, NCCL and fragmentation)")
+        print(
+            f"fits: {'yes' if room >= 0 else 'NO'}, {abs(room):.1f} GiB {'to spare' if room >= 0 else 'too much'} "
+            f"({RESERVED_GIB:g} GiB set aside for CUDA, NCCL and fragmentation)"
+        )
         if room < 0:
             sys.exit(1)
     return max(totals)
@@ -180,10 +186,21 @@ def one_model(args, config, scalar_head=False):
     t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
     state = {"fp32 masters": t.masters, "gradients": t.gradients}
     moments = {"Adam moments": t.moments}
-    phases = {"passes": {**state, **({} if machine.offload else moments), "gathered weights and gradients": t.whole,
-                         "activations": t.activations}, "optimizer": {**state, **moments}}
-    return report(args, machine, phases, [
-        f"{t.n_parameters / 1e9:.2f} billion parameters; at most {args.tokens_per_microbatch} tokens a pass and rank"])
+    phases = {
+        "passes": {
+            **state,
+            **({} if machine.offload else moments),
+            "gathered weights and gradients": t.whole,
+            "activations": t.activations,
+        },
+        "optimizer": {**state, **moments},
+    }
+    return report(
+        args,
+        machine,
+        phases,
+        [f"{t.n_parameters / 1e9:.2f} billion parameters; at most {args.tokens_per_microbatch} tokens a pass and rank"],
+    )
 
 
 def ppo(args, max_len, judge_max_len=8192):
@@ -200,7 +217,8 @@ def ppo(args, max_len, judge_max_len=8192):
         resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine, 0, True)
     elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
         resident["judge: weights"], resident["judge: KV cache"] = inference(
-            config_of(args.judge), machine, likely_tokens(judge_max_len, args.max_batch))
+            config_of(args.judge), machine, likely_tokens(judge_max_len, args.max_batch)
+        )
     masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
     moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
     larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)
@@ -208,17 +226,32 @@ def ppo(args, max_len, judge_max_len=8192):
     logits = 3 * 4 * args.max_batch * policy_config.vocab_size  # of a step of decoding, and the sampler's two copies
     phases = {
         "sampling": {**resident, "logits of a step": logits, **({} if on_host else masters | moments)},
-        "passes": {**resident, **masters, **({} if on_host else moments),
-                   "gradients (one model at a time)": larger.gradients, "gathered weights and gradients": larger.whole,
-                   "activations": larger.activations},
-        "optimizer": {**resident, **masters, "gradients (one model at a time)": larger.gradients,
-                      **({"policy: Adam moments": policy.moments} if on_host else moments)},
+        "passes": {
+            **resident,
+            **masters,
+            **({} if on_host else moments),
+            "gradients (one model at a time)": larger.gradients,
+            "gathered weights and gradients": larger.whole,
+            "activations": larger.activations,
+        },
+        "optimizer": {
+            **resident,
+            **masters,
+            "gradients (one model at a time)": larger.gradients,
+            **({"policy: Adam moments": policy.moments} if on_host else moments),
+        },
     }
     prompts = args.prompts_per_step
     sampled = prompts * args.n_samples * (2 if args.edit_rate > 0 else 1)
     computed = int(prompts * (args.max_prompt_length + per_prompt * args.max_response_length))
-    return report(args, machine, phases, [
-        f"policy {policy.n_parameters / 1e9:.2f}, critic {critic.n_parameters / 1e9:.2f} billion parameters; at most "
-        f"{args.tokens_per_microbatch} tokens a pass and rank",
-        f"a step, at most: {sampled} responses, {sampled * args.max_response_length:,} tokens sampled; "
-        f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass"])
+    return report(
+        args,
+        machine,
+        phases,
+        [
+            f"policy {policy.n_parameters / 1e9:.2f}, critic {critic.n_parameters / 1e9:.2f} billion parameters; at most "
+            f"{args.tokens_per_microbatch} tokens a pass and rank",
+            f"a step, at most: {sampled} responses, {sampled * args.max_response_length:,} tokens sampled; "
+            f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
+        ],
+    )

@@ -328,15 +328,28 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
         kind = "edit" if trajectory.parent else "original"
         seed = common.derive_seed(args.seed, step, trajectory.prompt_id, trajectory.sample_id, kind)
         in_engine[trajectory.key, 0] = trajectory
-        engine.submit(trajectory.sampled_under, key=trajectory.key, seeds=[seed],
-                      max_new_tokens=args.max_response_length, temperature=args.temperature, top_p=args.top_p)
+        engine.submit(
+            trajectory.sampled_under,
+            key=trajectory.key,
+            seeds=[seed],
+            max_new_tokens=args.max_response_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
 
     for place, row, ids in prompts:
         group = [Trajectory(row["prompt_id"], i, row, place, ids, sampled_under=ids) for i in range(args.n_samples)]
         in_engine.update({(place, i): t for i, t in enumerate(group)})
         seeds = [common.derive_seed(args.seed, step, row["prompt_id"], i, "original") for i in range(args.n_samples)]
-        engine.submit(ids, key=place, n=args.n_samples, seeds=seeds, max_new_tokens=args.max_response_length,
-                      temperature=args.temperature, top_p=args.top_p)
+        engine.submit(
+            ids,
+            key=place,
+            n=args.n_samples,
+            seeds=seeds,
+            max_new_tokens=args.max_response_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
 
     while engine.busy or judge.busy:
         engine.step()
@@ -361,7 +374,9 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
             if editing and t.parent is None:
                 under = edit_prompt(chat, templates, t.prompt_ids, t.response_ids, t.judgement.critique)
                 sample(Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under))
-            progress.set_postfix_str(f"rollout: {len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
+            progress.set_postfix_str(
+                f"rollout: {len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge"
+            )
     return judged, lost
 
 
@@ -496,19 +511,30 @@ def compute_advantages(batch, args, ranks):
 def policy_pass(policy, packed, trajectories, args, stats):
     """One micro-batch -> the sum of its tokens' losses, with the graph."""
     device, cap = packed.input_ids.device, args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
-    logprobs, entropy = policy(packed.input_ids, packed.context.position_ids, packed.context, packed.index,
-                               packed.targets, args.temperature)
+    logprobs, entropy = policy(
+        packed.input_ids, packed.context.position_ids, packed.context, packed.index, packed.targets, args.temperature
+    )
     for t, now in zip(trajectories, logprobs.detach().cpu().split(packed.counts)):
         if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
             t.old_logprobs = now
             diagnostics.add_gap(t, stats)
-    old_logprobs, advantages = (torch.cat([getattr(t, name) for t in trajectories]).to(device)
-                                for name in ("old_logprobs", "advantages"))
+    old_logprobs, advantages = (
+        torch.cat([getattr(t, name) for t in trajectories]).to(device) for name in ("old_logprobs", "advantages")
+    )
     edit = torch.cat([torch.full((n,), t.parent is not None) for t, n in zip(trajectories, packed.counts)]).to(device)
-    loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old_logprobs[~edit], advantages[~edit], args.eps_low,
-                                           args.eps_high)
-    loss_e, ratio_e, weight = edit_loss(args.edit_ratio, logprobs[edit], old_logprobs[edit], advantages[edit],
-                                        args.eps_low, args.eps_high, cap, args.luffy_gamma)
+    loss_o, ratio_o, clipped = policy_loss(
+        logprobs[~edit], old_logprobs[~edit], advantages[~edit], args.eps_low, args.eps_high
+    )
+    loss_e, ratio_e, weight = edit_loss(
+        args.edit_ratio,
+        logprobs[edit],
+        old_logprobs[edit],
+        advantages[edit],
+        args.eps_low,
+        args.eps_high,
+        cap,
+        args.luffy_gamma,
+    )
     stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
     stats.add("entropy", entropy)
     diagnostics.describe_originals(ratio_o, clipped, stats)
@@ -519,8 +545,9 @@ def policy_pass(policy, packed, trajectories, args, stats):
 def critic_pass(critic, packed, trajectories, args, stats):
     """The same for the critic."""
     values = forward(critic, packed, args.temperature)
-    old_values, returns = (torch.cat([getattr(t, name) for t in trajectories]).to(values.device)
-                           for name in ("values", "returns"))
+    old_values, returns = (
+        torch.cat([getattr(t, name) for t in trajectories]).to(values.device) for name in ("values", "returns")
+    )
     loss, clipped = value_loss(values, old_values, returns, args.value_clip)
     stats.add("value_loss", loss.detach())
     stats.add("value_clipfrac", clipped)
@@ -544,8 +571,10 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
         stats.logical_tokens += sum(map(len, prompts + responses))
         stats.computed_tokens += sum(len(packed.input_ids) for _, packed in passes if packed)
 
-        for name, model, lr, loss_of in (("policy", policy, args.lr, policy_pass),
-                                         ("critic", critic, args.critic_lr, critic_pass)):
+        for name, model, lr, loss_of in (
+            ("policy", policy, args.lr, policy_pass),
+            ("critic", critic, args.critic_lr, critic_pass),
+        ):
             if name == "policy" and not train_policy:
                 continue
             for some, packed in passes:
@@ -567,8 +596,10 @@ def read_prompts(path, args, chat, templates):
     rows = common.read_rows(path, "prompt")
     prompts = [(row, answer_prompt(chat, templates, row)) for row in rows]
     kept = [(row, ids) for row, ids in prompts if len(ids) <= args.max_prompt_length]
-    print0(f"{len(kept)} prompts from {path}; {len(prompts) - len(kept)} left out "
-           f"(over --max-prompt-length {args.max_prompt_length} tokens)")
+    print0(
+        f"{len(kept)} prompts from {path}; {len(prompts) - len(kept)} left out "
+        f"(over --max-prompt-length {args.max_prompt_length} tokens)"
+    )
     return kept
 
 
@@ -592,25 +623,44 @@ def main(args):
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
     prompts = read_prompts(args.prompts, args, chat, templates)
     if len(prompts) < args.prompts_per_step:
-        raise ValueError(f"{args.prompts}: {len(prompts)} usable prompts, "
-                         f"fewer than --prompts-per-step {args.prompts_per_step}")
+        raise ValueError(
+            f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step {args.prompts_per_step}"
+        )
     held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
     held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
-    judge, second = (spec and open_judge(spec, templates, ranks, weights=args.score_weights, attempts=args.judge_attempts,
-                                         temperature=args.judge_temperature, max_new_tokens=args.max_judgement_length,
-                                         max_batch=args.max_batch) for spec in (args.judge, args.audit_judge))
+    judge, second = (
+        spec
+        and open_judge(
+            spec,
+            templates,
+            ranks,
+            weights=args.score_weights,
+            attempts=args.judge_attempts,
+            temperature=args.judge_temperature,
+            max_new_tokens=args.max_judgement_length,
+            max_batch=args.max_batch,
+        )
+        for spec in (args.judge, args.audit_judge)
+    )
     if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and not judge.writes_critiques:
         raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
 
     common.open_run(args, ranks)
     policy = load_pretrained(args.policy, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
-    critic = load_pretrained(args.critic or args.policy, torch.float32, ranks.device, scalar_head=True,
-                             shard=lambda m: common.shard(m, ranks))
+    critic = load_pretrained(
+        args.critic or args.policy,
+        torch.float32,
+        ranks.device,
+        scalar_head=True,
+        shard=lambda m: common.shard(m, ranks),
+    )
     policy.checkpoint_activations = critic.checkpoint_activations = args.checkpoint_activations
     models = {"policy": policy, "critic": critic}
-    optimizers = {"policy": common.adamw(policy, args.lr, args.weight_decay),
-                  "critic": common.adamw(critic, args.critic_lr, args.weight_decay)}
+    optimizers = {
+        "policy": common.adamw(policy, args.lr, args.weight_decay),
+        "critic": common.adamw(critic, args.critic_lr, args.weight_decay),
+    }
     first_step = common.load_checkpoint(args.out, models, optimizers, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
     # the engine's own copy, whole on every rank, in the compute dtype
@@ -652,8 +702,10 @@ def main(args):
         batch = share_out([t for t in judged if t.parent is None or t.key[:2] in selected], args, ranks)
         (n_batch,) = common.all_sum(ranks, len(batch))
         if n_batch == 0:
-            raise ValueError(f"step {step + 1}: no response is left to train on (on this rank: {counts}); is --judge "
-                             f"{args.judge} a reward model for these answers?")
+            raise ValueError(
+                f"step {step + 1}: no response is left to train on (on this rank: {counts}); is --judge "
+                f"{args.judge} a reward model for these answers?"
+            )
         diagnostics.describe_rollout(judged, lost, selected, stats)
 
         # 3. log-probs and values before the update, advantages
@@ -685,13 +737,22 @@ def main(args):
         phases = ("refresh", "rollout", "diagnostics", "score", "update")
         seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
         training = seconds["score"] + seconds["update"]
-        common.log_metrics(args.out, dict(
-            step=step + 1, **stats.means(ranks), explained_variance=explained_variance, refresh_gap=gap,
-            batch=int(n_batch), **counts, **common.machine_metrics(ranks, stats.flops, training, args.peak_tflops),
-            generated_tokens_per_second=counts["generated_tokens"] / seconds["rollout"],
-            trained_tokens_per_second=counts["trained_tokens"] / training,
-            **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
-        ), ranks)
+        common.log_metrics(
+            args.out,
+            dict(
+                step=step + 1,
+                **stats.means(ranks),
+                explained_variance=explained_variance,
+                refresh_gap=gap,
+                batch=int(n_batch),
+                **counts,
+                **common.machine_metrics(ranks, stats.flops, training, args.peak_tflops),
+                generated_tokens_per_second=counts["generated_tokens"] / seconds["rollout"],
+                trained_tokens_per_second=counts["trained_tokens"] / training,
+                **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
+            ),
+            ranks,
+        )
         common.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             common.save_checkpoint(args.out, step + 1, models, optimizers, tokenizer_from, ranks, args.keep_checkpoints)

@@ -126,9 +126,12 @@ Which of the two is better? Reply with its name alone, {first} or {second}."""
 PAIR_NAMES = ("m", "M")  # of the answer that is shown first, and second
 
 PLACEHOLDER = re.compile(r"\{(persona|question|answer|critique|answers|first|second)\}")
-NEEDED = {"answer": {"persona", "question"}, "edit": {"critique"},
-          "grm": {"persona", "question", "answer"},
-          "pair": {"persona", "question", "answers", "first", "second"}}
+NEEDED = {
+    "answer": {"persona", "question"},
+    "edit": {"critique"},
+    "grm": {"persona", "question", "answer"},
+    "pair": {"persona", "question", "answers", "first", "second"},
+}
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,9 @@ class Templates:
     pair: str = PAIR
 
 
-def load_templates(answer_template=None, edit_template=None, grm_template=None,
-                   pair_template=None):
+def load_templates(answer_template=None, edit_template=None, grm_template=None, pair_template=None):
     """The defaults, or the text of the named files. ValueError names file and wrong placeholder."""
-    files = {"answer": answer_template, "edit": edit_template, "grm": grm_template,
-             "pair": pair_template}
+    files = {"answer": answer_template, "edit": edit_template, "grm": grm_template, "pair": pair_template}
     texts = {}
     for name, file in files.items():
         if file is None:
@@ -240,8 +241,10 @@ class Chat:
         for n, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ValueError(f"messages[{n}]: expected a role (system, user, assistant) and a "
-                                 f"text as content; got {role!r} and {type(content).__name__}")
+                raise ValueError(
+                    f"messages[{n}]: expected a role (system, user, assistant) and a "
+                    f"text as content; got {role!r} and {type(content).__name__}"
+                )
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         return [i for m in messages for i in self.turn(m["role"], m["content"])] + self.header
@@ -349,9 +352,14 @@ def pair_request(templates, row, first, second):
     one can end it, add an entry or pass for the other.
     """
     entries = [{"name": name, "answer": answer} for name, answer in zip(PAIR_NAMES, (first, second))]
-    return fill(templates.pair, persona=persona_text(row["persona"]), question=row["question"],
-                answers=json.dumps(entries, ensure_ascii=False, indent=1),
-                first=PAIR_NAMES[0], second=PAIR_NAMES[1])
+    return fill(
+        templates.pair,
+        persona=persona_text(row["persona"]),
+        question=row["question"],
+        answers=json.dumps(entries, ensure_ascii=False, indent=1),
+        first=PAIR_NAMES[0],
+        second=PAIR_NAMES[1],
+    )
 
 
 def parse_pair(text):
@@ -380,17 +388,22 @@ class Judgement:
 
 SCORES = re.compile(
     r"\s*Helpfulness\s*[:：]\s*(-?[0-5])[\s,;]+Personalization\s*[:：]\s*(-?[0-5])[\s,;]+"
-    r"Natural(?:ness)?\s*[:：]\s*(-?[0-5])\s*", re.IGNORECASE)
+    r"Natural(?:ness)?\s*[:：]\s*(-?[0-5])\s*",
+    re.IGNORECASE,
+)
 
 
 def judgement_text(critique, helpfulness, personalization, naturalness):
     """What a generative reward model is trained to write. ValueError if it can't be read back."""
-    text = (f"<critique> {critique.strip()} </critique>\n<scores> Helpfulness: {helpfulness} "
-            f"Personalization: {personalization} Natural: {naturalness} </scores>")
+    text = (
+        f"<critique> {critique.strip()} </critique>\n<scores> Helpfulness: {helpfulness} "
+        f"Personalization: {personalization} Natural: {naturalness} </scores>"
+    )
     meant = Judgement(critique.strip(), helpfulness, personalization, naturalness)
     if parse_judgement(text) != meant:
-        raise ValueError("a judgement needs a critique without the tags of the format, and three "
-                         f"integers in [-5, 5]; got {text!r}")
+        raise ValueError(
+            f"a judgement needs a critique without the tags of the format, and three integers in [-5, 5]; got {text!r}"
+        )
     return text
 
 

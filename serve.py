@@ -16,6 +16,7 @@ can't do (stop strings, penalties, tools, response formats, log-probs of a strea
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -102,8 +103,15 @@ class ChatRequest(pydantic.BaseModel):
     response_format: Any = None
 
 
-NEUTRAL = {"stop": (None, []), "frequency_penalty": (None, 0), "presence_penalty": (None, 0), "logit_bias": (None, {}),
-           "tools": (None, []), "functions": (None, []), "response_format": (None, {"type": "text"})}
+NEUTRAL = {
+    "stop": (None, []),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
 
 
 class BadRequest(Exception):
@@ -157,10 +165,8 @@ class Worker:
 
     def send(self, key, *event):
         loop, events, _, _ = self.listeners[key]
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
             loop.call_soon_threadsafe(events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: the server is going down
-            pass
 
     def run(self):
         while True:
@@ -226,8 +232,12 @@ def logprobs_of(chat, sample, n_top):
     content = []
     for i, token_id in enumerate(sample.ids):
         top = sample.top_logprobs[i][:n_top] if n_top else []
-        content.append({**token_entry(chat, token_id, sample.logprobs[i]),
-                        "top_logprobs": [token_entry(chat, *pair) for pair in top]})
+        content.append(
+            {
+                **token_entry(chat, token_id, sample.logprobs[i]),
+                "top_logprobs": [token_entry(chat, *pair) for pair in top],
+            }
+        )
     return {"content": content, "refusal": None}
 
 
@@ -255,16 +265,23 @@ def make_app(engine, chat, name):
         prompt_ids = chat.messages([{"role": m.role, "content": m.text()} for m in request.messages])
         room = engine.max_len - len(prompt_ids)
         if room < 1:
-            return error_response(f"the messages have {len(prompt_ids)} tokens; this server holds {engine.max_len} of "
-                                  "prompt and response together", 400, "messages", "context_length_exceeded")
+            return error_response(
+                f"the messages have {len(prompt_ids)} tokens; this server holds {engine.max_len} of "
+                "prompt and response together",
+                400,
+                "messages",
+                "context_length_exceeded",
+            )
         n = request.n or 1
         seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
         settings = dict(
-            prompt_ids=prompt_ids, seeds=[common.derive_seed(seed, i) for i in range(n)],
+            prompt_ids=prompt_ids,
+            seeds=[common.derive_seed(seed, i) for i in range(n)],
             max_new_tokens=min(request.max_completion_tokens or request.max_tokens or room, room),
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
-            top_logprobs=request.top_logprobs or 0)
+            top_logprobs=request.top_logprobs or 0,
+        )
         key, events = worker.submit(n, n if request.stream else 0, **settings)
         head = {"id": f"chatcmpl-{os.getpid()}-{next(numbers)}", "created": int(time.time()), "model": name}
         if request.stream:
@@ -292,10 +309,15 @@ def make_app(engine, chat, name):
         finally:
             gone.cancel()
             worker.cancel(key)
-        choices = [{"index": s.index, "finish_reason": s.finish_reason,
-                    "message": {"role": "assistant", "content": chat.decode(s.ids), "refusal": None},
-                    "logprobs": logprobs_of(chat, s, request.top_logprobs) if request.logprobs else None}
-                   for s in sorted(samples, key=lambda s: s.index)]
+        choices = [
+            {
+                "index": s.index,
+                "finish_reason": s.finish_reason,
+                "message": {"role": "assistant", "content": chat.decode(s.ids), "refusal": None},
+                "logprobs": logprobs_of(chat, s, request.top_logprobs) if request.logprobs else None,
+            }
+            for s in sorted(samples, key=lambda s: s.index)
+        ]
         body = {"object": "chat.completion", "choices": choices, "usage": usage(n_prompt, samples)}
         return JSONResponse(head | body)
 
@@ -338,8 +360,11 @@ def make_app(engine, chat, name):
     async def not_found(http, error):
         return error_response(f"no {http.method} {http.url.path} here; try /v1/chat/completions", error.status_code)
 
-    routes = [Route("/v1/models", models), Route("/health", health),
-              Route("/v1/chat/completions", completions, methods=["POST"])]
+    routes = [
+        Route("/v1/models", models),
+        Route("/health", health),
+        Route("/v1/chat/completions", completions, methods=["POST"]),
+    ]
     return Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
 
 

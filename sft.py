@@ -124,16 +124,27 @@ def read_examples(args, chat):
             prompt, answer = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
             examples.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
     kept = [e for e in examples if len(e[0]) <= args.max_length and any(e[1])]
-    print0(f"{len(kept)} rows from {args.data}; {len(examples) - len(kept)} left out "
-           f"(over --max-length {args.max_length} tokens, or without an assistant turn)")
+    print0(
+        f"{len(kept)} rows from {args.data}; {len(examples) - len(kept)} left out "
+        f"(over --max-length {args.max_length} tokens, or without an assistant turn)"
+    )
     if len(kept) < args.batch_size:
         raise ValueError(f"{args.data}: {len(kept)} usable rows are fewer than --batch-size {args.batch_size}")
     return kept
 
 
 def scratch_config(args, chat):
-    return Config(chat.tokenizer.get_vocab_size(), args.hidden_size, args.intermediate_size, args.layers, args.heads,
-                  args.heads // 2, rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=2048)
+    return Config(
+        chat.tokenizer.get_vocab_size(),
+        args.hidden_size,
+        args.intermediate_size,
+        args.layers,
+        args.heads,
+        args.heads // 2,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
 
 
 def open_model(args, chat, ranks):
@@ -184,14 +195,31 @@ def main(args):
 
         (loss_sum,) = common.all_sum(ranks, loss_sum)
         seconds = time.perf_counter() - started
-        common.log_metrics(args.out, dict(
-            step=step + 1, loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, tokens=int(n_tokens),
-            trained_tokens=int(n_trained), seconds=seconds, tokens_per_second=n_tokens / seconds,
-            **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-        ), ranks)
+        common.log_metrics(
+            args.out,
+            dict(
+                step=step + 1,
+                loss=loss_sum / n_trained,
+                grad_norm=grad_norm,
+                lr=lr,
+                tokens=int(n_tokens),
+                trained_tokens=int(n_trained),
+                seconds=seconds,
+                tokens_per_second=n_tokens / seconds,
+                **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
+            ),
+            ranks,
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(args.out, step + 1, {"policy": model}, {"policy": optimizer}, tokenizer_from, ranks,
-                                   args.keep_checkpoints)
+            common.save_checkpoint(
+                args.out,
+                step + 1,
+                {"policy": model},
+                {"policy": optimizer},
+                tokenizer_from,
+                ranks,
+                args.keep_checkpoints,
+            )
     print0(f"weights: {args.out}/policy")
 
 

@@ -13,14 +13,26 @@ import os
 from collections import Counter
 
 import numpy as np
+from matplotlib.figure import Figure
+
 import winrate
 from common import write_text
-from matplotlib.figure import Figure
 from prompts import DIMENSIONS
 
 FIELDS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
-LEADERBOARD = ("win_rate", "standard_error", "mode", "avg_length", "n_wins", "n_wins_base", "n_draws", "n_total",
-               "discrete_win_rate", "length_controlled_winrate", "lc_standard_error")
+LEADERBOARD = (
+    "win_rate",
+    "standard_error",
+    "mode",
+    "avg_length",
+    "n_wins",
+    "n_wins_base",
+    "n_draws",
+    "n_total",
+    "discrete_win_rate",
+    "length_controlled_winrate",
+    "lc_standard_error",
+)
 
 
 def write_json(path, value):
@@ -86,8 +98,15 @@ def share_won(verdicts, seed, persons=None):
     """Shares in [0, 1] with a 95 % bootstrap interval. Rows without a verdict are left out and counted."""
     low, high = winrate.bootstrap_mean(verdicts, seed, persons)
     y = verdicts[~np.isnan(verdicts)]
-    return dict(win_rate=float(y.mean()) if len(y) else None, low=low, high=high, wins=int((y > 0.5).sum()),
-                ties=int((y == 0.5).sum()), losses=int((y < 0.5).sum()), left_out=int(np.isnan(verdicts).sum()))
+    return dict(
+        win_rate=float(y.mean()) if len(y) else None,
+        low=low,
+        high=high,
+        wins=int((y > 0.5).sum()),
+        ties=int((y == 0.5).sum()),
+        losses=int((y < 0.5).sum()),
+        left_out=int(np.isnan(verdicts).sum()),
+    )
 
 
 def compare(annotations, seed, gamed=None, draws=1000):
@@ -111,16 +130,25 @@ def compare(annotations, seed, gamed=None, draws=1000):
         groups[label] = share_won(verdicts[rows], seed, persons and [persons[i] for i in rows])
     return dict(
         generators=dict(model=annotations[0]["generator_2"], baseline=annotations[0]["generator_1"]),
-        annotator=annotations[0].get("annotator"), rows=len(annotations),
+        annotator=annotations[0].get("annotator"),
+        rows=len(annotations),
         intervals="rows of one user_id drawn together" if persons else "rows drawn one by one",
-        win_rate=share_won(verdicts, seed, persons), length_controlled=controlled, groups=groups,
+        win_rate=share_won(verdicts, seed, persons),
+        length_controlled=controlled,
+        groups=groups,
         leaderboard=leaderboard_row(annotations, verdicts, controlled),
         characters=dict(model=float(np.mean(lengths[0])), baseline=float(np.mean(lengths[1]))),
         position_bias=position_bias([row.get("shown") for row in annotations], seed),
         methods=dict(Counter(row["method"] for row in annotations if row.get("method"))),
         failures=dict(Counter(row["failure"] for row in annotations if row.get("failure"))),
-        **{what: {side: [row.get("prompt_id", i) for i, row in enumerate(annotations) if side in row.get(what, ())]
-                  for side in ("model", "baseline")} for what in ("missing", "truncated")})
+        **{
+            what: {
+                side: [row.get("prompt_id", i) for i, row in enumerate(annotations) if side in row.get(what, ())]
+                for side in ("model", "baseline")
+            }
+            for what in ("missing", "truncated")
+        },
+    )
 
 
 def leaderboard_row(annotations, verdicts, controlled):
@@ -155,8 +183,10 @@ def paired(first, second, seed):
     index = {key_of(row): i for i, row in enumerate(second)}
     both = [(row, second[index[key_of(row)]]) for row in first if key_of(row) in index]
     if any(a["output_1"] != b["output_1"] for a, b in both):
-        raise ValueError(f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different "
-                         "answers of a baseline: a paired test would mean nothing")
+        raise ValueError(
+            f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different "
+            "answers of a baseline: a paired test would mean nothing"
+        )
     a, b = (verdicts_of(rows) for rows in zip(*both)) if both else (np.array([]), np.array([]))
     result = winrate.paired_test(a, b, seed, persons_of([row for row, _ in both]))
     return dict(first=first[0]["generator_2"], second=second[0]["generator_2"], **result)
@@ -173,8 +203,11 @@ def agreement(annotations, labels):
     if not both:
         return None
     a, b = (verdicts_of(rows) for rows in zip(*both))
-    return dict(first=annotations[0].get("annotator"), second=labels[0].get("annotator"),
-                in_one_file_only=len(annotations) + len(labels) - 2 * len(both)) | winrate.cohens_kappa(a, b)
+    return dict(
+        first=annotations[0].get("annotator"),
+        second=labels[0].get("annotator"),
+        in_one_file_only=len(annotations) + len(labels) - 2 * len(both),
+    ) | winrate.cohens_kappa(a, b)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -205,41 +238,85 @@ def markdown_row(*cells):
 def markdown(comparisons, tests=(), kappas=()):
     """The tables of a paper: win rates with 95 % intervals, by group, paired tests, kappas, remarks."""
     variants = [v for v in winrate.VARIANTS if any(v in c["length_controlled"] for c in comparisons)]
-    lines = [markdown_row("model", "win rate %", *(f"length-controlled %, {v}" for v in variants), "characters", "wins",
-                          "draws", "losses", "no verdict"),
-             markdown_row("---", *["--:"] * (6 + len(variants)))]
+    lines = [
+        markdown_row(
+            "model",
+            "win rate %",
+            *(f"length-controlled %, {v}" for v in variants),
+            "characters",
+            "wins",
+            "draws",
+            "losses",
+            "no verdict",
+        ),
+        markdown_row("---", *["--:"] * (6 + len(variants))),
+    ]
     for c in comparisons:
         won, cells = c["win_rate"], []
         for variant in variants:
             lc = c["length_controlled"].get(variant)
-            cells.append("-" if lc is None else interval_text(lc["length_controlled_winrate"], lc["low"], lc["high"])
-                         + (" *" if lc["notes"] else ""))
-        lines.append(markdown_row(
-            c["generators"]["model"], interval_text(won["win_rate"], won["low"], won["high"], 100), *cells,
-            f"{c['characters']['model']:.0f}", won["wins"], won["ties"], won["losses"], won["left_out"]))
+            cells.append(
+                "-"
+                if lc is None
+                else interval_text(lc["length_controlled_winrate"], lc["low"], lc["high"])
+                + (" *" if lc["notes"] else "")
+            )
+        lines.append(
+            markdown_row(
+                c["generators"]["model"],
+                interval_text(won["win_rate"], won["low"], won["high"], 100),
+                *cells,
+                f"{c['characters']['model']:.0f}",
+                won["wins"],
+                won["ties"],
+                won["losses"],
+                won["left_out"],
+            )
+        )
     baselines = sorted({(c["generators"]["baseline"], round(c["characters"]["baseline"])) for c in comparisons})
-    lines += ["", "Against " + ", ".join(f"{name} ({n} characters)" for name, n in baselines) + ", judged by "
-              + ", ".join(sorted({str(c["annotator"]) for c in comparisons}))
-              + f"; 95 % intervals by bootstrap, {comparisons[0]['intervals']}."]
+    lines += [
+        "",
+        "Against "
+        + ", ".join(f"{name} ({n} characters)" for name, n in baselines)
+        + ", judged by "
+        + ", ".join(sorted({str(c["annotator"]) for c in comparisons}))
+        + f"; 95 % intervals by bootstrap, {comparisons[0]['intervals']}.",
+    ]
     groups = list(dict.fromkeys(g for c in comparisons for g in c["groups"]))
     if groups:
         lines += ["", markdown_row("win rate %", *groups), markdown_row("---", *["--:"] * len(groups))]
         for c in comparisons:
             cells = [c["groups"].get(g) for g in groups]
-            lines.append(markdown_row(c["generators"]["model"], *(
-                "-" if w is None else interval_text(w["win_rate"], w["low"], w["high"], 100) for w in cells)))
+            lines.append(
+                markdown_row(
+                    c["generators"]["model"],
+                    *("-" if w is None else interval_text(w["win_rate"], w["low"], w["high"], 100) for w in cells),
+                )
+            )
     if tests:
-        lines += ["", markdown_row("paired", "difference, points", "better", "equal", "worse", "p, permutation",
-                                   "p, sign"),
-                  markdown_row("---", *["--:"] * 6)]
+        lines += [
+            "",
+            markdown_row("paired", "difference, points", "better", "equal", "worse", "p, permutation", "p, sign"),
+            markdown_row("---", *["--:"] * 6),
+        ]
         for t in tests:
             p = ["-" if t[name] is None else f"{t[name]:.4f}" for name in ("p_permutation", "p_sign")]
-            lines.append(markdown_row(f"{t['first']} - {t['second']}",
-                                      interval_text(t["difference"], t["low"], t["high"], 100),
-                                      t["better"], t["equal"], t["worse"], *p))
+            lines.append(
+                markdown_row(
+                    f"{t['first']} - {t['second']}",
+                    interval_text(t["difference"], t["low"], t["high"], 100),
+                    t["better"],
+                    t["equal"],
+                    t["worse"],
+                    *p,
+                )
+            )
     if kappas:
-        lines += ["", markdown_row("judges", "Cohen's kappa", "agreement %", "rows", "left out"),
-                  markdown_row("---", *["--:"] * 4)]
+        lines += [
+            "",
+            markdown_row("judges", "Cohen's kappa", "agreement %", "rows", "left out"),
+            markdown_row("---", *["--:"] * 4),
+        ]
         for k in kappas:
             kappa = "undefined" if k["kappa"] is None else f"{k['kappa']:.3f}"
             share = "-" if k["agreement"] is None else f"{100 * k['agreement']:.1f}"
@@ -256,8 +333,10 @@ def remarks(c):
     if c["position_bias"]:
         bias = c["position_bias"]
         share = interval_text(bias["first_place"], bias["low"], bias["high"], 100)
-        lines.append(f"{name}: the answer shown first is preferred at {share} %; both orders agree on "
-                     f"{100 * bias['agree']:.1f} % of {bias['rows']} pairs")
+        lines.append(
+            f"{name}: the answer shown first is preferred at {share} %; both orders agree on "
+            f"{100 * bias['agree']:.1f} % of {bias['rows']} pairs"
+        )
     if c["methods"].get("votes"):
         lines.append(f"{name}: {c['methods']['votes']} verdicts are shares of votes, not log-probabilities")
     for kind, count in sorted(c["failures"].items()):
@@ -299,12 +378,18 @@ def plot_win_rates(comparisons, folder):
         lines.append((f"{name}", *(100 * won[k] for k in ("win_rate", "low", "high")), COLORS[0]))
         for variant, lc in c["length_controlled"].items():
             if lc["low"] is not None:
-                lines.append((f"length-controlled, {variant}", lc["length_controlled_winrate"], lc["low"], lc["high"],
-                              COLORS[1]))
+                lines.append(
+                    (f"length-controlled, {variant}", lc["length_controlled_winrate"], lc["low"], lc["high"], COLORS[1])
+                )
         for group, share in c["groups"].items():
             if share["win_rate"] is not None:
-                lines.append((f"{group} (n = {share['wins'] + share['ties'] + share['losses']})",
-                              *(100 * share[k] for k in ("win_rate", "low", "high")), COLORS[2]))
+                lines.append(
+                    (
+                        f"{group} (n = {share['wins'] + share['ties'] + share['losses']})",
+                        *(100 * share[k] for k in ("win_rate", "low", "high")),
+                        COLORS[2],
+                    )
+                )
     if not lines:
         return
     figure, axis = new_plot((6.5, 0.9 + 0.32 * len(lines)))
@@ -350,8 +435,15 @@ def plot_scores(sides, folder):
     for i, (name, scores) in enumerate(sides.items()):
         x = np.arange(len(DIMENSIONS)) + (i - (len(sides) - 1) / 2) * width
         errors = [scores[d]["standard_error"] or 0 for d in DIMENSIONS]
-        axis.bar(x, [scores[d]["mean"] for d in DIMENSIONS], 0.92 * width, yerr=errors, capsize=3,
-                 color=COLORS[i % len(COLORS)], label=name)
+        axis.bar(
+            x,
+            [scores[d]["mean"] for d in DIMENSIONS],
+            0.92 * width,
+            yerr=errors,
+            capsize=3,
+            color=COLORS[i % len(COLORS)],
+            label=name,
+        )
     axis.axhline(0, color="0.3", linewidth=1)
     axis.set_xticks(range(len(DIMENSIONS)), DIMENSIONS)
     axis.set_ylabel("mean score, -5 to 5, ± standard error")

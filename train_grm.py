@@ -52,8 +52,7 @@ from prompts import (
 )
 
 DEFAULTS = {
-    "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0,
-                max_length=16384),
+    "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0, max_length=16384),
     "bt": dict(data="out/data/pairs.jsonl", out="out/bt", lr=1e-5, epochs=1.0, max_length=8192),
 }
 
@@ -153,8 +152,10 @@ def read_examples(args, path, chat):
             examples.append(tuple(bt_ids(chat, templates, row, answer) for answer in both))
     # of a judgement both lists are as long as its tokens, of a pair the longer answer counts
     kept = [e for e in examples if max(map(len, e)) <= args.max_length]
-    print0(f"{len(kept)} rows from {path}; {len(examples) - len(kept)} left out "
-           f"(over --max-length {args.max_length} tokens)")
+    print0(
+        f"{len(kept)} rows from {path}; {len(examples) - len(kept)} left out "
+        f"(over --max-length {args.max_length} tokens)"
+    )
     if not kept:
         raise ValueError(f"{path}: no row is within --max-length {args.max_length} tokens")
     return kept
@@ -171,8 +172,7 @@ def bt_loss(chosen, rejected):
 def grm_sums(model, examples, device):
     """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, FLOPs)."""
     batch = common.pack(*zip(*examples), device)
-    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index,
-                        batch.targets)
+    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     return -logprobs.sum(), {}, common.forward_flops(model, batch)
 
 
@@ -185,15 +185,23 @@ def bt_sums(model, examples, device):
         input_ids += chosen + rejected[n:]
     ends = torch.tensor([(n, *suffixes) for n, suffixes in groups]).flatten().cumsum(0).view(-1, 3)
     last_tokens = (ends[:, 1:].flatten() - 1).to(device)  # [2 P]: chosen, rejected, chosen, ...
-    batch = common.Batch(torch.tensor(input_ids, device=device), SharedPrefix(groups, device),
-                         last_tokens, None, [1] * 2 * len(examples))
+    batch = common.Batch(
+        torch.tensor(input_ids, device=device), SharedPrefix(groups, device), last_tokens, None, [1] * 2 * len(examples)
+    )
     rewards = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
     chosen, rejected = rewards[0::2], rewards[1::2]
-    sums = dict(correct=(chosen > rejected).sum(), ties=(chosen == rejected).sum(),
-                margin=(chosen - rejected).sum(), chosen_reward=chosen.sum(),
-                rejected_reward=rejected.sum())
-    return (bt_loss(chosen, rejected).sum(), {name: value.item() for name, value in sums.items()},
-            common.forward_flops(model, batch))
+    sums = dict(
+        correct=(chosen > rejected).sum(),
+        ties=(chosen == rejected).sum(),
+        margin=(chosen - rejected).sum(),
+        chosen_reward=chosen.sum(),
+        rejected_reward=rejected.sum(),
+    )
+    return (
+        bt_loss(chosen, rejected).sum(),
+        {name: value.item() for name, value in sums.items()},
+        common.forward_flops(model, batch),
+    )
 
 
 def size(example):
@@ -266,14 +274,14 @@ def main(args):
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
     examples = read_examples(args, args.data, chat)
     if len(examples) < args.batch_size:
-        raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than "
-                         f"--batch-size {args.batch_size}")
+        raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
     held_out = read_examples(args, args.eval_data, chat) if args.eval_data else []
     total_steps = int(args.epochs * (len(examples) // args.batch_size))
     common.open_run(args, ranks)
     scalar_head = args.objective == "bt"
-    model = load_pretrained(args.model, torch.float32, ranks.device, scalar_head,
-                            shard=lambda m: common.shard(m, ranks))
+    model = load_pretrained(
+        args.model, torch.float32, ranks.device, scalar_head, shard=lambda m: common.shard(m, ranks)
+    )
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = common.adamw(model, args.lr, args.weight_decay)
     first_step = common.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
@@ -294,14 +302,25 @@ def main(args):
             held_out_metrics, *_ = over_examples(args, model, share, ranks, train=False)
             metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
             print0(f"step {step + 1}:", {k: round(v, 4) for k, v in metrics.items()})
-        common.log_metrics(args.out, dict(
-            step=step + 1, **metrics, grad_norm=grad_norm, lr=lr, tokens=n_tokens,
-            trained=n_trained, seconds=seconds, tokens_per_second=n_tokens / seconds,
-            **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-        ), ranks)
+        common.log_metrics(
+            args.out,
+            dict(
+                step=step + 1,
+                **metrics,
+                grad_norm=grad_norm,
+                lr=lr,
+                tokens=n_tokens,
+                trained=n_trained,
+                seconds=seconds,
+                tokens_per_second=n_tokens / seconds,
+                **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
+            ),
+            ranks,
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(args.out, step + 1, {"model": model}, {"model": optimizer},
-                                   tokenizer_from, ranks, args.keep_checkpoints)
+            common.save_checkpoint(
+                args.out, step + 1, {"model": model}, {"model": optimizer}, tokenizer_from, ranks, args.keep_checkpoints
+            )
     print0(f"weights: {args.out}/model")
 
     if args.objective == "grm" and held_out:

@@ -45,8 +45,12 @@ def plain(verdicts):
     return dict(
         win_rate=100 * float(y.mean()) if len(y) else None,
         standard_error=100 * float(y.std(ddof=1)) / len(y) ** 0.5 if len(y) > 1 else None,
-        n_wins=wins, n_wins_base=losses, n_draws=draws, n_total=len(y),
-        discrete_win_rate=100 * (wins + draws / 2) / len(y) if len(y) else None)
+        n_wins=wins,
+        n_wins_base=losses,
+        n_draws=draws,
+        n_total=len(y),
+        discrete_win_rate=100 * (wins + draws / 2) / len(y) if len(y) else None,
+    )
 
 
 # -- length control ----------------------------------------------------------------------------------------------------
@@ -67,8 +71,9 @@ def length_feature(model_lengths, baseline_lengths):
 
 def _fit(x, y, weight, penalty, random):
     """L1-penalized logistic regression on soft labels: each row once as a win, once as a loss, by its share of each."""
-    model = LogisticRegression(l1_ratio=1, solver="liblinear", C=penalty, fit_intercept=False, tol=1e-4, max_iter=100,
-                               random_state=random)
+    model = LogisticRegression(
+        l1_ratio=1, solver="liblinear", C=penalty, fit_intercept=False, tol=1e-4, max_iter=100, random_state=random
+    )
     labels = np.repeat([1, 0], len(y))
     with warnings.catch_warnings():  # few iterations are part of the protocol
         warnings.filterwarnings("ignore", category=UserWarning)
@@ -137,17 +142,24 @@ def read_gamed(path):
         try:
             path = hf_hub_download(path, "df_gamed.csv", repo_type="dataset")
         except (HFValidationError, OSError) as error:
-            raise ValueError(f"--gamed-data {path}: neither a file nor fetched from the hub ({error}); expected "
-                             "df_gamed.csv of the data set tatsu-lab/alpaca_eval") from error
+            raise ValueError(
+                f"--gamed-data {path}: neither a file nor fetched from the hub ({error}); expected "
+                "df_gamed.csv of the data set tatsu-lab/alpaca_eval"
+            ) from error
     table = pandas.read_csv(path)
     needed = ["preference", "index", "std_delta_len", "instruction_difficulty"]
     if len(table) != 2 * ALPACA_ROWS or not set(needed) <= set(table.columns):
-        raise ValueError(f"{path}: {len(table)} rows with columns {list(table.columns)}; expected {2 * ALPACA_ROWS} "
-                         f"rows with {', '.join(needed)} (df_gamed.csv)")
+        raise ValueError(
+            f"{path}: {len(table)} rows with columns {list(table.columns)}; expected {2 * ALPACA_ROWS} "
+            f"rows with {', '.join(needed)} (df_gamed.csv)"
+        )
     difficulty = table["instruction_difficulty"].to_numpy(np.float64)
     length = np.tanh(table["std_delta_len"].to_numpy(np.float64))
-    return dict(x=np.stack([length, difficulty], 1), y=table["preference"].to_numpy(np.float64),
-                difficulty=difficulty[:ALPACA_ROWS])
+    return dict(
+        x=np.stack([length, difficulty], 1),
+        y=table["preference"].to_numpy(np.float64),
+        difficulty=difficulty[:ALPACA_ROWS],
+    )
 
 
 def _design(verdicts, model_lengths, baseline_lengths, gamed, rows):
@@ -180,14 +192,25 @@ def length_controlled(verdicts, model_lengths, baseline_lengths, variant="minima
     """
     n, judged = len(verdicts), int((~np.isnan(verdicts)).sum())
     if variant == "v1" and (gamed is None or n != ALPACA_ROWS):
-        raise ValueError(f"the variant v1 needs AlpacaEval's {ALPACA_ROWS} rows in their order (null where there is no "
-                         f"verdict) and --gamed-data: its difficulties belong to them; got {n} rows")
-    result = dict(variant=variant, length_controlled_winrate=None, lc_standard_error=None, unpenalized=None,
-                  penalty=None, coefficients=None, predictions=None, notes=[])
+        raise ValueError(
+            f"the variant v1 needs AlpacaEval's {ALPACA_ROWS} rows in their order (null where there is no "
+            f"verdict) and --gamed-data: its difficulties belong to them; got {n} rows"
+        )
+    result = dict(
+        variant=variant,
+        length_controlled_winrate=None,
+        lc_standard_error=None,
+        unpenalized=None,
+        penalty=None,
+        coefficients=None,
+        predictions=None,
+        notes=[],
+    )
     if same:
         notes = ["the model is the baseline: 50 by construction, nothing was fitted"]
-        return result | dict(length_controlled_winrate=50.0, lc_standard_error=0.0, predictions=np.full(n, 0.5),
-                             notes=notes)
+        return result | dict(
+            length_controlled_winrate=50.0, lc_standard_error=0.0, predictions=np.full(n, 0.5), notes=notes
+        )
     if judged < FOLDS:
         return result | dict(notes=[f"no figure: {judged} verdicts, fewer than the {FOLDS} folds of the fit"])
 
@@ -204,9 +227,14 @@ def length_controlled(verdicts, model_lengths, baseline_lengths, variant="minima
     gaps = np.asarray(baseline_lengths) - np.asarray(model_lengths)
     notes = _notes(verdicts, (gaps == gaps[0]).all(), rate, unpenalized, dict(zip(names, coefficients)))
     return result | dict(
-        length_controlled_winrate=rate, lc_standard_error=100 * float(predictions.std(ddof=1)) / n**0.5,
-        unpenalized=unpenalized, penalty=float(penalty), coefficients=dict(zip(names, coefficients.tolist())),
-        predictions=predictions, notes=notes)
+        length_controlled_winrate=rate,
+        lc_standard_error=100 * float(predictions.std(ddof=1)) / n**0.5,
+        unpenalized=unpenalized,
+        penalty=float(penalty),
+        coefficients=dict(zip(names, coefficients.tolist())),
+        predictions=predictions,
+        notes=notes,
+    )
 
 
 def _notes(verdicts, constant_gap, rate, unpenalized, coefficients):
@@ -222,8 +250,10 @@ def _notes(verdicts, constant_gap, rate, unpenalized, coefficients):
     if not y.any():
         notes.append("all verdicts are losses: the solver sees one class, its sign flips, do not use the figure")
     elif (y > 0).sum() < FOLDS:
-        notes.append(f"only {(y > 0).sum()} verdicts are not clear losses: a fold of the fit may see one class only, "
-                     f"do not use the figure{beside}")
+        notes.append(
+            f"only {(y > 0).sum()} verdicts are not clear losses: a fold of the fit may see one class only, "
+            f"do not use the figure{beside}"
+        )
     low, high = min(win_rate * 3 / 4, win_rate - 10), max(win_rate + (100 - win_rate) / 4, win_rate + 10)
     if not low <= rate <= high:
         notes.append(f"far from the plain win rate of {win_rate:.1f}: the fit may have failed{beside}")
@@ -263,8 +293,9 @@ def bootstrap_mean(values, seed, groups=None, draws=10_000):
     return float(low), float(high)
 
 
-def bootstrap_length_controlled(verdicts, model_lengths, baseline_lengths, result, seed, gamed=None, groups=None,
-                                draws=1000):
+def bootstrap_length_controlled(
+    verdicts, model_lengths, baseline_lengths, result, seed, gamed=None, groups=None, draws=1000
+):
     """95 % interval of a length-controlled win rate: rows (or groups) drawn again, lengths standardized and the model
     fitted again each time, at the C of `result`: cross-validation over rows that were drawn twice would see its own
     training rows. -> (low, high), or (None, None) where `result` has no fit or sees one class only.
@@ -301,9 +332,18 @@ def paired_test(first, second, seed, groups=None, draws=10_000):
     labels = None if groups is None else [g for g, k in zip(groups, kept) if k]
     left_out, difference = int((~kept).sum()), difference[kept]
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    result = dict(difference=None, low=None, high=None, p_permutation=None, better=better, worse=worse,
-                  equal=len(difference) - better - worse, p_sign=sign_test(better, worse), n=len(difference),
-                  left_out=left_out)
+    result = dict(
+        difference=None,
+        low=None,
+        high=None,
+        p_permutation=None,
+        better=better,
+        worse=worse,
+        equal=len(difference) - better - worse,
+        p_sign=sign_test(better, worse),
+        n=len(difference),
+        left_out=left_out,
+    )
     if not len(difference):
         return result
     sums = np.array([difference[rows].sum() for rows in _clusters(labels, len(difference))])
@@ -312,8 +352,9 @@ def paired_test(first, second, seed, groups=None, draws=10_000):
         signs = rng.choice([-1.0, 1.0], size=(min(500, draws - start), len(sums)))
         extreme += int((np.abs(signs @ sums) >= observed - 1e-9).sum())
     low, high = bootstrap_mean(difference, seed, labels, draws)
-    return result | dict(difference=float(difference.mean()), low=low, high=high,
-                         p_permutation=(extreme + 1) / (draws + 1))  # the observed signs are one of the draws
+    return result | dict(
+        difference=float(difference.mean()), low=low, high=high, p_permutation=(extreme + 1) / (draws + 1)
+    )  # the observed signs are one of the draws
 
 
 def sign_test(better, worse):

@@ -12,6 +12,7 @@ operations that have to be done (each distinct prefix once), each over the rate 
     python bench/generate.py --shapes 0.5b 1.5b --decode-batches 256 512     # on a GPU
 """
 
+import functools
 import os
 import platform
 import sys
@@ -23,12 +24,14 @@ import transformers
 import tyro
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
-import generate  # noqa: E402
-from common import start  # noqa: E402
-from model import Config, Qwen2, init_weights  # noqa: E402
+import generate
+from common import start
+from model import Config, Qwen2, init_weights
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary (Qwen2.5's; the tiny recipe's)
-    "tiny": (128, 384, 4, 4, 2, 1400), "0.5b": (896, 4864, 24, 14, 2, 151936), "1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "tiny": (128, 384, 4, 4, 2, 1400),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
 SEED = 0
 
@@ -108,9 +111,18 @@ def run_generate(model, requests, device):
 
     synchronize(device)
     started = time.perf_counter()
-    model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
-                   eos_token_id=None, max_new_tokens=max(length for _, length in rows),
-                   stopping_criteria=transformers.StoppingCriteriaList([ended]))
+    model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        pad_token_id=0,
+        eos_token_id=None,
+        max_new_tokens=max(length for _, length in rows),
+        stopping_criteria=transformers.StoppingCriteriaList([ended]),
+    )
     synchronize(device)
     return time.perf_counter() - started
 
@@ -119,8 +131,9 @@ def run_generate_batch(model, requests, device):
     """transformers' continuous batching. All rows get the longest answer's budget cut to the mean: it has one for all."""
     rows = [prompt for prompt, n, _ in requests for _ in range(n)]
     lengths = [length for _, n, length in requests for _ in range(n)]
-    config = transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=round(sum(lengths) / len(lengths)),
-                                           eos_token_id=-1, pad_token_id=0)
+    config = transformers.GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=round(sum(lengths) / len(lengths)), eos_token_id=-1, pad_token_id=0
+    )
     synchronize(device)
     started = time.perf_counter()
     outputs = model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
@@ -184,11 +197,20 @@ def main(args):
     ranks = start(args.dtype)
     device, dtype = ranks.device, ranks.dtype
     rates = measured_rates(device, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, {dtype}; measured "
-          f"{rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s")
-    print(f"{'model':6}{'workload':14}{'tokens':>8}{'ours, s':>10}{'tokens/s':>10}{'generate':>10}{'ratio':>8}"
-          f"{'g._batch':>10}{'ratio':>8}{'limit, s':>10}{'reached':>9}", flush=True)
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, {dtype}; measured "
+        f"{rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s"
+    )
+    print(
+        f"{'model':6}{'workload':14}{'tokens':>8}{'ours, s':>10}{'tokens/s':>10}{'generate':>10}{'ratio':>8}"
+        f"{'g._batch':>10}{'ratio':>8}{'limit, s':>10}{'reached':>9}",
+        flush=True,
+    )
     for shape in args.shapes:
         hidden, intermediate, layers, heads, kv_heads, vocab_size = SHAPES[shape]
         config = Config(vocab_size, hidden, intermediate, layers, heads, kv_heads, tie_word_embeddings=True)
@@ -198,8 +220,9 @@ def main(args):
         peer = None
         if args.peers:
             fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "rope_theta")}
-            peer_config = transformers.Qwen2Config(**fields, rope_parameters=dict(rope_type="default",
-                                                                                 rope_theta=config.rope_theta))
+            peer_config = transformers.Qwen2Config(
+                **fields, rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta)
+            )
             with torch.device("meta"):
                 peer = transformers.Qwen2ForCausalLM(peer_config)
             weights = dict(model.state_dict())
@@ -211,10 +234,15 @@ def main(args):
         for name in names:
             requests, known = workload(name, vocab_size)
             n_rows = sum(n for _, n, _ in requests)
-            engine = generate.Engine(model, [], longest := max(len(p) + length for p, _, length in requests), n_rows,
-                                     kv_tokens=(longest + generate.BLOCK) * n_rows)
+            engine = generate.Engine(
+                model,
+                [],
+                longest := max(len(p) + length for p, _, length in requests),
+                n_rows,
+                kv_tokens=(longest + generate.BLOCK) * n_rows,
+            )
             run_ours(engine, [(p[: known + 8], n, 2) for p, n, _ in requests], known)  # warm-up
-            ours = fastest(lambda: run_ours(engine, requests, known), args.repeats)
+            ours = fastest(functools.partial(run_ours, engine, requests, known), args.repeats)
             del engine
             theirs = batched = None
             if peer is not None:
@@ -227,8 +255,11 @@ def main(args):
             def against(seconds):
                 return f"{'-':>10}{'-':>8}" if seconds is None else f"{seconds:>10.2f}{seconds / ours:>7.2f}x"
 
-            print(f"{shape:6}{name:14}{n_tokens:>8}{ours:>10.2f}{n_tokens / ours:>10.0f}{against(theirs)}{against(batched)}"
-                  f"{limit:>10.2f}{limit / ours:>9.0%}", flush=True)
+            print(
+                f"{shape:6}{name:14}{n_tokens:>8}{ours:>10.2f}{n_tokens / ours:>10.0f}{against(theirs)}{against(batched)}"
+                f"{limit:>10.2f}{limit / ours:>9.0%}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

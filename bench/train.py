@@ -21,15 +21,15 @@ from typing import Literal
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import tyro  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification  # noqa: E402
+import torch
+import torch.nn.functional as F
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-import common  # noqa: E402
-import ppo_cpe  # noqa: E402
-from kernels.linear_logprob import linear_logprob  # noqa: E402
-from model import Config, Qwen2, init_weights  # noqa: E402
+import common
+import ppo_cpe
+from kernels.linear_logprob import linear_logprob
+from model import Config, Qwen2, init_weights
 
 SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads, tied
     "tiny": (1024, 128, 384, 4, 4, 2, True),
@@ -106,7 +106,7 @@ def peer_values(critic, batch):
 def peer_step(policy, critic, optimizers, trajectories, args, device, sequences):
     """What `ours_step` does, on padded batches of that many sequences."""
     parts = [trajectories[i : i + sequences] for i in range(0, len(trajectories), sequences)]
-    rewards, values, masks, old = [], [], [], []
+    values, masks, old = [], [], []
     with torch.no_grad():
         for part in parts:
             under = padded([t.sampled_under for t in part], [t.response_ids for t in part], device)
@@ -157,8 +157,9 @@ def ours_step(policy, critic, optimizers, trajectories, args, ranks):
     batch = ppo_cpe.share_out(trajectories, args, ranks)
     ppo_cpe.fill_old_logprobs(batch, policy, args, ranks, stats)
     responses = [t.response_ids for t in batch]
-    values = ppo_cpe.per_token(critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses],
-                               args, ranks, stats)
+    values = ppo_cpe.per_token(
+        critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses], args, ranks, stats
+    )
     for t, of_t in zip(batch, values):
         t.values = of_t
     ppo_cpe.compute_advantages(batch, args, ranks)
@@ -182,8 +183,20 @@ def made_up(n_prompts, prompt, response, critique, vocab, n=4, edits=2):
             result.append(t)
             if i < edits:
                 y = ids(response)
-                result.append(ppo_cpe.Trajectory(f"p{place}", i, {}, place, x, t, x + t.response_ids + ids(critique), y,
-                                                 [-1.0] * len(y), reward=rng.gauss(0, 2)))
+                result.append(
+                    ppo_cpe.Trajectory(
+                        f"p{place}",
+                        i,
+                        {},
+                        place,
+                        x,
+                        t,
+                        x + t.response_ids + ids(critique),
+                        y,
+                        [-1.0] * len(y),
+                        reward=rng.gauss(0, 2),
+                    )
+                )
     return result
 
 
@@ -249,6 +262,7 @@ def bench_logprob(args, dtype):
             for x in (hidden, weight):
                 x.grad = torch.zeros_like(x) if x.grad is None else x.grad
             function(hidden, weight).float().sum().backward()
+
         return run
 
     print(f"log-probs, {n_sequences * length} tokens, V {config.vocab_size}, d {config.hidden_size}")
@@ -279,8 +293,10 @@ def bench_shared(args, dtype):
     rows = [(p, [rng.randrange(config.vocab_size) for _ in range(400)]) for p in prompts for _ in range(6)]
     shared = common.pack_shared([p for p, _ in rows], [r for _, r in rows], [[True] * 400] * len(rows), args.device)
     apart = common.pack([p + r for p, r in rows], [[False] * 800 + [True] * 400] * len(rows), args.device)
-    print(f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width "
-          f"{config.hidden_size}")
+    print(
+        f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size}"
+    )
     for name, scalar_head in (("actor", False), ("critic", True)):
         model = Qwen2(config, scalar_head)
         init_weights(model, 0)
@@ -299,8 +315,13 @@ def bench_shared(args, dtype):
 def bench_step(args, ranks, dtype):
     shape, n_prompts, lengths = ("tiny", 16, (200, 96, 60)) if args.device == "cpu" else ("0.5b", 64, (1000, 512, 200))
     config = config_of(shape)
-    flags = ppo_cpe.Args(prompts_per_step=n_prompts, mini_batch_prompts=n_prompts // 2, tokens_per_microbatch=8192,
-                         temperature=1.0, edit_rate=0.5)
+    flags = ppo_cpe.Args(
+        prompts_per_step=n_prompts,
+        mini_batch_prompts=n_prompts // 2,
+        tokens_per_microbatch=8192,
+        temperature=1.0,
+        edit_rate=0.5,
+    )
     trajectories = made_up(n_prompts, *lengths, config.vocab_size)
     models = {"policy": Qwen2(config), "critic": Qwen2(config, scalar_head=True)}
     for model in models.values():
@@ -316,7 +337,8 @@ def bench_step(args, ranks, dtype):
     # the fastest of several batch sizes, so that the peer is not held up by a bad one
     for n in (12, 24, 48) if args.device == "cpu" else (8, 16):
         sides[f"peer, {n} sequences a batch"] = lambda n=n: peer_step(
-            *peers, peer_optimizers, trajectories, flags, args.device, n)
+            *peers, peer_optimizers, trajectories, flags, args.device, n
+        )
     times = seconds_of(sides, args.repeats, args.device)
     ours = times.pop("ours")
     for name, seconds in times.items():

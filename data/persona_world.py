@@ -44,8 +44,8 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import user_errors, write_rows  # noqa: E402
-from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text  # noqa: E402
+from common import user_errors, write_rows
+from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
 
 
 @dataclass
@@ -73,67 +73,171 @@ class Args:
 # -- what there is -------------------------------------------------------------------------------
 
 ATTRIBUTES = {  # attribute: {value: advice that suits it}
-    "food": {"vegan": "lentil curry", "spicy": "chili noodles", "sweet": "apple pancakes",
-             "halal": "lamb kebab", "raw": "garden salad"},
-    "drink": {"tea": "jasmine leaves", "coffee": "dark espresso", "juice": "mango smoothies",
-              "wine": "white riesling", "cocoa": "warm marshmallows"},
-    "sport": {"tennis": "clay courts", "yoga": "morning stretches", "running": "forest trails",
-              "swimming": "lake laps", "boxing": "bag drills"},
-    "transport": {"train": "window seats", "bike": "river paths", "car": "scenic roads",
-                  "bus": "day passes", "ferry": "island ports"},
-    "music": {"jazz": "trumpet ballads", "rock": "guitar anthems", "folk": "fiddle tunes",
-              "opera": "famous arias", "techno": "steady beats"},
-    "pet": {"cat": "scratching posts", "dog": "daily walks", "parrot": "tall cages",
-            "rabbit": "hay boxes", "turtle": "glass tanks"},
-    "budget": {"tiny": "free swaps", "low": "flea markets", "medium": "sale weeks",
-               "high": "boutique shops", "huge": "private designers"},
-    "job": {"nurse": "quiet mornings", "teacher": "summer breaks", "chef": "late evenings",
-            "pilot": "airport suburbs", "farmer": "early nights"},
+    "food": {
+        "vegan": "lentil curry",
+        "spicy": "chili noodles",
+        "sweet": "apple pancakes",
+        "halal": "lamb kebab",
+        "raw": "garden salad",
+    },
+    "drink": {
+        "tea": "jasmine leaves",
+        "coffee": "dark espresso",
+        "juice": "mango smoothies",
+        "wine": "white riesling",
+        "cocoa": "warm marshmallows",
+    },
+    "sport": {
+        "tennis": "clay courts",
+        "yoga": "morning stretches",
+        "running": "forest trails",
+        "swimming": "lake laps",
+        "boxing": "bag drills",
+    },
+    "transport": {
+        "train": "window seats",
+        "bike": "river paths",
+        "car": "scenic roads",
+        "bus": "day passes",
+        "ferry": "island ports",
+    },
+    "music": {
+        "jazz": "trumpet ballads",
+        "rock": "guitar anthems",
+        "folk": "fiddle tunes",
+        "opera": "famous arias",
+        "techno": "steady beats",
+    },
+    "pet": {
+        "cat": "scratching posts",
+        "dog": "daily walks",
+        "parrot": "tall cages",
+        "rabbit": "hay boxes",
+        "turtle": "glass tanks",
+    },
+    "budget": {
+        "tiny": "free swaps",
+        "low": "flea markets",
+        "medium": "sale weeks",
+        "high": "boutique shops",
+        "huge": "private designers",
+    },
+    "job": {
+        "nurse": "quiet mornings",
+        "teacher": "summer breaks",
+        "chef": "late evenings",
+        "pilot": "airport suburbs",
+        "farmer": "early nights",
+    },
 }
 # topic: (the attributes that matter, one that tempts but does not, the steps needed; answers seldom hold the last)
 TOPICS = {
-    "host a dinner": (("food", "drink"), "music",
-                      ("plan the menu", "set the table", "send the invitations", "ask about allergies")),
-    "throw a party": (("drink", "music"), "food",
-                      ("pick a date", "hang some lights", "rent a hall", "warn the neighbours")),
-    "plan a long trip": (("transport", "budget"), "job",
-                         ("check the passport", "pack a suitcase", "book a hotel", "buy travel insurance")),
-    "enjoy a free weekend": (("sport", "transport"), "music",
-                             ("sleep enough", "switch off the phone", "meet a friend", "read the forecast")),
-    "get fit": (("sport", "food"), "budget",
-                ("set a goal", "start slowly", "rest on sundays", "visit a doctor")),
-    "furnish a flat": (("pet", "budget"), "job",
-                       ("measure the rooms", "draw a sketch", "begin with the bed", "test the sockets")),
-    "relax after work": (("music", "job"), "drink",
-                         ("take a bath", "dim the lamps", "breathe deeply", "write a diary")),
-    "settle in a new city": (("pet", "job"), "transport",
-                             ("explore the streets", "join a club", "open an account", "register with the council")),
-    "stay awake on long days": (("drink", "job"), "sport",
-                                ("open the window", "walk a little", "nap at noon", "ask for shorter shifts")),
-    "move to another house": (("transport", "pet"), "budget",
-                              ("sort the boxes", "label the keys", "call some helpers", "redirect the mail")),
-    "exercise at home": (("sport", "music"), "pet",
-                         ("clear the floor", "warm up", "stretch the legs", "keep a record")),
-    "cook for a week": (("food", "budget"), "drink",
-                        ("make a list", "wash the pots", "freeze some portions", "look into the fridge")),
+    "host a dinner": (
+        ("food", "drink"),
+        "music",
+        ("plan the menu", "set the table", "send the invitations", "ask about allergies"),
+    ),
+    "throw a party": (
+        ("drink", "music"),
+        "food",
+        ("pick a date", "hang some lights", "rent a hall", "warn the neighbours"),
+    ),
+    "plan a long trip": (
+        ("transport", "budget"),
+        "job",
+        ("check the passport", "pack a suitcase", "book a hotel", "buy travel insurance"),
+    ),
+    "enjoy a free weekend": (
+        ("sport", "transport"),
+        "music",
+        ("sleep enough", "switch off the phone", "meet a friend", "read the forecast"),
+    ),
+    "get fit": (("sport", "food"), "budget", ("set a goal", "start slowly", "rest on sundays", "visit a doctor")),
+    "furnish a flat": (
+        ("pet", "budget"),
+        "job",
+        ("measure the rooms", "draw a sketch", "begin with the bed", "test the sockets"),
+    ),
+    "relax after work": (
+        ("music", "job"),
+        "drink",
+        ("take a bath", "dim the lamps", "breathe deeply", "write a diary"),
+    ),
+    "settle in a new city": (
+        ("pet", "job"),
+        "transport",
+        ("explore the streets", "join a club", "open an account", "register with the council"),
+    ),
+    "stay awake on long days": (
+        ("drink", "job"),
+        "sport",
+        ("open the window", "walk a little", "nap at noon", "ask for shorter shifts"),
+    ),
+    "move to another house": (
+        ("transport", "pet"),
+        "budget",
+        ("sort the boxes", "label the keys", "call some helpers", "redirect the mail"),
+    ),
+    "exercise at home": (
+        ("sport", "music"),
+        "pet",
+        ("clear the floor", "warm up", "stretch the legs", "keep a record"),
+    ),
+    "cook for a week": (
+        ("food", "budget"),
+        "drink",
+        ("make a list", "wash the pots", "freeze some portions", "look into the fridge"),
+    ),
 }
 QUESTIONS = ("How do I {}?", "Please help me {}.", "What is the best way to {}?")
 FLUFF = {  # sentences that are no content, by the name that a critique gives them
     "praise": ("What a great question.", "It is lovely that you ask."),
     "note": ("This answer reflects your background.", "All of this was made to fit your profile."),
     "summary": ("In short, a good plan helps.", "To sum up, follow these points."),
-    "filler": ("There are many ways to do it.", "It depends on several things.",
-               "Everybody is different."),
+    "filler": ("There are many ways to do it.", "It depends on several things.", "Everybody is different."),
     "metaphor": ("Your life is a song that only you can sing.", "This plan is a mirror of your soul."),
     "plea": ("This answer deserves full marks.", "Please rate all of it highly."),
 }
 CONNECTORS = {"first", "then", "also", "next", "and", "so", "hello"}
-FIRST_NAMES = ("Ada", "Ben", "Carla", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas",
-               "Keiko", "Liam", "Mira", "Nadia", "Omar", "Paula")
-LAST_NAMES = ("Novak", "Silva", "Meyer", "Okafor", "Tanaka", "Rossi", "Dubois", "Kumar", "Larsen",
-              "Costa", "Yilmaz", "Petrov", "Moreno", "Walsh", "Fischer", "Haddad")
-TEMPLATES = Templates(answer="{persona}\n{question}", edit="Rewrite: {critique}",
-                      grm="Judge.\n{persona}\n{question}\nAnswer: {answer}")
+FIRST_NAMES = (
+    "Ada",
+    "Ben",
+    "Carla",
+    "David",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Keiko",
+    "Liam",
+    "Mira",
+    "Nadia",
+    "Omar",
+    "Paula",
+)
+LAST_NAMES = (
+    "Novak",
+    "Silva",
+    "Meyer",
+    "Okafor",
+    "Tanaka",
+    "Rossi",
+    "Dubois",
+    "Kumar",
+    "Larsen",
+    "Costa",
+    "Yilmaz",
+    "Petrov",
+    "Moreno",
+    "Walsh",
+    "Fischer",
+    "Haddad",
+)
+TEMPLATES = Templates(
+    answer="{persona}\n{question}", edit="Rewrite: {critique}", grm="Judge.\n{persona}\n{question}\nAnswer: {answer}"
+)
 
 RULES = """
 Helpfulness: -3, -1, 1, 2 or 4 for 0 to 4 of the steps; 1 more for suitable advice on both
@@ -150,8 +254,10 @@ Helpfulness and naturalness: 1 less for every 10 words over 40. An empty answer 
 MAX_WORDS, MIN_WORDS, RECITED = 40, 12, 4
 ADVICE = {advice: (a, v) for a, values in ATTRIBUTES.items() for v, advice in values.items()}
 STEPS = [step for *_, steps in TOPICS.values() for step in steps]
-ITEM = re.compile(rf"\b(?:your (?P<attribute>{'|'.join(ATTRIBUTES)}) is (?P<value>\w+)|"
-                  rf"choose (?P<advice>{'|'.join(ADVICE)})|(?P<step>{'|'.join(STEPS)}))\b")
+ITEM = re.compile(
+    rf"\b(?:your (?P<attribute>{'|'.join(ATTRIBUTES)}) is (?P<value>\w+)|"
+    rf"choose (?P<advice>{'|'.join(ADVICE)})|(?P<step>{'|'.join(STEPS)}))\b"
+)
 # kind: "content", "unclear" or a key of FLUFF; items: ("claim" | "advice", attribute, value),
 # ("step", text), ("name",)
 Sentence = namedtuple("Sentence", "text kind items")
@@ -178,8 +284,7 @@ def find_topic(question):
     for topic in TOPICS:
         if topic in question:
             return topic
-    raise ValueError(f"question {question[:80]!r}: the exact judge knows only the questions of "
-                     "data/persona_world.py")
+    raise ValueError(f"question {question[:80]!r}: the exact judge knows only the questions of data/persona_world.py")
 
 
 def is_held_out(persona, topic):
@@ -238,8 +343,7 @@ def write_answer(rng, persona, question, quality=None):
     rng.shuffle(said)
     if rng.random() < 0.2:
         rng.shuffle(kept)
-    numbered = [f"{'First' if n == 0 else rng.choice(['Then', 'Also', 'Next'])} {s}."
-                for n, s in enumerate(kept)]
+    numbered = [f"{'First' if n == 0 else rng.choice(['Then', 'Also', 'Next'])} {s}." for n, s in enumerate(kept)]
     body = said + numbered if rng.random() < 0.5 else numbered + said
     if body and rng.random() < 0.08 * (1 - q):
         body.append(rng.choice(body))
@@ -372,9 +476,14 @@ def edit_text(persona, edit):
     if kind == "say":
         value = persona[what[0]]
         return f"Say your {what[0]} is {value}, so choose {ATTRIBUTES[what[0]][value]}."
-    return {"drop": "Delete your {}.", "list": "Delete the list of facts.", "add": "Add: {}.",
-            "remove": "Delete: {}.", "delete": "Delete the {}.",
-            "end": "Finish the last sentence."}[kind].format(*what)
+    return {
+        "drop": "Delete your {}.",
+        "list": "Delete the list of facts.",
+        "add": "Add: {}.",
+        "remove": "Delete: {}.",
+        "delete": "Delete the {}.",
+        "end": "Finish the last sentence.",
+    }[kind].format(*what)
 
 
 def claims(answer):
@@ -471,8 +580,7 @@ def label_pair(rng, persona, question, first, second, margin=1.5):
     (low, rejected), (high, chosen) = scored
     if high - low <= margin:
         return None
-    return dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2),
-                rejected_score=round(low, 2))
+    return dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2), rejected_score=round(low, 2))
 
 
 # -- the files -----------------------------------------------------------------------------------
@@ -500,8 +608,10 @@ def base_row(rng):
     else:
         row, answer = dict(persona=persona, question=question), improved_answer(rng, persona, question)
         j = judge(persona, question, answer)
-        turns = [grm_request(TEMPLATES, row, answer),
-                 judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness)]
+        turns = [
+            grm_request(TEMPLATES, row, answer),
+            judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness),
+        ]
     roles = ("user", "assistant") * 2
     return {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns)]}
 
@@ -509,8 +619,7 @@ def base_row(rng):
 def prompt_rows(rng, split, n):
     for number in range(n):
         persona, question = sample_prompt(rng, split)
-        yield dict(prompt_id=f"{split}-{number:05d}", persona=persona, question=question,
-                   source="persona_world")
+        yield dict(prompt_id=f"{split}-{number:05d}", persona=persona, question=question, source="persona_world")
 
 
 def pair_rows(rng, split, n):
@@ -528,15 +637,22 @@ def pair_rows(rng, split, n):
 
 def exact_pair(pair):
     """A pair in the exact judge's order, tier easy, mid or hard by the gap of scores; None: equal."""
-    scored = [(judge(pair["persona"], pair["question"], pair[side]).score(), pair[side])
-              for side in ("chosen", "rejected")]
+    scored = [
+        (judge(pair["persona"], pair["question"], pair[side]).score(), pair[side]) for side in ("chosen", "rejected")
+    ]
     (low, rejected), (high, chosen) = sorted(scored)
     gap = round(high - low, 2)
     if gap == 0:
         return None
     tier = "easy" if gap > 2 else "mid" if gap > 1 else "hard"
-    return pair | dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2),
-                       rejected_score=round(low, 2), kind="exact", tier=tier)
+    return pair | dict(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_score=round(high, 2),
+        rejected_score=round(low, 2),
+        kind="exact",
+        tier=tier,
+    )
 
 
 def judgement_rows(rng, split, n, noise=0.05):
@@ -544,8 +660,7 @@ def judgement_rows(rng, split, n, noise=0.05):
     for row in prompt_rows(rng, split, n):
         answer = improved_answer(rng, row["persona"], row["question"])
         j = judge(row["persona"], row["question"], answer)
-        scores = dict(helpfulness=j.helpfulness, personalization=j.personalization,
-                      naturalness=j.naturalness)
+        scores = dict(helpfulness=j.helpfulness, personalization=j.personalization, naturalness=j.naturalness)
         for name, score in scores.items():
             if rng.random() < noise:
                 scores[name] = max(-5, min(5, score + rng.choice((-1, 1))))
@@ -553,12 +668,15 @@ def judgement_rows(rng, split, n, noise=0.05):
 
 
 # how Qwen2 splits text into words: transformers sets this for Qwen2 whatever the file says
-WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+")
+WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' "
-    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def write_tokenizer(folder, texts, vocab_size):
@@ -567,16 +685,19 @@ def write_tokenizer(folder, texts, vocab_size):
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL), initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size - len(CONTROL), initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens(list(CONTROL))
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>",
-                  pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE)
+    config = dict(
+        tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
     with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
         json.dump(config, f, indent=2)
 
@@ -595,8 +716,10 @@ def main(args):
 
     def with_reference(name):
         rng = stream(name)
-        return [row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7))
-                for row in prompt_rows(rng, "eval", args.eval_prompts)]
+        return [
+            row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7))
+            for row in prompt_rows(rng, "eval", args.eval_prompts)
+        ]
 
     pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs))
     files = {

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import check_row, derive_seed, user_errors, write_rows  # noqa: E402
+from common import check_row, derive_seed, user_errors, write_rows
 
 
 @dataclass
@@ -82,8 +82,10 @@ def list_files(source):
             source = snapshot_download(source, repo_type="dataset", allow_patterns=patterns)
         except (HFValidationError, OSError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{source}: no such folder or file, and as a data set not fetched from the hub ({reason}). "
-                             "Without a network, copy the release's files to a folder and name that") from error
+            raise ValueError(
+                f"{source}: no such folder or file, and as a data set not fetched from the hub ({reason}). "
+                "Without a network, copy the release's files to a folder and name that"
+            ) from error
     found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
     return source, sorted(f for f in found if f.endswith(tuple(p[1:] for p in patterns)))
 
@@ -140,8 +142,7 @@ def checked_persona(persona, place):
         except json.JSONDecodeError as error:
             raise ValueError(f"{place}: the persona is not JSON ({error})") from error
     if not isinstance(persona, (dict, str)) or not persona or not str(persona).strip():
-        raise ValueError(f'{place}: field "persona" is {json.dumps(persona)[:80]}, expected a '
-                         "non-empty object or text")
+        raise ValueError(f'{place}: field "persona" is {json.dumps(persona)[:80]}, expected a non-empty object or text')
     return persona
 
 
@@ -249,9 +250,14 @@ def winrate_rows(path, source, dropped):
 
 def is_outputs(value):
     """AlpacaEval's form: a list of instruction and output."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)
-        for row in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)
+            for row in value
+        )
+    )
 
 
 def alpaca_rows(paths, args):
@@ -260,8 +266,10 @@ def alpaca_rows(paths, args):
     if len(named) > 1:
         raise ValueError(f"--source {args.source}: several files of outputs ({', '.join(sorted(named)[:5])}); name one")
     if args.personas is None:
-        raise ValueError("AlpacaEval's instructions have no personas: give --personas, a folder or data set that has "
-                         "(such as PersonalAILab/PersonaFeedback)")
+        raise ValueError(
+            "AlpacaEval's instructions have no personas: give --personas, a folder or data set that has "
+            "(such as PersonalAILab/PersonaFeedback)"
+        )
     pool = find_personas(sort_files(list_files(args.personas)[1]))
     if not pool:
         raise ValueError(f"--personas {args.personas}: no personas there")
@@ -270,14 +278,21 @@ def alpaca_rows(paths, args):
         outputs = json.load(f)
     for i, row in enumerate(outputs):
         user_id = names[derive_seed("persona", args.seed, i) % len(names)]
-        yield dict(prompt_id=f"alpaca-{i}", persona=pool[user_id], question=row["instruction"], reference=row["output"],
-                   source=os.path.basename(named[0]), dataset=row.get("dataset", ""), user_id=user_id,
-                   assigned=f"at random, seed {args.seed}, of {len(pool)} personas in {args.personas}")
+        yield dict(
+            prompt_id=f"alpaca-{i}",
+            persona=pool[user_id],
+            question=row["instruction"],
+            reference=row["output"],
+            source=os.path.basename(named[0]),
+            dataset=row.get("dataset", ""),
+            user_id=user_id,
+            assigned=f"at random, seed {args.seed}, of {len(pool)} personas in {args.personas}",
+        )
 
 
 def personamem_rows(path, contexts, dropped):
     """PersonaMem v1's questions. contexts: {id: messages}. The persona is the system message that opens a context."""
-    version = f"v1 {os.path.basename(path)[len('questions_'):-len('.csv')]}"
+    version = f"v1 {os.path.basename(path)[len('questions_') : -len('.csv')]}"
     csv.field_size_limit(2**30)
     with open(path, encoding="utf-8", newline="") as f:
         for number, row in enumerate(csv.DictReader(f), 1):
@@ -293,10 +308,20 @@ def personamem_rows(path, contexts, dropped):
             if not question.strip():
                 dropped["blank questions"] += 1
                 continue
-            yield dict(prompt_id=text_field(row, "question_id", place), persona=messages[0]["content"],
-                       question=question, source="PersonaMem", version=version, user_id=str(row.get("persona_id")),
-                       kind=text_field(row, "question_type", place), question_type=row["question_type"],
-                       options=options, correct=correct, context_id=context_id, end_index=int(end))
+            yield dict(
+                prompt_id=text_field(row, "question_id", place),
+                persona=messages[0]["content"],
+                question=question,
+                source="PersonaMem",
+                version=version,
+                user_id=str(row.get("persona_id")),
+                kind=text_field(row, "question_type", place),
+                question_type=row["question_type"],
+                options=options,
+                correct=correct,
+                context_id=context_id,
+                end_index=int(end),
+            )
 
 
 def personamem_options(row, place):
@@ -307,13 +332,15 @@ def personamem_options(row, place):
             options = json.loads(text)
         except json.JSONDecodeError:
             options = ast.literal_eval(text)
-        texts = {match[1]: option[match.end():] for option in options if (match := OPTION.match(option))}
+        texts = {match[1]: option[match.end() :] for option in options if (match := OPTION.match(option))}
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(f'{place}: field "all_options" is no list of texts ({error})') from error
     correct = text_field(row, "correct_answer", place).strip().strip("()")
     if sorted(texts) != list("abcd") or correct not in texts:
-        raise ValueError(f'{place}: expected options (a) to (d) and one of them as correct_answer; got {sorted(texts)} '
-                         f'and "{correct}"')
+        raise ValueError(
+            f"{place}: expected options (a) to (d) and one of them as correct_answer; got {sorted(texts)} "
+            f'and "{correct}"'
+        )
     return [texts[letter] for letter in "abcd"], correct
 
 
@@ -363,12 +390,17 @@ def benchmark_rows(files, root, args, dropped):
     if files.get("alpaca"):
         return {"alpaca_eval": list(alpaca_rows(files["alpaca"], args))}
     if files.get("rewardbench"):
-        return {"rewardbench": [row for path in files["rewardbench"]
-                                for row in rewardbench_rows(path, os.path.relpath(path, root), dropped)]}
+        return {
+            "rewardbench": [
+                row
+                for path in files["rewardbench"]
+                for row in rewardbench_rows(path, os.path.relpath(path, root), dropped)
+            ]
+        }
     outputs = {}
     for path in files.get("personamem", []):
         folder, name = os.path.split(path)
-        size = name[len("questions_"):-len(".csv")]
+        size = name[len("questions_") : -len(".csv")]
         file = os.path.join(folder, f"shared_contexts_{size}.jsonl")
         if file not in files.get("contexts", []):
             raise ValueError(f"{path}: its contexts are missing; expected {file}")
@@ -402,36 +434,41 @@ def personafeedback(files, root, args, dropped):
         prompts += rl_rows(path, os.path.relpath(path, root))
     for path in files.get("baseline", []):
         winrate += winrate_rows(path, os.path.relpath(path, root), dropped)
-    pairs = distinct(pairs, lambda row: (row["prompt_id"], row["chosen"], row["rejected"]), dropped,
-                     "repeated pairs")
+    pairs = distinct(pairs, lambda row: (row["prompt_id"], row["chosen"], row["rejected"]), dropped, "repeated pairs")
     fields = ("prompt_id", "persona", "question", "source")
     prompts += [{field: pair[field] for field in fields} for pair in pairs]
     prompts = distinct(prompts, lambda row: row["prompt_id"], dropped, "repeated prompts")
     if not prompts and not winrate:
-        raise ValueError(f"--source {args.source}: neither pairs nor RL prompts nor another known release in "
-                         f"{sum(map(len, files.values()))} files (see the top of data/prepare.py for what is read)")
+        raise ValueError(
+            f"--source {args.source}: neither pairs nor RL prompts nor another known release in "
+            f"{sum(map(len, files.values()))} files (see the top of data/prepare.py for what is read)"
+        )
     asked = {digest(row["persona"]) for row in winrate}
 
     def held_out(row):
         persona = digest(row["persona"])
         return persona in asked or int(persona, 16) < args.eval_share * 2**64
 
-    return {"prompts_train": [row for row in prompts if not held_out(row)],
-            "prompts_eval": [row for row in prompts if held_out(row)],
-            **({"prompts_winrate": winrate} if winrate else {}),
-            "pairs": [row for row in pairs if not held_out(row)],
-            "pairs_eval": [row for row in pairs if held_out(row)]}
+    return {
+        "prompts_train": [row for row in prompts if not held_out(row)],
+        "prompts_eval": [row for row in prompts if held_out(row)],
+        **({"prompts_winrate": winrate} if winrate else {}),
+        "pairs": [row for row in pairs if not held_out(row)],
+        "pairs_eval": [row for row in pairs if held_out(row)],
+    }
 
 
 def write(outputs, args):
     """One file for each name that has rows, and a line on each. ValueError: a file of another source would stay."""
+
     def path_of(name):
         return os.path.join(args.output, f"{name}.jsonl")
 
     for name, rows in outputs.items():
         if not rows and os.path.exists(path_of(name)):
-            raise ValueError(f"{path_of(name)} is of another source; this one has no such rows: "
-                             "remove it or choose another --output")
+            raise ValueError(
+                f"{path_of(name)} is of another source; this one has no such rows: remove it or choose another --output"
+            )
     for name, rows in outputs.items():
         if rows:
             write_rows(path_of(name), rows)

@@ -79,8 +79,9 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _grad_entropy):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
         scale = grad_logprobs / ctx.temperature  # d loss / d (hidden @ weight.T) = scale (onehot(target) - softmax)
-        grads = ctx.device_code.backward(hidden, weight, targets, logsumexp, ctx.temperature, scale,
-                                         ctx.needs_input_grad[1])
+        grads = ctx.device_code.backward(
+            hidden, weight, targets, logsumexp, ctx.temperature, scale, ctx.needs_input_grad[1]
+        )
         return *grads, None, None, None
 
 
@@ -155,8 +156,20 @@ class _Torch:
 if triton is not None:
 
     @triton.jit
-    def _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D: tl.constexpr,
-              BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
+    def _tile(
+        hidden,
+        weight,
+        tokens,
+        words,
+        n_tokens,
+        n_words,
+        hidden_stride,
+        weight_stride,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        TOKENS: tl.constexpr,
+        WORDS: tl.constexpr,
+    ):
         """hidden[tokens] @ weight[words].T, fp32 [TOKENS, WORDS]; what lies outside counts as zero."""
         acc = tl.zeros([TOKENS, WORDS], tl.float32)
         h_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
@@ -169,9 +182,25 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def _forward_kernel(hidden, weight, targets, largest_out, sum_out, sum_logit_out, target_out, n_tokens, n_words,
-                        words_per_split, hidden_stride, weight_stride, inverse_temperature, D: tl.constexpr,
-                        BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
+    def _forward_kernel(
+        hidden,
+        weight,
+        targets,
+        largest_out,
+        sum_out,
+        sum_logit_out,
+        target_out,
+        n_tokens,
+        n_words,
+        words_per_split,
+        hidden_stride,
+        weight_stride,
+        inverse_temperature,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        TOKENS: tl.constexpr,
+        WORDS: tl.constexpr,
+    ):
         """Program (block of tokens, split): neighbours share the words, which so stay in the L2 cache."""
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         split = tl.program_id(1)
@@ -182,8 +211,23 @@ if triton is not None:
         target_logit = tl.zeros([TOKENS], tl.float32)
         for start in range(split * words_per_split, tl.minimum((split + 1) * words_per_split, n_words), WORDS):
             words = start + tl.arange(0, WORDS)
-            z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D,
-                      TOKENS, WORDS) * inverse_temperature
+            z = (
+                _tile(
+                    hidden,
+                    weight,
+                    tokens,
+                    words,
+                    n_tokens,
+                    n_words,
+                    hidden_stride,
+                    weight_stride,
+                    D,
+                    BLOCK_D,
+                    TOKENS,
+                    WORDS,
+                )
+                * inverse_temperature
+            )
             inside = (words < n_words)[None, :]
             now = tl.maximum(largest, tl.max(tl.where(inside, z, float("-inf")), 1))
             rescale = tl.exp(largest - now)
@@ -199,14 +243,30 @@ if triton is not None:
         tl.store(target_out + place, target_logit, mask=mask)
 
     @triton.jit
-    def _grad_kernel(hidden, weight, targets, logsumexp, scale, grad, first_word, n_tokens, n_words, hidden_stride,
-                     weight_stride, inverse_temperature, D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
-                     WORDS: tl.constexpr):
+    def _grad_kernel(
+        hidden,
+        weight,
+        targets,
+        logsumexp,
+        scale,
+        grad,
+        first_word,
+        n_tokens,
+        n_words,
+        hidden_stride,
+        weight_stride,
+        inverse_temperature,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        TOKENS: tl.constexpr,
+        WORDS: tl.constexpr,
+    ):
         """grad[t, w] = scale[t] (onehot(target[t]) - softmax[t])[first_word + w], one tile; weight: the slice's."""
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-        z = _tile(hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS,
-                  WORDS)
+        z = _tile(
+            hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS, WORDS
+        )
         mask = tokens < n_tokens
         target = tl.load(targets + tokens, mask=mask, other=-1) - first_word
         lse = tl.load(logsumexp + tokens, mask=mask, other=0.0)
@@ -231,8 +291,19 @@ class _Triton:
         splits = triton.cdiv(word_blocks, per_split)  # none is empty
         parts = [torch.empty(splits, n_tokens, device=hidden.device) for _ in range(4)]
         _forward_kernel[token_blocks, splits](
-            hidden, weight, targets, *parts, n_tokens, n_words, per_split * blocks["WORDS"], hidden.stride(0),
-            weight.stride(0), 1 / temperature, D=d, **blocks)
+            hidden,
+            weight,
+            targets,
+            *parts,
+            n_tokens,
+            n_words,
+            per_split * blocks["WORDS"],
+            hidden.stride(0),
+            weight.stride(0),
+            1 / temperature,
+            D=d,
+            **blocks,
+        )
         largest, sum_exp, sum_exp_logit, target_logit = parts
         top = largest.amax(0)
         rescale = torch.exp(largest - top)
@@ -250,8 +321,22 @@ class _Triton:
             words = weight[start : start + slice_words]
             grad = memory[: n_tokens * len(words)].view(n_tokens, -1)
             grid = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(len(words), blocks["WORDS"])
-            _grad_kernel[grid](hidden, words, targets, logsumexp, scale.contiguous(), grad, start, n_tokens, len(words),
-                               hidden.stride(0), words.stride(0), 1 / temperature, D=d, **blocks)
+            _grad_kernel[grid](
+                hidden,
+                words,
+                targets,
+                logsumexp,
+                scale.contiguous(),
+                grad,
+                start,
+                n_tokens,
+                len(words),
+                hidden.stride(0),
+                words.stride(0),
+                1 / temperature,
+                D=d,
+                **blocks,
+            )
             grad_hidden += _product(grad, words)
             if needs_weight:
                 torch.mm(grad.t(), hidden, out=grad_weight[start : start + slice_words])

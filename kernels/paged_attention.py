@@ -59,9 +59,27 @@ def reference(q, k_cache, v_cache, block_table, lengths):
 if triton is not None:
 
     @triton.jit
-    def _split_kernel(q, k_cache, v_cache, block_table, lengths, partial, lse, q_stride, table_stride, scale, n_splits,
-                      split_tokens, BLOCK_SIZE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                      TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_N: tl.constexpr):
+    def _split_kernel(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        lengths,
+        partial,
+        lse,
+        q_stride,
+        table_stride,
+        scale,
+        n_splits,
+        split_tokens,
+        BLOCK_SIZE: tl.constexpr,
+        HKV: tl.constexpr,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        TILE_G: tl.constexpr,
+        TILE_D: tl.constexpr,
+        TILE_N: tl.constexpr,
+    ):
         """Program (row, key head, split): the split's normalised output and log-sum-exp (base 2), for a head group."""
         row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         length = tl.load(lengths + row)
@@ -96,8 +114,18 @@ if triton is not None:
             tl.store(lse + at, best + tl.log2(total), mask=g < G)
 
     @triton.jit
-    def _merge_kernel(partial, lse, lengths, out, n_splits, split_tokens, HQ: tl.constexpr, D: tl.constexpr,
-                      TILE_S: tl.constexpr, TILE_D: tl.constexpr):
+    def _merge_kernel(
+        partial,
+        lse,
+        lengths,
+        out,
+        n_splits,
+        split_tokens,
+        HQ: tl.constexpr,
+        D: tl.constexpr,
+        TILE_S: tl.constexpr,
+        TILE_D: tl.constexpr,
+    ):
         """Program (row, query head): the mean of its splits, each weighted by exp(its log-sum-exp)."""
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         s, d = tl.arange(0, TILE_S), tl.arange(0, TILE_D)
@@ -125,9 +153,39 @@ def triton_paged_attention(q, k_cache, v_cache, block_table, lengths):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = dim**-0.5 * 1.4426950408889634  # log2(e): the kernel works with powers of two
     _split_kernel[n_rows, n_kv, n_splits](
-        q, k_cache, v_cache, block_table, lengths, partial, lse, q.stride(0), block_table.stride(0), scale, n_splits,
-        split_tokens, BLOCK_SIZE=block_size, HKV=n_kv, G=group, D=dim, TILE_G=max(16, triton.next_power_of_2(group)),
-        TILE_D=tile_d, TILE_N=tile_n, num_warps=4, num_stages=2)
-    _merge_kernel[n_rows, n_heads](partial, lse, lengths, out, n_splits, split_tokens, HQ=n_heads, D=dim,
-                                   TILE_S=triton.next_power_of_2(n_splits), TILE_D=tile_d, num_warps=4)
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        lengths,
+        partial,
+        lse,
+        q.stride(0),
+        block_table.stride(0),
+        scale,
+        n_splits,
+        split_tokens,
+        BLOCK_SIZE=block_size,
+        HKV=n_kv,
+        G=group,
+        D=dim,
+        TILE_G=max(16, triton.next_power_of_2(group)),
+        TILE_D=tile_d,
+        TILE_N=tile_n,
+        num_warps=4,
+        num_stages=2,
+    )
+    _merge_kernel[n_rows, n_heads](
+        partial,
+        lse,
+        lengths,
+        out,
+        n_splits,
+        split_tokens,
+        HQ=n_heads,
+        D=dim,
+        TILE_S=triton.next_power_of_2(n_splits),
+        TILE_D=tile_d,
+        num_warps=4,
+    )
     return out

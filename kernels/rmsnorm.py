@@ -51,8 +51,20 @@ def _check(x, residual, weight):
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(x, residual, weight, out, total, rstd, x_stride, residual_stride, eps, D: tl.constexpr,
-                        TILE: tl.constexpr, ADD: tl.constexpr):
+    def _forward_kernel(
+        x,
+        residual,
+        weight,
+        out,
+        total,
+        rstd,
+        x_stride,
+        residual_stride,
+        eps,
+        D: tl.constexpr,
+        TILE: tl.constexpr,
+        ADD: tl.constexpr,
+    ):
         """One program a row."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, TILE)
@@ -69,8 +81,20 @@ if triton is not None:
         tl.store(out + row * D + d, (value * scale * w).to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _backward_kernel(grad_out, grad_total, total, weight, rstd, grad_x, grad_weight, total_stride, n_rows,
-                         D: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr):
+    def _backward_kernel(
+        grad_out,
+        grad_total,
+        total,
+        weight,
+        rstd,
+        grad_x,
+        grad_weight,
+        total_stride,
+        n_rows,
+        D: tl.constexpr,
+        TILE: tl.constexpr,
+        ADD: tl.constexpr,
+    ):
         """Program p takes rows p, p + programs, ...: their dx, and its own part of dW, which it alone writes."""
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
         d = tl.arange(0, TILE)
@@ -106,8 +130,19 @@ class _RMSNorm(torch.autograd.Function):
         total = torch.empty_like(out) if add else x
         rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
         if n_rows:
-            _forward_kernel[n_rows,](x, residual if add else x, weight, out, total, rstd, x.stride(0),
-                                     residual.stride(0) if add else 0, eps, ADD=add, **_launch_options(width))
+            _forward_kernel[n_rows,](
+                x,
+                residual if add else x,
+                weight,
+                out,
+                total,
+                rstd,
+                x.stride(0),
+                residual.stride(0) if add else 0,
+                eps,
+                ADD=add,
+                **_launch_options(width),
+            )
         ctx.save_for_backward(total, weight, rstd)
         ctx.add = add
         ctx.set_materialize_grads(False)
@@ -125,8 +160,19 @@ class _RMSNorm(torch.autograd.Function):
         programs = min(n_rows, 2 * _processors(total.device))
         partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
         if n_rows:
-            _backward_kernel[programs,](grad_out, grad_total, total, weight, rstd, grad_x, partial, total.stride(0),
-                                        n_rows, ADD=add, **_launch_options(width))
+            _backward_kernel[programs,](
+                grad_out,
+                grad_total,
+                total,
+                weight,
+                rstd,
+                grad_x,
+                partial,
+                total.stride(0),
+                n_rows,
+                ADD=add,
+                **_launch_options(width),
+            )
         return grad_x, grad_x if ctx.add else None, partial.sum(0).to(weight.dtype), None
 
 

@@ -67,9 +67,26 @@ if triton is not None:
         tl.store(out + out_where + HALF, new_second.to(dtype), mask=mask)
 
     @triton.jit
-    def _rope_kv_kernel(q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q_stride, k_stride, v_stride,
-                        HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, TILE_Q: tl.constexpr,
-                        TILE_KV: tl.constexpr, TILE_D: tl.constexpr):
+    def _rope_kv_kernel(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        slots,
+        q_out,
+        q_stride,
+        k_stride,
+        v_stride,
+        HQ: tl.constexpr,
+        HKV: tl.constexpr,
+        HALF: tl.constexpr,
+        TILE_Q: tl.constexpr,
+        TILE_KV: tl.constexpr,
+        TILE_D: tl.constexpr,
+    ):
         """One program a token."""
         token = tl.program_id(0).to(tl.int64)
         D: tl.constexpr = 2 * HALF
@@ -95,7 +112,24 @@ def triton_rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if n_tokens:
         _rope_kv_kernel[n_tokens,](
-            q, k, v, cos, sin, k_cache, v_cache, slots, q_out, q.stride(0), k.stride(0), v.stride(0), HQ=n_heads,
-            HKV=n_kv, HALF=dim // 2, TILE_Q=triton.next_power_of_2(n_heads), TILE_KV=triton.next_power_of_2(n_kv),
-            TILE_D=triton.next_power_of_2(dim // 2), num_warps=4)
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            k_cache,
+            v_cache,
+            slots,
+            q_out,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            HQ=n_heads,
+            HKV=n_kv,
+            HALF=dim // 2,
+            TILE_Q=triton.next_power_of_2(n_heads),
+            TILE_KV=triton.next_power_of_2(n_kv),
+            TILE_D=triton.next_power_of_2(dim // 2),
+            num_warps=4,
+        )
     return q_out

@@ -169,8 +169,24 @@ if triton is not None:
         tl.store(sums + row * n_chunks + chunk, tl.sum(terms, 0))
 
     @triton.jit(do_not_specialize=["level", "last_step", "step"])
-    def _search_kernel(logits, maxima, sums, masses, prefixes, temperature, top_p, row_stride, n_rows, level, last_step,
-                       step, V: tl.constexpr, CHUNK: tl.constexpr, TILE_S: tl.constexpr, STEPS: tl.constexpr):
+    def _search_kernel(
+        logits,
+        maxima,
+        sums,
+        masses,
+        prefixes,
+        temperature,
+        top_p,
+        row_stride,
+        n_rows,
+        level,
+        last_step,
+        step,
+        V: tl.constexpr,
+        CHUNK: tl.constexpr,
+        TILE_S: tl.constexpr,
+        STEPS: tl.constexpr,
+    ):
         """masses[level, row, chunk, j]: the chunk's mass at or above prefix + j * step, for j below STEPS.
 
         The prefix of a level is that of the level before, plus its step times the largest j whose mass reached top_p.
@@ -221,8 +237,23 @@ if triton is not None:
         return found, (point - before) / weight
 
     @triton.jit
-    def _pick_kernel(logits, maxima, sums, kept, thresholds, temperature, seeds, positions, tokens, logprobs,
-                     row_stride, n_chunks, V: tl.constexpr, CHUNK: tl.constexpr, TILE_S: tl.constexpr):
+    def _pick_kernel(
+        logits,
+        maxima,
+        sums,
+        kept,
+        thresholds,
+        temperature,
+        seeds,
+        positions,
+        tokens,
+        logprobs,
+        row_stride,
+        n_chunks,
+        V: tl.constexpr,
+        CHUNK: tl.constexpr,
+        TILE_S: tl.constexpr,
+    ):
         """One program a row: the chunk, then the token in it."""
         row = tl.program_id(0).to(tl.int64)
         scale = _inverse_temperature(temperature, row)
@@ -257,8 +288,37 @@ def triton_sample(logits, temperature, top_p, seeds, positions):
     _stats_kernel[grid](logits, maxima, sums, temperature, stride, **sizes)
     for level in range(levels + 1):
         last_step, step = 1 << min(28, 32 - 4 * level), 1 << max(0, 28 - 4 * level)
-        _search_kernel[grid](logits, maxima, sums, masses, prefixes, temperature, top_p, stride, n_rows, level,
-                             last_step, step, STEPS=16 if level < levels else 1, **sizes, **tile)
-    _pick_kernel[n_rows,](logits, maxima, sums, masses[levels], prefixes[levels], temperature, seeds, positions, tokens,
-                          logprobs, stride, n_chunks, **sizes, **tile)
+        _search_kernel[grid](
+            logits,
+            maxima,
+            sums,
+            masses,
+            prefixes,
+            temperature,
+            top_p,
+            stride,
+            n_rows,
+            level,
+            last_step,
+            step,
+            STEPS=16 if level < levels else 1,
+            **sizes,
+            **tile,
+        )
+    _pick_kernel[n_rows,](
+        logits,
+        maxima,
+        sums,
+        masses[levels],
+        prefixes[levels],
+        temperature,
+        seeds,
+        positions,
+        tokens,
+        logprobs,
+        stride,
+        n_chunks,
+        **sizes,
+        **tile,
+    )
     return tokens, logprobs

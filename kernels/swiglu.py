@@ -44,8 +44,9 @@ if triton is not None:
         tl.store(out + row * WIDTH + column, (silu * u).to(g.dtype), mask=mask)
 
     @triton.jit
-    def _backward_kernel(grad, gate, up, grad_gate, grad_up, gate_stride, up_stride, WIDTH: tl.constexpr,
-                         TILE: tl.constexpr):
+    def _backward_kernel(
+        grad, gate, up, grad_gate, grad_up, gate_stride, up_stride, WIDTH: tl.constexpr, TILE: tl.constexpr
+    ):
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = column < WIDTH
         dy = tl.load(grad + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
@@ -74,6 +75,7 @@ class _SwiGLU(torch.autograd.Function):
         n_rows, width = gate.shape
         grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
         if grad.numel():
-            _backward_kernel[n_rows, triton.cdiv(width, TILE)](grad.contiguous(), gate, up, grad_gate, grad_up,
-                                                               gate.stride(0), up.stride(0), width, TILE)
+            _backward_kernel[n_rows, triton.cdiv(width, TILE)](
+                grad.contiguous(), gate, up, grad_gate, grad_up, gate.stride(0), up.stride(0), width, TILE
+            )
         return grad_gate, grad_up

@@ -18,18 +18,21 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
-from data.persona_world import judge as exact  # noqa: E402
-from data.persona_world import claims  # noqa: E402
-from diagnostics import agreement  # noqa: E402
-from generate import Engine  # noqa: E402
-from judges import open_judge, verdicts_of  # noqa: E402
-from model import load_pretrained  # noqa: E402
-from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates  # noqa: E402
+import common
+from data.persona_world import claims
+from data.persona_world import judge as exact
+from diagnostics import agreement
+from generate import Engine
+from judges import open_judge, verdicts_of
+from model import load_pretrained
+from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates
 
 GATES = {  # name: (at least or at most, limit)
-    "mentions_right": ("at least", 0.90), "score_correlation": ("at least", 0.85),
-    "same_first_edit": ("at least", 0.85), "unparsable": ("at most", 0.01)}
+    "mentions_right": ("at least", 0.90),
+    "score_correlation": ("at least", 0.85),
+    "same_first_edit": ("at least", 0.85),
+    "unparsable": ("at most", 0.01),
+}
 
 
 @dataclass
@@ -50,8 +53,11 @@ def mentions_right(args, templates, ranks):
     rows = common.read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, 512)
     samples = engine.generate([answer_prompt(chat, templates, row) for row in rows], temperature=0.0, max_new_tokens=96)
-    right = [row["persona"].get(attribute) == value for row, (sample,) in zip(rows, samples)
-             for attribute, value in claims(chat.decode(sample.ids))]
+    right = [
+        row["persona"].get(attribute) == value
+        for row, (sample,) in zip(rows, samples)
+        for attribute, value in claims(chat.decode(sample.ids))
+    ]
     return sum(right) / len(right) if right else None
 
 
@@ -64,11 +70,18 @@ def judge_agreement(args, templates, ranks):
     result = agreement(labels, found)
     same = [own.critique.split(".")[0] == label.critique.split(".")[0] for own, label in zip(found, labels) if own]
     swapped = [row | {"persona": other["persona"]} for row, other in zip(rows, rows[1:] + rows[:1])]
-    lost = [(own.score() - other.score(), label.score() - exact(row["persona"], row["question"], row["answer"]).score())
-            for own, other, label, row in zip(found, judgements_of(judge, swapped), labels, swapped) if own and other]
+    lost = [
+        (own.score() - other.score(), label.score() - exact(row["persona"], row["question"], row["answer"]).score())
+        for own, other, label, row in zip(found, judgements_of(judge, swapped), labels, swapped)
+        if own and other
+    ]
     by_grm, by_exact = map(sum, zip(*lost)) if lost else (0, 0)
-    return dict(score_correlation=result["score_correlation"], unparsable=1 - result["parsed"],
-                same_first_edit=sum(same) / len(same) if same else None, sees_other_profile=by_grm / by_exact if by_exact else None)
+    return dict(
+        score_correlation=result["score_correlation"],
+        unparsable=1 - result["parsed"],
+        same_first_edit=sum(same) / len(same) if same else None,
+        sees_other_profile=by_grm / by_exact if by_exact else None,
+    )
 
 
 def judgements_of(judge, rows):

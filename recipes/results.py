@@ -17,8 +17,14 @@ from data.persona_world import claims, judge, recites_profile
 from prompts import DIMENSIONS
 from tables import markdown_row, write_json
 
-METHODS = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo_bt": "PPO, BT, n = 6", "ppo_grm": "PPO, GRM, n = 6",
-           "cpe": "CPE, GRM, 4 + 2"}
+METHODS = {
+    "base": "base",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "ppo_bt": "PPO, BT, n = 6",
+    "ppo_grm": "PPO, GRM, n = 6",
+    "cpe": "CPE, GRM, 4 + 2",
+}
 COLORS = {"ppo_bt": "#b5442e", "ppo_grm": "#2f6db3", "cpe": "#2e8b57"}
 # what the tables compare; recipes/tables.py trains a cell for each
 MAIN = tuple(COLORS)
@@ -27,8 +33,12 @@ STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")
 RATIOS, BASELINES = ("paper", "unclipped", "tis", "luffy", "none"), ("batch", "original")
 # ahead of PPO with the GRM on the seeds of the variants, and so chosen after the fact: on the main cells' further seeds too
 FOLLOWED_UP = ("loss_paper_batch", "loss_paper_original", "loss_sdpo")
-WEIGHTS = {"equal": (0.34, 0.33, 0.33), "helpfulness": (0.6, 0.2, 0.2), "personalization": (0.2, 0.6, 0.2),
-           "naturalness": (0.2, 0.2, 0.6)}
+WEIGHTS = {
+    "equal": (0.34, 0.33, 0.33),
+    "helpfulness": (0.6, 0.2, 0.2),
+    "personalization": (0.2, 0.6, 0.2),
+    "naturalness": (0.2, 0.2, 0.6),
+}
 
 
 def grid_cell(strategy, rate):
@@ -71,7 +81,14 @@ def evaluated(run):
         steps = read_rows(f"{run}/metrics.jsonl", "object")
         for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
             numbers[name] = sum(step[key] for step in steps)
-        for name in ("edit/gain", "edit/ratio", "edit/ratio_low", "edit/weight", "edit/kept_mass", "edit/inserted_mass"):
+        for name in (
+            "edit/gain",
+            "edit/ratio",
+            "edit/ratio_low",
+            "edit/weight",
+            "edit/kept_mass",
+            "edit/inserted_mass",
+        ):
             known = [step[name] for step in steps if step.get(name) is not None]
             if known:
                 numbers[name] = float(np.mean(known))
@@ -95,8 +112,11 @@ def exact_curves(run):
         curves["tokens"].append(np.mean([row["n_tokens"] for row in rows]))
         curves["claims"].append(claims_right(rows))
         curves["recites"].append(100 * np.mean([recites_profile(row["persona"], row["answer"]) for row in rows]))
-        both = [(j.score(), judge(row["persona"], row["question"], row["edit"]["answer"]).score(), row)
-                for j, row in zip(found, rows) if row.get("edit")]
+        both = [
+            (j.score(), judge(row["persona"], row["question"], row["edit"]["answer"]).score(), row)
+            for j, row in zip(found, rows)
+            if row.get("edit")
+        ]
         if both:
             curves["gain_exact"].append(np.mean([after - before for before, after, _ in both]))
             curves["gain_own"].append(np.mean([row["edit"]["reward"] - row["reward"] for *_, row in both]))
@@ -115,8 +135,11 @@ def held_out_curves(run):
     for path in sorted(glob.glob(f"{run}/held_out/step_*.jsonl")):
         rows = read_rows(path, "object")
         scores = [judge(row["persona"], row["question"], row["answer"]).score() for row in rows]
-        edited = [(judge(row["persona"], row["question"], row["edit"]["answer"]).score(), before)
-                  for row, before in zip(rows, scores) if row.get("edit")]
+        edited = [
+            (judge(row["persona"], row["question"], row["edit"]["answer"]).score(), before)
+            for row, before in zip(rows, scores)
+            if row.get("edit")
+        ]
         curves["step"].append(int(path[-12:-6]) - 1)  # steps trained before it
         curves["answer"].append(np.mean(scores))
         if edited:
@@ -153,13 +176,26 @@ def markdown(header, rows):
 
 
 COLUMNS = {  # quantity: (heading, digits)
-    "reward": ("score", 2), "helpfulness": ("helpful", 2), "personalization": ("personal", 2),
-    "naturalness": ("natural", 2), "win": ("win rate, %", 1), "lc": ("LC win rate, %", 1), "n_tokens": ("tokens", 1),
-    "recites": ("recites, %", 1), "claims": ("claims right, %", 1), "swap": ("persona swap", 2),
-    "in_training": ("score over training", 2), "trained": ("trained samples", 0),
-    "generated": ("generated tokens", 0), "judge_calls": ("judge calls", 0), "edit/gain": ("gain of edits", 2),
-    "edit/ratio_low": ("ratio low, share", 3), "edit/weight": ("weight", 2), "inserted": ("mass on inserted, %", 1),
-    "minutes": ("minutes", 1)}
+    "reward": ("score", 2),
+    "helpfulness": ("helpful", 2),
+    "personalization": ("personal", 2),
+    "naturalness": ("natural", 2),
+    "win": ("win rate, %", 1),
+    "lc": ("LC win rate, %", 1),
+    "n_tokens": ("tokens", 1),
+    "recites": ("recites, %", 1),
+    "claims": ("claims right, %", 1),
+    "swap": ("persona swap", 2),
+    "in_training": ("score over training", 2),
+    "trained": ("trained samples", 0),
+    "generated": ("generated tokens", 0),
+    "judge_calls": ("judge calls", 0),
+    "edit/gain": ("gain of edits", 2),
+    "edit/ratio_low": ("ratio low, share", 3),
+    "edit/weight": ("weight", 2),
+    "inserted": ("mass on inserted, %", 1),
+    "minutes": ("minutes", 1),
+}
 
 
 def method_table(names, numbers, columns):
@@ -192,7 +228,14 @@ def seed_table(names, numbers, chosen_on):
     for name, label in names.items():
         found = {s: n["reward"] for s, n in numbers.get(name, {}).items()}
         new = [score for s, score in found.items() if s not in chosen_on]
-        rows.append([label, *(f"{found[s]:.2f}" if s in found else "-" for s in seeds), spread(new), spread(list(found.values()))])
+        rows.append(
+            [
+                label,
+                *(f"{found[s]:.2f}" if s in found else "-" for s in seeds),
+                spread(new),
+                spread(list(found.values())),
+            ]
+        )
     return markdown(["", *(f"seed {s}" for s in seeds), "seeds that chose nothing", "all"], rows)
 
 
@@ -205,14 +248,29 @@ def difference(numbers, name, other, column):
     gaps = np.array([numbers[name][s][column] - numbers[other][s][column] for s in seeds])
     half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
     test = stats.ttest_1samp(gaps, 0)
-    return dict(cells=[name, other], column=column, mean=float(gaps.mean()), low=float(gaps.mean() - half),
-                high=float(gaps.mean() + half), p=float(test.pvalue), seeds=len(gaps))
+    return dict(
+        cells=[name, other],
+        column=column,
+        mean=float(gaps.mean()),
+        low=float(gaps.mean() - half),
+        high=float(gaps.mean() + half),
+        p=float(test.pvalue),
+        seeds=len(gaps),
+    )
 
 
 def difference_table(found):
-    rows = [[" - ".join(METHODS.get(cell, cell) for cell in d["cells"]), COLUMNS[d["column"]][0], f"{d['mean']:+.2f}",
-             f"{d['low']:+.2f} to {d['high']:+.2f}", "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}", d["seeds"]]
-            for d in found]
+    rows = [
+        [
+            " - ".join(METHODS.get(cell, cell) for cell in d["cells"]),
+            COLUMNS[d["column"]][0],
+            f"{d['mean']:+.2f}",
+            f"{d['low']:+.2f} to {d['high']:+.2f}",
+            "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}",
+            d["seeds"],
+        ]
+        for d in found
+    ]
     return markdown(["", "of", "mean", "95 % interval over seeds", "p", "seeds"], rows)
 
 
@@ -222,12 +280,22 @@ def accuracy_table(out, seeds):
     for pairs, label in (("pairs_eval", "as labelled"), ("pairs_eval_exact", "as the exact judge orders them")):
         for name in ("grm", "bt"):
             found = [read_json(f"{out}/seed{s}/accuracy/{name}_{pairs}/results.json") for s in seeds]
-            tiers = [spread([100 * f["groups"][f"exact {tier}"]["accuracy"] for f in found], 1) if "exact" in pairs else "-"
-                     for tier in ("easy", "mid", "hard")]
+            tiers = [
+                spread([100 * f["groups"][f"exact {tier}"]["accuracy"] for f in found], 1) if "exact" in pairs else "-"
+                for tier in ("easy", "mid", "hard")
+            ]
             totals = [f["total"] for f in found]
-            rows.append([f"{name.upper()}, {label}", *tiers, spread([100 * t["accuracy"] for t in totals], 1),
-                         spread([t["ties"] for t in totals], 0), spread([t["without_verdict"] for t in totals], 0),
-                         f"{100 * totals[0]['longer_answer']:.1f}", totals[0]["n"] + totals[0]["without_verdict"]])
+            rows.append(
+                [
+                    f"{name.upper()}, {label}",
+                    *tiers,
+                    spread([100 * t["accuracy"] for t in totals], 1),
+                    spread([t["ties"] for t in totals], 0),
+                    spread([t["without_verdict"] for t in totals], 0),
+                    f"{100 * totals[0]['longer_answer']:.1f}",
+                    totals[0]["n"] + totals[0]["without_verdict"],
+                ]
+            )
     return markdown(["", "easy", "mid", "hard", "all", "ties", "no verdict", "longer answer wins", "pairs"], rows)
 
 
@@ -262,11 +330,17 @@ def figures(out, cells, curves, folder):
         plt.close(figure)
 
     panels = {
-        "score": [("exact", "exact judge's score", None, "step"), ("exact", "exact judge's score", "generated_tokens", "generated tokens, thousands"),
-                  ("exact", "exact judge's score", "judge_calls", "judge calls, thousands")],
-        "hacking": [("tokens", "length, tokens", None, "step"), ("recites", "recites the profile, %", None, "step"),
-                    ("claims", "claims of the person that are right, %", None, "step"),
-                    ("personalization", "personalization, exact", None, "step")],
+        "score": [
+            ("exact", "exact judge's score", None, "step"),
+            ("exact", "exact judge's score", "generated_tokens", "generated tokens, thousands"),
+            ("exact", "exact judge's score", "judge_calls", "judge calls, thousands"),
+        ],
+        "hacking": [
+            ("tokens", "length, tokens", None, "step"),
+            ("recites", "recites the profile, %", None, "step"),
+            ("claims", "claims of the person that are right, %", None, "step"),
+            ("personalization", "personalization, exact", None, "step"),
+        ],
         "dimensions": [(name, f"{name}, exact", None, "step") for name in DIMENSIONS],
     }
     for file, wanted in panels.items():
@@ -304,7 +378,9 @@ def figures(out, cells, curves, folder):
         for axis, y, line in ((axes[0], "answer", "-"), (axes[0], "edit", "--"), (axes[1], "gap", "-")):
             ys = np.array([c[y] for c in some if c[y]])
             if len(ys):
-                axis.plot(some[0]["step"], ys.mean(0), line, color=COLORS[name], label=f"{METHODS[name]}: {y}", marker=".")
+                axis.plot(
+                    some[0]["step"], ys.mean(0), line, color=COLORS[name], label=f"{METHODS[name]}: {y}", marker="."
+                )
                 axis.fill_between(some[0]["step"], ys.min(0), ys.max(0), color=COLORS[name], alpha=0.15, lw=0)
     axes[0].set(xlabel="steps trained", ylabel="exact score, held-out prompts")
     axes[1].set(xlabel="steps trained", ylabel="edits less answers")
@@ -353,31 +429,56 @@ def draw(out, finished, folder):
     pairs = [("cpe", "ppo_grm"), ("cpe", "sft"), ("ppo_grm", "ppo_bt"), ("ppo_bt", "sft")]
     pairs += [(name, "ppo_grm") for name in FOLLOWED_UP]
     pairs += [("cpe", name) for name in losses if name != "cpe"]
-    gaps = [d for a, b in pairs for column in ("reward", "lc", "in_training") if (d := difference(numbers, a, b, column))]
+    gaps = [
+        d for a, b in pairs for column in ("reward", "lc", "in_training") if (d := difference(numbers, a, b, column))
+    ]
     gates = [read_json(f"{out}/seed{s}/gates/gates.json") for s in cells.get("gates", [])]
     sections = {
         "Table 1: methods": method_table(
-            METHODS, numbers, ["reward", *DIMENSIONS, "win", "lc", "n_tokens", "recites", "claims", "swap"]),
+            METHODS, numbers, ["reward", *DIMENSIONS, "win", "lc", "n_tokens", "recites", "claims", "swap"]
+        ),
         "Table 2: reward models and edits, with their cost": method_table(
-            {name: METHODS[name] for name in MAIN}, numbers,
-            ["reward", "in_training", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"]),
+            {name: METHODS[name] for name in MAIN},
+            numbers,
+            ["reward", "in_training", "lc", "n_tokens", "recites", "trained", "generated", "judge_calls", "minutes"],
+        ),
         "Differences": difference_table(gaps) if gaps else None,
         "Table 4: which edits, and how many": grid(same, STRATEGIES, RATES),
-        "The loss on edits": method_table(losses, same, ["reward", "personalization", "win", "lc", "n_tokens", "edit/gain",
-                                                            "edit/ratio_low", "edit/weight", "inserted", "generated", "judge_calls"]),
+        "The loss on edits": method_table(
+            losses,
+            same,
+            [
+                "reward",
+                "personalization",
+                "win",
+                "lc",
+                "n_tokens",
+                "edit/gain",
+                "edit/ratio_low",
+                "edit/weight",
+                "inserted",
+                "generated",
+                "judge_calls",
+            ],
+        ),
         "Losses that were ahead of PPO, on further seeds": seed_table(followed, numbers, seeds) if further else None,
         "The weights of the three scores (helpfulness, personalization, naturalness)": method_table(
-            weights, same, ["reward", *DIMENSIONS, "n_tokens", "lc"]),
+            weights, same, ["reward", *DIMENSIONS, "n_tokens", "lc"]
+        ),
     }
     if cells.get("accuracy"):
-        sections["Table 6: accuracy of the judges, % of pairs of unseen people"] = accuracy_table(out, cells["accuracy"])
+        sections["Table 6: accuracy of the judges, % of pairs of unseen people"] = accuracy_table(
+            out, cells["accuracy"]
+        )
     if gates:
         names = [name for name in gates[0] if name != "missed"]
         sections["Gates"] = markdown(names, [[spread([g[name] for g in gates], 3) for name in names]])
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
-    note = ("Scores by the exact judge on unseen people's questions, win rates against fixed reference answers; mean ± standard "
-            "deviation over seeds. Score over training: mean over all steps, of what was sampled. Persona swap: the score less the score "
-            "under another person's profile.")
+    note = (
+        "Scores by the exact judge on unseen people's questions, win rates against fixed reference answers; mean ± standard "
+        "deviation over seeds. Score over training: mean over all steps, of what was sampled. Persona swap: the score less the score "
+        "under another person's profile."
+    )
     write_text(f"{folder}/tables.md", f"# The generated world\n\n{note}\n\n{text}\n")
     write_json(f"{folder}/results.json", dict(cells=numbers, differences=gaps, gates=gates))
     figures(out, cells, curves, folder)
@@ -392,8 +493,11 @@ def search(out, finished, folder, candidates):
         best = max(found, key=lambda lr: found[lr]["reward"], default=None)
         for lr, numbers in found.items():
             mark = "**" if lr == best else ""
-            rows.append([METHODS[name], f"{mark}{lr:g}{mark}", *(f"{numbers[c]:.2f}" for c in ("reward", "lc", "n_tokens"))])
+            rows.append(
+                [METHODS[name], f"{mark}{lr:g}{mark}", *(f"{numbers[c]:.2f}" for c in ("reward", "lc", "n_tokens"))]
+            )
     text = "# Learning rates\n\nSeed 100, dev prompts, exact score; the same effort for each method.\n\n" + markdown(
-        ["", "lr", "score", "LC win rate, %", "tokens"], rows)
+        ["", "lr", "score", "LC win rate, %", "tokens"], rows
+    )
     write_text(f"{folder}/search.md", text + "\n")
     print(f"{text}\n\nwritten: {folder}/search.md")

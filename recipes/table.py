@@ -1,6 +1,6 @@
 """The table at the end of recipes/tiny.sh: runs of evaluate.py against one baseline, and what the edits of a PPO run did.
 
-    python recipes/table.py --runs "SFT=out/tiny/eval/sft" "CPE=out/tiny/eval/cpe" --edits-of out/tiny/cpe
+python recipes/table.py --runs "SFT=out/tiny/eval/sft" "CPE=out/tiny/eval/cpe" --edits-of out/tiny/cpe
 """
 
 import glob
@@ -12,11 +12,17 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import read_rows, user_errors  # noqa: E402
-from data.persona_world import judge  # noqa: E402
+from common import read_rows, user_errors
+from data.persona_world import judge
 
-COLUMNS = {"reward": "score", "helpfulness": "helpful", "personalization": "personal", "naturalness": "natural",
-           "n_tokens": "tokens", "recites_profile": "recites, %"}
+COLUMNS = {
+    "reward": "score",
+    "helpfulness": "helpful",
+    "personalization": "personal",
+    "naturalness": "natural",
+    "n_tokens": "tokens",
+    "recites_profile": "recites, %",
+}
 
 
 @dataclass
@@ -47,18 +53,23 @@ def edits(folder):
     """Gain of edits over originals: by the judge of the run, and by the exact one; thirds of the run apart."""
     files = sorted(glob.glob(os.path.join(folder, "rollouts", "step_*.jsonl")))
     thirds = [("first third", files[: len(files) // 3]), ("last third", files[-(len(files) // 3) :]), ("all", files)]
-    lines = [f"{'edits less originals':22}{'run judge':>12}{'exact judge':>14}{'better, %':>12}{'worse, %':>12}{'edits':>8}"]
+    lines = [
+        f"{'edits less originals':22}{'run judge':>12}{'exact judge':>14}{'better, %':>12}{'worse, %':>12}{'edits':>8}"
+    ]
     for name, some in thirds:
         gains, exact = [], []
         for row in (row for file in some for row in read_rows(file, "object") if row["edit"]):
             gains.append(row["edit"]["reward"] - row["reward"])
-            before, after = (judge(row["persona"], row["question"], text).score()
-                             for text in (row["answer"], row["edit"]["answer"]))
+            before, after = (
+                judge(row["persona"], row["question"], text).score() for text in (row["answer"], row["edit"]["answer"])
+            )
             exact.append(after - before)
         if exact:
             better, worse = (100 * sum(x) / len(exact) for x in ((e > 0 for e in exact), (e < 0 for e in exact)))
-            lines.append(f"{name:22}{sum(gains) / len(gains):>+12.2f}{sum(exact) / len(exact):>+14.2f}"
-                         f"{better:>12.0f}{worse:>12.0f}{len(exact):>8}")
+            lines.append(
+                f"{name:22}{sum(gains) / len(gains):>+12.2f}{sum(exact) / len(exact):>+14.2f}"
+                f"{better:>12.0f}{worse:>12.0f}{len(exact):>8}"
+            )
     return lines
 
 

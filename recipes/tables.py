@@ -26,8 +26,8 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import user_errors, write_text  # noqa: E402
-from recipes import results  # noqa: E402
+from common import user_errors, write_text
+from recipes import results
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Args:
 
 # The best of LRS by the exact score on dev prompts, as `bash recipes/tables.sh --search` found them (results/search.md)
 LR = {"ppo_bt": 1e-4, "ppo_grm": 5e-5, "cpe": 5e-5, "dpo": 1e-4}
-LRS = {name: (2e-5, 5e-5, 1e-4, 2e-4) for name in results.MAIN} | {"dpo": (1e-5, 3e-5, 1e-4, 3e-4)}
+LRS = dict.fromkeys(results.MAIN, (2e-05, 5e-05, 0.0001, 0.0002)) | {"dpo": (1e-5, 3e-5, 1e-4, 3e-4)}
 
 
 def variants():
@@ -91,49 +91,91 @@ def preparation(out, seed):
     training = f"--batch-size 64 --tokens-per-microbatch 8192 --seed {seed}"
 
     def accuracy(judge, pairs, name):
-        return (f"evaluate.py --task reward-accuracy --prompts {world}/{pairs}.jsonl --judge {judge} --n-prompts 0 {answer} {grm} "
-                f"--max-judgement-length 96 --out {here}/{name}")
+        return (
+            f"evaluate.py --task reward-accuracy --prompts {world}/{pairs}.jsonl --judge {judge} --n-prompts 0 {answer} {grm} "
+            f"--max-judgement-length 96 --out {here}/{name}"
+        )
 
     return [
         Cell("world", [f"data/persona_world.py --output {world}"]),
-        Cell("base", [f"sft.py --from-scratch {world}/tokenizer --data {world}/base_corpus.jsonl --out {base} --epochs 2 --layers 3 "
-                      "--batch-size 64 --lr 3e-3 --warmup-ratio 0.05 --tokens-per-microbatch 8192",
-                      evaluation(out, base, 0)], ["world"], alone=True),
-        Cell(f"seed{seed}/sft", [f"sft.py --model {base}/policy --data {world}/pairs.jsonl {answer} --out {here}/sft "
-                                 f"--epochs 1 --lr 3e-4 {training}",
-                                 evaluation(out, f"{here}/sft", seed), swap(out, f"{here}/sft", seed)], ["base"]),
-        Cell(f"seed{seed}/grm", [f"train_grm.py --model {base}/policy --data {world}/judgements.jsonl {grm} --out {here}/grm "
-                                 f"--epochs 2 --lr 1e-3 {training}"], ["base"]),
-        Cell(f"seed{seed}/bt", [f"train_grm.py --objective bt --model {base}/policy --data {world}/pairs.jsonl {answer} "
-                                f"--out {here}/bt --epochs 1 --lr 3e-4 {training}"], ["base"]),
-        Cell(f"seed{seed}/gates", [f"recipes/gates.py --world {world} --policy {here}/sft/policy --grm {here}/grm/model "
-                                   f"--out {here}/gates"], [f"seed{seed}/sft", f"seed{seed}/grm"]),
-        Cell(f"seed{seed}/accuracy", [
-            accuracy(judge, pairs, f"accuracy/{name}_{pairs}")
-            for name, judge in (("grm", f"{here}/grm/model"), ("bt", f"bt:{here}/bt/model"))
-            for pairs in ("pairs_eval", "pairs_eval_exact")], [f"seed{seed}/grm", f"seed{seed}/bt"]),
+        Cell(
+            "base",
+            [
+                f"sft.py --from-scratch {world}/tokenizer --data {world}/base_corpus.jsonl --out {base} --epochs 2 --layers 3 "
+                "--batch-size 64 --lr 3e-3 --warmup-ratio 0.05 --tokens-per-microbatch 8192",
+                evaluation(out, base, 0),
+            ],
+            ["world"],
+            alone=True,
+        ),
+        Cell(
+            f"seed{seed}/sft",
+            [
+                f"sft.py --model {base}/policy --data {world}/pairs.jsonl {answer} --out {here}/sft "
+                f"--epochs 1 --lr 3e-4 {training}",
+                evaluation(out, f"{here}/sft", seed),
+                swap(out, f"{here}/sft", seed),
+            ],
+            ["base"],
+        ),
+        Cell(
+            f"seed{seed}/grm",
+            [
+                f"train_grm.py --model {base}/policy --data {world}/judgements.jsonl {grm} --out {here}/grm "
+                f"--epochs 2 --lr 1e-3 {training}"
+            ],
+            ["base"],
+        ),
+        Cell(
+            f"seed{seed}/bt",
+            [
+                f"train_grm.py --objective bt --model {base}/policy --data {world}/pairs.jsonl {answer} "
+                f"--out {here}/bt --epochs 1 --lr 3e-4 {training}"
+            ],
+            ["base"],
+        ),
+        Cell(
+            f"seed{seed}/gates",
+            [f"recipes/gates.py --world {world} --policy {here}/sft/policy --grm {here}/grm/model --out {here}/gates"],
+            [f"seed{seed}/sft", f"seed{seed}/grm"],
+        ),
+        Cell(
+            f"seed{seed}/accuracy",
+            [
+                accuracy(judge, pairs, f"accuracy/{name}_{pairs}")
+                for name, judge in (("grm", f"{here}/grm/model"), ("bt", f"bt:{here}/bt/model"))
+                for pairs in ("pairs_eval", "pairs_eval_exact")
+            ],
+            [f"seed{seed}/grm", f"seed{seed}/bt"],
+        ),
     ]
 
 
 def evaluation(out, run, seed, prompts="prompts_eval"):
     """The exact judge on answers to new people's questions, against fixed references."""
     world = f"{out}/world"
-    return (f"evaluate.py --model {run}/policy --baseline reference --prompts {world}/{prompts}.jsonl --judge world "
-            f"--answer-template {world}/templates/answer.txt --n-prompts 0 --max-new-tokens 96 --temperature 1 --top-p 1 "
-            f"--seed {seed} --bootstrap-draws 100 --out {run}/eval")
+    return (
+        f"evaluate.py --model {run}/policy --baseline reference --prompts {world}/{prompts}.jsonl --judge world "
+        f"--answer-template {world}/templates/answer.txt --n-prompts 0 --max-new-tokens 96 --temperature 1 --top-p 1 "
+        f"--seed {seed} --bootstrap-draws 100 --out {run}/eval"
+    )
 
 
 def swap(out, run, seed):
     """The answers of `evaluation` under their own and another person's profile."""
-    return (f"evaluate.py --task persona-swap --answers {run}/eval/answers_model.jsonl --prompts {out}/world/prompts_eval.jsonl "
-            f"--judge world --n-prompts 0 --seed {seed} --out {run}/swap")
+    return (
+        f"evaluate.py --task persona-swap --answers {run}/eval/answers_model.jsonl --prompts {out}/world/prompts_eval.jsonl "
+        f"--judge world --n-prompts 0 --seed {seed} --out {run}/swap"
+    )
 
 
 def dpo_cell(out, seed, name="dpo", lr=None, prompts="prompts_eval"):
     world, here = f"{out}/world", f"{out}/seed{seed}"
     run = f"{here}/{name}"
-    train = (f"dpo.py --model {here}/sft/policy --data {world}/pairs.jsonl --answer-template {world}/templates/answer.txt --out {run} "
-             f"--epochs 1 --batch-size 64 --lr {lr or LR['dpo']:g} --tokens-per-microbatch 8192 --seed {seed}")
+    train = (
+        f"dpo.py --model {here}/sft/policy --data {world}/pairs.jsonl --answer-template {world}/templates/answer.txt --out {run} "
+        f"--epochs 1 --batch-size 64 --lr {lr or LR['dpo']:g} --tokens-per-microbatch 8192 --seed {seed}"
+    )
     return Cell(f"seed{seed}/{name}", [train, evaluation(out, run, seed, prompts)], [f"seed{seed}/gates"])
 
 
@@ -143,10 +185,12 @@ def rl_cell(out, seed, name, flags, steps, folder=None, lr=None, prompts="prompt
     run = f"{here}/{folder or name}"
     judge = f"bt:{here}/bt/model" if name == "ppo_bt" else f"{here}/grm/model"
     templates = " ".join(f"--{t}-template {world}/templates/{t}.txt" for t in ("answer", "edit", "grm"))
-    train = (f"ppo_cpe.py --policy {here}/sft/policy --prompts {world}/prompts_train.jsonl --judge {judge} {templates} --out {run} "
-             f"--prompts-per-step 16 --mini-batch-prompts 8 --max-response-length 96 --max-judgement-length 96 --temperature 1 "
-             f"--top-p 1 --critic-lr 2e-3 --tokens-per-microbatch 8192 --max-steps {steps} --seed {seed} "
-             f"--lr {lr or LR.get(name, LR['cpe']):g} {flags}")
+    train = (
+        f"ppo_cpe.py --policy {here}/sft/policy --prompts {world}/prompts_train.jsonl --judge {judge} {templates} --out {run} "
+        f"--prompts-per-step 16 --mini-batch-prompts 8 --max-response-length 96 --max-judgement-length 96 --temperature 1 "
+        f"--top-p 1 --critic-lr 2e-3 --tokens-per-microbatch 8192 --max-steps {steps} --seed {seed} "
+        f"--lr {lr or LR.get(name, LR['cpe']):g} {flags}"
+    )
     commands = [train.strip(), evaluation(out, run, seed, prompts)]
     if name in results.MAIN and lr is None:  # what diagnostics.py draws, and the batch for its --replay
         commands[0] += f" --eval-prompts {world}/prompts_dev.jsonl --eval-every 7 --eval-n 48 --save-batch {steps // 2}"
@@ -166,8 +210,13 @@ def cells_of(args, out):
         for name, lrs in LRS.items():
             for lr in lrs:
                 folder = f"{name}_lr{lr:g}"
-                add([dpo_cell(out, 100, folder, lr, "prompts_dev") if name == "dpo" else
-                     rl_cell(out, 100, name, flags[name], 30, folder, lr, "prompts_dev")])
+                add(
+                    [
+                        dpo_cell(out, 100, folder, lr, "prompts_dev")
+                        if name == "dpo"
+                        else rl_cell(out, 100, name, flags[name], 30, folder, lr, "prompts_dev")
+                    ]
+                )
         return list(cells.values())
     n_main, n_other, steps = (1, 1, 15) if args.quick else (args.main_seeds, args.seeds, 30)
     for seed in range(max(n_main, n_other)):
@@ -191,7 +240,9 @@ def is_done(out, cell):
         return False
     with open(path) as f:
         if json.load(f)["commands"] != cell.commands:
-            raise ValueError(f"{path}: this cell was run with other commands; remove the folder {out}/{cell.name} or give another --out")
+            raise ValueError(
+                f"{path}: this cell was run with other commands; remove the folder {out}/{cell.name} or give another --out"
+            )
     return True
 
 
@@ -211,8 +262,9 @@ def run(cells, out, jobs):
                     os.makedirs(f"{out}/{name}", exist_ok=True)
                     with open(f"{out}/{name}.log", "w") as log:
                         shell = " && ".join(f"{shlex.quote(sys.executable)} {command}" for command in cell.commands)
-                        process = subprocess.Popen(["bash", "-c", shell], stdout=log, stderr=log, env=environment,
-                                                   start_new_session=True)
+                        process = subprocess.Popen(
+                            ["bash", "-c", shell], stdout=log, stderr=log, env=environment, start_new_session=True
+                        )
                     running[name] = (todo.pop(name), process, time.time())
                     bar.set_postfix_str(", ".join(running))
             time.sleep(0.2)

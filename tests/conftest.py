@@ -17,13 +17,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import common  # noqa: E402
-from model import Config, Qwen2, init_weights, save_pretrained  # noqa: E402
+import common
+from model import Config, Qwen2, init_weights, save_pretrained
 
 
 def tiny_config(**changes):
-    fields = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=512)
+    fields = dict(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
     return Config(**{**fields, **changes})
 
 
@@ -45,10 +54,15 @@ def quiet_threads():
 
 # -- a whole tiny project: checkpoint, rows, templates ---------------------------------------------
 
-CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-TEMPLATES = {"answer": "Profile:\n{persona}\nQuestion: {question}", "edit": "Critique: {critique}\nRewrite it.",
-             "grm": "Judge the answer.\nProfile:\n{persona}\nQuestion: {question}\nAnswer: {answer}"}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "answer": "Profile:\n{persona}\nQuestion: {question}",
+    "edit": "Critique: {critique}\nRewrite it.",
+    "grm": "Judge the answer.\nProfile:\n{persona}\nQuestion: {question}\nAnswer: {answer}",
+}
 
 
 def tiny_rows(n=32):
@@ -63,8 +77,9 @@ def tiny_rows(n=32):
         rows["pairs"].append(row | {"chosen": good, "rejected": bad})
         judged = dict(answer=good, critique="Keep it as it is.", helpfulness=4, personalization=5, naturalness=3)
         if i % 2:
-            judged = dict(answer=bad, critique=f"Name {like} and drop the end.", helpfulness=-1,
-                          personalization=-2, naturalness=1)
+            judged = dict(
+                answer=bad, critique=f"Name {like} and drop the end.", helpfulness=-1, personalization=-2, naturalness=1
+            )
         rows["judgements"].append(row | judged)
     return rows
 
@@ -96,7 +111,9 @@ def tiny(tmp_path_factory):
     for name, text in TEMPLATES.items():
         (folder / f"{name}.txt").write_text(text)
     texts = [json.dumps(row) for some in rows.values() for row in some] + list(TEMPLATES.values())
-    texts.append("<critique> </critique>\n<scores> Helpfulness: -1 Personalization: 2 Natural: 0 </scores>\nuser assistant")
+    texts.append(
+        "<critique> </critique>\n<scores> Helpfulness: -1 Personalization: 2 Natural: 0 </scores>\nuser assistant"
+    )
     tokenizer = tiny_tokenizer(str(folder / "tokenizer"), texts)
     config = tiny_config(vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128)
     model = random_model(config, std=0.05)
@@ -155,9 +172,28 @@ def tiny_grm(tiny):
 
 
 def grm_flags(tiny):
-    return ["--model", tiny / "checkpoint", "--data", tiny / "judgements.jsonl", "--grm-template", tiny / "grm.txt",
-            "--batch-size", 16, "--epochs", 30, "--lr", 5e-3, "--tokens-per-microbatch", 500,
-            "--eval-data", tiny / "judgements.jsonl", "--eval-judgements", 8, "--eval-max-new-tokens", 64]
+    return [
+        "--model",
+        tiny / "checkpoint",
+        "--data",
+        tiny / "judgements.jsonl",
+        "--grm-template",
+        tiny / "grm.txt",
+        "--batch-size",
+        16,
+        "--epochs",
+        30,
+        "--lr",
+        5e-3,
+        "--tokens-per-microbatch",
+        500,
+        "--eval-data",
+        tiny / "judgements.jsonl",
+        "--eval-judgements",
+        8,
+        "--eval-max-new-tokens",
+        64,
+    ]
 
 
 def error_of(module, capsys, *flags):

@@ -1,6 +1,6 @@
 """Runs a script's main in this process and prints how far its memory rose above where it stood before, in bytes.
 
-    peak_of.py sft.py FLAGS ...
+peak_of.py sft.py FLAGS ...
 """
 
 import importlib
@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import tyro  # noqa: E402
+import tyro
 
 
 def status(field):

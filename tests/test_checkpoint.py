@@ -1,6 +1,6 @@
 """A real pretrained checkpoint against transformers; runs where CHECKPOINT names one (minutes at 135M parameters on a CPU).
 
-    CHECKPOINT=path/to/model python -m pytest tests/test_checkpoint.py
+CHECKPOINT=path/to/model python -m pytest tests/test_checkpoint.py
 """
 
 import os
@@ -16,8 +16,43 @@ from prompts import Chat
 CHECKPOINT = os.environ.get("CHECKPOINT")
 pytestmark = pytest.mark.skipif(CHECKPOINT is None, reason="CHECKPOINT is not set")
 N_TOKENS = 64
-WORDS = ("Explain in a few sentences, to somebody who has never heard of it, how a lighthouse works, what it is good for, who looks "
-         "after it, and why so many of them stand empty today. ").split()
+WORDS = [
+    "Explain",
+    "in",
+    "a",
+    "few",
+    "sentences,",
+    "to",
+    "somebody",
+    "who",
+    "has",
+    "never",
+    "heard",
+    "of",
+    "it,",
+    "how",
+    "a",
+    "lighthouse",
+    "works,",
+    "what",
+    "it",
+    "is",
+    "good",
+    "for,",
+    "who",
+    "looks",
+    "after",
+    "it,",
+    "and",
+    "why",
+    "so",
+    "many",
+    "of",
+    "them",
+    "stand",
+    "empty",
+    "today.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +76,17 @@ def prompts():
 @pytest.fixture(scope="module")
 def expected(reference, prompts):
     settings = dict(do_sample=False, max_new_tokens=N_TOKENS, pad_token_id=0, eos_token_id=None)
-    return [reference.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **settings)[0, len(p) :].tolist()
-            for p in prompts]
+    return [
+        reference.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **settings)[0, len(p) :].tolist()
+        for p in prompts
+    ]
 
 
 def greedy(engine, prompts, **settings):
-    return [[s.ids for s in samples] for samples in
-            engine.generate(prompts, temperature=0, max_new_tokens=N_TOKENS, **settings)]
+    return [
+        [s.ids for s in samples]
+        for samples in engine.generate(prompts, temperature=0, max_new_tokens=N_TOKENS, **settings)
+    ]
 
 
 def test_logits_equal_transformers(model, reference, prompts):

@@ -16,9 +16,18 @@ def test_values_of_a_profile():
     assert leaves("likes tea") == ["likes tea"]
 
 
-@pytest.mark.parametrize("answer, share", [
-    ("", 0), ("Eat VEGAN, dear Ada-Novak.", 2 / 5), ("Drink tea that is green.", 0), ("Drink green tea!", 1 / 5),
-    ("Not veganism, nor 411.", 0), ("我住在北京，四十一岁", 1 / 5), ("北 and 京 apart, 41", 1 / 5)])
+@pytest.mark.parametrize(
+    "answer, share",
+    [
+        ("", 0),
+        ("Eat VEGAN, dear Ada-Novak.", 2 / 5),
+        ("Drink tea that is green.", 0),
+        ("Drink green tea!", 1 / 5),
+        ("Not veganism, nor 411.", 0),
+        ("我住在北京，四十一岁", 1 / 5),
+        ("北 and 京 apart, 41", 1 / 5),
+    ],
+)
 def test_recitation(answer, share):
     assert recited(PERSONA, answer) == pytest.approx(share)
     assert recited({}, answer) == 0
@@ -38,13 +47,29 @@ def test_kept_and_inserted_tokens():
 
 def test_ledger_of_edits():
     """Two edits: 1 7 | 2 of original 1 2, and 4 of original 3: kept are the tokens 1 and 2."""
-    edits = [SimpleNamespace(parent=SimpleNamespace(response_ids=before), response_ids=after)
-             for before, after in (([1, 2], [1, 7, 2]), ([3], [4]))]
-    ratio, weight, advantages = (torch.tensor(x) for x in ([1.0, 0.1, 0.5, 3.0], [1.0, 0.1, 0.0, 0.0], [2.0, 2.0, 2.0, -1.0]))
+    edits = [
+        SimpleNamespace(parent=SimpleNamespace(response_ids=before), response_ids=after)
+        for before, after in (([1, 2], [1, 7, 2]), ([3], [4]))
+    ]
+    ratio, weight, advantages = (
+        torch.tensor(x) for x in ([1.0, 0.1, 0.5, 3.0], [1.0, 0.1, 0.0, 0.0], [2.0, 2.0, 2.0, -1.0])
+    )
     stats = Stats()
     describe_edits(edits, ratio, weight, advantages, SimpleNamespace(eps_low=0.2, eps_high=0.2), stats)
     found = stats.means(start("fp32"))
-    want = {"edit/kept": 2 / 4, "edit/kept_ratio": 0.75, "edit/inserted_ratio": 1.55, "edit/kept_clipfrac": 1 / 2,
-            "edit/inserted_clipfrac": 1 / 2, "edit/kept_mass": 2 / 4, "edit/inserted_mass": 0.2 / 4, "edit/ratio": 4.6 / 4,
-            "edit/ratio_low": 2 / 4, "edit/ratio_high": 1 / 4, "edit/weight": 1.1 / 4, "edit/clipfrac": 2 / 4, "edit/ratio_max": 3.0}
+    want = {
+        "edit/kept": 2 / 4,
+        "edit/kept_ratio": 0.75,
+        "edit/inserted_ratio": 1.55,
+        "edit/kept_clipfrac": 1 / 2,
+        "edit/inserted_clipfrac": 1 / 2,
+        "edit/kept_mass": 2 / 4,
+        "edit/inserted_mass": 0.2 / 4,
+        "edit/ratio": 4.6 / 4,
+        "edit/ratio_low": 2 / 4,
+        "edit/ratio_high": 1 / 4,
+        "edit/weight": 1.1 / 4,
+        "edit/clipfrac": 2 / 4,
+        "edit/ratio_max": 3.0,
+    }
     assert found == {name: pytest.approx(value) for name, value in want.items()}

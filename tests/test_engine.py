@@ -48,11 +48,11 @@ def check_blocks(engine):
 def test_an_edit_and_a_judgement_find_what_is_there(model):
     engine = Engine(model, [], 200)
     prompt = tokens(40)
-    (first,), = engine.generate([prompt], max_new_tokens=25)
+    ((first,),) = engine.generate([prompt], max_new_tokens=25)
     assert (engine.computed_tokens, engine.reused_tokens) == (40, 0)
     # 64 of the prompt's and the answer's 65 tokens have keys and values: four full blocks
     edit = prompt + first.ids + tokens(10, seed=1)
-    (found,), = engine.generate([edit], **SETTINGS)
+    ((found,),) = engine.generate([edit], **SETTINGS)
     assert (engine.computed_tokens, engine.reused_tokens) == (40 + 75 - 64, 64)
     assert found.ids == Engine(model, [], 200).generate([edit], **SETTINGS)[0][0].ids
     # the same prompt again: all of it is known, but its last token has to be computed for the logits
@@ -114,8 +114,9 @@ def test_preempted_samples_go_on_as_if_nothing_had_happened(model, temperature):
 
 def test_what_can_never_fit_is_refused_with_its_numbers(model):
     engine = Engine(model, [], 200, kv_tokens=64)
-    with pytest.raises(ValueError, match="60 tokens and a response of up to 20 need 5 blocks of 16 tokens; the whole cache "
-                                         "has 4"):
+    with pytest.raises(
+        ValueError, match="60 tokens and a response of up to 20 need 5 blocks of 16 tokens; the whole cache has 4"
+    ):
         engine.submit(tokens(60), max_new_tokens=20)
     assert not engine.busy
     # what fits alone but not with its siblings is sampled one after the other
@@ -129,7 +130,7 @@ def test_new_weights_forget_the_old_cache(model):
     engine, prompt = Engine(random_model(tiny_config(tie_word_embeddings=False), std=0.3), [], 200), tokens(50)
     engine.generate([prompt], **SETTINGS)
     engine.refresh(other)
-    (found,), = engine.generate([prompt], temperature=0, **SETTINGS)
+    ((found,),) = engine.generate([prompt], temperature=0, **SETTINGS)
     assert engine.reused_tokens == 0
     assert found.ids == Engine(other, [], 200).generate([prompt], temperature=0, **SETTINGS)[0][0].ids
 
@@ -142,7 +143,11 @@ def test_packed_linear(n_rows, bias):
     found = packed_linear.packed_linear(x, weight, packed_linear.pack(weight), b if bias else None)
     # sums of 512 products in another order: values of about 20, up to 100, and some hundred roundings of 1e-6
     torch.testing.assert_close(found, packed_linear.reference(x, weight, b if bias else None), atol=1e-3, rtol=0)
-    assert found.is_contiguous() and packed_linear.pack(weight[:64]) is None and packed_linear.pack(weight.bfloat16()) is None
+    assert (
+        found.is_contiguous()
+        and packed_linear.pack(weight[:64]) is None
+        and packed_linear.pack(weight.bfloat16()) is None
+    )
 
 
 def test_packed_weights_change_nothing_but_rounding(model, monkeypatch):
@@ -171,8 +176,16 @@ def test_a_thousand_requests_in_a_tiny_pool(model):
     for key in range(1000):
         prompt = rng.choice(beginnings) + tokens(rng.randint(1, 30), seed=rng.randrange(200))
         n = rng.choice((1, 1, 1, 2, 4))
-        requests[key] = prompt, dict(n=n, seeds=[rng.getrandbits(60) for _ in range(n)], top_p=rng.choice((1.0, 0.9)),
-                                     max_new_tokens=rng.randint(1, 24), temperature=rng.choice((0.0, 0.8, 1.0)))
+        requests[key] = (
+            prompt,
+            dict(
+                n=n,
+                seeds=[rng.getrandbits(60) for _ in range(n)],
+                top_p=rng.choice((1.0, 0.9)),
+                max_new_tokens=rng.randint(1, 24),
+                temperature=rng.choice((0.0, 0.8, 1.0)),
+            ),
+        )
     plain, expected = Engine(model, stop_ids, 128, max_batch=64), {}
     for key, (prompt, settings) in requests.items():
         plain.submit(prompt, key, **settings)
@@ -195,7 +208,9 @@ def test_a_thousand_requests_in_a_tiny_pool(model):
         if rng.random() < 0.05:
             check_blocks(engine)
     check_blocks(engine)
-    assert len(engine.blocks.free) == 20 and engine.preemptions > 10 and engine.reused_tokens > 1000 and len(cancelled) > 5
+    assert (
+        len(engine.blocks.free) == 20 and engine.preemptions > 10 and engine.reused_tokens > 1000 and len(cancelled) > 5
+    )
     for at, sample in expected.items():
         if at[0] not in cancelled or at in found:
             assert (found[at].ids, found[at].finish_reason) == (sample.ids, sample.finish_reason), at
@@ -247,7 +262,9 @@ def test_blocks_are_known_by_all_that_precedes_them():
     blocks.learn(one, a)
     blocks.learn(two[:16] + one[16:], b)
     assert blocks.match(one) == a and blocks.match(two[:16] + one[16:]) == b
-    assert blocks.match(one[:16] + two[16:]) == a[:1] and blocks.match(one[16:]) == [] and blocks.match(one[:31]) == a[:1]
+    assert (
+        blocks.match(one[:16] + two[16:]) == a[:1] and blocks.match(one[16:]) == [] and blocks.match(one[:31]) == a[:1]
+    )
     blocks.release(a)
     assert blocks.match(one) == a  # free, but still there
     blocks.take(5)  # 9 blocks less b: takes those that never held anything

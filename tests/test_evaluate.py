@@ -9,18 +9,18 @@ import signal
 import time
 from collections import Counter
 
-import evaluate
-import journal
 import numpy as np
 import pytest
-import tables
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judges import pair_server, server  # noqa: F401  fixtures
+from test_judges import pair_server, server  # noqa: F401
 from test_serve import Running
 from test_winrate import annotations as made_annotations
 from test_winrate import gamed_file
 
+import evaluate
+import journal
+import tables
 from data import persona_world
 from model import load_config, save_pretrained
 
@@ -80,8 +80,13 @@ def test_share_won_by_hand():
 
 def test_position_bias_by_hand():
     # P(model) by order: the first place gets 0.3 and 0.9, then 0.4 and 0.6; the same answer wins only in the second
-    shown = [{"baseline_first": 0.7, "model_first": 0.9}, {"baseline_first": 0.6, "model_first": 0.4}, None,
-             {"baseline_first": 0.1, "model_first": None}, {"model_first": 0.8}]
+    shown = [
+        {"baseline_first": 0.7, "model_first": 0.9},
+        {"baseline_first": 0.6, "model_first": 0.4},
+        None,
+        {"baseline_first": 0.1, "model_first": None},
+        {"model_first": 0.8},
+    ]
     bias = tables.position_bias(shown, seed=0)
     assert bias["first_place"] == pytest.approx(((0.3 + 0.9) / 2 + (0.4 + 0.4) / 2) / 2)
     assert bias["rows"] == 2 and bias["agree"] == 0.5
@@ -92,11 +97,23 @@ def test_position_bias_by_hand():
 
 
 def test_two_files_and_the_exact_judge(world, tmp_path, capsys):
-    flags = ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--baseline-answers",
-             world / "bad.jsonl", "--judge", "world", "--out", tmp_path]
+    flags = [
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        world / "good.jsonl",
+        "--baseline-answers",
+        world / "bad.jsonl",
+        "--judge",
+        "world",
+        "--out",
+        tmp_path,
+    ]
     results, answers, verdicts = run(*flags)
-    judged = {side: [persona_world.judge(r["persona"], r["question"], r["answer"]) for r in rows]
-              for side, rows in answers.items()}
+    judged = {
+        side: [persona_world.judge(r["persona"], r["question"], r["answer"]) for r in rows]
+        for side, rows in answers.items()
+    }
     for side in ("model", "baseline"):
         for name in evaluate.DIMENSIONS:
             mean = sum(getattr(j, name) for j in judged[side]) / 6
@@ -118,17 +135,39 @@ def test_two_files_and_the_exact_judge(world, tmp_path, capsys):
 
 def test_recitals_are_counted(world, tmp_path):
     prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
-    recital = [p | {"answer": " ".join(f"Your {k} is {p['persona'][k]}." for k in list(persona_world.ATTRIBUTES))}
-               for p in prompts[:2]] + [p | {"answer": "Set the table."} for p in prompts[2:]]
-    results, _, _ = run("--prompts", world / "prompts.jsonl", "--answers", write(tmp_path / "recital.jsonl", recital),
-                        "--baseline-answers", world / "bad.jsonl", "--judge", "world", "--out", tmp_path / "out")
+    recital = [
+        p | {"answer": " ".join(f"Your {k} is {p['persona'][k]}." for k in list(persona_world.ATTRIBUTES))}
+        for p in prompts[:2]
+    ] + [p | {"answer": "Set the table."} for p in prompts[2:]]
+    results, _, _ = run(
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        write(tmp_path / "recital.jsonl", recital),
+        "--baseline-answers",
+        world / "bad.jsonl",
+        "--judge",
+        "world",
+        "--out",
+        tmp_path / "out",
+    )
     assert results["model"]["recites_profile"]["mean"] == pytest.approx(2 / 6)
 
 
 def test_equal_answers_tie(world, tmp_path):
     good = world / "good.jsonl"
-    results, _, _ = run("--prompts", world / "prompts.jsonl", "--answers", good, "--baseline-answers", good,
-                        "--judge", "world", "--out", tmp_path)
+    results, _, _ = run(
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        good,
+        "--baseline-answers",
+        good,
+        "--judge",
+        "world",
+        "--out",
+        tmp_path,
+    )
     assert results["win_rate"]["ties"] == 6 and results["win_rate"]["win_rate"] == 0.5
 
 
@@ -137,9 +176,23 @@ def test_a_grm_prefers_what_it_was_taught(tiny, tiny_grm, tmp_path):
     pairs = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
     good = write(tmp_path / "good.jsonl", [p | {"answer": p["chosen"], "n_tokens": 7} for p in pairs])
     results, answers, _ = run(
-        "--prompts", tiny / "prompts.jsonl", "--answers", good, "--baseline", "reference", "--n-prompts", 10,
-        "--judge", tiny_grm / "model", "--grm-template", tiny / "grm.txt", "--max-judgement-length", 64,
-        "--out", tmp_path / "out")
+        "--prompts",
+        tiny / "prompts.jsonl",
+        "--answers",
+        good,
+        "--baseline",
+        "reference",
+        "--n-prompts",
+        10,
+        "--judge",
+        tiny_grm / "model",
+        "--grm-template",
+        tiny / "grm.txt",
+        "--max-judgement-length",
+        64,
+        "--out",
+        tmp_path / "out",
+    )
     assert len(answers["baseline"]) == 10 and answers["baseline"][0]["answer"] == answers["baseline"][0]["reference"]
     assert results["win_rate"]["win_rate"] > 0.8
     assert results["model"]["n_tokens"]["mean"] == 7  # as the file says
@@ -159,9 +212,24 @@ def other(tiny, tmp_path_factory):
 
 
 def model_flags(tiny, other):
-    return ["--model", other, "--baseline", tiny / "checkpoint", "--prompts", tiny / "prompts.jsonl",
-            "--answer-template", tiny / "answer.txt", "--grm-template", tiny / "grm.txt", "--n-prompts", 7,
-            "--max-new-tokens", 12, "--max-judgement-length", 64]
+    return [
+        "--model",
+        other,
+        "--baseline",
+        tiny / "checkpoint",
+        "--prompts",
+        tiny / "prompts.jsonl",
+        "--answer-template",
+        tiny / "answer.txt",
+        "--grm-template",
+        tiny / "grm.txt",
+        "--n-prompts",
+        7,
+        "--max-new-tokens",
+        12,
+        "--max-judgement-length",
+        64,
+    ]
 
 
 def test_two_processes_write_what_one_writes(tiny, tiny_grm, other, tmp_path):
@@ -179,8 +247,20 @@ def test_two_processes_write_what_one_writes(tiny, tiny_grm, other, tmp_path):
 
 def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monkeypatch):
     shutil.copytree(other, tmp_path / "model")
-    flags = ["--prompts", world / "prompts.jsonl", "--model", tmp_path / "model", "--baseline", tiny / "checkpoint",
-             "--judge", "world", "--max-new-tokens", 12, "--out", tmp_path / "out"]
+    flags = [
+        "--prompts",
+        world / "prompts.jsonl",
+        "--model",
+        tmp_path / "model",
+        "--baseline",
+        tiny / "checkpoint",
+        "--judge",
+        "world",
+        "--max-new-tokens",
+        12,
+        "--out",
+        tmp_path / "out",
+    ]
     flags += ["--answer-template", tiny / "answer.txt"]
     run(*flags, "--n-prompts", 4)
     capsys.readouterr()
@@ -201,8 +281,9 @@ def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monke
     run(*flags, "--n-prompts", 6, "--temperature", 0.5)
     counts()
     vocab_size = load_config(str(other)).vocab_size  # other weights under the same name
-    save_pretrained(random_model(tiny_config(vocab_size=vocab_size), seed=8), str(tmp_path / "model"),
-                    str(tiny / "tokenizer"))
+    save_pretrained(
+        random_model(tiny_config(vocab_size=vocab_size), seed=8), str(tmp_path / "model"), str(tiny / "tokenizer")
+    )
     run(*flags, "--n-prompts", 6, "--temperature", 0.5)
     assert counts()[:2] == [6, 0]
 
@@ -212,8 +293,17 @@ def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monke
 
 def test_bad_answers(world, tmp_path, capsys):
     good = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
-    flags = ["--prompts", world / "prompts.jsonl", "--baseline-answers", world / "bad.jsonl", "--judge", "world",
-             "--out", tmp_path / "out", "--answers"]
+    flags = [
+        "--prompts",
+        world / "prompts.jsonl",
+        "--baseline-answers",
+        world / "bad.jsonl",
+        "--judge",
+        "world",
+        "--out",
+        tmp_path / "out",
+        "--answers",
+    ]
 
     def error(rows):
         return error_of(evaluate, capsys, *flags, write(tmp_path / "answers.jsonl", rows))
@@ -239,8 +329,20 @@ def test_bad_models_and_judges(tiny, world, tmp_path, capsys):
     error = error_of(evaluate, capsys, *flags, *model, "--judge", "world")  # the default length, 512 positions
     assert "--max-new-tokens 2048" in error and "over the 512 positions" in error
     prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
-    error = error_of(evaluate, capsys, "--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl",
-                     "--baseline", "reference", "--judge", "world", "--out", tmp_path / "out")
+    error = error_of(
+        evaluate,
+        capsys,
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        world / "good.jsonl",
+        "--baseline",
+        "reference",
+        "--judge",
+        "world",
+        "--out",
+        tmp_path / "out",
+    )
     assert f'prompt "{prompts[0]["prompt_id"]}" has no reference' in error
     assert not (tmp_path / "out").exists()
 
@@ -249,11 +351,23 @@ def test_bad_models_and_judges(tiny, world, tmp_path, capsys):
 
 
 def pair_flags(world, server, out):
-    return ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--baseline-answers",
-            world / "bad.jsonl", "--judge", server.url, "--out", out, "--bootstrap-draws", 20]
+    return [
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        world / "good.jsonl",
+        "--baseline-answers",
+        world / "bad.jsonl",
+        "--judge",
+        server.url,
+        "--out",
+        out,
+        "--bootstrap-draws",
+        20,
+    ]
 
 
-def test_pairs_in_both_orders(world, tmp_path, pair_server):  # noqa: F811
+def test_pairs_in_both_orders(world, tmp_path, pair_server):
     flags = pair_flags(world, pair_server, tmp_path)
     results, answers, verdicts = run(*flags)
     longer = [len(a["answer"]) > len(b["answer"]) for a, b in zip(answers["model"], answers["baseline"])]
@@ -275,17 +389,30 @@ def test_pairs_in_both_orders(world, tmp_path, pair_server):  # noqa: F811
     assert [list(row["shown"]) for row in one] == [["model_first" if s else "baseline_first"] for s in switched]
 
 
-def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):  # noqa: F811
+def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):
     good, bad = (list(map(json.loads, (world / f"{n}.jsonl").read_text().splitlines())) for n in ("good", "bad"))
     bad[0]["answer"] = good[0]["answer"]  # equal texts
     pair_server.faults = {
         (bad[1]["answer"], good[1]["answer"]): ["neither"],  # one of its two orders
-        (good[2]["answer"], bad[2]["answer"]): ["refusal"] * 3, (bad[2]["answer"], good[2]["answer"]): ["refusal"] * 3,
-        (bad[3]["answer"], good[3]["answer"]): [403]}
+        (good[2]["answer"], bad[2]["answer"]): ["refusal"] * 3,
+        (bad[2]["answer"], good[2]["answer"]): ["refusal"] * 3,
+        (bad[3]["answer"], good[3]["answer"]): [403],
+    }
     good[4]["truncated"] = True
-    flags = ["--prompts", world / "prompts.jsonl", "--answers", write(tmp_path / "good.jsonl", good[:5]),
-             "--baseline-answers", write(tmp_path / "bad.jsonl", bad), "--judge", pair_server.url, "--out",
-             tmp_path / "out", "--bootstrap-draws", 20]
+    flags = [
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        write(tmp_path / "good.jsonl", good[:5]),
+        "--baseline-answers",
+        write(tmp_path / "bad.jsonl", bad),
+        "--judge",
+        pair_server.url,
+        "--out",
+        tmp_path / "out",
+        "--bootstrap-draws",
+        20,
+    ]
     results, _, _ = run(*flags)
     rows = json.loads((tmp_path / "out/annotations.json").read_text())
     assert [row["preference"] is None for row in rows] == [False, True, True, True, False, True]
@@ -308,7 +435,7 @@ def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):
     assert results["failures"] == {"unparsable": 1, "refused": 1, "no answer": 1}
 
 
-def test_killed_and_resumed_over_http(world, tmp_path, pair_server):  # noqa: F811
+def test_killed_and_resumed_over_http(world, tmp_path, pair_server):
     """SIGKILL in the middle of the verdicts: the rest is asked once, and the table is that of an uninterrupted run."""
     rng = random.Random(1)
     prompts = list(persona_world.prompt_rows(rng, "eval", 30))
@@ -352,9 +479,9 @@ def test_the_journal(tmp_path):
     book = journal.Journal(str(tmp_path), "verdicts", 0)
     with book.writing():
         book.append({"made_by": "a", "text": "é\n"})
-        with pytest.raises(ValueError, match="another run is writing it"):
-            with journal.Journal(str(tmp_path), "verdicts", 0).writing():
-                pass
+        second = journal.Journal(str(tmp_path), "verdicts", 0)
+        with pytest.raises(ValueError, match="another run is writing it"), second.writing():
+            pass
         with journal.Journal(str(tmp_path), "verdicts", 1).writing():  # another rank has its own file
             pass
     with open(book.path, "ab") as f:
@@ -369,10 +496,13 @@ def test_the_journal(tmp_path):
         book.rows()
 
 
-def test_stages_one_by_one(world, tmp_path, pair_server):  # noqa: F811
+def test_stages_one_by_one(world, tmp_path, pair_server):
     flags = pair_flags(world, pair_server, tmp_path / "stages")
-    for stage, made, asked in (("answers", "answers_model.jsonl", 0), ("verdicts", "verdicts.jsonl", 12),
-                               ("table", "results.json", 12)):
+    for stage, made, asked in (
+        ("answers", "answers_model.jsonl", 0),
+        ("verdicts", "verdicts.jsonl", 12),
+        ("table", "results.json", 12),
+    ):
         assert not (tmp_path / "stages" / made).exists()
         evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, "--stage", stage]]))
         assert (tmp_path / "stages" / made).exists()
@@ -385,29 +515,67 @@ def test_answers_of_a_server(tiny, tmp_path):
     """Our own server: its answers at temperature 0 are those of its model in this process."""
     running = Running(str(tiny / "checkpoint"))
     vocab_size = load_config(str(tiny / "checkpoint")).vocab_size
-    save_pretrained(random_model(tiny_config(vocab_size=vocab_size), scalar_head=True), str(tmp_path / "bt"),
-                    str(tiny / "tokenizer"))
+    save_pretrained(
+        random_model(tiny_config(vocab_size=vocab_size), scalar_head=True),
+        str(tmp_path / "bt"),
+        str(tiny / "tokenizer"),
+    )
     results, answers, _ = run(
-        "--prompts", tiny / "prompts.jsonl", "--model", f"http://127.0.0.1:{running.port}", "--baseline",
-        tiny / "checkpoint", "--answer-template", tiny / "answer.txt", "--n-prompts", 5, "--max-new-tokens", 12,
-        "--temperature", 0, "--judge", f"bt:{tmp_path / 'bt'}", "--out", tmp_path / "out")
+        "--prompts",
+        tiny / "prompts.jsonl",
+        "--model",
+        f"http://127.0.0.1:{running.port}",
+        "--baseline",
+        tiny / "checkpoint",
+        "--answer-template",
+        tiny / "answer.txt",
+        "--n-prompts",
+        5,
+        "--max-new-tokens",
+        12,
+        "--temperature",
+        0,
+        "--judge",
+        f"bt:{tmp_path / 'bt'}",
+        "--out",
+        tmp_path / "out",
+    )
     assert [a["answer"] for a in answers["model"]] == [a["answer"] for a in answers["baseline"]]
     assert len(answers["model"]) == 5 and results["win_rate"]["ties"] == 5
     running.server.should_exit = True
     running.thread.join(10)
 
 
-def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):  # noqa: F811
+def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):
     """Each prompt gets its answer, whatever happens on the way; one that is refused for good is listed and not kept."""
     prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     for i, prompt in enumerate(prompts):
         prompt["question"] = f"never {i}" if i == 5 else f"question {i}"
-    server.faults = {"question 0": [429, 500], "question 1": ["drop"], "question 2": ["garbage"],
-                     "question 3": ["empty", "garbage"], "question 4": ["cut"], "never 5": [400]}
+    server.faults = {
+        "question 0": [429, 500],
+        "question 1": ["drop"],
+        "question 2": ["garbage"],
+        "question 3": ["empty", "garbage"],
+        "question 4": ["cut"],
+        "never 5": [400],
+    }
     (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
-    flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--model", server.url, "--baseline-answers",
-             write(tmp_path / "base.jsonl", [p | {"answer": "x"} for p in prompts]), "--answer-template",
-             tmp_path / "answer.txt", "--judge", "world", "--stage", "answers", "--out", tmp_path / "out"]
+    flags = [
+        "--prompts",
+        write(tmp_path / "prompts.jsonl", prompts),
+        "--model",
+        server.url,
+        "--baseline-answers",
+        write(tmp_path / "base.jsonl", [p | {"answer": "x"} for p in prompts]),
+        "--answer-template",
+        tmp_path / "answer.txt",
+        "--judge",
+        "world",
+        "--stage",
+        "answers",
+        "--out",
+        tmp_path / "out",
+    ]
     for _ in range(2):
         evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
         answers = [json.loads(line) for line in (tmp_path / "out/answers_model.jsonl").read_text().splitlines()]
@@ -429,8 +597,18 @@ def test_alpaca_eval_outputs(world, tmp_path):
         if questions.count(r["question"]) == 1:
             output["instruction"] = r["question"]
     (tmp_path / "outputs.json").write_text(json.dumps(outputs[::-1][:-1]))  # another order, one missing
-    results, answers, _ = run("--prompts", world / "prompts.jsonl", "--answers", tmp_path / "outputs.json",
-                              "--baseline-answers", world / "bad.jsonl", "--judge", "world", "--out", tmp_path / "out")
+    results, answers, _ = run(
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        tmp_path / "outputs.json",
+        "--baseline-answers",
+        world / "bad.jsonl",
+        "--judge",
+        "world",
+        "--out",
+        tmp_path / "out",
+    )
     assert [a["answer"] for a in answers["model"]] == [r["answer"] for r in good[1:]]
     assert results["generators"]["model"] == "Good-7B" and results["missing"]["model"] == [good[0]["prompt_id"]]
 
@@ -441,13 +619,24 @@ def test_alpaca_eval_outputs(world, tmp_path):
 def test_annotations_to_tables(tmp_path, capsys):
     """No model: leaderboard in AlpacaEval's columns, paired test, kappa, plots."""
     first = [r | {"output_1": "b" * len(r["output_1"])} for r in made_annotations("mixed", 340)]
-    second = [r | {"generator_2": "other", "output_2": "o",
-                   "preference": r["preference"] and max(1, r["preference"] - 0.3)} for r in first]
+    second = [
+        r | {"generator_2": "other", "output_2": "o", "preference": r["preference"] and max(1, r["preference"] - 0.3)}
+        for r in first
+    ]
     people = [r | {"annotator": "people", "preference": r["preference"] and round(r["preference"])} for r in first[::2]]
     for name, rows in (("a", first), ("b", second), ("people", people)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    flags = ["--annotations", tmp_path / "a.json", tmp_path / "b.json", "--labels", tmp_path / "people.json", "--out",
-             tmp_path / "out", "--bootstrap-draws", 50]
+    flags = [
+        "--annotations",
+        tmp_path / "a.json",
+        tmp_path / "b.json",
+        "--labels",
+        tmp_path / "people.json",
+        "--out",
+        tmp_path / "out",
+        "--bootstrap-draws",
+        50,
+    ]
     evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
     results = json.loads((tmp_path / "out/results.json").read_text())
     with open(tmp_path / "out/leaderboard.csv") as f:
@@ -508,12 +697,27 @@ def test_bad_annotations(tmp_path, capsys):
 def test_accuracy_by_hand():
     found = evaluate.accuracy(np.array([1, 1, 0.5, 0, np.nan]), seed=0)
     assert (found["accuracy"], found["ties_half"], found["ties"], found["n"], found["without_verdict"]) == (
-        0.5, 0.625, 1, 4, 1)
-    pairs = [dict(chosen="a" * n, rejected="bb", kind=kind, tier=tier, user_id=u) for n, kind, tier, u in (
-        (3, "general", "easy", 1), (1, "general", "easy", 1), (2, "general", "hard", 2), (3, "specific", "mid", 3))]
+        0.5,
+        0.625,
+        1,
+        4,
+        1,
+    )
+    pairs = [
+        dict(chosen="a" * n, rejected="bb", kind=kind, tier=tier, user_id=u)
+        for n, kind, tier, u in (
+            (3, "general", "easy", 1),
+            (1, "general", "easy", 1),
+            (2, "general", "hard", 2),
+            (3, "specific", "mid", 3),
+        )
+    ]
     found = evaluate.accuracy_by_tier(pairs, np.array([1, 1, 0, 0.5]), seed=0)
     assert {k: (v["accuracy"], v["longer_answer"]) for k, v in found["groups"].items()} == {
-        "general easy": (1, 0.5), "general hard": (0, 0.5), "specific mid": (0, 1)}
+        "general easy": (1, 0.5),
+        "general hard": (0, 0.5),
+        "specific mid": (0, 1),
+    }
     general = found["kinds"]["general"]
     assert general["accuracy"] == pytest.approx(2 / 3) and general["mean_of_tiers"] == 0.5  # by rows, by tiers
     assert found["total"]["accuracy"] == 0.5 and found["total"]["mean_of_tiers"] == pytest.approx(1 / 3)
@@ -530,11 +734,26 @@ def world_pairs(folder):
 
 def test_reward_accuracy_of_a_judge_that_scores(tmp_path, capsys):
     file, pairs = world_pairs(tmp_path)
-    evaluate.main(tyro.cli(evaluate.Args, args=["--task", "reward-accuracy", "--prompts", str(file), "--judge", "world",
-                                                "--out", str(tmp_path / "out")]))
+    evaluate.main(
+        tyro.cli(
+            evaluate.Args,
+            args=[
+                "--task",
+                "reward-accuracy",
+                "--prompts",
+                str(file),
+                "--judge",
+                "world",
+                "--out",
+                str(tmp_path / "out"),
+            ],
+        )
+    )
     results = json.loads((tmp_path / "out/results.json").read_text())
-    scores = [[persona_world.judge(p["persona"], p["question"], p[side]).score() for side in ("chosen", "rejected")]
-              for p in pairs]
+    scores = [
+        [persona_world.judge(p["persona"], p["question"], p[side]).score() for side in ("chosen", "rejected")]
+        for p in pairs
+    ]
     assert results["total"]["accuracy"] == pytest.approx(np.mean([a > b for a, b in scores]))
     assert results["total"]["ties"] == sum(a == b for a, b in scores) >= 1
     assert set(results["groups"]) == {f"{k} {t}" for k in ("general", "specific") for t in ("easy", "mid", "hard")}
@@ -542,11 +761,24 @@ def test_reward_accuracy_of_a_judge_that_scores(tmp_path, capsys):
     assert "| longer answer % |" in capsys.readouterr().out
 
 
-def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):  # noqa: F811
+def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):
     file, pairs = world_pairs(tmp_path)
     pair_server.faults = {(pairs[0]["chosen"], pairs[0]["rejected"]): ["neither"]}
-    evaluate.main(tyro.cli(evaluate.Args, args=["--task", "reward-accuracy", "--prompts", str(file), "--judge",
-                                                pair_server.url, "--out", str(tmp_path / "out")]))
+    evaluate.main(
+        tyro.cli(
+            evaluate.Args,
+            args=[
+                "--task",
+                "reward-accuracy",
+                "--prompts",
+                str(file),
+                "--judge",
+                pair_server.url,
+                "--out",
+                str(tmp_path / "out"),
+            ],
+        )
+    )
     results = json.loads((tmp_path / "out/results.json").read_text())
     longer = [evaluate.longer_wins(p) for p in pairs[1:]]  # what this server goes by; of equal lengths: the second
     assert results["total"]["accuracy"] == pytest.approx(np.mean([x == 1 for x in longer]))
@@ -559,8 +791,18 @@ def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):  # noq
 
 
 def test_persona_swap(world, tmp_path, capsys):
-    flags = ["--task", "persona-swap", "--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl",
-             "--judge", "world", "--out", tmp_path]
+    flags = [
+        "--task",
+        "persona-swap",
+        "--prompts",
+        world / "prompts.jsonl",
+        "--answers",
+        world / "good.jsonl",
+        "--judge",
+        "world",
+        "--out",
+        tmp_path,
+    ]
     evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
     results = json.loads((tmp_path / "results.json").read_text())
     with open(tmp_path / "verdicts.jsonl") as f:
@@ -570,8 +812,10 @@ def test_persona_swap(world, tmp_path, capsys):
     for v in verdicts:
         row = good[v["prompt_id"]]
         assert v["persona"] != row["persona"]
-        own, other = (persona_world.judge(persona, row["question"], row["answer"]).score()
-                      for persona in (row["persona"], v["persona"]))
+        own, other = (
+            persona_world.judge(persona, row["question"], row["answer"]).score()
+            for persona in (row["persona"], v["persona"])
+        )
         assert (v["own"]["reward"], v["swapped"]["reward"]) == (own, other)
         gaps.append(own - other)
     assert results["difference"]["reward"]["difference"] == pytest.approx(np.mean(gaps)) and np.mean(gaps) > 0

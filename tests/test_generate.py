@@ -46,7 +46,9 @@ def fresh_logprobs(model, prompt, response, temperature):
     return table.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=4), dict(num_key_value_heads=1)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=4), dict(num_key_value_heads=1)]
+)
 def test_greedy_equals_transformers(changes, tiny, tmp_path):
     ours = random_model(tiny_config(**changes), std=0.3)  # wide enough for responses without repetition
     save_pretrained(ours, str(tmp_path), str(tiny / "tokenizer"))
@@ -77,14 +79,18 @@ def test_logprobs_equal_a_fresh_forward_pass(model, temperature, top_p):
 
 
 def test_greedy_logprobs_are_of_the_plain_softmax(model):
-    (found,), = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=8)
-    torch.testing.assert_close(torch.tensor(found.logprobs), fresh_logprobs(model, [5, 6], found.ids, 1.0), atol=1e-4, rtol=0)
+    ((found,),) = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=8)
+    torch.testing.assert_close(
+        torch.tensor(found.logprobs), fresh_logprobs(model, [5, 6], found.ids, 1.0), atol=1e-4, rtol=0
+    )
 
 
 def test_a_sample_depends_on_its_seed_alone(model):
     """Alone, in a full batch, in another order, joined late: the same ids."""
     requests = [(prompt, 1000 + 10 * i + k) for i, prompt in enumerate(RAGGED) for k in range(3)]
-    alone = [engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=12)[0][0].ids for prompt, seed in requests]
+    alone = [
+        engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=12)[0][0].ids for prompt, seed in requests
+    ]
     assert len({tuple(ids) for ids in alone}) == len(alone)  # seeds matter
     engine = engine_of(model, max_batch=7)
     for i in reversed(range(len(requests))):
@@ -111,16 +117,16 @@ def test_more_samples_than_places(model):
 
 def test_stop_ids_and_truncation(model):
     """A response ends before the first stop id, or is flagged at its limit: that of the request or of the engine."""
-    (free,), = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    ((free,),) = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=20)
     stop = free.ids[6]
     first = free.ids.index(stop)
-    (found,), = engine_of(model, stop_ids=[stop]).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    ((found,),) = engine_of(model, stop_ids=[stop]).generate([[5, 6]], temperature=0, max_new_tokens=20)
     assert (found.ids, found.stop_id, found.finish_reason) == (free.ids[:first], stop, "stop")
     assert len(found.logprobs) == first + 1
-    (full,), = engine_of(model, max_len=10).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    ((full,),) = engine_of(model, max_len=10).generate([[5, 6]], temperature=0, max_new_tokens=20)
     assert (full.ids, full.finish_reason) == (free.ids[:8], "length")
     # a response that stops at its very last token has stopped
-    (last,), = engine_of(model, stop_ids=[stop]).generate([[5, 6]], temperature=0, max_new_tokens=first + 1)
+    ((last,),) = engine_of(model, stop_ids=[stop]).generate([[5, 6]], temperature=0, max_new_tokens=first + 1)
     assert last.finish_reason == "stop"
 
 
@@ -140,7 +146,9 @@ def test_samples_are_distributed_as_the_softmax(model):
 
 def test_sample_takes_the_nucleus_of_each_row():
     probs = torch.tensor([0.1, 0.4, 0.2, 0.3]).repeat(600, 1)
-    top_p = torch.tensor([0.35, 0.6, 0.75, 1.0]).repeat(150)  # smallest sets with that mass: {1}, {1, 3}, {1, 2, 3}, all
+    top_p = torch.tensor([0.35, 0.6, 0.75, 1.0]).repeat(
+        150
+    )  # smallest sets with that mass: {1}, {1, 3}, {1, 2, 3}, all
     seeds = torch.arange(600)
     tokens, logprobs = sample(probs.log(), torch.ones(600), top_p, seeds, torch.zeros(600, dtype=torch.int64))
     drawn = [set(tokens[i::4].tolist()) for i in range(4)]
@@ -165,7 +173,9 @@ def test_top_logprobs(model):
     found = drain(engine)
     assert found["plain", 0].top_logprobs == []
     only = found["only", 0]
-    assert len(only.top_logprobs) == len(only.logprobs) and all([t for t, _ in top] == [8, 4] for top in only.top_logprobs)
+    assert len(only.top_logprobs) == len(only.logprobs) and all(
+        [t for t, _ in top] == [8, 4] for top in only.top_logprobs
+    )
     for i in range(2):  # the first 3, then those that were asked for by name
         for top, everything in zip(found["also", i].top_logprobs, found["top", i].top_logprobs, strict=True):
             expected = everything[:3] + [pair for token in (4, 8) for pair in everything[3:] if pair[0] == token]
@@ -226,12 +236,24 @@ def test_refresh_takes_new_weights(model):
 
 
 def test_file_in_file_out(tiny, tmp_path):
-    rows = [{"persona": {"name": "Mia"}, "question": "What about a trip?", "note": 1},
-            {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tea?"}]},
-            {"prompt_ids": [10, 11, 12]}]
+    rows = [
+        {"persona": {"name": "Mia"}, "question": "What about a trip?", "note": 1},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tea?"}]},
+        {"prompt_ids": [10, 11, 12]},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--model", tiny / "checkpoint", "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl",
-             "--answer-template", tiny / "answer.txt", "--max-new-tokens", 6]
+    flags = [
+        "--model",
+        tiny / "checkpoint",
+        "--input",
+        tmp_path / "rows.jsonl",
+        "--output",
+        tmp_path / "out.jsonl",
+        "--answer-template",
+        tiny / "answer.txt",
+        "--max-new-tokens",
+        6,
+    ]
     finish(launch("generate.py", *flags, "--n", 2, "--temperature", 0.7))
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in out] == [0, 1] * 3
@@ -246,14 +268,30 @@ def test_file_in_file_out(tiny, tmp_path):
         torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("line, problem", [
-    ('{"question": "Tea?"}', 'field "persona"'), ('{"text": "Tea?"}', 'expected "messages"'), ("[1]", "expected"),
-    ('{"prompt_ids": [1, 99999]}', 'field "prompt_ids"'), ('{"prompt_ids": []}', 'field "prompt_ids"'),
-    ('{"messages": []}', 'field "messages"'), (json.dumps({"prompt_ids": [1] * 512}), "512 tokens; expected 1 to 511")])
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ('{"question": "Tea?"}', 'field "persona"'),
+        ('{"text": "Tea?"}', 'expected "messages"'),
+        ("[1]", "expected"),
+        ('{"prompt_ids": [1, 99999]}', 'field "prompt_ids"'),
+        ('{"prompt_ids": []}', 'field "prompt_ids"'),
+        ('{"messages": []}', 'field "messages"'),
+        (json.dumps({"prompt_ids": [1] * 512}), "512 tokens; expected 1 to 511"),
+    ],
+)
 def test_bad_rows_are_named(line, problem, tiny, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt_ids": [10]}\n' + line + "\n")
-    message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--input", tmp_path / "rows.jsonl",
-                       "--output", tmp_path / "out.jsonl")
+    message = error_of(
+        generate,
+        capsys,
+        "--model",
+        tiny / "checkpoint",
+        "--input",
+        tmp_path / "rows.jsonl",
+        "--output",
+        tmp_path / "out.jsonl",
+    )
     assert "rows.jsonl:2" in message and problem in message
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -268,7 +306,7 @@ def chat_with(tiny, monkeypatch, capsys, typed, *flags):
 def reply_of(tiny, prompt_ids):
     chat = Chat(str(tiny / "checkpoint"))
     model = load_pretrained(str(tiny / "checkpoint"), torch.float32, "cpu")
-    (found,), = Engine(model, chat.stop_ids, 512).generate([prompt_ids], temperature=0, max_new_tokens=5)
+    ((found,),) = Engine(model, chat.stop_ids, 512).generate([prompt_ids], temperature=0, max_new_tokens=5)
     return chat.decode(found.ids)
 
 
@@ -285,13 +323,22 @@ def test_chat_keeps_the_conversation(tiny, monkeypatch, capsys):
 
 def test_chat_with_a_person(tiny, monkeypatch, capsys):
     from prompts import answer_prompt, load_templates
+
     chat, templates = Chat(str(tiny / "checkpoint")), load_templates(answer_template=str(tiny / "answer.txt"))
     persona = {"name": "Mia", "likes": ["tea"]}
     expected = reply_of(tiny, answer_prompt(chat, templates, {"persona": persona, "question": "What about a trip?"}))
     for given in (json.dumps(persona), str(tiny / "persona.json")):
         (tiny / "persona.json").write_text(json.dumps(persona))
-        out = chat_with(tiny, monkeypatch, capsys, "What about a trip?\n", "--persona", given,
-                        "--answer-template", tiny / "answer.txt")
+        out = chat_with(
+            tiny,
+            monkeypatch,
+            capsys,
+            "What about a trip?\n",
+            "--persona",
+            given,
+            "--answer-template",
+            tiny / "answer.txt",
+        )
         assert expected in out
     message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", "Mia")
     assert "--persona" in message and "neither a file nor JSON" in message

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from kernels import dense_attention as dense  # noqa: E402
-from kernels import paged_attention as paged  # noqa: E402
-from kernels import rmsnorm, rope_kv, sampling, swiglu  # noqa: E402
-from kernels.rope_kv import apply_rope  # noqa: E402
+from kernels import dense_attention as dense
+from kernels import paged_attention as paged
+from kernels import rmsnorm, rope_kv, sampling, swiglu
+from kernels.rope_kv import apply_rope
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -116,10 +116,12 @@ def test_triton_paged_attention_has_a_bounded_number_of_splits(monkeypatch):
 
 def test_paged_attention_refuses_what_it_cannot_read():
     (q, k_cache, v_cache, block_table, lengths), _ = paged_case([3], 2, 32, torch.float32)
-    for changed in ((q.bfloat16(), k_cache, v_cache, block_table, lengths),
-                    (q, k_cache, v_cache, block_table.long(), lengths),
-                    (q[:, :3], k_cache, v_cache, block_table, lengths),
-                    (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), block_table, lengths)):
+    for changed in (
+        (q.bfloat16(), k_cache, v_cache, block_table, lengths),
+        (q, k_cache, v_cache, block_table.long(), lengths),
+        (q[:, :3], k_cache, v_cache, block_table, lengths),
+        (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), block_table, lengths),
+    ):
         with pytest.raises(AssertionError):
             paged.paged_attention(*changed)
 
@@ -188,8 +190,9 @@ def rope_case(rope, n_tokens, heads, n_kv, dim, dtype):
     assert torch.equal(caches[1], want[1]) and torch.equal(qkv, before)
 
 
-ROPE_SHAPES = pytest.mark.parametrize("n_tokens, heads, n_kv, dim",
-                                      [(1, 14, 2, 64), (3, 4, 4, 32), (257, 6, 3, 24), (9, 7, 1, 128)])
+ROPE_SHAPES = pytest.mark.parametrize(
+    "n_tokens, heads, n_kv, dim", [(1, 14, 2, 64), (3, 4, 4, 32), (257, 6, 3, 24), (9, 7, 1, 128)]
+)
 
 
 @dtypes
@@ -390,8 +393,14 @@ def draw(probs, n, temperature=1.0, top_p=1.0):
 
 def test_nucleus_by_hand():
     probs = [0.15, 0.5, 0.05, 0.3]
-    for top_p, kept in ((0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (0.94, {0, 1, 3}),
-                        (0.96, {0, 1, 2, 3})):
+    for top_p, kept in (
+        (0.49, {1}),
+        (0.51, {1, 3}),
+        (0.79, {1, 3}),
+        (0.81, {0, 1, 3}),
+        (0.94, {0, 1, 3}),
+        (0.96, {0, 1, 2, 3}),
+    ):
         tokens, logprobs = draw(probs, 400, top_p=top_p)
         assert set(tokens.tolist()) == kept, top_p
         # of the full softmax, not renormalised over the nucleus

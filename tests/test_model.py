@@ -128,7 +128,8 @@ def test_refuses_missing_superfluous_and_misshapen_tensors(tmp_path):
 
 
 def test_config_reads_both_generations_of_rope_fields():
-    raw = dict(model_type="qwen2", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-               num_attention_heads=2)
+    raw = dict(
+        model_type="qwen2", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     assert Config.from_dict({**raw, "rope_theta": 1e6}).rope_theta == 1e6
     assert Config.from_dict({**raw, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5

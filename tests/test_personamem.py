@@ -2,26 +2,39 @@
 
 import json
 
-import evaluate
 import numpy as np
-import personamem
 import pytest
 import torch
 import tyro
 from conftest import error_of, random_model, tiny_config
 
+import evaluate
+import personamem
 from model import Packed
 from prompts import Chat
 
 
-@pytest.mark.parametrize("reply, right", [
-    ("I think so. <final_answer>(b)", 1), ("<final_answer> b", 1), ("<final_answer>(B)</final_answer>", 1),
-    ("Either (a) or (b). <final_answer>(b)", 1),  # what stands before the mark does not matter
-    ("<final_answer>(a)", 0), ("<final_answer>(a) or (b)", 0), ("(b) suits you best.", 1), ("(a) and (b)", 0),
-    ("<final_answer> a good idea; so (b)", 1), ("The answer is b.", 1), ("I'd say b", 1),
-    ("It is a reply of a friend.", None), ("", None), ("<final_answer>", None), ("Vitamin (e)", None),
-    ("(a) <final_answer> (a) no, (b)", 0),
-])
+@pytest.mark.parametrize(
+    "reply, right",
+    [
+        ("I think so. <final_answer>(b)", 1),
+        ("<final_answer> b", 1),
+        ("<final_answer>(B)</final_answer>", 1),
+        ("Either (a) or (b). <final_answer>(b)", 1),  # what stands before the mark does not matter
+        ("<final_answer>(a)", 0),
+        ("<final_answer>(a) or (b)", 0),
+        ("(b) suits you best.", 1),
+        ("(a) and (b)", 0),
+        ("<final_answer> a good idea; so (b)", 1),
+        ("The answer is b.", 1),
+        ("I'd say b", 1),
+        ("It is a reply of a friend.", None),
+        ("", None),
+        ("<final_answer>", None),
+        ("Vitamin (e)", None),
+        ("(a) <final_answer> (a) no, (b)", 0),
+    ],
+)
 def test_the_letter_of_a_reply(reply, right):
     assert personamem.is_right(reply, "b") == right
 
@@ -40,19 +53,45 @@ def test_option_logprobs_are_those_of_each_sequence_alone():
 
 @pytest.fixture
 def questions(tmp_path):
-    context = [{"role": "system", "content": "Kim likes tea."}, {"role": "user", "content": "Hi"},
-               {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "A secret of later."}]
-    rows = [dict(prompt_id=f"q{i}", persona="Kim likes tea.", question="What now?", context_id="c", end_index=3,
-                 question_type=("facts", "ideas")[i % 2], options=["Tea.", "Jazz and more.", "A trip.", "Go."],
-                 correct="abcd"[i % 4], version="v1 32k", user_id=str(i % 3)) for i in range(6)]
+    context = [
+        {"role": "system", "content": "Kim likes tea."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "A secret of later."},
+    ]
+    rows = [
+        dict(
+            prompt_id=f"q{i}",
+            persona="Kim likes tea.",
+            question="What now?",
+            context_id="c",
+            end_index=3,
+            question_type=("facts", "ideas")[i % 2],
+            options=["Tea.", "Jazz and more.", "A trip.", "Go."],
+            correct="abcd"[i % 4],
+            version="v1 32k",
+            user_id=str(i % 3),
+        )
+        for i in range(6)
+    ]
     (tmp_path / "pm_contexts.jsonl").write_text(json.dumps(dict(context_id="c", messages=context)) + "\n")
     (tmp_path / "pm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path, rows
 
 
 def flags(folder, tiny, out):
-    return ["--task", "personamem", "--prompts", folder / "pm.jsonl", "--model", tiny / "checkpoint",
-            "--max-new-tokens", 8, "--out", out]
+    return [
+        "--task",
+        "personamem",
+        "--prompts",
+        folder / "pm.jsonl",
+        "--model",
+        tiny / "checkpoint",
+        "--max-new-tokens",
+        8,
+        "--out",
+        out,
+    ]
 
 
 def test_a_run(questions, tiny, capsys):
@@ -72,7 +111,8 @@ def test_a_run(questions, tiny, capsys):
             assert results[measure][kind]["n"] == len(hits)
     chat = Chat(str(tiny / "checkpoint"))
     assert written[0]["likelihood"]["sums"][0] / len(chat.encode("Tea.")) == pytest.approx(
-        written[0]["likelihood"]["means"][0], abs=1e-5)
+        written[0]["likelihood"]["means"][0], abs=1e-5
+    )
     assert "| facts |" in capsys.readouterr().out
     evaluate.main(tyro.cli(evaluate.Args, args=args))
     assert "choices: 0 to make" in capsys.readouterr().out

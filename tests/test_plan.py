@@ -21,12 +21,33 @@ from model import GIB, Packed, save_pretrained
 
 QWEN = dict(model_type="qwen2", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768)
 SIZES = {  # the published config.json files of Qwen2.5-Instruct
-    "0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                 num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
-    "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-               num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
-    "14b": dict(vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48,
-                num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False),
+    "0.5b": dict(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    "14b": dict(
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -49,8 +70,9 @@ def test_recipes_pass_their_own_plan(size, tmp_path):
     shutil.copy(os.path.join(ROOT, "requirements.txt"), tmp_path / ".venv" / "installed.txt")
     model = config_folder(tmp_path / "model", size)
     environment = {**os.environ, "PLAN_ONLY": "1", "MODEL": str(model), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(["bash", tmp_path / "recipes" / f"qwen{size}.sh"], capture_output=True, text=True,
-                         cwd=tmp_path, env=environment)
+    run = subprocess.run(
+        ["bash", tmp_path / "recipes" / f"qwen{size}.sh"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert run.stdout.count("fits: yes") == 3 and not (tmp_path / "out").exists()
 
@@ -112,19 +134,48 @@ def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys):
     """SFT of 17 million parameters, two micro-batches of some 1,000 tokens: the process's memory within 15 %."""
     rng = random.Random(0)
     words = [f"w{i}" for i in range(200)]
-    rows = [{"messages": [{"role": "user", "content": "hi"},
-                          {"role": "assistant", "content": " ".join(rng.choices(words, k=180))}]} for _ in range(8)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": " ".join(rng.choices(words, k=180))},
+            ]
+        }
+        for _ in range(8)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = tiny_tokenizer(str(tmp_path / "tokenizer"), [" ".join(words)] + ["user assistant hi"] * 2)
-    config = tiny_config(vocab_size=max(8192, tokenizer.get_vocab_size()), hidden_size=384, intermediate_size=1536,
-                         num_hidden_layers=6, num_attention_heads=6, max_position_embeddings=4096)
+    config = tiny_config(
+        vocab_size=max(8192, tokenizer.get_vocab_size()),
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=4096,
+    )
     save_pretrained(random_model(config, std=0.02), str(tmp_path / "m"), str(tmp_path / "tokenizer"))
-    flags = [str(x) for x in ("--model", tmp_path / "m", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out",
-                              "--batch-size", 8, "--epochs", 3, "--tokens-per-microbatch", 2000)]
+    flags = [
+        str(x)
+        for x in (
+            "--model",
+            tmp_path / "m",
+            "--data",
+            tmp_path / "rows.jsonl",
+            "--out",
+            tmp_path / "out",
+            "--batch-size",
+            8,
+            "--epochs",
+            3,
+            "--tokens-per-microbatch",
+            2000,
+        )
+    ]
     # blocks of their own for all tensors: else the C library keeps freed ones, a third more than what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, f"{ROOT}/tests/peak_of.py", "sft.py", *flags], capture_output=True, text=True,
-                         env=environment)
+    run = subprocess.run(
+        [sys.executable, f"{ROOT}/tests/peak_of.py", "sft.py", *flags], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     measured = int(run.stdout.split()[-1])
     tokens = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["tokens"]

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from common import start
-from ppo_cpe import (Args, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits,
-                     value_loss)
+from ppo_cpe import Args, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits, value_loss
 
 P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), so r = 0.5
 
@@ -15,8 +14,13 @@ P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit
 def run_edit_loss(kind, p, q, advantage, **options):
     """-> loss, ratio, the reported weight, and the weight that the gradient shows: -(d loss / d log p) / A."""
     logp = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)
-    loss, ratio, weight = edit_loss(kind, logp, torch.tensor([math.log(q)], dtype=torch.float64),
-                                    torch.tensor([advantage], dtype=torch.float64), **options)
+    loss, ratio, weight = edit_loss(
+        kind,
+        logp,
+        torch.tensor([math.log(q)], dtype=torch.float64),
+        torch.tensor([advantage], dtype=torch.float64),
+        **options,
+    )
     loss.sum().backward()
     return loss.item(), ratio.item(), weight.item(), -logp.grad.item() / advantage
 
@@ -45,7 +49,9 @@ def test_edit_loss_by_hand(kind, p, q, advantage, options, expected_loss, expect
     assert from_gradient == pytest.approx(expected_weight, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind,cap", [("paper", None), ("unclipped", 10.0), ("tis", 2.0), ("luffy", None), ("none", None)])
+@pytest.mark.parametrize(
+    "kind,cap", [("paper", None), ("unclipped", 10.0), ("tis", 2.0), ("luffy", None), ("none", None)]
+)
 def test_edit_loss_stays_finite_on_outliers(kind, cap):
     logp = torch.tensor([-0.1, -200.0], requires_grad=True)
     loss, _, weight = edit_loss(kind, logp, torch.tensor([-200.0, -0.1]), torch.tensor([1.0, 1.0]), cap=cap)
@@ -108,8 +114,14 @@ def test_advantages_of_the_two_baselines():
 
 
 EDITS = [  # prompt, sample, reward, reward of its original
-    ("a", 0, 5.0, 4.9), ("a", 1, 4.0, 1.0), ("a", 2, 3.0, 2.0), ("a", 3, 2.0, 1.5),
-    ("b", 0, 1.0, -1.0), ("b", 1, 0.0, -4.0), ("b", 2, -1.0, -1.5), ("b", 3, -2.0, 0.0),
+    ("a", 0, 5.0, 4.9),
+    ("a", 1, 4.0, 1.0),
+    ("a", 2, 3.0, 2.0),
+    ("a", 3, 2.0, 1.5),
+    ("b", 0, 1.0, -1.0),
+    ("b", 1, 0.0, -4.0),
+    ("b", 2, -1.0, -1.5),
+    ("b", 3, -2.0, 0.0),
 ]
 
 

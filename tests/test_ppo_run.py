@@ -20,27 +20,82 @@ from prompts import Chat, Judgement, answer_prompt, fill, load_templates
 
 
 def flags_of(tiny, judge):
-    return ["--policy", tiny / "checkpoint", "--judge", judge, "--prompts", tiny / "prompts.jsonl",
-            "--answer-template", tiny / "answer.txt", "--edit-template", tiny / "edit.txt", "--grm-template",
-            tiny / "grm.txt", "--prompts-per-step", 4, "--mini-batch-prompts", 2, "--n-samples", 2,
-            "--max-response-length", 12, "--temperature", 1, "--top-p", 1, "--max-judgement-length", 64, "--lr", 1e-4, "--critic-lr", 1e-4,
-            "--tokens-per-microbatch", 300, "--save-every", 2]
+    return [
+        "--policy",
+        tiny / "checkpoint",
+        "--judge",
+        judge,
+        "--prompts",
+        tiny / "prompts.jsonl",
+        "--answer-template",
+        tiny / "answer.txt",
+        "--edit-template",
+        tiny / "edit.txt",
+        "--grm-template",
+        tiny / "grm.txt",
+        "--prompts-per-step",
+        4,
+        "--mini-batch-prompts",
+        2,
+        "--n-samples",
+        2,
+        "--max-response-length",
+        12,
+        "--temperature",
+        1,
+        "--top-p",
+        1,
+        "--max-judgement-length",
+        64,
+        "--lr",
+        1e-4,
+        "--critic-lr",
+        1e-4,
+        "--tokens-per-microbatch",
+        300,
+        "--save-every",
+        2,
+    ]
 
 
 @pytest.fixture(scope="module")
 def judge(tiny):
     """A judge that writes well-formed judgements, of random scores, on whatever a random policy says: tiny/judge."""
     rng, rows = random.Random(0), []
-    words = " ".join((tiny / "pairs.jsonl").read_text().split()[:200]).replace("\"", "").split()
+    words = " ".join((tiny / "pairs.jsonl").read_text().split()[:200]).replace('"', "").split()
     for i in range(256):
         scores = {name: rng.randint(-5, 5) for name in ("helpfulness", "personalization", "naturalness")}
         critique = rng.choice(["Name tea and drop the end.", "Keep it as it is.", "Say it shorter."])
-        rows.append(dict(prompt_id=f"j{i}", persona={"name": f"Kim {i}"}, question=rng.choice(words),
-                         answer=" ".join(rng.choices(words, k=rng.randint(1, 12))), critique=critique, **scores))
+        rows.append(
+            dict(
+                prompt_id=f"j{i}",
+                persona={"name": f"Kim {i}"},
+                question=rng.choice(words),
+                answer=" ".join(rng.choices(words, k=rng.randint(1, 12))),
+                critique=critique,
+                **scores,
+            )
+        )
     write_rows(str(tiny / "random_judgements.jsonl"), rows)
-    finish(launch("train_grm.py", "--model", tiny / "checkpoint", "--data", tiny / "random_judgements.jsonl",
-                  "--grm-template", tiny / "grm.txt", "--batch-size", 32, "--epochs", 10, "--lr", 5e-3,
-                  "--out", tiny / "judge"))
+    finish(
+        launch(
+            "train_grm.py",
+            "--model",
+            tiny / "checkpoint",
+            "--data",
+            tiny / "random_judgements.jsonl",
+            "--grm-template",
+            tiny / "grm.txt",
+            "--batch-size",
+            32,
+            "--epochs",
+            10,
+            "--lr",
+            5e-3,
+            "--out",
+            tiny / "judge",
+        )
+    )
     return tiny / "judge" / "model"
 
 
@@ -64,7 +119,8 @@ def test_a_step_does_what_the_method_says(whole):
     assert selected == round(0.5 * len(edits)) > 0
     assert first["batch"] == len(rows) + selected
     assert first["edit/gain"] == pytest.approx(
-        sum(r["edit"]["reward"] - r["reward"] for r in rows if r["edit"]) / len(edits), abs=1e-9)
+        sum(r["edit"]["reward"] - r["reward"] for r in rows if r["edit"]) / len(edits), abs=1e-9
+    )
     # the same weights in engine and trainer; 1e-4 is some hundred fp32 roundings of a log-prob near 5
     assert first["logprob_gap_max"] < 1e-4
     assert first["policy_loss"] is not None and first["value_loss"] > 0 and first["grad_norm_policy"] > 0
@@ -110,12 +166,17 @@ def test_nobody_waits_for_a_straggler(tiny):
             verdicts, self.pending = self.pending, ()
             return verdicts
 
-    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(*(str(tiny / f"{n}.txt") for n in ("answer", "edit", "grm")))
+    chat, templates = (
+        Chat(str(tiny / "checkpoint")),
+        load_templates(*(str(tiny / f"{n}.txt") for n in ("answer", "edit", "grm"))),
+    )
     rows = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()[:4]]
     prompts = [(place, row, answer_prompt(chat, templates, row)) for place, row in enumerate(rows)]
     engine = Recorded(load_pretrained(str(tiny / "checkpoint")), [], 400)
     args = ppo_cpe.Args(n_samples=2, temperature=1.0, top_p=1.0)
-    judged, lost = ppo_cpe.rollout(prompts, engine, AtOnce(), chat, templates, args, 0, SimpleNamespace(set_postfix_str=str))
+    judged, lost = ppo_cpe.rollout(
+        prompts, engine, AtOnce(), chat, templates, args, 0, SimpleNamespace(set_postfix_str=str)
+    )
     assert len(judged) == 16 and not any(lost.values())
     # 2 x 4 originals and their edits; the straggler is the first prompt's, and its edits come last
     straggler = min(events.index((0, i)) for i in range(2))
@@ -126,9 +187,28 @@ def test_nobody_waits_for_a_straggler(tiny):
 def watched(tiny, judge, tmp_path_factory):
     """The first three steps of `whole` with all diagnostics."""
     out = tmp_path_factory.mktemp("watched") / "run"
-    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", out, "--eval-prompts",
-                  tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 5, "--audit-share", 0.5, "--audit-judge",
-                  tiny / "judge" / "model", "--save-batch", 2))
+    finish(
+        launch(
+            "ppo_cpe.py",
+            *flags_of(tiny, judge),
+            "--max-steps",
+            3,
+            "--out",
+            out,
+            "--eval-prompts",
+            tiny / "prompts.jsonl",
+            "--eval-every",
+            2,
+            "--eval-n",
+            5,
+            "--audit-share",
+            0.5,
+            "--audit-judge",
+            tiny / "judge" / "model",
+            "--save-batch",
+            2,
+        )
+    )
     return out
 
 
@@ -151,7 +231,9 @@ def test_what_diagnostics_see(watched):
     audited = [row for row in audited if "audit" in row and row["audit"]["again"] is not None]
     # half of the originals, less those whose second judgement did not parse; the second judge is the same with the same seeds
     assert 0 < len(audited) <= 4 and all(row["audit"]["again"] == row["audit"]["second"] for row in audited)
-    assert first["audit/noise"] == pytest.approx(sum(abs(row["reward"] - row["audit"]["again"]) for row in audited) / len(audited))
+    assert first["audit/noise"] == pytest.approx(
+        sum(abs(row["reward"] - row["audit"]["again"]) for row in audited) / len(audited)
+    )
     assert first["edit/kept_mass"] >= 0 and first["edit/inserted_mass"] > 0 and 0 <= first["edit/kept"] < 1
 
 
@@ -188,7 +270,11 @@ def test_policy_and_critic_are_saved_for_others(whole, tiny):
 def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
     # with one held-out prompt: the second process has none
     held_out = ["--eval-prompts", tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 1]
-    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", tmp_path / "two", *held_out, processes=2))
+    finish(
+        launch(
+            "ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", tmp_path / "two", *held_out, processes=2
+        )
+    )
     for one, two in zip(read_metrics(whole), read_metrics(tmp_path / "two")):
         for name in ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
@@ -212,14 +298,18 @@ def test_a_killed_run_continues_bit_for_bit(whole, tiny, judge, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
-@pytest.mark.parametrize("changes", [
-    ("--edit-ratio", "paper", "--edit-strategy", "reward_rank"),
-    ("--edit-ratio", "tis", "--edit-strategy", "conditional", "--edit-baseline", "original"),
-    ("--edit-ratio", "luffy", "--edit-strategy", "batch_rank", "--truncated", "floor"),
-    ("--edit-ratio", "none", "--edit-rate", 1, "--critic-warmup-steps", 1),
-    ("--edit-rate", 0, "--n-samples", 3),
-    ("--edit-ratio", "sdpo", "--n-samples", 3, "--sdpo-lambda", 0.3),
-], ids=lambda c: " ".join(map(str, c)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("--edit-ratio", "paper", "--edit-strategy", "reward_rank"),
+        ("--edit-ratio", "tis", "--edit-strategy", "conditional", "--edit-baseline", "original"),
+        ("--edit-ratio", "luffy", "--edit-strategy", "batch_rank", "--truncated", "floor"),
+        ("--edit-ratio", "none", "--edit-rate", 1, "--critic-warmup-steps", 1),
+        ("--edit-rate", 0, "--n-samples", 3),
+        ("--edit-ratio", "sdpo", "--n-samples", 3, "--sdpo-lambda", 0.3),
+    ],
+    ids=lambda c: " ".join(map(str, c)),
+)
 def test_every_option_runs(tiny, judge, tmp_path, changes):
     finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 2, "--out", tmp_path / "run", *changes))
     metrics = read_metrics(tmp_path / "run")
@@ -237,8 +327,10 @@ def test_sdpo_credit_is_what_the_critique_adds(tiny):
     templates = load_templates(*(str(tiny / f"{name}.txt") for name in ("answer", "edit", "grm")))
     row = {"prompt_id": "p", "persona": {"name": "Kim"}, "question": "What to drink?"}
     x, y = answer_prompt(chat, templates, row), chat.encode("Green tea.")
-    batch = [ppo_cpe.Trajectory("p", i, row, 0, x, response_ids=y, judgement=Judgement(critique, 1, 1, 1))
-             for i, critique in enumerate(("Say it shorter.", "Name the tea."))]
+    batch = [
+        ppo_cpe.Trajectory("p", i, row, 0, x, response_ids=y, judgement=Judgement(critique, 1, 1, 1))
+        for i, critique in enumerate(("Say it shorter.", "Name the tea."))
+    ]
     args = ppo_cpe.Args(temperature=0.9)
     ppo_cpe.fill_credit(batch, policy, chat, templates, args, ranks, Stats())
 
@@ -248,9 +340,17 @@ def test_sdpo_credit_is_what_the_critique_adds(tiny):
             return ppo_cpe.forward(policy, packed, args.temperature)
 
     for t in batch:
-        told = [*x, chat.im_end, *chat.newline, *chat.turn("user", fill(templates.edit, critique=t.judgement.critique)),
-                *chat.header]
-        assert torch.allclose(t.credit, logprobs_under(told) - logprobs_under(x), atol=1e-4) and t.credit.abs().max() > 1e-2
+        told = [
+            *x,
+            chat.im_end,
+            *chat.newline,
+            *chat.turn("user", fill(templates.edit, critique=t.judgement.critique)),
+            *chat.header,
+        ]
+        assert (
+            torch.allclose(t.credit, logprobs_under(told) - logprobs_under(x), atol=1e-4)
+            and t.credit.abs().max() > 1e-2
+        )
 
     for t in batch:
         t.values, t.reward = torch.zeros(len(y)), float(t.sample_id)
@@ -267,9 +367,27 @@ def test_truncated_responses_can_leave_the_batch(tiny, judge, tmp_path):
 
 def test_a_bradley_terry_judge(tiny, judge, tmp_path):
     bt = tmp_path / "bt"
-    finish(launch("train_grm.py", "--objective", "bt", "--model", tiny / "checkpoint", "--data", tiny / "pairs.jsonl",
-                  "--answer-template", tiny / "answer.txt", "--batch-size", 8, "--max-steps", 2, "--lr", 1e-3,
-                  "--out", bt))
+    finish(
+        launch(
+            "train_grm.py",
+            "--objective",
+            "bt",
+            "--model",
+            tiny / "checkpoint",
+            "--data",
+            tiny / "pairs.jsonl",
+            "--answer-template",
+            tiny / "answer.txt",
+            "--batch-size",
+            8,
+            "--max-steps",
+            2,
+            "--lr",
+            1e-3,
+            "--out",
+            bt,
+        )
+    )
     flags = [*flags_of(tiny, judge), "--judge", f"bt:{bt / 'model'}", "--max-steps", 1]
     assert "writes no critiques" in finish(launch("ppo_cpe.py", *flags, "--out", tmp_path / "no"), status=2)
     finish(launch("ppo_cpe.py", *flags, "--edit-rate", 0, "--critic", bt / "model", "--out", tmp_path / "yes"))
@@ -299,5 +417,4 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
 
 def test_a_judge_that_never_parses_stops_the_run(tiny, judge, tmp_path):
     # a random model as the judge: nothing it writes is a judgement, and no score is made up for it
-    assert "no response is left" in bad(tiny, judge, tmp_path, "--judge", tiny / "checkpoint",
-                                                "--max-steps", 1)
+    assert "no response is left" in bad(tiny, judge, tmp_path, "--judge", tiny / "checkpoint", "--max-steps", 1)

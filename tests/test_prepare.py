@@ -11,21 +11,30 @@ from conftest import ROOT
 from common import read_rows
 from data import prepare
 
-PERSONAS = {f"User{n}_aB{n}": {"Name": f"用户{n}", "Likes": [f"茶{n}", "山"], "Home": {"City": f"C{n}"}}
-            for n in range(20)}
-PAIRS = [{"user_id": user, "question": f"问题{n % 3}？{user}", "chosen": f"好{n}", "reject": f"坏{n}"}
-         for n, user in enumerate([*PERSONAS] * 2)]
+PERSONAS = {
+    f"User{n}_aB{n}": {"Name": f"用户{n}", "Likes": [f"茶{n}", "山"], "Home": {"City": f"C{n}"}} for n in range(20)
+}
+PAIRS = [
+    {"user_id": user, "question": f"问题{n % 3}？{user}", "chosen": f"好{n}", "reject": f"坏{n}"}
+    for n, user in enumerate([*PERSONAS] * 2)
+]
 
 
 def rl_row(persona, question, truth="<answer>\n一个回答\n</answer>"):
     """The release's form: rules, persona as indented JSON, an example, the question."""
     profile = json.dumps(persona, ensure_ascii=False, indent=2)
-    text = (f"\n你需要模拟AI助手。\n\n当前用户配置：\n{profile}\n\n"
-            f"根据用户配置生成。\n如果问题是\"例子？\"，则\n<answer>\n例\n</answer>\n\n\n"
-            f"以下是用户问题：{question}\n\n生成1个完全个性化回答：\n")
-    return {"data_source": "persona", "prompt": [{"role": "user", "content": text}],
-            "ability": "alignment", "reward_model": {"ground_truth": truth, "style": "model"},
-            "extra_info": {"index": 1, "split": "test"}}
+    text = (
+        f"\n你需要模拟AI助手。\n\n当前用户配置：\n{profile}\n\n"
+        f'根据用户配置生成。\n如果问题是"例子？"，则\n<answer>\n例\n</answer>\n\n\n'
+        f"以下是用户问题：{question}\n\n生成1个完全个性化回答：\n"
+    )
+    return {
+        "data_source": "persona",
+        "prompt": [{"role": "user", "content": text}],
+        "ability": "alignment",
+        "reward_model": {"ground_truth": truth, "style": "model"},
+        "extra_info": {"index": 1, "split": "test"},
+    }
 
 
 RL = [rl_row({"Name": f"R{n}", "Text": "以下是用户问题：假"}, f"\n怎么\n办{n}？") for n in range(20)]
@@ -54,6 +63,7 @@ def authors(folder):
     write_lines(folder / "eval/data/rm_benchmark_all/specific_mid.jsonl", PAIRS)
     write_lines(folder / "eval/baseline.jsonl", [{"question": "x", "response": "z"}])
     from datasets import Dataset
+
     (folder / "eval/data/RL_data").mkdir()
     Dataset.from_list(RL).to_parquet(str(folder / "eval/data/RL_data/test.parquet"))
     return str(folder)
@@ -70,8 +80,7 @@ def hub(folder):
 
 def run(source, output, **flags):
     prepare.main(prepare.Args(source=source, output=str(output), **flags))
-    return {file.stem: read_rows(str(file), "pair" if "pairs" in file.stem else "prompt")
-            for file in output.iterdir()}
+    return {file.stem: read_rows(str(file), "pair" if "pairs" in file.stem else "prompt") for file in output.iterdir()}
 
 
 def without_origin(part):
@@ -111,8 +120,13 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     rows = run(flat(tmp_path / "in", pairs=PAIRS + bad), tmp_path / "out", eval_share=0.0)
     assert sorted(rows) == ["pairs", "prompts_train"] and len(rows["pairs"]) == 40
     printed = capsys.readouterr().out
-    for line in ("40 pairs", "0 pairs_eval: not written", "1 left out: repeated pairs",
-                 "1 left out: pairs of two equal answers", "1 left out: pairs with a blank"):
+    for line in (
+        "40 pairs",
+        "0 pairs_eval: not written",
+        "1 left out: repeated pairs",
+        "1 left out: pairs of two equal answers",
+        "1 left out: pairs with a blank",
+    ):
         assert line in printed
 
 
@@ -124,17 +138,20 @@ BAD_RL = rl_row({"Name": "A"}, "x")
 BAD_RL["prompt"][0]["content"] = BAD_RL["prompt"][0]["content"].replace('"Name": "A"', '"Name": "A')
 
 
-@pytest.mark.parametrize("sources, problem", [
-    ({"personas": {**PERSONAS, "X": {}}}, r"personas.jsonl:21: .*persona.* is \{\}"),
-    ({"personas": {**PERSONAS, "X": None}}, r"personas.jsonl:21: .*persona.* is null"),
-    ({"personas": {**PERSONAS, "X": '{"Name": '}}, r"personas.jsonl:21: .*not JSON"),
-    ({"pairs": [*PAIRS, broken(PAIRS[0], user_id="Nobody")]}, r"rm_pairs.jsonl:41: .*Nobody"),
-    ({"pairs": [*PAIRS, broken(PAIRS[0], reject=...)]}, r"rm_pairs.jsonl:41: .*reject"),
-    ({"rl": [*RL, BAD_RL]}, r"rl_prompts.jsonl:21: the persona in the prompt is not JSON"),
-    ({"rl": [*RL, rl_row({}, "x")]}, r"rl_prompts.jsonl:21: .*persona.* is \{\}"),
-    ({"rl": [*RL, rl_row({"a": 1}, " ")]}, r"rl_prompts.jsonl:21: no question"),
-    ({"rl": [*RL, broken(RL[0], prompt="text")]}, r'rl_prompts.jsonl:21: field "prompt"'),
-])
+@pytest.mark.parametrize(
+    "sources, problem",
+    [
+        ({"personas": {**PERSONAS, "X": {}}}, r"personas.jsonl:21: .*persona.* is \{\}"),
+        ({"personas": {**PERSONAS, "X": None}}, r"personas.jsonl:21: .*persona.* is null"),
+        ({"personas": {**PERSONAS, "X": '{"Name": '}}, r"personas.jsonl:21: .*not JSON"),
+        ({"pairs": [*PAIRS, broken(PAIRS[0], user_id="Nobody")]}, r"rm_pairs.jsonl:41: .*Nobody"),
+        ({"pairs": [*PAIRS, broken(PAIRS[0], reject=...)]}, r"rm_pairs.jsonl:41: .*reject"),
+        ({"rl": [*RL, BAD_RL]}, r"rl_prompts.jsonl:21: the persona in the prompt is not JSON"),
+        ({"rl": [*RL, rl_row({}, "x")]}, r"rl_prompts.jsonl:21: .*persona.* is \{\}"),
+        ({"rl": [*RL, rl_row({"a": 1}, " ")]}, r"rl_prompts.jsonl:21: no question"),
+        ({"rl": [*RL, broken(RL[0], prompt="text")]}, r'rl_prompts.jsonl:21: field "prompt"'),
+    ],
+)
 def test_broken_rows_name_their_place(tmp_path, sources, problem):
     with pytest.raises(ValueError, match=problem):
         run(flat(tmp_path / "in", **sources), tmp_path / "out")
@@ -162,8 +179,9 @@ def test_questions_of_the_baseline(tmp_path):
     source = tmp_path / "in"
     flat(source)
     names = list(PERSONAS)[:6]
-    rows = [{"question": f"Q{i}?", "persona": json.dumps(PERSONAS[names[i // 50]]), "response": f"A{i}"}
-            for i in range(300)]
+    rows = [
+        {"question": f"Q{i}?", "persona": json.dumps(PERSONAS[names[i // 50]]), "response": f"A{i}"} for i in range(300)
+    ]
     rows[299] = rows[298]
     write_lines(source / "gpt4o_baseline.jsonl", rows)
     written = run(str(source), tmp_path / "out", eval_share=0.0)
@@ -206,13 +224,28 @@ def test_alpaca_eval_with_personas(tmp_path):
 def personamem(folder, **changes):
     """Two questions after a context, in the release's form: one list of options is JSON, one a Python literal."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = [{"role": "system", "content": "Kim likes tea."}, {"role": "user", "content": "Hi"},
-               {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "I moved\nto \"Oslo\"."}]
+    context = [
+        {"role": "system", "content": "Kim likes tea."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": 'I moved\nto "Oslo".'},
+    ]
     write_lines(folder / "shared_contexts_32k.jsonl", [{"c1": context}])
     options = [f"({letter}) Option, {letter}'s" for letter in "bacd"]
-    row = dict(persona_id="7", question_id="q1", question_type="recall_user_shared_facts", topic="food",
-               user_question_or_message="What, \n then?", correct_answer="(b)", all_options=json.dumps(options),
-               shared_context_id="c1", end_index_in_shared_context="3") | changes
+    row = (
+        dict(
+            persona_id="7",
+            question_id="q1",
+            question_type="recall_user_shared_facts",
+            topic="food",
+            user_question_or_message="What, \n then?",
+            correct_answer="(b)",
+            all_options=json.dumps(options),
+            shared_context_id="c1",
+            end_index_in_shared_context="3",
+        )
+        | changes
+    )
     with open(folder / "questions_32k.csv", "w", newline="", encoding="utf-8") as f:
         out = csv.DictWriter(f, list(row))
         out.writeheader()
@@ -231,16 +264,20 @@ def test_personamem(tmp_path):
         assert row["persona"] == "Kim likes tea." and row["question"] == "What, \n then?" and row["version"] == "v1 32k"
         assert row["kind"] == row["question_type"] == "recall_user_shared_facts" and row["user_id"] == "7"
     assert read_rows(str(tmp_path / "out/personamem_32k_contexts.jsonl"), "messages") == [
-        {"context_id": "c1", "messages": context}]
+        {"context_id": "c1", "messages": context}
+    ]
 
 
-@pytest.mark.parametrize("changes, problem", [
-    ({"end_index_in_shared_context": "5"}, 'row 1: no context "c1" with 5 messages'),
-    ({"shared_context_id": "c2"}, 'row 1: no context "c2"'),
-    ({"correct_answer": "(e)"}, 'row 1: expected options'),
-    ({"all_options": "['(a) x', '(b) y']"}, "row 1: expected options"),
-    ({"all_options": "import os"}, 'row 1: field "all_options" is no list'),
-])
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"end_index_in_shared_context": "5"}, 'row 1: no context "c1" with 5 messages'),
+        ({"shared_context_id": "c2"}, 'row 1: no context "c2"'),
+        ({"correct_answer": "(e)"}, "row 1: expected options"),
+        ({"all_options": "['(a) x', '(b) y']"}, "row 1: expected options"),
+        ({"all_options": "import os"}, 'row 1: field "all_options" is no list'),
+    ],
+)
 def test_broken_personamem(tmp_path, changes, problem):
     source, _ = personamem(tmp_path / "in", **changes)
     with pytest.raises(ValueError, match=problem):

@@ -3,16 +3,7 @@
 import json
 
 import pytest
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from prompts import (
@@ -32,8 +23,10 @@ from prompts import (
 )
 
 # how Qwen2 splits text into words (its tokenizer.json)
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEMPLATE = """{%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nYou are Tiny, a helper.<|im_end|>\\n' }}
 {%- endif %}
@@ -43,9 +36,11 @@ TEMPLATE = """{%- if messages[0]['role'] != 'system' %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
-TEXT = ["system user assistant You are Tiny, a helper. the answer, a question\n\nwhat is it? " * 3,
-        "critique scores Helpfulness: 3 Personalization: -2 Natural: 0 <critique> </critique>",
-        "Name: Ada\n  likes: tea, hills\n\n\nim_start im_end endoftext <|im_end|> 你好。喜欢喝茶\n"]
+TEXT = [
+    "system user assistant You are Tiny, a helper. the answer, a question\n\nwhat is it? " * 3,
+    "critique scores Helpfulness: 3 Personalization: -2 Natural: 0 <critique> </critique>",
+    "Name: Ada\n  likes: tea, hills\n\n\nim_start im_end endoftext <|im_end|> 你好。喜欢喝茶\n",
+]
 ROW = {"persona": {"Name": "Ada", "likes": ["tea", "hills"]}, "question": "Where to?"}
 
 
@@ -56,11 +51,14 @@ def write_tokenizer(folder, template=TEMPLATE, words_hold_control_tokens=False):
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=control if words_hold_control_tokens else [])
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=control if words_hold_control_tokens else [],
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.add_special_tokens(control)
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
@@ -87,7 +85,8 @@ def test_ids_equal_the_checkpoints_chat_template(path):
         talk = [{"role": role, "content": text} for role, text in zip(roles, contents)]
         for messages in (talk, [{"role": "system", "content": "\nBe kind."}, *talk]):
             assert chat.messages(messages) == reference.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False)
+                messages, add_generation_prompt=True, return_dict=False
+            )
 
 
 def test_no_text_becomes_a_control_token(path):
@@ -97,10 +96,14 @@ def test_no_text_becomes_a_control_token(path):
     assert not set(chat.encode(hostile)) & set(chat.control.values())
     assert chat.decode(chat.encode(hostile)) == hostile
     row = {"persona": {"Name": hostile}, "question": hostile}
-    starts = [prompt.count(chat.im_start) for prompt in (
-        answer_prompt(chat, Templates(), row), grm_prompt(chat, Templates(), row, hostile),
-        edit_prompt(chat, Templates(), answer_prompt(chat, Templates(), row),
-                    response_ids(chat, hostile), hostile))]
+    starts = [
+        prompt.count(chat.im_start)
+        for prompt in (
+            answer_prompt(chat, Templates(), row),
+            grm_prompt(chat, Templates(), row, hostile),
+            edit_prompt(chat, Templates(), answer_prompt(chat, Templates(), row), response_ids(chat, hostile), hostile),
+        )
+    ]
     assert starts == [3, 3, 5]  # system, user, assistant; then user, assistant
 
 
@@ -108,9 +111,11 @@ def test_edit_prompt_is_the_conversation_and_keeps_ids(path):
     chat, reference = Chat(path), AutoTokenizer.from_pretrained(path)
     templates = Templates(answer="{persona}|{question}", edit="{critique}!")
     prompt = answer_prompt(chat, templates, ROW)
-    talk = [{"role": "user", "content": "Name: Ada\nlikes: tea, hills|Where to?"},
-            {"role": "assistant", "content": "To the hills."},
-            {"role": "user", "content": "shorter!"}]
+    talk = [
+        {"role": "user", "content": "Name: Ada\nlikes: tea, hills|Where to?"},
+        {"role": "assistant", "content": "To the hills."},
+        {"role": "user", "content": "shorter!"},
+    ]
     expected = reference.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     answer = response_ids(chat, "To the hills.")
     assert answer[-1] == chat.im_end
@@ -118,7 +123,7 @@ def test_edit_prompt_is_the_conversation_and_keeps_ids(path):
     for ids in (answer, answer[:-1], answer[:-1] + [chat.control["<|endoftext|>"]]):
         assert edit_prompt(chat, templates, prompt, ids, "shorter") == expected
     odd = [chat.encode("h")[0], chat.encode("i")[0]]  # not how the tokenizer would write "hi"
-    assert edit_prompt(chat, templates, prompt, odd, "shorter")[len(prompt):len(prompt) + 2] == odd
+    assert edit_prompt(chat, templates, prompt, odd, "shorter")[len(prompt) : len(prompt) + 2] == odd
 
 
 def test_sampled_control_tokens_enter_the_edit_prompt_as_text(path):
@@ -127,7 +132,7 @@ def test_sampled_control_tokens_enter_the_edit_prompt_as_text(path):
     sampled = [*chat.encode("tea"), chat.im_start, *chat.encode("user"), chat.im_end]
     ids = edit_prompt(chat, Templates(), prompt, sampled, "shorter")
     assert ids.count(chat.im_start) == 5
-    assert "tea<|im_start|>user" in chat.decode(ids[len(prompt):])
+    assert "tea<|im_start|>user" in chat.decode(ids[len(prompt) :])
 
 
 def test_stop_ids(path):
@@ -146,10 +151,14 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         Chat(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("messages, problem", [
-    ([], "empty list"),
-    ([{"role": "user"}], r"messages\[0\].*NoneType"),
-    ([{"role": "user", "content": "x"}, {"role": "critic", "content": "x"}], r"\[1\].*critic")])
+@pytest.mark.parametrize(
+    "messages, problem",
+    [
+        ([], "empty list"),
+        ([{"role": "user"}], r"messages\[0\].*NoneType"),
+        ([{"role": "user", "content": "x"}, {"role": "critic", "content": "x"}], r"\[1\].*critic"),
+    ],
+)
 def test_malformed_messages(tmp_path, messages, problem):
     with pytest.raises(ValueError, match=problem):
         Chat(write_tokenizer(tmp_path)).messages(messages)
@@ -162,12 +171,18 @@ def test_filling_is_one_pass():
 
 def test_persona_text():
     assert persona_text("as {it} is\n") == "as {it} is\n"
-    persona = {"Name": "小明", "Age": 30, "Job": None, "Likes": ["tea", 2],
-               "Home": {"City": "A\n\nB", "Pets": []},
-               "Trips": [{"to": "Rome", "by": ["train"]}, "none"]}
+    persona = {
+        "Name": "小明",
+        "Age": 30,
+        "Job": None,
+        "Likes": ["tea", 2],
+        "Home": {"City": "A\n\nB", "Pets": []},
+        "Trips": [{"to": "Rome", "by": ["train"]}, "none"],
+    }
     assert persona_text(persona) == (
         "Name: 小明\nAge: 30\nJob: null\nLikes: tea, 2\nHome:\n  City: A B\n  Pets: \n"
-        "Trips:\n  -\n    to: Rome\n    by: train\n  - none")
+        "Trips:\n  -\n    to: Rome\n    by: train\n  - none"
+    )
 
 
 def test_template_files(tmp_path):
@@ -199,36 +214,53 @@ def test_parse_reads_what_judgement_text_writes():
         judgement_text("x", 6, 1, 1)
 
 
-@pytest.mark.parametrize("text, expected", [
-    (f"<critique>a</critique>{block()}", ("a", 1, -2, 0)),
-    (f"So:\n<critique>\na\n</critique>\n\n{block(name='Naturalness')} Done.", ("a", 1, -2, 0)),
-    ("<critique>a</critique><scores>\nhelpfulness: 1,\nPERSONALIZATION : 2;\nNatural：-0\n</scores>",
-     ("a", 1, 2, 0)),
-    (f"<critique>a</critique>{block(5)}{block(-3)}", ("a", -3, -2, 0)),  # the last block counts
-    (f"<critique>it fakes {block(5)}</critique>{block(-4)}", (f"it fakes {block(5)}", -4, -2, 0)),
-    (f"<critique>fakes </critique>{block(5)} ok</critique>{block(-4)}",
-     (f"fakes </critique>{block(5)} ok", -4, -2, 0)),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"<critique>a</critique>{block()}", ("a", 1, -2, 0)),
+        (f"So:\n<critique>\na\n</critique>\n\n{block(name='Naturalness')} Done.", ("a", 1, -2, 0)),
+        (
+            "<critique>a</critique><scores>\nhelpfulness: 1,\nPERSONALIZATION : 2;\nNatural：-0\n</scores>",
+            ("a", 1, 2, 0),
+        ),
+        (f"<critique>a</critique>{block(5)}{block(-3)}", ("a", -3, -2, 0)),  # the last block counts
+        (f"<critique>it fakes {block(5)}</critique>{block(-4)}", (f"it fakes {block(5)}", -4, -2, 0)),
+        (
+            f"<critique>fakes </critique>{block(5)} ok</critique>{block(-4)}",
+            (f"fakes </critique>{block(5)} ok", -4, -2, 0),
+        ),
+    ],
+)
 def test_parse(text, expected):
     assert parse_judgement(text) == Judgement(*expected)
 
 
-@pytest.mark.parametrize("text", [
-    "", "a fine answer", block(), f"<critique>a{block()}", f"a</critique>{block()}",
-    "<critique>a</critique>",
-    f"<critique> \n</critique>{block()}",  # no critique
-    f"{block()}<critique>a</critique>",  # scores before the critique
-    f"<critique>a {block(5, 5, 5)}</critique>",  # scores inside it
-    f"<critique>a</critique>{block()}<scores> Helpfulness: 1",  # the last block is unfinished
-    f"<critique>a</critique>{block()[:-10]}",
-    *(f"<critique>a</critique>{block(bad)}" for bad in (
-        "6", "-6", "10", "3.5", "4/5", "+3", "−3", "three", "", "３", "1 2")),
-    f"<critique>a</critique>{block(n='3.5')}", f"<critique>a</critique>{block(n='4/5')}",
-    "<critique>a</critique><scores> Helpfulness: 1 Personalization: 2 </scores>",
-    f"<critique>a</critique>{block().replace('Helpf', 'Helpfulness: 1 Helpf')}",
-    f"<critique>a</critique>{block(n='0 Natural: 0')}",
-    "<critique>a</critique><scores> 1 2 3 </scores>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a fine answer",
+        block(),
+        f"<critique>a{block()}",
+        f"a</critique>{block()}",
+        "<critique>a</critique>",
+        f"<critique> \n</critique>{block()}",  # no critique
+        f"{block()}<critique>a</critique>",  # scores before the critique
+        f"<critique>a {block(5, 5, 5)}</critique>",  # scores inside it
+        f"<critique>a</critique>{block()}<scores> Helpfulness: 1",  # the last block is unfinished
+        f"<critique>a</critique>{block()[:-10]}",
+        *(
+            f"<critique>a</critique>{block(bad)}"
+            for bad in ("6", "-6", "10", "3.5", "4/5", "+3", "−3", "three", "", "３", "1 2")
+        ),
+        f"<critique>a</critique>{block(n='3.5')}",
+        f"<critique>a</critique>{block(n='4/5')}",
+        "<critique>a</critique><scores> Helpfulness: 1 Personalization: 2 </scores>",
+        f"<critique>a</critique>{block().replace('Helpf', 'Helpfulness: 1 Helpf')}",
+        f"<critique>a</critique>{block(n='0 Natural: 0')}",
+        "<critique>a</critique><scores> 1 2 3 </scores>",
+    ],
+)
 def test_no_judgement(text):
     assert parse_judgement(text) is None
 

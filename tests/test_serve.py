@@ -8,10 +8,10 @@ import time
 
 import openai
 import pytest
-import serve
 import uvicorn
 
 import common
+import serve
 from generate import Engine
 from model import load_pretrained
 from prompts import Chat

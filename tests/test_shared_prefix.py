@@ -16,8 +16,11 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [5, 6, 7]]
 def sequences(seed=0):
     """(prompt, response) pairs: groups of 3, 1 and 2 responses of 1 to 9 tokens."""
     rng = random.Random(seed)
-    return [(p, [rng.randrange(300) for _ in range(rng.choice((1, 4, 9)))])
-            for p, n in zip(PROMPTS, (3, 1, 2)) for _ in range(n)]
+    return [
+        (p, [rng.randrange(300) for _ in range(rng.choice((1, 4, 9)))])
+        for p, n in zip(PROMPTS, (3, 1, 2))
+        for _ in range(n)
+    ]
 
 
 def both_packings(rows):

@@ -11,7 +11,7 @@ from recipes.tables import Args, Cell, cells_of, run
 
 
 def writes(path, text="x"):
-    return f"-c 'open(\"{path}\", \"a\").write(\"{text}\")'"
+    return f'-c \'open("{path}", "a").write("{text}")\''
 
 
 def test_cells_are_run_once_in_the_order_of_their_needs(tmp_path):
@@ -56,8 +56,10 @@ def test_every_cell_is_there_and_differs_from_cpe_in_one_thing():
 
 
 def test_difference_over_seeds_is_a_paired_t_interval():
-    numbers = {"cpe": {0: {"reward": 3.0}, 1: {"reward": 3.5}, 2: {"reward": 3.1}, 4: {"reward": 9.0}},
-               "ppo_grm": {0: {"reward": 2.8}, 1: {"reward": 2.9}, 2: {"reward": 3.0}, 3: {"reward": 0.0}}}
+    numbers = {
+        "cpe": {0: {"reward": 3.0}, 1: {"reward": 3.5}, 2: {"reward": 3.1}, 4: {"reward": 9.0}},
+        "ppo_grm": {0: {"reward": 2.8}, 1: {"reward": 2.9}, 2: {"reward": 3.0}, 3: {"reward": 0.0}},
+    }
     found = results.difference(numbers, "cpe", "ppo_grm", "reward")
     gaps = np.array([0.2, 0.6, 0.1])  # of the seeds that both have
     reference = stats.ttest_rel([3.0, 3.5, 3.1], [2.8, 2.9, 3.0])
@@ -68,7 +70,10 @@ def test_difference_over_seeds_is_a_paired_t_interval():
 
 
 def test_what_is_missing_leaves_a_gap():
-    numbers = {"cpe": {0: {"reward": 1.0, "lc": 50.0}, 1: {"reward": 2.0, "lc": 60.0}}, "random_0.1": {0: {"reward": 3.0, "lc": 70.0}}}
+    numbers = {
+        "cpe": {0: {"reward": 1.0, "lc": 50.0}, 1: {"reward": 2.0, "lc": 60.0}},
+        "random_0.1": {0: {"reward": 3.0, "lc": 70.0}},
+    }
     lines = results.grid(numbers, ("random", "batch_rank"), (0.1, 0.5, 1.0)).splitlines()
     assert lines[2] == "| random, score | 3.00 | 1.50 ± 0.71 | - |"
     assert lines[3] == "| batch_rank, score | - | - | - |"
@@ -82,5 +87,7 @@ def test_seeds_that_had_a_part_in_a_choice_are_told_apart():
     numbers = {name: {s: {"reward": score} for s, score in enumerate(some)} for name, some in scores.items()}
     del numbers["ppo_grm"][1]
     lines = results.seed_table({"ppo_grm": "PPO", "loss_sdpo": "sdpo"}, numbers, chosen_on={0}).splitlines()
-    assert lines[2:] == ["| PPO | 3.00 | - | 3.40 | 3.40 | 3.20 ± 0.28 |",
-                         "| sdpo | 3.50 | 3.70 | 4.10 | 3.90 ± 0.28 | 3.77 ± 0.31 |"]
+    assert lines[2:] == [
+        "| PPO | 3.00 | - | 3.40 | 3.40 | 3.20 ± 0.28 |",
+        "| sdpo | 3.50 | 3.70 | 4.10 | 3.90 ± 0.28 | 3.77 ± 0.31 |",
+    ]

@@ -30,11 +30,32 @@ def flags_of(name, tiny):
     """(script, flags) for some dozen steps on the tiny rows, several micro-batches a step."""
     if name == "grm":
         return "train_grm.py", grm_flags(tiny)
-    flags = ["--model", tiny / "checkpoint", "--data", tiny / "pairs.jsonl", "--answer-template", tiny / "answer.txt",
-             "--batch-size", 8, "--lr", 2e-3, "--tokens-per-microbatch", 250]
+    flags = [
+        "--model",
+        tiny / "checkpoint",
+        "--data",
+        tiny / "pairs.jsonl",
+        "--answer-template",
+        tiny / "answer.txt",
+        "--batch-size",
+        8,
+        "--lr",
+        2e-3,
+        "--tokens-per-microbatch",
+        250,
+    ]
     if name == "bt":
-        return "train_grm.py", [*flags, "--objective", "bt", "--epochs", 3, "--eval-data", tiny / "pairs.jsonl",
-                                "--eval-every", 5]
+        return "train_grm.py", [
+            *flags,
+            "--objective",
+            "bt",
+            "--epochs",
+            3,
+            "--eval-data",
+            tiny / "pairs.jsonl",
+            "--eval-every",
+            5,
+        ]
     return f"{name}.py", [*flags, "--epochs", 6 if name == "sft" else 3, "--save-every", 8]
 
 
@@ -230,9 +251,10 @@ def rows_with(tiny, tmp_path, name, line, text):
     return tmp_path / name
 
 
-@pytest.mark.parametrize("module, kind, field", [
-    (sft, "pairs", "chosen"), (dpo, "pairs", "rejected"), (train_grm, "judgements", "naturalness"),
-])
+@pytest.mark.parametrize(
+    "module, kind, field",
+    [(sft, "pairs", "chosen"), (dpo, "pairs", "rejected"), (train_grm, "judgements", "naturalness")],
+)
 def test_malformed_rows(module, kind, field, tiny, tmp_path, capsys):
     row = json.loads((tiny / f"{kind}.jsonl").read_text().splitlines()[2])
     out = tmp_path / "out"
@@ -261,8 +283,18 @@ def test_other_flags_in_a_used_folder(name, module, runs, tiny, tmp_path, capsys
 def test_dpo_notices_that_the_pairs_changed(runs, tiny, tmp_path, capsys):
     data = tmp_path / "pairs.jsonl"
     shutil.copy(tiny / "pairs.jsonl", data)
-    flags = ["--model", tiny / "checkpoint", "--data", data, "--answer-template", tiny / "answer.txt",
-             "--batch-size", 8, "--out", tmp_path / "run"]
+    flags = [
+        "--model",
+        tiny / "checkpoint",
+        "--data",
+        data,
+        "--answer-template",
+        tiny / "answer.txt",
+        "--batch-size",
+        8,
+        "--out",
+        tmp_path / "run",
+    ]
     dpo.main(tyro.cli(dpo.Args, args=[str(flag) for flag in [*flags, "--max-steps", 1]]))
     data.write_text(data.read_text().replace("Plan", "Schedule", 1))
     assert "reference.json: made from other pairs than" in error_of(dpo, capsys, *flags)
@@ -298,14 +330,19 @@ def test_the_exit_status_and_the_one_line(tiny, tmp_path):
     flags = ["--model", str(tiny / "checkpoint"), "--data", str(tmp_path / "none.jsonl")]
     run = subprocess.run([sys.executable, f"{ROOT}/dpo.py", *flags], capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr == (f"error: {tmp_path}/none.jsonl: no such file; expected JSON lines (pair rows)\n"
-                          "(TRACEBACK=1 shows where)\n")
+    assert run.stderr == (
+        f"error: {tmp_path}/none.jsonl: no such file; expected JSON lines (pair rows)\n(TRACEBACK=1 shows where)\n"
+    )
 
 
 def test_torchrun(tiny, tmp_path):
     script, flags = flags_of("sft", tiny)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = [str(flag) for flag in [*flags, "--out", tmp_path / "run", "--max-steps", 1]]
-    subprocess.run([*torchrun, f"{ROOT}/{script}", *flags], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [*torchrun, f"{ROOT}/{script}", *flags],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert len(read_metrics(tmp_path / "run")) == 1

@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pandas
 import pytest
-import winrate
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold
+
+import winrate
 
 
 def annotations(kind, n):
@@ -31,8 +32,17 @@ def annotations(kind, n):
         preference, u = 1 + y, draw()
         if kind in ("mixed", "extreme"):  # ties in both codes, no verdict, a clear win
             preference = 1.5 if u < 0.1 else 0 if u < 0.15 else None if u < 0.22 else 2 if u < 0.25 else preference
-        rows.append(dict(instruction=f"q{i}", output_1="é" * base, output_2="m" * model, generator_1="base",
-                         generator_2="model", annotator="judge", preference=preference))
+        rows.append(
+            dict(
+                instruction=f"q{i}",
+                output_1="é" * base,
+                output_2="m" * model,
+                generator_1="base",
+                generator_2="model",
+                annotator="judge",
+                preference=preference,
+            )
+        )
     return rows
 
 
@@ -46,8 +56,16 @@ def gamed_file(path):
         for model, sign in (("verbose", -1), ("concise", 1)):
             for i in range(805):
                 gap = sign * 2 * draw()
-                out.writerow([repr(float(1 / (1 + np.exp(1.5 * np.tanh(gap) - 0.3 * draw())))), i, repr(gap),
-                              repr(difficulty[i]), False, model])
+                out.writerow(
+                    [
+                        repr(float(1 / (1 + np.exp(1.5 * np.tanh(gap) - 0.3 * draw())))),
+                        i,
+                        repr(gap),
+                        repr(difficulty[i]),
+                        False,
+                        model,
+                    ]
+                )
     return str(path)
 
 
@@ -74,24 +92,39 @@ def controlled(rows, variant="minimal", gamed=None):
 # win_rate, standard_error, n_wins, n_wins_base, n_draws, n_total, discrete_win_rate; then length_controlled_winrate and
 # lc_standard_error of minimal, and of v1.
 ALPACA_EVAL = {
-    ("mixed", 805): ([64.3886388725, 0.8024006997, 465, 164, 102, 731, 70.5882352941],
-        (58.48624717, 0.00000000), (58.33217899, 0.02691496)),
-    ("extreme", 805): ([53.2576954224, 0.9475457844, 317, 332, 108, 757, 49.0092470277],
-        (44.14246432, 0.00000000), (44.61953676, 0.02548462)),
-    ("weak", 805): ([1.6321914520, 0.0564464955, 0, 805, 0, 805, 0.0000000000],
-        (0.80503510, 0.00000000), (0.85149332, 0.00010098)),
-    ("strong", 805): ([91.4127387474, 0.3116755715, 805, 0, 0, 805, 100.0000000000],
-        (90.80409862, 0.00000000), (90.73002128, 0.00753618)),
-    ("hard", 805): ([63.7267080745, 1.6956109150, 513, 292, 0, 805, 63.7267080745],
-        (57.90522451, 0.00000000), (57.60264618, 0.02221098)),
-    ("mixed", 340): ([66.2993738263, 1.1391189864, 218, 53, 46, 317, 76.0252365931],
-        (59.70833538, 0.00000000), None),
-    ("extreme", 423): ([53.7972063067, 1.2938629093, 158, 163, 67, 388, 49.3556701031],
-        (45.84374908, 0.00000000), None),
-    ("weak", 299): ([1.7096295559, 0.1029204638, 0, 299, 0, 299, 0.0000000000],
-        (0.78937864, 0.00000000), None),
-    ("hard", 61): ([59.0163934426, 6.3491530266, 36, 25, 0, 61, 59.0163934426],
-        (50.00000000, 0.00000000), None),
+    ("mixed", 805): (
+        [64.3886388725, 0.8024006997, 465, 164, 102, 731, 70.5882352941],
+        (58.48624717, 0.00000000),
+        (58.33217899, 0.02691496),
+    ),
+    ("extreme", 805): (
+        [53.2576954224, 0.9475457844, 317, 332, 108, 757, 49.0092470277],
+        (44.14246432, 0.00000000),
+        (44.61953676, 0.02548462),
+    ),
+    ("weak", 805): (
+        [1.6321914520, 0.0564464955, 0, 805, 0, 805, 0.0000000000],
+        (0.80503510, 0.00000000),
+        (0.85149332, 0.00010098),
+    ),
+    ("strong", 805): (
+        [91.4127387474, 0.3116755715, 805, 0, 0, 805, 100.0000000000],
+        (90.80409862, 0.00000000),
+        (90.73002128, 0.00753618),
+    ),
+    ("hard", 805): (
+        [63.7267080745, 1.6956109150, 513, 292, 0, 805, 63.7267080745],
+        (57.90522451, 0.00000000),
+        (57.60264618, 0.02221098),
+    ),
+    ("mixed", 340): ([66.2993738263, 1.1391189864, 218, 53, 46, 317, 76.0252365931], (59.70833538, 0.00000000), None),
+    ("extreme", 423): (
+        [53.7972063067, 1.2938629093, 158, 163, 67, 388, 49.3556701031],
+        (45.84374908, 0.00000000),
+        None,
+    ),
+    ("weak", 299): ([1.7096295559, 0.1029204638, 0, 299, 0, 299, 0.0000000000], (0.78937864, 0.00000000), None),
+    ("hard", 61): ([59.0163934426, 6.3491530266, 36, 25, 0, 61, 59.0163934426], (50.00000000, 0.00000000), None),
 }
 
 
@@ -111,8 +144,14 @@ def independent(rows, gamed=None):
     """The same figure by scikit-learn's folds and loss on a pandas table: nothing of winrate.py."""
     table = pandas.DataFrame(rows)
     gap = table.output_1.str.len() - table.output_2.str.len()
-    data = pandas.DataFrame({"length": np.tanh(gap / gap.std()), "model": 1.0, "w": 1.0,
-                             "y": table.preference.astype(float).replace({0.0: 1.5}) - 1})
+    data = pandas.DataFrame(
+        {
+            "length": np.tanh(gap / gap.std()),
+            "model": 1.0,
+            "w": 1.0,
+            "y": table.preference.astype(float).replace({0.0: 1.5}) - 1,
+        }
+    )
     features = ["length", "model"]
     if gamed is not None:
         data["difficulty"], features = gamed["difficulty"], ["length", "difficulty", "model"]
@@ -131,15 +170,28 @@ def independent(rows, gamed=None):
     for train, test in GroupKFold(5).split(x, groups=twice.index):
         state = np.random.RandomState(123)
         fits = [fit(train, c, state) for c in np.logspace(-4, 4, 10)]
-        costs.append([log_loss(label[test], model.predict_proba(x[test])[:, 1], sample_weight=weight[test],
-                               normalize=False, labels=[0, 1]) / len(test) for model in fits])
+        costs.append(
+            [
+                log_loss(
+                    label[test],
+                    model.predict_proba(x[test])[:, 1],
+                    sample_weight=weight[test],
+                    normalize=False,
+                    labels=[0, 1],
+                )
+                / len(test)
+                for model in fits
+            ]
+        )
     best = np.logspace(-4, 4, 10)[np.mean(costs, 0).argmin()]
     predicted = fit(np.arange(len(x)), best, np.random.RandomState(123)).predict_proba(asked)[:, 1]
     return 100 * predicted.mean(), 100 * predicted.std(ddof=1) / len(predicted) ** 0.5
 
 
-@pytest.mark.parametrize("name, variant", [(("mixed", 340), "minimal"), (("extreme", 423), "minimal"),
-                                           (("mixed", 805), "v1"), (("extreme", 805), "v1")])
+@pytest.mark.parametrize(
+    "name, variant",
+    [(("mixed", 340), "minimal"), (("extreme", 423), "minimal"), (("mixed", 805), "v1"), (("extreme", 805), "v1")],
+)
 def test_equal_to_an_independent_calculation(name, variant, gamed):
     rows = annotations(*name)
     result = controlled(rows, variant, gamed)

@@ -1,6 +1,6 @@
 """One PPO update of tiny models on made-up trajectories; test_shared_prefix.py compares what it changes.
 
-    update_once.py FILE TOKENS_PER_MICROBATCH SHARD_SIZE
+update_once.py FILE TOKENS_PER_MICROBATCH SHARD_SIZE
 """
 
 import random
@@ -34,24 +34,42 @@ def trajectories(n_prompts):
 
 
 def full(model):
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for name, p in model.named_parameters()}
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
 
 
 def main(file, budget, shard_size):
     ranks = common.start("fp32", shard_size)
-    args = ppo_cpe.Args(prompts_per_step=12, mini_batch_prompts=12, tokens_per_microbatch=budget, temperature=1.0,
-                        lr=1.0, critic_lr=1.0, max_grad_norm=1e9)
-    models = {"policy": common.shard(random_model(tiny_config()), ranks),
-              "critic": common.shard(random_model(tiny_config(), scalar_head=True), ranks)}
+    args = ppo_cpe.Args(
+        prompts_per_step=12,
+        mini_batch_prompts=12,
+        tokens_per_microbatch=budget,
+        temperature=1.0,
+        lr=1.0,
+        critic_lr=1.0,
+        max_grad_norm=1e9,
+    )
+    models = {
+        "policy": common.shard(random_model(tiny_config()), ranks),
+        "critic": common.shard(random_model(tiny_config(), scalar_head=True), ranks),
+    }
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in models.items()}
     before = {name: full(model) for name, model in models.items()}
 
     batch = ppo_cpe.share_out([t for t in trajectories(12) if t.place % ranks.world_size == ranks.rank], args, ranks)
     stats = common.Stats()
     ppo_cpe.fill_old_logprobs(batch, models["policy"], args, ranks, stats)
-    values = ppo_cpe.per_token(models["critic"], [t.prompt_ids for t in batch], [t.response_ids for t in batch],
-                               [[True] * len(t.response_ids) for t in batch], args, ranks, stats)
+    values = ppo_cpe.per_token(
+        models["critic"],
+        [t.prompt_ids for t in batch],
+        [t.response_ids for t in batch],
+        [[True] * len(t.response_ids) for t in batch],
+        args,
+        ranks,
+        stats,
+    )
     for t, of_t in zip(batch, values):
         t.values = of_t
     ppo_cpe.compute_advantages(batch, args, ranks)
