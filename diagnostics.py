@@ -20,10 +20,13 @@ import numpy as np
 import torch
 import tyro
 
-import common
 from judges import verdicts_of
 from model import load_pretrained, save_pretrained
 from prompts import DIMENSIONS, Chat, Judgement, load_templates
+from runtime import packing, runs
+from runtime.distributed import all_gather, derive_seed, start
+from runtime.flags import user_errors
+from runtime.rows import read_rows
 
 
 def words_of(text):
@@ -137,7 +140,7 @@ def describe_held_out(judged, lost, judge, stats):
         for t, other in zip(originals, originals[1:] + originals[:1])
         if other.row["persona"] != t.row["persona"]
     ]
-    asked = [(t.row | {"persona": persona}, t.answer, common.derive_seed("swap", *t.key)) for t, persona in swapped]
+    asked = [(t.row | {"persona": persona}, t.answer, derive_seed("swap", *t.key)) for t, persona in swapped]
     for (t, _), verdict in zip(swapped, verdicts_of(judge, asked)):
         if verdict.reward is not None:
             stats.add("held_out/swap", torch.tensor(t.reward - verdict.reward))
@@ -147,10 +150,10 @@ def audit(judged, judge, second, args, step, stats):
     """A share of the originals judged once more, with another seed, and by a second judge: fills t.audit."""
     if not args.audit_share:
         return
-    rng = random.Random(common.derive_seed(args.seed, step, "audit"))
+    rng = random.Random(derive_seed(args.seed, step, "audit"))
     chosen = [t for t in judged if not t.parent]
     chosen = rng.sample(chosen, math.ceil(args.audit_share * len(chosen)))
-    asked = [(t.row, t.answer, common.derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
+    asked = [(t.row, t.answer, derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
     again = [verdict.reward for verdict in verdicts_of(judge, asked)]
     others = [verdict.reward for verdict in verdicts_of(second, asked)] if second else [None] * len(asked)
     for t, reward, other in zip(chosen, again, others):
@@ -185,8 +188,8 @@ def describe_originals(ratio, clipped, stats):
 def kept_tokens(before, after):
     """Which tokens of an edit were in its original: bool [len(after)], by the longest common stretches (difflib)."""
     kept = torch.zeros(len(after), dtype=torch.bool)
-    for _, start, n in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
-        kept[start : start + n] = True
+    for _, first, n in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
+        kept[first : first + n] = True
     return kept
 
 
@@ -217,7 +220,7 @@ def describe_edits(edits, ratio, weight, advantages, args, stats):
 def save_batch(args, step, batch, policy, tokenizer_from, ranks):
     """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN."""
     folder = os.path.join(args.out, f"batch_{step:06d}")
-    batch = common.all_gather(ranks, [dataclasses.asdict(t) for t in batch])
+    batch = all_gather(ranks, [dataclasses.asdict(t) for t in batch])
     save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from)
     if ranks.rank == 0:
         torch.save(dict(args=dataclasses.asdict(args), batch=batch), os.path.join(folder, "batch.pt"))
@@ -242,9 +245,9 @@ def gradient(policy, batch, args, n_tokens, ranks):
     from ppo_cpe import policy_pass
 
     policy.zero_grad()
-    stats = common.Stats()
+    stats = runs.Stats()
     prompts, responses = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
-    for indices, packed in common.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks):
+    for indices, packed in packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks):
         (policy_pass(policy, packed, [batch[i] for i in indices], args, stats) / n_tokens).backward()
     return torch.cat([p.grad.flatten().cpu() for p in policy.parameters()]), stats.means(ranks)
 
@@ -253,7 +256,7 @@ def replay(folder):
     """Prints norms and cosines of the gradients of all losses -> {loss: gradient}."""
     import ppo_cpe
 
-    ranks = common.start("fp32")
+    ranks = start("fp32")
     args, batch = load_batch(folder)
     policy = load_pretrained(f"{folder}/policy", torch.float32, ranks.device)
     originals, edits = ([t for t in batch if bool(t.parent) == edited] for edited in (False, True))
@@ -268,7 +271,7 @@ def replay(folder):
         gradients[kind], described[kind] = gradient(policy, edits, settings, n_tokens, ranks)
     chat = Chat(f"{folder}/policy")
     templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
-    ppo_cpe.fill_credit(originals, policy, chat, templates, args, ranks, common.Stats())
+    ppo_cpe.fill_credit(originals, policy, chat, templates, args, ranks, runs.Stats())
     for t in originals:
         t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
     gradients["sdpo"], _ = gradient(policy, originals, args, n_tokens, ranks)
@@ -323,7 +326,7 @@ def draw(runs, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = {run: common.read_rows(os.path.join(run, "metrics.jsonl"), "object") for run in runs}
+    metrics = {run: read_rows(os.path.join(run, "metrics.jsonl"), "object") for run in runs}
     panels = {
         title: names
         for title, names in PANELS.items()
@@ -377,5 +380,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

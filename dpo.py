@@ -30,11 +30,12 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-import common
-import plan
-from common import print0
 from model import load_pretrained, resolve
 from prompts import Chat, answer_prompt, load_templates, response_ids
+from runtime import packing, plan, runs, training
+from runtime.distributed import all_gather, all_sum, barrier, derive_seed, print0, start
+from runtime.flags import user_errors
+from runtime.rows import read_rows, write_text
 
 
 @dataclass
@@ -110,7 +111,7 @@ def read_pairs(args, chat):
     """Per pair the ids of (prompt, chosen, rejected)."""
     templates = load_templates(answer_template=args.answer_template)
     pairs = []
-    for row in common.read_rows(args.data, "pair"):
+    for row in read_rows(args.data, "pair"):
         prompt = answer_prompt(chat, templates, row)
         pairs.append((prompt, response_ids(chat, row["chosen"]), response_ids(chat, row["rejected"])))
     kept = [
@@ -134,14 +135,14 @@ def pair_size(pair):
 
 def pair_micro_batches(args, pairs, ranks):
     """Indices into `pairs` by token budget; both answers of a pair stay together."""
-    return common.micro_batches([pair_size(p) for p in pairs], args.tokens_per_microbatch, ranks)
+    return packing.micro_batches([pair_size(p) for p in pairs], args.tokens_per_microbatch, ranks)
 
 
 def pair_batch(pairs, device):
     """Sequences lie as chosen, rejected, chosen, rejected, ... behind the prompt of each pair."""
     prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
     answers = [answer for _, *both in pairs for answer in both]
-    return common.pack_shared(prompts, answers, [[True] * len(a) for a in answers], device)
+    return packing.pack_shared(prompts, answers, [[True] * len(a) for a in answers], device)
 
 
 def pair_logprobs(model, batch):
@@ -158,7 +159,7 @@ def reference_logprobs(args, model, pairs, ranks):
     ValueError where that file is of other pairs: the data changed under an unfinished run.
     """
     file = os.path.join(args.out, "reference.json")
-    digest = common.derive_seed(*(common.derive_seed(*ids) for pair in pairs for ids in pair))
+    digest = derive_seed(*(derive_seed(*ids) for pair in pairs for ids in pair))
     if not os.path.isfile(file):
         mine, scored = pairs[ranks.rank :: ranks.world_size], []
         passes = pair_micro_batches(args, mine, ranks)
@@ -167,12 +168,12 @@ def reference_logprobs(args, model, pairs, ranks):
             chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
             places = [i * ranks.world_size + ranks.rank for i in indices]
             scored += zip(places, chosen.tolist(), rejected.tolist())  # a stand-in has no place
-        scored = sorted(common.all_gather(ranks, scored))
+        scored = sorted(all_gather(ranks, scored))
         if ranks.rank == 0:
             _, chosen, rejected = zip(*scored)
             content = dict(pairs=digest, chosen=chosen, rejected=rejected)
-            common.write_text(file, json.dumps(content))
-        common.barrier(ranks)
+            write_text(file, json.dumps(content))
+        barrier(ranks)
     with open(file) as f:
         content = json.load(f)
     if content["pairs"] != digest:
@@ -183,25 +184,25 @@ def reference_logprobs(args, model, pairs, ranks):
 def main(args):
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model))
-    ranks = common.start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     pairs = read_pairs(args, chat)
     total_steps = int(args.epochs * (len(pairs) // args.batch_size))
-    common.open_run(args, ranks)
-    model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
+    runs.open_run(args, ranks)
+    model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
     model.checkpoint_activations = args.checkpoint_activations
-    optimizer = common.adamw(model, args.lr, args.weight_decay)
+    optimizer = training.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference
     reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
-    first_step = common.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
 
     steps = range(first_step, last_step)
     for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
         started = time.perf_counter()
-        rows = common.batch_indices(len(pairs), args.batch_size, step, args.seed)
-        rows = common.share(rows, [pair_size(pairs[i]) for i in rows], ranks)
+        rows = packing.batch_indices(len(pairs), args.batch_size, step, args.seed)
+        rows = packing.share(rows, [pair_size(pairs[i]) for i in rows], ranks)
         mine = [pairs[i] for i in rows]
 
         names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
@@ -211,7 +212,7 @@ def main(args):
             at = [rows[i] for i in indices] or [0]
             part = [mine[i] for i in indices] or [STAND_IN]
             batch = pair_batch(part, ranks.device)
-            flops += 3 * common.forward_flops(model, batch)  # backward costs two forward passes
+            flops += 3 * training.forward_flops(model, batch)  # backward costs two forward passes
             chosen, rejected = pair_logprobs(model, batch)
             preference_loss, margin = dpo_loss(
                 chosen,
@@ -226,13 +227,13 @@ def main(args):
             (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
             values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
             totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
-        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
+        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
 
         n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)
-        *totals, n_tokens = common.all_sum(ranks, *totals.tolist(), n_tokens)
+        *totals, n_tokens = all_sum(ranks, *totals.tolist(), n_tokens)
         seconds = time.perf_counter() - started
-        common.log_metrics(
+        runs.log_metrics(
             args.out,
             dict(
                 step=step + 1,
@@ -242,12 +243,12 @@ def main(args):
                 tokens=int(n_tokens),
                 seconds=seconds,
                 tokens_per_second=n_tokens / seconds,
-                **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
+                **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
             ),
             ranks,
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(
+            runs.save_checkpoint(
                 args.out,
                 step + 1,
                 {"policy": model},
@@ -260,5 +261,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -40,15 +40,14 @@ from typing import Literal
 import numpy as np
 import tyro
 
-import common
-import personamem
-import tables
-import winrate
-from common import derive_seed
 from data import persona_world
-from journal import check_judge, draw_rows, is_url, replies, verdicts_on, with_name
+from evaluation import personamem, tables, winrate
+from evaluation.journal import check_judge, draw_rows, is_url, replies, verdicts_on, with_name
+from evaluation.tables import mean_and_error, write_json
 from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text
-from tables import mean_and_error, write_json
+from runtime.distributed import derive_seed, print0, start
+from runtime.flags import user_errors
+from runtime.rows import read_rows, write_rows, write_text
 
 SIDES = ("model", "baseline")
 
@@ -145,7 +144,7 @@ def given_answers(file, rows):
     ValueError: no answer to any prompt, two to one, another question under the same prompt_id.
     """
     found, generator, outputs = {}, file, file.endswith(".json")
-    for place, entry in enumerate(_read_outputs(file) if outputs else common.read_rows(file, "answer"), not outputs):
+    for place, entry in enumerate(_read_outputs(file) if outputs else read_rows(file, "answer"), not outputs):
         key = entry["instruction"] if outputs else entry["prompt_id"]
         if key in found:
             what = "instruction" if outputs else "prompt"
@@ -235,7 +234,7 @@ def answers_of(sides, rows, templates, args, ranks):
     if ranks.rank == 0:
         for side, (_, answered) in found.items():
             there = [row for row in answered if row["answer"] is not None]
-            common.write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), there)
+            write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), there)
     return found
 
 
@@ -386,7 +385,7 @@ def compare_sides(args, templates, ranks):
     by_pairs = args.judge.startswith("pair:")
     judged, verdicts = (judged_in_pairs if by_pairs else judged_alone)(rows, outputs, templates, args, ranks)
     if ranks.rank == 0:
-        common.write_rows(os.path.join(args.out, "verdicts.jsonl"), verdicts)
+        write_rows(os.path.join(args.out, "verdicts.jsonl"), verdicts)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
     annotations = annotations_of(rows, answers, judged, args.judge)
@@ -458,7 +457,7 @@ def reward_accuracy(args, templates, ranks):
     pairs = draw_rows(args, "pair")
     check_judge(args, templates, ranks)
     if args.stage == "answers":
-        return common.print0("reward-accuracy has no answers to make: they are in the pairs")
+        return print0("reward-accuracy has no answers to make: they are in the pairs")
     # both texts of a pair, and all pairs of a prompt, one after another: their prompts share a prefix
     order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
     if args.judge.startswith("pair:"):
@@ -490,7 +489,7 @@ def reward_accuracy(args, templates, ranks):
         judge=args.judge,
         args=dataclasses.asdict(args),
     )
-    common.write_rows(
+    write_rows(
         os.path.join(args.out, "verdicts.jsonl"),
         [
             dict(prompt_id=pair["prompt_id"], outcome=None if np.isnan(o) else float(o), verdicts=both[i])
@@ -499,7 +498,7 @@ def reward_accuracy(args, templates, ranks):
     )
     write_json(os.path.join(args.out, "results.json"), results)
     text = accuracy_table(results)
-    common.write_text(os.path.join(args.out, "table.md"), text)
+    write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (verdicts.jsonl, results.json, table.md)")
 
 
@@ -620,7 +619,7 @@ def persona_swap(args, templates, ranks):
     for name in names:
         a, b = (np.array([np.nan if v[name] is None else v[name] for v in side]) for side in (own, swapped))
         results["difference"][name] = winrate.paired_test(a, b, args.seed, persons)
-    common.write_rows(
+    write_rows(
         os.path.join(args.out, "verdicts.jsonl"),
         [
             dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b)
@@ -644,7 +643,7 @@ def persona_swap(args, templates, ranks):
         lines.append(row(name, *means, gap, d["better"], d["equal"], d["worse"], p))
     lines += [f"{count} answers without a verdict: {kind}" for kind, count in results["failures"].items()]
     text = "\n".join(lines) + "\n"
-    common.write_text(os.path.join(args.out, "table.md"), text)
+    write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (answers_model.jsonl, verdicts.jsonl, results.json, table.md)")
 
 
@@ -663,7 +662,7 @@ def main(args):
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
     named = {name: with_name(getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
-    ranks = common.start(args.dtype)
+    ranks = start(args.dtype)
     templates = load_templates(
         answer_template=args.answer_template, grm_template=args.grm_template, pair_template=args.pair_template
     )
@@ -671,5 +670,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -41,11 +41,13 @@ import tyro
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import common
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
 from model import load_pretrained, pack_weights
 from prompts import Chat, answer_prompt, load_templates
+from runtime.distributed import derive_seed, start
+from runtime.flags import user_errors
+from runtime.rows import check_row, read_rows, write_rows
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
@@ -556,19 +558,19 @@ def row_prompt(row, chat, templates, where):
             raise ValueError(f'{where}: field "prompt_ids": expected a non-empty list of integers from 0 to {size - 1}')
         return ids
     if "messages" in row:
-        common.check_row(row, "messages", where)
+        check_row(row, "messages", where)
         return chat.messages(row["messages"])
     if "persona" not in row and "question" not in row:
         raise ValueError(f'{where}: expected "messages", or "persona" and "question", or "prompt_ids"')
-    common.check_row({"prompt_id": "-", **row}, "prompt", where)
+    check_row({"prompt_id": "-", **row}, "prompt", where)
     return answer_prompt(chat, templates, row)
 
 
 def generate_file(args, engine, chat, templates):
-    rows = common.read_rows(args.input, "object")
+    rows = read_rows(args.input, "object")
     prompts = [row_prompt(row, chat, templates, f"{args.input}:{i + 1}") for i, row in enumerate(rows)]
     for i, ids in enumerate(prompts):
-        seeds = [common.derive_seed(args.seed, i, sample) for sample in range(args.n)]
+        seeds = [derive_seed(args.seed, i, sample) for sample in range(args.n)]
         try:
             engine.submit(ids, i, args.n, seeds, args.max_new_tokens, args.temperature, args.top_p)
         except ValueError as error:
@@ -580,7 +582,7 @@ def generate_file(args, engine, chat, templates):
             for s in engine.collect():
                 results[s.key, s.index] = s
                 progress.update()
-    common.write_rows(
+    write_rows(
         args.output,
         [
             {
@@ -605,7 +607,7 @@ def read_persona(text):
         persona = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--persona: neither a file nor JSON ({error})") from error
-    common.check_row({"prompt_id": "-", "question": "-", "persona": persona}, "prompt", "--persona")
+    check_row({"prompt_id": "-", "question": "-", "persona": persona}, "prompt", "--persona")
     return persona
 
 
@@ -643,7 +645,7 @@ def chat_loop(args, engine, chat, templates):
             row = {"persona": persona, "question": text}
             prompt_ids = answer_prompt(chat, templates, row) if persona else chat.messages(messages)
             try:
-                reply = stream(engine, chat, prompt_ids, args, common.derive_seed(args.seed, turn))
+                reply = stream(engine, chat, prompt_ids, args, derive_seed(args.seed, turn))
             except ValueError as error:  # the conversation has outgrown the model
                 print(f"{error}; /new starts over")
                 continue
@@ -651,7 +653,7 @@ def chat_loop(args, engine, chat, templates):
 
 
 def main(args):
-    ranks = common.start(args.dtype)
+    ranks = start(args.dtype)
     chat, templates = Chat(args.model), load_templates(answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
     engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch, args.kv_tokens)
@@ -659,5 +661,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -35,7 +35,6 @@ from urllib.parse import urlsplit
 import openai
 import torch
 
-from common import derive_seed
 from generate import Engine
 from model import Packed, load_pretrained
 from prompts import (
@@ -49,6 +48,7 @@ from prompts import (
     parse_judgement,
     parse_pair,
 )
+from runtime.distributed import derive_seed
 
 CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
 TOP_LOGPROBS = (20, 5)  # alternatives of the first token that a server is asked for; some refuse more than 5

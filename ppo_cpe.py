@@ -38,14 +38,15 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import common
 import diagnostics
-import plan
-from common import print0
 from generate import Engine
 from judges import open_judge
 from model import load_pretrained, resolve
 from prompts import Chat, Judgement, answer_prompt, edit_prompt, load_templates
+from runtime import packing, plan, runs, training
+from runtime.distributed import all_gather, all_sum, derive_seed, moments, print0, start
+from runtime.flags import user_errors
+from runtime.rows import read_rows
 
 EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "none")  # see `edit_loss`
 
@@ -326,7 +327,7 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
 
     def sample(trajectory):
         kind = "edit" if trajectory.parent else "original"
-        seed = common.derive_seed(args.seed, step, trajectory.prompt_id, trajectory.sample_id, kind)
+        seed = derive_seed(args.seed, step, trajectory.prompt_id, trajectory.sample_id, kind)
         in_engine[trajectory.key, 0] = trajectory
         engine.submit(
             trajectory.sampled_under,
@@ -340,7 +341,7 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
     for place, row, ids in prompts:
         group = [Trajectory(row["prompt_id"], i, row, place, ids, sampled_under=ids) for i in range(args.n_samples)]
         in_engine.update({(place, i): t for i, t in enumerate(group)})
-        seeds = [common.derive_seed(args.seed, step, row["prompt_id"], i, "original") for i in range(args.n_samples)]
+        seeds = [derive_seed(args.seed, step, row["prompt_id"], i, "original") for i in range(args.n_samples)]
         engine.submit(
             ids,
             key=place,
@@ -361,7 +362,7 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
                 lost["truncated"].append(t)
                 continue
             in_judge[t.key] = t
-            judge.submit(t.key, t.row, t.answer, common.derive_seed(args.seed, step, *t.key, "judge"))
+            judge.submit(t.key, t.row, t.answer, derive_seed(args.seed, step, *t.key, "judge"))
         for verdict in judge.poll():
             t = in_judge.pop(verdict.key)
             if verdict.reward is None:
@@ -385,13 +386,13 @@ def share_out(trajectories, args, ranks):
 
     Responses differ in length, and every rank waits for the one that has most to compute.
     """
-    batch = sorted(common.all_gather(ranks, trajectories), key=lambda t: (t.place, t.key))
+    batch = sorted(all_gather(ranks, trajectories), key=lambda t: (t.place, t.key))
     prompts = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.place)]
     mine = []
     for _, groups in itertools.groupby(prompts, key=lambda group: group[0].place // args.mini_batch_prompts):
         groups = list(groups)
         sizes = [len(group[0].prompt_ids) + sum(len(t.response_ids) for t in group) for group in groups]
-        for i in common.balance(sizes, ranks.world_size)[ranks.rank]:
+        for i in packing.balance(sizes, ranks.world_size)[ranks.rank]:
             mine += groups[i]
     return mine
 
@@ -445,20 +446,20 @@ def fill_credit(batch, policy, chat, templates, args, ranks, stats):
 def per_token(model, prefixes, suffixes, trained, args, ranks, stats):
     """Log-probs of the trained tokens of each suffix (None: all), or the critic's values before them -> list of fp32 [L_i]."""
     results = [None] * len(suffixes)
-    for indices, batch in common.packed_micro_batches(prefixes, suffixes, trained, args.tokens_per_microbatch, ranks):
+    for indices, batch in packing.packed_micro_batches(prefixes, suffixes, trained, args.tokens_per_microbatch, ranks):
         if not indices:
             idle_pass(model, args, ranks)
             continue
-        stats.flops += common.forward_flops(model, batch)
+        stats.flops += training.forward_flops(model, batch)
         for i, result in zip(indices, forward(model, batch, args.temperature).cpu().split(batch.counts)):
             results[i] = result
-    common.reshard(model)
+    training.reshard(model)
     return results
 
 
 def idle_pass(model, args, ranks):
     """What a rank without work runs, since FSDP needs every rank in every pass; adds zero to all gradients."""
-    result = forward(model, common.pack([common.EMPTY[0]], [common.EMPTY[1]], ranks.device), args.temperature)
+    result = forward(model, packing.pack([packing.EMPTY[0]], [packing.EMPTY[1]], ranks.device), args.temperature)
     if torch.is_grad_enabled():
         (0 * result.sum()).backward()
 
@@ -490,7 +491,7 @@ def compute_advantages(batch, args, ranks):
         if t.parent is None:
             group[t.place].append(t.reward)
     whitened = [t for t in batch if t.parent is None or not against_originals]
-    mean, std = common.moments(ranks, torch.cat([t.advantages for t in whitened] or [torch.zeros(0)]))
+    mean, std = moments(ranks, torch.cat([t.advantages for t in whitened] or [torch.zeros(0)]))
     for t in batch:
         if t.parent is not None and against_originals:
             # in units of the same spread, but not moved by the batch's mean
@@ -503,8 +504,8 @@ def compute_advantages(batch, args, ranks):
 
     all_returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
     residual = all_returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
-    _, spread = common.moments(ranks, all_returns)
-    _, unexplained = common.moments(ranks, residual)
+    _, spread = moments(ranks, all_returns)
+    _, unexplained = moments(ranks, residual)
     return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
 
 
@@ -562,11 +563,11 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
     for mini_batch in list(range(n_mini_batches)) * args.ppo_epochs:
         mine = [t for t in batch if t.place // args.mini_batch_prompts == mini_batch]
-        (n_tokens,) = common.all_sum(ranks, sum(len(t.response_ids) for t in mine))
+        (n_tokens,) = all_sum(ranks, sum(len(t.response_ids) for t in mine))
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
         prompts, responses = [t.prompt_ids for t in mine], [t.response_ids for t in mine]
-        micro_batches = common.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks)
+        micro_batches = packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks)
         passes = [([mine[i] for i in indices], packed) for indices, packed in micro_batches]
         stats.logical_tokens += sum(map(len, prompts + responses))
         stats.computed_tokens += sum(len(packed.input_ids) for _, packed in passes if packed)
@@ -581,10 +582,10 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
                 if not some:
                     idle_pass(model, args, ranks)
                     continue
-                stats.flops += 3 * common.forward_flops(model, packed)  # the backward pass costs two forward ones
+                stats.flops += 3 * training.forward_flops(model, packed)  # the backward pass costs two forward ones
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
                 (loss_of(model, packed, some, args, stats) * ranks.world_size / n_tokens).backward()
-            norm = common.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
+            norm = training.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
             stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
@@ -593,7 +594,7 @@ def update(batch, policy, critic, optimizers, train_policy, args, ranks, stats):
 
 def read_prompts(path, args, chat, templates):
     """(row, prompt ids) of every prompt within the length limit."""
-    rows = common.read_rows(path, "prompt")
+    rows = read_rows(path, "prompt")
     prompts = [(row, answer_prompt(chat, templates, row)) for row in rows]
     kept = [(row, ids) for row, ids in prompts if len(ids) <= args.max_prompt_length]
     print0(
@@ -608,7 +609,7 @@ def main(args):
     max_len = args.max_prompt_length + 2 * args.max_response_length + args.max_judgement_length + 512
     if args.plan:
         return plan.ppo(args, max_len)
-    ranks = common.start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size)
     for flag in ("edit_rate", "sdpo_lambda", "audit_share"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a share from 0 to 1")
@@ -646,22 +647,22 @@ def main(args):
     if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and not judge.writes_critiques:
         raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
 
-    common.open_run(args, ranks)
-    policy = load_pretrained(args.policy, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
+    runs.open_run(args, ranks)
+    policy = load_pretrained(args.policy, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
     critic = load_pretrained(
         args.critic or args.policy,
         torch.float32,
         ranks.device,
         scalar_head=True,
-        shard=lambda m: common.shard(m, ranks),
+        shard=lambda m: training.shard(m, ranks),
     )
     policy.checkpoint_activations = critic.checkpoint_activations = args.checkpoint_activations
     models = {"policy": policy, "critic": critic}
     optimizers = {
-        "policy": common.adamw(policy, args.lr, args.weight_decay),
-        "critic": common.adamw(critic, args.critic_lr, args.weight_decay),
+        "policy": training.adamw(policy, args.lr, args.weight_decay),
+        "critic": training.adamw(critic, args.critic_lr, args.weight_decay),
     }
-    first_step = common.load_checkpoint(args.out, models, optimizers, ranks)
+    first_step = runs.load_checkpoint(args.out, models, optimizers, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
     # the engine's own copy, whole on every rank, in the compute dtype
     sampler = load_pretrained(args.policy, ranks.dtype, ranks.device)
@@ -670,15 +671,15 @@ def main(args):
     progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0)
     for step in progress:
         clock = [time.perf_counter()]
-        stats = common.Stats()
+        stats = runs.Stats()
 
         # 1. originals, critiques, edits, with the weights as they are now
-        rows = common.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
+        rows = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
         engine.refresh(policy)
-        gap = common.refresh_gap(engine.model, policy, prompts[rows[0]][1], ranks)
+        gap = training.refresh_gap(engine.model, policy, prompts[rows[0]][1], ranks)
         clock.append(time.perf_counter())
         if args.offload:
-            common.to_host(models, optimizers)
+            training.to_host(models, optimizers)
         mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
         judged, lost = rollout(mine, engine, judge, chat, templates, args, step, progress)
         clock.append(time.perf_counter())
@@ -688,7 +689,7 @@ def main(args):
         if args.eval_prompts and step % args.eval_every == 0:
             seen = rollout(held_out, engine, judge, chat, templates, replace(args, n_samples=1), "held out", progress)
             diagnostics.describe_held_out(*seen, judge, stats)
-            common.write_step(args.out, "held_out", step + 1, diagnostics.rollout_rows(seen[0]), ranks)
+            runs.write_step(args.out, "held_out", step + 1, diagnostics.rollout_rows(seen[0]), ranks)
         judge.take_counts()  # of these: not a cost of the training
         clock.append(time.perf_counter())
         if args.offload:  # the moments follow in `optimizer_step`
@@ -697,10 +698,10 @@ def main(args):
 
         # 2. all originals and a share of the edits; chosen on every rank alike from the rewards of all
         edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
-        seed = common.derive_seed(args.seed, step, "select")
-        selected = select_edits(common.all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
+        seed = derive_seed(args.seed, step, "select")
+        selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
         batch = share_out([t for t in judged if t.parent is None or t.key[:2] in selected], args, ranks)
-        (n_batch,) = common.all_sum(ranks, len(batch))
+        (n_batch,) = all_sum(ranks, len(batch))
         if n_batch == 0:
             raise ValueError(
                 f"step {step + 1}: no response is left to train on (on this rank: {counts}); is --judge "
@@ -733,11 +734,11 @@ def main(args):
         counts["lost/prompts"] = len(mine) - len({t.place for t in judged})
         counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
         counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
-        counts = dict(zip(counts, map(int, common.all_sum(ranks, *counts.values()))))
+        counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
         phases = ("refresh", "rollout", "diagnostics", "score", "update")
         seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
-        training = seconds["score"] + seconds["update"]
-        common.log_metrics(
+        training_seconds = seconds["score"] + seconds["update"]
+        runs.log_metrics(
             args.out,
             dict(
                 step=step + 1,
@@ -746,19 +747,19 @@ def main(args):
                 refresh_gap=gap,
                 batch=int(n_batch),
                 **counts,
-                **common.machine_metrics(ranks, stats.flops, training, args.peak_tflops),
+                **training.machine_metrics(ranks, stats.flops, training_seconds, args.peak_tflops),
                 generated_tokens_per_second=counts["generated_tokens"] / seconds["rollout"],
-                trained_tokens_per_second=counts["trained_tokens"] / training,
+                trained_tokens_per_second=counts["trained_tokens"] / training_seconds,
                 **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
             ),
             ranks,
         )
-        common.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
+        runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(args.out, step + 1, models, optimizers, tokenizer_from, ranks, args.keep_checkpoints)
+            runs.save_checkpoint(args.out, step + 1, models, optimizers, tokenizer_from, ranks, args.keep_checkpoints)
     print0(f"weights: {args.out}/policy (and critic)")
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

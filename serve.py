@@ -35,10 +35,11 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-import common
 from generate import Engine
 from model import load_pretrained
 from prompts import Chat
+from runtime.distributed import derive_seed, start
+from runtime.flags import user_errors
 
 
 @dataclass
@@ -276,7 +277,7 @@ def make_app(engine, chat, name):
         seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
         settings = dict(
             prompt_ids=prompt_ids,
-            seeds=[common.derive_seed(seed, i) for i in range(n)],
+            seeds=[derive_seed(seed, i) for i in range(n)],
             max_new_tokens=min(request.max_completion_tokens or request.max_tokens or room, room),
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
@@ -369,7 +370,7 @@ def make_app(engine, chat, name):
 
 
 def main(args):
-    ranks = common.start(args.dtype)
+    ranks = start(args.dtype)
     chat = Chat(args.model)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
     limit = model.config.max_position_embeddings
@@ -383,5 +384,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

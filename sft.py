@@ -22,11 +22,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import common
-import plan
-from common import print0
 from model import Config, Qwen2, init_weights, load_pretrained, resolve
 from prompts import Chat, answer_prompt, load_templates, response_ids
+from runtime import packing, plan, runs, training
+from runtime.distributed import all_sum, print0, start
+from runtime.flags import user_errors
+from runtime.rows import read_rows
 
 
 @dataclass
@@ -100,10 +101,10 @@ class Args:
 
 def read_examples(args, chat):
     """(ids, trained) of each row: token ids, and which of them are learned."""
-    first = common.read_rows(args.data, "object")[0]
+    first = read_rows(args.data, "object")[0]
     examples = []
     if "messages" in first:
-        for row in common.read_rows(args.data, "messages"):
+        for row in read_rows(args.data, "messages"):
             ids, trained, before = [], [], []
             for message in row["messages"]:
                 if message["role"] != "assistant":
@@ -120,7 +121,7 @@ def read_examples(args, chat):
             examples.append((ids, trained))
     else:
         templates = load_templates(answer_template=args.answer_template)
-        for row in common.read_rows(args.data, "pair"):
+        for row in read_rows(args.data, "pair"):
             prompt, answer = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
             examples.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
     kept = [e for e in examples if len(e[0]) <= args.max_length and any(e[1])]
@@ -150,9 +151,9 @@ def scratch_config(args, chat):
 def open_model(args, chat, ranks):
     """The model that is trained, fp32 masters, sharded."""
     if not args.from_scratch:
-        model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: common.shard(m, ranks))
+        model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
     else:
-        model = common.shard(Qwen2(scratch_config(args, chat)).to(ranks.device), ranks)
+        model = training.shard(Qwen2(scratch_config(args, chat)).to(ranks.device), ranks)
         init_weights(model, args.seed)
     model.checkpoint_activations = args.checkpoint_activations
     return model
@@ -162,40 +163,40 @@ def main(args):
     if args.plan:
         scratch = args.from_scratch
         return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
-    ranks = common.start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     examples = read_examples(args, chat)
     total_steps = int(args.epochs * (len(examples) // args.batch_size))
-    common.open_run(args, ranks)
+    runs.open_run(args, ranks)
     model = open_model(args, chat, ranks)
-    optimizer = common.adamw(model, args.lr, args.weight_decay)
-    first_step = common.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    optimizer = training.adamw(model, args.lr, args.weight_decay)
+    first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
 
     for step in tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0):
         started = time.perf_counter()
-        rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
-        mine = [examples[i] for i in common.share(rows, [len(examples[i][0]) for i in rows], ranks)]
+        rows = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
+        mine = [examples[i] for i in packing.share(rows, [len(examples[i][0]) for i in rows], ranks)]
         # the mean is over the tokens of all ranks and micro-batches: the count must be known before any backward pass
-        n_trained, n_tokens = common.all_sum(ranks, sum(sum(t) for _, t in mine), sum(len(ids) for ids, _ in mine))
+        n_trained, n_tokens = all_sum(ranks, sum(sum(t) for _, t in mine), sum(len(ids) for ids, _ in mine))
 
         loss_sum, flops = 0.0, 0
-        for indices in common.micro_batches([len(ids) for ids, _ in mine], args.tokens_per_microbatch, ranks):
-            chosen = [mine[i] for i in indices] or [common.EMPTY]
-            batch = common.pack(*zip(*chosen), ranks.device)
+        for indices in packing.micro_batches([len(ids) for ids, _ in mine], args.tokens_per_microbatch, ranks):
+            chosen = [mine[i] for i in indices] or [packing.EMPTY]
+            batch = packing.pack(*zip(*chosen), ranks.device)
             logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-            flops += 3 * common.forward_flops(model, batch)  # the backward pass costs two forward ones
+            flops += 3 * training.forward_flops(model, batch)  # the backward pass costs two forward ones
             loss = -logprobs.sum() * (len(indices) > 0)
             # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * ranks.world_size / n_trained).backward()
             loss_sum += loss.item()
-        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
+        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
 
-        (loss_sum,) = common.all_sum(ranks, loss_sum)
+        (loss_sum,) = all_sum(ranks, loss_sum)
         seconds = time.perf_counter() - started
-        common.log_metrics(
+        runs.log_metrics(
             args.out,
             dict(
                 step=step + 1,
@@ -206,12 +207,12 @@ def main(args):
                 trained_tokens=int(n_trained),
                 seconds=seconds,
                 tokens_per_second=n_tokens / seconds,
-                **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
+                **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
             ),
             ranks,
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(
+            runs.save_checkpoint(
                 args.out,
                 step + 1,
                 {"policy": model},
@@ -224,5 +225,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -33,9 +33,6 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-import common
-import plan
-from common import print0
 from diagnostics import agreement
 from generate import Engine
 from model import SharedPrefix, load_pretrained, resolve
@@ -50,6 +47,10 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
+from runtime import packing, plan, runs, training
+from runtime.distributed import all_gather, all_sum, print0, start
+from runtime.flags import user_errors
+from runtime.rows import read_rows
 
 DEFAULTS = {
     "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0, max_length=16384),
@@ -141,13 +142,13 @@ def read_examples(args, path, chat):
     templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template)
     examples = []
     if args.objective == "grm":
-        for row in common.read_rows(path, "judgement"):
+        for row in read_rows(path, "judgement"):
             prompt = grm_prompt(chat, templates, row, row["answer"])
             text = judgement_text(row["critique"], *(row[d] for d in DIMENSIONS))
             target = response_ids(chat, text)
             examples.append((prompt + target, [False] * len(prompt) + [True] * len(target)))
     else:
-        for row in common.read_rows(path, "pair"):
+        for row in read_rows(path, "pair"):
             both = (row["chosen"], row["rejected"])
             examples.append(tuple(bt_ids(chat, templates, row, answer) for answer in both))
     # of a judgement both lists are as long as its tokens, of a pair the longer answer counts
@@ -171,9 +172,9 @@ def bt_loss(chosen, rejected):
 
 def grm_sums(model, examples, device):
     """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, FLOPs)."""
-    batch = common.pack(*zip(*examples), device)
+    batch = packing.pack(*zip(*examples), device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-    return -logprobs.sum(), {}, common.forward_flops(model, batch)
+    return -logprobs.sum(), {}, training.forward_flops(model, batch)
 
 
 def bt_sums(model, examples, device):
@@ -185,7 +186,7 @@ def bt_sums(model, examples, device):
         input_ids += chosen + rejected[n:]
     ends = torch.tensor([(n, *suffixes) for n, suffixes in groups]).flatten().cumsum(0).view(-1, 3)
     last_tokens = (ends[:, 1:].flatten() - 1).to(device)  # [2 P]: chosen, rejected, chosen, ...
-    batch = common.Batch(
+    batch = packing.Batch(
         torch.tensor(input_ids, device=device), SharedPrefix(groups, device), last_tokens, None, [1] * 2 * len(examples)
     )
     rewards = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
@@ -200,7 +201,7 @@ def bt_sums(model, examples, device):
     return (
         bt_loss(chosen, rejected).sum(),
         {name: value.item() for name, value in sums.items()},
-        common.forward_flops(model, batch),
+        training.forward_flops(model, batch),
     )
 
 
@@ -220,14 +221,14 @@ def over_examples(args, model, examples, ranks, train):
         sums_of, stand_in = bt_sums, ([0], [0])
         n_trained = len(examples)
     else:
-        sums_of, stand_in = grm_sums, common.EMPTY
+        sums_of, stand_in = grm_sums, packing.EMPTY
         n_trained = sum(sum(t) for _, t in examples)
     lengths = [size(example) for example in examples]
     # the mean is over all ranks and micro-batches: the count must be known before any backward pass
-    n_trained, n_tokens = common.all_sum(ranks, n_trained, sum(lengths))
+    n_trained, n_tokens = all_sum(ranks, n_trained, sum(lengths))
 
     totals, all_flops = {}, 0
-    for indices in common.micro_batches(lengths, args.tokens_per_microbatch, ranks):
+    for indices in packing.micro_batches(lengths, args.tokens_per_microbatch, ranks):
         chosen = [examples[i] for i in indices] or [stand_in]
         with torch.set_grad_enabled(train):
             loss, sums, flops = sums_of(model, chosen, ranks.device)
@@ -237,7 +238,7 @@ def over_examples(args, model, examples, ranks, train):
             (loss * weight * ranks.world_size / n_trained).backward()
         for name, value in dict(loss=loss.item(), **sums).items():
             totals[name] = totals.get(name, 0.0) + value * weight
-    metrics = {k: v / n_trained for k, v in zip(totals, common.all_sum(ranks, *totals.values()))}
+    metrics = {k: v / n_trained for k, v in zip(totals, all_sum(ranks, *totals.values()))}
     if args.objective == "bt":  # a tie is neither right nor wrong
         correct, decided = metrics.pop("correct"), 1 - metrics["ties"]
         metrics["accuracy"] = correct / decided if decided else float("nan")
@@ -250,7 +251,7 @@ def over_examples(args, model, examples, ranks, train):
 def judge_held_out(args, chat, ranks):
     """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels."""
     templates = load_templates(grm_template=args.grm_template)
-    rows = common.read_rows(args.eval_data, "judgement")[: args.eval_judgements]
+    rows = read_rows(args.eval_data, "judgement")[: args.eval_judgements]
     mine = rows[ranks.rank :: ranks.world_size]
     prompts = [grm_prompt(chat, templates, row, row["answer"]) for row in mine]
     found = []
@@ -260,7 +261,7 @@ def judge_held_out(args, chat, ranks):
         samples = engine.generate(prompts, temperature=0.0, max_new_tokens=args.eval_max_new_tokens)
         found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
     labels = [Judgement(row["critique"], *(row[d] for d in DIMENSIONS)) for row in mine]
-    both = common.all_gather(ranks, zip(labels, found, strict=True))
+    both = all_gather(ranks, zip(labels, found, strict=True))
     return agreement(*zip(*both))
 
 
@@ -268,7 +269,7 @@ def main(args):
     args = with_defaults(args)
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
-    ranks = common.start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
@@ -277,24 +278,24 @@ def main(args):
         raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
     held_out = read_examples(args, args.eval_data, chat) if args.eval_data else []
     total_steps = int(args.epochs * (len(examples) // args.batch_size))
-    common.open_run(args, ranks)
+    runs.open_run(args, ranks)
     scalar_head = args.objective == "bt"
     model = load_pretrained(
-        args.model, torch.float32, ranks.device, scalar_head, shard=lambda m: common.shard(m, ranks)
+        args.model, torch.float32, ranks.device, scalar_head, shard=lambda m: training.shard(m, ranks)
     )
     model.checkpoint_activations = args.checkpoint_activations
-    optimizer = common.adamw(model, args.lr, args.weight_decay)
-    first_step = common.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
+    optimizer = training.adamw(model, args.lr, args.weight_decay)
+    first_step = runs.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
     last_step = min(total_steps, args.max_steps or total_steps)
 
     steps = range(first_step, last_step)
     for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
         started = time.perf_counter()
-        rows = common.batch_indices(len(examples), args.batch_size, step, args.seed)
-        mine = [examples[i] for i in common.share(rows, [size(examples[i]) for i in rows], ranks)]
+        rows = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
+        mine = [examples[i] for i in packing.share(rows, [size(examples[i]) for i in rows], ranks)]
         metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
-        lr = common.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
+        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
         seconds = time.perf_counter() - started
 
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == last_step):
@@ -302,7 +303,7 @@ def main(args):
             held_out_metrics, *_ = over_examples(args, model, share, ranks, train=False)
             metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
             print0(f"step {step + 1}:", {k: round(v, 4) for k, v in metrics.items()})
-        common.log_metrics(
+        runs.log_metrics(
             args.out,
             dict(
                 step=step + 1,
@@ -313,12 +314,12 @@ def main(args):
                 trained=n_trained,
                 seconds=seconds,
                 tokens_per_second=n_tokens / seconds,
-                **common.machine_metrics(ranks, flops, seconds, args.peak_tflops),
+                **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
             ),
             ranks,
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            common.save_checkpoint(
+            runs.save_checkpoint(
                 args.out, step + 1, {"model": model}, {"model": optimizer}, tokenizer_from, ranks, args.keep_checkpoints
             )
     print0(f"weights: {args.out}/model")
@@ -333,5 +334,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -25,8 +25,8 @@ import tyro
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 import generate
-from common import start
 from model import Config, Qwen2, init_weights
+from runtime.distributed import start
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary (Qwen2.5's; the tiny recipe's)
     "tiny": (128, 384, 4, 4, 2, 1400),

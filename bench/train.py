@@ -26,10 +26,12 @@ import torch.nn.functional as F
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-import common
 import ppo_cpe
 from kernels.linear_logprob import linear_logprob
 from model import Config, Qwen2, init_weights
+from runtime import packing, runs, training
+from runtime.distributed import start
+from runtime.flags import user_errors
 
 SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads, tied
     "tiny": (1024, 128, 384, 4, 4, 2, True),
@@ -153,7 +155,7 @@ def peer_step(policy, critic, optimizers, trajectories, args, device, sequences)
 def ours_step(policy, critic, optimizers, trajectories, args, ranks):
     for t in trajectories:
         t.old_logprobs = None
-    stats = common.Stats()
+    stats = runs.Stats()
     batch = ppo_cpe.share_out(trajectories, args, ranks)
     ppo_cpe.fill_old_logprobs(batch, policy, args, ranks, stats)
     responses = [t.response_ids for t in batch]
@@ -291,8 +293,8 @@ def bench_shared(args, dtype):
     rng = random.Random(0)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(800)] for _ in range(n_prompts)]
     rows = [(p, [rng.randrange(config.vocab_size) for _ in range(400)]) for p in prompts for _ in range(6)]
-    shared = common.pack_shared([p for p, _ in rows], [r for _, r in rows], [[True] * 400] * len(rows), args.device)
-    apart = common.pack([p + r for p, r in rows], [[False] * 800 + [True] * 400] * len(rows), args.device)
+    shared = packing.pack_shared([p for p, _ in rows], [r for _, r in rows], [[True] * 400] * len(rows), args.device)
+    apart = packing.pack([p + r for p, r in rows], [[False] * 800 + [True] * 400] * len(rows), args.device)
     print(
         f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}"
@@ -307,8 +309,8 @@ def bench_shared(args, dtype):
             ppo_cpe.forward(model, batch, 1.0).sum().backward()
 
         times = seconds_of({"apart": lambda: run(apart), "shared": lambda: run(shared)}, args.repeats, args.device)
-        limit = common.forward_flops(model, apart) / common.forward_flops(model, shared)
-        rate = 3 * common.forward_flops(model, shared) / times["shared"] / 1e12
+        limit = training.forward_flops(model, apart) / training.forward_flops(model, shared)
+        rate = 3 * training.forward_flops(model, shared) / times["shared"] / 1e12
         line(f"  {name} (limit {limit:.2f} x), {rate:.2f} TFLOP/s", times["apart"], times["shared"], ">= 1.9 x")
 
 
@@ -327,8 +329,8 @@ def bench_step(args, ranks, dtype):
     for model in models.values():
         init_weights(model, 0)
         model.to(args.device)
-        common.shard(model, ranks)
-    optimizers = {name: common.adamw(model, 1e-6, 0.01) for name, model in models.items()}
+        training.shard(model, ranks)
+    optimizers = {name: training.adamw(model, 1e-6, 0.01) for name, model in models.items()}
     peers = peer_models(config, args.device, dtype)
     peer_optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01) for model in peers]
     n_tokens = sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories)
@@ -346,7 +348,7 @@ def bench_step(args, ranks, dtype):
 
 
 def main(args):
-    ranks = common.start("bf16" if args.device == "cuda" else "fp32")
+    ranks = start("bf16" if args.device == "cuda" else "fp32")
     if ranks.device.type != args.device:
         raise ValueError(f"--device {args.device}: this machine's is {ranks.device.type}")
     dtype = ranks.dtype
@@ -362,5 +364,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -44,8 +44,9 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import user_errors, write_rows
 from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
+from runtime.flags import user_errors
+from runtime.rows import write_rows
 
 
 @dataclass

@@ -40,7 +40,9 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import check_row, derive_seed, user_errors, write_rows
+from runtime.distributed import derive_seed
+from runtime.flags import user_errors
+from runtime.rows import check_row, write_rows
 
 
 @dataclass

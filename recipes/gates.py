@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common
 from data.persona_world import claims
 from data.persona_world import judge as exact
 from diagnostics import agreement
@@ -26,6 +25,9 @@ from generate import Engine
 from judges import open_judge, verdicts_of
 from model import load_pretrained
 from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates
+from runtime.distributed import start
+from runtime.flags import user_errors
+from runtime.rows import read_rows, write_text
 
 GATES = {  # name: (at least or at most, limit)
     "mentions_right": ("at least", 0.90),
@@ -50,7 +52,7 @@ class Args:
 def mentions_right(args, templates, ranks):
     """-> share of the claims in the policy's answers that are true of the person; None: there is no claim."""
     chat = Chat(args.policy)
-    rows = common.read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
+    rows = read_rows(f"{args.world}/prompts_eval.jsonl", "prompt")
     engine = Engine(load_pretrained(args.policy, ranks.dtype, ranks.device), chat.stop_ids, 512)
     samples = engine.generate([answer_prompt(chat, templates, row) for row in rows], temperature=0.0, max_new_tokens=96)
     right = [
@@ -63,7 +65,7 @@ def mentions_right(args, templates, ranks):
 
 def judge_agreement(args, templates, ranks):
     """-> {gate: value}, None where it does not exist."""
-    rows = common.read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
+    rows = read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
     judge = open_judge(args.grm, templates, ranks, attempts=1, temperature=0.0, max_new_tokens=96)
     found = judgements_of(judge, rows)
     labels = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
@@ -90,7 +92,7 @@ def judgements_of(judge, rows):
 
 
 def main(args):
-    ranks = common.start("auto")
+    ranks = start("auto")
     templates = load_templates(*(f"{args.world}/templates/{name}.txt" for name in ("answer", "edit", "grm")))
     found = dict(mentions_right=mentions_right(args, templates, ranks), **judge_agreement(args, templates, ranks))
     missed = []
@@ -102,11 +104,11 @@ def main(args):
         print(f"{name:20}{text:>8}   {kind} {limit:g}   {'met' if met else 'MISSED'}")
     told = found["sees_other_profile"]
     print(f"{'sees_other_profile':20}{'-' if told is None else f'{told:.3f}':>8}   no gate")
-    common.write_text(os.path.join(args.out, "gates.json"), json.dumps(found | {"missed": missed}, indent=2))
+    write_text(os.path.join(args.out, "gates.json"), json.dumps(found | {"missed": missed}, indent=2))
     if missed:
         raise ValueError(f"gates missed: {', '.join(missed)}; a comparison of RL runs on these models would say little")
 
 
 if __name__ == "__main__":
-    with common.user_errors():
+    with user_errors():
         main(tyro.cli(Args))

@@ -12,10 +12,10 @@ from collections import defaultdict
 import numpy as np
 from scipy import stats
 
-from common import read_rows, write_text
 from data.persona_world import claims, judge, recites_profile
+from evaluation.tables import markdown_row, write_json
 from prompts import DIMENSIONS
-from tables import markdown_row, write_json
+from runtime.rows import read_rows, write_text
 
 METHODS = {
     "base": "base",

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import read_rows, user_errors
 from data.persona_world import judge
+from runtime.flags import user_errors
+from runtime.rows import read_rows
 
 COLUMNS = {
     "reward": "score",

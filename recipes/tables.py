@@ -26,8 +26,9 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import user_errors, write_text
 from recipes import results
+from runtime.flags import user_errors
+from runtime.rows import write_text
 
 
 @dataclass

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import common
 from model import Config, Qwen2, init_weights, save_pretrained
+from runtime.flags import user_errors
 
 
 def tiny_config(**changes):
@@ -123,7 +123,7 @@ def tiny(tmp_path_factory):
 
 # Scripts run in processes forked from a server that has imported the libraries: a second less per process and import.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", "common", "tyro", "tqdm", "transformers.utils.chat_template_utils"])
+FORKS.set_forkserver_preload(["conftest", "runtime.runs", "tyro", "tqdm", "transformers.utils.chat_template_utils"])
 
 
 def _as_script(script, flags, environment, log):
@@ -198,7 +198,7 @@ def grm_flags(tiny):
 
 def error_of(module, capsys, *flags):
     """Runs a script's main on flags that must not work -> the line that the user sees; the exit status is 2."""
-    with pytest.raises(SystemExit) as stop, common.user_errors():
+    with pytest.raises(SystemExit) as stop, user_errors():
         module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
     assert stop.value.code == 2
     return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import Stats, start
 from diagnostics import describe_edits, distinct, kept_tokens, leaves, recited
+from runtime.distributed import start
+from runtime.runs import Stats
 
 PERSONA = {"name": "Ada Novak", "food": ["vegan", "green tea"], "age": 41, "city": {"now": "北京"}}
 

@@ -19,9 +19,8 @@ from test_winrate import annotations as made_annotations
 from test_winrate import gamed_file
 
 import evaluate
-import journal
-import tables
 from data import persona_world
+from evaluation import journal, tables
 from model import load_config, save_pretrained
 
 

@@ -9,7 +9,7 @@ import tyro
 from conftest import error_of, random_model, tiny_config
 
 import evaluate
-import personamem
+from evaluation import personamem
 from model import Packed
 from prompts import Chat
 

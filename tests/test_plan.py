@@ -13,11 +13,11 @@ import torch
 import tyro
 from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 
-import plan
 import ppo_cpe
 import sft
-from common import Batch
 from model import GIB, Packed, save_pretrained
+from runtime import plan
+from runtime.packing import Batch
 
 QWEN = dict(model_type="qwen2", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768)
 SIZES = {  # the published config.json files of Qwen2.5-Instruct

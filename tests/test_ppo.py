@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from common import start
 from ppo_cpe import Args, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits, value_loss
+from runtime.distributed import start
 
 P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), so r = 0.5
 

@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 
 import diagnostics
 import ppo_cpe
-from common import Stats, pack, start, write_rows
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
 from prompts import Chat, Judgement, answer_prompt, fill, load_templates
+from runtime.distributed import start
+from runtime.packing import pack
+from runtime.rows import write_rows
+from runtime.runs import Stats
 
 
 def flags_of(tiny, judge):

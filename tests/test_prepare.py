@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common import read_rows
 from data import prepare
+from runtime.rows import read_rows
 
 PERSONAS = {
     f"User{n}_aB{n}": {"Name": f"用户{n}", "Likes": [f"茶{n}", "山"], "Home": {"City": f"C{n}"}} for n in range(20)

@@ -10,11 +10,11 @@ import openai
 import pytest
 import uvicorn
 
-import common
 import serve
 from generate import Engine
 from model import load_pretrained
 from prompts import Chat
+from runtime.distributed import derive_seed
 
 MESSAGES = [{"role": "user", "content": "What about a gift?"}]
 
@@ -55,7 +55,7 @@ def alone(tiny):
     engine = Engine(load_pretrained(str(tiny / "checkpoint")), chat.stop_ids, 512)
 
     def generate(messages=MESSAGES, seeds=(3,), **settings):
-        seeds = [common.derive_seed(seeds[0], i) for i in range(settings.get("n", 1))]
+        seeds = [derive_seed(seeds[0], i) for i in range(settings.get("n", 1))]
         settings = dict(max_new_tokens=12) | settings
         return engine.generate([chat.messages(messages)], seeds=seeds, **settings)[0]
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import finish, launch, random_model, tiny_config
 
-import common
 import ppo_cpe
 from model import SharedPrefix, gather_rows
+from runtime import packing, runs
+from runtime.distributed import start
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [5, 6, 7]]
 
@@ -25,8 +26,8 @@ def sequences(seed=0):
 
 def both_packings(rows):
     flags = [[True] * len(r) for _, r in rows]
-    shared = common.pack_shared([p for p, _ in rows], [r for _, r in rows], flags, "cpu")
-    apart = common.pack([p + r for p, r in rows], [[False] * len(p) + f for (p, _), f in zip(rows, flags)], "cpu")
+    shared = packing.pack_shared([p for p, _ in rows], [r for _, r in rows], flags, "cpu")
+    apart = packing.pack([p + r for p, r in rows], [[False] * len(p) + f for (p, _), f in zip(rows, flags)], "cpu")
     return shared, apart
 
 
@@ -61,7 +62,7 @@ def test_gradients_through_the_varlen_kernels():
     exact = random_model(tiny_config(hidden_size=128, intermediate_size=64)).cuda()
     rows = sequences()
     flags = [[True] * len(r) for _, r in rows]
-    shared = common.pack_shared([p for p, _ in rows], [r for _, r in rows], flags, "cuda")
+    shared = packing.pack_shared([p for p, _ in rows], [r for _, r in rows], flags, "cuda")
     for (name, _), grad, wanted in zip(model.named_parameters(), run(model, shared)[1], run(exact, shared)[1]):
         # bf16 keeps 8 bits through two layers; a segment that sees another's keys is off by its whole gradient
         assert (grad - wanted).norm() < 0.05 * wanted.norm() + 1e-3, name
@@ -96,10 +97,10 @@ def test_gradients_of_a_shared_row_add_up_in_fp32():
 
 @pytest.mark.parametrize("budget", [10, 37, 1000])
 def test_micro_batches_are_within_the_budget_and_even(budget):
-    ranks = common.start("fp32")
+    ranks = start("fp32")
     rng = random.Random(budget)
     sizes = [rng.randint(1, 40) for _ in range(60)]
-    parts = common.micro_batches(sizes, budget, ranks)
+    parts = packing.micro_batches(sizes, budget, ranks)
     assert sorted(i for part in parts for i in part) == list(range(60))
     filled = [sum(sizes[i] for i in part) for part in parts]
     assert all(f <= budget or len(part) == 1 for f, part in zip(filled, parts))
@@ -108,17 +109,17 @@ def test_micro_batches_are_within_the_budget_and_even(budget):
 
 
 def test_groups_stay_together_and_are_cut_only_over_the_budget():
-    ranks = common.start("fp32")
+    ranks = start("fp32")
     prefixes = [[1] * 5] * 4 + [[2] * 5] * 2
     suffixes = [[0] * 10] * 6
-    assert common.shared_micro_batches(prefixes, suffixes, 50, ranks) == [[0, 1, 2, 3], [4, 5]]
-    assert common.shared_micro_batches(prefixes, suffixes, 25, ranks) == [[0, 1], [2, 3], [4, 5]]
-    assert common.shared_micro_batches(prefixes, suffixes, 3, ranks) == [[0], [1], [2], [3], [4], [5]]
+    assert packing.shared_micro_batches(prefixes, suffixes, 50, ranks) == [[0, 1, 2, 3], [4, 5]]
+    assert packing.shared_micro_batches(prefixes, suffixes, 25, ranks) == [[0, 1], [2, 3], [4, 5]]
+    assert packing.shared_micro_batches(prefixes, suffixes, 3, ranks) == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_ranks_get_equal_shares():
     sizes = [9, 1, 1, 1, 8, 7, 3, 2, 2, 6]
-    bins = common.balance(sizes, 4)
+    bins = packing.balance(sizes, 4)
     assert sorted(i for b in bins for i in b) == list(range(10))
     assert [sum(sizes[i] for i in b) for b in bins] == [10, 10, 10, 10]
 
@@ -145,16 +146,16 @@ def trajectories():
 
 
 def test_old_logprobs_are_those_of_every_response_under_its_own_prompt():
-    ranks, model, batch = common.start("fp32"), random_model(tiny_config()), trajectories()
+    ranks, model, batch = start("fp32"), random_model(tiny_config()), trajectories()
     args = ppo_cpe.Args(mini_batch_prompts=1, tokens_per_microbatch=40, temperature=0.9)
-    stats = common.Stats()
+    stats = runs.Stats()
     ppo_cpe.fill_old_logprobs(batch, model, args, ranks, stats)
     for t in batch:
         if t.parent is None and t.place == 0:
             assert t.old_logprobs is None  # the update's own pass has them
             continue
         flags = [False] * len(t.sampled_under) + [True] * len(t.response_ids)
-        alone = common.pack([t.sampled_under + t.response_ids], [flags], "cpu")
+        alone = packing.pack([t.sampled_under + t.response_ids], [flags], "cpu")
         assert (t.old_logprobs - ppo_cpe.forward(model, alone, 0.9)).abs().max() < 1e-5
     scored = sum(len(t.response_ids) for t in batch if t.old_logprobs is not None)
     assert stats.sums["logprob_gap"][1] == scored

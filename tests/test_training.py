@@ -15,12 +15,13 @@ import tyro
 from conftest import ROOT, error_of, finish, grm_flags, launch, read_metrics
 from safetensors.torch import load_file
 
-import common
 import dpo
 import sft
 import train_grm
 from model import Packed, load_pretrained
 from prompts import Chat, Judgement, answer_prompt, load_templates, response_ids
+from runtime import packing
+from runtime.rows import read_rows
 
 SCRIPTS = ("sft", "grm", "bt", "dpo")
 WEIGHTS = dict(sft="policy", grm="model", bt="model", dpo="policy")
@@ -169,7 +170,7 @@ def test_dpo_starts_at_the_reference(runs, tiny):
     kept = json.loads((out / "reference.json").read_text())
     chat, model = Chat(str(tiny / "checkpoint")), load_pretrained(str(tiny / "checkpoint"))
     templates = load_templates(answer_template=str(tiny / "answer.txt"))
-    rows = common.read_rows(str(tiny / "pairs.jsonl"), "pair")
+    rows = read_rows(str(tiny / "pairs.jsonl"), "pair")
     sums, means = {"chosen": [], "rejected": []}, []
     for row in rows:
         for key in sums:
@@ -183,7 +184,7 @@ def test_dpo_starts_at_the_reference(runs, tiny):
     assert kept["chosen"] == pytest.approx(sums["chosen"], abs=1e-3)
     assert kept["rejected"] == pytest.approx(sums["rejected"], abs=1e-3)
     first = read_metrics(out)[0]
-    batch = common.batch_indices(len(rows), 8, 0, seed=0)
+    batch = packing.batch_indices(len(rows), 8, 0, seed=0)
     expected = -sum(means[i] for i in batch) / 8
     assert first["sft_loss"] == pytest.approx(expected, abs=1e-4)
     assert first["loss"] == pytest.approx(math.log(2) + 0.1 * expected, abs=1e-4)

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold
 
-import winrate
+from evaluation import winrate
 
 
 def annotations(kind, n):

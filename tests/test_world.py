@@ -7,7 +7,6 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from common import read_rows
 from data.persona_world import (
     ADVICE,
     ATTRIBUTES,
@@ -29,6 +28,7 @@ from data.persona_world import (
     write_answer,
 )
 from prompts import Chat, answer_prompt, judgement_text, load_templates, parse_judgement
+from runtime.rows import read_rows
 
 PERSONA = {
     "name": "Ada Novak",

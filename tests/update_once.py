@@ -10,8 +10,9 @@ import torch
 from conftest import random_model, tiny_config
 from torch.distributed.tensor import DTensor
 
-import common
 import ppo_cpe
+from runtime import runs, training
+from runtime.distributed import start
 
 
 def trajectories(n_prompts):
@@ -41,7 +42,7 @@ def full(model):
 
 
 def main(file, budget, shard_size):
-    ranks = common.start("fp32", shard_size)
+    ranks = start("fp32", shard_size)
     args = ppo_cpe.Args(
         prompts_per_step=12,
         mini_batch_prompts=12,
@@ -52,14 +53,14 @@ def main(file, budget, shard_size):
         max_grad_norm=1e9,
     )
     models = {
-        "policy": common.shard(random_model(tiny_config()), ranks),
-        "critic": common.shard(random_model(tiny_config(), scalar_head=True), ranks),
+        "policy": training.shard(random_model(tiny_config()), ranks),
+        "critic": training.shard(random_model(tiny_config(), scalar_head=True), ranks),
     }
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in models.items()}
     before = {name: full(model) for name, model in models.items()}
 
     batch = ppo_cpe.share_out([t for t in trajectories(12) if t.place % ranks.world_size == ranks.rank], args, ranks)
-    stats = common.Stats()
+    stats = runs.Stats()
     ppo_cpe.fill_old_logprobs(batch, models["policy"], args, ranks, stats)
     values = ppo_cpe.per_token(
         models["critic"],

@@ -95,7 +95,7 @@ class Machine:
 
     @property
     def sharded(self):
-        return self.world_size > 1 or self.dtype != torch.float32  # as common.shard
+        return self.world_size > 1 or self.dtype != torch.float32  # as training.shard
 
 
 def config_of(path):

@@ -15,9 +15,9 @@ from collections import Counter
 import numpy as np
 from matplotlib.figure import Figure
 
-import winrate
-from common import write_text
+from evaluation import winrate
 from prompts import DIMENSIONS
+from runtime.rows import write_text
 
 FIELDS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
 LEADERBOARD = (

@@ -19,12 +19,12 @@ import re
 import numpy as np
 import torch
 
-import common
-import tables
-import winrate
-from journal import digest, draw_rows, fingerprint, is_url, made_once, replies
+from evaluation import tables, winrate
+from evaluation.journal import digest, draw_rows, fingerprint, is_url, made_once, replies
 from model import load_pretrained
 from prompts import Chat
+from runtime import packing
+from runtime.rows import read_rows, write_rows, write_text
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
 then end with <final_answer> and the letter of that reply, such as <final_answer>(a)."""
@@ -50,7 +50,7 @@ def read_questions(args):
                 f'{args.prompts}: prompt "{row["prompt_id"]}": expected 4 options and one of a to d as correct'
             )
     file = args.prompts.removesuffix(".jsonl") + "_contexts.jsonl"
-    contexts = {row["context_id"]: row["messages"] for row in common.read_rows(file, "messages")}
+    contexts = {row["context_id"]: row["messages"] for row in read_rows(file, "messages")}
     for row in rows:
         if len(contexts.get(row["context_id"], ())) < row["end_index"]:
             raise ValueError(
@@ -82,7 +82,7 @@ def is_right(reply, correct):
 @torch.no_grad()
 def option_logprobs(model, prompt_ids, options, device):
     """Log-probs of each option's tokens after the prompt, which is computed once: lists of ids -> fp32 tensors."""
-    batch = common.pack_shared([prompt_ids] * len(options), options, [[True] * len(ids) for ids in options], device)
+    batch = packing.pack_shared([prompt_ids] * len(options), options, [[True] * len(ids) for ids in options], device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     return logprobs.float().cpu().split(batch.counts)
 
@@ -153,7 +153,7 @@ def evaluate(args, templates, ranks):
         truncated=[row["prompt_id"] for row, r in zip(rows, replied) if r and r["truncated"]],
         **{name: by_type(rows, right, args.seed) for name, right in measures.items()},
     )
-    common.write_rows(
+    write_rows(
         os.path.join(args.out, "choices.jsonl"),
         [
             {**row, **(reply or {"answer": None}), "right": j, "likelihood": likely and likely[i]}
@@ -162,7 +162,7 @@ def evaluate(args, templates, ranks):
     )
     tables.write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
     text = markdown(results, list(measures))
-    common.write_text(os.path.join(args.out, "table.md"), text)
+    write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (choices.jsonl, results.json, table.md)")
 
 

@@ -21,18 +21,18 @@ import openai
 import torch
 from tqdm import tqdm
 
-import common
-from common import derive_seed, print0
 from data import persona_world
 from generate import Engine
 from judges import Failure, open_client, open_judge, served_model, without_control_tokens
 from model import load_config, load_pretrained, resolve
 from prompts import DIMENSIONS, Chat
+from runtime.distributed import all_gather, barrier, derive_seed, print0
+from runtime.rows import read_rows
 
 
 def draw_rows(args, kind="prompt"):
     """`n_prompts` rows of the file, in its order."""
-    rows = common.read_rows(args.prompts, kind)
+    rows = read_rows(args.prompts, kind)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     return [rows[i] for i in sorted(order[: args.n_prompts or len(rows)].tolist())]
 
@@ -118,7 +118,7 @@ def made_once(name, stage, digests, make, args, ranks):
     """
     journal = Journal(args.out, name, ranks.rank)
     kept = journal.rows()
-    common.barrier(ranks)  # no rank writes before all have read: they have to agree on what is missing
+    barrier(ranks)  # no rank writes before all have read: they have to agree on what is missing
     missing, seen = [], set(kept)
     for i, d in enumerate(digests):  # equal ones are made once
         if d not in seen:
@@ -139,7 +139,7 @@ def made_once(name, stage, digests, make, args, ranks):
                 bar.update()
 
             make(mine, record)
-    kept |= dict(common.all_gather(ranks, made.items()))
+    kept |= dict(all_gather(ranks, made.items()))
     return [kept.get(d) for d in digests]
 
 
@@ -276,6 +276,6 @@ def verdicts_on(items, templates, args, ranks):
                     record(v.key, row)
 
     rows = made_once("verdicts", "verdicts", digests, make, args, ranks)
-    failed = dict(common.all_gather(ranks, failed.items()))
+    failed = dict(all_gather(ranks, failed.items()))
     none = dict.fromkeys(("reward", *DIMENSIONS, "critique", "method")) | dict(error="not asked", failure="not asked")
     return [row or failed.get(d, none) for row, d in zip(rows, digests)]

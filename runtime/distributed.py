@@ -1,0 +1,105 @@
+"""Start-up of one process or of many, sums over all ranks, and seeds.
+
+Every random draw of a run is a function of (seed, step, prompt, sample), so no generator has a state to save: a
+resumed run draws what the uninterrupted one would have drawn, on any number of processes.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `device` and compute `dtype` are what models and batches live in."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
+
+
+def start(dtype="auto", shard_size=None):
+    """Joins the process group of torchrun, or makes one of a single process.
+
+    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. ValueError: it does
+    not divide the number of ranks.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if shard_size is not None and (shard_size < 1 or world_size % shard_size):
+        raise ValueError(f"--shard-size {shard_size}: expected a divisor of the number of ranks, {world_size}")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if shard_size in (None, world_size):
+        mesh = init_device_mesh(device.type, (world_size,))
+    else:  # neighbouring ranks share a copy: with the GPUs of a node as shard size, only gradients leave the node
+        mesh = init_device_mesh(
+            device.type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+        )
+    dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
+    return Ranks(rank, world_size, device, dtype, mesh)
+
+
+def print0(*values):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*values, flush=True)
+
+
+def all_sum(ranks, *numbers):
+    """Each number summed over all ranks, in fp64."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if ranks.world_size > 1:
+        total = total.to(ranks.device)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_max(ranks, number):
+    largest = torch.tensor(number, dtype=torch.float64, device=ranks.device)
+    if ranks.world_size > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def all_gather(ranks, rows):
+    """The lists of all ranks, joined in rank order."""
+    if ranks.world_size == 1:
+        return list(rows)
+    gathered = [None] * ranks.world_size
+    dist.all_gather_object(gathered, list(rows))
+    return [row for part in gathered for row in part]
+
+
+def derive_seed(*parts):
+    """A 62-bit seed that is a function of its parts alone (Python's own hash differs between processes)."""
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def barrier(ranks):
+    if ranks.world_size > 1:
+        dist.barrier()
+
+
+def moments(ranks, values):
+    """Mean and standard deviation of fp32 [S] over all ranks (numbers). S may be 0 on a rank, not on all."""
+    x = values.double()
+    n, total, square = all_sum(ranks, len(x), x.sum().item(), x.square().sum().item())
+    mean = total / n
+    return mean, max(square / n - mean**2, 0.0) ** 0.5

@@ -1,0 +1,138 @@
+"""What an update stands on: FSDP2, AdamW, the schedule, offloading, and figures of the machine."""
+
+import math
+import resource
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from model import GIB
+from runtime.distributed import all_max, all_sum
+from runtime.packing import pack
+
+
+def shard(model, ranks):
+    """FSDP2: each layer and the rest are gathered as they are needed; masters fp32, compute in ranks.dtype, fp32 sums.
+
+    The rest (embedding, last norm, LM head) is the root: it is gathered at the start of a pass and kept until its
+    backward pass is through, so that the log-probs, which walk over the head in chunks, never gather it again.
+    One process in fp32 has nothing to shard or cast and keeps plain parameters.
+    """
+    if ranks.world_size == 1 and ranks.dtype == torch.float32:
+        return model
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reshard(model):
+    """Frees what passes without a backward pass have left gathered: the root of `shard`."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def adamw(model, lr, weight_decay):
+    fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
+    )
+
+
+def learning_rate(lr, step, total_steps, warmup_ratio):
+    """Linear warm-up over a share of the steps, then cosine to zero. step counts from 0."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def move_moments(optimizer, device):
+    """Adam's moments to host memory or back (--offload)."""
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(device)
+
+
+def to_host(models, optimizers):
+    """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint."""
+    for name, model in models.items():
+        model.to("cpu")
+        move_moments(optimizers[name], "cpu")
+
+
+def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
+    """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
+
+    offload: between steps the moments lie in host memory. FloatingPointError where the norm is not finite: a run that
+    goes on with such weights only hides the cause.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm}; the weights were left as they were")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if offload:
+        move_moments(optimizer, next(model.parameters()).device)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if offload:
+        move_moments(optimizer, "cpu")
+    return norm
+
+
+# -- figures of the machine -------------------------------------------------------------------------------------------
+
+# Dense bf16 FLOP/s of data sheets, by a part of the device's name.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362}
+
+
+def peak_flops(ranks, tflops):
+    """FLOP/s of one device in the compute dtype: --peak-tflops, else from the table, else None (nothing is guessed)."""
+    if tflops is not None:
+        return tflops * 1e12
+    if ranks.device.type != "cuda" or ranks.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(ranks.device)
+    return next((known * 1e12 for part, known in PEAK_TFLOPS.items() if part in name), None)
+
+
+def forward_flops(model, batch):
+    """FLOPs of a forward pass over a Batch: two per weight and token, four d per pair of query and key and layer."""
+    c = model.config
+    d, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
+    weights = 2 * d * d + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
+    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * d * batch.context.pairs)
+    return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
+
+
+def machine_metrics(ranks, flops, seconds, tflops):
+    """mfu: model FLOPs (recomputation not counted) of all ranks in these seconds over their peak, None where unknown.
+    peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
+    """
+    peak = peak_flops(ranks, tflops)
+    (flops,) = all_sum(ranks, flops)
+    if ranks.device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(ranks.device)
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return dict(
+        mfu=flops / (seconds * peak * ranks.world_size) if peak else None,
+        peak_memory_gib=round(all_max(ranks, held) / GIB, 3),
+    )
+
+
+@torch.no_grad()
+def refresh_gap(own, trained, ids, ranks):
+    """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has
+    just taken over, over all ranks: stale or broken weights show before anything is sampled."""
+    batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
+    ours, theirs = (
+        model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)[0]
+        for model in (own, trained)
+    )
+    reshard(trained)
+    return all_max(ranks, (ours - theirs).abs().max().item())
