@@ -270,7 +270,7 @@ def replay(folder):
         settings = args if kind == args.edit_ratio else replace(args, edit_ratio=kind, ratio_cap=None)
         gradients[kind], described[kind] = gradient(policy, edits, settings, n_tokens, ranks)
     chat = Chat(f"{folder}/policy")
-    templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
+    templates = load_templates(f"{folder}/policy", args.answer_template, args.edit_template, args.grm_template)
     ppo_cpe.fill_credit(originals, policy, chat, templates, args, ranks, runs.Stats())
     for t in originals:
         t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit

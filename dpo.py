@@ -107,9 +107,8 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     return -F.logsigmoid(margin), margin
 
 
-def read_pairs(args, chat):
+def read_pairs(args, chat, templates):
     """Per pair the ids of (prompt, chosen, rejected)."""
-    templates = load_templates(answer_template=args.answer_template)
     pairs = []
     for row in read_rows(args.data, "pair"):
         prompt = answer_prompt(chat, templates, row)
@@ -187,7 +186,8 @@ def main(args):
     ranks = start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
-    pairs = read_pairs(args, chat)
+    templates = load_templates(tokenizer_from, answer_template=args.answer_template)
+    pairs = read_pairs(args, chat, templates)
     total_steps = int(args.epochs * (len(pairs) // args.batch_size))
     runs.open_run(args, ranks)
     model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
@@ -256,6 +256,7 @@ def main(args):
                 tokenizer_from,
                 ranks,
                 args.keep_checkpoints,
+                templates.texts("answer"),
             )
     print0(f"weights: {args.out}/policy")
 

@@ -664,7 +664,7 @@ def main(args):
     args = dataclasses.replace(args, **named)
     ranks = start(args.dtype)
     templates = load_templates(
-        answer_template=args.answer_template, grm_template=args.grm_template, pair_template=args.pair_template
+        None, answer_template=args.answer_template, grm_template=args.grm_template, pair_template=args.pair_template
     )
     TASKS[args.task](args, templates, ranks)
 

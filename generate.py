@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
-from model import load_pretrained, pack_weights
+from model import load_pretrained, pack_weights, resolve
 from prompts import Chat, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.flags import user_errors
@@ -654,7 +654,7 @@ def chat_loop(args, engine, chat, templates):
 
 def main(args):
     ranks = start(args.dtype)
-    chat, templates = Chat(args.model), load_templates(answer_template=args.answer_template)
+    chat, templates = Chat(args.model), load_templates(resolve(args.model), answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
     engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch, args.kv_tokens)
     (generate_file if args.input else chat_loop)(args, engine, chat, templates)

@@ -494,10 +494,11 @@ def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=Non
     return model
 
 
-def save_pretrained(model, path, tokenizer_from, dtype=None):
+def save_pretrained(model, path, tokenizer_from, dtype=None, templates=None):
     """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
 
     Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's.
+    templates: {name: text} of the prompts that it was trained with (prompts.py), beside those of `tokenizer_from`.
     The folder appears whole or not at all.
     """
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -540,5 +541,11 @@ def save_pretrained(model, path, tokenizer_from, dtype=None):
         for name in TOKENIZER_FILES:
             if os.path.isfile(os.path.join(tokenizer_from, name)):
                 shutil.copy(os.path.join(tokenizer_from, name), tmp)
+        if os.path.isdir(os.path.join(tokenizer_from, "templates")):
+            shutil.copytree(os.path.join(tokenizer_from, "templates"), os.path.join(tmp, "templates"))
+    for name, text in (templates or {}).items():
+        os.makedirs(os.path.join(tmp, "templates"), exist_ok=True)
+        with open(os.path.join(tmp, "templates", f"{name}.txt"), "w", encoding="utf-8") as f:
+            f.write(text + "\n")
     shutil.rmtree(path, ignore_errors=True)
     os.rename(tmp, path)

@@ -621,7 +621,7 @@ def main(args):
         raise ValueError(f"--audit-judge {args.audit_judge}: expected an --audit-share above 0")
     tokenizer_from = resolve(args.policy)
     chat = Chat(tokenizer_from)
-    templates = load_templates(args.answer_template, args.edit_template, args.grm_template)
+    templates = load_templates(tokenizer_from, args.answer_template, args.edit_template, args.grm_template)
     prompts = read_prompts(args.prompts, args, chat, templates)
     if len(prompts) < args.prompts_per_step:
         raise ValueError(
@@ -756,7 +756,16 @@ def main(args):
         )
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(args.out, step + 1, models, optimizers, tokenizer_from, ranks, args.keep_checkpoints)
+            runs.save_checkpoint(
+                args.out,
+                step + 1,
+                models,
+                optimizers,
+                tokenizer_from,
+                ranks,
+                args.keep_checkpoints,
+                templates.texts("answer", "edit"),
+            )
     print0(f"weights: {args.out}/policy (and critic)")
 
 

@@ -16,6 +16,7 @@ ChatML is refused.
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -143,22 +144,49 @@ class Templates:
     grm: str = GRM
     pair: str = PAIR
 
+    def texts(self, *names: str) -> dict[str, str]:
+        """{name: text} of some, as `model.save_pretrained` keeps them beside the weights that were trained with them."""
+        return {name: getattr(self, name) for name in names}
 
-def load_templates(answer_template=None, edit_template=None, grm_template=None, pair_template=None):
-    """The defaults, or the text of the named files. ValueError names file and wrong placeholder."""
-    files = {"answer": answer_template, "edit": edit_template, "grm": grm_template, "pair": pair_template}
+
+def load_templates(
+    folder: str | None,
+    answer_template: str | None = None,
+    edit_template: str | None = None,
+    grm_template: str | None = None,
+    pair_template: str | None = None,
+) -> Templates:
+    """The templates to use with a model: the files given (flags), else those in FOLDER/templates, which it was trained
+    with, else the built-in ones. Where a file takes the place of what the model was trained with, that is said.
+
+    ValueError: a file lacks a placeholder or holds one that cannot be filled.
+    """
+    flags = {"answer": answer_template, "edit": edit_template, "grm": grm_template, "pair": pair_template}
     texts = {}
-    for name, file in files.items():
-        if file is None:
-            continue
-        texts[name] = _text(file).rstrip("\n")
-        found = set(PLACEHOLDER.findall(texts[name]))
-        if found != NEEDED[name]:
-            missing = ", ".join(f"{{{p}}}" for p in sorted(NEEDED[name] - found))
-            extra = ", ".join(f"{{{p}}}" for p in sorted(found - NEEDED[name]))
-            problem = f"lacks {missing}" if missing else f"holds {extra}, which it cannot fill"
-            raise ValueError(f"{file} (--{name}-template): {problem}")
+    for name, file in flags.items():
+        trained_with = os.path.join(folder or "", "templates", f"{name}.txt")
+        if folder and os.path.isfile(trained_with):
+            texts[name] = _template(trained_with, name)
+        if file is not None:
+            given = _template(file, name)
+            if texts.get(name, given) != given:
+                print(
+                    f"--{name}-template {file} differs from {trained_with}, which {folder} was trained with",
+                    file=sys.stderr,
+                )
+            texts[name] = given
     return Templates(**texts)
+
+
+def _template(file, name):
+    text = _text(file).rstrip("\n")
+    found = set(PLACEHOLDER.findall(text))
+    if found != NEEDED[name]:
+        missing = ", ".join(f"{{{p}}}" for p in sorted(NEEDED[name] - found))
+        extra = ", ".join(f"{{{p}}}" for p in sorted(found - NEEDED[name]))
+        problem = f"lacks {missing}" if missing else f"holds {extra}, which it cannot fill"
+        raise ValueError(f"{file} (the {name} template): {problem}")
+    return text
 
 
 def fill(template, **values):
@@ -272,7 +300,7 @@ def _stop_ids(folder, im_end, endoftext):
 
 
 def _text(file):
-    with open(file, encoding="utf-8") as f:
+    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
         return f.read()
 
 

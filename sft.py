@@ -99,7 +99,7 @@ class Args:
     """Older ones are removed."""
 
 
-def read_examples(args, chat):
+def read_examples(args, chat, templates):
     """(ids, trained) of each row: token ids, and which of them are learned."""
     first = read_rows(args.data, "object")[0]
     examples = []
@@ -120,7 +120,6 @@ def read_examples(args, chat):
                 trained = [False] + [True] * (len(ids) - 1)
             examples.append((ids, trained))
     else:
-        templates = load_templates(answer_template=args.answer_template)
         for row in read_rows(args.data, "pair"):
             prompt, answer = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
             examples.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
@@ -166,7 +165,8 @@ def main(args):
     ranks = start(args.dtype, args.shard_size)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
-    examples = read_examples(args, chat)
+    templates = load_templates(tokenizer_from, answer_template=args.answer_template)
+    examples = read_examples(args, chat, templates)
     total_steps = int(args.epochs * (len(examples) // args.batch_size))
     runs.open_run(args, ranks)
     model = open_model(args, chat, ranks)
@@ -220,6 +220,7 @@ def main(args):
                 tokenizer_from,
                 ranks,
                 args.keep_checkpoints,
+                templates.texts("answer"),
             )
     print0(f"weights: {args.out}/policy")
 

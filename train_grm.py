@@ -137,9 +137,8 @@ def with_defaults(args):
     return dataclasses.replace(args, **left_open)
 
 
-def read_examples(args, path, chat):
+def read_examples(args, path, chat, templates):
     """grm: (ids, trained) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
-    templates = load_templates(answer_template=args.answer_template, grm_template=args.grm_template)
     examples = []
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
@@ -248,9 +247,8 @@ def over_examples(args, model, examples, ranks, train):
 # -- judgements of held-out answers ----------------------------------------------------------------
 
 
-def judge_held_out(args, chat, ranks):
+def judge_held_out(args, chat, templates, ranks):
     """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels."""
-    templates = load_templates(grm_template=args.grm_template)
     rows = read_rows(args.eval_data, "judgement")[: args.eval_judgements]
     mine = rows[ranks.rank :: ranks.world_size]
     prompts = [grm_prompt(chat, templates, row, row["answer"]) for row in mine]
@@ -273,10 +271,12 @@ def main(args):
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
-    examples = read_examples(args, args.data, chat)
+    templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
+    trained_with = templates.texts("answer" if args.objective == "bt" else "grm")
+    examples = read_examples(args, args.data, chat, templates)
     if len(examples) < args.batch_size:
         raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
-    held_out = read_examples(args, args.eval_data, chat) if args.eval_data else []
+    held_out = read_examples(args, args.eval_data, chat, templates) if args.eval_data else []
     total_steps = int(args.epochs * (len(examples) // args.batch_size))
     runs.open_run(args, ranks)
     scalar_head = args.objective == "bt"
@@ -320,13 +320,20 @@ def main(args):
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             runs.save_checkpoint(
-                args.out, step + 1, {"model": model}, {"model": optimizer}, tokenizer_from, ranks, args.keep_checkpoints
+                args.out,
+                step + 1,
+                {"model": model},
+                {"model": optimizer},
+                tokenizer_from,
+                ranks,
+                args.keep_checkpoints,
+                trained_with,
             )
     print0(f"weights: {args.out}/model")
 
     if args.objective == "grm" and held_out:
         del model, optimizer  # the engine needs their memory
-        result = judge_held_out(args, chat, ranks)
+        result = judge_held_out(args, chat, templates, ranks)
         print0("held-out judgements:", result)
         if ranks.rank == 0:
             with open(os.path.join(args.out, "held_out.json"), "w") as f:

@@ -24,8 +24,7 @@ beats ignoring it (a generic answer is a trap otherwise); lengths count words, 4
     python data/persona_world.py                                   # writes out/world
     python data/persona_world.py --output out/small --base-rows 2000 --seed 1
 
-Files: tokenizer/, templates/{answer,edit,grm}.txt, base_corpus (conversations for the base:
-answers, rewriting by critique, judgements), prompts_train, prompts_dev, prompts_eval, pairs,
+Files: tokenizer/ (with templates/), base_corpus (conversations for the base: answers, rewriting by critique, judgements), prompts_train, prompts_dev, prompts_eval, pairs,
 pairs_eval, pairs_eval_exact (these, as the exact judge orders them), judgements, judgements_eval
 (.jsonl). No persona of an eval or dev file is in a training file, and half of its questions go with
 a pair of values that the same question never meets in training.
@@ -46,7 +45,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
 from runtime.flags import user_errors
-from runtime.rows import write_rows
+from runtime.rows import write_rows, write_text
 
 
 @dataclass
@@ -710,10 +709,8 @@ def main(args):
     corpus = [base_row(stream_rng) for stream_rng in [stream("base")] for _ in range(args.base_rows)]
     texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
     write_tokenizer(os.path.join(args.output, "tokenizer"), texts, args.vocab_size)
-    os.makedirs(os.path.join(args.output, "templates"), exist_ok=True)
-    for name in ("answer", "edit", "grm"):
-        with open(os.path.join(args.output, "templates", f"{name}.txt"), "w") as f:
-            f.write(getattr(TEMPLATES, name))
+    for name in ("answer", "edit", "grm"):  # beside the tokenizer, from which they travel with every model
+        write_text(os.path.join(args.output, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
 
     def with_reference(name):
         rng = stream(name)

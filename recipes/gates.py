@@ -93,7 +93,7 @@ def judgements_of(judge, rows):
 
 def main(args):
     ranks = start("auto")
-    templates = load_templates(*(f"{args.world}/templates/{name}.txt" for name in ("answer", "edit", "grm")))
+    templates = load_templates(f"{args.world}/tokenizer")
     found = dict(mentions_right=mentions_right(args, templates, ranks), **judge_agreement(args, templates, ranks))
     missed = []
     for name, (kind, limit) in GATES.items():

@@ -13,7 +13,7 @@ source recipes/environment.sh
 CHECKPOINT=${1:?usage: bash recipes/real_cpu.sh CHECKPOINT [SOURCE]}
 SOURCE=${2:-PersonalAILab/PersonaFeedback}
 OUT=${OUT:-out/real_cpu}
-GRM="--grm-template $OUT/world/templates/grm.txt"  # short: the form of a judgement is learned, not explained
+GRM="--grm-template $OUT/world/tokenizer/templates/grm.txt"  # short: the form of a judgement is learned, not explained
 SMALL="--tokens-per-microbatch 4096 --max-length 2048 --dtype ${DTYPE:-fp32}"
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 

@@ -127,12 +127,12 @@ def _train_state(models, optimizers):
     return state
 
 
-def save_checkpoint(out, step, models, optimizers, tokenizer_from, ranks, keep):
+def save_checkpoint(out, step, models, optimizers, tokenizer_from, ranks, keep, templates):
     """Writes out/checkpoints/step_NNNNNN, then points out/NAME at its models; appears whole or not at all.
 
     models: {"policy": model, "critic": model, ...}. Each is stored twice: as a folder that other tools load, in the
     compute dtype, and with its optimizer as fp32 masters (torch.distributed.checkpoint), from which a run resumes on
-    any number of ranks. Only the newest `keep` are kept.
+    any number of ranks. Only the newest `keep` are kept. templates: see `model.save_pretrained`.
     """
     final = os.path.join(out, "checkpoints", f"step_{step:06d}")
     tmp = f"{final}.tmp"
@@ -142,7 +142,7 @@ def save_checkpoint(out, step, models, optimizers, tokenizer_from, ranks, keep):
         os.makedirs(tmp)
     barrier(ranks)
     for name, model in models.items():
-        save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype)
+        save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype, templates)
     dcp.save(_train_state(models, optimizers), checkpoint_id=os.path.join(tmp, "train_state"))
     barrier(ranks)
     if ranks.rank == 0:

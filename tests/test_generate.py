@@ -324,7 +324,7 @@ def test_chat_keeps_the_conversation(tiny, monkeypatch, capsys):
 def test_chat_with_a_person(tiny, monkeypatch, capsys):
     from prompts import answer_prompt, load_templates
 
-    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(answer_template=str(tiny / "answer.txt"))
+    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(None, answer_template=str(tiny / "answer.txt"))
     persona = {"name": "Mia", "likes": ["tea"]}
     expected = reply_of(tiny, answer_prompt(chat, templates, {"persona": persona, "question": "What about a trip?"}))
     for given in (json.dumps(persona), str(tiny / "persona.json")):

@@ -171,7 +171,7 @@ def test_nobody_waits_for_a_straggler(tiny):
 
     chat, templates = (
         Chat(str(tiny / "checkpoint")),
-        load_templates(*(str(tiny / f"{n}.txt") for n in ("answer", "edit", "grm"))),
+        load_templates(None, *(str(tiny / f"{n}.txt") for n in ("answer", "edit", "grm"))),
     )
     rows = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()[:4]]
     prompts = [(place, row, answer_prompt(chat, templates, row)) for place, row in enumerate(rows)]
@@ -327,7 +327,7 @@ def test_every_option_runs(tiny, judge, tmp_path, changes):
 def test_sdpo_credit_is_what_the_critique_adds(tiny):
     ranks, folder = start("fp32"), str(tiny / "checkpoint")
     chat, policy = Chat(folder), load_pretrained(folder, torch.float32, ranks.device)
-    templates = load_templates(*(str(tiny / f"{name}.txt") for name in ("answer", "edit", "grm")))
+    templates = load_templates(None, *(str(tiny / f"{name}.txt") for name in ("answer", "edit", "grm")))
     row = {"prompt_id": "p", "persona": {"name": "Kim"}, "question": "What to drink?"}
     x, y = answer_prompt(chat, templates, row), chat.encode("Green tea.")
     batch = [

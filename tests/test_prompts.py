@@ -188,15 +188,15 @@ def test_persona_text():
 def test_template_files(tmp_path):
     file = tmp_path / "grm.txt"
     file.write_text("{persona} {question} {answer}\n")
-    assert load_templates(grm_template=str(file)) == Templates(grm="{persona} {question} {answer}")
+    assert load_templates(None, grm_template=str(file)) == Templates(grm="{persona} {question} {answer}")
     file.write_text("{persona} {question}")
     with pytest.raises(ValueError, match=r"grm.txt .*lacks \{answer\}"):
-        load_templates(grm_template=str(file))
+        load_templates(None, grm_template=str(file))
     file.write_text("{critique} {persona}")
     with pytest.raises(ValueError, match=r"grm.txt .*holds \{persona\}"):
-        load_templates(edit_template=str(file))
+        load_templates(None, edit_template=str(file))
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        load_templates(answer_template="nowhere.txt")
+        load_templates(None, answer_template="nowhere.txt")
 
 
 def block(h=1, p=-2, n=0, name="Natural"):

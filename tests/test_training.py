@@ -169,7 +169,7 @@ def test_dpo_starts_at_the_reference(runs, tiny):
     out, _ = runs("dpo")
     kept = json.loads((out / "reference.json").read_text())
     chat, model = Chat(str(tiny / "checkpoint")), load_pretrained(str(tiny / "checkpoint"))
-    templates = load_templates(answer_template=str(tiny / "answer.txt"))
+    templates = load_templates(None, answer_template=str(tiny / "answer.txt"))
     rows = read_rows(str(tiny / "pairs.jsonl"), "pair")
     sums, means = {"chosen": [], "rejected": []}, []
     for row in rows:
