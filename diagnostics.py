@@ -1,11 +1,6 @@
-"""What edits, rewards and judges do: functions that the stages call in a line each, and two commands.
+"""What edits, rewards and judges do: functions that the stages call in a line each, and figures of runs.
 
-    python diagnostics.py out/ppo_cpe out/ppo --out out/compared      # draws runs beside one another, from metrics.jsonl
-    python diagnostics.py --replay out/ppo_cpe/batch_000020           # every loss on edits on one batch
-
-The batch of --replay is what `ppo_cpe.py --save-batch 20` kept, with the weights that sampled it. Printed are norms and
-cosines of the gradients of each loss, over the whole model, and of the loss on originals that it is added to. A gradient
-of each is held in fp32 in host memory.
+python diagnostics.py out/ppo_cpe out/ppo --out out/compared      # draws runs beside one another, from metrics.jsonl
 """
 
 import dataclasses
@@ -14,18 +9,17 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import tyro
 
-from judges import verdicts_of
-from model import load_pretrained, save_pretrained
-from prompts import DIMENSIONS, Chat, Judgement, load_templates
-from runtime import packing, runs
-from runtime.distributed import all_gather, derive_seed, start
-from runtime.flags import user_errors
+from judges import ask_all
+from model import save_pretrained
+from prompts import DIMENSIONS
+from runtime import flags, training
+from runtime.distributed import all_gather, all_sum, derive_seed, moments
 from runtime.rows import read_rows
 
 
@@ -141,7 +135,7 @@ def describe_held_out(judged, lost, judge, stats):
         if other.row["persona"] != t.row["persona"]
     ]
     asked = [(t.row | {"persona": persona}, t.answer, derive_seed("swap", *t.key)) for t, persona in swapped]
-    for (t, _), verdict in zip(swapped, verdicts_of(judge, asked)):
+    for (t, _), verdict in zip(swapped, ask_all(judge, asked)):
         if verdict.reward is not None:
             stats.add("held_out/swap", torch.tensor(t.reward - verdict.reward))
 
@@ -154,8 +148,8 @@ def audit(judged, judge, second, args, step, stats):
     chosen = [t for t in judged if not t.parent]
     chosen = rng.sample(chosen, math.ceil(args.audit_share * len(chosen)))
     asked = [(t.row, t.answer, derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
-    again = [verdict.reward for verdict in verdicts_of(judge, asked)]
-    others = [verdict.reward for verdict in verdicts_of(second, asked)] if second else [None] * len(asked)
+    again = [verdict.reward for verdict in ask_all(judge, asked)]
+    others = [verdict.reward for verdict in ask_all(second, asked)] if second else [None] * len(asked)
     for t, reward, other in zip(chosen, again, others):
         t.audit = dict(again=reward, second=other)
         if reward is not None:
@@ -214,87 +208,67 @@ def describe_edits(edits, ratio, weight, advantages, args, stats):
             stats.add(f"edit/{kind}_mass", (weight * advantages).abs() * tokens)
 
 
-# -- replay: every loss on edits on one batch --------------------------------------------------------------------------
+def explained_variance(batch, ranks):
+    """Of the returns of all ranks by the critic's values: 1 - var(returns - values) / var(returns)."""
+    returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
+    residual = returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
+    _, spread = moments(ranks, returns)
+    _, unexplained = moments(ranks, residual)
+    return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
 
 
-def save_batch(args, step, batch, policy, tokenizer_from, ranks):
-    """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN."""
-    folder = os.path.join(args.out, f"batch_{step:06d}")
-    batch = all_gather(ranks, [dataclasses.asdict(t) for t in batch])
-    save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from)
-    if ranks.rank == 0:
-        torch.save(dict(args=dataclasses.asdict(args), batch=batch), os.path.join(folder, "batch.pt"))
+def headline(metrics):
+    """The figures of a step that matter, for a line in the log: {label: text}."""
+    names = {
+        "reward": "original/reward",
+        "edit gain": "edit/gain",
+        "held out": "held_out/original/reward",
+        "tokens": "original/length",
+        "entropy": "entropy",
+        "kl": "original/approx_kl",
+        "unparsed": "judge_unparsed",
+    }
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    known = {label: metrics[name] for label, name in names.items() if metrics.get(name) is not None}
+    return {**known, "seconds": seconds}
 
 
-def load_batch(folder):
-    """-> ppo_cpe.Args of the run, trajectories."""
-    import ppo_cpe  # here, as it imports this file
-
-    def trajectory(fields):
-        judgement, parent = fields["judgement"], fields["parent"]
-        return ppo_cpe.Trajectory(
-            **fields | {"judgement": judgement and Judgement(**judgement), "parent": parent and trajectory(parent)}
-        )
-
-    found = torch.load(os.path.join(folder, "batch.pt"), weights_only=True)
-    return ppo_cpe.Args(**found["args"]), [trajectory(fields) for fields in found["batch"]]
-
-
-def gradient(policy, batch, args, n_tokens, ranks):
-    """Gradient of `ppo_cpe.policy_pass` on some trajectories, as a mean over n_tokens -> fp32 [parameters], means of stats."""
-    from ppo_cpe import policy_pass
-
-    policy.zero_grad()
-    stats = runs.Stats()
-    prompts, responses = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
-    for indices, packed in packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks):
-        (policy_pass(policy, packed, [batch[i] for i in indices], args, stats) / n_tokens).backward()
-    return torch.cat([p.grad.flatten().cpu() for p in policy.parameters()]), stats.means(ranks)
-
-
-def replay(folder):
-    """Prints norms and cosines of the gradients of all losses -> {loss: gradient}."""
-    import ppo_cpe
-
-    ranks = start("fp32")
-    args, batch = load_batch(folder)
-    policy = load_pretrained(f"{folder}/policy", torch.float32, ranks.device)
-    originals, edits = ([t for t in batch if bool(t.parent) == edited] for edited in (False, True))
-    n_tokens = sum(len(t.response_ids) for t in batch)
-    if not edits:
-        raise ValueError(f"{folder}: the batch has no edits, so no loss on edits to compare")
-    gradients, described = {}, {}
-    gradients["originals"], _ = gradient(policy, originals, args, n_tokens, ranks)
-    for kind in ppo_cpe.EDIT_LOSSES:
-        # the cap of the run was chosen for its own loss
-        settings = args if kind == args.edit_ratio else replace(args, edit_ratio=kind, ratio_cap=None)
-        gradients[kind], described[kind] = gradient(policy, edits, settings, n_tokens, ranks)
-    chat = Chat(f"{folder}/policy")
-    templates = load_templates(f"{folder}/policy", args.answer_template, args.edit_template, args.grm_template)
-    ppo_cpe.fill_credit(originals, policy, chat, templates, args, ranks, runs.Stats())
-    for t in originals:
-        t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
-    gradients["sdpo"], _ = gradient(policy, originals, args, n_tokens, ranks)
-
-    norms = {name: g.norm().item() for name, g in gradients.items()}
-    print(
-        f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has "
-        "no edits: it takes the place of the loss on originals"
+def step_metrics(step, judged, counts, clock, run, **figures):
+    """The line of metrics.jsonl. clock: times at the start and after each phase; counts: of this rank."""
+    ranks, stats = run.ranks, run.stats
+    counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
+    counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
+    counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
+    phases = ("refresh", "rollout", "diagnostics", "score", "update")
+    seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
+    training_seconds = seconds["score"] + seconds["update"]
+    return dict(
+        step=step + 1,
+        **stats.means(ranks),
+        **figures,
+        **counts,
+        **training.machine_metrics(ranks, stats.flops, training_seconds, run.args.peak_tflops),
+        generated_tokens_per_second=counts["generated_tokens"] / seconds["rollout"],
+        trained_tokens_per_second=counts["trained_tokens"] / training_seconds,
+        **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
     )
-    names = "".join(f"{name:>11}" for name in gradients)
-    print(f"{'':11}{'norm':>10}{'mass, inserted':>16}{'no gradient':>13}   cosines{names}")
-    for name, g in gradients.items():
-        found = described.get(name)
-        mass = found and found["edit/kept_mass"] + found["edit/inserted_mass"]
-        inserted = f"{100 * found['edit/inserted_mass'] / mass:.1f} %" if mass else "-"
-        clipped = f"{100 * found['edit/clipfrac']:.1f} %" if found else "-"
-        scales = [norms[name] * norms[other] for other in gradients]
-        cosines = "".join(
-            f"{torch.dot(g, other).item() / scale:11.3f}" if scale else f"{'-':>11}"
-            for other, scale in zip(gradients.values(), scales)
-        )
-        print(f"{name:11}{norms[name]:10.5f}{inserted:>16}{clipped:>13}   {'':7}{cosines}")
-    return gradients
+
+
+# -- a batch for replay.py ---------------------------------------------------------------------------------------------
+
+
+def save_batch(script, step, batch, policy, tokenizer_from, run):
+    """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN, for replay.py.
+
+    script: the file whose losses it was made for, which replay.py loads.
+    """
+    folder = os.path.join(run.args.out, f"batch_{step:06d}")
+    batch = all_gather(run.ranks, [dataclasses.asdict(t) for t in batch])
+    templates = run.templates.texts("answer", "edit")
+    save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from, templates=templates)
+    if run.ranks.rank == 0:
+        content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=batch)
+        torch.save(content, os.path.join(folder, "batch.pt"))
 
 
 # -- figures of runs ---------------------------------------------------------------------------------------------------
@@ -362,23 +336,13 @@ def draw(runs, out):
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders of ppo_cpe.py to draw."""
     out: str = "out/diagnostics"
     """Folder of the figures."""
-    replay: str | None = None
-    """Folder that `ppo_cpe.py --save-batch` wrote."""
-
-
-def main(args):
-    if bool(args.runs) == bool(args.replay):
-        raise ValueError("expected run folders to draw, or --replay with the folder of a batch")
-    if args.replay:
-        replay(args.replay)
-    else:
-        draw(args.runs, args.out)
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    ARGS = flags.parse(Args, __doc__)
+    with flags.user_errors():
+        draw(ARGS.runs, ARGS.out)

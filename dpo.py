@@ -20,26 +20,13 @@ Departure: pairs over the length limit are left out and counted, not cut.
     torchrun --nproc_per_node=8 dpo.py           # eight GPUs
 """
 
-import json
-import os
-import time
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-import tyro
-from tqdm import tqdm
-
-from model import load_pretrained, resolve
-from prompts import Chat, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, runs, training
-from runtime.distributed import all_gather, all_sum, barrier, derive_seed, print0, start
-from runtime.flags import user_errors
-from runtime.rows import read_rows, write_text
+from runtime import flags
 
 
-@dataclass
-class Args:
+@dataclass(kw_only=True)
+class Args(flags.Machine):
     # -- what goes in and out
     model: str = "out/sft/policy"
     """Folder or hub id of the policy at the start, which is the reference too."""
@@ -51,54 +38,47 @@ class Args:
     """File that replaces the built-in prompt of the policy."""
 
     # -- the loss (the released code's values)
-    beta: float = 0.2
+    beta: flags.Positive = 0.2
     """Strength of the pull towards the reference."""
-    sft_weight: float = 0.1
+    sft_weight: flags.NonNegative = 0.1
     """Weight of the chosen answer's mean negative log-likelihood."""
 
     # -- optimization
-    epochs: float = 1
-    """Passes over the data; a remainder below a batch is left out of each."""
-    batch_size: int = 128
+    epochs: flags.Positive = 1
+    """Passes over the data; the last partial batch of each is dropped."""
+    batch_size: flags.Count = 128
     """Pairs per step, over all ranks."""
-    lr: float = 1e-6
+    lr: flags.Positive = 1e-6
     """Peak learning rate."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: flags.Share = 0.1
     """Share of the steps with linear warm-up; cosine decay to zero after it."""
-    weight_decay: float = 0.01
+    weight_decay: flags.NonNegative = 0.01
     """AdamW's, on all parameters."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: flags.Positive = 1.0
     """Gradient clipping."""
-    max_length: int = 8192
+    max_length: flags.Count = 8192
     """Tokens of prompt and answer; pairs with a longer one are left out and counted."""
     seed: int = 0
     """Order of the pairs."""
 
-    # -- the machine
-    tokens_per_microbatch: int = 16384
-    """Tokens per forward pass and rank."""
-    checkpoint_activations: bool = False
-    """Recompute layers in the backward pass: less memory, a third more time."""
-    dtype: str = "auto"
-    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
-    shard_size: int | None = None
-    """Ranks that share one copy of the model (HSDP; the GPUs of a node, say); None: all."""
-    offload: bool = False
-    """Keep Adam moments in host memory between steps."""
-    peak_tflops: float | None = None
-    """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
-    plan: bool = False
-    """Print what the run will hold in memory, whether it fits, and exit; needs no GPU."""
-    world_size: int | None = None
-    """For --plan: number of ranks; None: as started."""
-    gpu_gib: float = 80
-    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
-    max_steps: int | None = None
-    """Stop early; the schedule stays that of the whole run."""
-    save_every: int = 100
-    """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = 1
-    """Older ones are removed."""
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import load_pretrained, resolve
+from prompts import Chat, answer_prompt, load_templates, response_ids
+from runtime import packing, plan, runs, training
+from runtime.distributed import all_gather, all_sum, barrier, derive_seed, print0, start
+from runtime.rows import read_rows, write_text
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -162,7 +142,7 @@ def reference_logprobs(args, model, pairs, ranks):
     if not os.path.isfile(file):
         mine, scored = pairs[ranks.rank :: ranks.world_size], []
         passes = pair_micro_batches(args, mine, ranks)
-        for indices in tqdm(passes, "reference", disable=ranks.rank > 0):
+        for indices in tqdm(passes, "reference", disable=ranks.rank > 0 or not sys.stderr.isatty()):
             part = [mine[i] for i in indices] or [STAND_IN]
             chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
             places = [i * ranks.world_size + ranks.rank for i in indices]
@@ -188,18 +168,25 @@ def main(args):
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
     pairs = read_pairs(args, chat, templates)
-    total_steps = int(args.epochs * (len(pairs) // args.batch_size))
-    runs.open_run(args, ranks)
+    total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(pairs), args.batch_size)
+    runs.open_run(
+        args,
+        ranks,
+        inputs={
+            "--data": runs.input_digest(args.data),
+            "--model": runs.input_digest(tokenizer_from),
+            "--answer-template": runs.text_digest(templates.answer),
+        },
+    )
     model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference
     reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
     first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
-    last_step = min(total_steps, args.max_steps or total_steps)
 
-    steps = range(first_step, last_step)
-    for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
+    progress = runs.progress(first_step, last_step, ranks)
+    for step in progress:
         started = time.perf_counter()
         rows = packing.batch_indices(len(pairs), args.batch_size, step, args.seed)
         rows = packing.share(rows, [pair_size(pairs[i]) for i in rows], ranks)
@@ -247,6 +234,18 @@ def main(args):
             ),
             ranks,
         )
+        runs.print_step(
+            progress,
+            step + 1,
+            last_step,
+            {
+                "loss": totals[0] / args.batch_size,
+                "accuracy": totals[3] / args.batch_size,
+                "margin": totals[2] / args.batch_size,
+                "grad_norm": grad_norm,
+                "seconds": seconds,
+            },
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             runs.save_checkpoint(
                 args.out,
@@ -254,13 +253,12 @@ def main(args):
                 {"policy": model},
                 {"policy": optimizer},
                 tokenizer_from,
+                templates.texts("answer"),
                 ranks,
                 args.keep_checkpoints,
-                templates.texts("answer"),
             )
     print0(f"weights: {args.out}/policy")
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

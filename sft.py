@@ -15,23 +15,13 @@ not cut, since a cut answer teaches to stop in mid-sentence.
     python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base  # tiny base
 """
 
-import time
 from dataclasses import dataclass
 
-import torch
-import tyro
-from tqdm import tqdm
-
-from model import Config, Qwen2, init_weights, load_pretrained, resolve
-from prompts import Chat, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, runs, training
-from runtime.distributed import all_sum, print0, start
-from runtime.flags import user_errors
-from runtime.rows import read_rows
+from runtime import flags
 
 
-@dataclass
-class Args:
+@dataclass(kw_only=True)
+class Args(flags.Machine):
     # -- what goes in and out
     model: str = "Qwen/Qwen2.5-7B-Instruct"
     """Folder or hub id of the instruct model that is fine-tuned."""
@@ -43,19 +33,19 @@ class Args:
     """File that replaces the built-in prompt of the policy."""
 
     # -- optimization (the released code's values)
-    epochs: float = 3
-    """Passes over the data; a remainder below a batch is left out of each."""
-    batch_size: int = 128
+    epochs: flags.Positive = 3
+    """Passes over the data; the last partial batch of each is dropped."""
+    batch_size: flags.Count = 128
     """Rows per step, over all ranks."""
-    lr: float = 5e-6
+    lr: flags.Positive = 5e-6
     """Peak learning rate."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: flags.Share = 0.1
     """Share of the steps with linear warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: flags.NonNegative = 0.01
     """AdamW's, on all parameters."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: flags.Positive = 1.0
     """Gradient clipping."""
-    max_length: int = 8192
+    max_length: flags.Count = 8192
     """Tokens; longer rows are left out and counted."""
     seed: int = 0
     """Order of the rows, initial weights from scratch."""
@@ -63,40 +53,28 @@ class Args:
     # -- from scratch: size of the tiny base (about a million parameters: two CPU cores in minutes)
     from_scratch: str | None = None
     """Folder of a tokenizer: start from random weights of the sizes below, instead of from --model."""
-    hidden_size: int = 128
+    hidden_size: flags.Count = 128
     """Width."""
-    layers: int = 4
+    layers: flags.Count = 4
     """Number of layers."""
-    heads: int = 4
+    heads: flags.Count = 4
     """Query heads; half as many key-value heads."""
-    intermediate_size: int = 384
+    intermediate_size: flags.Count = 384
     """Width of the MLP."""
 
-    # -- the machine
-    tokens_per_microbatch: int = 16384
-    """Tokens per forward pass and rank."""
-    checkpoint_activations: bool = False
-    """Recompute layers in the backward pass: less memory, a third more time."""
-    dtype: str = "auto"
-    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
-    shard_size: int | None = None
-    """Ranks that share one copy of the model (HSDP; the GPUs of a node, say); None: all."""
-    offload: bool = False
-    """Keep Adam moments in host memory between steps."""
-    peak_tflops: float | None = None
-    """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
-    plan: bool = False
-    """Print what the run will hold in memory, and whether it fits, and exit; needs no GPU and no weights."""
-    world_size: int | None = None
-    """For --plan: number of ranks; None: as started."""
-    gpu_gib: float = 80
-    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
-    max_steps: int | None = None
-    """Stop early; the schedule stays that of the whole run."""
-    save_every: int = 100
-    """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = 1
-    """Older ones are removed."""
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import time
+
+import torch
+
+from model import Config, Qwen2, init_weights, load_pretrained, resolve
+from prompts import Chat, answer_prompt, load_templates, response_ids
+from runtime import packing, plan, runs, training
+from runtime.distributed import all_sum, print0, start
+from runtime.rows import read_rows
 
 
 def read_examples(args, chat, templates):
@@ -167,14 +145,22 @@ def main(args):
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
     examples = read_examples(args, chat, templates)
-    total_steps = int(args.epochs * (len(examples) // args.batch_size))
-    runs.open_run(args, ranks)
+    total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
+    runs.open_run(
+        args,
+        ranks,
+        inputs={
+            "--data": runs.input_digest(args.data),
+            "--from-scratch" if args.from_scratch else "--model": runs.input_digest(tokenizer_from),
+            "--answer-template": runs.text_digest(templates.answer),
+        },
+    )
     model = open_model(args, chat, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
-    last_step = min(total_steps, args.max_steps or total_steps)
 
-    for step in tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=ranks.rank > 0):
+    progress = runs.progress(first_step, last_step, ranks)
+    for step in progress:
         started = time.perf_counter()
         rows = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
         mine = [examples[i] for i in packing.share(rows, [len(examples[i][0]) for i in rows], ranks)]
@@ -211,6 +197,9 @@ def main(args):
             ),
             ranks,
         )
+        runs.print_step(
+            progress, step + 1, last_step, dict(loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, seconds=seconds)
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             runs.save_checkpoint(
                 args.out,
@@ -218,13 +207,12 @@ def main(args):
                 {"policy": model},
                 {"policy": optimizer},
                 tokenizer_from,
+                templates.texts("answer"),
                 ranks,
                 args.keep_checkpoints,
-                templates.texts("answer"),
             )
     print0(f"weights: {args.out}/policy")
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

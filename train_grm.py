@@ -22,16 +22,72 @@ Departure: rows over the length limit are left out and counted, not cut.
     torchrun --nproc_per_node=8 train_grm.py --objective bt        # the BT baseline
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime import flags
+
+DEFAULTS = {
+    "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0, max_length=16384),
+    "bt": dict(data="out/data/pairs.jsonl", out="out/bt", lr=1e-5, epochs=1.0, max_length=8192),
+}
+
+
+@dataclass(kw_only=True)
+class Args(flags.Machine):
+    # -- what goes in and out (None: the value of the objective, see DEFAULTS)
+    objective: Literal["grm", "bt"] = "grm"
+    """grm: write critique and scores. bt: scalar head on pairs."""
+    model: str = "Qwen/Qwen2.5-7B-Instruct"
+    """Folder or hub id of the model that is fine-tuned."""
+    data: str | None = None
+    """Judgements (grm) or pairs (bt)."""
+    out: str | None = None
+    """Run folder; the newest weights are OUT/model. An unfinished run in it is continued."""
+    answer_template: str | None = None
+    """File that replaces the policy's prompt (bt reads it)."""
+    grm_template: str | None = None
+    """File that replaces the judge's prompt (grm reads it)."""
+
+    # -- optimization
+    epochs: flags.Positive | None = None
+    """Passes over the data; the last partial batch of each is dropped."""
+    batch_size: flags.Count = 128
+    """Judgements or pairs per step, over all ranks."""
+    lr: flags.Positive | None = None
+    """Peak learning rate."""
+    warmup_ratio: flags.Share = 0.1
+    """Share of the steps with linear warm-up; cosine decay to zero after it."""
+    weight_decay: flags.NonNegative = 0.01
+    """AdamW's, on all parameters."""
+    max_grad_norm: flags.Positive = 1.0
+    """Gradient clipping."""
+    max_length: flags.Count | None = None
+    """Tokens of prompt and answer; longer rows are left out and counted."""
+    seed: int = 0
+    """Order of the rows."""
+
+    # -- held-out rows
+    eval_data: flags.MayChange[str | None] = None
+    """Rows like those of --data that are not trained on."""
+    eval_every: flags.MayChange[flags.Count] = 100
+    """Evaluation interval in steps; the last step always has a held-out loss."""
+    eval_judgements: flags.MayChange[flags.Count] = 200
+    """Held-out answers that the finished GRM judges (greedy), from the front of the file."""
+    eval_max_new_tokens: flags.MayChange[flags.Count] = 1024
+    """Tokens of such a judgement; one that is cut off does not parse."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
 import dataclasses
 import json
 import os
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import tyro
-from tqdm import tqdm
 
 from diagnostics import agreement
 from generate import Engine
@@ -49,90 +105,11 @@ from prompts import (
 )
 from runtime import packing, plan, runs, training
 from runtime.distributed import all_gather, all_sum, print0, start
-from runtime.flags import user_errors
 from runtime.rows import read_rows
-
-DEFAULTS = {
-    "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0, max_length=16384),
-    "bt": dict(data="out/data/pairs.jsonl", out="out/bt", lr=1e-5, epochs=1.0, max_length=8192),
-}
-
-
-@dataclass
-class Args:
-    # -- what goes in and out (None: the value of the objective, see DEFAULTS)
-    objective: str = "grm"
-    """grm: write critique and scores. bt: scalar head on pairs."""
-    model: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Folder or hub id of the model that is fine-tuned."""
-    data: str | None = None
-    """Judgements (grm) or pairs (bt)."""
-    out: str | None = None
-    """Run folder; the newest weights are OUT/model. An unfinished run in it is continued."""
-    answer_template: str | None = None
-    """File that replaces the policy's prompt (bt reads it)."""
-    grm_template: str | None = None
-    """File that replaces the judge's prompt (grm reads it)."""
-
-    # -- optimization
-    epochs: float | None = None
-    """Passes over the data; a remainder below a batch is left out of each."""
-    batch_size: int = 128
-    """Judgements or pairs per step, over all ranks."""
-    lr: float | None = None
-    """Peak learning rate."""
-    warmup_ratio: float = 0.1
-    """Share of the steps with linear warm-up; cosine decay to zero after it."""
-    weight_decay: float = 0.01
-    """AdamW's, on all parameters."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping."""
-    max_length: int | None = None
-    """Tokens of prompt and answer; longer rows are left out and counted."""
-    seed: int = 0
-    """Order of the rows."""
-
-    # -- held-out rows
-    eval_data: str | None = None
-    """Rows like those of --data that are not trained on."""
-    eval_every: int = 100
-    """Steps between held-out losses; the last step always has one."""
-    eval_judgements: int = 200
-    """Held-out answers that the finished GRM judges (greedy), from the front of the file."""
-    eval_max_new_tokens: int = 1024
-    """Tokens of such a judgement; one that is cut off does not parse."""
-
-    # -- the machine
-    tokens_per_microbatch: int = 16384
-    """Tokens per forward pass and rank."""
-    checkpoint_activations: bool = False
-    """Recompute layers in the backward pass: less memory, a third more time."""
-    dtype: str = "auto"
-    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
-    shard_size: int | None = None
-    """Ranks that share one copy of the model (HSDP; the GPUs of a node, say); None: all."""
-    offload: bool = False
-    """Keep Adam moments in host memory between steps."""
-    peak_tflops: float | None = None
-    """A device's peak in the compute dtype, for the metric mfu; None: from a table."""
-    plan: bool = False
-    """Print what the run will hold in memory, whether it fits, and exit; needs no GPU."""
-    world_size: int | None = None
-    """For --plan: number of ranks; None: as started."""
-    gpu_gib: float = 80
-    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
-    max_steps: int | None = None
-    """Stop early; the schedule stays that of the whole run."""
-    save_every: int = 100
-    """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = 1
-    """Older ones are removed."""
 
 
 def with_defaults(args):
-    """Args with the objective's value where none was given. ValueError: unknown objective."""
-    if args.objective not in DEFAULTS:
-        raise ValueError(f"--objective is {args.objective!r}, expected {' or '.join(DEFAULTS)}")
+    """Args with the objective's value where none was given."""
     left_open = {k: v for k, v in DEFAULTS[args.objective].items() if getattr(args, k) is None}
     return dataclasses.replace(args, **left_open)
 
@@ -277,8 +254,16 @@ def main(args):
     if len(examples) < args.batch_size:
         raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
     held_out = read_examples(args, args.eval_data, chat, templates) if args.eval_data else []
-    total_steps = int(args.epochs * (len(examples) // args.batch_size))
-    runs.open_run(args, ranks)
+    total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
+    runs.open_run(
+        args,
+        ranks,
+        inputs={
+            "--data": runs.input_digest(args.data),
+            "--model": runs.input_digest(tokenizer_from),
+            "the template": runs.text_digest(*trained_with.values()),
+        },
+    )
     scalar_head = args.objective == "bt"
     model = load_pretrained(
         args.model, torch.float32, ranks.device, scalar_head, shard=lambda m: training.shard(m, ranks)
@@ -286,10 +271,9 @@ def main(args):
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     first_step = runs.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
-    last_step = min(total_steps, args.max_steps or total_steps)
 
-    steps = range(first_step, last_step)
-    for step in tqdm(steps, initial=first_step, total=last_step, disable=ranks.rank > 0):
+    progress = runs.progress(first_step, last_step, ranks)
+    for step in progress:
         started = time.perf_counter()
         rows = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
         mine = [examples[i] for i in packing.share(rows, [size(examples[i]) for i in rows], ranks)]
@@ -302,7 +286,6 @@ def main(args):
             share = held_out[ranks.rank :: ranks.world_size]
             held_out_metrics, *_ = over_examples(args, model, share, ranks, train=False)
             metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
-            print0(f"step {step + 1}:", {k: round(v, 4) for k, v in metrics.items()})
         runs.log_metrics(
             args.out,
             dict(
@@ -318,6 +301,9 @@ def main(args):
             ),
             ranks,
         )
+        runs.print_step(
+            progress, step + 1, last_step, {**metrics, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             runs.save_checkpoint(
                 args.out,
@@ -325,9 +311,9 @@ def main(args):
                 {"model": model},
                 {"model": optimizer},
                 tokenizer_from,
+                trained_with,
                 ranks,
                 args.keep_checkpoints,
-                trained_with,
             )
     print0(f"weights: {args.out}/model")
 
@@ -341,5 +327,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

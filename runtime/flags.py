@@ -1,8 +1,115 @@
-"""The command line of a script: errors that a user can mend."""
+"""The command line of a script, read from its `Args` dataclass: groups, help, ranges, and errors that a user can mend.
 
+A script defines `Args` before its heavy imports and parses it there, so that `--help` and a wrong flag answer at once:
+
+    @dataclass
+    class Args:
+        # -- optimization
+        lr: Positive = 1e-6
+        \"\"\"Peak learning rate.\"\"\"
+        save_every: MayChange[Count] = 20
+        \"\"\"Steps between checkpoints.\"\"\"
+
+The type of a number is its range. `MayChange` marks what a continuation of the run may set differently, since what a
+step computes stays the same; any other change is refused (`runs.open_run`).
+"""
+
+import argparse
+import ast
 import contextlib
+import dataclasses
+import inspect
 import os
+import re
 import sys
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+import tyro
+
+T = TypeVar("T")
+MAY_CHANGE = "may change between the start of a run and its continuation"
+MayChange = Annotated[T, MAY_CHANGE]
+(POSITIONAL,) = tyro.conf.Positional[int].__metadata__
+Count = Annotated[int, pydantic.Field(ge=1)]
+Natural = Annotated[int, pydantic.Field(ge=0)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+TopP = Annotated[float, pydantic.Field(gt=0, le=1)]
+SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)
+DType = Literal["auto", "fp32", "bf16"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Machine:
+    """The flags that every training script has: what the machine is like, and how far and how often."""
+
+    # -- the machine
+    tokens_per_microbatch: MayChange[Count] = 16384
+    """Tokens per forward pass and rank."""
+    checkpoint_activations: MayChange[bool] = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    dtype: DType = "auto"
+    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    shard_size: MayChange[Count | None] = None
+    """Ranks that share one copy of a model (HSDP; the GPUs of a node, say); none: all."""
+    offload: MayChange[bool] = False
+    """Keep Adam moments, and in RL the trained models while responses are sampled, in host memory."""
+    peak_tflops: MayChange[Positive | None] = None
+    """A device's peak in the compute dtype, for the metric mfu; none: from a table of known GPUs."""
+    plan: MayChange[bool] = False
+    """Print what the run will hold in memory, and whether it fits, and exit; needs no GPU and no weights."""
+    world_size: MayChange[Count | None] = None
+    """For --plan: number of ranks; none: as started."""
+    gpu_gib: MayChange[NonNegative] = 80
+    """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
+    max_steps: MayChange[Count | None] = None
+    """Stop early; a schedule stays that of the whole run."""
+    save_every: MayChange[Count] = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: MayChange[Count] = 1
+    """The newest so many are kept."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Judging:
+    """Who scores answers, and how: of ppo_cpe.py and evaluate.py."""
+
+    # -- the judge
+    judge: str = "out/grm/model"
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges.py)."""
+    grm_template: str | None = None
+    """File that replaces the rubric that the judge was trained with."""
+    score_weights: tuple[float, float, float] = SCORE_WEIGHTS
+    """Of helpfulness, personalization, naturalness in the reward."""
+    judge_temperature: NonNegative = 0.9
+    """Of the critique and scores."""
+    judge_attempts: Count = 3
+    """Judgements that are asked for before a sample without a parsable one leaves the batch."""
+    judge_max_new_tokens: Count = 512
+    """Tokens of a judgement; what is cut off does not parse."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Watching:
+    """What a run of RL is watched by."""
+
+    # -- diagnostics, which change nothing in the training (README, "Metrics of a PPO step")
+    eval_data: MayChange[str | None] = None
+    """Prompt rows that are not trained on: how answers, edits and their gap develop there goes into held_out/*."""
+    eval_every: MayChange[Count] = 10
+    """Evaluation interval in steps; the first evaluation is at step 1, before any training."""
+    eval_n: MayChange[Count] = 64
+    """Prompts of an evaluation: the first of the file."""
+    audit_share: MayChange[Share] = 0.0
+    """Share of the originals that the judge scores a second time, with another seed."""
+    audit_judge: MayChange[str | None] = None
+    """Another judge (as --judge) that scores these too."""
+    save_batch: MayChange[Count | None] = None
+    """Step whose batch and weights are kept in OUT/batch_*, for `python replay.py`."""
 
 
 @contextlib.contextmanager
@@ -10,8 +117,115 @@ def user_errors():
     """What a user can mend (a flag, a file, a row) ends in one line and exit status 2, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UnicodeError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {error}\n(TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+def run(main: Callable[[Any], Any], args: Any) -> None:
+    """main(args), as the last line of a script."""
+    with user_errors():
+        main(args)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(args_class: type[T], doc: str, argv: list[str] | None = None) -> T:
+    """The command line as an instance of the script's Args; `--help` prints doc's first paragraph and the flags.
+
+    Exit status 2: an unknown flag, a value that is no such type or out of its range.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        print(help_text(args_class, doc))
+        sys.exit(0)
+    args = tyro.cli(args_class, prog=os.path.basename(sys.argv[0]), args=argv, add_help=False)
+    with user_errors():
+        check_ranges(args)
+    return args
+
+
+def check_ranges(args: Any) -> None:
+    """ValueError naming the flag, its value and its range, unless every field is within its type's."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        try:
+            pydantic.TypeAdapter(hint).validate_python(value)
+        except pydantic.ValidationError as error:
+            raise ValueError(f"{flag(name)} {value}: {error.errors()[0]['msg'].replace('Input', 'it', 1)}") from error
+
+
+def may_change(args_class: type) -> set[str]:
+    """Names of the fields that are marked `MayChange`."""
+    hints = get_type_hints(args_class, include_extras=True)
+    return {name for name, hint in hints.items() if MAY_CHANGE in getattr(hint, "__metadata__", ())}
+
+
+def help_text(args_class: type, doc: str) -> str:
+    """doc's first paragraph, then the flags in the groups that the source of Args has as comments (`# -- title`)."""
+    first, _, _ = doc.strip().partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=os.path.basename(sys.argv[0]),
+        description=first,
+        usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        add_help=False,
+    )
+    hints, defaults = get_type_hints(args_class), {f.name: f for f in dataclasses.fields(args_class)}
+    annotated = get_type_hints(args_class, include_extras=True)
+    positional = {name for name, hint in annotated.items() if POSITIONAL in getattr(hint, "__metadata__", ())}
+    group = parser
+    for title, name, text in _documented(args_class):
+        if title is not None:
+            group = parser.add_argument_group(title)
+        metavar, default = _metavar(hints[name]), defaults[name].default
+        required = default is dataclasses.MISSING
+        shown = "required" if required else "default: " + ("none" if default is None else _value_text(default))
+        text = " ".join(f"{text} ({shown})".split()).replace("%", "%%")
+        if name in positional:
+            group.add_argument(name, metavar=name.upper(), nargs="*", help=text)
+        elif hints[name] is bool:
+            group.add_argument(flag(name), action="store_true", help=text)
+        else:
+            group.add_argument(flag(name), metavar=metavar, help=text)
+    return parser.format_help()
+
+
+def _documented(args_class):
+    """(title of a group that begins here or None, field, its docstring): of the class, then of those it extends."""
+    seen = set()
+    for c in args_class.__mro__[:-1]:
+        for title, name, text in _documented_in(c):
+            if name not in seen:
+                seen.add(name)
+                yield title, name, text
+
+
+def _documented_in(args_class):
+    source = inspect.cleandoc(inspect.getsource(args_class))
+    lines, body = source.splitlines(), ast.parse(source).body[0].body
+    previous = 0
+    for node, following in zip(body, [*body[1:], None]):
+        if isinstance(node, ast.AnnAssign):
+            titles = [m[1] for line in lines[previous : node.lineno - 1] if (m := re.match(r"\s*# -- (.*)", line))]
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            yield titles[-1] if titles else None, node.target.id, following.value.value if documented else ""
+        previous = node.end_lineno
+
+
+def _metavar(hint):
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, get_args(hint))) + "}"
+    if get_origin(hint) is tuple:
+        parts = [p for p in get_args(hint) if p is not Ellipsis]
+        return " ".join(_metavar(p) for p in parts) + (" ..." if Ellipsis in get_args(hint) else "")
+    return {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, getattr(hint, "__name__", str(hint)).upper())
+
+
+def _value_text(value):
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""From rows to batches: which rows a step has, how they are shared out over the ranks, packed and cut by a token budget."""
+"""From rows to batches: which rows a step has, how ranks share them, how they are packed within a token budget."""
 
 import itertools
 from dataclasses import dataclass
@@ -6,11 +6,22 @@ from dataclasses import dataclass
 import torch
 
 from model import Packed, SharedPrefix
-from runtime.distributed import all_max, derive_seed
+from runtime.distributed import Ranks, all_gather, all_max, derive_seed
+
+
+def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: int) -> tuple[int, int]:
+    """-> steps of the whole run, which a schedule spans; the last one that is run (--max-steps).
+
+    ValueError: not one step.
+    """
+    total = int(epochs * (n_rows // batch_size))
+    if total < 1:
+        raise ValueError(f"--epochs {epochs:g}: less than one step of {batch_size} of the {n_rows} rows")
+    return total, min(total, max_steps or total)
 
 
 def batch_indices(n_rows, batch_size, step, seed):
-    """Row indices of a step's batch: each epoch is a new permutation; a remainder below a batch is left out."""
+    """Row indices of a step's batch: each epoch is a new permutation, whose last partial batch is dropped."""
     per_epoch = n_rows // batch_size
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(derive_seed("order", seed, epoch)))
@@ -72,6 +83,23 @@ def balance(sizes, n_bins):
 def share(rows, sizes, ranks):
     """This rank's part of a step's rows, dealt out evenly by size: every rank waits for the one with most tokens."""
     return [rows[i] for i in balance(sizes, ranks.world_size)[ranks.rank]]
+
+
+def share_prompts(trajectories: list, prompts_per_mini_batch: int, ranks: Ranks) -> list:
+    """Deals whole prompts out to the ranks anew, evenly by tokens in each mini-batch -> this rank's, by place.
+
+    trajectories of ppo_cpe.py: with `place` (of their prompt in the step), `key`, `prompt_ids`, `response_ids`.
+    Responses differ in length, and every rank waits for the one that has most to compute.
+    """
+    batch = sorted(all_gather(ranks, trajectories), key=lambda t: (t.place, t.key))
+    prompts = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.place)]
+    mine = []
+    for _, groups in itertools.groupby(prompts, key=lambda group: group[0].place // prompts_per_mini_batch):
+        groups = list(groups)
+        sizes = [len(group[0].prompt_ids) + sum(len(t.response_ids) for t in group) for group in groups]
+        for i in balance(sizes, ranks.world_size)[ranks.rank]:
+            mine += groups[i]
+    return mine
 
 
 def micro_batches(sizes, tokens_per_microbatch, ranks):

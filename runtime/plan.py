@@ -203,55 +203,48 @@ def one_model(args, config, scalar_head=False):
     )
 
 
-def ppo(args, max_len, judge_max_len=8192):
-    """The plan of ppo_cpe.py: while responses are sampled, while the models are trained, in the optimizer."""
+def rl(
+    args, max_len: int, trained: dict[str, tuple[str, bool]], judges: dict[str, int], sampled: int, per_prompt: float
+) -> float:
+    """The plan of ppo_cpe.py and its forks: while responses are sampled, while the models are trained, in the optimizer.
+
+    max_len: tokens of the longest sequence of the engine. trained: {name: (folder or hub id, scalar head)}, the policy
+    first. judges: {part: bytes per rank} that judges hold all the time. sampled, per_prompt: responses that are sampled
+    and trained for a prompt.
+    """
     machine = machine_of(args)
-    policy_config, critic_config = config_of(args.policy), config_of(args.critic or args.policy)
-    common = (machine, args.tokens_per_microbatch, args.checkpoint_activations)
-    per_prompt = args.n_samples * (1 + args.edit_rate)
-    policy = Trained(policy_config, False, *common, key_copies=2)
-    critic = Trained(critic_config, True, *common, key_copies=2)
+    configs = {name: config_of(path) for name, (path, _) in trained.items()}
+    budget, recompute = args.tokens_per_microbatch, args.checkpoint_activations
+    models = {
+        name: Trained(configs[name], scalar_head, machine, budget, recompute, key_copies=2)
+        for name, (_, scalar_head) in trained.items()
+    }
+    policy_config = next(iter(configs.values()))
     weights, cache = inference(policy_config, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch))
-    resident = {"engine: weights": weights, "engine: KV cache": cache}
-    if args.judge.startswith("bt:"):
-        resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine, 0, True)
-    elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
-        resident["judge: weights"], resident["judge: KV cache"] = inference(
-            config_of(args.judge), machine, likely_tokens(judge_max_len, args.max_batch)
-        )
-    masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
-    moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
-    larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)
+    resident = {"engine: weights": weights, "engine: KV cache": cache, **judges}
+    masters = {f"{name}: fp32 masters": model.masters for name, model in models.items()}
+    moments = {f"{name}: Adam moments": model.moments for name, model in models.items()}
+    larger = max(models.values(), key=lambda t: t.gradients + t.whole + t.activations)
     on_host = machine.offload and machine.device == "cuda"
     logits = 3 * 4 * args.max_batch * policy_config.vocab_size  # of a step of decoding, and the sampler's two copies
+    gradients = {"gradients (one model at a time)": larger.gradients}
+    passes = {"gathered weights and gradients": larger.whole, "activations": larger.activations}
+    one_by_one = dict([max(moments.items(), key=lambda part: part[1])]) if on_host else moments
     phases = {
         "sampling": {**resident, "logits of a step": logits, **({} if on_host else masters | moments)},
-        "passes": {
-            **resident,
-            **masters,
-            **({} if on_host else moments),
-            "gradients (one model at a time)": larger.gradients,
-            "gathered weights and gradients": larger.whole,
-            "activations": larger.activations,
-        },
-        "optimizer": {
-            **resident,
-            **masters,
-            "gradients (one model at a time)": larger.gradients,
-            **({"policy: Adam moments": policy.moments} if on_host else moments),
-        },
+        "passes": {**resident, **masters, **({} if on_host else moments), **gradients, **passes},
+        "optimizer": {**resident, **masters, **gradients, **one_by_one},
     }
-    prompts = args.prompts_per_step
-    sampled = prompts * args.n_samples * (2 if args.edit_rate > 0 else 1)
-    computed = int(prompts * (args.max_prompt_length + per_prompt * args.max_response_length))
+    prompts, tokens = args.prompts_per_step, args.max_new_tokens
+    computed = int(prompts * (args.max_prompt_length + per_prompt * tokens))
+    sizes = ", ".join(f"{name} {model.n_parameters / 1e9:.2f}" for name, model in models.items())
     return report(
         args,
         machine,
         phases,
         [
-            f"policy {policy.n_parameters / 1e9:.2f}, critic {critic.n_parameters / 1e9:.2f} billion parameters; at most "
-            f"{args.tokens_per_microbatch} tokens a pass and rank",
-            f"a step, at most: {sampled} responses, {sampled * args.max_response_length:,} tokens sampled; "
+            f"{sizes} billion parameters; at most {budget} tokens a pass and rank",
+            f"a step, at most: {prompts * sampled} responses, {prompts * sampled * tokens:,} tokens sampled; "
             f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
         ],
     )

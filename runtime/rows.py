@@ -2,27 +2,38 @@
 
 import json
 import os
+from typing import Any
 
-_PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
-
+PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
+SCORES = dict.fromkeys(("helpfulness", "personalization", "naturalness"), "score")
 ROW_FIELDS = {
-    "prompt": _PROMPT,
-    "pair": {**_PROMPT, "chosen": "text", "rejected": "text"},
-    "answer": {**_PROMPT, "answer": "string"},
-    "judgement": {
-        **_PROMPT,
-        "answer": "text",
-        "critique": "text",
-        "helpfulness": "score",
-        "personalization": "score",
-        "naturalness": "score",
-    },
+    "prompt": PROMPT,
+    "pair": {**PROMPT, "chosen": "text", "rejected": "text"},
+    "answer": {**PROMPT, "answer": "string"},
+    "judgement": {**PROMPT, "answer": "text", "critique": "text", **SCORES},
     "messages": {"messages": "messages"},
     "object": {},
 }
 
+# What makes the files and folders that the scripts read by default: said where one is missing.
+MADE_BY = {
+    "out/data/judgements": "make judgements with data/annotate.py, or train on --data of your own",
+    "out/data/": "make rows with data/prepare.py, or name a file of your own",
+    "out/world/": "run data/persona_world.py first",
+    "out/sft/": "run sft.py first",
+    "out/grm/": "run train_grm.py first, or name another --judge",
+    "out/bt/": "run train_grm.py --objective bt first",
+    "out/dpo/": "run dpo.py first",
+    "out/ppo_cpe/": "run ppo_cpe.py first",
+}
 
-def _roles_alternate(messages):
+
+def made_by(path: str) -> str:
+    """ "; " and what makes a file or folder that is missing, where a script of ours does by default; else ""."""
+    return next((f"; {hint}" for start, hint in MADE_BY.items() if path.startswith(start)), "")
+
+
+def _are_messages(messages):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return False
     return all(m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str) for m in messages)
@@ -33,11 +44,42 @@ CHECKS = {
     "string": ("a string", lambda v: isinstance(v, str)),
     "persona": ("a non-empty JSON object or string", lambda v: isinstance(v, (dict, str)) and bool(v)),
     "score": ("an integer from -5 to 5", lambda v: type(v) is int and -5 <= v <= 5),
-    "messages": ('a list of {"role": "system" | "user" | "assistant", "content": text}', _roles_alternate),
+    "messages": ('a list of {"role": "system" | "user" | "assistant", "content": text}', _are_messages),
 }
 
 
-def check_row(row, kind, where):
+def _encodes(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def first_lone_surrogate(value: Any, path: str = "") -> str | None:
+    """Where in a JSON value half a surrogate pair stands ("persona.name"), None: nowhere.
+
+    `"\\ud83d"` is legal JSON, but no text: it can be neither encoded for a model nor written to a UTF-8 file.
+    """
+    if isinstance(value, str):
+        return None if _encodes(value) else path or "text"
+    if isinstance(value, dict):
+        items = ((f"{path}.{key}" if path else str(key), key, item) for key, item in value.items())
+        return next(
+            (
+                p
+                for place, key, item in items
+                for p in (first_lone_surrogate(key, repr(place)), first_lone_surrogate(item, place))
+                if p
+            ),
+            None,
+        )
+    if isinstance(value, list):
+        return next((p for i, item in enumerate(value) if (p := first_lone_surrogate(item, f"{path}[{i}]"))), None)
+    return None
+
+
+def check_row(row: Any, kind: str, where: str) -> None:
     """ValueError naming the place, the field and what was expected, unless `row` is a row of that kind."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object ({kind} row), found {type(row).__name__}")
@@ -47,9 +89,37 @@ def check_row(row, kind, where):
             raise ValueError(f'{where}: field "{field}" is missing, expected {expected} ({kind} row)')
         if not holds(row[field]):
             raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
+    if not _encodes(json.dumps(row, ensure_ascii=False)):
+        broken = first_lone_surrogate(row)
+        raise ValueError(
+            f'{where}: field "{broken}" holds half of a surrogate pair (such as \\ud83d), which is no text'
+        )
 
 
-def read_rows(path, kind):
+def json_lines(path: str) -> list[tuple[str, Any]]:
+    """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over.
+
+    ValueError: not UTF-8, a compressed file, a line that is not JSON or is blank, with file and line.
+    """
+    with open(path, "rb") as f:
+        content = f.read()
+    if content[:2] == b"\x1f\x8b":
+        raise ValueError(f"{path}: a gzip file; expected JSON lines as text (gunzip it first)")
+    found = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), 1):
+        where = f"{path}:{number}"
+        try:
+            found.append((where, json.loads(line.decode("utf-8"))))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            if not content.strip():
+                return []
+            raise ValueError(f"{where}: not JSON ({error})") from error
+    return found
+
+
+def read_rows(path: str, kind: str) -> list[dict]:
     """All rows of a JSON-lines file, checked before any work is done.
 
     kind: prompt | pair | answer | judgement | messages | object (any JSON object). ValueError: file:line, field,
@@ -57,32 +127,24 @@ def read_rows(path, kind):
     persona the keys of all the others.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; expected JSON lines ({kind} rows)")
+        raise FileNotFoundError(f"{path}: no such file; expected JSON lines ({kind} rows){made_by(path)}")
     rows, line_of = [], {}
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from error
-            check_row(row, kind, where)
-            if kind == "prompt" and line_of.setdefault(row["prompt_id"], number) != number:
-                raise ValueError(
-                    f'{where}: prompt_id "{row["prompt_id"]}" stands on line {line_of[row["prompt_id"]]} too'
-                )
-            rows.append(row)
+    for where, row in json_lines(path):
+        check_row(row, kind, where)
+        if kind == "prompt" and line_of.setdefault(row["prompt_id"], where) != where:
+            raise ValueError(f'{where}: prompt_id "{row["prompt_id"]}" stands at {line_of[row["prompt_id"]]} too')
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: empty, expected {kind} rows")
     return rows
 
 
-def write_rows(path, rows):
+def write_rows(path: str, rows: list[dict]) -> None:
     """JSON lines; see `write_text`."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_text(path, text):
+def write_text(path: str, text: str) -> None:
     """The file appears whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:

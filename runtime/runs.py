@@ -1,13 +1,21 @@
-"""A run folder: flags, metrics, rows of steps, and checkpoints from which the same command continues."""
+"""A run folder: flags and inputs, metrics, rows of steps, and checkpoints from which the same command continues."""
 
 import dataclasses
+import fcntl
+import glob
+import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections import defaultdict
+from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -15,64 +23,120 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from tqdm import tqdm
 
 from model import save_pretrained
-from runtime.distributed import all_gather, all_max, all_sum, barrier, print0
+from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
+from runtime.flags import flag, may_change
 from runtime.rows import write_rows, write_text
 
-# Flags that may differ between the start of a run and its continuation: what a step computes stays the same.
-FREE_FLAGS = (
-    "max_steps",
-    "save_every",
-    "keep_checkpoints",
-    "tokens_per_microbatch",
-    "checkpoint_activations",
-    "out",
-    "shard_size",
-    "offload",
-    "peak_tflops",
-    "plan",
-    "world_size",
-    "gpu_gib",
-    "eval_prompts",
-    "eval_every",
-    "eval_n",
-    "audit_share",
-    "audit_judge",
-    "save_batch",
-    "kv_tokens",
-)
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+WHOLE_BYTES = 2**26  # up to this size a file's digest is of all its bytes
+SAMPLED_PARTS, PART_BYTES = 256, 2**16  # of a larger one (weights), of so many parts, spread evenly, and its size
 
 
-def open_run(args, ranks):
-    """Makes or reopens the folder args.out; ValueError where it holds a run with other flags. Prints where output goes."""
-    flags = dataclasses.asdict(args)
+def file_digest(path: str) -> str:
+    """Of a file's content; of a large one of parts of it, so that shards of a large model take seconds, not minutes."""
+    size = os.path.getsize(path)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as f:
+        if size <= WHOLE_BYTES:
+            digest.update(f.read())
+        else:
+            for i in range(SAMPLED_PARTS):
+                f.seek((size - PART_BYTES) * i // (SAMPLED_PARTS - 1))
+                digest.update(f.read(PART_BYTES))
+    return digest.hexdigest()
+
+
+def text_digest(*texts: str) -> str:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+
+
+def input_digest(path: str) -> str:
+    """Of a file, or of a model's folder: its weights, config and tokenizer."""
+    if os.path.isfile(path):
+        return file_digest(path)
+    names = ("*.safetensors", "config.json", "tokenizer.json")
+    files = sorted(file for name in names for file in glob.glob(os.path.join(path, name)))
+    return text_digest(*(part for file in files for part in (os.path.basename(file), file_digest(file))))
+
+
+def open_run(args: Any, ranks: Ranks, inputs: dict[str, str]) -> None:
+    """Makes or reopens the folder args.out and prints where output goes.
+
+    inputs: {flag or what it is: digest} of all that the run reads (`input_digest`, `text_digest`).
+    ValueError: the folder holds a run with other flags or inputs, or another process is running in it.
+    """
     file = os.path.join(args.out, "args.json")
     if os.path.isfile(file):
-        with open(file) as f:
-            before = json.load(f)
-        now = json.loads(json.dumps(flags))
-        changed = [k for k in now if k not in FREE_FLAGS and before.get(k) != now[k]]
+        before = _read_args(file)
+        now = json.loads(json.dumps(dataclasses.asdict(args)))
+        free = may_change(type(args)) | {"out"}
+        changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
         if changed:
-            was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in changed)
+            was = ", ".join(f"{flag(name)} {before[name]} -> {now[name]}" for name in changed)
             raise ValueError(f"{args.out} holds a run with other flags ({was}); choose another --out or remove it")
+        known = before.get("inputs", {})
+        changed = [name for name, digest in inputs.items() if known.get(name, digest) != digest]
+        if changed:
+            raise ValueError(
+                f"{args.out} holds a run on other inputs: what {', '.join(changed)} names has changed since; choose "
+                "another --out or remove it"
+            )
     if ranks.rank == 0:
         os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
-        write_text(file, json.dumps({**flags, "git": git_hash()}, indent=2))
+        _lock(args.out)
+        content = {**dataclasses.asdict(args), "inputs": inputs, "git": git_hash()}
+        write_text(file, json.dumps(content, indent=2))
     barrier(ranks)
     print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
 
 
-def git_hash():
+def _read_args(file):
+    try:
+        with open(file, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file}: not the flags of a run ({error}); remove the folder or choose another --out"
+        ) from error
+
+
+_locks = {}  # files that this process holds open, which are its locks; a process that ends gives them up
+
+
+def _lock(out):
+    path = os.path.join(out, "lock.json")
+    if path in _locks:
+        return
+    lock = open(path, "a+")  # noqa: SIM115  held as long as the process runs
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise ValueError(
+            f"{out}: another run is writing there ({lock.read().strip()}); choose another --out"
+        ) from error
+    lock.truncate(0)
+    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+    lock.flush()
+    _locks[path] = lock
+
+
+def git_hash() -> str:
     """The commit of this code, with + where files differ from it; "unknown" outside a repository."""
     here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
     except FileNotFoundError:
         return "unknown"
-    return run.stdout.strip() or "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+# -- what a step leaves behind -----------------------------------------------------------------------------------------
 
 
 class Stats:
@@ -82,15 +146,15 @@ class Stats:
         self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: -math.inf)
         self.flops, self.logical_tokens, self.computed_tokens = 0, 0, 0  # of this rank's passes
 
-    def add(self, name, values):
+    def add(self, name: str, values: torch.Tensor) -> None:
         total = self.sums[name]
         total[0] += values.double().sum().item()
         total[1] += values.numel()
 
-    def add_max(self, name, values):
+    def add_max(self, name: str, values: torch.Tensor) -> None:
         self.largest[name] = max([self.largest[name], *([values.max().item()] if values.numel() else [])])
 
-    def means(self, ranks):
+    def means(self, ranks: Ranks) -> dict[str, float | None]:
         names = sorted(set(all_gather(ranks, self.sums)))  # a rank may have met no edit, say
         totals = all_sum(ranks, *(x for name in names for x in self.sums[name]))
         means = {n: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else None for i, n in enumerate(names)}
@@ -98,10 +162,22 @@ class Stats:
         return means | {name: all_max(ranks, self.largest[name]) for name in largest}
 
 
-# -- what a step leaves behind ----------------------------------------------------------------------------------------
+def progress(first_step: int, last_step: int, ranks: Ranks) -> tqdm:
+    """The steps of a run, with a bar where somebody watches; a log file gets a line a step (`print_step`) and no bar."""
+    quiet = ranks.rank > 0 or not sys.stderr.isatty()
+    return tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=quiet)
 
 
-def log_metrics(out, metrics, ranks):
+def print_step(bar: tqdm, step: int, last_step: int, figures: dict[str, float | None]) -> None:
+    """One readable line a step: "step 12/40  reward 3.21  seconds 2.4"."""
+    known = {name: value for name, value in figures.items() if value is not None}
+    text = "  ".join(f"{name} {value:.4g}" for name, value in known.items())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        bar.write(f"step {step}/{last_step}  {text}")
+        sys.stdout.flush()
+
+
+def log_metrics(out: str, metrics: dict, ranks: Ranks) -> None:
     """Appends one line to metrics.jsonl; numbers that do not exist in a step (no edit in it, say) are null."""
     if ranks.rank == 0:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
@@ -109,14 +185,14 @@ def log_metrics(out, metrics, ranks):
             f.write(json.dumps(clean) + "\n")
 
 
-def write_step(out, kind, step, rows, ranks):
+def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -> None:
     """The rows of all ranks as OUT/KIND/step_NNNNNN.jsonl."""
     rows = all_gather(ranks, rows)
     if ranks.rank == 0:
         write_rows(os.path.join(out, kind, f"step_{step:06d}.jsonl"), rows)
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def _train_state(models, optimizers):
@@ -127,7 +203,16 @@ def _train_state(models, optimizers):
     return state
 
 
-def save_checkpoint(out, step, models, optimizers, tokenizer_from, ranks, keep, templates):
+def save_checkpoint(
+    out: str,
+    step: int,
+    models: dict[str, torch.nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    tokenizer_from: str,
+    templates: dict[str, str],
+    ranks: Ranks,
+    keep: int,
+) -> None:
     """Writes out/checkpoints/step_NNNNNN, then points out/NAME at its models; appears whole or not at all.
 
     models: {"policy": model, "critic": model, ...}. Each is stored twice: as a folder that other tools load, in the
@@ -149,15 +234,25 @@ def save_checkpoint(out, step, models, optimizers, tokenizer_from, ranks, keep, 
         with open(os.path.join(tmp, "state.json"), "w") as f:
             json.dump({"step": step, "git": git_hash()}, f)
         os.rename(tmp, final)
-        for name in models:
-            link = os.path.join(out, name)
-            if os.path.lexists(f"{link}.tmp"):
-                os.unlink(f"{link}.tmp")
-            os.symlink(os.path.join("checkpoints", f"step_{step:06d}", name), f"{link}.tmp")
-            os.replace(f"{link}.tmp", link)
+        _link_newest(out, models)
         for old in _checkpoints(out)[:-keep]:
             shutil.rmtree(old)
     barrier(ranks)
+
+
+def _link_newest(out, names):
+    """Points out/NAME at the newest checkpoint's models."""
+    newest = os.path.basename(_checkpoints(out)[-1])
+    for name in names:
+        link = os.path.join(out, name)
+        if os.path.isdir(link) and not os.path.islink(link):  # the run folder was copied with its links followed
+            shutil.rmtree(f"{link}.copied", ignore_errors=True)
+            os.rename(link, f"{link}.copied")
+            print0(f"{link} was a folder, not a link to the newest checkpoint: moved to {link}.copied")
+        if os.path.lexists(f"{link}.tmp"):
+            os.unlink(f"{link}.tmp")
+        os.symlink(os.path.join("checkpoints", newest, name), f"{link}.tmp")
+        os.replace(f"{link}.tmp", link)
 
 
 def _checkpoints(out):
@@ -166,10 +261,13 @@ def _checkpoints(out):
     return [os.path.join(folder, n) for n in names]
 
 
-def load_checkpoint(out, models, optimizers, ranks):
+def load_checkpoint(
+    out: str, models: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], ranks: Ranks
+) -> int:
     """Continues from the newest checkpoint: fills models and optimizers in place -> steps done (0: none there).
 
-    Lines of metrics.jsonl from after that checkpoint are dropped: their steps will be run again.
+    Lines of metrics.jsonl from after that checkpoint are dropped: their steps will be run again. The links to its
+    models are made again, since a run may have been killed between a checkpoint and its links.
     """
     found = _checkpoints(out)
     step = 0
@@ -181,6 +279,8 @@ def load_checkpoint(out, models, optimizers, ranks):
         for name, model in models.items():
             set_model_state_dict(model, state[f"{name}.model"])
             set_optimizer_state_dict(model, optimizers[name], state[f"{name}.optimizer"])
+        if ranks.rank == 0:
+            _link_newest(out, models)
         print0(f"resumed from {found[-1]}")
     metrics = os.path.join(out, "metrics.jsonl")
     if ranks.rank == 0 and os.path.isfile(metrics):

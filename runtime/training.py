@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from model import GIB
 from runtime.distributed import all_max, all_sum
-from runtime.packing import pack
+from runtime.packing import EMPTY, pack, packed_micro_batches
 
 
 def shard(model, ranks):
@@ -81,6 +81,39 @@ def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
     if offload:
         move_moments(optimizer, "cpu")
     return norm
+
+
+# -- passes of a model that is trained, in whole micro-batches ----------------------------------------------------------
+
+
+@torch.no_grad()
+def per_token(model, prefixes, suffixes, trained, run):
+    """Log-probs of the trained tokens of each suffix (None: all), or the critic's values before them -> list of fp32 [L_i]."""
+    results, budget = [None] * len(suffixes), run.args.tokens_per_microbatch
+    for indices, batch in packed_micro_batches(prefixes, suffixes, trained, budget, run.ranks):
+        if not indices:
+            idle_pass(model, run)
+            continue
+        run.stats.flops += forward_flops(model, batch)
+        for i, result in zip(indices, forward(model, batch, run.args.temperature).cpu().split(batch.counts)):
+            results[i] = result
+    reshard(model)
+    return results
+
+
+def idle_pass(model, run):
+    """What a rank without work runs, since FSDP needs every rank in every pass; adds zero to all gradients."""
+    result = forward(model, pack([EMPTY[0]], [EMPTY[1]], run.ranks.device), run.args.temperature)
+    if torch.is_grad_enabled():
+        (0 * result.sum()).backward()
+
+
+def forward(model, batch, temperature):
+    """Log-probs of the batch's targets [S], or values before them [S]."""
+    ids, context = batch.input_ids, batch.context
+    if model.scalar_head:
+        return model(ids, context.position_ids, context, batch.index)
+    return model(ids, context.position_ids, context, batch.index, batch.targets, temperature)[0]
 
 
 # -- figures of the machine -------------------------------------------------------------------------------------------
