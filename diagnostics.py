@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from judges import verdicts_of
+from judges import ask_all
 from model import load_pretrained, save_pretrained
 from prompts import DIMENSIONS, Chat, Judgement, load_templates
 from runtime import packing, runs
@@ -141,7 +141,7 @@ def describe_held_out(judged, lost, judge, stats):
         if other.row["persona"] != t.row["persona"]
     ]
     asked = [(t.row | {"persona": persona}, t.answer, derive_seed("swap", *t.key)) for t, persona in swapped]
-    for (t, _), verdict in zip(swapped, verdicts_of(judge, asked)):
+    for (t, _), verdict in zip(swapped, ask_all(judge, asked)):
         if verdict.reward is not None:
             stats.add("held_out/swap", torch.tensor(t.reward - verdict.reward))
 
@@ -154,8 +154,8 @@ def audit(judged, judge, second, args, step, stats):
     chosen = [t for t in judged if not t.parent]
     chosen = rng.sample(chosen, math.ceil(args.audit_share * len(chosen)))
     asked = [(t.row, t.answer, derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
-    again = [verdict.reward for verdict in verdicts_of(judge, asked)]
-    others = [verdict.reward for verdict in verdicts_of(second, asked)] if second else [None] * len(asked)
+    again = [verdict.reward for verdict in ask_all(judge, asked)]
+    others = [verdict.reward for verdict in ask_all(second, asked)] if second else [None] * len(asked)
     for t, reward, other in zip(chosen, again, others):
         t.audit = dict(again=reward, second=other)
         if reward is not None:

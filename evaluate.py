@@ -1,11 +1,11 @@
-"""Stage 4: how good are the answers, and how good is the judge (METHOD 4).
+"""Stage 4: how good are the answers, and how good is the judge (docs/evaluation.md).
 
 `--task win-rate` compares a model with a baseline:
 1. Draw `n_prompts` of the prompts and get both sides' answers: sampled from a model by the engine or by a server, read
    from a file (--answers, --baseline-answers), or the prompts' own references (--baseline reference).
 2. A judge decides. `--judge pair:...` names the better of the two answers, asked in both orders (judges.py). Any other
-   judge (a generative reward model, a Bradley-Terry model, the exact judge of the generated world) scores each answer
-   by itself, and the higher score wins. Equal texts are a draw without a question.
+   judge (a generative reward model, a Bradley-Terry model, the exact judge of the generated world, a function of your
+   own) scores each answer by itself, and the higher score wins. Equal texts are a draw without a question.
 3. Tables: win rate and length-controlled win rate with 95 % intervals, by group, position bias, what is missing.
 What the rows are makes the benchmark: PersonaFeedback's questions with their fixed baseline, AlpacaEval's with
 personas, PersonaMem's with the persona only, the generated world's (data/prepare.py, data/persona_world.py).
@@ -42,9 +42,12 @@ import tyro
 
 from data import persona_world
 from evaluation import personamem, tables, winrate
-from evaluation.journal import check_judge, draw_rows, is_url, replies, verdicts_on, with_name
+from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
-from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text
+from judges import WorldJudge, named_server, parse_spec
+from model import resolve
+from prompts import DIMENSIONS, SCORE_WEIGHTS, Chat, answer_request, load_templates, persona_text
+from runtime.chat_client import is_url
 from runtime.distributed import derive_seed, print0, start
 from runtime.flags import user_errors
 from runtime.rows import read_rows, write_rows, write_text
@@ -81,19 +84,19 @@ class Args:
     out: str = "out/evaluate"
     """Folder of journal, answers, verdicts, annotations, tables and plots."""
     answer_template: str | None = None
-    """File that replaces the built-in prompt of the policy."""
+    """File that replaces the prompt which a model was trained with (FOLDER/templates), or the built-in one."""
     grm_template: str | None = None
-    """File that replaces the built-in rubric of a judge that scores."""
+    """The same for the rubric of a judge that scores."""
     pair_template: str | None = None
-    """File that replaces the built-in question of a judge that compares."""
+    """The same for the question of a judge that compares."""
 
-    # -- sampling of answers (METHOD 4; the length limit is that of RL)
+    # -- sampling of answers (docs/evaluation.md; the length limit is that of RL)
     temperature: float = 0.8
-    """Of the answers."""
+    """Of the answers, as in the paper's released evaluation; its RL sampled at 0.9 (ppo_cpe.py)."""
     baseline_temperature: float | None = None
     """Of the baseline's answers, where it differs."""
     top_p: float = 0.9
-    """Nucleus."""
+    """Nucleus; the same in RL."""
     max_new_tokens: int = 2048
     """Tokens of an answer; what is cut off is judged as it stands, and listed."""
     seed: int = 0
@@ -101,13 +104,17 @@ class Args:
 
     # -- the judge
     judge: str = "out/grm/model"
-    """PATH of a generative reward model | http(s)://... | bt:PATH | world | pair:PATH | pair:http... (judges.py)."""
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION | pair:PATH | pair:http...
+    (judges.py)."""
+    score_weights: tuple[float, float, float] = SCORE_WEIGHTS
+    """Of helpfulness, personalization, naturalness in a score."""
     orders: Literal["both", "drawn"] = "both"
     """A judge that compares sees both orders, or one that AlpacaEval's rule draws from the instruction."""
     judge_temperature: float = 0.0
-    """0: its most likely judgement. Above 0, one that does not parse is asked again."""
+    """0: its most likely judgement, so that a table can be made again. Above 0 (RL: 0.9) one that does not parse is
+    asked again."""
     judge_attempts: int = 3
-    """Judgements asked for before an answer is given up."""
+    """Times an unparsable judgement is asked for before an answer is given up; times an unreadable reply is."""
     judge_votes: int = 5
     """Verdicts whose share counts where a server gives no log-probabilities; 1 is asked at temperature 0."""
     max_judgement_length: int = 512
@@ -193,52 +200,70 @@ def reference_answers(file, rows):
     return "reference", [{**row, "answer": row["reference"], "truncated": None} for row in rows]
 
 
-def measured(rows, chat, judge):
+def measured(rows: list[dict], chat: Chat | None, judge: str) -> list[dict]:
     """Answer rows with what is counted in them; None where it is unknown.
 
     Tokens are those of one tokenizer (chat) for both sides; without one, what a row says.
     """
-    result = []
+    result, in_world = [], parse_spec(judge)[0] is WorldJudge
     for row in rows:
         persona, answer = row["persona"], row["answer"]
         counts = dict.fromkeys(("n_characters", "n_tokens", "recites_profile"))
         if answer is not None:
-            recites = persona_world.recites_profile(persona, answer) if judge == "world" else None
+            recites = persona_world.recites_profile(persona, answer) if in_world else None
             n_tokens = len(chat.encode(answer)) if chat else row.get("n_tokens")
             counts = dict(n_characters=len(answer), n_tokens=n_tokens, recites_profile=recites)
         result.append({**row, "truncated": row.get("truncated"), **counts})
     return result
 
 
-def answers_of(sides, rows, templates, args, ranks):
-    """-> {side: (generator, answer rows)}. What is quick to refuse (files) comes before any sampling."""
+@dataclass
+class Answers:
+    """One side's answers."""
+
+    generator: str
+    rows: list[dict]  # in the order of the prompts; `answer` is None where there is none
+
+
+def answers_of(sides, rows, args, ranks) -> dict[str, Answers]:
+    """Answers by side. What is quick to refuse (files, templates) comes before any sampling."""
     specs = {"model": args.model, "baseline": args.baseline}
     files = {"model": args.answers, "baseline": args.baseline_answers}
     temperatures = {"model": args.temperature, "baseline": args.temperature}
     if args.baseline_temperature is not None:
         temperatures["baseline"] = args.baseline_temperature
-    found = {}
+    found, requests = {}, {}
     for side in sides:
         if files[side] is not None:
-            found[side] = given_answers(files[side], rows)
+            found[side] = Answers(*given_answers(files[side], rows))
         elif specs[side] == "reference":
-            found[side] = reference_answers(args.prompts, rows)
-    for side in [side for side in sides if side not in found]:
-        requests = [(r["prompt_id"], [{"role": "user", "content": answer_request(templates, r)}]) for r in rows]
-        made = replies(f"answers_{side}", specs[side], requests, temperatures[side], args, ranks)
+            found[side] = Answers(*reference_answers(args.prompts, rows))
+        else:  # each under the prompt that it was trained with
+            folder = None if is_url(specs[side]) else resolve(specs[side])
+            templates = load_templates(folder, answer_template=args.answer_template)
+            asked = [{"role": "user", "content": answer_request(templates, row)} for row in rows]
+            requests[side] = [(row["prompt_id"], [message]) for row, message in zip(rows, asked)]
+    for side in requests:
+        replied = replies(f"answers_{side}", specs[side], requests[side], temperatures[side], args, ranks)
         name = specs[side] + ("" if args.baseline_temperature is None else f" at temperature {temperatures[side]:g}")
-        found[side] = name, [row | (reply or {"answer": None, "truncated": None}) for row, reply in zip(rows, made)]
-    local = [specs[s] for s in sides if files[s] is None and specs[s] != "reference" and not is_url(specs[s])]
+        no_reply = {"answer": None, "truncated": None}
+        found[side] = Answers(name, [row | (reply or no_reply) for row, reply in zip(rows, replied)])
+    local = [specs[side] for side in requests if not is_url(specs[side])]
     chat = Chat(local[0]) if local else None
-    found = {side: (found[side][0], measured(found[side][1], chat, args.judge)) for side in sides}
-    if ranks.rank == 0:
-        for side, (_, answered) in found.items():
-            there = [row for row in answered if row["answer"] is not None]
-            write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), there)
+    for side, answers in found.items():
+        answers.rows = measured(answers.rows, chat, args.judge)
+        if ranks.rank == 0:
+            answered = [row for row in answers.rows if row["answer"] is not None]
+            write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), answered)
     return found
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def compares(judge: str) -> bool:
+    """Whether a judge sees two answers at a time."""
+    return parse_spec(judge)[0].compares
 
 
 def shown_orders(row, args):
@@ -249,7 +274,7 @@ def shown_orders(row, args):
     return ["model_first"] if switched else ["baseline_first"]
 
 
-def judged_in_pairs(rows, outputs, templates, args, ranks):
+def judged_in_pairs(rows, outputs, args, ranks):
     """outputs: {side: [answer or None]} -> dict(preference, shown, method, failure) a prompt, and the verdict rows."""
     items, places = [], []
     for i, (row, ours, theirs) in enumerate(zip(rows, outputs["model"], outputs["baseline"])):
@@ -258,7 +283,7 @@ def judged_in_pairs(rows, outputs, templates, args, ranks):
         for order in shown_orders(row, args):
             items.append((row, (theirs, ours) if order == "baseline_first" else (ours, theirs)))
             places.append((i, order))
-    verdicts = verdicts_on(items, templates, args, ranks)
+    verdicts = verdicts_on(items, args, ranks)
     results = []
     for ours, theirs in zip(outputs["model"], outputs["baseline"]):
         result = dict(preference=None, shown=None, method=None, failure="no answer")
@@ -282,10 +307,10 @@ def judged_in_pairs(rows, outputs, templates, args, ranks):
     return results, verdicts
 
 
-def judged_alone(rows, outputs, templates, args, ranks):
+def judged_alone(rows, outputs, args, ranks):
     """The same by scores: the higher one wins, equal ones draw."""
     places = [(side, i) for side in SIDES for i, answer in enumerate(outputs[side]) if answer is not None]
-    found = verdicts_on([(rows[i], outputs[side][i]) for side, i in places], templates, args, ranks)
+    found = verdicts_on([(rows[i], outputs[side][i]) for side, i in places], args, ranks)
     by_place = dict(zip(places, found))
     results = []
     for i in range(len(rows)):
@@ -313,10 +338,13 @@ def annotations_of(rows, answers, judged, judge):
     """Rows in AlpacaEval's format, in the order of the prompts. A missing answer is an empty text without a verdict."""
     found = []
     for i, (row, result) in enumerate(zip(rows, judged)):
-        sides = {side: answers[side][1][i] for side in SIDES}
+        sides = {side: answers[side].rows[i] for side in SIDES}
         annotation = {"prompt_id": row["prompt_id"], "instruction": instruction_of(row)}
         for number, side in (("1", "baseline"), ("2", "model")):
-            annotation |= {f"output_{number}": sides[side]["answer"] or "", f"generator_{number}": answers[side][0]}
+            annotation |= {
+                f"output_{number}": sides[side]["answer"] or "",
+                f"generator_{number}": answers[side].generator,
+            }
         annotation |= dict(
             annotator=judge,
             preference=result["preference"],
@@ -373,17 +401,17 @@ def side_table(results):
     return "\n".join(lines)
 
 
-def compare_sides(args, templates, ranks):
+def compare_sides(args, ranks):
     """--task win-rate."""
     rows = draw_rows(args)
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
-    check_judge(args, templates, ranks)
-    answers = answers_of(SIDES, rows, templates, args, ranks)
+    check_judge(args, ranks)
+    answers = answers_of(SIDES, rows, args, ranks)
     if args.stage == "answers":
         return
-    outputs = {side: [row["answer"] for row in answers[side][1]] for side in SIDES}
-    by_pairs = args.judge.startswith("pair:")
-    judged, verdicts = (judged_in_pairs if by_pairs else judged_alone)(rows, outputs, templates, args, ranks)
+    outputs = {side: [row["answer"] for row in answers[side].rows] for side in SIDES}
+    by_pairs = compares(args.judge)
+    judged, verdicts = (judged_in_pairs if by_pairs else judged_alone)(rows, outputs, args, ranks)
     if ranks.rank == 0:
         write_rows(os.path.join(args.out, "verdicts.jsonl"), verdicts)
     if args.stage == "verdicts" or ranks.rank > 0:
@@ -391,11 +419,11 @@ def compare_sides(args, templates, ranks):
     annotations = annotations_of(rows, answers, judged, args.judge)
     comparison = tables.compare(annotations, args.seed, gamed, args.bootstrap_draws)
     scored = {side: [] if by_pairs else [v for v in verdicts if v["side"] == side] for side in SIDES}
-    results = {side: summarize(answers[side][1], scored[side]) for side in SIDES}
+    results = {side: summarize(answers[side].rows, scored[side]) for side in SIDES}
     write_json(os.path.join(args.out, "annotations.json"), annotations)
     write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": dataclasses.asdict(args)})
     text = tables.write_tables(
-        args.out, [comparison], [annotations], sides={answers[side][0]: results[side] for side in SIDES}
+        args.out, [comparison], [annotations], sides={answers[side].generator: results[side] for side in SIDES}
     )
     print(f"{side_table(results)}\n\n{text}")
     print(
@@ -413,7 +441,7 @@ def compare_files(args):
     tests = [tables.paired(a, b, args.seed) for i, a in enumerate(files) for b in files[i + 1 :]]
     kappas = []
     for path, rows in zip(args.labels, labels):
-        found = [kappa for kappa in (tables.agreement(a, rows) for a in files) if kappa]
+        found = [kappa for kappa in (tables.judge_kappa(a, rows) for a in files) if kappa]
         if not found:
             raise ValueError(f"{path}: no instruction with the same two outputs as in --annotations")
         kappas += found
@@ -452,15 +480,15 @@ def longer_wins(pair):
     return 0.5 + 0.5 * float(np.sign(len(pair["chosen"]) - len(pair["rejected"])))
 
 
-def reward_accuracy(args, templates, ranks):
+def reward_accuracy(args, ranks):
     """--task reward-accuracy. Scores of a GRM are sums of integers with exact weights: ties are ties, not rounding."""
     pairs = draw_rows(args, "pair")
-    check_judge(args, templates, ranks)
+    check_judge(args, ranks)
     if args.stage == "answers":
         return print0("reward-accuracy has no answers to make: they are in the pairs")
     # both texts of a pair, and all pairs of a prompt, one after another: their prompts share a prefix
     order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
-    if args.judge.startswith("pair:"):
+    if compares(args.judge):
         items = [
             (pairs[i], texts)
             for i in order
@@ -468,7 +496,7 @@ def reward_accuracy(args, templates, ranks):
         ]
     else:
         items = [(pairs[i], pairs[i][side]) for i in order for side in ("chosen", "rejected")]
-    found = verdicts_on(items, templates, args, ranks)
+    found = verdicts_on(items, args, ranks)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
     both = {i: (found[2 * k], found[2 * k + 1]) for k, i in enumerate(order)}
@@ -477,7 +505,7 @@ def reward_accuracy(args, templates, ranks):
         a, b = (v["reward"] for v in both[i])
         if None in (a, b):
             continue
-        if args.judge.startswith("pair:"):  # P(first): chosen first, then rejected first
+        if compares(args.judge):  # P(first): chosen first, then rejected first
             shown.append({"baseline_first": 1 - b, "model_first": a})
             a, b = a + (1 - b), b + (1 - a)
         outcomes[i] = 0.5 if a == b else float(a > b)
@@ -506,7 +534,7 @@ def accuracy_by_tier(pairs, outcomes, seed):
     """-> {"groups": {"general hard": ...}, "kinds": {"general": ...}, "total"}, each with the longer answer beside it.
 
     A kind's (and the total's) `mean_of_tiers` is the plain mean of its groups' accuracies, `accuracy` that by rows:
-    published tables mix the two (EVALUATION 7).
+    published tables mix the two (docs/evaluation.md 7).
     """
     longer = np.array([longer_wins(pair) for pair in pairs])
     labels = [group_of(pair) or "all" for pair in pairs]
@@ -587,35 +615,35 @@ def swapped_personas(rows, seed):
     return found
 
 
-def persona_swap(args, templates, ranks):
+def persona_swap(args, ranks):
     """--task persona-swap: an answer that is meant for one person scores lower under another's profile. One that does
     not is generic, or the judge does not read the profile."""
-    if args.judge.startswith("pair:"):
+    if compares(args.judge):
         raise ValueError(f"--judge {args.judge}: persona-swap needs a judge that scores one answer")
     rows = draw_rows(args)
     strangers = swapped_personas(rows, args.seed)
-    check_judge(args, templates, ranks)
-    generator, answered = answers_of(["model"], rows, templates, args, ranks)["model"]
+    check_judge(args, ranks)
+    answers = answers_of(["model"], rows, args, ranks)["model"]
     if args.stage == "answers":
         return
-    there = [i for i, row in enumerate(answered) if row["answer"] is not None]
-    own = [(rows[i], answered[i]["answer"]) for i in there]
-    swapped = [({**rows[i], "persona": strangers[i]}, answered[i]["answer"]) for i in there]
-    found = verdicts_on(own + swapped, templates, args, ranks)
+    answered = [i for i, row in enumerate(answers.rows) if row["answer"] is not None]
+    own = [(rows[i], answers.rows[i]["answer"]) for i in answered]
+    swapped = [({**rows[i], "persona": strangers[i]}, answers.rows[i]["answer"]) for i in answered]
+    found = verdicts_on(own + swapped, args, ranks)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
     own, swapped = found[: len(own)], found[len(own) :]
     names = [n for n in (*DIMENSIONS, "reward") if any(v[n] is not None for v in own)]
     results = dict(
-        model=generator,
+        model=answers.generator,
         judge=args.judge,
-        missing=[r["prompt_id"] for r in answered if r["answer"] is None],
+        missing=[row["prompt_id"] for row in answers.rows if row["answer"] is None],
         own={n: mean_and_error([v[n] for v in own]) for n in names},
         swapped={n: mean_and_error([v[n] for v in swapped]) for n in names},
         difference={},
         failures=dict(Counter(v["failure"] for v in found if v["failure"])),
     )
-    persons = tables.persons_of([rows[i] for i in there])
+    persons = tables.persons_of([rows[i] for i in answered])
     for name in names:
         a, b = (np.array([np.nan if v[name] is None else v[name] for v in side]) for side in (own, swapped))
         results["difference"][name] = winrate.paired_test(a, b, args.seed, persons)
@@ -623,13 +651,13 @@ def persona_swap(args, templates, ranks):
         os.path.join(args.out, "verdicts.jsonl"),
         [
             dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b)
-            for i, a, b in zip(there, own, swapped)
+            for i, a, b in zip(answered, own, swapped)
         ],
     )
     write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
     row = tables.markdown_row
     lines = [
-        row(generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
+        row(answers.generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
         row("---", *["--:"] * 7),
     ]
     for name in names:
@@ -660,13 +688,10 @@ def main(args):
         return compare_files(args)
     if args.labels:
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
-    named = {name: with_name(getattr(args, name)) for name in ("model", "baseline", "judge")}
+    named = {name: named_server(getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
     ranks = start(args.dtype)
-    templates = load_templates(
-        None, answer_template=args.answer_template, grm_template=args.grm_template, pair_template=args.pair_template
-    )
-    TASKS[args.task](args, templates, ranks)
+    TASKS[args.task](args, ranks)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 import diagnostics
 from generate import Engine
-from judges import open_judge
+from judges import JudgeSettings, open_judge, parse_spec, planned_memory
 from model import load_pretrained, resolve
-from prompts import Chat, Judgement, answer_prompt, edit_prompt, load_templates
+from prompts import SCORE_WEIGHTS, Chat, Judgement, answer_prompt, edit_prompt, load_templates
 from runtime import packing, plan, runs, training
 from runtime.distributed import all_gather, all_sum, derive_seed, moments, print0, start
 from runtime.flags import user_errors
@@ -59,13 +59,13 @@ class Args:
     critic: str | None = None
     """Folder that the critic starts from (its scalar head too, if it has one); None: the start policy, head zero."""
     judge: str = "out/grm/model"
-    """PATH of a generative reward model | http(s)://... | bt:PATH | world (judges.py)."""
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges.py)."""
     prompts: str = "out/data/prompts_train.jsonl"
     """Prompt rows."""
     out: str = "out/ppo_cpe"
     """Run folder; the newest weights are OUT/policy and OUT/critic. An unfinished run in it is continued."""
     answer_template: str | None = None
-    """File that replaces the built-in prompt of the policy."""
+    """File that replaces the built-in prompt of the policy, and of a Bradley-Terry judge."""
     edit_template: str | None = None
     """File that replaces the built-in request to rewrite."""
     grm_template: str | None = None
@@ -88,7 +88,7 @@ class Args:
     """A response that hits the limit: scored as it stands | leaves the batch | gets the lowest possible score."""
 
     # -- judge
-    score_weights: tuple[float, float, float] = (0.35, 0.40, 0.25)
+    score_weights: tuple[float, float, float] = SCORE_WEIGHTS
     """Of helpfulness, personalization, naturalness in the reward (METHOD 1.4)."""
     judge_temperature: float = 0.9
     """Of the critique and scores."""
@@ -322,6 +322,7 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
     prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), {kind: lost ones}.
     """
     editing = args.edit_rate > 0 and args.edit_ratio != "sdpo"
+    needs_critique = editing or args.edit_ratio == "sdpo"
     lost = dict(originals=[], edits=[], truncated=[])
     judged, in_engine, in_judge = [], {}, {}
 
@@ -372,6 +373,11 @@ def rollout(prompts, engine, judge, chat, templates, args, step, progress):
             if t.truncated and args.truncated == "floor":
                 t.reward = -5.0 * sum(args.score_weights)
             judged.append(t)
+            if needs_critique and t.parent is None and not (t.judgement and t.judgement.critique.strip()):
+                raise ValueError(
+                    f'--judge {args.judge}: no critique of an answer to prompt "{t.prompt_id}", which edits '
+                    "(--edit-rate > 0) and sdpo need"
+                )
             if editing and t.parent is None:
                 under = edit_prompt(chat, templates, t.prompt_ids, t.response_ids, t.judgement.critique)
                 sample(Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under))
@@ -607,8 +613,22 @@ def read_prompts(path, args, chat, templates):
 def main(args):
     # an edit's context is prompt, answer and critique
     max_len = args.max_prompt_length + 2 * args.max_response_length + args.max_judgement_length + 512
+    judge_settings = JudgeSettings(
+        weights=args.score_weights,
+        attempts=args.judge_attempts,
+        temperature=args.judge_temperature,
+        max_new_tokens=args.max_judgement_length,
+        answer_template=args.answer_template,
+        grm_template=args.grm_template,
+        max_batch=args.max_batch,
+    )
+    judge_specs = {"judge": args.judge} | ({"audit judge": args.audit_judge} if args.audit_judge else {})
     if args.plan:
-        return plan.ppo(args, max_len)
+        machine, resident = plan.machine_of(args), {}
+        for name, spec in judge_specs.items():
+            parts = planned_memory(spec, judge_settings, machine)
+            resident |= {f"{name}: {part}": size for part, size in parts.items()}
+        return plan.ppo(args, max_len, resident)
     ranks = start(args.dtype, args.shard_size)
     for flag in ("edit_rate", "sdpo_lambda", "audit_share"):
         if not 0 <= getattr(args, flag) <= 1:
@@ -621,7 +641,7 @@ def main(args):
         raise ValueError(f"--audit-judge {args.audit_judge}: expected an --audit-share above 0")
     tokenizer_from = resolve(args.policy)
     chat = Chat(tokenizer_from)
-    templates = load_templates(tokenizer_from, args.answer_template, args.edit_template, args.grm_template)
+    templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     prompts = read_prompts(args.prompts, args, chat, templates)
     if len(prompts) < args.prompts_per_step:
         raise ValueError(
@@ -630,21 +650,13 @@ def main(args):
     held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
     held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
-    judge, second = (
-        spec
-        and open_judge(
-            spec,
-            templates,
-            ranks,
-            weights=args.score_weights,
-            attempts=args.judge_attempts,
-            temperature=args.judge_temperature,
-            max_new_tokens=args.max_judgement_length,
-            max_batch=args.max_batch,
-        )
-        for spec in (args.judge, args.audit_judge)
-    )
-    if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and not judge.writes_critiques:
+    for name, spec in judge_specs.items():
+        if parse_spec(spec)[0].compares:
+            raise ValueError(f"--{name.replace(' ', '-')} {spec} compares answers; expected a judge that scores one")
+    judge = open_judge(args.judge, judge_settings, ranks)
+    second = open_judge(args.audit_judge, judge_settings, ranks) if args.audit_judge else None
+    # None: not known before its first verdict, see `rollout`
+    if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and judge.writes_critiques is False:
         raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
 
     runs.open_run(args, ranks)

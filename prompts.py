@@ -6,8 +6,8 @@ For ordinary text the ids equal those of the checkpoint's own chat template; a t
 ChatML is refused.
 
     answer_prompt   persona + question -> what the policy answers (x)
-    edit_prompt     x + its answer + a critique, as a dialogue -> what it rewrites (METHOD 1.6c)
-    grm_prompt      rubric + persona + question + answer -> what the GRM judges (METHOD 1.4)
+    edit_prompt     x + its answer + a critique, as a dialogue -> what it rewrites (docs/method.md 1.6c)
+    grm_prompt      rubric + persona + question + answer -> what the GRM judges (docs/method.md 1.4)
     bt_ids          x + an answer -> what a Bradley-Terry model scores
     pair_request    persona + question + two answers -> what a judge that compares them reads
     judgement_text, parse_judgement: the GRM's completion, written and read
@@ -145,7 +145,7 @@ class Templates:
     pair: str = PAIR
 
     def texts(self, *names: str) -> dict[str, str]:
-        """{name: text} of some, as `model.save_pretrained` keeps them beside the weights that were trained with them."""
+        """{name: text}, as `model.save_pretrained` keeps them beside the weights that were trained with them."""
         return {name: getattr(self, name) for name in names}
 
 
@@ -397,18 +397,19 @@ def parse_pair(text):
 
 
 DIMENSIONS = ("helpfulness", "personalization", "naturalness")
+SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of these in a score, as in the paper (docs/method.md 1.4)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A critique (2-3 concrete edits) and three integers in [-5, 5] (METHOD 1.4)."""
+    """A critique (2-3 concrete edits) and three integers in [-5, 5] (docs/method.md 1.4)."""
 
     critique: str
     helpfulness: int
     personalization: int
     naturalness: int
 
-    def score(self, weights=(0.35, 0.40, 0.25)):
+    def score(self, weights=SCORE_WEIGHTS):
         """Weighted sum, exact in decimals until the last step: equal scores are equal floats."""
         values = [getattr(self, name) for name in DIMENSIONS]
         return float(sum(Fraction(str(w)) * v for w, v in zip(weights, values, strict=True)))

@@ -1,4 +1,4 @@
-"""PersonaMem (EVALUATION 9): which of four replies suits a person whose long history comes first.
+"""PersonaMem (docs/evaluation.md 9): which of four replies suits a person whose long history comes first.
 
 1. The history of a question is the conversation up to `end_index`; later messages are not seen. The question follows.
 2. By choice (the release's metric): the options stand below the question and the reply ends with a letter. Right if the
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 
 from evaluation import tables, winrate
-from evaluation.journal import digest, draw_rows, fingerprint, is_url, made_once, replies
+from evaluation.journal import digest, draw_rows, made_once, replies
+from judges import weights_fingerprint
 from model import load_pretrained
 from prompts import Chat
 from runtime import packing
+from runtime.chat_client import is_url
 from runtime.rows import read_rows, write_rows, write_text
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
@@ -93,7 +95,7 @@ def likelihoods(rows, contexts, args, ranks):
     asked = [{"role": "user", "content": row["question"]} for row in rows]
     prompts = [chat.messages([*history_of(row, contexts), question]) for row, question in zip(rows, asked)]
     options = [[chat.encode(text) for text in row["options"]] for row in rows]
-    digests = [digest(p, o, fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
+    digests = [digest(p, o, weights_fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
 
     def make(indices, record):
         model = load_pretrained(args.model, ranks.dtype, ranks.device)
@@ -125,7 +127,7 @@ def by_type(rows, right, seed):
     return found
 
 
-def evaluate(args, templates, ranks):
+def evaluate(args, ranks):
     """--task personamem of evaluate.py."""
     rows, contexts = read_questions(args)
     requests = []
@@ -161,12 +163,12 @@ def evaluate(args, templates, ranks):
         ],
     )
     tables.write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
-    text = markdown(results, list(measures))
+    text = choices_markdown(results, list(measures))
     write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (choices.jsonl, results.json, table.md)")
 
 
-def markdown(results, measures):
+def choices_markdown(results: dict, measures: list[str]) -> str:
     row = tables.markdown_row
     lines = [
         row("question type", *(f"accuracy %, {m}" for m in measures), "n", "not answered"),

@@ -67,9 +67,9 @@ def read_annotations(path):
     return rows
 
 
-def verdicts_of(annotations):
+def verdicts_of_annotations(annotations: list[dict]) -> np.ndarray:
     """fp64 [n] in [0, 1], NaN without a verdict."""
-    return winrate.verdicts_of([row["preference"] for row in annotations])
+    return winrate.verdicts_from_preferences([row["preference"] for row in annotations])
 
 
 def persons_of(annotations):
@@ -111,7 +111,7 @@ def share_won(verdicts, seed, persons=None):
 
 def compare(annotations, seed, gamed=None, draws=1000):
     """The numbers of one comparison, as results.json holds them. draws: of the length-controlled rate's bootstrap."""
-    verdicts, persons = verdicts_of(annotations), persons_of(annotations)
+    verdicts, persons = verdicts_of_annotations(annotations), persons_of(annotations)
     lengths = [len(row["output_2"]) for row in annotations], [len(row["output_1"]) for row in annotations]
     same = annotations[0]["generator_1"] == annotations[0]["generator_2"]
     controlled = {}
@@ -187,12 +187,12 @@ def paired(first, second, seed):
             f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different "
             "answers of a baseline: a paired test would mean nothing"
         )
-    a, b = (verdicts_of(rows) for rows in zip(*both)) if both else (np.array([]), np.array([]))
+    a, b = (verdicts_of_annotations(rows) for rows in zip(*both)) if both else (np.array([]), np.array([]))
     result = winrate.paired_test(a, b, seed, persons_of([row for row, _ in both]))
     return dict(first=first[0]["generator_2"], second=second[0]["generator_2"], **result)
 
 
-def agreement(annotations, labels):
+def judge_kappa(annotations, labels):
     """Cohen's kappa of two judges (or a judge and people) over the pairs of answers in both files; None without any."""
 
     def pair(row):
@@ -202,7 +202,7 @@ def agreement(annotations, labels):
     both = [(row, theirs[pair(row)]) for row in annotations if pair(row) in theirs]
     if not both:
         return None
-    a, b = (verdicts_of(rows) for rows in zip(*both))
+    a, b = (verdicts_of_annotations(rows) for rows in zip(*both))
     return dict(
         first=annotations[0].get("annotator"),
         second=labels[0].get("annotator"),
@@ -235,7 +235,7 @@ def markdown_row(*cells):
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def markdown(comparisons, tests=(), kappas=()):
+def comparison_markdown(comparisons, tests=(), kappas=()) -> str:
     """The tables of a paper: win rates with 95 % intervals, by group, paired tests, kappas, remarks."""
     variants = [v for v in winrate.VARIANTS if any(v in c["length_controlled"] for c in comparisons)]
     lines = [
@@ -408,7 +408,7 @@ def plot_lengths(comparisons, annotations, folder):
     """Mean verdict by how much longer the model's answer is: eight bins of equally many rows, with standard errors."""
     figure, axis = new_plot((6.5, 3.8))
     for c, rows, color in zip(comparisons, annotations, COLORS * len(comparisons)):
-        verdicts = verdicts_of(rows)
+        verdicts = verdicts_of_annotations(rows)
         gap = np.array([len(row["output_2"]) - len(row["output_1"]) for row in rows])
         judged = np.flatnonzero(~np.isnan(verdicts))
         order = judged[np.argsort(gap[judged], kind="stable")]
@@ -456,7 +456,7 @@ def write_tables(out, comparisons, annotations, tests=(), kappas=(), sides=None)
     folder = os.path.join(out, "plots")
     os.makedirs(folder, exist_ok=True)
     write_text(os.path.join(out, "leaderboard.csv"), leaderboard_csv(comparisons))
-    text = markdown(comparisons, tests, kappas)
+    text = comparison_markdown(comparisons, tests, kappas)
     write_text(os.path.join(out, "table.md"), text)
     plot_win_rates(comparisons, folder)
     plot_lengths(comparisons, annotations, folder)

@@ -29,7 +29,7 @@ ALPACA_ROWS = 805
 VARIANTS = ("minimal", "v1")
 
 
-def verdicts_of(preferences):
+def verdicts_from_preferences(preferences: list) -> np.ndarray:
     """AlpacaEval's preferences (1 baseline, 2 model, 0 or 1.5 draw, None) -> verdicts fp64 [n], NaN without one."""
     values = np.array([np.nan if p is None else float(p) for p in preferences], dtype=np.float64)
     values[values == 0] = 1.5
@@ -367,7 +367,7 @@ def sign_test(better, worse):
 
 
 def cohens_kappa(first, second):
-    """Agreement of two raters over win / draw / loss beyond chance (EVALUATION 6). verdicts [n] each.
+    """Agreement of two raters over win / draw / loss beyond chance (docs/evaluation.md 6). verdicts [n] each.
 
     Soft verdicts are rounded, exactly 0.5 is a draw. -> dict: kappa (None where both raters are constant: undefined),
     agreement (share), n, left_out (rows that either lacks).

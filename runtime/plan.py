@@ -203,8 +203,11 @@ def one_model(args, config, scalar_head=False):
     )
 
 
-def ppo(args, max_len, judge_max_len=8192):
-    """The plan of ppo_cpe.py: while responses are sampled, while the models are trained, in the optimizer."""
+def ppo(args, max_len: int, judges: dict[str, int]):
+    """The plan of ppo_cpe.py: while responses are sampled, while the models are trained, in the optimizer.
+
+    max_len: tokens of the longest sequence of the engine. judges: {part: bytes per rank} that judges hold all the time.
+    """
     machine = machine_of(args)
     policy_config, critic_config = config_of(args.policy), config_of(args.critic or args.policy)
     common = (machine, args.tokens_per_microbatch, args.checkpoint_activations)
@@ -212,13 +215,7 @@ def ppo(args, max_len, judge_max_len=8192):
     policy = Trained(policy_config, False, *common, key_copies=2)
     critic = Trained(critic_config, True, *common, key_copies=2)
     weights, cache = inference(policy_config, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch))
-    resident = {"engine: weights": weights, "engine: KV cache": cache}
-    if args.judge.startswith("bt:"):
-        resident["judge: weights"], _ = inference(config_of(args.judge.removeprefix("bt:")), machine, 0, True)
-    elif args.judge != "world" and not args.judge.startswith(("http://", "https://")):
-        resident["judge: weights"], resident["judge: KV cache"] = inference(
-            config_of(args.judge), machine, likely_tokens(judge_max_len, args.max_batch)
-        )
+    resident = {"engine: weights": weights, "engine: KV cache": cache, **judges}
     masters = {"policy: fp32 masters": policy.masters, "critic: fp32 masters": critic.masters}
     moments = {"policy: Adam moments": policy.moments, "critic: Adam moments": critic.moments}
     larger = max(policy, critic, key=lambda t: t.gradients + t.whole + t.activations)

@@ -287,6 +287,66 @@ def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monke
     assert counts()[:2] == [6, 0]
 
 
+RULE = "def longer(row, answer):\n    return {}len(answer)\n"
+
+
+def test_a_function_of_your_own_judges(world, tmp_path, capsys):
+    """Its rule is part of what a verdict depends on: the opposite rule finds no old verdicts."""
+    flags = ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--out", tmp_path / "out"]
+    flags += ["--baseline-answers", world / "bad.jsonl", "--judge", f"{tmp_path}/rule.py:longer"]
+    flags += ["--bootstrap-draws", 5]
+    rates = []
+    for sign in ("", "-"):
+        (tmp_path / "rule.py").write_text(RULE.format(sign))
+        results, answers, _ = run(*flags)
+        longer = [len(a["answer"]) > len(b["answer"]) for a, b in zip(answers["model"], answers["baseline"])]
+        rates.append(results["win_rate"]["win_rate"])
+        assert "verdicts: 12 to make, 0 kept" in capsys.readouterr().out
+    assert rates == [pytest.approx(np.mean(longer)), pytest.approx(1 - np.mean(longer))]
+    (tmp_path / "rule.py").write_text("def longer(row, answer):\n    raise KeyError(row['prompt_id'])\n")
+    error = error_of(evaluate, capsys, *flags)
+    assert "rule.py:longer, prompt" in error and "KeyError" in error
+    for task in ("persona-swap", "reward-accuracy"):
+        (tmp_path / "rule.py").write_text(RULE.format(""))
+        prompts = world_pairs(tmp_path)[0] if task == "reward-accuracy" else world / "prompts.jsonl"
+        args = ["--task", task, "--prompts", prompts, *flags[2:4], "--judge", f"{tmp_path}/rule.py:longer"]
+        args += ["--out", tmp_path / task]
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(a) for a in args]))
+        assert (tmp_path / task / "results.json").exists()
+
+
+def test_other_score_weights_ask_nothing_again(world, tmp_path, capsys):
+    flags = ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--out", tmp_path]
+    flags += ["--baseline-answers", world / "bad.jsonl", "--judge", "world", "--bootstrap-draws", 5]
+    run(*flags)
+    capsys.readouterr()
+    results, _, _ = run(*flags, "--score-weights", 0, 0, 1)
+    assert "verdicts: 0 to make, 12 kept" in capsys.readouterr().out
+    assert results["model"]["reward"] == results["model"]["naturalness"]
+
+
+def test_each_side_answers_under_its_own_template(tiny, world, tmp_path, monkeypatch):
+    asked = {}
+
+    def no_replies(name, spec, requests, *settings):
+        asked[name] = [messages[0]["content"] for _, messages in requests]
+        return [{"answer": "Tea.", "truncated": False}] * len(requests)
+
+    monkeypatch.setattr(evaluate, "replies", no_replies)
+    vocab_size = load_config(str(tiny / "checkpoint")).vocab_size
+    for side in ("model", "baseline"):
+        model = random_model(tiny_config(vocab_size=vocab_size))
+        template = {"answer": side + " {persona} {question}"}
+        save_pretrained(model, str(tmp_path / side), str(tiny / "tokenizer"), templates=template)
+    flags = ["--prompts", world / "prompts.jsonl", "--judge", "world", "--out", tmp_path / "out"]
+    flags += ["--model", tmp_path / "model", "--baseline", tmp_path / "baseline"]
+    run(*flags)
+    assert all(text.startswith("model ") for text in asked["answers_model"])
+    assert all(text.startswith("baseline ") for text in asked["answers_baseline"])
+    run(*flags, "--answer-template", tiny / "answer.txt")
+    assert all(text.startswith("Profile:") for texts in asked.values() for text in texts)
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -651,7 +711,7 @@ def test_annotations_to_tables(tmp_path, capsys):
     assert (test["first"], test["second"]) == ("model", "other")
     kappa = results["kappas"][0]
     assert kappa["n"] + kappa["left_out"] == 170 and 0.3 < kappa["kappa"] < 1
-    assert len(results["kappas"]) == 1 and tables.agreement(second, people) is None
+    assert len(results["kappas"]) == 1 and tables.judge_kappa(second, people) is None
     for name in ("win_rates", "lengths"):
         assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
