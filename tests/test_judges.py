@@ -478,6 +478,7 @@ def test_pairs_in_process(tmp_path, opened):
 
 def test_names_of_the_better_answer():
     assert [parse_pair(t) for t in ("m", "M", ' "M". ', "**m**", "(M)")] == [0, 1, 1, 0, 1]
+    assert parse_pair("<think>m or M? Rather m.</think>\n\nM") == 1
     assert [parse_pair(t) for t in ("", "mM", "m or M", "The answer is m", "n", "model m")] == [None] * 6
 
 
