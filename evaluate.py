@@ -30,10 +30,11 @@ Departures from the paper: both orders instead of one; the judge's text is ours;
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +73,7 @@ class Args:
     """Folder or hub id of the model, or http(s)://HOST#NAME of a chat server."""
     answers: str | None = None
     """File of answers instead of --model: rows with `prompt_id, persona, question, answer`, or AlpacaEval's outputs
-    (.json), found by prompt_id, profile and question, or question."""
+    (.json), found by their prompt_id or persona where they have one, else by profile and question, or question."""
     baseline: str = "out/sft/policy"
     """As --model | reference: the answers that the prompts bring along."""
     baseline_answers: str | None = None
@@ -145,31 +146,56 @@ def instruction_of(row):
     return f"{persona_text(row['persona'])}\n\n{row['question']}"
 
 
-def given_answers(file, rows):
+def given_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
     """Answers from a file -> (generator, rows with `answer`, None where the file has none).
 
     ValueError: no answer to any prompt, two to one, another question under the same prompt_id.
     """
-    found, generator, outputs = {}, file, file.endswith(".json")
+    generator, outputs, found = file, file.endswith(".json"), defaultdict(list)
     for place, entry in enumerate(_read_outputs(file) if outputs else read_rows(file, "answer"), not outputs):
-        key = entry["instruction"] if outputs else entry["prompt_id"]
-        if key in found:
-            what = "instruction" if outputs else "prompt"
-            raise ValueError(f'{file}:{place}: a second answer to {what} "{key[:80]}"')
-        found[key] = entry if not outputs else {"answer": entry["output"]}
+        for key in _output_keys(entry) if outputs else [("prompt", entry["prompt_id"])]:
+            found[key].append((place, {"answer": entry["output"]} if outputs else entry))
         generator = entry.get("generator") or generator
-    questions = [row["question"] for row in rows]
-    unique = {q for q in questions if questions.count(q) == 1}
+    times = Counter(row["question"] for row in rows)
     given = []
     for row in rows:
-        keys = [row["prompt_id"], instruction_of(row), *({row["question"]} & unique)] if outputs else [row["prompt_id"]]
-        entry = next((found[key] for key in keys if key in found), {"answer": None})
+        keys = [("prompt", row["prompt_id"])]
+        if outputs:
+            keys += [("question of a persona", _persona_and_question(row["persona"], row["question"]))]
+            keys += [("instruction", instruction_of(row))]
+            keys += [("instruction", row["question"])] if times[row["question"]] == 1 else []
+        key = next((key for key in keys if key in found), None)
+        entries = found[key] if key else [(None, {"answer": None})]
+        if len(entries) > 1:
+            (first, _), (second, _) = entries[:2]
+            where = f"{file}, entry {second}" if outputs else f"{file}:{second}"
+            first = f"entry {first}" if outputs else f"line {first}"
+            raise ValueError(f'{where}: a second answer to {key[0]} "{str(key[1])[:80]}"; the first is {first}')
+        entry = entries[0][1]
         if entry.get("question", row["question"]) != row["question"]:
             raise ValueError(f'{file}: prompt "{row["prompt_id"]}": it has another question there')
         given.append({**row, **entry})
     if all(row["answer"] is None for row in given):
         raise ValueError(f"{file}: no answer to any of the {len(rows)} prompts")
     return generator, given
+
+
+def _output_keys(entry):
+    """How an entry of AlpacaEval's outputs can be found; one that says whose it is answers nobody else's question."""
+    keys = [("prompt", entry["prompt_id"])] if isinstance(entry.get("prompt_id"), (str, int)) else []
+    if isinstance(entry.get("persona"), (str, dict)):
+        return [*keys, ("question of a persona", _persona_and_question(entry["persona"], entry["instruction"]))]
+    return [*keys, ("instruction", entry["instruction"])]
+
+
+def _persona_and_question(persona, question):
+    """As one text; a persona may be an object here and its JSON there."""
+    if isinstance(persona, str):
+        try:
+            persona = json.loads(persona)
+        except (ValueError, RecursionError):  # a text of another kind
+            return json.dumps([persona.strip(), question])
+    return json.dumps([persona, question], sort_keys=True)
 
 
 def _read_outputs(file):
@@ -438,10 +464,11 @@ def compare_files(args):
     labels = [tables.read_annotations(path) for path in args.labels]
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
     comparisons = [tables.compare(rows, args.seed, gamed, args.bootstrap_draws) for rows in files]
-    tests = [tables.paired(a, b, args.seed) for i, a in enumerate(files) for b in files[i + 1 :]]
+    named = list(zip(args.annotations, files))
+    tests = [tables.paired(a, b, args.seed, (x, y)) for (x, a), (y, b) in itertools.combinations(named, 2)]
     kappas = []
     for path, rows in zip(args.labels, labels):
-        found = [kappa for kappa in (tables.judge_kappa(a, rows) for a in files) if kappa]
+        found = [kappa for kappa in (tables.judge_kappa(a, rows, (x, path)) for x, a in named) if kappa]
         if not found:
             raise ValueError(f"{path}: no instruction with the same two outputs as in --annotations")
         kappas += found

@@ -15,6 +15,7 @@ where it does not stand before a word, as the English article does.
 import dataclasses
 import os
 import re
+import sys
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from evaluation import tables, winrate
 from evaluation.journal import digest, draw_rows, made_once, replies
 from judges import weights_fingerprint
 from model import load_pretrained
-from prompts import Chat
+from prompts import Chat, without_reasoning
 from runtime import packing
 from runtime.chat_client import is_url
 from runtime.rows import read_rows, write_rows, write_text
@@ -52,7 +53,10 @@ def read_questions(args):
                 f'{args.prompts}: prompt "{row["prompt_id"]}": expected 4 options and one of a to d as correct'
             )
     file = args.prompts.removesuffix(".jsonl") + "_contexts.jsonl"
-    contexts = {row["context_id"]: row["messages"] for row in read_rows(file, "messages")}
+    contexts = {}
+    for number, row in enumerate(read_rows(file, "messages"), 1):
+        if contexts.setdefault(row.get("context_id"), row["messages"]) is not row["messages"]:
+            raise ValueError(f'{file}:{number}: a second context "{row["context_id"]}"')
     for row in rows:
         if len(contexts.get(row["context_id"], ())) < row["end_index"]:
             raise ValueError(
@@ -74,6 +78,7 @@ def letters_in(text):
 
 def is_right(reply, correct):
     """1.0 right, 0.0 wrong, None: names no letter at all (which counts as wrong)."""
+    reply = without_reasoning(reply)
     final = letters_in(reply.rpartition(MARK)[2]) if MARK in reply else set()
     if final == {correct}:
         return 1.0
@@ -107,6 +112,9 @@ def likelihoods(rows, contexts, args, ranks):
                     f"{limit} positions of {args.model}"
                 )
             found = option_logprobs(model, prompts[i], options[i], ranks.device)
+            if not all(x.isfinite().all() for x in found):  # else the largest of four would be what is not a number
+                print(f'likelihoods: not finite at prompt "{rows[i]["prompt_id"]}"', file=sys.stderr)
+                continue
             record(i, dict(sums=[x.sum().item() for x in found], means=[x.mean().item() for x in found]))
 
     return made_once("likelihoods", "answers", digests, make, args, ranks)

@@ -60,6 +60,10 @@ def read_annotations(path):
         if isinstance(preference, bool) or not isinstance(preference, (int, float, type(None))):
             found = json.dumps(preference)[:80]
             raise ValueError(f'{path}, entry {i}: field "preference" is {found}, expected 1 to 2, 0 or null')
+        for field in ("prompt_id", "user_id", "group", "annotator", "method", "failure"):
+            if isinstance(row.get(field), (dict, list)):
+                found = json.dumps(row[field])[:80]
+                raise ValueError(f'{path}, entry {i}: field "{field}" is {found}, expected a text or a number')
     for field in ("generator_1", "generator_2"):
         names = sorted({row[field] for row in rows})
         if len(names) > 1:
@@ -174,14 +178,32 @@ def position_bias(shown, seed):
     return dict(first_place=float(first.mean()), low=low, high=high, agree=float(agree), rows=len(both))
 
 
-def key_of(row):
-    return row.get("prompt_id") or row["instruction"]
+def matched(first: list[dict], second: list[dict], fields: tuple[str, ...], paths: tuple[str, str]) -> list[tuple]:
+    """Rows of two annotation files with equal `fields`, and equal prompt_id where all rows have one -> pairs of rows.
+
+    ValueError: two rows of one file are equal in these, so that one would count twice or the last of them win.
+    """
+    if all(row.get("prompt_id") is not None for row in [*first, *second]):
+        fields = ("prompt_id", *fields)
+    entries = []  # by file: {key: its place}
+    for path, rows in zip(paths, (first, second)):
+        places = {}
+        for i, row in enumerate(rows):
+            place = places.setdefault(tuple(row[field] for field in fields), i)
+            if place != i:
+                raise ValueError(
+                    f"{path}, entry {i}: entry {place} has the same {', '.join(fields)}; a comparison of files needs "
+                    "each once"
+                )
+        entries.append(places)
+    return [(first[i], second[entries[1][key]]) for key, i in entries[0].items() if key in entries[1]]
 
 
-def paired(first, second, seed):
-    """Two models (annotations each) on the same questions against the same answers -> names, winrate.paired_test."""
-    index = {key_of(row): i for i, row in enumerate(second)}
-    both = [(row, second[index[key_of(row)]]) for row in first if key_of(row) in index]
+def paired(first: list[dict], second: list[dict], seed: int, paths: tuple[str, str]) -> dict:
+    """Two models (annotations each, paths: of their files) on the same questions against the same answers
+    -> names, winrate.paired_test.
+    """
+    both = matched(first, second, ("instruction",), paths)
     if any(a["output_1"] != b["output_1"] for a, b in both):
         raise ValueError(
             f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different "
@@ -192,14 +214,9 @@ def paired(first, second, seed):
     return dict(first=first[0]["generator_2"], second=second[0]["generator_2"], **result)
 
 
-def judge_kappa(annotations, labels):
+def judge_kappa(annotations: list[dict], labels: list[dict], paths: tuple[str, str]) -> dict | None:
     """Cohen's kappa of two judges (or a judge and people) over the pairs of answers in both files; None without any."""
-
-    def pair(row):
-        return row["instruction"], row["output_1"], row["output_2"]
-
-    theirs = {pair(row): row for row in labels}
-    both = [(row, theirs[pair(row)]) for row in annotations if pair(row) in theirs]
+    both = matched(annotations, labels, ("instruction", "output_1", "output_2"), paths)
     if not both:
         return None
     a, b = (verdicts_of_annotations(rows) for rows in zip(*both))

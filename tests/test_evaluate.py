@@ -672,6 +672,27 @@ def test_alpaca_eval_outputs(world, tmp_path):
     assert results["generators"]["model"] == "Good-7B" and results["missing"]["model"] == [good[0]["prompt_id"]]
 
 
+def test_outputs_to_a_question_of_several_people(world, tmp_path, capsys):
+    """One question, six personas: found by the persona, as object or JSON; refused where that is not said."""
+    good = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
+    rows = [r | {"question": good[0]["question"]} for r in good]
+    outputs = [dict(instruction=r["question"], output=r["answer"], persona=r["persona"]) for r in rows]
+    outputs[1]["persona"] = json.dumps(outputs[1]["persona"])
+    outputs[2] = dict(instruction="?", output=rows[2]["answer"], prompt_id=rows[2]["prompt_id"])
+    rows[5]["persona"] = rows[5]["persona"] | {"name": "Somebody Else"}  # whose answer is not there
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", rows), "--judge", f"{tmp_path}/length.py:length"]
+    flags += ["--baseline-answers", write(tmp_path / "bad.jsonl", [r | {"answer": "Tea."} for r in rows])]
+    flags += ["--bootstrap-draws", 5, "--out", tmp_path / "out", "--answers", tmp_path / "outputs.json"]
+    (tmp_path / "length.py").write_text("def length(row, answer): return len(answer)")
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs[::-1]))
+    results, answers, _ = run(*flags)
+    assert [a["answer"] for a in answers["model"]] == [r["answer"] for r in rows[:5]]
+    assert results["missing"]["model"] == [rows[5]["prompt_id"]]
+    (tmp_path / "outputs.json").write_text(json.dumps([*outputs, outputs[3]]))
+    assert "outputs.json, entry 6: a second answer to question of a persona" in error_of(evaluate, capsys, *flags)
+    assert "the first is entry 3" in error_of(evaluate, capsys, *flags)
+
+
 # -- tables from annotation files
 
 
@@ -711,7 +732,7 @@ def test_annotations_to_tables(tmp_path, capsys):
     assert (test["first"], test["second"]) == ("model", "other")
     kappa = results["kappas"][0]
     assert kappa["n"] + kappa["left_out"] == 170 and 0.3 < kappa["kappa"] < 1
-    assert len(results["kappas"]) == 1 and tables.judge_kappa(second, people) is None
+    assert len(results["kappas"]) == 1 and tables.judge_kappa(second, people, ("b", "people")) is None
     for name in ("win_rates", "lengths"):
         assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
@@ -720,6 +741,33 @@ def test_annotations_to_tables(tmp_path, capsys):
     assert f"| model | {100 * np.nanmean(y):.1f} (" in table
     error = error_of(evaluate, capsys, "--annotations", tmp_path / "b.json", *flags[3:])
     assert "people.json: no instruction with the same two outputs" in error
+
+
+def test_rows_that_occur_twice_are_not_compared(tmp_path, capsys):
+    """Twenty questions, some twice: a second row of one is no more evidence, and the last label no better."""
+    rows = [r | {"output_1": "b"} for r in made_annotations("mixed", 20)]
+    other = [r | {"generator_2": "other", "output_2": "o"} for r in rows]
+
+    def write_all(**files):
+        for name, some in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(some))
+        return [tmp_path / f"{name}.json" for name in files]
+
+    flags = ["--out", tmp_path / "out", "--bootstrap-draws", 5, "--annotations"]
+    a, b, people = write_all(a=rows, b=[*other, *other[:14]], people=[*rows[:5], rows[2] | {"preference": 1.5}])
+    assert "b.json, entry 20: entry 0 has the same instruction;" in error_of(evaluate, capsys, *flags, a, b)
+    assert "b.json, entry 20" in error_of(evaluate, capsys, *flags, b, a)
+    error = error_of(evaluate, capsys, *flags, a, "--labels", people)
+    assert "people.json, entry 5: entry 2 has the same instruction, output_1, output_2" in error
+    # our own files tell apart by prompt_id what has one text
+    twice = [[r | {"prompt_id": f"p{i}"} for i, r in enumerate([*rows, *rows[:14]])] for rows in (rows, other)]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, *write_all(c=twice[0], d=twice[1])]]))
+    (test,) = json.loads((tmp_path / "out/results.json").read_text())["paired_tests"]
+    assert test["n"] + test["left_out"] == 34
+    # a file with prompt_ids and one without are matched by the instruction
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, a, *write_all(d=twice[1][:20])]]))
+    (test,) = json.loads((tmp_path / "out/results.json").read_text())["paired_tests"]
+    assert test["n"] + test["left_out"] == 20
 
 
 def test_degenerate_rates_are_marked(tmp_path, capsys):
@@ -744,6 +792,7 @@ def test_bad_annotations(tmp_path, capsys):
     assert 'a.json, entry 1: field "output_2" is missing' in error([good[0], short])
     assert 'a.json, entry 0: field "output_1" is null' in error([good[0] | {"output_1": None}])
     assert 'a.json, entry 0: field "preference" is "2"' in error([good[0] | {"preference": "2"}])
+    assert 'a.json, entry 0: field "prompt_id" is [1]' in error([good[0] | {"prompt_id": [1]}])
     assert 'field "generator_2" has 2 values' in error([good[0], good[1] | {"generator_2": "x"}])
     assert "needs AlpacaEval's 805 rows" in error(good, "--gamed-data", gamed_file(tmp_path / "df_gamed.csv"))
     assert "--labels needs --annotations" in error_of(evaluate, capsys, "--labels", tmp_path / "a.json")
