@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judges import pair_server, server  # noqa: F401
+from test_judges import REFUSALS, pair_server, server  # noqa: F401
 from test_serve import Running
 from test_winrate import annotations as made_annotations
 from test_winrate import gamed_file
@@ -22,6 +22,7 @@ import evaluate
 from data import persona_world
 from evaluation import journal, tables
 from model import load_config, save_pretrained
+from prompts import judgement_text
 
 
 def run(*flags):
@@ -645,6 +646,36 @@ def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):
     assert asked == {"question 0": 3, "question 1": 2, "question 2": 2, "question 3": 3, "question 4": 1, "never 5": 2}
     error = capfd.readouterr().err
     assert f'no answer to prompt "{prompts[5]["prompt_id"]}": BadRequestError' in error
+
+
+def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path, server, capfd):
+    """Of answers and of verdicts: neither an answer nor a verdict for good, and the server's words are shown."""
+    prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    for i, prompt in enumerate(prompts):
+        prompt["question"] = f"question {i}"
+    server.faults = {"question 0": ["credits"], "question 1": ["page"], "question 2": ["no object", "deep"]}
+    server.refuses = REFUSALS
+    (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--answer-template", tmp_path / "answer.txt"]
+    flags += ["--baseline-answers", write(tmp_path / "base.jsonl", [p | {"answer": "x"} for p in prompts])]
+    flags += ["--concurrency", 1, "--bootstrap-draws", 5, "--out", tmp_path / "out"]
+    answers_only = ["--model", server.url, "--judge", "world", "--stage", "answers"]
+    for expected in (4, 6):
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, *answers_only]]))
+        assert len((tmp_path / "out/answers_model.jsonl").read_text().splitlines()) == expected
+    error = capfd.readouterr().err
+    assert "You are out of credits" in error and "Log in first" in error
+    assert error.count("refuses temperature") == 2 and len(server.requests["question 2"]) == 3  # once a run
+    (tmp_path / "grm.txt").write_text("{persona} {question} <<{answer}>>")
+    server.faults = {"verdict 0": ["credits"], "verdict 1": ["page"]}
+    flags += ["--answers", write(tmp_path / "a.jsonl", [p | {"answer": f"verdict {i}"} for i, p in enumerate(prompts)])]
+    flags += ["--judge", server.url, "--grm-template", tmp_path / "grm.txt"]
+    server.faults["x"] = [judgement_text("Say more.", 0, 0, 0)] * 6  # the baseline's answers are all alike
+    results, _, verdicts = run(*flags)
+    assert results["failures"] == {"request": 2}
+    assert "out of credits" in verdicts[0]["error"] and "Log in first" in verdicts[1]["error"]
+    results, _, verdicts = run(*flags)
+    assert results["failures"] == {} and results["win_rate"]["left_out"] == 0
 
 
 def test_alpaca_eval_outputs(world, tmp_path):

@@ -15,7 +15,15 @@ from conftest import random_model, tiny_config
 from test_prompts import write_tokenizer
 
 from data import persona_world
-from judges import BradleyTerryJudge, GenerativeJudge, JudgeSettings, fingerprint, open_judge, scalar_rewards
+from judges import (
+    BradleyTerryJudge,
+    GenerativeJudge,
+    JudgeSettings,
+    fingerprint,
+    open_judge,
+    scalar_rewards,
+    share_of_first,
+)
 from model import Packed, save_pretrained
 from prompts import Chat, Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
 
@@ -165,6 +173,21 @@ def test_with_the_real_engine_a_random_model_judges_nothing(tmp_path, opened):
 # -- a server
 
 
+BODIES = {  # of replies under HTTP 200
+    "garbage": b'{"choices": [{"mess',
+    "empty": b'{"choices": []}',
+    "nothing": b"",
+    "no object": b'{"choices": ["Fine."]}',
+    "no message": b'{"choices": [{"index": 0, "finish_reason": "stop"}]}',
+    "deep": b'{"choices": ' + b"[" * 100_000,
+    "credits": b'{"error": {"message": "You are out of credits"}}',
+    "busy inside": b'{"error": {"message": "try later", "code": 429}}',
+    "in the choice": b'{"choices": [{"error": {"message": "provider down"}, "message": {"content": ""}}]}',
+    "detail": b'{"detail": "no such deployment"}',
+    "page": b"<!DOCTYPE html><html><title>Log in first</title></html>",
+}
+
+
 class FaultyServer(http.server.BaseHTTPRequestHandler):
     """Goes through the faults scripted for the answer it is asked about, then judges it well."""
 
@@ -189,6 +212,10 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][0]["content"]
         answer = text[text.index("<<") + 2 : text.index(">>")]
+        if refused := next((p for p in self.server.refuses if p in request), None):
+            self.server.requests["refused"].append(request)
+            message = self.server.refuses[refused]
+            return self.reply(400, json.dumps({"error": {"message": message, "param": None}}).encode())
         self.server.requests[answer].append(request)
         faults = self.server.faults.get(answer, [])
         faults = faults * 9 if answer.startswith("never") else [*faults, GOOD]
@@ -198,10 +225,8 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             return self.connection.close()
-        if fault == "garbage":
-            return self.reply(200, b'{"choices": [{"mess')
-        if fault == "empty":
-            return self.reply(200, b'{"choices": []}')
+        if fault in BODIES:
+            return self.reply(200, BODIES[fault])
         content, reason = (GOOD, "length") if fault == "cut" else (fault, "stop")
         message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": reason}
@@ -211,7 +236,7 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
-    server.models, server.faults, server.requests = ["tiny"], {}, defaultdict(list)
+    server.models, server.faults, server.requests, server.refuses = ["tiny"], {}, defaultdict(list), {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -257,6 +282,87 @@ def test_server_judge_through_faults(server, opened):
     assert len(server.requests["busy"]) == 3 and len(server.requests["lost"]) == 2
     seeds = [request["seed"] for request in server.requests["never parses"]]
     assert len(set(seeds)) == 3 and server.requests["fine"][0]["model"] == "tiny"
+
+
+def test_failures_under_http_200(server, opened):
+    """What no model wrote is a failed request, with the server's words; what may be a hiccup is asked again."""
+    passing = ("garbage", "empty", "nothing", "no object", "no message", "deep", "busy inside")
+    lasting = {
+        "credits": "You are out of credits",
+        "in the choice": "provider down",
+        "detail": "no such deployment",
+        "page": "Log in first",
+    }
+    server.faults = {name: [name] for name in (*passing, *lasting)} | {"never whole": ["garbage"]}
+    judge = opened(server.url, concurrency=4)
+    for name in server.faults:
+        judge.submit(name, ROW, name, seed=0)
+    found = verdicts(judge)
+    for name in passing:
+        assert (found[name].reward, len(server.requests[name])) == (0.85, 2), name
+    for name, words in lasting.items():
+        assert (found[name].reward, found[name].failure, found[name].attempts) == (None, "request", 1), name
+        assert words in found[name].error
+    assert (found["never whole"].failure, found["never whole"].attempts) == ("request", 3)
+
+
+REFUSALS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+    "instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0.9 with this model. Only the default (1) value "
+    "is supported.",
+    "seed": "Unrecognized request argument supplied: seed",
+}
+
+
+def test_a_server_that_refuses_parameters_is_asked_without_them(server, opened, capsys):
+    server.refuses = REFUSALS
+    judge = opened(server.url, concurrency=1)
+    for n in range(4):
+        judge.submit(n, ROW, f"fine {n}", seed=n)
+    assert all((v.reward, v.attempts) == (0.85, 1) for v in verdicts(judge).values())
+    assert len(server.requests.pop("refused")) == 3
+    for [request] in server.requests.values():
+        assert request["max_completion_tokens"] == 512
+        assert not {"max_tokens", "temperature", "seed"} & set(request)
+    printed = capsys.readouterr().err
+    assert [printed.count(f"refuses {name}") for name in server.refuses] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["max_tokens is too large: 512. This model supports at most 256 tokens", "temperature: expected at most 0.5"],
+)
+def test_a_wrong_value_is_no_unknown_parameter(server, opened, message):
+    server.refuses = {message.split()[0].strip(":"): message}
+    judge = opened(server.url, concurrency=1)
+    judge.submit(0, ROW, "fine", seed=0)
+    found = verdicts(judge)[0]
+    assert (found.reward, found.failure) == (None, "request") and message in found.error
+    assert len(server.requests["refused"]) == 1
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_as_good_as_none(server, opened, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    judge = opened(server.url)
+    judge.submit(0, ROW, "fine", seed=0)
+    assert verdicts(judge)[0].reward == 0.85
+
+
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        (BODIES["deep"].replace(b"choices", b"data"), "malformed JSON"),
+        (BODIES["page"], "Log in first"),
+        (BODIES["credits"], "out of credits"),
+        (b'{"data": ["tiny"]}', "lists no models"),
+    ],
+)
+def test_what_lists_no_models_is_no_server(server, opened, monkeypatch, body, problem):
+    monkeypatch.setattr(FaultyServer, "do_GET", lambda self: self.reply(200, body))
+    with pytest.raises(ValueError, match=f"--judge http.*{problem}"):
+        opened(server.url)
 
 
 def test_a_server_that_dies_loses_judgements_not_the_run(server, opened):
@@ -474,6 +580,46 @@ def test_pairs_in_process(tmp_path, opened):
         judge.submit("edge", ROW, answers[2], seed=0)
         edge = verdicts(judge)["edge"]
         assert edge.failure == failure and (failure or edge.reward == pytest.approx(found[2].reward, abs=1e-6))
+
+
+def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, opened, monkeypatch):
+    bad = [
+        {"content": "m"},
+        {"content": [7]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m"}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": None}]}]},
+    ]
+    left, real = list(bad), PairServer.reply
+
+    def reply(self, status, body):
+        if b'"logprobs": {' in body and left:
+            whole = json.loads(body)
+            whole["choices"][0]["logprobs"] = left.pop()
+            body = json.dumps(whole).encode()
+        real(self, status, body)
+
+    monkeypatch.setattr(PairServer, "reply", reply)
+    judge = opened(pair_server.url, concurrency=1, attempts=9)
+    judge.submit(0, ROW, ("a longer one", "x"), seed=0)
+    assert (verdicts(judge)[0].reward, judge.take_counts()) == (pytest.approx(0.8), (5, 4))
+    left += bad
+    judge = opened(pair_server.url, concurrency=1)
+    judge.submit(0, ROW, ("a longer one", "x"), seed=0)
+    lost = verdicts(judge)[0]
+    assert (lost.reward, lost.failure) == (None, "request") and "unreadable" in lost.error
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_no_judgement(chat, tmp_path, value):
+    """Of a Bradley-Terry model, and of a model that names the better answer."""
+    model = random_model(tiny_config(vocab_size=500), scalar_head=True)
+    with torch.no_grad():
+        model.score.weight.fill_(value)
+    judge = BradleyTerryJudge(model, chat, TEMPLATES)
+    judge.submit(0, ROW, "tea", seed=0)
+    found = verdicts(judge)[0]
+    assert (found.reward, found.failure, judge.take_counts()) == (None, "not a number", (1, 1))
+    assert share_of_first([("m", math.nan), ("M", -1.0)]) is None
 
 
 def test_names_of_the_better_answer():
