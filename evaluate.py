@@ -35,6 +35,7 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,7 +142,7 @@ class Args:
 # -- answers: prompt rows with `answer` (None: missing) and, where it is known, `truncated` ----------------------------
 
 
-def instruction_of(row):
+def instruction_of(row: dict) -> str:
     """Profile and question as one text: what AlpacaEval's files have as the instruction."""
     return f"{persona_text(row['persona'])}\n\n{row['question']}"
 
@@ -215,7 +216,7 @@ def _read_outputs(file):
     return entries
 
 
-def reference_answers(file, rows):
+def reference_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
     """The answers that prompts bring along. ValueError: a prompt without one."""
     for row in rows:
         if not isinstance(row.get("reference"), str):
@@ -251,7 +252,7 @@ class Answers:
     rows: list[dict]  # in the order of the prompts; `answer` is None where there is none
 
 
-def answers_of(sides, rows, args, ranks) -> dict[str, Answers]:
+def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks) -> dict[str, Answers]:
     """Answers by side. What is quick to refuse (files, templates) comes before any sampling."""
     specs = {"model": args.model, "baseline": args.baseline}
     files = {"model": args.answers, "baseline": args.baseline_answers}
@@ -292,7 +293,7 @@ def compares(judge: str) -> bool:
     return parse_spec(judge)[0].compares
 
 
-def shown_orders(row, args):
+def shown_orders(row: dict, args: Args) -> list[str]:
     """The orders that the judge sees: "baseline_first", "model_first", or the one that AlpacaEval's rule draws."""
     if args.orders == "both":
         return ["baseline_first", "model_first"]
@@ -300,7 +301,7 @@ def shown_orders(row, args):
     return ["model_first"] if switched else ["baseline_first"]
 
 
-def judged_in_pairs(rows, outputs, args, ranks):
+def judged_in_pairs(rows: list[dict], outputs: dict[str, list], args: Args, ranks) -> tuple[list[dict], list[dict]]:
     """outputs: {side: [answer or None]} -> dict(preference, shown, method, failure) a prompt, and the verdict rows."""
     items, places = [], []
     for i, (row, ours, theirs) in enumerate(zip(rows, outputs["model"], outputs["baseline"])):
@@ -333,7 +334,7 @@ def judged_in_pairs(rows, outputs, args, ranks):
     return results, verdicts
 
 
-def judged_alone(rows, outputs, args, ranks):
+def judged_alone(rows: list[dict], outputs: dict[str, list], args: Args, ranks) -> tuple[list[dict], list[dict]]:
     """The same by scores: the higher one wins, equal ones draw."""
     places = [(side, i) for side in SIDES for i, answer in enumerate(outputs[side]) if answer is not None]
     found = verdicts_on([(rows[i], outputs[side][i]) for side, i in places], args, ranks)
@@ -355,12 +356,12 @@ def judged_alone(rows, outputs, args, ranks):
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def group_of(row):
+def group_of(row: dict) -> str | None:
     """ "general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
     return " ".join(row[k] for k in ("kind", "tier") if row.get(k)) or None
 
 
-def annotations_of(rows, answers, judged, judge):
+def annotations_of(rows: list[dict], answers: dict[str, Answers], judged: list[dict], judge: str) -> list[dict]:
     """Rows in AlpacaEval's format, in the order of the prompts. A missing answer is an empty text without a verdict."""
     found = []
     for i, (row, result) in enumerate(zip(rows, judged)):
@@ -385,7 +386,7 @@ def annotations_of(rows, answers, judged, judge):
     return found
 
 
-def summarize(answers, verdicts):
+def summarize(answers: list[dict], verdicts: list[dict]) -> dict:
     """One side's numbers, from its answer rows (`measured`) and, where the judge scores, its verdict rows."""
     judged = {name: mean_and_error([v[name] for v in verdicts]) for name in (*DIMENSIONS, "reward")}
     names = ("n_characters", "n_tokens", "truncated", "recites_profile")
@@ -399,7 +400,7 @@ def summarize(answers, verdicts):
     )
 
 
-def side_table(results):
+def side_table(results: dict) -> str:
     """Both sides' numbers as text."""
     labels = {
         **{name: name for name in DIMENSIONS},
@@ -427,7 +428,7 @@ def side_table(results):
     return "\n".join(lines)
 
 
-def compare_sides(args, ranks):
+def compare_sides(args: Args, ranks) -> None:
     """--task win-rate."""
     rows = draw_rows(args)
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
@@ -458,7 +459,7 @@ def compare_sides(args, ranks):
     )
 
 
-def compare_files(args):
+def compare_files(args: Args) -> None:
     """--annotations: tables, paired tests between the models, kappas against --labels."""
     files = [tables.read_annotations(path) for path in args.annotations]
     labels = [tables.read_annotations(path) for path in args.labels]
@@ -483,7 +484,7 @@ def compare_files(args):
 # -- reward-model accuracy ---------------------------------------------------------------------------------------------
 
 
-def accuracy(outcomes, seed, persons=None):
+def accuracy(outcomes: np.ndarray, seed: int, persons: list | None = None) -> dict:
     """outcomes: 1 right, 0 wrong, 0.5 a tie, NaN no verdict [n] -> dict; shares in [0, 1] of the rows with a verdict.
 
     accuracy counts a tie as wrong, with its 95 % interval; ties_half counts it as a half.
@@ -502,12 +503,12 @@ def accuracy(outcomes, seed, persons=None):
     )
 
 
-def longer_wins(pair):
+def longer_wins(pair: dict) -> float:
     """What "the answer with more characters" says: 1 the chosen one, 0 the rejected one, 0.5 neither."""
     return 0.5 + 0.5 * float(np.sign(len(pair["chosen"]) - len(pair["rejected"])))
 
 
-def reward_accuracy(args, ranks):
+def reward_accuracy(args: Args, ranks) -> None:
     """--task reward-accuracy. Scores of a GRM are sums of integers with exact weights: ties are ties, not rounding."""
     pairs = draw_rows(args, "pair")
     check_judge(args, ranks)
@@ -557,7 +558,7 @@ def reward_accuracy(args, ranks):
     print(f"{text}\nwritten: {args.out}/ (verdicts.jsonl, results.json, table.md)")
 
 
-def accuracy_by_tier(pairs, outcomes, seed):
+def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict:
     """-> {"groups": {"general hard": ...}, "kinds": {"general": ...}, "total"}, each with the longer answer beside it.
 
     A kind's (and the total's) `mean_of_tiers` is the plain mean of its groups' accuracies, `accuracy` that by rows:
@@ -592,7 +593,7 @@ def accuracy_by_tier(pairs, outcomes, seed):
     )
 
 
-def accuracy_table(results):
+def accuracy_table(results: dict) -> str:
     """Markdown."""
     row = tables.markdown_row
     lines = [
@@ -630,7 +631,7 @@ def accuracy_table(results):
 # -- persona swap ------------------------------------------------------------------------------------------------------
 
 
-def swapped_personas(rows, seed):
+def swapped_personas(rows: list[dict], seed: int) -> list:
     """Another person's profile for each row, drawn from the file's by the seed. ValueError: there is only one."""
     personas = {json.dumps(row["persona"], sort_keys=True): row["persona"] for row in rows}
     if len(personas) < 2:
@@ -642,7 +643,7 @@ def swapped_personas(rows, seed):
     return found
 
 
-def persona_swap(args, ranks):
+def persona_swap(args: Args, ranks) -> None:
     """--task persona-swap: an answer that is meant for one person scores lower under another's profile. One that does
     not is generic, or the judge does not read the profile."""
     if compares(args.judge):

@@ -623,6 +623,9 @@ def main(args):
         max_batch=args.max_batch,
     )
     judge_specs = {"judge": args.judge} | ({"audit judge": args.audit_judge} if args.audit_judge else {})
+    for name, spec in judge_specs.items():
+        if parse_spec(spec)[0].compares:
+            raise ValueError(f"--{name.replace(' ', '-')} {spec} compares answers; expected a judge that scores one")
     if args.plan:
         machine, resident = plan.machine_of(args), {}
         for name, spec in judge_specs.items():
@@ -650,9 +653,6 @@ def main(args):
     held_out = read_prompts(args.eval_prompts, args, chat, templates)[: args.eval_n] if args.eval_prompts else []
     held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     total_steps = int(args.epochs * (len(prompts) // args.prompts_per_step))
-    for name, spec in judge_specs.items():
-        if parse_spec(spec)[0].compares:
-            raise ValueError(f"--{name.replace(' ', '-')} {spec} compares answers; expected a judge that scores one")
     judge = open_judge(args.judge, judge_settings, ranks)
     second = open_judge(args.audit_judge, judge_settings, ranks) if args.audit_judge else None
     # None: not known before its first verdict, see `rollout`

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -363,7 +364,7 @@ def grm_prompt(chat, templates, row, answer):
     return chat.messages([{"role": "user", "content": grm_request(templates, row, answer)}])
 
 
-def grm_request(templates, row, answer):
+def grm_request(templates: Templates, row: dict, answer: str) -> str:
     """The same request as text, for a judge behind a chat API.
 
     Tags of a judgement's form inside the answer are broken, so that a judge that quotes it can't write them; so is the
@@ -399,7 +400,7 @@ def pair_request(templates, row, first, second):
     )
 
 
-def parse_pair(text):
+def parse_pair(text: str) -> int | None:
     """0 or 1, the place of the answer that a reply names, or None: the name alone, quotes and stops aside."""
     name = without_reasoning(text).strip().strip("\"'`*.()[]").strip()
     return PAIR_NAMES.index(name) if name in PAIR_NAMES else None
@@ -418,7 +419,7 @@ class Judgement:
     personalization: int
     naturalness: int
 
-    def score(self, weights=SCORE_WEIGHTS):
+    def score(self, weights: Sequence[float] = SCORE_WEIGHTS) -> float:
         """Weighted sum, exact in decimals until the last step: equal scores are equal floats."""
         values = [getattr(self, name) for name in DIMENSIONS]
         return float(sum(Fraction(str(w)) * v for w, v in zip(weights, values, strict=True)))
@@ -439,7 +440,7 @@ MINUS_SIGNS = re.compile("[\u2010-\u2013\u2212]")  # hyphens, figure dash, en da
 BOLD = re.compile(r"\*\*([^*]*)\*\*")
 
 
-def judgement_text(critique, helpfulness, personalization, naturalness):
+def judgement_text(critique: str, helpfulness: int, personalization: int, naturalness: int) -> str:
     """What a generative reward model is trained to write. ValueError if it can't be read back."""
     text = (
         f"<critique> {critique.strip()} </critique>\n<scores> Helpfulness: {helpfulness} "

@@ -51,7 +51,7 @@ class Journal:
         self.pattern = os.path.join(out, "journal", f"{name}.*.jsonl")
         self.path = self.pattern.replace("*", str(rank))
 
-    def rows(self):
+    def rows(self) -> dict[str, dict]:
         """{made_by: row} of all ranks, without a torn last line."""
         found = {}
         for path in sorted(glob.glob(self.pattern)):
@@ -79,7 +79,7 @@ class Journal:
             self.file.truncate(self.file.read().rfind(b"\n") + 1)  # without a torn last line
             yield
 
-    def append(self, row):
+    def append(self, row: dict) -> None:
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
 

@@ -38,7 +38,7 @@ SINGLE = re.compile(r"\b([a-dA-D])\b(?!['’]|\s+[a-z])")  # not the article of 
 FIELDS = {"question_type": str, "options": list, "correct": str, "context_id": str, "end_index": int}
 
 
-def read_questions(args):
+def read_questions(args) -> tuple[list[dict], dict[str, list[dict]]]:
     """-> (question rows, {context_id: messages}). ValueError: file, line and field of what is no such row."""
     rows = draw_rows(args)
     for row in rows:
@@ -66,17 +66,17 @@ def read_questions(args):
     return rows, contexts
 
 
-def history_of(row, contexts):
+def history_of(row: dict, contexts: dict[str, list[dict]]) -> list[dict]:
     return contexts[row["context_id"]][: row["end_index"]]
 
 
-def letters_in(text):
+def letters_in(text: str) -> set[str]:
     """The option letters that a text names: those in brackets, or else single ones."""
     found = BRACKETED.findall(text) or SINGLE.findall(text)
     return {letter.lower() for letter in found}
 
 
-def is_right(reply, correct):
+def is_right(reply: str, correct: str) -> float | None:
     """1.0 right, 0.0 wrong, None: names no letter at all (which counts as wrong)."""
     reply = without_reasoning(reply)
     final = letters_in(reply.rpartition(MARK)[2]) if MARK in reply else set()
@@ -87,14 +87,14 @@ def is_right(reply, correct):
 
 
 @torch.no_grad()
-def option_logprobs(model, prompt_ids, options, device):
+def option_logprobs(model, prompt_ids: list[int], options: list[list[int]], device) -> tuple[torch.Tensor, ...]:
     """Log-probs of each option's tokens after the prompt, which is computed once: lists of ids -> fp32 tensors."""
     batch = packing.pack_shared([prompt_ids] * len(options), options, [[True] * len(ids) for ids in options], device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     return logprobs.float().cpu().split(batch.counts)
 
 
-def likelihoods(rows, contexts, args, ranks):
+def likelihoods(rows: list[dict], contexts: dict[str, list[dict]], args, ranks) -> list[dict | None]:
     """-> per row {"sums": [4], "means": [4]} of the options' log-probs, or None where it was not made."""
     chat = Chat(args.model)
     asked = [{"role": "user", "content": row["question"]} for row in rows]
@@ -120,7 +120,7 @@ def likelihoods(rows, contexts, args, ranks):
     return made_once("likelihoods", "answers", digests, make, args, ranks)
 
 
-def by_type(rows, right, seed):
+def by_type(rows: list[dict], right: np.ndarray, seed: int) -> dict[str, dict]:
     """right: 1, 0 or NaN (not answered) [n] -> {question type or "total": accuracy in [0, 1], low, high, n}."""
     types, persons = [row["question_type"] for row in rows], tables.persons_of(rows)
     found = {}
@@ -135,7 +135,7 @@ def by_type(rows, right, seed):
     return found
 
 
-def evaluate(args, ranks):
+def evaluate(args, ranks) -> None:
     """--task personamem of evaluate.py."""
     rows, contexts = read_questions(args)
     requests = []
