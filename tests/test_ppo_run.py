@@ -92,7 +92,7 @@ def judge(tiny):
             "--batch-size",
             32,
             "--epochs",
-            10,
+            25,
             "--lr",
             5e-3,
             "--out",
