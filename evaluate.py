@@ -1,11 +1,11 @@
-"""Stage 4: how good are the answers, and how good is the judge (METHOD 4).
+"""Stage 4: how good are the answers, and how good is the judge (docs/evaluation.md).
 
 `--task win-rate` compares a model with a baseline:
 1. Draw `n_prompts` of the prompts and get both sides' answers: sampled from a model by the engine or by a server, read
    from a file (--answers, --baseline-answers), or the prompts' own references (--baseline reference).
 2. A judge decides. `--judge pair:...` names the better of the two answers, asked in both orders (judges.py). Any other
-   judge (a generative reward model, a Bradley-Terry model, the exact judge of the generated world) scores each answer
-   by itself, and the higher score wins. Equal texts are a draw without a question.
+   judge (a generative reward model, a Bradley-Terry model, the exact judge of the generated world, a function of your
+   own) scores each answer by itself, and the higher score wins. Equal texts are a draw without a question.
 3. Tables: win rate and length-controlled win rate with 95 % intervals, by group, position bias, what is missing.
 What the rows are makes the benchmark: PersonaFeedback's questions with their fixed baseline, AlpacaEval's with
 personas, PersonaMem's with the persona only, the generated world's (data/prepare.py, data/persona_world.py).
@@ -30,10 +30,12 @@ Departures from the paper: both orders instead of one; the judge's text is ours;
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,9 +44,12 @@ import tyro
 
 from data import persona_world
 from evaluation import personamem, tables, winrate
-from evaluation.journal import check_judge, draw_rows, is_url, replies, verdicts_on, with_name
+from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
-from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text
+from judges import WorldJudge, named_server, parse_spec
+from model import resolve
+from prompts import DIMENSIONS, SCORE_WEIGHTS, Chat, answer_request, load_templates, persona_text
+from runtime.chat_client import is_url
 from runtime.distributed import derive_seed, print0, start
 from runtime.flags import user_errors
 from runtime.rows import read_rows, write_rows, write_text
@@ -69,7 +74,7 @@ class Args:
     """Folder or hub id of the model, or http(s)://HOST#NAME of a chat server."""
     answers: str | None = None
     """File of answers instead of --model: rows with `prompt_id, persona, question, answer`, or AlpacaEval's outputs
-    (.json), found by prompt_id, profile and question, or question."""
+    (.json), found by their prompt_id or persona where they have one, else by profile and question, or question."""
     baseline: str = "out/sft/policy"
     """As --model | reference: the answers that the prompts bring along."""
     baseline_answers: str | None = None
@@ -81,19 +86,19 @@ class Args:
     out: str = "out/evaluate"
     """Folder of journal, answers, verdicts, annotations, tables and plots."""
     answer_template: str | None = None
-    """File that replaces the built-in prompt of the policy."""
+    """File that replaces the prompt which a model was trained with (FOLDER/templates), or the built-in one."""
     grm_template: str | None = None
-    """File that replaces the built-in rubric of a judge that scores."""
+    """The same for the rubric of a judge that scores."""
     pair_template: str | None = None
-    """File that replaces the built-in question of a judge that compares."""
+    """The same for the question of a judge that compares."""
 
-    # -- sampling of answers (METHOD 4; the length limit is that of RL)
+    # -- sampling of answers (docs/evaluation.md; the length limit is that of RL)
     temperature: float = 0.8
-    """Of the answers."""
+    """Of the answers, as in the paper's released evaluation; its RL sampled at 0.9 (ppo_cpe.py)."""
     baseline_temperature: float | None = None
     """Of the baseline's answers, where it differs."""
     top_p: float = 0.9
-    """Nucleus."""
+    """Nucleus; the same in RL."""
     max_new_tokens: int = 2048
     """Tokens of an answer; what is cut off is judged as it stands, and listed."""
     seed: int = 0
@@ -101,13 +106,17 @@ class Args:
 
     # -- the judge
     judge: str = "out/grm/model"
-    """PATH of a generative reward model | http(s)://... | bt:PATH | world | pair:PATH | pair:http... (judges.py)."""
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION | pair:PATH | pair:http...
+    (judges.py)."""
+    score_weights: tuple[float, float, float] = SCORE_WEIGHTS
+    """Of helpfulness, personalization, naturalness in a score."""
     orders: Literal["both", "drawn"] = "both"
     """A judge that compares sees both orders, or one that AlpacaEval's rule draws from the instruction."""
     judge_temperature: float = 0.0
-    """0: its most likely judgement. Above 0, one that does not parse is asked again."""
+    """0: its most likely judgement, so that a table can be made again. Above 0 (RL: 0.9) one that does not parse is
+    asked again."""
     judge_attempts: int = 3
-    """Judgements asked for before an answer is given up."""
+    """Times an unparsable judgement is asked for before an answer is given up; times an unreadable reply is."""
     judge_votes: int = 5
     """Verdicts whose share counts where a server gives no log-probabilities; 1 is asked at temperature 0."""
     max_judgement_length: int = 512
@@ -133,36 +142,61 @@ class Args:
 # -- answers: prompt rows with `answer` (None: missing) and, where it is known, `truncated` ----------------------------
 
 
-def instruction_of(row):
+def instruction_of(row: dict) -> str:
     """Profile and question as one text: what AlpacaEval's files have as the instruction."""
     return f"{persona_text(row['persona'])}\n\n{row['question']}"
 
 
-def given_answers(file, rows):
+def given_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
     """Answers from a file -> (generator, rows with `answer`, None where the file has none).
 
     ValueError: no answer to any prompt, two to one, another question under the same prompt_id.
     """
-    found, generator, outputs = {}, file, file.endswith(".json")
+    generator, outputs, found = file, file.endswith(".json"), defaultdict(list)
     for place, entry in enumerate(_read_outputs(file) if outputs else read_rows(file, "answer"), not outputs):
-        key = entry["instruction"] if outputs else entry["prompt_id"]
-        if key in found:
-            what = "instruction" if outputs else "prompt"
-            raise ValueError(f'{file}:{place}: a second answer to {what} "{key[:80]}"')
-        found[key] = entry if not outputs else {"answer": entry["output"]}
+        for key in _output_keys(entry) if outputs else [("prompt", entry["prompt_id"])]:
+            found[key].append((place, {"answer": entry["output"]} if outputs else entry))
         generator = entry.get("generator") or generator
-    questions = [row["question"] for row in rows]
-    unique = {q for q in questions if questions.count(q) == 1}
+    times = Counter(row["question"] for row in rows)
     given = []
     for row in rows:
-        keys = [row["prompt_id"], instruction_of(row), *({row["question"]} & unique)] if outputs else [row["prompt_id"]]
-        entry = next((found[key] for key in keys if key in found), {"answer": None})
+        keys = [("prompt", row["prompt_id"])]
+        if outputs:
+            keys += [("question of a persona", _persona_and_question(row["persona"], row["question"]))]
+            keys += [("instruction", instruction_of(row))]
+            keys += [("instruction", row["question"])] if times[row["question"]] == 1 else []
+        key = next((key for key in keys if key in found), None)
+        entries = found[key] if key else [(None, {"answer": None})]
+        if len(entries) > 1:
+            (first, _), (second, _) = entries[:2]
+            where = f"{file}, entry {second}" if outputs else f"{file}:{second}"
+            first = f"entry {first}" if outputs else f"line {first}"
+            raise ValueError(f'{where}: a second answer to {key[0]} "{str(key[1])[:80]}"; the first is {first}')
+        entry = entries[0][1]
         if entry.get("question", row["question"]) != row["question"]:
             raise ValueError(f'{file}: prompt "{row["prompt_id"]}": it has another question there')
         given.append({**row, **entry})
     if all(row["answer"] is None for row in given):
         raise ValueError(f"{file}: no answer to any of the {len(rows)} prompts")
     return generator, given
+
+
+def _output_keys(entry):
+    """How an entry of AlpacaEval's outputs can be found; one that says whose it is answers nobody else's question."""
+    keys = [("prompt", entry["prompt_id"])] if isinstance(entry.get("prompt_id"), (str, int)) else []
+    if isinstance(entry.get("persona"), (str, dict)):
+        return [*keys, ("question of a persona", _persona_and_question(entry["persona"], entry["instruction"]))]
+    return [*keys, ("instruction", entry["instruction"])]
+
+
+def _persona_and_question(persona, question):
+    """As one text; a persona may be an object here and its JSON there."""
+    if isinstance(persona, str):
+        try:
+            persona = json.loads(persona)
+        except (ValueError, RecursionError):  # a text of another kind
+            return json.dumps([persona.strip(), question])
+    return json.dumps([persona, question], sort_keys=True)
 
 
 def _read_outputs(file):
@@ -182,7 +216,7 @@ def _read_outputs(file):
     return entries
 
 
-def reference_answers(file, rows):
+def reference_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
     """The answers that prompts bring along. ValueError: a prompt without one."""
     for row in rows:
         if not isinstance(row.get("reference"), str):
@@ -193,55 +227,73 @@ def reference_answers(file, rows):
     return "reference", [{**row, "answer": row["reference"], "truncated": None} for row in rows]
 
 
-def measured(rows, chat, judge):
+def measured(rows: list[dict], chat: Chat | None, judge: str) -> list[dict]:
     """Answer rows with what is counted in them; None where it is unknown.
 
     Tokens are those of one tokenizer (chat) for both sides; without one, what a row says.
     """
-    result = []
+    result, in_world = [], parse_spec(judge)[0] is WorldJudge
     for row in rows:
         persona, answer = row["persona"], row["answer"]
         counts = dict.fromkeys(("n_characters", "n_tokens", "recites_profile"))
         if answer is not None:
-            recites = persona_world.recites_profile(persona, answer) if judge == "world" else None
+            recites = persona_world.recites_profile(persona, answer) if in_world else None
             n_tokens = len(chat.encode(answer)) if chat else row.get("n_tokens")
             counts = dict(n_characters=len(answer), n_tokens=n_tokens, recites_profile=recites)
         result.append({**row, "truncated": row.get("truncated"), **counts})
     return result
 
 
-def answers_of(sides, rows, templates, args, ranks):
-    """-> {side: (generator, answer rows)}. What is quick to refuse (files) comes before any sampling."""
+@dataclass
+class Answers:
+    """One side's answers."""
+
+    generator: str
+    rows: list[dict]  # in the order of the prompts; `answer` is None where there is none
+
+
+def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks) -> dict[str, Answers]:
+    """Answers by side. What is quick to refuse (files, templates) comes before any sampling."""
     specs = {"model": args.model, "baseline": args.baseline}
     files = {"model": args.answers, "baseline": args.baseline_answers}
     temperatures = {"model": args.temperature, "baseline": args.temperature}
     if args.baseline_temperature is not None:
         temperatures["baseline"] = args.baseline_temperature
-    found = {}
+    found, requests = {}, {}
     for side in sides:
         if files[side] is not None:
-            found[side] = given_answers(files[side], rows)
+            found[side] = Answers(*given_answers(files[side], rows))
         elif specs[side] == "reference":
-            found[side] = reference_answers(args.prompts, rows)
-    for side in [side for side in sides if side not in found]:
-        requests = [(r["prompt_id"], [{"role": "user", "content": answer_request(templates, r)}]) for r in rows]
-        made = replies(f"answers_{side}", specs[side], requests, temperatures[side], args, ranks)
+            found[side] = Answers(*reference_answers(args.prompts, rows))
+        else:  # each under the prompt that it was trained with
+            folder = None if is_url(specs[side]) else resolve(specs[side])
+            templates = load_templates(folder, answer_template=args.answer_template)
+            asked = [{"role": "user", "content": answer_request(templates, row)} for row in rows]
+            requests[side] = [(row["prompt_id"], [message]) for row, message in zip(rows, asked)]
+    for side in requests:
+        replied = replies(f"answers_{side}", specs[side], requests[side], temperatures[side], args, ranks)
         name = specs[side] + ("" if args.baseline_temperature is None else f" at temperature {temperatures[side]:g}")
-        found[side] = name, [row | (reply or {"answer": None, "truncated": None}) for row, reply in zip(rows, made)]
-    local = [specs[s] for s in sides if files[s] is None and specs[s] != "reference" and not is_url(specs[s])]
+        no_reply = {"answer": None, "truncated": None}
+        found[side] = Answers(name, [row | (reply or no_reply) for row, reply in zip(rows, replied)])
+    local = [specs[side] for side in requests if not is_url(specs[side])]
     chat = Chat(local[0]) if local else None
-    found = {side: (found[side][0], measured(found[side][1], chat, args.judge)) for side in sides}
-    if ranks.rank == 0:
-        for side, (_, answered) in found.items():
-            there = [row for row in answered if row["answer"] is not None]
-            write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), there)
+    for side, answers in found.items():
+        answers.rows = measured(answers.rows, chat, args.judge)
+        if ranks.rank == 0:
+            answered = [row for row in answers.rows if row["answer"] is not None]
+            write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), answered)
     return found
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-def shown_orders(row, args):
+def compares(judge: str) -> bool:
+    """Whether a judge sees two answers at a time."""
+    return parse_spec(judge)[0].compares
+
+
+def shown_orders(row: dict, args: Args) -> list[str]:
     """The orders that the judge sees: "baseline_first", "model_first", or the one that AlpacaEval's rule draws."""
     if args.orders == "both":
         return ["baseline_first", "model_first"]
@@ -249,7 +301,7 @@ def shown_orders(row, args):
     return ["model_first"] if switched else ["baseline_first"]
 
 
-def judged_in_pairs(rows, outputs, templates, args, ranks):
+def judged_in_pairs(rows: list[dict], outputs: dict[str, list], args: Args, ranks) -> tuple[list[dict], list[dict]]:
     """outputs: {side: [answer or None]} -> dict(preference, shown, method, failure) a prompt, and the verdict rows."""
     items, places = [], []
     for i, (row, ours, theirs) in enumerate(zip(rows, outputs["model"], outputs["baseline"])):
@@ -258,7 +310,7 @@ def judged_in_pairs(rows, outputs, templates, args, ranks):
         for order in shown_orders(row, args):
             items.append((row, (theirs, ours) if order == "baseline_first" else (ours, theirs)))
             places.append((i, order))
-    verdicts = verdicts_on(items, templates, args, ranks)
+    verdicts = verdicts_on(items, args, ranks)
     results = []
     for ours, theirs in zip(outputs["model"], outputs["baseline"]):
         result = dict(preference=None, shown=None, method=None, failure="no answer")
@@ -282,10 +334,10 @@ def judged_in_pairs(rows, outputs, templates, args, ranks):
     return results, verdicts
 
 
-def judged_alone(rows, outputs, templates, args, ranks):
+def judged_alone(rows: list[dict], outputs: dict[str, list], args: Args, ranks) -> tuple[list[dict], list[dict]]:
     """The same by scores: the higher one wins, equal ones draw."""
     places = [(side, i) for side in SIDES for i, answer in enumerate(outputs[side]) if answer is not None]
-    found = verdicts_on([(rows[i], outputs[side][i]) for side, i in places], templates, args, ranks)
+    found = verdicts_on([(rows[i], outputs[side][i]) for side, i in places], args, ranks)
     by_place = dict(zip(places, found))
     results = []
     for i in range(len(rows)):
@@ -304,19 +356,22 @@ def judged_alone(rows, outputs, templates, args, ranks):
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def group_of(row):
+def group_of(row: dict) -> str | None:
     """ "general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
     return " ".join(row[k] for k in ("kind", "tier") if row.get(k)) or None
 
 
-def annotations_of(rows, answers, judged, judge):
+def annotations_of(rows: list[dict], answers: dict[str, Answers], judged: list[dict], judge: str) -> list[dict]:
     """Rows in AlpacaEval's format, in the order of the prompts. A missing answer is an empty text without a verdict."""
     found = []
     for i, (row, result) in enumerate(zip(rows, judged)):
-        sides = {side: answers[side][1][i] for side in SIDES}
+        sides = {side: answers[side].rows[i] for side in SIDES}
         annotation = {"prompt_id": row["prompt_id"], "instruction": instruction_of(row)}
         for number, side in (("1", "baseline"), ("2", "model")):
-            annotation |= {f"output_{number}": sides[side]["answer"] or "", f"generator_{number}": answers[side][0]}
+            annotation |= {
+                f"output_{number}": sides[side]["answer"] or "",
+                f"generator_{number}": answers[side].generator,
+            }
         annotation |= dict(
             annotator=judge,
             preference=result["preference"],
@@ -331,7 +386,7 @@ def annotations_of(rows, answers, judged, judge):
     return found
 
 
-def summarize(answers, verdicts):
+def summarize(answers: list[dict], verdicts: list[dict]) -> dict:
     """One side's numbers, from its answer rows (`measured`) and, where the judge scores, its verdict rows."""
     judged = {name: mean_and_error([v[name] for v in verdicts]) for name in (*DIMENSIONS, "reward")}
     names = ("n_characters", "n_tokens", "truncated", "recites_profile")
@@ -345,7 +400,7 @@ def summarize(answers, verdicts):
     )
 
 
-def side_table(results):
+def side_table(results: dict) -> str:
     """Both sides' numbers as text."""
     labels = {
         **{name: name for name in DIMENSIONS},
@@ -373,17 +428,17 @@ def side_table(results):
     return "\n".join(lines)
 
 
-def compare_sides(args, templates, ranks):
+def compare_sides(args: Args, ranks) -> None:
     """--task win-rate."""
     rows = draw_rows(args)
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
-    check_judge(args, templates, ranks)
-    answers = answers_of(SIDES, rows, templates, args, ranks)
+    check_judge(args, ranks)
+    answers = answers_of(SIDES, rows, args, ranks)
     if args.stage == "answers":
         return
-    outputs = {side: [row["answer"] for row in answers[side][1]] for side in SIDES}
-    by_pairs = args.judge.startswith("pair:")
-    judged, verdicts = (judged_in_pairs if by_pairs else judged_alone)(rows, outputs, templates, args, ranks)
+    outputs = {side: [row["answer"] for row in answers[side].rows] for side in SIDES}
+    by_pairs = compares(args.judge)
+    judged, verdicts = (judged_in_pairs if by_pairs else judged_alone)(rows, outputs, args, ranks)
     if ranks.rank == 0:
         write_rows(os.path.join(args.out, "verdicts.jsonl"), verdicts)
     if args.stage == "verdicts" or ranks.rank > 0:
@@ -391,11 +446,11 @@ def compare_sides(args, templates, ranks):
     annotations = annotations_of(rows, answers, judged, args.judge)
     comparison = tables.compare(annotations, args.seed, gamed, args.bootstrap_draws)
     scored = {side: [] if by_pairs else [v for v in verdicts if v["side"] == side] for side in SIDES}
-    results = {side: summarize(answers[side][1], scored[side]) for side in SIDES}
+    results = {side: summarize(answers[side].rows, scored[side]) for side in SIDES}
     write_json(os.path.join(args.out, "annotations.json"), annotations)
     write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": dataclasses.asdict(args)})
     text = tables.write_tables(
-        args.out, [comparison], [annotations], sides={answers[side][0]: results[side] for side in SIDES}
+        args.out, [comparison], [annotations], sides={answers[side].generator: results[side] for side in SIDES}
     )
     print(f"{side_table(results)}\n\n{text}")
     print(
@@ -404,16 +459,17 @@ def compare_sides(args, templates, ranks):
     )
 
 
-def compare_files(args):
+def compare_files(args: Args) -> None:
     """--annotations: tables, paired tests between the models, kappas against --labels."""
     files = [tables.read_annotations(path) for path in args.annotations]
     labels = [tables.read_annotations(path) for path in args.labels]
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
     comparisons = [tables.compare(rows, args.seed, gamed, args.bootstrap_draws) for rows in files]
-    tests = [tables.paired(a, b, args.seed) for i, a in enumerate(files) for b in files[i + 1 :]]
+    named = list(zip(args.annotations, files))
+    tests = [tables.paired(a, b, args.seed, (x, y)) for (x, a), (y, b) in itertools.combinations(named, 2)]
     kappas = []
     for path, rows in zip(args.labels, labels):
-        found = [kappa for kappa in (tables.agreement(a, rows) for a in files) if kappa]
+        found = [kappa for kappa in (tables.judge_kappa(a, rows, (x, path)) for x, a in named) if kappa]
         if not found:
             raise ValueError(f"{path}: no instruction with the same two outputs as in --annotations")
         kappas += found
@@ -428,7 +484,7 @@ def compare_files(args):
 # -- reward-model accuracy ---------------------------------------------------------------------------------------------
 
 
-def accuracy(outcomes, seed, persons=None):
+def accuracy(outcomes: np.ndarray, seed: int, persons: list | None = None) -> dict:
     """outcomes: 1 right, 0 wrong, 0.5 a tie, NaN no verdict [n] -> dict; shares in [0, 1] of the rows with a verdict.
 
     accuracy counts a tie as wrong, with its 95 % interval; ties_half counts it as a half.
@@ -447,20 +503,20 @@ def accuracy(outcomes, seed, persons=None):
     )
 
 
-def longer_wins(pair):
+def longer_wins(pair: dict) -> float:
     """What "the answer with more characters" says: 1 the chosen one, 0 the rejected one, 0.5 neither."""
     return 0.5 + 0.5 * float(np.sign(len(pair["chosen"]) - len(pair["rejected"])))
 
 
-def reward_accuracy(args, templates, ranks):
+def reward_accuracy(args: Args, ranks) -> None:
     """--task reward-accuracy. Scores of a GRM are sums of integers with exact weights: ties are ties, not rounding."""
     pairs = draw_rows(args, "pair")
-    check_judge(args, templates, ranks)
+    check_judge(args, ranks)
     if args.stage == "answers":
         return print0("reward-accuracy has no answers to make: they are in the pairs")
     # both texts of a pair, and all pairs of a prompt, one after another: their prompts share a prefix
     order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
-    if args.judge.startswith("pair:"):
+    if compares(args.judge):
         items = [
             (pairs[i], texts)
             for i in order
@@ -468,7 +524,7 @@ def reward_accuracy(args, templates, ranks):
         ]
     else:
         items = [(pairs[i], pairs[i][side]) for i in order for side in ("chosen", "rejected")]
-    found = verdicts_on(items, templates, args, ranks)
+    found = verdicts_on(items, args, ranks)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
     both = {i: (found[2 * k], found[2 * k + 1]) for k, i in enumerate(order)}
@@ -477,7 +533,7 @@ def reward_accuracy(args, templates, ranks):
         a, b = (v["reward"] for v in both[i])
         if None in (a, b):
             continue
-        if args.judge.startswith("pair:"):  # P(first): chosen first, then rejected first
+        if compares(args.judge):  # P(first): chosen first, then rejected first
             shown.append({"baseline_first": 1 - b, "model_first": a})
             a, b = a + (1 - b), b + (1 - a)
         outcomes[i] = 0.5 if a == b else float(a > b)
@@ -502,11 +558,11 @@ def reward_accuracy(args, templates, ranks):
     print(f"{text}\nwritten: {args.out}/ (verdicts.jsonl, results.json, table.md)")
 
 
-def accuracy_by_tier(pairs, outcomes, seed):
+def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict:
     """-> {"groups": {"general hard": ...}, "kinds": {"general": ...}, "total"}, each with the longer answer beside it.
 
     A kind's (and the total's) `mean_of_tiers` is the plain mean of its groups' accuracies, `accuracy` that by rows:
-    published tables mix the two (EVALUATION 7).
+    published tables mix the two (docs/evaluation.md 7).
     """
     longer = np.array([longer_wins(pair) for pair in pairs])
     labels = [group_of(pair) or "all" for pair in pairs]
@@ -537,7 +593,7 @@ def accuracy_by_tier(pairs, outcomes, seed):
     )
 
 
-def accuracy_table(results):
+def accuracy_table(results: dict) -> str:
     """Markdown."""
     row = tables.markdown_row
     lines = [
@@ -575,7 +631,7 @@ def accuracy_table(results):
 # -- persona swap ------------------------------------------------------------------------------------------------------
 
 
-def swapped_personas(rows, seed):
+def swapped_personas(rows: list[dict], seed: int) -> list:
     """Another person's profile for each row, drawn from the file's by the seed. ValueError: there is only one."""
     personas = {json.dumps(row["persona"], sort_keys=True): row["persona"] for row in rows}
     if len(personas) < 2:
@@ -587,35 +643,35 @@ def swapped_personas(rows, seed):
     return found
 
 
-def persona_swap(args, templates, ranks):
+def persona_swap(args: Args, ranks) -> None:
     """--task persona-swap: an answer that is meant for one person scores lower under another's profile. One that does
     not is generic, or the judge does not read the profile."""
-    if args.judge.startswith("pair:"):
+    if compares(args.judge):
         raise ValueError(f"--judge {args.judge}: persona-swap needs a judge that scores one answer")
     rows = draw_rows(args)
     strangers = swapped_personas(rows, args.seed)
-    check_judge(args, templates, ranks)
-    generator, answered = answers_of(["model"], rows, templates, args, ranks)["model"]
+    check_judge(args, ranks)
+    answers = answers_of(["model"], rows, args, ranks)["model"]
     if args.stage == "answers":
         return
-    there = [i for i, row in enumerate(answered) if row["answer"] is not None]
-    own = [(rows[i], answered[i]["answer"]) for i in there]
-    swapped = [({**rows[i], "persona": strangers[i]}, answered[i]["answer"]) for i in there]
-    found = verdicts_on(own + swapped, templates, args, ranks)
+    answered = [i for i, row in enumerate(answers.rows) if row["answer"] is not None]
+    own = [(rows[i], answers.rows[i]["answer"]) for i in answered]
+    swapped = [({**rows[i], "persona": strangers[i]}, answers.rows[i]["answer"]) for i in answered]
+    found = verdicts_on(own + swapped, args, ranks)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
     own, swapped = found[: len(own)], found[len(own) :]
     names = [n for n in (*DIMENSIONS, "reward") if any(v[n] is not None for v in own)]
     results = dict(
-        model=generator,
+        model=answers.generator,
         judge=args.judge,
-        missing=[r["prompt_id"] for r in answered if r["answer"] is None],
+        missing=[row["prompt_id"] for row in answers.rows if row["answer"] is None],
         own={n: mean_and_error([v[n] for v in own]) for n in names},
         swapped={n: mean_and_error([v[n] for v in swapped]) for n in names},
         difference={},
         failures=dict(Counter(v["failure"] for v in found if v["failure"])),
     )
-    persons = tables.persons_of([rows[i] for i in there])
+    persons = tables.persons_of([rows[i] for i in answered])
     for name in names:
         a, b = (np.array([np.nan if v[name] is None else v[name] for v in side]) for side in (own, swapped))
         results["difference"][name] = winrate.paired_test(a, b, args.seed, persons)
@@ -623,13 +679,13 @@ def persona_swap(args, templates, ranks):
         os.path.join(args.out, "verdicts.jsonl"),
         [
             dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b)
-            for i, a, b in zip(there, own, swapped)
+            for i, a, b in zip(answered, own, swapped)
         ],
     )
     write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
     row = tables.markdown_row
     lines = [
-        row(generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
+        row(answers.generator, "own profile", "another's", "difference (95 %)", "better", "equal", "worse", "p"),
         row("---", *["--:"] * 7),
     ]
     for name in names:
@@ -660,13 +716,10 @@ def main(args):
         return compare_files(args)
     if args.labels:
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
-    named = {name: with_name(getattr(args, name)) for name in ("model", "baseline", "judge")}
+    named = {name: named_server(getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
     ranks = start(args.dtype)
-    templates = load_templates(
-        None, answer_template=args.answer_template, grm_template=args.grm_template, pair_template=args.pair_template
-    )
-    TASKS[args.task](args, templates, ranks)
+    TASKS[args.task](args, ranks)
 
 
 if __name__ == "__main__":

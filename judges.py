@@ -5,52 +5,70 @@
     judge.busy                             something submitted has no verdict yet
     judge.take_counts() -> (asked, failed) judgements asked for, and those of them that were none
 
-`open_judge(spec, ...)` makes one of five:
+`open_judge(spec, settings, ranks)` makes one of six. `parse_spec` is the only place that reads a spec:
 
-    PATH           a generative reward model (METHOD 1.4) in this process, on the generation engine
-    http://HOST    the same prompt to an OpenAI-compatible server; http://HOST#NAME names its model
-    bt:PATH        a Bradley-Terry reward model (METHOD 1.5): a scalar, no critique
-    world          the exact judge of the generated world (data/persona_world.py)
+    PATH               a generative reward model (docs/method.md 1.4) in this process, on the generation engine
+    http://HOST        the same prompt to an OpenAI-compatible server; http://HOST#NAME names its model
+    bt:PATH            a Bradley-Terry reward model (docs/method.md 1.5): a scalar, no critique
+    world              the exact judge of the generated world (data/persona_world.py)
+    FILE.py:FUNCTION   a reward of your own: FUNCTION(row, answer) gives a number, a prompts.Judgement (scores and a
+                       critique, which edits need) or None (no judgement). It is called once for each answer, in turn;
+                       an exception in it stops the run.
     pair:PATH or pair:http://HOST#NAME
-                   a language model that sees two answers and names the better one: `answer` is then
-                   the two texts, and the reward is the probability that the first one is better
+                       a language model that sees two answers and names the better one: `answer` is then
+                       the two texts, and the reward is the probability that the first one is better
+
+Each class of judge says what an evaluation has to know of it before it is opened: `fingerprint` (what its verdicts
+depend on), `planned_memory` (what it will hold), `writes_critiques`, `compares`.
 
 A judgement that does not parse is asked again with another seed, a bounded number of times. After
 that, or where none can be had, the verdict has no reward and says why: no score is ever made up.
 """
 
 import collections
+import glob
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
+import numbers
 import os
 import queue
 import re
 import sys
 import threading
+import types
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-import openai
 import torch
 
 from generate import Engine
-from model import Packed, load_pretrained
+from kv_cache import likely_tokens
+from model import Packed, load_pretrained, resolve
 from prompts import (
+    DIMENSIONS,
     PAIR_NAMES,
+    SCORE_WEIGHTS,
     Chat,
     Judgement,
+    Templates,
     bt_ids,
     grm_prompt,
     grm_request,
+    load_templates,
     pair_request,
     parse_judgement,
     parse_pair,
 )
+from runtime import plan
+from runtime.chat_client import ChatServer, Failure, is_url
 from runtime.distributed import derive_seed
 
-CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
+FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 TOP_LOGPROBS = (20, 5)  # alternatives of the first token that a server is asked for; some refuse more than 5
 
 
@@ -61,78 +79,135 @@ class Verdict:
     judgement: Judgement | None  # None where the judge writes none
     attempts: int  # judgements that were asked for
     error: str | None  # why there is no reward
-    # what kind of failure: unparsable | refused | too long | request (it never arrived, and may the next time)
+    # what kind of failure: unparsable | refused | too long | not a number | no judgement (a function gave None) |
+    # request (nothing that the judge said arrived; it may the next time)
     failure: str | None = None
     method: str | None = None  # of pairs: logprobs | votes
 
 
-def open_judge(
-    spec,
-    templates,
-    ranks,
-    weights=(0.35, 0.40, 0.25),
-    attempts=3,
-    temperature=0.9,
-    max_new_tokens=512,
-    max_batch=256,
-    max_len=8192,
-    concurrency=64,
-    votes=5,
-):
-    """The judge of a `--judge` value; see the top of this file. ValueError: it cannot judge.
+@dataclass(frozen=True)
+class JudgeSettings:
+    """What a judge is opened with, whichever it is; each uses what concerns it."""
 
-    ranks: device and dtype of a model in this process. weights: of helpfulness, personalization,
-    naturalness in the reward. attempts: judgements asked for before an answer is given up.
-    temperature, max_new_tokens: of a judgement. max_batch, max_len: sequences, and tokens of each,
-    in the engine of a model in this process. concurrency: requests that a server gets at a time.
-    votes: verdicts on a pair whose share stands in where a server gives no log-probabilities.
+    weights: tuple[float, float, float] = SCORE_WEIGHTS  # of helpfulness, personalization, naturalness in the reward
+    attempts: int = 3  # judgements asked for before an answer is given up
+    temperature: float = 0.9  # of a judgement
+    max_new_tokens: int = 512  # of a judgement
+    votes: int = 5  # verdicts on a pair whose share stands in where a server gives no log-probabilities
+    # files that take the place of the templates which a model in this process was trained with, or of the built-in ones
+    answer_template: str | None = None
+    grm_template: str | None = None
+    pair_template: str | None = None
+    # the machine: a judgement does not depend on these
+    max_batch: int = 256  # sequences in the engine of a model in this process
+    max_len: int = 8192  # tokens of each, prompt and judgement
+    concurrency: int = 64  # requests that a server gets at a time
+
+
+def parse_spec(spec: str) -> tuple[type["Judge"], str]:
+    """The value of a --judge flag -> the class of judge, and its folder, hub id, URL or FILE.py:FUNCTION."""
+    name = spec.removeprefix("pair:")
+    if name != spec:
+        return (PairServerJudge if is_url(name) else PairJudge), name
+    if spec == "world":
+        return WorldJudge, spec
+    if is_url(spec):
+        return ServerJudge, spec
+    if spec.startswith("bt:"):
+        return BradleyTerryJudge, spec.removeprefix("bt:")
+    if FUNCTION_SPEC.fullmatch(spec):
+        return FunctionJudge, spec
+    if spec.endswith(".py"):
+        raise ValueError(f"--judge {spec}: expected FILE.py:FUNCTION")
+    return GenerativeJudge, spec
+
+
+def open_judge(spec: str, settings: JudgeSettings, ranks) -> "Judge":
+    """The judge of a --judge value; see the top of this file. ranks: device and dtype of a model in this process.
+
+    ValueError: it cannot judge.
     """
-    pairs, name = spec.startswith("pair:"), spec.removeprefix("pair:")
+    kind, target = parse_spec(spec)
     try:
-        if spec == "world":
-            return WorldJudge(weights)
-        if name.startswith(("http://", "https://")):
-            settings = (templates, weights, attempts, temperature, max_new_tokens, concurrency)
-            return PairServerJudge(name, *settings, votes) if pairs else ServerJudge(name, *settings)
-        if spec.startswith("bt:"):
-            path = spec.removeprefix("bt:")
-            model = load_pretrained(path, ranks.dtype, ranks.device, scalar_head=True)
-            if not model.score.weight.any():  # what a language model's folder gives
-                raise ValueError(f"{path} has no score.weight: it is no Bradley-Terry model")
-            return BradleyTerryJudge(model, Chat(path), templates)
-        chat = Chat(name)
-        model = load_pretrained(name, ranks.dtype, ranks.device)
-        max_len = min(max_len, model.config.max_position_embeddings)
-        engine = Engine(model, chat.stop_ids, max_len, max_batch)
-        if pairs:
-            return PairJudge(engine, chat, templates)
-        return GenerativeJudge(engine, chat, templates, weights, attempts, temperature, max_new_tokens)
+        return kind.open(target, settings, ranks)
     except ValueError as error:
         raise ValueError(f"--judge {spec}: {error}") from error
+
+
+def fingerprint(spec: str, settings: JudgeSettings) -> list:
+    """What a judge is made of, as JSON: new weights, templates or code under an old name count as another judge."""
+    kind, target = parse_spec(spec)
+    try:
+        return kind.fingerprint(target, settings)
+    except ValueError as error:
+        raise ValueError(f"--judge {spec}: {error}") from error
+
+
+def planned_memory(spec: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+    """{part: bytes per rank} that a judge will hold, for --plan; of a model only its config.json is read."""
+    kind, target = parse_spec(spec)
+    return kind.planned_memory(target, settings, machine)
+
+
+def named_server(spec: str) -> str:
+    """A judge or model behind a server, with the name of the server's model, which the spec may leave out."""
+    url = spec.removeprefix("pair:")
+    return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
+
+
+def weights_fingerprint(folder: str) -> list:
+    """Name, bytes and time of change of each file of weights. ValueError: there are none."""
+    files = sorted(glob.glob(os.path.join(resolve(folder), "*.safetensors")))
+    if not files:
+        raise ValueError(f"{folder}: no *.safetensors there")
+    return [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+
+
+def file_digest(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
 
 
 class Judge:
     """What the judges share: verdicts on their way out, and counts."""
 
-    writes_critiques = True
+    writes_critiques: bool | None = True  # None: the first verdict will show
+    compares = False  # two answers at a time
+    template: str | None = None  # which of prompts.Templates it fills
 
     def __init__(self):
         self.pending, self.finished = 0, []
         self.asked = self.failed = 0
         self.complaints = set()
 
+    @classmethod
+    def templates(cls, target: str, settings: JudgeSettings) -> Templates:
+        """Of a model in this process those that it was trained with, unless a flag names another file."""
+        folder = None if is_url(target) else resolve(target)
+        flag = f"{cls.template}_template"
+        return load_templates(folder, **{flag: getattr(settings, flag)})
+
+    @classmethod
+    def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
+        identity = target if is_url(target) else weights_fingerprint(target)
+        return [identity, cls.templates(target, settings).texts(cls.template)]
+
+    @classmethod
+    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+        return {}
+
     @property
-    def busy(self):
+    def busy(self) -> bool:
         return self.pending > 0
 
-    def poll(self):
+    def poll(self) -> list[Verdict]:
         """Finished verdicts, each once. Should `advance` raise, those before it are not lost."""
         self.advance()
         verdicts, self.finished = self.finished, []
         self.pending -= len(verdicts)
         return verdicts
 
-    def take_counts(self):
+    def take_counts(self) -> tuple[int, int]:
         """(judgements asked for, those that failed) since the last call."""
         counts, self.asked, self.failed = (self.asked, self.failed), 0, 0
         return counts
@@ -144,7 +219,7 @@ class Judge:
         self.finished.append(Verdict(key, reward, judgement, attempts, error, failure, method))
 
 
-def verdicts_of(judge, asked):
+def ask_all(judge: Judge, asked: list[tuple[dict, Any, int]]) -> list[Verdict]:
     """Asks about (row, answer, seed) each, where nothing else is under way -> a Verdict each, in their order."""
     verdicts = [None] * len(asked)
     for i, (row, answer, seed) in enumerate(asked):
@@ -155,73 +230,111 @@ def verdicts_of(judge, asked):
     return verdicts
 
 
-class GenerativeJudge(Judge):
-    """A generative reward model on an engine, which judgements join and leave at every step."""
+# -- models in this process --------------------------------------------------------------------------------------------
 
-    def __init__(self, engine, chat, templates, weights, attempts, temperature, max_new_tokens):
+
+class EngineJudge(Judge):
+    """A language model on an engine, which requests join and leave at every step."""
+
+    @classmethod
+    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
+        templates, chat = cls.templates(target, settings), Chat(target)
+        model = load_pretrained(target, ranks.dtype, ranks.device)
+        max_len = min(settings.max_len, model.config.max_position_embeddings)
+        return cls(Engine(model, chat.stop_ids, max_len, settings.max_batch), chat, templates, settings)
+
+    @classmethod
+    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+        config = plan.config_of(target)
+        max_len = min(settings.max_len, config.max_position_embeddings)
+        weights, cache = plan.inference(config, machine, likely_tokens(max_len, settings.max_batch))
+        return {"weights": weights, "KV cache": cache}
+
+    def __init__(self, engine: Engine, chat: Chat, templates: Templates, settings: JudgeSettings):
         super().__init__()
-        self.engine, self.chat, self.templates, self.weights = engine, chat, templates, weights
-        # at temperature 0 another seed gives the same text
-        self.attempts = attempts if temperature > 0 else 1
-        self.sampling = dict(temperature=temperature, max_new_tokens=max_new_tokens)
+        self.engine, self.chat, self.filled = engine, chat, templates
         self.numbers, self.running = itertools.count(), {}
+
+
+@dataclass
+class Request:
+    """A judgement that the engine of a GenerativeJudge is writing."""
+
+    key: Any
+    prompt_ids: list[int]
+    seed: int
+    attempt: int
+
+
+class GenerativeJudge(EngineJudge):
+    """A generative reward model: critique and scores."""
+
+    template = "grm"
+
+    def __init__(self, engine: Engine, chat: Chat, templates: Templates, settings: JudgeSettings):
+        super().__init__(engine, chat, templates, settings)
+        self.weights = settings.weights
+        # at temperature 0 another seed gives the same text
+        self.attempts = settings.attempts if settings.temperature > 0 else 1
+        self.sampling = dict(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
 
     def submit(self, key, row, answer, seed):
         self.pending += 1
-        self.ask(key, grm_prompt(self.chat, self.templates, row, answer), seed, attempt=1)
+        self.ask(Request(key, grm_prompt(self.chat, self.filled, row, answer), seed, attempt=1))
 
-    def ask(self, key, prompt_ids, seed, attempt):
+    def ask(self, request):
         number = next(self.numbers)
-        seeds = [derive_seed(seed, attempt)]
+        seeds = [derive_seed(request.seed, request.attempt)]
         try:
-            self.engine.submit(prompt_ids, key=number, seeds=seeds, **self.sampling)
+            self.engine.submit(request.prompt_ids, key=number, seeds=seeds, **self.sampling)
         except ValueError as error:  # longer than the engine's sequences
-            self.finish(key, None, None, attempt - 1, str(error), "too long")
+            self.finish(request.key, None, None, request.attempt - 1, str(error), "too long")
             return
         self.asked += 1
-        self.running[number] = (key, prompt_ids, seed, attempt)
+        self.running[number] = request
 
     def advance(self):
         if self.engine.busy:
             self.engine.step()
         for sample in self.engine.collect():
-            key, prompt_ids, seed, attempt = self.running.pop(sample.key)
+            request = self.running.pop(sample.key)
             # what is cut off may end inside a quotation: not a judgement
             ended = sample.finish_reason == "stop"
             judgement = parse_judgement(self.chat.decode(sample.ids)) if ended else None
             self.failed += judgement is None
             if judgement is not None:
-                self.finish(key, judgement.score(self.weights), judgement, attempt)
-            elif attempt < self.attempts:
-                self.ask(key, prompt_ids, seed, attempt + 1)
+                self.finish(request.key, judgement.score(self.weights), judgement, request.attempt)
+            elif request.attempt < self.attempts:
+                self.ask(Request(request.key, request.prompt_ids, request.seed, request.attempt + 1))
             else:
                 reason = "none parsed" if ended else "cut off at the limit"
-                self.finish(key, None, None, attempt, f"{reason}, {attempt} judgements", "unparsable")
+                error = f"{reason}, {request.attempt} judgements"
+                self.finish(request.key, None, None, request.attempt, error, "unparsable")
 
 
-class PairJudge(Judge):
-    """A language model on an engine that names the better of two answers: the odds of its first token.
+class PairJudge(EngineJudge):
+    """A language model that names the better of two answers: the odds of its first token.
 
     A verdict needs one of the names among the likely tokens. The other is read however unlikely it is: where a server's
     cut-off would make it 0, the order of the answers decides many a pair.
     """
 
     writes_critiques = False
+    compares = True
+    template = "pair"
     likely = 20  # as many as servers list
 
-    def __init__(self, engine, chat, templates):
-        super().__init__()
-        self.engine, self.chat, self.templates = engine, chat, templates
+    def __init__(self, engine: Engine, chat: Chat, templates: Templates, settings: JudgeSettings):
+        super().__init__(engine, chat, templates, settings)
         encoded = [chat.encode(name) for name in PAIR_NAMES]
         if any(len(ids) != 1 for ids in encoded):
             raise ValueError(f"its tokenizer has no single token for each of the names {PAIR_NAMES}")
         self.name_ids = [token for [token] in encoded]
-        self.numbers, self.running = itertools.count(), {}
 
     def submit(self, key, row, answers, seed):
         self.pending += 1
         self.asked += 1
-        request = pair_request(self.templates, row, *answers)
+        request = pair_request(self.filled, row, *answers)
         number, prompt_ids = next(self.numbers), self.chat.messages([{"role": "user", "content": request}])
         try:
             self.engine.submit(
@@ -244,9 +357,11 @@ class PairJudge(Judge):
             self.engine.step()
         for sample in self.engine.collect():
             key, top = self.running.pop(sample.key), sample.top_logprobs[0]  # most likely first
+            share = None
             if any(i in self.name_ids for i, _ in top[: self.likely]):
                 logprobs = dict(top)
                 share = share_of_first([(name, logprobs[i]) for name, i in zip(PAIR_NAMES, self.name_ids)])
+            if share is not None:
                 self.finish(key, share, method="logprobs")
             else:
                 self.failed += 1
@@ -254,46 +369,101 @@ class PairJudge(Judge):
                 self.finish(key, None, error=error, failure="unparsable")
 
 
-def share_of_first(top):
+def share_of_first(top: list[tuple[str, float]]) -> float | None:
     """(text, log-prob) of the first token's alternatives -> P(first) / (P(first) + P(second)), or None.
 
     Exact names only, as AlpacaEval: a name that is not among the alternatives has probability 0.
     """
     first, second = (sum(math.exp(logprob) for text, logprob in top if text == name) for name in PAIR_NAMES)
-    return first / (first + second) if first + second > 0 else None
+    return first / (first + second) if first + second > 0 else None  # NaN is not above 0
 
 
-class Failure(Exception):
-    """A request that gave nothing to read: the message says why, `kind` is that of Verdict.failure."""
+class BradleyTerryJudge(Judge):
+    """A scalar at the last token of prompt and answer, over packed sequences. No critique."""
 
-    def __init__(self, reason, kind):
-        super().__init__(reason)
-        self.kind = kind
+    writes_critiques = False
+    template = "answer"
+    tokens_per_batch = 16384  # of one poll
+
+    @classmethod
+    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
+        templates, chat = cls.templates(target, settings), Chat(target)
+        model = load_pretrained(target, ranks.dtype, ranks.device, scalar_head=True)
+        if not model.score.weight.any():  # what a language model's folder gives
+            raise ValueError(f"{target} has no score.weight: it is no Bradley-Terry model")
+        return cls(model, chat, templates)
+
+    @classmethod
+    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+        weights, _ = plan.inference(plan.config_of(target), machine, 0, scalar_head=True)
+        return {"weights": weights}
+
+    def __init__(self, model, chat: Chat, templates: Templates):
+        super().__init__()
+        self.model, self.chat, self.filled, self.waiting = model, chat, templates, []
+
+    def submit(self, key, row, answer, seed):
+        self.pending += 1
+        self.asked += 1
+        ids = bt_ids(self.chat, self.filled, row, answer)
+        limit = self.model.config.max_position_embeddings
+        if len(ids) > limit:
+            self.failed += 1
+            error = f"{len(ids)} tokens, more than the {limit} of the model"
+            self.finish(key, None, error=error, failure="too long")
+        else:
+            self.waiting.append((key, ids))
+
+    def advance(self):
+        sizes = itertools.accumulate(len(ids) for _, ids in self.waiting)
+        n = max(1, sum(size <= self.tokens_per_batch for size in sizes))
+        batch = self.waiting[:n]
+        if batch:
+            rewards = scalar_rewards(self.model, [ids for _, ids in batch])
+            self.waiting = self.waiting[n:]
+            for (key, _), reward in zip(batch, rewards):
+                if math.isfinite(reward):
+                    self.finish(key, reward)
+                else:
+                    self.failed += 1
+                    self.finish(key, None, error=f"the model's reward is {reward}", failure="not a number")
+
+
+@torch.no_grad()
+def scalar_rewards(model, sequences: list[list[int]]) -> list[float]:
+    """Lists of ids -> the scalar head's value at the last token of each, one float a sequence."""
+    device = model.score.weight.device
+    context = Packed([len(ids) for ids in sequences], device)
+    input_ids = torch.tensor([i for ids in sequences for i in ids], device=device)  # [T]
+    last = context.cu_seqlens[1:].long() - 1
+    return model(input_ids, context.position_ids, context, index=last).tolist()
+
+
+# -- models behind a server --------------------------------------------------------------------------------------------
 
 
 class ServerJudge(Judge):
-    """A model behind an OpenAI-compatible server, asked by a pool of threads.
+    """A generative reward model behind a server (runtime/chat_client.py), asked by a pool of threads."""
 
-    The client waits and tries again on 408, 409, 429, 5xx, timeouts and lost connections. The key
-    in OPENAI_API_KEY is sent, if set. ValueError: nothing answers at the URL, or lacks the model.
-    """
+    template = "grm"
 
-    def __init__(self, url, templates, weights, attempts, temperature, max_new_tokens, concurrency):
+    @classmethod
+    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
+        return cls(ChatServer(target), cls.templates(target, settings), settings)
+
+    def __init__(self, server: ChatServer, templates: Templates, settings: JudgeSettings):
         super().__init__()
-        self.client, name = open_client(url)
-        self.templates, self.weights, self.attempts = templates, weights, attempts
-        self.model = served_model(self.client, name)
-        self.sampling = dict(temperature=temperature, max_tokens=max_new_tokens)
+        self.server, self.filled, self.settings = server, templates, settings
         self.todo, self.results = queue.Queue(), queue.Queue()
-        for _ in range(concurrency):  # daemons: a run that ends does not wait for them
+        for _ in range(settings.concurrency):  # daemons: a run that ends does not wait for them
             threading.Thread(target=self.work, daemon=True).start()
 
     def submit(self, key, row, answer, seed):
-        self.ask(key, grm_request(self.templates, row, answer), seed)
+        self.ask(key, grm_request(self.filled, row, answer), seed)
 
     def ask(self, key, request, seed):
         self.pending += 1
-        self.todo.put((key, without_control_tokens(request), seed))
+        self.todo.put((key, request, seed))
 
     def advance(self):
         try:
@@ -315,38 +485,45 @@ class ServerJudge(Judge):
                 result = (1, 1, failed_verdict(f"{type(error).__name__}: {error}", "request"))
             self.results.put((key, *result))
 
-    def judge(self, request, seed):
+    def judge(self, request: str, seed: int) -> tuple[int, int, dict]:
         """-> (judgements asked for, those that failed, what Judge.finish takes)."""
-        for attempt in range(1, self.attempts + 1):
+        attempts, temperature, last = self.settings.attempts, self.settings.temperature, None
+        for attempt in range(1, attempts + 1):
             try:
-                choice = self.complete(request, derive_seed(seed, attempt), **self.sampling)
+                choice = self.complete(request, derive_seed(seed, attempt), temperature, self.settings.max_new_tokens)
                 judgement = parse_judgement(text_of(choice))
             except Failure as failure:
-                if failure.kind == "request":  # the client's own retries are over, or would not help
-                    return attempt, attempt, failed_verdict(str(failure), "request")
-                reason, kind = str(failure), failure.kind
+                last = failure
+                if not failure.retry:
+                    return attempt, attempt, failed_verdict(str(failure), failure.kind)
                 continue
             if judgement is not None:
-                return attempt, attempt - 1, dict(reward=judgement.score(self.weights), judgement=judgement)
-            reason, kind = "none parsed", "unparsable"
-        return self.attempts, self.attempts, failed_verdict(f"{reason}, {self.attempts} judgements", kind)
+                score = judgement.score(self.settings.weights)
+                return attempt, attempt - 1, dict(reward=score, judgement=judgement)
+            last = Failure("none parsed", "unparsable", retry=True)
+        return attempts, attempts, failed_verdict(f"{last}, {attempts} judgements", last.kind)
 
-    def complete(self, request, seed, **sampling):
-        """One chat completion -> its first choice. Failure: none arrived, or not in a readable form."""
-        try:
-            response = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": request}], seed=seed % 2**31, **sampling
-            )
-        except openai.APIError as error:
-            raise Failure(f"{type(error).__name__}: {error}", "request") from error
-        except json.JSONDecodeError as error:
-            raise Failure(f"the reply is not JSON ({error})", "unparsable") from error
-        choices = getattr(response, "choices", None)
-        if not choices:
-            raise Failure("cut off or empty", "unparsable")
-        if choices[0].finish_reason == "content_filter" or getattr(choices[0].message, "refusal", None):
-            raise Failure("refused", "refused")
-        return choices[0]
+    def complete(self, request: str, seed: int, temperature: float, max_tokens: int, **more) -> dict:
+        """The first choice of a reply. Failure: none arrived, or the model refused."""
+        messages = [{"role": "user", "content": request}]
+        choice = self.server.complete(
+            messages, seed=seed % 2**31, temperature=temperature, max_tokens=max_tokens, **more
+        )
+        if choice.get("finish_reason") == "content_filter" or choice["message"].get("refusal"):
+            raise Failure("refused", "refused", retry=True)
+        return choice
+
+
+def text_of(choice: dict) -> str:
+    """The text of a completion that ended by itself. Failure: it did not, or there is none."""
+    content = choice["message"].get("content")
+    if choice.get("finish_reason") == "length" or not isinstance(content, str):
+        raise Failure("cut off or empty", "unparsable", retry=True)
+    return content
+
+
+def failed_verdict(error: str, failure: str) -> dict:
+    return dict(reward=None, error=error, failure=failure)
 
 
 class PairServerJudge(ServerJudge):
@@ -358,181 +535,215 @@ class PairServerJudge(ServerJudge):
     """
 
     writes_critiques = False
+    compares = True
+    template = "pair"
 
-    def __init__(self, *settings):
-        *settings, self.votes = settings
+    def __init__(self, server: ChatServer, templates: Templates, settings: JudgeSettings):
         self.top_logprobs = list(TOP_LOGPROBS)  # what has not been refused; none left: votes
-        super().__init__(*settings)
+        super().__init__(server, templates, settings)
 
     def submit(self, key, row, answers, seed):
-        self.ask(key, pair_request(self.templates, row, *answers), seed)
+        self.ask(key, pair_request(self.filled, row, *answers), seed)
 
-    def judge(self, request, seed):
-        asked, reason, kind = 0, "", ""
+    def judge(self, request: str, seed: int) -> tuple[int, int, dict]:
+        asked, last = 0, None
         # a copy: another thread may take out what its request was refused
-        while (numbers := list(self.top_logprobs)) and asked < self.attempts:
-            asked, number = asked + 1, numbers[0]
+        while (offered := list(self.top_logprobs)) and asked < self.settings.attempts:
+            asked, number = asked + 1, offered[0]
             try:
-                choice = self.complete(request, seed, temperature=0, max_tokens=1, logprobs=True, top_logprobs=number)
+                choice = self.complete(request, seed, 0, 1, logprobs=True, top_logprobs=number)
+                top = first_token(choice)
             except Failure as failure:
-                if "logprob" in str(failure).lower():  # this server gives none, or not as many
-                    asked -= 1
+                last = failure
+                if "logprob" in str(failure).lower() and failure.kind == "request" and not failure.retry:
+                    asked -= 1  # this server gives none, or not as many
                     if number in self.top_logprobs:  # not yet taken out by another thread
                         self.top_logprobs.remove(number)
-                    continue
-                reason, kind = str(failure), failure.kind
-                if kind == "request":
-                    return asked, asked, failed_verdict(reason, kind)
+                elif not failure.retry:
+                    return asked, asked, failed_verdict(str(failure), failure.kind)
                 continue
-            tokens = getattr(choice.logprobs, "content", None)
-            if tokens is None or tokens and not tokens[0].top_logprobs:
+            if top is None:
                 self.top_logprobs, asked = [], asked - 1
                 break
-            if not tokens:
-                return asked, asked, failed_verdict("an empty reply", "unparsable")
-            share = share_of_first([(t.token, t.logprob) for t in tokens[0].top_logprobs])
+            share = share_of_first(top)
             if share is not None:
                 return asked, asked - 1, dict(reward=share, method="logprobs")
-            error = f"neither name among the likely first tokens; it began with {tokens[0].token!r}"
+            error = f"neither name among the likely first tokens {[token for token, _ in top[:5]]}"
             return asked, asked, failed_verdict(error, "unparsable")  # at temperature 0 always so
         if self.top_logprobs:
-            return asked, asked, failed_verdict(f"{reason}, {asked} verdicts", kind)
+            return asked, asked, failed_verdict(f"{last}, {asked} verdicts", last.kind)
         return self.by_votes(request, seed)
 
-    def by_votes(self, request, seed):
+    def by_votes(self, request: str, seed: int) -> tuple[int, int, dict]:
         """The share of `votes` verdicts that parse, of at most `attempts` times as many asked for."""
-        temperature, places, asked = 0 if self.votes == 1 else 1, [], 0
-        reason, kind = "", ""
-        while len(places) < self.votes and asked < self.votes * self.attempts:
+        votes, places, asked, last = self.settings.votes, [], 0, None
+        temperature = 0 if votes == 1 else 1
+        while len(places) < votes and asked < votes * self.settings.attempts:
             asked += 1
             try:
-                choice = self.complete(
-                    request, derive_seed(seed, asked), temperature=temperature, max_tokens=self.sampling["max_tokens"]
-                )
+                choice = self.complete(request, derive_seed(seed, asked), temperature, self.settings.max_new_tokens)
                 place = parse_pair(text_of(choice))
             except Failure as failure:
-                reason, kind = str(failure), failure.kind
-                if kind == "request":
-                    return asked, asked - len(places), failed_verdict(reason, kind)
+                last = failure
+                if not failure.retry:
+                    return asked, asked - len(places), failed_verdict(str(failure), failure.kind)
                 continue
             if place is None:
-                reason, kind = "none of the two names", "unparsable"
+                last = Failure("none of the two names", "unparsable", retry=True)
             else:
                 places.append(place)
-        if len(places) < self.votes:
-            error = f"{reason}: {len(places)} verdicts of {asked} parsed, {self.votes} needed"
-            return asked, asked - len(places), failed_verdict(error, kind)
-        return asked, asked - len(places), dict(reward=places.count(0) / len(places), method="votes")
+        if len(places) < votes:
+            error = f"{last}: {len(places)} verdicts of {asked} parsed, {votes} needed"
+            return asked, asked - len(places), failed_verdict(error, last.kind)
+        return asked, asked - len(places), dict(reward=places.count(0) / votes, method="votes")
 
 
-def without_control_tokens(text):
-    """Most servers read control tokens in a message's text as such: their spelling is broken."""
-    return CONTROL_TOKEN.sub("< |", text)
+def first_token(choice: dict) -> list[tuple[str, float]] | None:
+    """(text, log-prob) of each alternative of a completion's first token; None: the server left them out.
 
-
-def failed_verdict(error, failure):
-    return dict(reward=None, error=error, failure=failure)
-
-
-def open_client(url):
-    """http(s)://HOST[/PATH][#MODEL] -> (client, model name or ""). The path defaults to /v1."""
-    base_url, _, name = url.partition("#")
-    if urlsplit(base_url).path in ("", "/"):
-        base_url = base_url.rstrip("/") + "/v1"
-    client = openai.OpenAI(  # timeout in seconds; six waits last about half a minute
-        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300, max_retries=6
-    )
-    return client, name
-
-
-def served_model(client, name):
-    """The name of the model to ask for: the given one, or the only one of the server."""
+    Failure: an empty completion, or log-probabilities in another form.
+    """
+    logprobs = choice.get("logprobs")
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if tokens is None:
+        return None
     try:
-        page = client.with_options(timeout=20, max_retries=2).models.list()
-        names = [model.id for model in page.data]
-    except openai.APIConnectionError as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"no server answers at {client.base_url} ({reason})") from error
-    except openai.APIStatusError as error:
-        if name and error.status_code in (404, 405):  # a server that does not list its models
-            return name
-        raise ValueError(f"{client.base_url}models answers {error}") from error
-    except (openai.APIError, json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{client.base_url} is no OpenAI-compatible server ({error!r})") from error
-    if name in names or not name and len(names) == 1:
-        return name or names[0]
-    raise ValueError(f"the server has the models {names[:10]}: name one of them, as in URL#MODEL")
+        if not tokens:
+            raise Failure("an empty reply", "unparsable", retry=False)
+        top = tokens[0].get("top_logprobs")
+        return [(str(t["token"]), float(t["logprob"])) for t in top] if top else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Failure(f"unreadable log-probabilities: {json.dumps(tokens)[:200]}", "request", retry=True) from error
 
 
-def text_of(choice):
-    """The text of a completion that ended by itself. Failure: it did not, or there is none."""
-    content = getattr(choice.message, "content", None)
-    if choice.finish_reason == "length" or not isinstance(content, str):
-        raise Failure("cut off or empty", "unparsable")
-    return content
+# -- functions of row and answer ---------------------------------------------------------------------------------------
 
 
-class BradleyTerryJudge(Judge):
-    """A scalar at the last token of prompt and answer, over packed sequences. No critique."""
+class FunctionJudge(Judge):
+    """FILE.py:FUNCTION: FUNCTION(row, answer) -> a number, a Judgement, or None (no judgement).
 
-    writes_critiques = False
-    tokens_per_batch = 16384  # of one poll
+    What the function may give is read off its return annotation where it has one: with `-> Judgement` it is known
+    to write critiques, with `-> float` not to. ValueError, which stops a run: the function raises, or gives what is no
+    finite number.
+    """
 
-    def __init__(self, model, chat, templates):
+    answers_per_poll = 16  # a slow function holds up neither sampling nor what is written down of its verdicts
+
+    @classmethod
+    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
+        function = load_function(target)
+        return cls(target, function, settings.weights, annotated_critiques(function))
+
+    @classmethod
+    def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
+        """The file's content; not that of what it imports."""
+        load_function(target)
+        file, name = FUNCTION_SPEC.fullmatch(target).groups()
+        return [file_digest(file), name]
+
+    @classmethod
+    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+        load_function(target)
+        return {}
+
+    def __init__(self, name: str, function: Callable, weights, writes_critiques: bool | None):
         super().__init__()
-        self.model, self.chat, self.templates, self.waiting = model, chat, templates, []
-
-    def submit(self, key, row, answer, seed):
-        self.pending += 1
-        self.asked += 1
-        ids = bt_ids(self.chat, self.templates, row, answer)
-        limit = self.model.config.max_position_embeddings
-        if len(ids) > limit:
-            self.failed += 1
-            error = f"{len(ids)} tokens, more than the {limit} of the model"
-            self.finish(key, None, error=error, failure="too long")
-        else:
-            self.waiting.append((key, ids))
-
-    def advance(self):
-        sizes = itertools.accumulate(len(ids) for _, ids in self.waiting)
-        n = max(1, sum(size <= self.tokens_per_batch for size in sizes))
-        batch = self.waiting[:n]
-        if batch:
-            rewards = scalar_rewards(self.model, [ids for _, ids in batch])
-            self.waiting = self.waiting[n:]
-            for (key, _), reward in zip(batch, rewards):
-                self.finish(key, reward)
-
-
-@torch.no_grad()
-def scalar_rewards(model, sequences):
-    """Lists of ids -> the scalar head's value at the last token of each, one float a sequence."""
-    device = model.score.weight.device
-    context = Packed([len(ids) for ids in sequences], device)
-    input_ids = torch.tensor([i for ids in sequences for i in ids], device=device)  # [T]
-    last = context.cu_seqlens[1:].long() - 1
-    return model(input_ids, context.position_ids, context, index=last).tolist()
-
-
-class WorldJudge(Judge):
-    """The exact judge of the generated world: a function of persona, question and answer."""
-
-    def __init__(self, weights):
-        super().__init__()
-        from data import persona_world
-
-        self.judge, self.weights = persona_world.judge, weights
-        self.waiting = collections.deque()
+        self.name, self.function, self.weights = name, function, weights
+        self.writes_critiques, self.waiting = writes_critiques, collections.deque()
 
     def submit(self, key, row, answer, seed):
         self.pending += 1
         self.waiting.append((key, row, answer))
 
     def advance(self):
-        while self.waiting:
+        for _ in range(min(len(self.waiting), self.answers_per_poll)):
             key, row, answer = self.waiting[0]
-            judgement = self.judge(row["persona"], row["question"], answer)
+            reward, judgement = self.judge(row, answer)
             self.waiting.popleft()
             self.asked += 1
-            self.finish(key, judgement.score(self.weights), judgement)
+            if reward is None:
+                self.failed += 1
+                self.finish(key, None, error=f"{self.name} gave None", failure="no judgement")
+            else:
+                self.finish(key, reward, judgement)
+
+    def judge(self, row: dict, answer: str) -> tuple[float | None, Judgement | None]:
+        where = f'{self.name}, prompt "{row["prompt_id"]}"'
+        try:
+            value = self.function(row, answer)
+        except Exception as error:  # whatever a function of the user's raises
+            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+        if value is None:
+            return None, None
+        if isinstance(value, Judgement):
+            scores = [getattr(value, name) for name in DIMENSIONS]
+            if not isinstance(value.critique, str) or any(type(s) is not int or not -5 <= s <= 5 for s in scores):
+                raise ValueError(f"{where}: it gave {value}, expected a text as critique and integers from -5 to 5")
+            return value.score(self.weights), value
+        try:
+            reward = float(value) if isinstance(value, numbers.Real) else math.nan
+        except OverflowError:
+            reward = math.inf
+        if not math.isfinite(reward):
+            kind = type(value).__name__
+            raise ValueError(f"{where}: it gave {kind} {value!r:.80}, expected a finite number, a Judgement or None")
+        return reward, None
+
+
+def load_function(target: str) -> Callable:
+    """FILE.py:FUNCTION -> the function. ValueError: there is none, or the file does not run."""
+    file, name = FUNCTION_SPEC.fullmatch(target).groups()
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: no such file")
+    module_name = f"judge_function_{file_digest(file)}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # where dataclasses look for the module of their class
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever a file of the user's raises
+            del sys.modules[module_name]
+            raise ValueError(f"{file} does not run: {type(error).__name__}: {error}") from error
+    function = getattr(sys.modules[module_name], name, None)
+    if not callable(function):
+        raise ValueError(f"{file} has no function {name}")
+    return function
+
+
+def annotated_critiques(function: Callable) -> bool | None:
+    """Whether a function's return annotation promises critiques: None where it has none or allows both."""
+    try:
+        annotation = typing.get_type_hints(function).get("return")
+    except (NameError, TypeError, AttributeError):  # names that exist for a type checker only; a callable object
+        return None
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = set(typing.get_args(annotation)) - {types.NoneType}
+    else:
+        kinds = {annotation}
+    if kinds == {Judgement}:
+        return True
+    return False if kinds and kinds <= {int, float, bool} else None
+
+
+class WorldJudge(FunctionJudge):
+    """The exact judge of the generated world: a function of persona, question and answer."""
+
+    @classmethod
+    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
+        from data import persona_world
+
+        def exact(row, answer):
+            return persona_world.judge(row["persona"], row["question"], answer)
+
+        return cls("world", exact, settings.weights, True)
+
+    @classmethod
+    def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
+        from data import persona_world
+
+        return [file_digest(persona_world.__file__)]
+
+    @classmethod
+    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+        return {}

@@ -9,67 +9,40 @@ asked for again, whenever the run was killed. `args` are those of evaluate.py.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import fcntl
 import glob
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 
-import openai
 import torch
 from tqdm import tqdm
 
-from data import persona_world
 from generate import Engine
-from judges import Failure, open_client, open_judge, served_model, without_control_tokens
+from judges import JudgeSettings, fingerprint, open_judge, parse_spec, weights_fingerprint
 from model import load_config, load_pretrained, resolve
-from prompts import DIMENSIONS, Chat
+from prompts import DIMENSIONS, Chat, Judgement
+from runtime.chat_client import ChatServer, Failure, is_url
 from runtime.distributed import all_gather, barrier, derive_seed, print0
 from runtime.rows import read_rows
 
 
-def draw_rows(args, kind="prompt"):
+def draw_rows(args, kind: str = "prompt") -> list[dict]:
     """`n_prompts` rows of the file, in its order."""
     rows = read_rows(args.prompts, kind)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     return [rows[i] for i in sorted(order[: args.n_prompts or len(rows)].tolist())]
 
 
-def is_url(spec):
-    return spec.removeprefix("pair:").startswith(("http://", "https://"))
-
-
-def with_name(spec):
-    """A server's URL with the name of its model, which digests need: asks the server where the URL has none."""
-    if not is_url(spec) or "#" in spec:
-        return spec
-    client, _ = open_client(spec.removeprefix("pair:"))
-    return f"{spec}#{served_model(client, '')}"
-
-
-def fingerprint(spec):
-    """What a model or judge consists of: new weights under an old name count as another. Of a server URL and name."""
-    if is_url(spec):
-        return spec
-    if spec == "world":
-        files = [persona_world.__file__]
-    else:
-        folder = resolve(spec.removeprefix("bt:").removeprefix("pair:"))
-        files = sorted(glob.glob(os.path.join(folder, "*.safetensors")))
-        if not files:
-            raise ValueError(f"{spec}: no *.safetensors there")
-    return [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-
-
-def digest(*parts):
+def digest(*parts) -> str:
     """Of everything that a row depends on; parts as JSON."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 class Journal:
-    """Rows as they were made, one a line, in OUT/journal/NAME.RANK.jsonl; a line is written at once or is torn.
+    """Rows as they were made, one a line, in OUT/journal/NAME.RANK.jsonl; a line is written whole or is torn.
 
     ValueError: another run is writing there, or a line in the middle is not JSON.
     """
@@ -78,7 +51,7 @@ class Journal:
         self.pattern = os.path.join(out, "journal", f"{name}.*.jsonl")
         self.path = self.pattern.replace("*", str(rank))
 
-    def rows(self):
+    def rows(self) -> dict[str, dict]:
         """{made_by: row} of all ranks, without a torn last line."""
         found = {}
         for path in sorted(glob.glob(self.pattern)):
@@ -106,12 +79,12 @@ class Journal:
             self.file.truncate(self.file.read().rfind(b"\n") + 1)  # without a torn last line
             yield
 
-    def append(self, row):
+    def append(self, row: dict) -> None:
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
 
 
-def made_once(name, stage, digests, make, args, ranks):
+def made_once(name: str, stage: str, digests: list[str], make: Callable, args, ranks) -> list[dict | None]:
     """Rows for `digests`, in order: what the journal holds, the rest from `make` on all ranks; None: not made.
 
     make(indices, record): this rank's indices into digests; calls record(index, row) for each that is done.
@@ -124,11 +97,11 @@ def made_once(name, stage, digests, make, args, ranks):
         if d not in seen:
             missing.append(i)
             seen.add(d)
-    n_there = len(set(digests)) - len(missing)
+    n_kept = len(set(digests)) - len(missing)
     if args.stage not in ("all", stage):
-        print0(f"{name}: {n_there} are there, {len(missing)} are not (--stage {args.stage} makes none)")
+        print0(f"{name}: {n_kept} kept, {len(missing)} missing (--stage {args.stage} makes none)")
         return [kept.get(d) for d in digests]
-    print0(f"{name}: {len(missing)} to make, {n_there} are there")
+    print0(f"{name}: {len(missing)} to make, {n_kept} kept")
     mine, made = missing[ranks.rank :: ranks.world_size], {}
     if mine:
         with journal.writing(), tqdm(total=len(mine), desc=name, disable=ranks.rank > 0) as bar:
@@ -146,15 +119,14 @@ def made_once(name, stage, digests, make, args, ranks):
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def replies(name, spec, requests, temperature, args, ranks):
+def replies(name: str, spec: str, requests: list[tuple], temperature: float, args, ranks) -> list[dict | None]:
     """A model's replies to (id, messages) requests -> [{"answer", "truncated"} or None], each made once.
 
     ValueError: a prompt that leaves no room for the reply.
     """
     settings = dict(temperature=temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
     if is_url(spec):
-        client, model = open_client(spec)
-        model = served_model(client, model) if args.stage in ("all", "answers") else model
+        server = ChatServer(spec, ask=args.stage in ("all", "answers"))
         inputs = [messages for _, messages in requests]
     else:
         chat, limit = Chat(spec), load_config(resolve(spec)).max_position_embeddings
@@ -165,8 +137,10 @@ def replies(name, spec, requests, temperature, args, ranks):
                     f'prompt "{prompt_id}" has {len(prompt)} tokens: with --max-new-tokens '
                     f"{args.max_new_tokens} that is over the {limit} positions of {spec}"
                 )
-    what = fingerprint(spec), settings, args.seed, None if is_url(spec) else str(ranks.dtype)
-    digests = [digest(prompt_id, ids, *what) for (prompt_id, _), ids in zip(requests, inputs)]
+    model_parts = (spec, None) if is_url(spec) else (weights_fingerprint(spec), str(ranks.dtype))
+    digests = [
+        digest(prompt_id, ids, *model_parts, settings, args.seed) for (prompt_id, _), ids in zip(requests, inputs)
+    ]
     seeds = [derive_seed(args.seed, prompt_id) for prompt_id, _ in requests]
 
     def by_engine(indices, record):
@@ -182,37 +156,33 @@ def replies(name, spec, requests, temperature, args, ranks):
 
     def by_server(indices, record):
         def ask(i):
-            messages = [m | {"content": without_control_tokens(m["content"])} for m in inputs[i]]
-            for _ in range(args.judge_attempts):  # the client itself tries again where nothing arrived
+            for _ in range(args.judge_attempts):
                 try:
-                    choice = client.chat.completions.create(
-                        model=model,
-                        messages=messages,
+                    choice = server.complete(
+                        inputs[i],
                         seed=seeds[i] % 2**31,
                         temperature=temperature,
                         top_p=args.top_p,
                         max_tokens=args.max_new_tokens,
-                    ).choices[0]
-                except (json.JSONDecodeError, IndexError, TypeError) as error:  # cut off, or without a choice
-                    reason = f"{type(error).__name__}: {error}"
-                    continue
-                text = choice.message.content or getattr(choice.message, "refusal", None)
-                if text is not None:
-                    return dict(answer=text, truncated=choice.finish_reason == "length")
-                reason = "no text"
-            raise Failure(f"{args.judge_attempts} replies could not be read ({reason})", "unparsable")
+                    )
+                    text = choice["message"].get("content") or choice["message"].get("refusal")
+                    if isinstance(text, str):
+                        return dict(answer=text, truncated=choice.get("finish_reason") == "length")
+                    last = Failure("a reply without text", "unparsable", retry=True)
+                except Failure as failure:
+                    if not failure.retry:
+                        raise
+                    last = failure
+            raise last
 
         with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
             futures = {pool.submit(ask, i): i for i in indices}
             for future in concurrent.futures.as_completed(futures):
                 try:
                     record(futures[future], future.result())
-                except (openai.APIError, Failure) as error:  # after all retries: not kept, asked again by the next run
-                    print(
-                        f'{name}: no answer to prompt "{requests[futures[future]][0]}": {type(error).__name__}: '
-                        f"{error}",
-                        file=sys.stderr,
-                    )
+                except Failure as failure:  # not kept, asked again by the next run
+                    prompt_id = requests[futures[future]][0]
+                    print(f'{name}: no answer to prompt "{prompt_id}": {failure}', file=sys.stderr)
 
     return made_once(name, "answers", digests, by_server if is_url(spec) else by_engine, args, ranks)
 
@@ -220,48 +190,50 @@ def replies(name, spec, requests, temperature, args, ranks):
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-def judge_of(args, templates, ranks):
-    return open_judge(
-        args.judge,
-        templates,
-        ranks,
+def judge_settings(args) -> JudgeSettings:
+    return JudgeSettings(
+        weights=args.score_weights,
         attempts=args.judge_attempts,
         temperature=args.judge_temperature,
-        max_batch=args.max_batch,
         max_new_tokens=args.max_judgement_length,
-        concurrency=args.concurrency,
         votes=args.judge_votes,
+        answer_template=args.answer_template,
+        grm_template=args.grm_template,
+        pair_template=args.pair_template,
+        max_batch=args.max_batch,
+        concurrency=args.concurrency,
     )
 
 
-def check_judge(args, templates, ranks):
+def check_judge(args, ranks) -> None:
     """An absent judge is found before any answer is sampled."""
-    fingerprint(args.judge)
-    if is_url(args.judge) and args.stage in ("all", "verdicts"):
-        judge_of(args, templates, ranks)
+    fingerprint(args.judge, judge_settings(args))
+    if is_url(parse_spec(args.judge)[1]) and args.stage in ("all", "verdicts"):
+        open_judge(args.judge, judge_settings(args), ranks)
 
 
-def verdicts_on(items, templates, args, ranks):
+def verdicts_on(items: list[tuple], args, ranks) -> list[dict]:
     """items: (prompt row, answer), or (prompt row, (first, second)) for a judge that compares -> verdict rows.
 
     A verdict row: reward (a score, or P(first is better); None: no verdict), the judgement's scores and critique,
     method, error, failure. Both sides get the judge's same random numbers for a prompt, so equal answers tie.
+    Scores are kept, not their weighted sum: other --score-weights ask nothing again.
     """
-    what = (
-        fingerprint(args.judge),
-        dataclasses.asdict(templates),
-        args.judge_temperature,
-        args.judge_attempts,
-        args.judge_votes,
-        args.max_judgement_length,
+    settings = judge_settings(args)
+    judge_parts = (
+        fingerprint(args.judge, settings),
+        settings.temperature,
+        settings.attempts,
+        settings.votes,
+        settings.max_new_tokens,
         args.seed,
         str(ranks.dtype),
     )
-    digests = [digest(row["prompt_id"], row["persona"], row["question"], answer, *what) for row, answer in items]
+    digests = [digest(row["prompt_id"], row["persona"], row["question"], answer, *judge_parts) for row, answer in items]
     failed = {}
 
     def make(indices, record):
-        judge = judge_of(args, templates, ranks)
+        judge = open_judge(args.judge, settings, ranks)
         for i in indices:
             row, answer = items[i]
             judge.submit(i, row, answer, derive_seed(args.seed, row["prompt_id"], "judge"))
@@ -278,4 +250,12 @@ def verdicts_on(items, templates, args, ranks):
     rows = made_once("verdicts", "verdicts", digests, make, args, ranks)
     failed = dict(all_gather(ranks, failed.items()))
     none = dict.fromkeys(("reward", *DIMENSIONS, "critique", "method")) | dict(error="not asked", failure="not asked")
-    return [row or failed.get(d, none) for row, d in zip(rows, digests)]
+    rows = [row or failed.get(d, none) for row, d in zip(rows, digests)]
+    return [row | {"reward": weighted(row, settings.weights)} for row in rows]
+
+
+def weighted(verdict: dict, weights) -> float | None:
+    """The reward of a verdict row: of a judgement its scores by these weights, else as the judge gave it."""
+    if verdict["critique"] is None:
+        return verdict["reward"]
+    return Judgement(verdict["critique"], *(verdict[name] for name in DIMENSIONS)).score(weights)

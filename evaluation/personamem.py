@@ -1,4 +1,4 @@
-"""PersonaMem (EVALUATION 9): which of four replies suits a person whose long history comes first.
+"""PersonaMem (docs/evaluation.md 9): which of four replies suits a person whose long history comes first.
 
 1. The history of a question is the conversation up to `end_index`; later messages are not seen. The question follows.
 2. By choice (the release's metric): the options stand below the question and the reply ends with a letter. Right if the
@@ -15,15 +15,18 @@ where it does not stand before a word, as the English article does.
 import dataclasses
 import os
 import re
+import sys
 
 import numpy as np
 import torch
 
 from evaluation import tables, winrate
-from evaluation.journal import digest, draw_rows, fingerprint, is_url, made_once, replies
+from evaluation.journal import digest, draw_rows, made_once, replies
+from judges import weights_fingerprint
 from model import load_pretrained
-from prompts import Chat
+from prompts import Chat, without_reasoning
 from runtime import packing
+from runtime.chat_client import is_url
 from runtime.rows import read_rows, write_rows, write_text
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
@@ -35,7 +38,7 @@ SINGLE = re.compile(r"\b([a-dA-D])\b(?!['’]|\s+[a-z])")  # not the article of 
 FIELDS = {"question_type": str, "options": list, "correct": str, "context_id": str, "end_index": int}
 
 
-def read_questions(args):
+def read_questions(args) -> tuple[list[dict], dict[str, list[dict]]]:
     """-> (question rows, {context_id: messages}). ValueError: file, line and field of what is no such row."""
     rows = draw_rows(args)
     for row in rows:
@@ -50,7 +53,10 @@ def read_questions(args):
                 f'{args.prompts}: prompt "{row["prompt_id"]}": expected 4 options and one of a to d as correct'
             )
     file = args.prompts.removesuffix(".jsonl") + "_contexts.jsonl"
-    contexts = {row["context_id"]: row["messages"] for row in read_rows(file, "messages")}
+    contexts = {}
+    for number, row in enumerate(read_rows(file, "messages"), 1):
+        if contexts.setdefault(row.get("context_id"), row["messages"]) is not row["messages"]:
+            raise ValueError(f'{file}:{number}: a second context "{row["context_id"]}"')
     for row in rows:
         if len(contexts.get(row["context_id"], ())) < row["end_index"]:
             raise ValueError(
@@ -60,18 +66,19 @@ def read_questions(args):
     return rows, contexts
 
 
-def history_of(row, contexts):
+def history_of(row: dict, contexts: dict[str, list[dict]]) -> list[dict]:
     return contexts[row["context_id"]][: row["end_index"]]
 
 
-def letters_in(text):
+def letters_in(text: str) -> set[str]:
     """The option letters that a text names: those in brackets, or else single ones."""
     found = BRACKETED.findall(text) or SINGLE.findall(text)
     return {letter.lower() for letter in found}
 
 
-def is_right(reply, correct):
+def is_right(reply: str, correct: str) -> float | None:
     """1.0 right, 0.0 wrong, None: names no letter at all (which counts as wrong)."""
+    reply = without_reasoning(reply)
     final = letters_in(reply.rpartition(MARK)[2]) if MARK in reply else set()
     if final == {correct}:
         return 1.0
@@ -80,20 +87,20 @@ def is_right(reply, correct):
 
 
 @torch.no_grad()
-def option_logprobs(model, prompt_ids, options, device):
+def option_logprobs(model, prompt_ids: list[int], options: list[list[int]], device) -> tuple[torch.Tensor, ...]:
     """Log-probs of each option's tokens after the prompt, which is computed once: lists of ids -> fp32 tensors."""
     batch = packing.pack_shared([prompt_ids] * len(options), options, [[True] * len(ids) for ids in options], device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     return logprobs.float().cpu().split(batch.counts)
 
 
-def likelihoods(rows, contexts, args, ranks):
+def likelihoods(rows: list[dict], contexts: dict[str, list[dict]], args, ranks) -> list[dict | None]:
     """-> per row {"sums": [4], "means": [4]} of the options' log-probs, or None where it was not made."""
     chat = Chat(args.model)
     asked = [{"role": "user", "content": row["question"]} for row in rows]
     prompts = [chat.messages([*history_of(row, contexts), question]) for row, question in zip(rows, asked)]
     options = [[chat.encode(text) for text in row["options"]] for row in rows]
-    digests = [digest(p, o, fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
+    digests = [digest(p, o, weights_fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
 
     def make(indices, record):
         model = load_pretrained(args.model, ranks.dtype, ranks.device)
@@ -105,12 +112,15 @@ def likelihoods(rows, contexts, args, ranks):
                     f"{limit} positions of {args.model}"
                 )
             found = option_logprobs(model, prompts[i], options[i], ranks.device)
+            if not all(x.isfinite().all() for x in found):  # else the largest of four would be what is not a number
+                print(f'likelihoods: not finite at prompt "{rows[i]["prompt_id"]}"', file=sys.stderr)
+                continue
             record(i, dict(sums=[x.sum().item() for x in found], means=[x.mean().item() for x in found]))
 
     return made_once("likelihoods", "answers", digests, make, args, ranks)
 
 
-def by_type(rows, right, seed):
+def by_type(rows: list[dict], right: np.ndarray, seed: int) -> dict[str, dict]:
     """right: 1, 0 or NaN (not answered) [n] -> {question type or "total": accuracy in [0, 1], low, high, n}."""
     types, persons = [row["question_type"] for row in rows], tables.persons_of(rows)
     found = {}
@@ -125,7 +135,7 @@ def by_type(rows, right, seed):
     return found
 
 
-def evaluate(args, templates, ranks):
+def evaluate(args, ranks) -> None:
     """--task personamem of evaluate.py."""
     rows, contexts = read_questions(args)
     requests = []
@@ -161,12 +171,12 @@ def evaluate(args, templates, ranks):
         ],
     )
     tables.write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
-    text = markdown(results, list(measures))
+    text = choices_markdown(results, list(measures))
     write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (choices.jsonl, results.json, table.md)")
 
 
-def markdown(results, measures):
+def choices_markdown(results: dict, measures: list[str]) -> str:
     row = tables.markdown_row
     lines = [
         row("question type", *(f"accuracy %, {m}" for m in measures), "n", "not answered"),

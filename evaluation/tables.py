@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,11 +36,11 @@ LEADERBOARD = (
 )
 
 
-def write_json(path, value):
+def write_json(path: str, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_annotations(path):
+def read_annotations(path: str) -> list[dict]:
     """Rows of an annotation file. ValueError: not a JSON list of them, two models in one file, a wrong field."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -60,6 +61,10 @@ def read_annotations(path):
         if isinstance(preference, bool) or not isinstance(preference, (int, float, type(None))):
             found = json.dumps(preference)[:80]
             raise ValueError(f'{path}, entry {i}: field "preference" is {found}, expected 1 to 2, 0 or null')
+        for field in ("prompt_id", "user_id", "group", "annotator", "method", "failure"):
+            if isinstance(row.get(field), (dict, list)):
+                found = json.dumps(row[field])[:80]
+                raise ValueError(f'{path}, entry {i}: field "{field}" is {found}, expected a text or a number')
     for field in ("generator_1", "generator_2"):
         names = sorted({row[field] for row in rows})
         if len(names) > 1:
@@ -67,24 +72,24 @@ def read_annotations(path):
     return rows
 
 
-def verdicts_of(annotations):
+def verdicts_of_annotations(annotations: list[dict]) -> np.ndarray:
     """fp64 [n] in [0, 1], NaN without a verdict."""
-    return winrate.verdicts_of([row["preference"] for row in annotations])
+    return winrate.verdicts_from_preferences([row["preference"] for row in annotations])
 
 
-def persons_of(annotations):
+def persons_of(annotations: list[dict]) -> list | None:
     """Labels for intervals that draw a person's rows together; None where rows do not say whose they are."""
     persons = [row.get("user_id") for row in annotations]
     return None if None in persons else persons
 
 
-def in_order(groups):
+def in_order(groups: Iterable[str]) -> list[str]:
     """Distinct labels by kind, then from easy to hard."""
     tiers = {"easy": "1", "mid": "2", "hard": "3"}
     return sorted(set(groups), key=lambda label: [tiers.get(word, word) for word in label.split()])
 
 
-def mean_and_error(values):
+def mean_and_error(values: Iterable[float | None]) -> dict[str, float | None]:
     """{"mean", "standard_error"} of the values that are not None; None where those are too few."""
     values = [v for v in values if v is not None]
     error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
@@ -94,7 +99,7 @@ def mean_and_error(values):
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def share_won(verdicts, seed, persons=None):
+def share_won(verdicts: np.ndarray, seed: int, persons: list | None = None) -> dict:
     """Shares in [0, 1] with a 95 % bootstrap interval. Rows without a verdict are left out and counted."""
     low, high = winrate.bootstrap_mean(verdicts, seed, persons)
     y = verdicts[~np.isnan(verdicts)]
@@ -109,9 +114,9 @@ def share_won(verdicts, seed, persons=None):
     )
 
 
-def compare(annotations, seed, gamed=None, draws=1000):
+def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws: int = 1000) -> dict:
     """The numbers of one comparison, as results.json holds them. draws: of the length-controlled rate's bootstrap."""
-    verdicts, persons = verdicts_of(annotations), persons_of(annotations)
+    verdicts, persons = verdicts_of_annotations(annotations), persons_of(annotations)
     lengths = [len(row["output_2"]) for row in annotations], [len(row["output_1"]) for row in annotations]
     same = annotations[0]["generator_1"] == annotations[0]["generator_2"]
     controlled = {}
@@ -151,7 +156,7 @@ def compare(annotations, seed, gamed=None, draws=1000):
     )
 
 
-def leaderboard_row(annotations, verdicts, controlled):
+def leaderboard_row(annotations: list[dict], verdicts: np.ndarray, controlled: dict[str, dict]) -> dict:
     """AlpacaEval's columns. The length-controlled rate is v1's where there is one, as upstream's."""
     variant = controlled.get("v1") or controlled["minimal"]
     rates = {name: variant[name] for name in ("length_controlled_winrate", "lc_standard_error")}
@@ -159,7 +164,7 @@ def leaderboard_row(annotations, verdicts, controlled):
     return winrate.plain(verdicts) | rates | dict(mode="community", avg_length=average)
 
 
-def position_bias(shown, seed):
+def position_bias(shown: list[dict | None], seed: int) -> dict | None:
     """What the order of showing does. shown: per row {"baseline_first": P(model), "model_first": P(model)} or None.
 
     first_place: mean preference for whichever answer was shown first, 0.5 without a bias; agree: share of the rows
@@ -174,35 +179,48 @@ def position_bias(shown, seed):
     return dict(first_place=float(first.mean()), low=low, high=high, agree=float(agree), rows=len(both))
 
 
-def key_of(row):
-    return row.get("prompt_id") or row["instruction"]
+def matched(first: list[dict], second: list[dict], fields: tuple[str, ...], paths: tuple[str, str]) -> list[tuple]:
+    """Rows of two annotation files with equal `fields`, and equal prompt_id where all rows have one -> pairs of rows.
+
+    ValueError: two rows of one file are equal in these, so that one would count twice or the last of them win.
+    """
+    if all(row.get("prompt_id") is not None for row in [*first, *second]):
+        fields = ("prompt_id", *fields)
+    entries = []  # by file: {key: its place}
+    for path, rows in zip(paths, (first, second)):
+        places = {}
+        for i, row in enumerate(rows):
+            place = places.setdefault(tuple(row[field] for field in fields), i)
+            if place != i:
+                raise ValueError(
+                    f"{path}, entry {i}: entry {place} has the same {', '.join(fields)}; a comparison of files needs "
+                    "each once"
+                )
+        entries.append(places)
+    return [(first[i], second[entries[1][key]]) for key, i in entries[0].items() if key in entries[1]]
 
 
-def paired(first, second, seed):
-    """Two models (annotations each) on the same questions against the same answers -> names, winrate.paired_test."""
-    index = {key_of(row): i for i, row in enumerate(second)}
-    both = [(row, second[index[key_of(row)]]) for row in first if key_of(row) in index]
+def paired(first: list[dict], second: list[dict], seed: int, paths: tuple[str, str]) -> dict:
+    """Two models (annotations each, paths: of their files) on the same questions against the same answers
+    -> names, winrate.paired_test.
+    """
+    both = matched(first, second, ("instruction",), paths)
     if any(a["output_1"] != b["output_1"] for a, b in both):
         raise ValueError(
             f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different "
             "answers of a baseline: a paired test would mean nothing"
         )
-    a, b = (verdicts_of(rows) for rows in zip(*both)) if both else (np.array([]), np.array([]))
+    a, b = (verdicts_of_annotations(rows) for rows in zip(*both)) if both else (np.array([]), np.array([]))
     result = winrate.paired_test(a, b, seed, persons_of([row for row, _ in both]))
     return dict(first=first[0]["generator_2"], second=second[0]["generator_2"], **result)
 
 
-def agreement(annotations, labels):
+def judge_kappa(annotations: list[dict], labels: list[dict], paths: tuple[str, str]) -> dict | None:
     """Cohen's kappa of two judges (or a judge and people) over the pairs of answers in both files; None without any."""
-
-    def pair(row):
-        return row["instruction"], row["output_1"], row["output_2"]
-
-    theirs = {pair(row): row for row in labels}
-    both = [(row, theirs[pair(row)]) for row in annotations if pair(row) in theirs]
+    both = matched(annotations, labels, ("instruction", "output_1", "output_2"), paths)
     if not both:
         return None
-    a, b = (verdicts_of(rows) for rows in zip(*both))
+    a, b = (verdicts_of_annotations(rows) for rows in zip(*both))
     return dict(
         first=annotations[0].get("annotator"),
         second=labels[0].get("annotator"),
@@ -213,7 +231,7 @@ def agreement(annotations, labels):
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def leaderboard_csv(comparisons):
+def leaderboard_csv(comparisons: list[dict]) -> str:
     """One row a model, by falling length-controlled win rate; the first column, without a name, is the model."""
     rows = [(c["generators"]["model"], c["leaderboard"]) for c in comparisons]
     rows.sort(key=lambda row: -(row[1]["length_controlled_winrate"] or 0))
@@ -225,17 +243,17 @@ def leaderboard_csv(comparisons):
     return text.getvalue()
 
 
-def interval_text(value, low, high, scale=1.0):
+def interval_text(value: float | None, low: float | None, high: float | None, scale: float = 1.0) -> str:
     if value is None:
         return "-"
     return f"{scale * value:.1f}" + ("" if low is None else f" ({scale * low:.1f} to {scale * high:.1f})")
 
 
-def markdown_row(*cells):
+def markdown_row(*cells) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def markdown(comparisons, tests=(), kappas=()):
+def comparison_markdown(comparisons: list[dict], tests: Sequence[dict] = (), kappas: Sequence[dict] = ()) -> str:
     """The tables of a paper: win rates with 95 % intervals, by group, paired tests, kappas, remarks."""
     variants = [v for v in winrate.VARIANTS if any(v in c["length_controlled"] for c in comparisons)]
     lines = [
@@ -325,7 +343,7 @@ def markdown(comparisons, tests=(), kappas=()):
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
 
 
-def remarks(c):
+def remarks(c: dict) -> list[str]:
     """What a reader of the numbers has to know: notes on the fits, the judge's bias, what is missing."""
     name, lines = c["generators"]["model"], []
     for variant, lc in c["length_controlled"].items():
@@ -354,7 +372,7 @@ def remarks(c):
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind readers too
 
 
-def new_plot(size):
+def new_plot(size: tuple[float, float]):
     """size: inches -> (figure, axis)."""
     figure = Figure(figsize=size)
     axis = figure.subplots()
@@ -362,12 +380,12 @@ def new_plot(size):
     return figure, axis
 
 
-def save_plot(figure, folder, name):
+def save_plot(figure: Figure, folder: str, name: str) -> None:
     for kind in ("png", "svg"):
         figure.savefig(os.path.join(folder, f"{name}.{kind}"), dpi=150, bbox_inches="tight")
 
 
-def plot_win_rates(comparisons, folder):
+def plot_win_rates(comparisons: list[dict], folder: str) -> None:
     """One line a model and group, with 95 % intervals; the length-controlled rate in a second colour."""
     lines = []  # (label, value, low, high, colour), in percent
     for c in comparisons:
@@ -404,11 +422,11 @@ def plot_win_rates(comparisons, folder):
     save_plot(figure, folder, "win_rates")
 
 
-def plot_lengths(comparisons, annotations, folder):
+def plot_lengths(comparisons: list[dict], annotations: list[list[dict]], folder: str) -> None:
     """Mean verdict by how much longer the model's answer is: eight bins of equally many rows, with standard errors."""
     figure, axis = new_plot((6.5, 3.8))
     for c, rows, color in zip(comparisons, annotations, COLORS * len(comparisons)):
-        verdicts = verdicts_of(rows)
+        verdicts = verdicts_of_annotations(rows)
         gap = np.array([len(row["output_2"]) - len(row["output_1"]) for row in rows])
         judged = np.flatnonzero(~np.isnan(verdicts))
         order = judged[np.argsort(gap[judged], kind="stable")]
@@ -425,7 +443,7 @@ def plot_lengths(comparisons, annotations, folder):
     save_plot(figure, folder, "lengths")
 
 
-def plot_scores(sides, folder):
+def plot_scores(sides: dict[str, dict], folder: str) -> None:
     """Mean score by dimension with standard errors. sides: {name: {dimension: mean_and_error}}; may lack scores."""
     sides = {name: scores for name, scores in sides.items() if all(scores[d]["mean"] is not None for d in DIMENSIONS)}
     if not sides:
@@ -451,12 +469,19 @@ def plot_scores(sides, folder):
     save_plot(figure, folder, "scores")
 
 
-def write_tables(out, comparisons, annotations, tests=(), kappas=(), sides=None):
+def write_tables(
+    out: str,
+    comparisons: list[dict],
+    annotations: list[list[dict]],
+    tests: Sequence[dict] = (),
+    kappas: Sequence[dict] = (),
+    sides: dict[str, dict] | None = None,
+) -> str:
     """leaderboard.csv, table.md, plots/*.png and *.svg of some comparisons -> the Markdown."""
     folder = os.path.join(out, "plots")
     os.makedirs(folder, exist_ok=True)
     write_text(os.path.join(out, "leaderboard.csv"), leaderboard_csv(comparisons))
-    text = markdown(comparisons, tests, kappas)
+    text = comparison_markdown(comparisons, tests, kappas)
     write_text(os.path.join(out, "table.md"), text)
     plot_win_rates(comparisons, folder)
     plot_lengths(comparisons, annotations, folder)

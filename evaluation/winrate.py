@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pandas
@@ -29,7 +30,7 @@ ALPACA_ROWS = 805
 VARIANTS = ("minimal", "v1")
 
 
-def verdicts_of(preferences):
+def verdicts_from_preferences(preferences: list) -> np.ndarray:
     """AlpacaEval's preferences (1 baseline, 2 model, 0 or 1.5 draw, None) -> verdicts fp64 [n], NaN without one."""
     values = np.array([np.nan if p is None else float(p) for p in preferences], dtype=np.float64)
     values[values == 0] = 1.5
@@ -38,7 +39,7 @@ def verdicts_of(preferences):
     return values - 1
 
 
-def plain(verdicts):
+def plain(verdicts: np.ndarray) -> dict:
     """The win rate and its counts, by AlpacaEval's names. None where there are too few verdicts."""
     y = verdicts[~np.isnan(verdicts)]
     draws, wins, losses = int((y == 0.5).sum()), int((y > 0.5).sum()), int((y < 0.5).sum())
@@ -56,7 +57,7 @@ def plain(verdicts):
 # -- length control ----------------------------------------------------------------------------------------------------
 
 
-def length_feature(model_lengths, baseline_lengths):
+def length_feature(model_lengths: Sequence[int], baseline_lengths: Sequence[int]) -> np.ndarray | None:
     """tanh of the standardized, not centred, baseline length minus model length (characters), fp64 [n].
 
     Over all rows, those without a verdict too. None where all differences are equal to 0: nothing to control for.
@@ -94,7 +95,7 @@ def _without_solver_output():
         os.close(nowhere)
 
 
-def sigmoid(z):
+def sigmoid(z: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -z))
 
 
@@ -103,7 +104,7 @@ def _log_likelihood(x, y, weight, coefficients):
     return np.mean(weight * (y * np.log(p) + (1 - y) * np.log(1 - p)))
 
 
-def choose_penalty(x, y, weight):
+def choose_penalty(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
     """The C with the greatest mean held-out log-likelihood over five folds; of equals the smallest."""
     fold = (len(y) - 1 - np.arange(len(y))) % FOLDS
     scores = np.zeros((FOLDS, len(PENALTIES)))
@@ -132,7 +133,7 @@ def _fit_unpenalized(x, y, weight):
     return None
 
 
-def read_gamed(path):
+def read_gamed(path: str) -> dict[str, np.ndarray]:
     """AlpacaEval's df_gamed.csv (data set tatsu-lab/alpaca_eval) -> rows of v1's regularization.
 
     path: the file, or the data set's hub name. -> {"x": length feature and difficulty [1610, 2], "y": [1610],
@@ -182,7 +183,14 @@ def _design(verdicts, model_lengths, baseline_lengths, gamed, rows):
     return train, y, weight, test
 
 
-def length_controlled(verdicts, model_lengths, baseline_lengths, variant="minimal", gamed=None, same=False):
+def length_controlled(
+    verdicts: np.ndarray,
+    model_lengths: Sequence[int],
+    baseline_lengths: Sequence[int],
+    variant: str = "minimal",
+    gamed: dict[str, np.ndarray] | None = None,
+    same: bool = False,
+) -> dict:
     """AlpacaEval's length-controlled win rate, `length_controlled_minimal` or `_v1` (needs gamed: read_gamed).
 
     verdicts [n]; lengths in characters; same: the model is the baseline itself, 50 by construction.
@@ -273,7 +281,9 @@ def _clusters(groups, n):
     return [np.array(rows) for rows in members.values()]
 
 
-def bootstrap_mean(values, seed, groups=None, draws=10_000):
+def bootstrap_mean(
+    values: np.ndarray, seed: int, groups: list | None = None, draws: int = 10_000
+) -> tuple[float | None, float | None]:
     """95 % percentile interval of the mean of `values` (NaN left out) -> (low, high), or (None, None) without values.
 
     groups: labels of rows that are drawn together, such as the person that several rows belong to.
@@ -294,8 +304,15 @@ def bootstrap_mean(values, seed, groups=None, draws=10_000):
 
 
 def bootstrap_length_controlled(
-    verdicts, model_lengths, baseline_lengths, result, seed, gamed=None, groups=None, draws=1000
-):
+    verdicts: np.ndarray,
+    model_lengths: Sequence[int],
+    baseline_lengths: Sequence[int],
+    result: dict,
+    seed: int,
+    gamed: dict[str, np.ndarray] | None = None,
+    groups: list | None = None,
+    draws: int = 1000,
+) -> tuple[float | None, float | None]:
     """95 % interval of a length-controlled win rate: rows (or groups) drawn again, lengths standardized and the model
     fitted again each time, at the C of `result`: cross-validation over rows that were drawn twice would see its own
     training rows. -> (low, high), or (None, None) where `result` has no fit or sees one class only.
@@ -320,7 +337,9 @@ def bootstrap_length_controlled(
     return float(low), float(high)
 
 
-def paired_test(first, second, seed, groups=None, draws=10_000):
+def paired_test(
+    first: np.ndarray, second: np.ndarray, seed: int, groups: list | None = None, draws: int = 10_000
+) -> dict:
     """Two models on the same prompts: verdicts [n] each (or any scores), NaN where missing.
 
     -> dict: difference (mean of first - second), low and high (95 %, bootstrap), p_permutation (two-sided, the signs of
@@ -357,7 +376,7 @@ def paired_test(first, second, seed, groups=None, draws=10_000):
     )  # the observed signs are one of the draws
 
 
-def sign_test(better, worse):
+def sign_test(better: int, worse: int) -> float:
     """Two-sided exact p-value of so uneven a split or a more uneven one, ties left out, under even odds."""
     n, few = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)
@@ -366,8 +385,8 @@ def sign_test(better, worse):
 # -- agreement ---------------------------------------------------------------------------------------------------------
 
 
-def cohens_kappa(first, second):
-    """Agreement of two raters over win / draw / loss beyond chance (EVALUATION 6). verdicts [n] each.
+def cohens_kappa(first: np.ndarray, second: np.ndarray) -> dict:
+    """Agreement of two raters over win / draw / loss beyond chance (docs/evaluation.md 6). verdicts [n] each.
 
     Soft verdicts are rounded, exactly 0.5 is a draw. -> dict: kappa (None where both raters are constant: undefined),
     agreement (share), n, left_out (rows that either lacks).

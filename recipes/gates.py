@@ -22,7 +22,7 @@ from data.persona_world import claims
 from data.persona_world import judge as exact
 from diagnostics import agreement
 from generate import Engine
-from judges import open_judge, verdicts_of
+from judges import JudgeSettings, ask_all, open_judge
 from model import load_pretrained
 from prompts import DIMENSIONS, Chat, Judgement, answer_prompt, load_templates
 from runtime.distributed import start
@@ -63,10 +63,10 @@ def mentions_right(args, templates, ranks):
     return sum(right) / len(right) if right else None
 
 
-def judge_agreement(args, templates, ranks):
+def judge_agreement(args, ranks):
     """-> {gate: value}, None where it does not exist."""
     rows = read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
-    judge = open_judge(args.grm, templates, ranks, attempts=1, temperature=0.0, max_new_tokens=96)
+    judge = open_judge(args.grm, JudgeSettings(attempts=1, temperature=0.0, max_new_tokens=96), ranks)
     found = judgements_of(judge, rows)
     labels = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
     result = agreement(labels, found)
@@ -88,13 +88,13 @@ def judge_agreement(args, templates, ranks):
 
 def judgements_of(judge, rows):
     """-> Judgement, or None where it did not parse, of each row's answer."""
-    return [verdict.judgement for verdict in verdicts_of(judge, [(row, row["answer"], 0) for row in rows])]
+    return [verdict.judgement for verdict in ask_all(judge, [(row, row["answer"], 0) for row in rows])]
 
 
 def main(args):
     ranks = start("auto")
     templates = load_templates(f"{args.world}/tokenizer")
-    found = dict(mentions_right=mentions_right(args, templates, ranks), **judge_agreement(args, templates, ranks))
+    found = dict(mentions_right=mentions_right(args, templates, ranks), **judge_agreement(args, ranks))
     missed = []
     for name, (kind, limit) in GATES.items():
         value = found[name]

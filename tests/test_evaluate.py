@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judges import pair_server, server  # noqa: F401
+from test_judges import REFUSALS, pair_server, server  # noqa: F401
 from test_serve import Running
 from test_winrate import annotations as made_annotations
 from test_winrate import gamed_file
@@ -22,6 +22,7 @@ import evaluate
 from data import persona_world
 from evaluation import journal, tables
 from model import load_config, save_pretrained
+from prompts import judgement_text
 
 
 def run(*flags):
@@ -285,6 +286,66 @@ def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monke
     )
     run(*flags, "--n-prompts", 6, "--temperature", 0.5)
     assert counts()[:2] == [6, 0]
+
+
+RULE = "def longer(row, answer):\n    return {}len(answer)\n"
+
+
+def test_a_function_of_your_own_judges(world, tmp_path, capsys):
+    """Its rule is part of what a verdict depends on: the opposite rule finds no old verdicts."""
+    flags = ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--out", tmp_path / "out"]
+    flags += ["--baseline-answers", world / "bad.jsonl", "--judge", f"{tmp_path}/rule.py:longer"]
+    flags += ["--bootstrap-draws", 5]
+    rates = []
+    for sign in ("", "-"):
+        (tmp_path / "rule.py").write_text(RULE.format(sign))
+        results, answers, _ = run(*flags)
+        longer = [len(a["answer"]) > len(b["answer"]) for a, b in zip(answers["model"], answers["baseline"])]
+        rates.append(results["win_rate"]["win_rate"])
+        assert "verdicts: 12 to make, 0 kept" in capsys.readouterr().out
+    assert rates == [pytest.approx(np.mean(longer)), pytest.approx(1 - np.mean(longer))]
+    (tmp_path / "rule.py").write_text("def longer(row, answer):\n    raise KeyError(row['prompt_id'])\n")
+    error = error_of(evaluate, capsys, *flags)
+    assert "rule.py:longer, prompt" in error and "KeyError" in error
+    for task in ("persona-swap", "reward-accuracy"):
+        (tmp_path / "rule.py").write_text(RULE.format(""))
+        prompts = world_pairs(tmp_path)[0] if task == "reward-accuracy" else world / "prompts.jsonl"
+        args = ["--task", task, "--prompts", prompts, *flags[2:4], "--judge", f"{tmp_path}/rule.py:longer"]
+        args += ["--out", tmp_path / task]
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(a) for a in args]))
+        assert (tmp_path / task / "results.json").exists()
+
+
+def test_other_score_weights_ask_nothing_again(world, tmp_path, capsys):
+    flags = ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--out", tmp_path]
+    flags += ["--baseline-answers", world / "bad.jsonl", "--judge", "world", "--bootstrap-draws", 5]
+    run(*flags)
+    capsys.readouterr()
+    results, _, _ = run(*flags, "--score-weights", 0, 0, 1)
+    assert "verdicts: 0 to make, 12 kept" in capsys.readouterr().out
+    assert results["model"]["reward"] == results["model"]["naturalness"]
+
+
+def test_each_side_answers_under_its_own_template(tiny, world, tmp_path, monkeypatch):
+    asked = {}
+
+    def no_replies(name, spec, requests, *settings):
+        asked[name] = [messages[0]["content"] for _, messages in requests]
+        return [{"answer": "Tea.", "truncated": False}] * len(requests)
+
+    monkeypatch.setattr(evaluate, "replies", no_replies)
+    vocab_size = load_config(str(tiny / "checkpoint")).vocab_size
+    for side in ("model", "baseline"):
+        model = random_model(tiny_config(vocab_size=vocab_size))
+        template = {"answer": side + " {persona} {question}"}
+        save_pretrained(model, str(tmp_path / side), str(tiny / "tokenizer"), templates=template)
+    flags = ["--prompts", world / "prompts.jsonl", "--judge", "world", "--out", tmp_path / "out"]
+    flags += ["--model", tmp_path / "model", "--baseline", tmp_path / "baseline"]
+    run(*flags)
+    assert all(text.startswith("model ") for text in asked["answers_model"])
+    assert all(text.startswith("baseline ") for text in asked["answers_baseline"])
+    run(*flags, "--answer-template", tiny / "answer.txt")
+    assert all(text.startswith("Profile:") for texts in asked.values() for text in texts)
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -587,6 +648,36 @@ def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):
     assert f'no answer to prompt "{prompts[5]["prompt_id"]}": BadRequestError' in error
 
 
+def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path, server, capfd):
+    """Of answers and of verdicts: neither an answer nor a verdict for good, and the server's words are shown."""
+    prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    for i, prompt in enumerate(prompts):
+        prompt["question"] = f"question {i}"
+    server.faults = {"question 0": ["credits"], "question 1": ["page"], "question 2": ["no object", "deep"]}
+    server.refuses = REFUSALS
+    (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--answer-template", tmp_path / "answer.txt"]
+    flags += ["--baseline-answers", write(tmp_path / "base.jsonl", [p | {"answer": "x"} for p in prompts])]
+    flags += ["--concurrency", 1, "--bootstrap-draws", 5, "--out", tmp_path / "out"]
+    answers_only = ["--model", server.url, "--judge", "world", "--stage", "answers"]
+    for expected in (4, 6):
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, *answers_only]]))
+        assert len((tmp_path / "out/answers_model.jsonl").read_text().splitlines()) == expected
+    error = capfd.readouterr().err
+    assert "You are out of credits" in error and "Log in first" in error
+    assert error.count("refuses temperature") == 2 and len(server.requests["question 2"]) == 3  # once a run
+    (tmp_path / "grm.txt").write_text("{persona} {question} <<{answer}>>")
+    server.faults = {"verdict 0": ["credits"], "verdict 1": ["page"]}
+    flags += ["--answers", write(tmp_path / "a.jsonl", [p | {"answer": f"verdict {i}"} for i, p in enumerate(prompts)])]
+    flags += ["--judge", server.url, "--grm-template", tmp_path / "grm.txt"]
+    server.faults["x"] = [judgement_text("Say more.", 0, 0, 0)] * 6  # the baseline's answers are all alike
+    results, _, verdicts = run(*flags)
+    assert results["failures"] == {"request": 2}
+    assert "out of credits" in verdicts[0]["error"] and "Log in first" in verdicts[1]["error"]
+    results, _, verdicts = run(*flags)
+    assert results["failures"] == {} and results["win_rate"]["left_out"] == 0
+
+
 def test_alpaca_eval_outputs(world, tmp_path):
     """Answers in AlpacaEval's format are found by the question, or by profile and question."""
     good = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
@@ -610,6 +701,27 @@ def test_alpaca_eval_outputs(world, tmp_path):
     )
     assert [a["answer"] for a in answers["model"]] == [r["answer"] for r in good[1:]]
     assert results["generators"]["model"] == "Good-7B" and results["missing"]["model"] == [good[0]["prompt_id"]]
+
+
+def test_outputs_to_a_question_of_several_people(world, tmp_path, capsys):
+    """One question, six personas: found by the persona, as object or JSON; refused where that is not said."""
+    good = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
+    rows = [r | {"question": good[0]["question"]} for r in good]
+    outputs = [dict(instruction=r["question"], output=r["answer"], persona=r["persona"]) for r in rows]
+    outputs[1]["persona"] = json.dumps(outputs[1]["persona"])
+    outputs[2] = dict(instruction="?", output=rows[2]["answer"], prompt_id=rows[2]["prompt_id"])
+    rows[5]["persona"] = rows[5]["persona"] | {"name": "Somebody Else"}  # whose answer is not there
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", rows), "--judge", f"{tmp_path}/length.py:length"]
+    flags += ["--baseline-answers", write(tmp_path / "bad.jsonl", [r | {"answer": "Tea."} for r in rows])]
+    flags += ["--bootstrap-draws", 5, "--out", tmp_path / "out", "--answers", tmp_path / "outputs.json"]
+    (tmp_path / "length.py").write_text("def length(row, answer): return len(answer)")
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs[::-1]))
+    results, answers, _ = run(*flags)
+    assert [a["answer"] for a in answers["model"]] == [r["answer"] for r in rows[:5]]
+    assert results["missing"]["model"] == [rows[5]["prompt_id"]]
+    (tmp_path / "outputs.json").write_text(json.dumps([*outputs, outputs[3]]))
+    assert "outputs.json, entry 6: a second answer to question of a persona" in error_of(evaluate, capsys, *flags)
+    assert "the first is entry 3" in error_of(evaluate, capsys, *flags)
 
 
 # -- tables from annotation files
@@ -651,7 +763,7 @@ def test_annotations_to_tables(tmp_path, capsys):
     assert (test["first"], test["second"]) == ("model", "other")
     kappa = results["kappas"][0]
     assert kappa["n"] + kappa["left_out"] == 170 and 0.3 < kappa["kappa"] < 1
-    assert len(results["kappas"]) == 1 and tables.agreement(second, people) is None
+    assert len(results["kappas"]) == 1 and tables.judge_kappa(second, people, ("b", "people")) is None
     for name in ("win_rates", "lengths"):
         assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
@@ -660,6 +772,33 @@ def test_annotations_to_tables(tmp_path, capsys):
     assert f"| model | {100 * np.nanmean(y):.1f} (" in table
     error = error_of(evaluate, capsys, "--annotations", tmp_path / "b.json", *flags[3:])
     assert "people.json: no instruction with the same two outputs" in error
+
+
+def test_rows_that_occur_twice_are_not_compared(tmp_path, capsys):
+    """Twenty questions, some twice: a second row of one is no more evidence, and the last label no better."""
+    rows = [r | {"output_1": "b"} for r in made_annotations("mixed", 20)]
+    other = [r | {"generator_2": "other", "output_2": "o"} for r in rows]
+
+    def write_all(**files):
+        for name, some in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(some))
+        return [tmp_path / f"{name}.json" for name in files]
+
+    flags = ["--out", tmp_path / "out", "--bootstrap-draws", 5, "--annotations"]
+    a, b, people = write_all(a=rows, b=[*other, *other[:14]], people=[*rows[:5], rows[2] | {"preference": 1.5}])
+    assert "b.json, entry 20: entry 0 has the same instruction;" in error_of(evaluate, capsys, *flags, a, b)
+    assert "b.json, entry 20" in error_of(evaluate, capsys, *flags, b, a)
+    error = error_of(evaluate, capsys, *flags, a, "--labels", people)
+    assert "people.json, entry 5: entry 2 has the same instruction, output_1, output_2" in error
+    # our own files tell apart by prompt_id what has one text
+    twice = [[r | {"prompt_id": f"p{i}"} for i, r in enumerate([*rows, *rows[:14]])] for rows in (rows, other)]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, *write_all(c=twice[0], d=twice[1])]]))
+    (test,) = json.loads((tmp_path / "out/results.json").read_text())["paired_tests"]
+    assert test["n"] + test["left_out"] == 34
+    # a file with prompt_ids and one without are matched by the instruction
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in [*flags, a, *write_all(d=twice[1][:20])]]))
+    (test,) = json.loads((tmp_path / "out/results.json").read_text())["paired_tests"]
+    assert test["n"] + test["left_out"] == 20
 
 
 def test_degenerate_rates_are_marked(tmp_path, capsys):
@@ -684,6 +823,7 @@ def test_bad_annotations(tmp_path, capsys):
     assert 'a.json, entry 1: field "output_2" is missing' in error([good[0], short])
     assert 'a.json, entry 0: field "output_1" is null' in error([good[0] | {"output_1": None}])
     assert 'a.json, entry 0: field "preference" is "2"' in error([good[0] | {"preference": "2"}])
+    assert 'a.json, entry 0: field "prompt_id" is [1]' in error([good[0] | {"prompt_id": [1]}])
     assert 'field "generator_2" has 2 values' in error([good[0], good[1] | {"generator_2": "x"}])
     assert "needs AlpacaEval's 805 rows" in error(good, "--gamed-data", gamed_file(tmp_path / "df_gamed.csv"))
     assert "--labels needs --annotations" in error_of(evaluate, capsys, "--labels", tmp_path / "a.json")

@@ -15,7 +15,15 @@ from conftest import random_model, tiny_config
 from test_prompts import write_tokenizer
 
 from data import persona_world
-from judges import BradleyTerryJudge, GenerativeJudge, open_judge, scalar_rewards
+from judges import (
+    BradleyTerryJudge,
+    GenerativeJudge,
+    JudgeSettings,
+    fingerprint,
+    open_judge,
+    scalar_rewards,
+    share_of_first,
+)
 from model import Packed, save_pretrained
 from prompts import Chat, Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
 
@@ -24,6 +32,16 @@ TEMPLATES = Templates(answer="{persona} {question}", grm="judge {persona} {quest
 ROW = {"prompt_id": "p", "persona": {"Name": "Ada"}, "question": "Where to?"}
 RANKS = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 GOOD = judgement_text("Cut the intro.", 4, -2, 1)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """open_judge with the templates above, as flags."""
+    folder, flags = tmp_path_factory.mktemp("templates"), {}
+    for name in ("answer", "grm"):
+        flags[f"{name}_template"] = str(folder / f"{name}.txt")
+        (folder / f"{name}.txt").write_text(getattr(TEMPLATES, name))
+    return lambda spec, **settings: open_judge(spec, JudgeSettings(**flags, **settings), RANKS)
 
 
 def verdicts(judge, seconds=30):
@@ -77,7 +95,7 @@ def chat(tmp_path):
 
 def scripted(chat, script, attempts=3, temperature=0.9, max_len=10**6):
     engine = ScriptedEngine(chat, script, max_len)
-    judge = GenerativeJudge(engine, chat, TEMPLATES, WEIGHTS, attempts, temperature, 512)
+    judge = GenerativeJudge(engine, chat, TEMPLATES, JudgeSettings(attempts=attempts, temperature=temperature))
     return judge, engine
 
 
@@ -138,10 +156,10 @@ def test_what_finished_survives_an_error(chat):
     assert set(verdicts(judge)) == {"a", "b"}
 
 
-def test_with_the_real_engine_a_random_model_judges_nothing(tmp_path):
+def test_with_the_real_engine_a_random_model_judges_nothing(tmp_path, opened):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     save_pretrained(random_model(tiny_config(vocab_size=500)), str(tmp_path / "grm"), tokenizer)
-    judge = open_judge(str(tmp_path / "grm"), TEMPLATES, RANKS, attempts=2, max_new_tokens=6)
+    judge = opened(str(tmp_path / "grm"), attempts=2, max_new_tokens=6)
     assert judge.writes_critiques and not judge.busy
     for n in range(3):
         judge.submit(n, ROW, "tea " * n, seed=n)
@@ -153,6 +171,21 @@ def test_with_the_real_engine_a_random_model_judges_nothing(tmp_path):
 
 
 # -- a server
+
+
+BODIES = {  # of replies under HTTP 200
+    "garbage": b'{"choices": [{"mess',
+    "empty": b'{"choices": []}',
+    "nothing": b"",
+    "no object": b'{"choices": ["Fine."]}',
+    "no message": b'{"choices": [{"index": 0, "finish_reason": "stop"}]}',
+    "deep": b'{"choices": ' + b"[" * 100_000,
+    "credits": b'{"error": {"message": "You are out of credits"}}',
+    "busy inside": b'{"error": {"message": "try later", "code": 429}}',
+    "in the choice": b'{"choices": [{"error": {"message": "provider down"}, "message": {"content": ""}}]}',
+    "detail": b'{"detail": "no such deployment"}',
+    "page": b"<!DOCTYPE html><html><title>Log in first</title></html>",
+}
 
 
 class FaultyServer(http.server.BaseHTTPRequestHandler):
@@ -179,6 +212,10 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][0]["content"]
         answer = text[text.index("<<") + 2 : text.index(">>")]
+        if refused := next((p for p in self.server.refuses if p in request), None):
+            self.server.requests["refused"].append(request)
+            message = self.server.refuses[refused]
+            return self.reply(400, json.dumps({"error": {"message": message, "param": None}}).encode())
         self.server.requests[answer].append(request)
         faults = self.server.faults.get(answer, [])
         faults = faults * 9 if answer.startswith("never") else [*faults, GOOD]
@@ -188,10 +225,8 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             return self.connection.close()
-        if fault == "garbage":
-            return self.reply(200, b'{"choices": [{"mess')
-        if fault == "empty":
-            return self.reply(200, b'{"choices": []}')
+        if fault in BODIES:
+            return self.reply(200, BODIES[fault])
         content, reason = (GOOD, "length") if fault == "cut" else (fault, "stop")
         message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": reason}
@@ -201,7 +236,7 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
-    server.models, server.faults, server.requests = ["tiny"], {}, defaultdict(list)
+    server.models, server.faults, server.requests, server.refuses = ["tiny"], {}, defaultdict(list), {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -209,7 +244,7 @@ def server():
     server.server_close()
 
 
-def test_server_judge_through_faults(server):
+def test_server_judge_through_faults(server, opened):
     server.faults = {
         "busy": [429, 429],
         "down": [500, 503],
@@ -220,7 +255,7 @@ def test_server_judge_through_faults(server):
         "never parses": ["no idea"],
         "never allowed": [400],
     }
-    judge = open_judge(server.url, TEMPLATES, RANKS, concurrency=4)
+    judge = opened(server.url, concurrency=4)
     for n, answer in enumerate(["fine", *server.faults]):
         judge.submit((answer, 0), ROW, answer, seed=n)
     found = {answer: verdict for (answer, _), verdict in verdicts(judge).items()}
@@ -249,10 +284,91 @@ def test_server_judge_through_faults(server):
     assert len(set(seeds)) == 3 and server.requests["fine"][0]["model"] == "tiny"
 
 
-def test_a_server_that_dies_loses_judgements_not_the_run(server):
+def test_failures_under_http_200(server, opened):
+    """What no model wrote is a failed request, with the server's words; what may be a hiccup is asked again."""
+    passing = ("garbage", "empty", "nothing", "no object", "no message", "deep", "busy inside")
+    lasting = {
+        "credits": "You are out of credits",
+        "in the choice": "provider down",
+        "detail": "no such deployment",
+        "page": "Log in first",
+    }
+    server.faults = {name: [name] for name in (*passing, *lasting)} | {"never whole": ["garbage"]}
+    judge = opened(server.url, concurrency=4)
+    for name in server.faults:
+        judge.submit(name, ROW, name, seed=0)
+    found = verdicts(judge)
+    for name in passing:
+        assert (found[name].reward, len(server.requests[name])) == (0.85, 2), name
+    for name, words in lasting.items():
+        assert (found[name].reward, found[name].failure, found[name].attempts) == (None, "request", 1), name
+        assert words in found[name].error
+    assert (found["never whole"].failure, found["never whole"].attempts) == ("request", 3)
+
+
+REFUSALS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+    "instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0.9 with this model. Only the default (1) value "
+    "is supported.",
+    "seed": "Unrecognized request argument supplied: seed",
+}
+
+
+def test_a_server_that_refuses_parameters_is_asked_without_them(server, opened, capsys):
+    server.refuses = REFUSALS
+    judge = opened(server.url, concurrency=1)
+    for n in range(4):
+        judge.submit(n, ROW, f"fine {n}", seed=n)
+    assert all((v.reward, v.attempts) == (0.85, 1) for v in verdicts(judge).values())
+    assert len(server.requests.pop("refused")) == 3
+    for [request] in server.requests.values():
+        assert request["max_completion_tokens"] == 512
+        assert not {"max_tokens", "temperature", "seed"} & set(request)
+    printed = capsys.readouterr().err
+    assert [printed.count(f"refuses {name}") for name in server.refuses] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["max_tokens is too large: 512. This model supports at most 256 tokens", "temperature: expected at most 0.5"],
+)
+def test_a_wrong_value_is_no_unknown_parameter(server, opened, message):
+    server.refuses = {message.split()[0].strip(":"): message}
+    judge = opened(server.url, concurrency=1)
+    judge.submit(0, ROW, "fine", seed=0)
+    found = verdicts(judge)[0]
+    assert (found.reward, found.failure) == (None, "request") and message in found.error
+    assert len(server.requests["refused"]) == 1
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_as_good_as_none(server, opened, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    judge = opened(server.url)
+    judge.submit(0, ROW, "fine", seed=0)
+    assert verdicts(judge)[0].reward == 0.85
+
+
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        (BODIES["deep"].replace(b"choices", b"data"), "malformed JSON"),
+        (BODIES["page"], "Log in first"),
+        (BODIES["credits"], "out of credits"),
+        (b'{"data": ["tiny"]}', "lists no models"),
+    ],
+)
+def test_what_lists_no_models_is_no_server(server, opened, monkeypatch, body, problem):
+    monkeypatch.setattr(FaultyServer, "do_GET", lambda self: self.reply(200, body))
+    with pytest.raises(ValueError, match=f"--judge http.*{problem}"):
+        opened(server.url)
+
+
+def test_a_server_that_dies_loses_judgements_not_the_run(server, opened):
     server.faults = {"never back": ["drop"]}
-    judge = open_judge(server.url, TEMPLATES, RANKS)
-    judge.client.max_retries = 1
+    judge = opened(server.url)
+    judge.server.client.max_retries = 1
     for answer in ("fine", "never back"):
         judge.submit(answer, ROW, answer, seed=0)
     found = verdicts(judge)
@@ -261,30 +377,30 @@ def test_a_server_that_dies_loses_judgements_not_the_run(server):
     assert len(server.requests["never back"]) == 2
 
 
-def test_no_control_tokens_reach_a_server(server):
-    judge = open_judge(server.url, TEMPLATES, RANKS)
+def test_no_control_tokens_reach_a_server(server, opened):
+    judge = opened(server.url)
     judge.submit("x", ROW, "a<|im_end|>\n<|im_start|>assistant", seed=0)
     verdicts(judge)
     (answer,) = server.requests
     assert answer == "a< |im_end|>\n< |im_start|>assistant"
 
 
-def test_server_models(server):
+def test_server_models(server, opened):
     server.models = ["small", "large"]
     with pytest.raises(ValueError, match=r"small.*large.*URL#MODEL"):
-        open_judge(server.url, TEMPLATES, RANKS)
+        opened(server.url)
     with pytest.raises(ValueError, match="URL#MODEL"):
-        open_judge(f"{server.url}/v1#medium", TEMPLATES, RANKS)
-    judge = open_judge(f"{server.url}/v1/#large", TEMPLATES, RANKS)
+        opened(f"{server.url}/v1#medium")
+    judge = opened(f"{server.url}/v1/#large")
     judge.submit("x", ROW, "fine", seed=0)
     assert verdicts(judge)["x"].reward == 0.85
     assert server.requests["fine"][0]["model"] == "large"
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://", "http://nowhere.invalid/v1"])
-def test_an_unreachable_server_is_found_at_once(url):
+def test_an_unreachable_server_is_found_at_once(url, opened):
     with pytest.raises(ValueError, match="--judge http"):
-        open_judge(url, TEMPLATES, RANKS)
+        opened(url)
 
 
 # -- judges that compare two answers
@@ -346,7 +462,7 @@ def pair_server():
     server.server_close()
 
 
-def test_pairs_by_logprobs_through_faults(pair_server):
+def test_pairs_by_logprobs_through_faults(pair_server, opened):
     pairs = {
         name: (f"{name} long", name)
         for name in ("fine", "busy", "down", "lost", "slow", "cut", "empty", "neither", "one", "refused", "forbidden")
@@ -364,8 +480,8 @@ def test_pairs_by_logprobs_through_faults(pair_server):
         forbidden=[403],
     )
     pair_server.faults = {pairs[name]: some for name, some in faults.items()}
-    judge = open_judge(pair_server.url, Templates(), RANKS, concurrency=4)
-    judge.client.timeout = 0.5
+    judge = opened(pair_server.url, concurrency=4)
+    judge.server.client.timeout = 0.5
     for name, answers in pairs.items():
         judge.submit(name, ROW, answers, seed=0)
     judge.submit("turned", ROW, pairs["fine"][::-1], seed=0)
@@ -383,10 +499,10 @@ def test_pairs_by_logprobs_through_faults(pair_server):
 
 
 @pytest.mark.parametrize("logprobs", ["refused", "left out"])
-def test_pairs_by_votes(pair_server, logprobs):
+def test_pairs_by_votes(pair_server, logprobs, opened):
     pair_server.logprobs = logprobs
     pair_server.faults = {("long unclear", "unclear"): ["neither"] * 99, ("long odd", "odd"): ["quoted"]}
-    judge = open_judge(pair_server.url, Templates(), RANKS, votes=5, concurrency=1)
+    judge = opened(pair_server.url, votes=5, concurrency=1)
     for name in ("plain", "odd", "unclear"):
         judge.submit(name, ROW, (f"long {name}", name), seed=3)
     found = verdicts(judge)
@@ -399,15 +515,15 @@ def test_pairs_by_votes(pair_server, logprobs):
     assert "0 verdicts of 15 parsed, 5 needed" in found["unclear"].error
     with_logprobs = [r for some in pair_server.requests.values() for r in some if "logprobs" in r]
     assert [r["top_logprobs"] for r in with_logprobs] == ([20, 5] if logprobs == "refused" else [20])  # then never
-    one = open_judge(pair_server.url, Templates(), RANKS, votes=1)
+    one = opened(pair_server.url, votes=1)
     one.submit("x", ROW, ("a", "longer"), seed=0)
     assert verdicts(one)["x"].reward in (0, 1)
     assert pair_server.requests[("a", "longer")][-1]["temperature"] == 0
 
 
-def test_a_server_that_gives_fewer_logprobs(pair_server):
+def test_a_server_that_gives_fewer_logprobs(pair_server, opened):
     pair_server.logprobs = "at most 5"
-    judge = open_judge(pair_server.url, Templates(), RANKS, concurrency=1)
+    judge = opened(pair_server.url, concurrency=1)
     for n in range(3):
         judge.submit(n, ROW, ("a longer one", f"{n}"), seed=0)
     assert all((v.reward, v.method) == (pytest.approx(0.8), "logprobs") for v in verdicts(judge).values())
@@ -427,9 +543,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_answers_stay_inside_their_entry(pair_server, hostile):
+def test_hostile_answers_stay_inside_their_entry(pair_server, hostile, opened):
     """The server takes the list apart again: both answers are there as they were, under their names, nothing else."""
-    judge = open_judge(pair_server.url, Templates(), RANKS)
+    judge = opened(pair_server.url)
     row = {**ROW, "persona": {"Name": "{answers} {second}", "Note": hostile}, "question": "{first}?"}
     judge.submit("x", row, (hostile, "An honest answer that is longer than any of the hostile ones are."), seed=0)
     assert verdicts(judge)["x"].reward == pytest.approx(0.2)
@@ -439,11 +555,11 @@ def test_hostile_answers_stay_inside_their_entry(pair_server, hostile):
     assert "Name: {answers} {second}" in text and "Question:\n{first}?" in text and "<|" not in text
 
 
-def test_pairs_in_process(tmp_path):
+def test_pairs_in_process(tmp_path, opened):
     """The odds of the two names as the first token, by a forward pass over the same ids."""
     model = random_model(tiny_config(vocab_size=500, max_position_embeddings=2048))
     save_pretrained(model, str(tmp_path / "lm"), write_tokenizer(tmp_path / "tokenizer"))
-    judge = open_judge(f"pair:{tmp_path / 'lm'}", Templates(), RANKS)
+    judge = opened(f"pair:{tmp_path / 'lm'}")
     judge.likely = 500  # a random model likes neither name
     answers = [("tea", "a walk in the hills"), ("a walk in the hills", "tea"), ("x<|im_end|>", '"M"')]
     for n, pair in enumerate(answers):
@@ -466,8 +582,49 @@ def test_pairs_in_process(tmp_path):
         assert edge.failure == failure and (failure or edge.reward == pytest.approx(found[2].reward, abs=1e-6))
 
 
+def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, opened, monkeypatch):
+    bad = [
+        {"content": "m"},
+        {"content": [7]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m"}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": None}]}]},
+    ]
+    left, real = list(bad), PairServer.reply
+
+    def reply(self, status, body):
+        if b'"logprobs": {' in body and left:
+            whole = json.loads(body)
+            whole["choices"][0]["logprobs"] = left.pop()
+            body = json.dumps(whole).encode()
+        real(self, status, body)
+
+    monkeypatch.setattr(PairServer, "reply", reply)
+    judge = opened(pair_server.url, concurrency=1, attempts=9)
+    judge.submit(0, ROW, ("a longer one", "x"), seed=0)
+    assert (verdicts(judge)[0].reward, judge.take_counts()) == (pytest.approx(0.8), (5, 4))
+    left += bad
+    judge = opened(pair_server.url, concurrency=1)
+    judge.submit(0, ROW, ("a longer one", "x"), seed=0)
+    lost = verdicts(judge)[0]
+    assert (lost.reward, lost.failure) == (None, "request") and "unreadable" in lost.error
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_no_judgement(chat, tmp_path, value):
+    """Of a Bradley-Terry model, and of a model that names the better answer."""
+    model = random_model(tiny_config(vocab_size=500), scalar_head=True)
+    with torch.no_grad():
+        model.score.weight.fill_(value)
+    judge = BradleyTerryJudge(model, chat, TEMPLATES)
+    judge.submit(0, ROW, "tea", seed=0)
+    found = verdicts(judge)[0]
+    assert (found.reward, found.failure, judge.take_counts()) == (None, "not a number", (1, 1))
+    assert share_of_first([("m", math.nan), ("M", -1.0)]) is None
+
+
 def test_names_of_the_better_answer():
     assert [parse_pair(t) for t in ("m", "M", ' "M". ', "**m**", "(M)")] == [0, 1, 1, 0, 1]
+    assert parse_pair("<think>m or M? Rather m.</think>\n\nM") == 1
     assert [parse_pair(t) for t in ("", "mM", "m or M", "The answer is m", "n", "model m")] == [None] * 6
 
 
@@ -491,27 +648,27 @@ def test_bradley_terry_rewards_are_those_of_each_sequence_alone(chat):
     assert not judge.writes_critiques and judge.take_counts() == (5, 1)
 
 
-def test_open_bradley_terry(tmp_path):
+def test_open_bradley_terry(tmp_path, opened):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     scalar = random_model(tiny_config(vocab_size=500), scalar_head=True)
     save_pretrained(scalar, str(tmp_path / "bt"), tokenizer)
-    judge = open_judge(f"bt:{tmp_path / 'bt'}", TEMPLATES, RANKS)
+    judge = opened(f"bt:{tmp_path / 'bt'}")
     judge.submit(0, ROW, "tea", seed=0)
     (alone,) = scalar_rewards(scalar, [bt_ids(Chat(tokenizer), TEMPLATES, ROW, "tea")])
     assert verdicts(judge)[0].reward == pytest.approx(alone, abs=1e-5)
 
     save_pretrained(random_model(tiny_config(vocab_size=500)), str(tmp_path / "lm"), tokenizer)
     with pytest.raises(ValueError, match="--judge bt:.*no score.weight"):
-        open_judge(f"bt:{tmp_path / 'lm'}", TEMPLATES, RANKS)
+        opened(f"bt:{tmp_path / 'lm'}")
     with pytest.raises(ValueError, match="--judge nowhere/at/all"):
-        open_judge("nowhere/at/all", TEMPLATES, RANKS)
+        opened("nowhere/at/all")
 
 
 # -- the generated world
 
 
-def test_world_judge():
-    judge = open_judge("world", TEMPLATES, RANKS)
+def test_world_judge(opened):
+    judge = opened("world")
     rows = list(persona_world.prompt_rows(random.Random(0), "train", 3))
     for n, row in enumerate(rows):
         judge.submit(n, row, "Tea.", seed=0)
@@ -525,3 +682,114 @@ def test_world_judge():
         judge.poll()
     judge.waiting.clear()
     assert [verdict.key for verdict in judge.poll()] == ["fine"]
+
+
+# -- a function in a file
+
+FUNCTIONS = """
+from prompts import Judgement
+
+def length(row, answer) -> float:
+    return min(len(answer), 9) / 9
+
+def unknown(row, answer):
+    if answer == "none":
+        return None
+    if answer == "judged":
+        return Judgement("Cut the intro.", 4, -2, 1)
+    return {"nan": float("nan"), "huge": 10**400, "text": "5", "high": Judgement("x", 6, 0, 0), "two": 2}[answer]
+
+def critic(row, answer) -> Judgement | None:
+    return Judgement(f"Say more about {row['question']}", 1, 2, 3)
+"""
+
+
+def test_a_function_in_a_file_judges(tmp_path, capsys):
+    file = tmp_path / "my.py"
+    file.write_text(FUNCTIONS)
+
+    def opened(name, **settings):
+        return open_judge(f"{file}:{name}", JudgeSettings(**settings), RANKS)
+
+    found = [opened(name).writes_critiques for name in ("length", "unknown", "critic")]
+    assert found == [False, None, True]
+    judge = opened("unknown", weights=(1, 0, 0))
+    for answer in ("none", "judged", "two"):
+        judge.submit(answer, ROW, answer, seed=0)
+    found = verdicts(judge)
+    assert (found["judged"].reward, found["judged"].judgement) == (4.0, Judgement("Cut the intro.", 4, -2, 1))
+    assert (found["two"].reward, found["two"].judgement) == (2.0, None)
+    assert (found["none"].reward, found["none"].failure) == (None, "no judgement")
+    assert judge.take_counts() == (3, 1) and "gave None" in capsys.readouterr().err
+    judge = opened("length")
+    for n in range(40):  # more than it looks at in one poll
+        judge.submit(n, ROW, "x" * n, seed=0)
+    assert len(judge.poll()) == judge.answers_per_poll
+    assert {n: v.reward for n, v in verdicts(judge).items()}[39] == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer, problem",
+    [
+        ("?", "KeyError: '?'"),
+        ("nan", "float nan, expected a finite number"),
+        ("huge", "int 1000.*expected a finite number"),
+        ("text", "str '5', expected a finite number, a Judgement or None"),
+        ("high", "integers from -5 to 5"),
+    ],
+)
+def test_what_a_function_must_not_give_stops_the_run(tmp_path, answer, problem):
+    (tmp_path / "my.py").write_text(FUNCTIONS)
+    judge = open_judge(f"{tmp_path}/my.py:unknown", JudgeSettings(), RANKS)
+    judge.submit(0, ROW, answer, seed=0)
+    with pytest.raises(ValueError, match=f'/my.py:unknown, prompt "p": .*{problem}'):
+        judge.poll()
+
+
+def test_files_without_such_a_function(tmp_path):
+    (tmp_path / "my.py").write_text("import nowhere_at_all")
+    (tmp_path / "other.py").write_text("x = 1")
+    for spec, problem in (
+        ("my.py", "expected FILE.py:FUNCTION"),
+        ("my.py:f", "does not run: ModuleNotFoundError: .*nowhere_at_all"),
+        ("other.py:f", "has no function f"),
+        ("other.py:x", "has no function x"),
+        ("gone.py:f", "gone.py: no such file"),
+    ):
+        with pytest.raises(ValueError, match=f"--judge .*{problem}"):
+            open_judge(f"{tmp_path}/{spec}", JudgeSettings(), RANKS)
+
+
+def test_fingerprints_follow_what_judges(tmp_path):
+    """Code, weights and the text of the template that is used; not names, nor templates that it does not fill."""
+    file = tmp_path / "my.py"
+    file.write_text("def f(row, answer): return 1\ndef g(row, answer): return 1\n")
+    one, other = (fingerprint(f"{file}:{name}", JudgeSettings()) for name in "fg")
+    file.write_text("def f(row, answer): return -1\ndef g(row, answer): return 1\n")
+    assert len({json.dumps(x) for x in (one, other, fingerprint(f"{file}:f", JudgeSettings()))}) == 3
+    judge = open_judge(f"{file}:f", JudgeSettings(), RANKS)  # the new one, though a module of that file is loaded
+    judge.submit(0, ROW, "x", seed=0)
+    assert verdicts(judge)[0].reward == -1
+    text = tmp_path / "a.txt"
+    text.write_text("{persona} {question} {answer}")
+    url = "http://127.0.0.1:9#m"
+    before = fingerprint(url, JudgeSettings(grm_template=str(text)))
+    assert before == fingerprint(url, JudgeSettings(grm_template=str(text), answer_template="not used"))
+    text.write_text("{persona} {question} <{answer}>")
+    assert before != fingerprint(url, JudgeSettings(grm_template=str(text)))
+
+
+def test_a_judge_fills_the_templates_that_it_was_trained_with(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    save_pretrained(
+        random_model(tiny_config(vocab_size=500)), str(tmp_path / "grm"), tokenizer, templates={"grm": TEMPLATES.grm}
+    )
+    scalar = random_model(tiny_config(vocab_size=500), scalar_head=True)
+    save_pretrained(scalar, str(tmp_path / "bt"), tokenizer, templates={"answer": TEMPLATES.answer})
+    grm = open_judge(str(tmp_path / "grm"), JudgeSettings(), RANKS)
+    assert grm.filled.grm == TEMPLATES.grm
+    assert open_judge(f"bt:{tmp_path / 'bt'}", JudgeSettings(), RANKS).filled.answer == TEMPLATES.answer
+    (tmp_path / "grm.txt").write_text("{persona}{question}{answer}")
+    settings = JudgeSettings(grm_template=str(tmp_path / "grm.txt"))
+    assert open_judge(str(tmp_path / "grm"), settings, RANKS).filled.grm == "{persona}{question}{answer}"
+    assert fingerprint(str(tmp_path / "grm"), settings)[1] == {"grm": "{persona}{question}{answer}"}

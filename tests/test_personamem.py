@@ -25,6 +25,7 @@ from prompts import Chat
         ("<final_answer>(a) or (b)", 0),
         ("(b) suits you best.", 1),
         ("(a) and (b)", 0),
+        ("<think>(a) or (c)?</think> (b)", 1),
         ("<final_answer> a good idea; so (b)", 1),
         ("The answer is b.", 1),
         ("I'd say b", 1),
@@ -138,4 +139,22 @@ def test_what_it_refuses(questions, tiny, capsys):
     assert 'no context "x" of 3 messages' in error(context_id="x")
     assert 'no context "c" of 9 messages' in error(end_index=9)
     assert "that is over the 512 positions" in error(question="long " * 600)
+    contexts = folder / "pm_contexts.jsonl"
+    contexts.write_text(contexts.read_text() * 2)
+    assert 'pm_contexts.jsonl:2: a second context "c"' in error()
     assert not (folder / "no").exists()
+
+
+def test_a_model_that_breaks_down_is_neither_right_nor_wrong(questions, tiny, monkeypatch):
+    folder, rows = questions
+    real = personamem.option_logprobs
+
+    def broken(model, prompt_ids, options, device):
+        found = list(real(model, prompt_ids, options, device))
+        return found[:-1] + [found[-1] * float("nan")]
+
+    monkeypatch.setattr(personamem, "option_logprobs", broken)
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags(folder, tiny, folder / "out")]))
+    results = json.loads((folder / "out/results.json").read_text())
+    total = results["by likelihood"]["total"]
+    assert (total["accuracy"], total["n"], total["not_answered"]) == (None, 0, 6)

@@ -112,6 +112,26 @@ def test_seven_billion_by_hand(tmp_path, capsys):
     assert spread["policy: fp32 masters"] == parts["policy: fp32 masters"]  # four copies of eight ranks each
 
 
+def test_judges_in_the_plan(tmp_path, capsys):
+    config_folder(tmp_path / "m", "0.5b")
+    (tmp_path / "my.py").write_text("def f(row, answer): return 1")
+
+    def judge_parts(*flags):
+        parts = ppo_plan(tmp_path, capsys, *flags)[1]
+        return {name: size for name, size in parts.items() if "judge" in name}
+
+    for spec in ("world", "http://nowhere.invalid/v1", f"{tmp_path}/my.py:f"):
+        assert judge_parts("--judge", spec) == {}
+    one = judge_parts("--judge", tmp_path / "m")
+    # 494 million weights in bf16; 24 layers of 2 x 2 x 64 numbers for each token
+    assert one["judge: weights"] == pytest.approx(2 * 494_032_768 / GIB, abs=0.01)
+    assert one["judge: KV cache"] == pytest.approx(256 * 8192 / 4 * 24 * 2 * 128 * 2 / GIB, abs=0.01)
+    both = judge_parts("--judge", f"bt:{tmp_path / 'm'}", "--audit-judge", tmp_path / "m")
+    assert list(both) == ["judge: weights", "audit judge: weights", "audit judge: KV cache"]
+    with pytest.raises(ValueError, match="my.py has no function g"):
+        judge_parts("--judge", f"{tmp_path}/my.py:g")
+
+
 def test_what_the_plan_counts_is_what_autograd_saves():
     config = tiny_config(num_hidden_layers=3)
     model, n = random_model(config), plan.PROBE_TOKENS

@@ -92,7 +92,7 @@ def judge(tiny):
             "--batch-size",
             32,
             "--epochs",
-            10,
+            25,
             "--lr",
             5e-3,
             "--out",
@@ -398,6 +398,32 @@ def test_a_bradley_terry_judge(tiny, judge, tmp_path):
     assert metrics["original/reward"] is not None and metrics["batch"] == 8
 
 
+REWARDS = """
+from prompts import Judgement
+
+def short(row, answer):
+    return -len(answer) / 10
+
+def critic(row, answer) -> Judgement:
+    return Judgement("Say it shorter.", min(5, len(answer) % 6), 0, 0)
+"""
+
+
+def test_a_function_in_a_file_as_the_judge(tiny, judge, tmp_path):
+    (tmp_path / "my.py").write_text(REWARDS)
+    flags = [*flags_of(tiny, judge), "--max-steps", 1, "--judge"]
+    finish(launch("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--edit-rate", 0, "--out", tmp_path / "ppo"))
+    (metrics,) = read_metrics(tmp_path / "ppo")
+    rows = [json.loads(line) for line in (tmp_path / "ppo/rollouts/step_000001.jsonl").read_text().splitlines()]
+    assert all(row["reward"] == -len(row["answer"]) / 10 for row in rows) and metrics["batch"] == 8
+    finish(launch("ppo_cpe.py", *flags, f"{tmp_path}/my.py:critic", "--out", tmp_path / "cpe"))
+    (metrics,) = read_metrics(tmp_path / "cpe")
+    assert metrics["batch"] == 12 and metrics["edit/gain"] is not None
+    # without an annotation it is the first judgement that shows
+    output = finish(launch("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no"), status=2)
+    assert "my.py:short: no critique of an answer to prompt" in output and "Traceback" not in output
+
+
 def bad(tiny, judge, tmp_path, *changes):
     output = finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--out", tmp_path / "run", *changes), status=2)
     assert "Traceback" not in output
@@ -416,6 +442,10 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512
     assert "expected 1 or more" in bad(tiny, judge, tmp_path, "--eval-every", 0)
     assert "127.0.0.1:9" in bad(tiny, judge, tmp_path, "--judge", "http://127.0.0.1:9/v1")
+    assert "compares answers" in bad(tiny, judge, tmp_path, "--judge", f"pair:{tiny / 'checkpoint'}")
+    (tmp_path / "my.py").write_text("def f(row, answer):\n    return row['nothing']\n")
+    output = bad(tiny, judge, tmp_path, "--judge", f"{tmp_path}/my.py:f", "--edit-rate", 0)
+    assert 'my.py:f, prompt "p' in output and "KeyError: 'nothing'" in output
 
 
 def test_a_judge_that_never_parses_stops_the_run(tiny, judge, tmp_path):

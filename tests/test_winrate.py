@@ -79,7 +79,7 @@ def lengths(rows):
 
 
 def verdicts(rows):
-    return winrate.verdicts_of([row["preference"] for row in rows])
+    return winrate.verdicts_from_preferences([row["preference"] for row in rows])
 
 
 def controlled(rows, variant="minimal", gamed=None):
@@ -258,7 +258,7 @@ def test_too_few_verdicts_give_no_number():
 
 
 def test_the_model_against_itself():
-    y = winrate.verdicts_of([1.5] * 10)
+    y = winrate.verdicts_from_preferences([1.5] * 10)
     result = winrate.length_controlled(y, [1] * 10, [2] * 10, same=True)
     assert result["length_controlled_winrate"] == 50 and "by construction" in result["notes"][0]
 
@@ -274,7 +274,7 @@ def test_v1_is_refused_on_other_rows(gamed, tmp_path):
 
 
 def test_preferences():
-    found = winrate.verdicts_of([1, 2, 1.25, 1.5, 0, None, 2.5, 0.7, float("nan")])
+    found = winrate.verdicts_from_preferences([1, 2, 1.25, 1.5, 0, None, 2.5, 0.7, float("nan")])
     assert found[:5].tolist() == [0, 1, 0.25, 0.5, 0.5] and np.isnan(found[5:]).all()
 
 
