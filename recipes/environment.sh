@@ -1,4 +1,4 @@
-# Sourced by the recipes and tests/run.sh: makes .venv with requirements.txt at first use, and puts it on the PATH.
+# Sourced by the recipes and tests/run.sh: creates .venv from requirements.txt on first use and puts it on the PATH.
 if ! cmp -s requirements.txt .venv/installed.txt; then
     python=$(command -v python3.11 || command -v python3.12 || command -v python3)
     [ -d .venv ] || "$python" -m venv .venv

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The paper's 14B run on one node of 8 x 80 GB, as recipes/qwen7b.sh, but the GRM answers from elsewhere in the last stage: the
-# paper served it on two further GPUs. JUDGE is the URL of any OpenAI-compatible server that serves OUT/grm/model.
+# The paper's 14B run on one node of 8 x 80 GB, like recipes/qwen7b.sh, except that the GRM of the last stage runs on
+# another machine: the paper served it on two further GPUs. JUDGE is the URL of any OpenAI-compatible server of
+# OUT/grm/model.
 #
 #   STAGES="sft grm" bash recipes/qwen14b.sh
 #   STAGES=cpe JUDGE=http://OTHER_MACHINE:8000/v1 bash recipes/qwen14b.sh
-#   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen14b.sh      # needs no GPU, and of the model its config.json alone
+#   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen14b.sh      # needs no GPU, and only config.json of the model
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -14,23 +15,23 @@ MODEL=${MODEL:-Qwen/Qwen2.5-14B-Instruct}
 DATA=${DATA:-out/data}
 OUT=${OUT:-out/qwen14b}
 JUDGE=${JUDGE:-http://localhost:8000/v1}
-STAGES=${STAGES:-sft grm cpe}
-SFT="--model $MODEL --data $DATA/pairs.jsonl --out $OUT/sft --checkpoint-activations"
-GRM="--model $MODEL --data $DATA/judgements.jsonl --out $OUT/grm --checkpoint-activations"
-# memory, not the method, sets these two: fewer sequences at once, half of the tokens a pass
-CPE="--judge $JUDGE --prompts $DATA/prompts_train.jsonl --out $OUT/cpe --max-batch 24 --tokens-per-microbatch 8192
-    --checkpoint-activations --offload"
+read -r -a stages <<< "${STAGES:-sft grm cpe}"
+sft=(--model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" --checkpoint-activations)
+grm=(--model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" --checkpoint-activations)
+# --max-batch and --tokens-per-microbatch are lower than at 7B because of memory; they do not change the method
+cpe=(--judge "$JUDGE" --prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --max-batch 24
+    --tokens-per-microbatch 8192 --checkpoint-activations --offload)
 
-plan sft.py $SFT
-plan train_grm.py $GRM
-plan ppo_cpe.py --policy "$MODEL" $CPE
+plan sft.py "${sft[@]}"
+plan train_grm.py "${grm[@]}"
+plan ppo_cpe.py --policy "$MODEL" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
-for stage in $STAGES; do
+for stage in "${stages[@]}"; do
     case $stage in
-        sft) run sft.py $SFT ;;
-        grm) run train_grm.py $GRM ;;
-        cpe) run ppo_cpe.py --policy "$OUT/sft/policy" $CPE ;;
+        sft) run sft.py "${sft[@]}" ;;
+        grm) run train_grm.py "${grm[@]}" ;;
+        cpe) run ppo_cpe.py --policy "$OUT/sft/policy" "${cpe[@]}" ;;
         *) echo "STAGES: $stage is none of sft, grm, cpe" >&2; exit 2 ;;
     esac
 done

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The paper's 7B run on one node of 8 x 80 GB: SFT, GRM, PPO with critique-post-edit, with its hyperparameters, which are the
-# scripts' defaults (METHOD 1.3, 1.4, 1.6). The GRM answers in the processes that train. The memory plans of all stages come
-# first; an interrupted run goes on where it was.
+# The paper's 7B run on one node of 8 x 80 GB: SFT, GRM, PPO with critique-post-edit, with its hyperparameters, which
+# are the scripts' defaults (docs/method.md 1.3, 1.4, 1.6). The GRM runs in the processes that train. The memory plans
+# of all stages come first; run it again to resume an interrupted run.
 #
 #   bash recipes/qwen7b.sh
-#   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen7b.sh       # needs no GPU, and of the model its config.json alone
+#   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen7b.sh       # needs no GPU, and only config.json of the model
 #
 # MODEL: folder or hub id. DATA: rows of data/prepare.py and data/annotate.py. OUT: run folders.
 set -euo pipefail
@@ -15,16 +15,16 @@ source recipes/plan_and_run.sh
 MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
 DATA=${DATA:-out/data}
 OUT=${OUT:-out/qwen7b}
-SFT="--model $MODEL --data $DATA/pairs.jsonl --out $OUT/sft --checkpoint-activations"
-GRM="--model $MODEL --data $DATA/judgements.jsonl --out $OUT/grm --checkpoint-activations"
-# 64 sequences a rank at once: all originals of a step
-CPE="--prompts $DATA/prompts_train.jsonl --out $OUT/cpe --max-batch 64 --checkpoint-activations --offload"
+sft=(--model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" --checkpoint-activations)
+grm=(--model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" --checkpoint-activations)
+# 64 sequences at a time on each rank: all originals of a step
+cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --max-batch 64 --checkpoint-activations --offload)
 
-plan sft.py $SFT
-plan train_grm.py $GRM
-plan ppo_cpe.py --policy "$MODEL" --judge "$MODEL" $CPE
+plan sft.py "${sft[@]}"
+plan train_grm.py "${grm[@]}"
+plan ppo_cpe.py --policy "$MODEL" --judge "$MODEL" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
-run sft.py $SFT
-run train_grm.py $GRM
-run ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" $CPE
+run sft.py "${sft[@]}"
+run train_grm.py "${grm[@]}"
+run ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" "${cpe[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A real pretrained chat model through every stage, on two CPU cores in at most an hour: PersonaFeedback's personas,
-# questions and pairs; SFT; a GRM until its judgements parse; three steps of PPO with critique-post-edit; evaluation; a
-# chat. It shows that the pipeline works on real weights and text, not that a few steps improve a model.
+# A real pretrained chat model through every stage, within an hour on two CPU cores: PersonaFeedback's personas,
+# questions and pairs; SFT; a GRM trained until its judgements parse; three steps of PPO with critique-post-edit;
+# evaluation; a chat. It shows that the pipeline works on real weights and text, not that a few steps improve a model.
 #
 #   bash recipes/real_cpu.sh CHECKPOINT [SOURCE]
 #
@@ -13,8 +13,8 @@ source recipes/environment.sh
 CHECKPOINT=${1:?usage: bash recipes/real_cpu.sh CHECKPOINT [SOURCE]}
 SOURCE=${2:-PersonalAILab/PersonaFeedback}
 OUT=${OUT:-out/real_cpu}
-GRM="--grm-template $OUT/world/tokenizer/templates/grm.txt"  # short: the form of a judgement is learned, not explained
-SMALL="--tokens-per-microbatch 4096 --max-length 2048 --dtype ${DTYPE:-fp32}"
+DTYPE=${DTYPE:-fp32}
+small=(--tokens-per-microbatch 4096 --max-length 2048 --dtype "$DTYPE")
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 
 stage "data"
@@ -23,35 +23,40 @@ python data/prepare.py --source "$SOURCE" --output "$OUT/data"
     --train-prompts 10 --pairs 10 --judgements 1000
 
 stage "SFT: the chosen answers"
-python sft.py --model "$CHECKPOINT" --data "$OUT/data/pairs.jsonl" --out "$OUT/sft" $SMALL --batch-size 4 --max-steps 4
+python sft.py --model "$CHECKPOINT" --data "$OUT/data/pairs.jsonl" --out "$OUT/sft" "${small[@]}" --batch-size 4 \
+    --max-steps 4
 
-stage "GRM: the generated world's judgements"
-python train_grm.py --model "$CHECKPOINT" --data "$OUT/world/judgements.jsonl" $GRM --out "$OUT/grm" $SMALL --batch-size 8 \
-    --epochs 1 --max-steps 40 --lr 2e-4 --eval-data "$OUT/world/judgements_eval.jsonl" --eval-judgements 24 \
-    --eval-max-new-tokens 128
-python -c "
+stage "GRM: the generated world's judgements"  # its short template: the form of a judgement is learned, not explained
+python train_grm.py --model "$CHECKPOINT" --data "$OUT/world/judgements.jsonl" --out "$OUT/grm" "${small[@]}" \
+    --grm-template "$OUT/world/tokenizer/templates/grm.txt" --batch-size 8 --epochs 1 --max-steps 40 --lr 2e-4 \
+    --eval-data "$OUT/world/judgements_eval.jsonl" --eval-judgements 24 --eval-max-new-tokens 128
+python - "$OUT/grm/held_out.json" <<'PYTHON'
 import json, sys
-parsed = json.load(open('$OUT/grm/held_out.json'))['parsed']
-sys.exit(f'{parsed:.0%} of the judgements parse; expected 75 % before they serve as a reward' if parsed < 0.75 else 0)"
+parsed = json.load(open(sys.argv[1]))["parsed"]
+if parsed < 0.75:
+    sys.exit(f"{parsed:.0%} of the judgements parse; the GRM serves as a reward from 75 % on")
+PYTHON
 
 stage "PPO with critique-post-edit"
-python ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" $GRM \
+python ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" \
     --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1300 \
-    --max-response-length 128 --max-judgement-length 128 --epochs 4 --max-steps 3 --tokens-per-microbatch 4096 --dtype "${DTYPE:-fp32}"
+    --max-response-length 128 --max-judgement-length 128 --epochs 4 --max-steps 3 --tokens-per-microbatch 4096 \
+    --dtype "$DTYPE"
 
-stage "evaluation: against the start of RL"
+stage "evaluation: against the policy before RL"
 python evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --prompts "$OUT/data/prompts_eval.jsonl" \
-    --judge "$OUT/grm/model" $GRM --n-prompts 4 --max-new-tokens 128 --max-judgement-length 128 --out "$OUT/evaluate" \
-    --dtype "${DTYPE:-fp32}"
+    --judge "$OUT/grm/model" --n-prompts 4 --max-new-tokens 128 --max-judgement-length 128 --out "$OUT/evaluate" \
+    --dtype "$DTYPE"
 
 stage "a chat with the result"
-echo "What should I cook tonight?" | python generate.py --model "$OUT/cpe/policy" --max-new-tokens 64 --dtype "${DTYPE:-fp32}" \
+echo "What should I cook tonight?" | python generate.py --model "$OUT/cpe/policy" --max-new-tokens 64 --dtype "$DTYPE" \
     --persona '{"name": "Mia", "food": "vegan, loves spicy dishes", "time": "never more than 20 minutes"}'
 
 stage "one rollout, and the metrics of the last step"
 python - "$OUT/cpe" <<'PYTHON'
-import glob, json, sys
-rows = [json.loads(line) for file in sorted(glob.glob(f"{sys.argv[1]}/rollouts/*.jsonl")) for line in open(file)]
+import glob, json, os, sys
+files = sorted(glob.glob(os.path.join(glob.escape(sys.argv[1]), "rollouts", "*.jsonl")))
+rows = [json.loads(line) for file in files for line in open(file)]
 row = next((row for row in reversed(rows) if row["edit"]), None)
 if row is None:
     sys.exit("no answer of the run has a judged edit")

@@ -1,13 +1,100 @@
-"""recipes/tables.py: its cells, its runner, and the tables that recipes/results.py makes of finished cells."""
+"""The recipes: their commands, the runner of recipes/cells.py, and what recipes/draw.py makes of finished cells."""
 
 import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 
-from recipes import results, tables
-from recipes.tables import Args, Cell, cells_of, run
+from data.persona_world import judge, sample_prompt, write_answer
+from prompts import DIMENSIONS
+from recipes import cells as recipe
+from recipes import draw
+from recipes.cells import Args, Cell, cells_of, run, variants
+
+# -- the shell recipes -------------------------------------------------------------------------------------------------
+
+# Stands in for `python` and `torchrun`: writes a line of its arguments, as JSON; code that is given with -c it runs.
+STUB = """#!{python} -IS
+import json, os, sys
+if sys.argv[1] == "-c":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with open(os.environ["CALLS"], "a") as f:
+    f.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+
+
+@pytest.fixture
+def calls_of(tmp_path):
+    """(recipe, its arguments, environment) -> the commands that it runs: lists of words. Nothing is trained."""
+    shutil.copytree(f"{ROOT}/recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(f"{ROOT}/requirements.txt", tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(f"{ROOT}/requirements.txt", tmp_path / ".venv/installed.txt")  # there is nothing to install
+    for name in ("python", "torchrun"):
+        (tmp_path / ".venv/bin" / name).write_text(STUB.format(python=sys.executable))
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+
+    def calls(name, *arguments, **environment):
+        log = tmp_path / "calls"
+        log.write_text("")
+        environment = os.environ | environment | {"CALLS": str(log)}
+        command = ["bash", str(tmp_path / "recipes" / name), *arguments]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    return calls
+
+
+@pytest.mark.parametrize("name", ["tiny.sh", "real_cpu.sh", "qwen0.5b.sh", "qwen7b.sh", "qwen14b.sh"])
+def test_a_folder_may_have_a_space_in_its_name(calls_of, name):
+    def calls(out, data, model):
+        return calls_of(name, *([model] if name == "real_cpu.sh" else []), OUT=out, DATA=data, MODEL=model)
+
+    plain, spaced = calls("out/a_b", "my_data", "my_model"), calls("out/a b", "my data", "my model")
+    assert len(plain) >= 6
+    back = {"out/a b": "out/a_b", "my data": "my_data", "my model": "my_model"}
+    pattern = re.compile("|".join(map(re.escape, back)))
+    assert [[pattern.sub(lambda match: back[match[0]], word) for word in call] for call in spaced] == plain
+
+
+def test_the_tiny_recipe_and_the_cells_train_with_the_same_flags(calls_of):
+    tiny = [" ".join(call[1:]) for call in calls_of("tiny.sh", OUT="out")]
+    full = [command for cell in cells_of(Args(), "out") for command in cell.commands]
+    stages = {
+        "base": "sft.py --from-scratch",
+        "sft": "sft.py --model",
+        "grm": "train_grm.py --model",
+        "bt": "train_grm.py --objective bt",
+        "rl": "ppo_cpe.py",
+        "evaluation": "evaluate.py --model",
+    }
+    for stage, start in stages.items():
+        for commands in (tiny, full):
+            found = [command for command in commands if command.startswith(start)]
+            assert found and all(recipe.FLAGS[stage] in command for command in found)
+    without_edits = [command for command in tiny if recipe.FLAGS["ppo"] in command]
+    assert [command.split("--out ")[1] for command in without_edits] == ["out/ppo_bt", "out/ppo_grm"]
+
+
+def test_python_reads_the_flags_as_bash_does():
+    names = list(recipe.FLAGS)
+    assert names == ["base", "sft", "grm", "bt", "dpo", "rl", "ppo", "evaluation"]
+    show = "".join(f'echo "${{{name.upper()}_FLAGS[*]}}"; ' for name in names)
+    read = subprocess.run(["bash", "-uc", f"source recipes/world_flags.sh; {show}"], cwd=ROOT, capture_output=True)
+    assert read.stdout.decode().splitlines() == list(recipe.FLAGS.values())
+
+
+# -- the runner --------------------------------------------------------------------------------------------------------
 
 
 def writes(path, text="x"):
@@ -40,19 +127,100 @@ def test_every_cell_is_there_and_differs_from_cpe_in_one_thing():
     full = {cell.name: cell for cell in cells_of(Args(), "out")}
     assert all(need in full for cell in full.values() for need in cell.needs)
     names = {name.split("/")[1] for name in full if name.startswith("seed0/")}
-    assert names == set(tables.variants()) | {"sft", "grm", "bt", "gates", "accuracy", "dpo"}
-    flags = list(tables.variants().values())
+    assert names == set(variants()) | {"sft", "grm", "bt", "gates", "accuracy", "dpo"}
+    flags = list(variants().values())
     assert len(set(flags)) == len(flags) - 1  # the two PPO baselines differ in their judge
-    train = {name: full[f"seed0/{name}"].commands[0] for name in tables.variants()}
+    train = {name: full[f"seed0/{name}"].commands[0] for name in variants()}
     assert "--judge bt:out/seed0/bt/model" in train["ppo_bt"] and "--judge out/seed0/grm/model" in train["ppo_grm"]
-    for name in tables.variants():
-        seeds = 5 if name in (*results.MAIN, *results.FOLLOWED_UP) else 3
+    for name in variants():
+        seeds = 5 if name in (*draw.MAIN, *draw.FOLLOWED_UP) else 3
         assert {cell for cell in full if cell.endswith(f"/{name}")} == {f"seed{s}/{name}" for s in range(seeds)}
     quick, search = ({cell.name for cell in cells_of(Args(**{k: True}), "out")} for k in ("quick", "search"))
-    assert {f"seed0/{name}" for name in tables.QUICK} <= quick and len(quick) < 15
+    assert {f"seed0/{name}" for name in recipe.QUICK} <= quick and len(quick) < 15
     searched = cells_of(Args(search=True), "out")
-    assert sum("prompts_dev" in cell.commands[-1] for cell in searched) == sum(map(len, tables.LRS.values()))
+    assert sum("prompts_dev" in cell.commands[-1] for cell in searched) == sum(map(len, draw.LRS.values()))
     assert not search & set(full) - {"world", "base"}  # no seed that is reported
+
+
+def test_the_commands_of_cells_take_a_folder_with_a_space():
+    for flags in ({}, {"search": True}):
+        for plain, spaced in zip(cells_of(Args(**flags), "o/a_b"), cells_of(Args(**flags), "o/a b"), strict=True):
+            assert plain.name == spaced.name
+            for command, other in zip(plain.commands, spaced.commands, strict=True):
+                assert [word.replace("o/a b/", "o/a_b/") for word in shlex.split(other)] == shlex.split(command)
+
+
+# -- tables and figures ------------------------------------------------------------------------------------------------
+
+
+def write(path, rows):
+    """A JSON file, or for .jsonl one of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(lines)
+
+
+def write_cell(folder, rng, steps=3):
+    """A finished cell as ppo_cpe.py and evaluate.py leave it, of invented runs -> (exact scores, edited scores)."""
+    numbers = {name: {"mean": 1.0, "standard_error": 0.1} for name in ("reward", *DIMENSIONS, "n_tokens")}
+    results = dict(
+        model=numbers | {"recites_profile": {"mean": 0.25, "standard_error": 0.1}},
+        win_rate={"win_rate": 0.5, "low": 0.25, "high": 0.75},
+        length_controlled={"minimal": {"length_controlled_winrate": 60.0}},
+    )
+    write(folder / "eval/results.json", results)
+    write(folder / "done.json", dict(commands=[], seconds=90.0))
+    ledger = {f"edit/{kind}_{what}": 0.5 for kind in ("kept", "inserted") for what in ("ratio", "mass", "clipfrac")}
+    write(folder / "metrics.jsonl", [dict(batch=2, generated_tokens=10, judge_calls=3, **ledger)] * steps)
+    before, after = [], []
+    for step in range(1, steps + 1):
+        rows = []
+        for _ in range(4):
+            persona, question = sample_prompt(rng, "train")
+            texts = write_answer(rng, persona, question, 0.2), write_answer(rng, persona, question, 0.9)
+            for scores, text in zip((before, after), texts):
+                scores.append(judge(persona, question, text).score())
+            edit = {"answer": texts[1], "reward": 2.0}
+            rows.append(dict(persona=persona, question=question, answer=texts[0], reward=1.5, n_tokens=9, edit=edit))
+        for name in ("rollouts", "held_out"):
+            write(folder / name / f"step_{step:06d}.jsonl", rows)
+        write(folder / "eval/answers_model.jsonl", rows)
+    return np.array(before), np.array(after)
+
+
+def test_finished_cells_become_tables_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng, out = random.Random(0), tmp_path / "a b"
+    scores = {(name, s): write_cell(out / f"seed{s}/{name}", rng) for name in ("ppo_grm", "cpe") for s in (0, 1)}
+    write_cell(out / "seed100/cpe_lr5e-05", rng)
+    shutil.rmtree(out / "seed100/cpe_lr5e-05/rollouts")
+    (out / "seed0/loss_sdpo").mkdir()  # not finished
+    draw.main(draw.Cells(out=str(out), results="drawn"))
+    text = (tmp_path / "drawn/tables.md").read_text()
+    line = "| CPE, GRM, 4 + 2 | 2 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 50.0 ± 0.0 | 60.0 ± 0.0 |"
+    assert line in text and "lr5e-05" not in text and "| sdpo" not in text
+    assert text.split("\n\n", 3)[3].strip() in capsys.readouterr().out
+    found = json.loads((tmp_path / "drawn/results.json").read_text())
+    assert set(found["cells"]) == {"ppo_grm", "cpe"} and set(found["cells"]["cpe"]) == {"0", "1"}
+    cell = found["cells"]["cpe"]["1"]
+    assert np.isclose(cell["in_training"], scores["cpe", 1][0].mean())
+    expected = dict(trained=6, generated=30, judge_calls=9, minutes=1.5, inserted=50.0, recites=25.0)
+    assert {name: cell[name] for name in expected} == expected
+    figures = {"score", "hacking", "dimensions", "reward_against_exact", "edits", "internalisation", "ledger"}
+    assert {path.stem for path in (tmp_path / "drawn").glob("*.png")} == figures
+    draw.main(draw.Search(out=str(out), results="drawn"))
+    assert "| CPE, GRM, 4 + 2 | **5e-05** | 1.00 | 60.00 | 1.00 |" in (tmp_path / "drawn/search.md").read_text()
+
+
+def test_the_closing_table_of_the_tiny_recipe(tmp_path, capsys):
+    before, after = write_cell(tmp_path / "cpe", random.Random(0), steps=6)
+    draw.main(draw.Tiny(runs=[f"PPO (GRM)={tmp_path}/cpe/eval"], edits_of=str(tmp_path / "cpe")))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", lines[1]) == ["PPO (GRM)", *["1.00 ± 0.10"] * 5, "25.00 ± 10.00", "50.0 (25.0 to 75.0)"]
+    gains = after - before
+    for line, part in zip(lines[-3:], (gains[:8], gains[-8:], gains), strict=True):  # 4 edits a step
+        better, worse = 100 * (part > 0).mean(), 100 * (part < 0).mean()
+        assert line.split()[-5:] == ["+0.50", f"{part.mean():+.2f}", f"{better:.0f}", f"{worse:.0f}", f"{len(part)}"]
 
 
 def test_difference_over_seeds_is_a_paired_t_interval():
@@ -60,13 +228,13 @@ def test_difference_over_seeds_is_a_paired_t_interval():
         "cpe": {0: {"reward": 3.0}, 1: {"reward": 3.5}, 2: {"reward": 3.1}, 4: {"reward": 9.0}},
         "ppo_grm": {0: {"reward": 2.8}, 1: {"reward": 2.9}, 2: {"reward": 3.0}, 3: {"reward": 0.0}},
     }
-    found = results.difference(numbers, "cpe", "ppo_grm", "reward")
+    found = draw.difference(numbers, "cpe", "ppo_grm", "reward")
     gaps = np.array([0.2, 0.6, 0.1])  # of the seeds that both have
     reference = stats.ttest_rel([3.0, 3.5, 3.1], [2.8, 2.9, 3.0])
     interval = reference.confidence_interval()
     assert found["seeds"] == 3 and np.isclose(found["mean"], gaps.mean()) and np.isclose(found["p"], reference.pvalue)
     assert np.allclose([found["low"], found["high"]], [interval.low, interval.high])
-    assert results.difference(numbers, "cpe", "dpo", "reward") is None
+    assert draw.difference(numbers, "cpe", "dpo", "reward") is None
 
 
 def test_what_is_missing_leaves_a_gap():
@@ -74,19 +242,19 @@ def test_what_is_missing_leaves_a_gap():
         "cpe": {0: {"reward": 1.0, "lc": 50.0}, 1: {"reward": 2.0, "lc": 60.0}},
         "random_0.1": {0: {"reward": 3.0, "lc": 70.0}},
     }
-    lines = results.grid(numbers, ("random", "batch_rank"), (0.1, 0.5, 1.0)).splitlines()
+    lines = draw.grid(numbers, ("random", "batch_rank"), (0.1, 0.5, 1.0)).splitlines()
     assert lines[2] == "| random, score | 3.00 | 1.50 ± 0.71 | - |"
     assert lines[3] == "| batch_rank, score | - | - | - |"
     assert lines[4] == "| random, LC, % | 70.0 | 55.0 ± 7.1 | - |"
-    table = results.method_table({"cpe": "CPE", "dpo": "DPO"}, numbers, ["reward", "swap"]).splitlines()
+    table = draw.method_table({"cpe": "CPE", "dpo": "DPO"}, numbers, ["reward", "swap"]).splitlines()
     assert table[2:] == ["| CPE | 2 | 1.50 ± 0.71 | - |"]
 
 
 def test_seeds_that_had_a_part_in_a_choice_are_told_apart():
     scores = {"ppo_grm": (3.0, 3.2, 3.4), "loss_sdpo": (3.5, 3.7, 4.1)}
-    numbers = {name: {s: {"reward": score} for s, score in enumerate(some)} for name, some in scores.items()}
+    numbers = {name: {s: {"reward": x} for s, x in enumerate(of_seeds)} for name, of_seeds in scores.items()}
     del numbers["ppo_grm"][1]
-    lines = results.seed_table({"ppo_grm": "PPO", "loss_sdpo": "sdpo"}, numbers, chosen_on={0}).splitlines()
+    lines = draw.seed_table({"ppo_grm": "PPO", "loss_sdpo": "sdpo"}, numbers, chosen_on={0}).splitlines()
     assert lines[2:] == [
         "| PPO | 3.00 | - | 3.40 | 3.40 | 3.20 ± 0.28 |",
         "| sdpo | 3.50 | 3.70 | 4.10 | 3.90 ± 0.28 | 3.77 ± 0.31 |",
