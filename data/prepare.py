@@ -59,12 +59,12 @@ from data.readers import (
     ENDINGS,
     check_compression,
     check_text,
+    normalized,
     parse_json,
     read_objects,
     read_raw,
     read_table,
     read_text,
-    normalized,
 )
 from runtime.distributed import derive_seed
 from runtime.flags import user_errors

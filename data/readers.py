@@ -1,9 +1,9 @@
 """Rows out of .jsonl, .csv, .parquet and .json files, for data/prepare.py.
 
 The layout of a file leaves no trace in its rows (`normalized`): a table has every column in every row, so keys without
-a value are dropped, at any depth, and the same data give the same rows in each format. Whatever cannot become a row of JSON lines
-(broken JSON, text that is not UTF-8, half a surrogate pair, dates) stops the script with a ValueError that names the
-file and the line or row.
+a value are dropped, at any depth, and the same data give the same rows in each format. What cannot become a row of JSON
+lines (broken JSON, text that is not UTF-8, half a surrogate pair, dates) stops the script with a ValueError that names
+the file and the line or row.
 """
 
 import csv
