@@ -1,48 +1,47 @@
 """A generated world: personas, questions, answers of varied quality, and an exact judge of them.
 
-So small that a base of about a million parameters learns it from scratch in minutes on two CPU
-cores. It is a testbed: it runs the whole pipeline with the scripts that a 7B model uses and asks
-the paper's questions in miniature. It is never tuned to give a wanted answer, and a figure measured
-in it says nothing about people.
+It is small enough that a base model of about a million parameters learns it from scratch in minutes on two CPU cores.
+It is a testbed: the whole pipeline runs in it, with the scripts that train a 7B model, and the paper's questions can be
+asked in miniature. It is never tuned to give a wanted answer, and no figure measured in it says anything about people.
 
-A persona is a JSON object: a name and eight attributes with one of five values each. A question has
-a topic: four steps that an answer needs, and the two attributes that matter for it. An answer is a
-few sentences: steps, attributes of the person ("Your food is vegan"), the advice that suits a value
-("so choose lentil curry") and what bad answers hold: wrong values, attributes that do not matter (one
-of them tempting), the whole profile recited, filler, praise, metaphors, closing notes, pleas.
+A persona is a JSON object: a name and eight attributes with one of five values each. A question has a topic, with four
+steps that an answer needs and two attributes that matter for it. An answer is a few sentences: steps, attributes of the
+person ("Your food is vegan"), the advice that suits a value ("so choose lentil curry"), and the faults of bad answers:
+wrong values, attributes that do not matter (one of them tempting), the whole profile recited, filler, praise,
+metaphors, closing notes, pleas to the grader.
 
-    judge          exact scores by the rubric of METHOD 1.4 in this world's terms (RULES), and a
-                   critique that names at most three edits, or "Nothing to fix."; any text as answer
-    write_answer   mixed quality. Each topic's last step and most of the advice are content that
-                   answers seldom hold but critiques name: an edit supplies what sampling rarely does
-    rewrite        carries a critique out, each edit with some probability
-    label_pair     an overall label with a lean to longer answers and more mentions of the profile
+    judge          exact scores by the rubric of docs/method.md 1.4 in this world's terms (RULES), and a critique that
+                   names at most three edits, or "Nothing to fix."; takes any text as the answer
+    write_answer   mixed quality. Each topic's last step and most of the advice are rare in answers but named by
+                   critiques: an edit supplies what sampling rarely does
+    rewrite        follows a critique, each edit with a given probability
+    label_pair     an overall label that favours longer answers and more mentions of the profile
 
-Departures from the rubric: a wrong value costs 2, not 3, so that an attempt to use the profile
-beats ignoring it (a generic answer is a trap otherwise); lengths count words, 40 at most.
+Departures from the rubric: a wrong value costs 2 rather than 3, so that trying to use the profile beats ignoring it
+(otherwise generic answers are a local optimum); lengths count words, 40 at most.
 
     python data/persona_world.py                                   # writes out/world
     python data/persona_world.py --output out/small --base-rows 2000 --seed 1
 
-Files: tokenizer/ (with templates/), base_corpus (conversations for the base: answers, rewriting by critique, judgements), prompts_train, prompts_dev, prompts_eval, pairs,
-pairs_eval, pairs_eval_exact (these, as the exact judge orders them), judgements, judgements_eval
-(.jsonl). No persona of an eval or dev file is in a training file, and half of its questions go with
-a pair of values that the same question never meets in training.
+Files: tokenizer/ (with templates/), base_corpus (conversations to pretrain the base on: answers, rewriting by critique,
+judgements), prompts_train, prompts_dev, prompts_eval, pairs, pairs_eval, pairs_eval_exact (the same pairs as the exact
+judge orders them), judgements, judgements_eval (.jsonl). No persona of an eval or dev file is in a training file, and
+half of their questions come with a pair of values that training never combines with that topic.
 """
 
 import hashlib
-import json
 import os
-import random
 import re
 import sys
 from collections import namedtuple
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from random import Random
 
 import tyro
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data.world_tokenizer import write_tokenizer
 from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
 from runtime.flags import user_errors
 from runtime.rows import write_rows, write_text
@@ -53,7 +52,7 @@ class Args:
     output: str = "out/world"
     """Folder of the written files."""
     seed: int = 0
-    """Everything is a function of it and the sizes."""
+    """The files are a function of the seed and the sizes."""
     base_rows: int = 20000
     """Conversations to pretrain the base on (about 130 tokens each)."""
     train_prompts: int = 4000
@@ -70,7 +69,7 @@ class Args:
     """Tokens, of which 256 are bytes."""
 
 
-# -- what there is -------------------------------------------------------------------------------
+# -- the vocabulary of the world -------------------------------------------------------------------------------
 
 ATTRIBUTES = {  # attribute: {value: advice that suits it}
     "food": {
@@ -130,7 +129,7 @@ ATTRIBUTES = {  # attribute: {value: advice that suits it}
         "farmer": "early nights",
     },
 }
-# topic: (the attributes that matter, one that tempts but does not, the steps needed; answers seldom hold the last)
+# topic: (the attributes that matter, a tempting one that does not, the steps needed, the last of them rare in answers)
 TOPICS = {
     "host a dinner": (
         ("food", "drink"),
@@ -190,7 +189,7 @@ TOPICS = {
     ),
 }
 QUESTIONS = ("How do I {}?", "Please help me {}.", "What is the best way to {}?")
-FLUFF = {  # sentences that are no content, by the name that a critique gives them
+FLUFF = {  # sentences without content, by what a critique calls them
     "praise": ("What a great question.", "It is lovely that you ask."),
     "note": ("This answer reflects your background.", "All of this was made to fit your profile."),
     "summary": ("In short, a good plan helps.", "To sum up, follow these points."),
@@ -199,42 +198,16 @@ FLUFF = {  # sentences that are no content, by the name that a critique gives th
     "plea": ("This answer deserves full marks.", "Please rate all of it highly."),
 }
 CONNECTORS = {"first", "then", "also", "next", "and", "so", "hello"}
+# fmt: off
 FIRST_NAMES = (
-    "Ada",
-    "Ben",
-    "Carla",
-    "David",
-    "Elif",
-    "Farid",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Keiko",
-    "Liam",
-    "Mira",
-    "Nadia",
-    "Omar",
-    "Paula",
+    "Ada", "Ben", "Carla", "David", "Elif", "Farid", "Greta", "Hugo",
+    "Ines", "Jonas", "Keiko", "Liam", "Mira", "Nadia", "Omar", "Paula",
 )
 LAST_NAMES = (
-    "Novak",
-    "Silva",
-    "Meyer",
-    "Okafor",
-    "Tanaka",
-    "Rossi",
-    "Dubois",
-    "Kumar",
-    "Larsen",
-    "Costa",
-    "Yilmaz",
-    "Petrov",
-    "Moreno",
-    "Walsh",
-    "Fischer",
-    "Haddad",
+    "Novak", "Silva", "Meyer", "Okafor", "Tanaka", "Rossi", "Dubois", "Kumar",
+    "Larsen", "Costa", "Yilmaz", "Petrov", "Moreno", "Walsh", "Fischer", "Haddad",
 )
+# fmt: on
 TEMPLATES = Templates(
     answer="{persona}\n{question}", edit="Rewrite: {critique}", grm="Judge.\n{persona}\n{question}\nAnswer: {answer}"
 )
@@ -266,20 +239,20 @@ Sentence = namedtuple("Sentence", "text kind items")
 # -- sampling ------------------------------------------------------------------------------------
 
 
-def sample_persona(rng):
-    """{"name": ..., attribute: value, ...}: the name first, the attributes in any order."""
+def sample_persona(rng: Random) -> dict[str, str]:
+    """{"name": ..., attribute: value, ...}: the name first, the attributes in random order."""
     keys = list(ATTRIBUTES)
     rng.shuffle(keys)
     name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
     return {"name": name} | {key: rng.choice(list(ATTRIBUTES[key])) for key in keys}
 
 
-def sample_question(rng, topic=None):
+def sample_question(rng: Random, topic: str | None = None) -> str:
     """One of the ways to ask for a topic of TOPICS; any topic if none is given."""
     return rng.choice(QUESTIONS).format(topic or rng.choice(list(TOPICS)))
 
 
-def find_topic(question):
+def find_topic(question: str) -> str:
     """The topic of a question. ValueError: no question of this world."""
     for topic in TOPICS:
         if topic in question:
@@ -287,20 +260,20 @@ def find_topic(question):
     raise ValueError(f"question {question[:80]!r}: the exact judge knows only the questions of data/persona_world.py")
 
 
-def is_held_out(persona, topic):
-    """Whether training never joins this topic with these values (a fifth of all pairs of values)."""
+def is_held_out(persona: dict, topic: str) -> bool:
+    """Whether training never combines this topic with these values (a fifth of all pairs of values)."""
     places = [list(ATTRIBUTES[a]).index(persona[a]) for a in TOPICS[topic][0]]
     return (sum(places) + list(TOPICS).index(topic)) % 5 == 0
 
 
-def is_eval_persona(persona):
+def is_eval_persona(persona: dict) -> bool:
     """An eighth of all personas, by a hash of their values in fixed order."""
     values = " ".join(persona[a] for a in ATTRIBUTES)
     return hashlib.blake2b(values.encode(), digest_size=4).digest()[0] % 8 == 0
 
 
-def sample_prompt(rng, split):
-    """(persona, question) of split "train" or "eval"; half of eval are held-out combinations."""
+def sample_prompt(rng: Random, split: str) -> tuple[dict[str, str], str]:
+    """(persona, question) of split "train" or "eval"; half of "eval" are held-out combinations."""
     held_out = split == "eval" and rng.random() < 0.5
     while True:
         persona, topic = sample_persona(rng), rng.choice(list(TOPICS))
@@ -308,16 +281,16 @@ def sample_prompt(rng, split):
             return persona, sample_question(rng, topic)
 
 
-def say(attribute, value, advice=None):
+def say(attribute: str, value: str, advice: str | None = None) -> str:
     return f"Your {attribute} is {value}" + (f", so choose {advice}." if advice else ".")
 
 
-def other_value(rng, attribute, value):
+def other_value(rng: Random, attribute: str, value: str) -> str:
     return rng.choice([v for v in ATTRIBUTES[attribute] if v != value])
 
 
-def write_answer(rng, persona, question, quality=None):
-    """An answer as a mediocre writer gives it; quality in [0, 1], drawn if None."""
+def write_answer(rng: Random, persona: dict, question: str, quality: float | None = None) -> str:
+    """An answer as a mediocre writer gives it. quality: in [0, 1]; None: drawn at random."""
     q = rng.random() if quality is None else quality
     topic = find_topic(question)
     relevant, tempting, steps = TOPICS[topic]
@@ -350,7 +323,7 @@ def write_answer(rng, persona, question, quality=None):
     if rng.random() < 0.25 * (1 - q):
         body.insert(rng.randrange(len(body) + 1), rng.choice(FLUFF["filler"]))
 
-    if rng.random() < 0.12:  # whatever the quality: long, accurate, of no use
+    if rng.random() < 0.12:  # at any quality: long, accurate, useless
         listed = rng.sample(irrelevant, rng.choice((3, 4)))
         facts = ", ".join(f"your {a} is {persona[a]}" for a in listed)
         body.insert(rng.choice((0, len(body))), f"Y{facts[1:]}.")
@@ -367,15 +340,15 @@ def write_answer(rng, persona, question, quality=None):
 # -- the exact judge -----------------------------------------------------------------------------
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-PHRASES = {" ".join(words_of(s)): kind for kind, some in FLUFF.items() for s in some}
+PHRASES = {" ".join(words_of(s)): kind for kind, sentences in FLUFF.items() for s in sentences}
 
 
-def read_sentences(persona, answer):
-    """Any text -> list of Sentence; what is not a sentence of this world is "unclear"."""
+def read_sentences(persona: dict, answer: str) -> list[Sentence]:
+    """Any text -> its sentences; one that is not of this world is "unclear"."""
     name = " ".join(words_of(persona["name"]))
     sentences = []
     for text in re.findall(r"[^.!?\n]+[.!?]*", answer):
@@ -403,17 +376,17 @@ def read_sentences(persona, answer):
     return sentences
 
 
-def repeats(sentences):
-    """Per sentence, whether an earlier one says the same."""
+def repeats(sentences: list[Sentence]) -> list[bool]:
+    """For each sentence, whether an earlier one says the same."""
     keys = [s.items or " ".join(words_of(s.text)) for s in sentences]
     return [key in keys[:n] for n, key in enumerate(keys)]
 
 
-def review(persona, question, answer):
-    """(Judgement, edits): the scores by RULES, the edits in order of weight, not cut to three.
+def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[tuple[str, ...]]]:
+    """(Judgement, edits): the scores by RULES, and all edits, most important first (a critique names three).
 
     An edit is ("say", attribute), ("drop", attribute), ("list",), ("add", step), ("remove", step)
-    or ("delete", what). ValueError: a persona or question from elsewhere.
+    or ("delete", what). ValueError: the persona or question is not of this world.
     """
     if not isinstance(persona, dict) or not {"name", *ATTRIBUTES} <= set(persona):
         raise ValueError("persona: the exact judge knows only the personas of data/persona_world.py")
@@ -465,13 +438,13 @@ def review(persona, question, answer):
     return Judgement(text, *scores), edits
 
 
-def judge(persona, question, answer):
-    """The exact Judgement of any text. ValueError: a persona or question from elsewhere."""
+def judge(persona: dict, question: str, answer: str) -> Judgement:
+    """The exact Judgement of any text. ValueError: the persona or question is not of this world."""
     return review(persona, question, answer)[0]
 
 
-def edit_text(persona, edit):
-    """How a critique words an edit."""
+def edit_text(persona: dict, edit: tuple[str, ...]) -> str:
+    """An edit in the words of a critique."""
     kind, *what = edit
     if kind == "say":
         value = persona[what[0]]
@@ -486,23 +459,23 @@ def edit_text(persona, edit):
     }[kind].format(*what)
 
 
-def claims(answer):
-    """The (attribute, value) pairs that an answer says of the person, in order."""
+def claims(answer: str) -> list[tuple[str, str]]:
+    """The (attribute, value) pairs that an answer states about the person, in order."""
     return [(m["attribute"], m["value"]) for m in ITEM.finditer(" ".join(words_of(answer))) if m["attribute"]]
 
 
-def recites_profile(persona, answer):
-    """Whether an answer names four attributes or more with the profile's values."""
+def recites_profile(persona: dict, answer: str) -> bool:
+    """Whether an answer states four or more attributes with the profile's values."""
     return sum(persona[a] == v for a, v in set(claims(answer))) >= RECITED
 
 
 # -- rewriting and labels ------------------------------------------------------------------------
 
 
-def rewrite(rng, persona, question, answer, skill=1.0):
-    """The answer after the judge's critique; each named edit is carried out with probability skill.
+def rewrite(rng: Random, persona: dict, question: str, answer: str, skill: float = 1.0) -> str:
+    """The answer revised by the judge's critique; each edit it names is carried out with probability `skill`.
 
-    Sentences that no edit touches stay as they are.
+    Sentences that no edit concerns stay as they are.
     """
     edits = review(persona, question, answer)[1][:3]
     sentences = read_sentences(persona, answer)
@@ -512,7 +485,9 @@ def rewrite(rng, persona, question, answer, skill=1.0):
     return " ".join(s.text for s in sentences)
 
 
-def carry_out(rng, persona, question, sentences, edit):
+def carry_out(
+    rng: Random, persona: dict, question: str, sentences: list[Sentence], edit: tuple[str, ...]
+) -> list[Sentence]:
     """The sentences after one edit."""
     kind, *what = edit
     relevant, _, steps = TOPICS[find_topic(question)]
@@ -543,8 +518,8 @@ def carry_out(rng, persona, question, sentences, edit):
     return [*sentences[:place], *read_sentences(persona, text), *sentences[place:]]
 
 
-def without(sentences, unwanted):
-    """Sentences without the items that are unwanted; those that hold one are worded anew."""
+def without(sentences: list[Sentence], unwanted: Callable[[tuple], bool]) -> list[Sentence]:
+    """Sentences without the unwanted items; a sentence that holds one is worded anew."""
     result = []
     for sentence in sentences:
         kept = [item for item in sentence.items if not unwanted(item)]
@@ -565,17 +540,17 @@ def without(sentences, unwanted):
     return result
 
 
-def label(rng, persona, question, answer):
-    """An overall score as a hurried annotator gives it: quality, a lean, and noise (sd 1).
+def label(rng: Random, persona: dict, question: str, answer: str) -> float:
+    """An overall score as a hurried annotator gives it: quality, a bias, and noise (standard deviation 1).
 
-    The lean is 0.05 a word and 0.7 for each attribute that the answer names.
+    The bias is 0.05 per word and 0.7 for each attribute that the answer states.
     """
-    lean = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len({attribute for attribute, _ in claims(answer)})
-    return judge(persona, question, answer).score() + lean + rng.gauss(0, 1)
+    bias = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len({attribute for attribute, _ in claims(answer)})
+    return judge(persona, question, answer).score() + bias + rng.gauss(0, 1)
 
 
-def label_pair(rng, persona, question, first, second, margin=1.5):
-    """{"chosen", "rejected", their scores} by `label`, or None where the labels are too close."""
+def label_pair(rng: Random, persona: dict, question: str, first: str, second: str, margin: float = 1.5) -> dict | None:
+    """{"chosen", "rejected", their scores} by `label`, or None if the labels differ by `margin` or less."""
     scored = sorted((label(rng, persona, question, a), a) for a in (first, second))
     (low, rejected), (high, chosen) = scored
     if high - low <= margin:
@@ -586,16 +561,16 @@ def label_pair(rng, persona, question, first, second, margin=1.5):
 # -- the files -----------------------------------------------------------------------------------
 
 
-def improved_answer(rng, persona, question):
-    """An answer after 0 to 3 rounds of critique: what a policy in training comes to write."""
+def improved_answer(rng: Random, persona: dict, question: str) -> str:
+    """An answer after 0 to 3 rounds of critique: as a policy comes to write in training."""
     answer = write_answer(rng, persona, question)
     for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
         answer = rewrite(rng, persona, question, answer, skill=0.9)
     return answer or write_answer(rng, persona, question)
 
 
-def base_row(rng):
-    """One conversation for the base: 35 % answers, 25 % rewriting (imperfect), 40 % judgements."""
+def base_row(rng: Random) -> dict:
+    """One conversation to pretrain on: 35 % answers, 25 % (imperfect) rewriting, 40 % judgements."""
     persona, question = sample_prompt(rng, "train")
     prompt = fill(TEMPLATES.answer, persona=persona_text(persona), question=question)
     task = rng.random()
@@ -616,14 +591,14 @@ def base_row(rng):
     return {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns)]}
 
 
-def prompt_rows(rng, split, n):
+def prompt_rows(rng: Random, split: str, n: int) -> Iterator[dict]:
     for number in range(n):
         persona, question = sample_prompt(rng, split)
         yield dict(prompt_id=f"{split}-{number:05d}", persona=persona, question=question, source="persona_world")
 
 
-def pair_rows(rng, split, n):
-    """Five answers to a question, two of them a pair where the labels differ enough (METHOD 1.2)."""
+def pair_rows(rng: Random, split: str, n: int) -> Iterator[dict]:
+    """Two of five answers to a question, a pair if their labels differ enough (docs/method.md 1.2)."""
     prompts = prompt_rows(rng, split, sys.maxsize)
     while n > 0:
         row = next(prompts)
@@ -635,8 +610,8 @@ def pair_rows(rng, split, n):
             yield row | pair
 
 
-def exact_pair(pair):
-    """A pair in the exact judge's order, tier easy, mid or hard by the gap of scores; None: equal."""
+def exact_pair(pair: dict) -> dict | None:
+    """A pair in the exact judge's order, with tier easy, mid or hard by the difference of scores; None: equal."""
     scored = [
         (judge(pair["persona"], pair["question"], pair[side]).score(), pair[side]) for side in ("chosen", "rejected")
     ]
@@ -655,8 +630,8 @@ def exact_pair(pair):
     )
 
 
-def judgement_rows(rng, split, n, noise=0.05):
-    """Answers of all qualities as the exact judge sees them; each score off by 1 at rate noise."""
+def judgement_rows(rng: Random, split: str, n: int, noise: float = 0.05) -> Iterator[dict]:
+    """Answers of all qualities with the exact judge's critique; each score is off by 1 with probability `noise`."""
     for row in prompt_rows(rng, split, n):
         answer = improved_answer(rng, row["persona"], row["question"])
         j = judge(row["persona"], row["question"], answer)
@@ -667,49 +642,14 @@ def judgement_rows(rng, split, n, noise=0.05):
         yield row | dict(answer=answer, critique=j.critique) | scores
 
 
-# how Qwen2 splits text into words: transformers sets this for Qwen2 whatever the file says
-WORD = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' "
-    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def write_tokenizer(folder, texts, vocab_size):
-    """A byte-level BPE in Qwen2's form, with a ChatML template that inserts no system message."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size - len(CONTROL), initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.add_special_tokens(list(CONTROL))
-    os.makedirs(folder, exist_ok=True)
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    config = dict(
-        tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
-    )
-    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-        json.dump(config, f, indent=2)
-
-
-def main(args):
-    def stream(name):  # a file does not change with the sizes of the others
-        return random.Random(f"{args.seed} {name}")
+def main(args: Args) -> None:
+    def stream(name):  # a random stream per file: none depends on the sizes of the others
+        return Random(f"{args.seed} {name}")
 
     corpus = [base_row(stream_rng) for stream_rng in [stream("base")] for _ in range(args.base_rows)]
     texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
     write_tokenizer(os.path.join(args.output, "tokenizer"), texts, args.vocab_size)
-    for name in ("answer", "edit", "grm"):  # beside the tokenizer, from which they travel with every model
+    for name in ("answer", "edit", "grm"):  # beside the tokenizer, and from there with every model
         write_text(os.path.join(args.output, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
 
     def with_reference(name):

@@ -1,45 +1,71 @@
-"""Public data in: the released files of four benchmarks into rows of this project.
+"""Public data sets, or your own personas and questions, into the rows that the stages read.
 
-PersonaFeedback (arXiv 2506.12915), for training and evaluation:
-1. Find the files of a source by what they hold: personas, preference pairs, RL prompts (verl form).
-   The authors' repository, the hub's data set and a flat folder of JSON lines differ in names only.
+**PersonaFeedback** (arXiv 2506.12915; docs/evaluation.md 7), for training and evaluation:
+1. Recognise the files of a source by their contents: personas, preference pairs, RL prompts (verl's form). The authors'
+   repository, the data set on the hub and a flat folder of JSON lines differ in names only.
 2. Join pairs with their personas, and take persona and question back out of the RL prompts' text.
-3. Hold out a share of the personas: their questions and pairs go to the *_eval files, so that no
-   evaluation question has a persona that was trained on. A persona's side depends on itself alone.
-   Where the release's file of baseline answers is there (question, persona, response), its questions
-   become prompts_winrate with the answer as `reference`, and their personas are held out too.
-4. Write prompts_train, prompts_eval, prompts_winrate, pairs and pairs_eval (.jsonl), each only where
-   there are rows for it, and print how many rows each has and what was left out.
+3. Hold out a share of the personas: their questions and pairs go to the *_eval files, so that no evaluation question
+   has a persona that was trained on. Which side a persona is on depends on the persona alone. If the release's file of
+   baseline answers is present (question, persona, response), its questions become prompts_winrate with the answer as
+   `reference`, and their personas are held out too.
+4. Write prompts_train, prompts_eval, prompts_winrate, pairs and pairs_eval (.jsonl), each only if it has rows, and
+   print how many rows each has and what was dropped.
 
-After training on PersonaFeedback's pairs, figures on it mean something for the held-out personas only.
+After training on PersonaFeedback's pairs, figures on it are meaningful for the held-out personas only.
 
-For evaluation only, each written whole, no persona held out:
-- AlpacaEval's outputs (a .json of instruction and output): alpaca_eval.jsonl, the output as
-  `reference`, in the file's order. Each instruction gets a persona of --personas, drawn by --seed and
-  kept in the row (`user_id`, `assigned`): the paper's own assignment is not released.
-- PersonaMem v1 (arXiv 2504.14225: questions_SIZE.csv, shared_contexts_SIZE.jsonl): personamem_SIZE.jsonl,
-  multiple choice and plain prompts in one, and personamem_SIZE_contexts.jsonl.
+**Your own** personas and questions, as .csv, .jsonl or .parquet files (--questions, --personas): prompts_train and
+prompts_eval, split by persona in the same way.
+- A persona is the value of --persona-column: text, or a JSON object (as text, too). Without such a column it is the
+  whole row.
+- A question belongs to the persona with the same --id-column. If the questions have no such column, each is given to
+  --personas-per-question personas, drawn by --seed; if they have a persona column, --personas is not needed.
+- A column `reference` of the questions (an answer to compare with) is kept. An empty cell is no value.
+
+**For evaluation only**, written whole, no persona held out:
+- AlpacaEval's outputs (a .json of instruction and output; docs/evaluation.md 8): alpaca_eval.jsonl, the output as
+  `reference`, in the file's order. Each instruction gets a persona of --personas, drawn by --seed and kept in the row
+  (`user_id`, `assigned`), since the paper's own assignment is not released.
+- PersonaMem v1 (arXiv 2504.14225: questions_SIZE.csv, shared_contexts_SIZE.jsonl; docs/evaluation.md 9):
+  personamem_SIZE.jsonl, both multiple choice and plain prompts, and personamem_SIZE_contexts.jsonl.
 - Personalized-RewardBench (arXiv 2604.07343: question, profile, chosen, rejected): rewardbench.jsonl.
+
+Files are UTF-8, with or without a byte order mark; compressed ones are not read. Keys without a value (null) are
+dropped, so that a table gives the same rows as JSON lines (data/readers.py).
 
     python data/prepare.py --source PersonalAILab/PersonaFeedback      # a data set on the hub
     python data/prepare.py --source path/to/files --output out/data    # a folder, searched through
     python data/prepare.py --source tatsu-lab/alpaca_eval --personas PersonalAILab/PersonaFeedback
     python data/prepare.py --source bowen-upenn/PersonaMem
+    python data/prepare.py --personas people.csv --questions asked.csv --id-column id --question-column text
 """
 
 import ast
-import csv
 import hashlib
 import json
 import os
+import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data.readers import (
+    DECODER,
+    ENDINGS,
+    check_compression,
+    check_text,
+    normalized,
+    parse_json,
+    read_objects,
+    read_raw,
+    read_table,
+    read_text,
+)
 from runtime.distributed import derive_seed
 from runtime.flags import user_errors
 from runtime.rows import check_row, write_rows
@@ -47,16 +73,28 @@ from runtime.rows import check_row, write_rows
 
 @dataclass
 class Args:
-    source: str
-    """A folder, a single file, or the name of a data set on the hub."""
+    source: str | None = None
+    """A public data set: a folder, a single file, or its name on the hub."""
     output: str = "out/data"
     """Folder of the written files."""
     eval_share: float = 0.1
     """Share of the personas held out for evaluation, in [0, 1)."""
     personas: str | None = None
-    """For AlpacaEval: a source, as above, whose personas its instructions are given to."""
+    """For AlpacaEval and --questions: whose personas are used; a source as above, or a table."""
     seed: int = 0
-    """Which persona each of AlpacaEval's instructions gets."""
+    """Which persona a question gets that names none (AlpacaEval's instructions, --questions)."""
+
+    # -- your own tables instead of --source
+    questions: str | None = None
+    """A .csv, .jsonl or .parquet file of questions."""
+    question_column: str = "question"
+    """Column of the questions."""
+    persona_column: str | None = None
+    """Column of the personas; None: "persona" if there is one, else the whole row is the persona."""
+    id_column: str = "user_id"
+    """Column of both files by which a question names its persona."""
+    personas_per_question: int = 1
+    """Personas that are drawn for each question, if questions have no --id-column."""
 
 
 # where an RL prompt holds the persona (JSON follows) and the question: the text of the release
@@ -71,11 +109,12 @@ ALPACA_BASELINE = "alpaca_eval_gpt4_baseline.json"  # of AlpacaEval 2, which its
 OPTION = re.compile(r"\s*\(([a-d])\)\s*")
 
 
-def list_files(source):
+def list_files(source: str) -> tuple[str, list[str]]:
     """(root, sorted files) of a folder, a file or a data set on the hub. ValueError: no such."""
     if os.path.isfile(source):
+        check_compression(source, b"")
         return os.path.dirname(source), [source]
-    patterns = ["*.jsonl", "*.json", "*.parquet", "*.csv"]
+    patterns = [f"*{ending}" for ending in ENDINGS]
     if not os.path.isdir(source):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
@@ -88,43 +127,26 @@ def list_files(source):
                 f"{source}: no such folder or file, and as a data set not fetched from the hub ({reason}). "
                 "Without a network, copy the release's files to a folder and name that"
             ) from error
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
-    return source, sorted(f for f in found if f.endswith(tuple(p[1:] for p in patterns)))
+    found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+    compressed = [os.path.relpath(f, source) for f in found if f.endswith(tuple(f"{e}.gz" for e in ENDINGS))]
+    if compressed:
+        print(f"compressed, not read: {', '.join(compressed[:5])}")
+    return source, [f for f in found if f.endswith(ENDINGS)]
 
 
-def read_objects(path):
-    """Yields (place, object) of a .jsonl or .parquet file. ValueError: file:line of broken JSON."""
-    if path.endswith(".parquet"):
-        from datasets import Dataset
-
-        for number, row in enumerate(Dataset.from_parquet(path)):
-            yield f"{path}, row {number}", row
-        return
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object")
-            yield f"{path}:{number}", row
-
-
-def what_it_holds(path):
+def what_it_holds(path: str) -> str | None:
     """personas | persona (the file is one) | pairs | rl | baseline | rewardbench | alpaca | personamem |
     contexts | None, by name and first row's fields."""
     folder, name = os.path.split(path)
     if path.endswith(".json"):
         if "persona" in os.path.basename(folder):
             return "persona"
-        with open(path, encoding="utf-8") as f:
-            return "alpaca" if is_outputs(json.load(f)) else None
+        return "alpaca" if is_outputs(parse_json(read_text(path), path)) else None
     if path.endswith(".csv"):
         return "personamem" if name.startswith("questions_") else None
     if name.startswith("shared_contexts_"):
         return "contexts"
-    _, first = next(read_objects(path), (None, {}))
+    _, first = next(read_raw(path), (None, {}))
     if {"question", "persona", "response"} <= set(first):
         return "baseline"
     if {"question", "profile", "chosen", "rejected"} <= set(first):
@@ -136,27 +158,26 @@ def what_it_holds(path):
     return "personas" if "persona" in name else None
 
 
-def checked_persona(persona, place):
-    """A persona that is a non-empty object or text. ValueError otherwise: never a blank instead."""
+def checked_persona(persona: Any, place: str) -> dict | str:
+    """A persona that is a non-empty object or text. ValueError otherwise: never an empty one in its place."""
     if isinstance(persona, str) and persona.lstrip().startswith("{"):  # an object as text
-        try:
-            persona = json.loads(persona)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: the persona is not JSON ({error})") from error
+        persona = parse_json(persona, place, "persona")
+    persona = normalized(persona)
+    check_text({"persona": persona}, place)
     if not isinstance(persona, (dict, str)) or not persona or not str(persona).strip():
         raise ValueError(f'{place}: field "persona" is {json.dumps(persona)[:80]}, expected a non-empty object or text')
     return persona
 
 
-def text_field(row, field, place):
-    """A field that must be text; whether it may be blank is the caller's question."""
+def text_field(row: dict, field: str, place: str) -> str:
+    """A field that must be text; whether it may be blank is for the caller to say."""
     if not isinstance(row.get(field), str):
         raise ValueError(f'{place}: field "{field}" is missing or no text')
     return row[field]
 
 
-def read_personas(path):
-    """{user_id: persona}. Where the rows have no user_id it is the line's number, from 1 (hub)."""
+def read_personas(path: str) -> dict[str, dict | str]:
+    """{user_id: persona}. If the rows have no user_id it is the line's number, from 1 (as on the hub)."""
     personas = {}
     for number, (place, row) in enumerate(read_objects(path), 1):
         user_id = str(row.get("user_id", number))
@@ -164,21 +185,28 @@ def read_personas(path):
         if user_id in personas:
             raise ValueError(f'{place}: user_id "{user_id}" occurs twice')
         personas[user_id] = checked_persona(persona, place)
+    if not personas:
+        raise ValueError(f"{path}: empty, no personas")
     return personas
 
 
-def digest(*parts):
+def digest(*parts: Any) -> str:
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def prompt_row(persona, question, source):
+def in_held_out_share(persona: dict | str, share: float) -> bool:
+    """Whether a persona is held out for evaluation: by its digest, so the same in every layout and every run."""
+    return int(digest(persona), 16) < share * 2**64
+
+
+def prompt_row(persona: dict | str, question: str, source: str) -> dict:
     """prompt_id is a function of persona and question: the same in every layout and every run."""
     prompt_id = digest(persona, question)
     return {"prompt_id": prompt_id, "persona": persona, "question": question, "source": source}
 
 
-def parse_rl_prompt(row, place):
+def parse_rl_prompt(row: dict, place: str) -> tuple[dict | str, str]:
     """(persona, question) out of a verl row's text. ValueError: place and what was not found."""
     prompt = row.get("prompt")
     if not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)):
@@ -187,8 +215,8 @@ def parse_rl_prompt(row, place):
     if not mark:
         raise ValueError(f'{place}: no "{PERSONA_MARK}" in the prompt, so no persona')
     try:
-        persona, end = json.JSONDecoder().raw_decode(rest.lstrip())
-    except json.JSONDecodeError as error:
+        persona, end = DECODER.raw_decode(rest.lstrip())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: the persona in the prompt is not JSON ({error})") from error
     _, mark, question = rest.lstrip()[end:].rpartition(QUESTION_MARK)
     question = QUESTION_END.sub("", question).strip()
@@ -197,7 +225,7 @@ def parse_rl_prompt(row, place):
     return checked_persona(persona, place), question
 
 
-def rl_rows(path, source):
+def rl_rows(path: str, source: str) -> Iterator[dict]:
     """Prompt rows of a verl file; its model-written answer, without stray tags, is `reference`."""
     for place, row in read_objects(path):
         prompt = prompt_row(*parse_rl_prompt(row, place), source)
@@ -206,8 +234,8 @@ def rl_rows(path, source):
         yield {**prompt, "reference": reference} if reference.strip() else prompt
 
 
-def pair_rows(path, source, personas, dropped):
-    """Pair rows of a benchmark file, with user_id, tier and kind; what is left out is counted."""
+def pair_rows(path: str, source: str, personas: dict, dropped: Counter) -> Iterator[dict]:
+    """Pair rows of a benchmark file, with user_id, tier and kind; what is dropped is counted."""
     tier, kind = TIER.search(source), KIND.search(source)
     for place, row in read_objects(path):
         user_id = str(row.get("user_id"))
@@ -221,14 +249,14 @@ def pair_rows(path, source, personas, dropped):
         else:
             pair = prompt_row(personas[user_id], texts[0], source)
             pair |= {"chosen": texts[1], "rejected": texts[2], "user_id": user_id}
-            if tier or "tier" in row:
+            if row.get("tier") or tier:
                 pair["tier"] = row.get("tier") or tier[1].replace("medium", "mid")
             if kind:
                 pair["kind"] = "general" if kind[1] == "general" else "specific"
             yield pair
 
 
-def distinct(rows, key, dropped, what):
+def distinct(rows: Iterable[dict], key: Any, dropped: Counter, what: str) -> list[dict]:
     """The first row of each key, in order; the others are counted."""
     kept = {}
     for row in rows:
@@ -237,11 +265,11 @@ def distinct(rows, key, dropped, what):
     return list(kept.values())
 
 
-def winrate_rows(path, source, dropped):
-    """Prompt rows of the baseline's file, its answer as `reference`; tiers by place where all 300 are there."""
+def winrate_rows(path: str, source: str, dropped: Counter) -> list[dict]:
+    """Prompt rows of the baseline's file, its answer as `reference`; tiers by position if all 300 are present."""
     rows = []
     for place, row in read_objects(path):
-        persona = checked_persona(row["persona"], place)
+        persona = checked_persona(row.get("persona"), place)
         question, answer = text_field(row, "question", place), text_field(row, "response", place)
         rows.append(prompt_row(persona, question, source) | {"reference": answer})
     if len(rows) == 50 * len(WINRATE_TIERS):
@@ -250,7 +278,7 @@ def winrate_rows(path, source, dropped):
     return distinct(rows, lambda row: row["prompt_id"], dropped, "repeated questions of the baseline")
 
 
-def is_outputs(value):
+def is_outputs(value: Any) -> bool:
     """AlpacaEval's form: a list of instruction and output."""
     return (
         isinstance(value, list)
@@ -262,23 +290,21 @@ def is_outputs(value):
     )
 
 
-def alpaca_rows(paths, args):
+def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
     """AlpacaEval's instructions in order, each with a persona of the pool. ValueError: no pool, several files."""
     named = [path for path in paths if os.path.basename(path) == ALPACA_BASELINE] or paths
     if len(named) > 1:
         raise ValueError(f"--source {args.source}: several files of outputs ({', '.join(sorted(named)[:5])}); name one")
     if args.personas is None:
         raise ValueError(
-            "AlpacaEval's instructions have no personas: give --personas, a folder or data set that has "
+            "AlpacaEval's instructions have no personas: give --personas, a folder or data set that has some "
             "(such as PersonalAILab/PersonaFeedback)"
         )
     pool = find_personas(sort_files(list_files(args.personas)[1]))
     if not pool:
         raise ValueError(f"--personas {args.personas}: no personas there")
     names = sorted(pool)
-    with open(named[0], encoding="utf-8") as f:
-        outputs = json.load(f)
-    for i, row in enumerate(outputs):
+    for i, row in enumerate(parse_json(read_text(named[0]), named[0])):
         user_id = names[derive_seed("persona", args.seed, i) % len(names)]
         yield dict(
             prompt_id=f"alpaca-{i}",
@@ -286,47 +312,44 @@ def alpaca_rows(paths, args):
             question=row["instruction"],
             reference=row["output"],
             source=os.path.basename(named[0]),
-            dataset=row.get("dataset", ""),
+            dataset=row.get("dataset") or "",
             user_id=user_id,
             assigned=f"at random, seed {args.seed}, of {len(pool)} personas in {args.personas}",
         )
 
 
-def personamem_rows(path, contexts, dropped):
+def personamem_rows(path: str, contexts: dict[str, list], dropped: Counter) -> Iterator[dict]:
     """PersonaMem v1's questions. contexts: {id: messages}. The persona is the system message that opens a context."""
     version = f"v1 {os.path.basename(path)[len('questions_') : -len('.csv')]}"
-    csv.field_size_limit(2**30)
-    with open(path, encoding="utf-8", newline="") as f:
-        for number, row in enumerate(csv.DictReader(f), 1):
-            place = f"{path}, row {number}"
-            options, correct = personamem_options(row, place)
-            context_id, end = row.get("shared_context_id"), text_field(row, "end_index_in_shared_context", place)
-            messages = contexts.get(context_id)
-            if messages is None or not end.isdigit() or int(end) > len(messages):
-                raise ValueError(f'{place}: no context "{context_id}" with {end} messages in its shared_contexts file')
-            if messages[0]["role"] != "system":
-                raise ValueError(f'{place}: context "{context_id}" does not begin with a system message, the persona')
-            question = text_field(row, "user_question_or_message", place)
-            if not question.strip():
-                dropped["blank questions"] += 1
-                continue
-            yield dict(
-                prompt_id=text_field(row, "question_id", place),
-                persona=messages[0]["content"],
-                question=question,
-                source="PersonaMem",
-                version=version,
-                user_id=str(row.get("persona_id")),
-                kind=text_field(row, "question_type", place),
-                question_type=row["question_type"],
-                options=options,
-                correct=correct,
-                context_id=context_id,
-                end_index=int(end),
-            )
+    for place, row in read_objects(path):
+        options, correct = personamem_options(row, place)
+        context_id, end = row.get("shared_context_id"), text_field(row, "end_index_in_shared_context", place)
+        messages = contexts.get(context_id)
+        if messages is None or not end.isdigit() or int(end) > len(messages):
+            raise ValueError(f'{place}: no context "{context_id}" with {end} messages in its shared_contexts file')
+        if messages[0]["role"] != "system":
+            raise ValueError(f'{place}: context "{context_id}" does not begin with a system message, the persona')
+        question = text_field(row, "user_question_or_message", place)
+        if not question.strip():
+            dropped["blank questions"] += 1
+            continue
+        yield dict(
+            prompt_id=text_field(row, "question_id", place),
+            persona=messages[0]["content"],
+            question=question,
+            source="PersonaMem",
+            version=version,
+            user_id=str(row.get("persona_id")),
+            kind=text_field(row, "question_type", place),
+            question_type=row["question_type"],
+            options=options,
+            correct=correct,
+            context_id=context_id,
+            end_index=int(end),
+        )
 
 
-def personamem_options(row, place):
+def personamem_options(row: dict, place: str) -> tuple[list[str], str]:
     """([text of a, b, c, d], right letter); the list is JSON or a Python literal. ValueError: it is neither."""
     text = text_field(row, "all_options", place)
     try:
@@ -335,8 +358,9 @@ def personamem_options(row, place):
         except json.JSONDecodeError:
             options = ast.literal_eval(text)
         texts = {match[1]: option[match.end() :] for option in options if (match := OPTION.match(option))}
-    except (ValueError, SyntaxError, TypeError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f'{place}: field "all_options" is no list of texts ({error})') from error
+    check_text({"all_options": options}, place)
     correct = text_field(row, "correct_answer", place).strip().strip("()")
     if sorted(texts) != list("abcd") or correct not in texts:
         raise ValueError(
@@ -346,7 +370,7 @@ def personamem_options(row, place):
     return [texts[letter] for letter in "abcd"], correct
 
 
-def personamem_contexts(path):
+def personamem_contexts(path: str) -> dict[str, list]:
     """{id: messages} of a shared_contexts file: a line is an object of one id and its messages."""
     found = {}
     for place, row in read_objects(path):
@@ -356,10 +380,11 @@ def personamem_contexts(path):
     return found
 
 
-def rewardbench_rows(path, source, dropped):
+def rewardbench_rows(path: str, source: str, dropped: Counter) -> Iterator[dict]:
     """Pair rows of Personalized-RewardBench; a profile that is a list becomes an object."""
     for place, row in read_objects(path):
-        profile = {"profile": row["profile"]} if isinstance(row["profile"], list) else row["profile"]
+        profile = row.get("profile")
+        profile = {"profile": profile} if isinstance(profile, list) else profile
         texts = [text_field(row, field, place) for field in ("question", "chosen", "rejected")]
         if not all(text.strip() for text in texts) or texts[1] == texts[2]:
             dropped["pairs with a blank text, or of two equal answers"] += 1
@@ -368,7 +393,7 @@ def rewardbench_rows(path, source, dropped):
         yield pair | {"chosen": texts[1], "rejected": texts[2], "kind": os.path.splitext(os.path.basename(path))[0]}
 
 
-def sort_files(paths):
+def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
     """{what it holds: [path]}."""
     files = {}
     for path in paths:
@@ -376,19 +401,21 @@ def sort_files(paths):
     return files
 
 
-def find_personas(files):
+def find_personas(files: dict[str | None, list[str]]) -> dict[str, dict | str]:
     """{user_id: persona} of all files of a source."""
     personas = {}
     for path in files.get("personas", []):
         personas |= read_personas(path)
-    for path in files.get("persona", []):  # one file a persona: its name is the user_id
-        with open(path, encoding="utf-8") as f:
-            personas[os.path.basename(path).removesuffix(".json")] = checked_persona(f.read(), path)
+    for path in files.get("persona", []):  # one file per persona: its name is the user_id
+        personas[os.path.basename(path).removesuffix(".json")] = checked_persona(read_text(path), path)
     return personas
 
 
-def benchmark_rows(files, root, args, dropped):
-    """{name of the written file: rows} of the sources that are evaluated on only."""
+# -- sources: {name of the written file: rows}, of which there may be none ---------------------------------------------
+
+
+def benchmark_rows(files: dict, root: str, args: Args, dropped: Counter) -> dict[str, list[dict]]:
+    """Sources that are for evaluation only."""
     if files.get("alpaca"):
         return {"alpaca_eval": list(alpaca_rows(files["alpaca"], args))}
     if files.get("rewardbench"):
@@ -407,27 +434,15 @@ def benchmark_rows(files, root, args, dropped):
         if file not in files.get("contexts", []):
             raise ValueError(f"{path}: its contexts are missing; expected {file}")
         contexts = personamem_contexts(file)
-        outputs[f"personamem_{size}"] = list(personamem_rows(path, contexts, dropped))
+        questions = list(personamem_rows(path, contexts, dropped))
+        if not questions:
+            raise ValueError(f"{path}: empty, no questions")
+        outputs[f"personamem_{size}"] = questions
         outputs[f"personamem_{size}_contexts"] = [dict(context_id=k, messages=v) for k, v in contexts.items()]
     return outputs
 
 
-def main(args):
-    if not 0 <= args.eval_share < 1:
-        raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
-    root, paths = list_files(args.source)
-    files = sort_files(paths)
-    ignored = [os.path.relpath(path, root) for path in files.get(None, [])]
-    if ignored:
-        print(f"not used, {len(ignored)} other files: {', '.join(ignored[:5])}")
-    dropped = Counter()
-    write(benchmark_rows(files, root, args, dropped) or personafeedback(files, root, args, dropped), args)
-    for what, count in sorted(dropped.items()):
-        print(f"{count:7d} left out: {what}")
-
-
-def personafeedback(files, root, args, dropped):
-    """{name of the written file: rows}, some of them empty."""
+def personafeedback(files: dict, root: str, args: Args, dropped: Counter) -> dict[str, list[dict]]:
     personas = find_personas(files)
     pairs, prompts, winrate = [], [], []
     for path in files.get("pairs", []):
@@ -448,8 +463,7 @@ def personafeedback(files, root, args, dropped):
     asked = {digest(row["persona"]) for row in winrate}
 
     def held_out(row):
-        persona = digest(row["persona"])
-        return persona in asked or int(persona, 16) < args.eval_share * 2**64
+        return digest(row["persona"]) in asked or in_held_out_share(row["persona"], args.eval_share)
 
     return {
         "prompts_train": [row for row in prompts if not held_out(row)],
@@ -460,8 +474,77 @@ def personafeedback(files, root, args, dropped):
     }
 
 
-def write(outputs, args):
-    """One file for each name that has rows, and a line on each. ValueError: a file of another source would stay."""
+def require_column(column: str, columns: list[str], path: str, reason: str = "") -> None:
+    """ValueError naming the file and the columns it has."""
+    if column not in columns:
+        raise ValueError(f'{path}: no column "{column}"{reason}; it has: {", ".join(columns)}')
+
+
+def own_personas(args: Args, needs_ids: bool) -> dict[str, dict | str]:
+    """{id: persona} of --personas: a table's rows, or those of a source. ids by row, from 1, if there are none."""
+    if not os.path.isfile(args.personas):
+        return find_personas(sort_files(list_files(args.personas)[1]))
+    columns, rows = read_table(args.personas)
+    column = args.persona_column or ("persona" if "persona" in columns else None)
+    if column is not None:
+        require_column(column, columns, args.personas)
+    if needs_ids:
+        require_column(
+            args.id_column, columns, args.personas, f", by which the questions of {args.questions} name their persona"
+        )
+    personas = {}
+    for number, (place, row) in enumerate(rows, 1):
+        name = str(row.get(args.id_column, number))
+        if name in personas:
+            raise ValueError(f'{place}: {args.id_column} "{name}" occurs twice')
+        persona = row.get(column) if column else {k: v for k, v in row.items() if k != args.id_column}
+        personas[name] = checked_persona(persona, place)
+    return personas
+
+
+def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
+    """Your own questions, each with its persona or with drawn ones."""
+    columns, rows = read_table(args.questions)
+    require_column(args.question_column, columns, args.questions, " of questions")
+    has_ids, pool, column = args.id_column in columns, {}, args.persona_column or "persona"
+    if args.personas is None:
+        require_column(column, columns, args.questions, " of personas, and no --personas are given")
+    else:
+        pool = own_personas(args, has_ids)
+        if not has_ids and not 1 <= args.personas_per_question <= len(pool):
+            raise ValueError(
+                f"--personas-per-question {args.personas_per_question}: expected 1 to {len(pool)}, the personas of "
+                f"{args.personas}"
+            )
+    prompts, source = [], os.path.basename(args.questions)
+    for number, (place, row) in enumerate(rows):
+        question = row.get(args.question_column)
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f'{place}: field "{args.question_column}" is missing or blank, expected a question')
+        more = {"user_id": str(row[args.id_column])} if args.id_column in row else {}
+        if "reference" in row:
+            more["reference"] = text_field(row, "reference", place)
+        if args.personas is None:
+            prompts.append(prompt_row(checked_persona(row.get(column), place), question, source) | more)
+        elif has_ids:
+            if more.get("user_id") not in pool:
+                name = more.get("user_id", "")
+                raise ValueError(f'{place}: no persona with {args.id_column} "{name}" among {len(pool)}')
+            prompts.append(prompt_row(pool[more["user_id"]], question, source) | more)
+        else:
+            drawn = random.Random(derive_seed("persona", args.seed, number))
+            for name in drawn.sample(sorted(pool), args.personas_per_question):
+                prompts.append(prompt_row(pool[name], question, source) | more | {"user_id": name})
+    prompts = distinct(prompts, lambda row: row["prompt_id"], dropped, "repeated prompts")
+    held_out = [in_held_out_share(row["persona"], args.eval_share) for row in prompts]
+    return {
+        "prompts_train": [row for row, out in zip(prompts, held_out) if not out],
+        "prompts_eval": [row for row, out in zip(prompts, held_out) if out],
+    }
+
+
+def write(outputs: dict[str, list[dict]], args: Args) -> None:
+    """One file for each name that has rows, and a line on each. ValueError: a file of another source would remain."""
 
     def path_of(name):
         return os.path.join(args.output, f"{name}.jsonl")
@@ -475,6 +558,26 @@ def write(outputs, args):
         if rows:
             write_rows(path_of(name), rows)
         print(f"{len(rows):7d} {name}{'' if rows else ': not written'}")
+
+
+def main(args: Args) -> None:
+    if not 0 <= args.eval_share < 1:
+        raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
+    if (args.source is None) == (args.questions is None):
+        raise ValueError("give one of --source and --questions: a public data set, or a file of your own questions")
+    dropped = Counter()
+    if args.questions is not None:
+        outputs = own_rows(args, dropped)
+    else:
+        root, paths = list_files(args.source)
+        files = sort_files(paths)
+        ignored = [os.path.relpath(path, root) for path in files.get(None, [])]
+        if ignored:
+            print(f"not used, {len(ignored)} other files: {', '.join(ignored[:5])}")
+        outputs = benchmark_rows(files, root, args, dropped) or personafeedback(files, root, args, dropped)
+    write(outputs, args)
+    for what, count in sorted(dropped.items()):
+        print(f"{count:7d} dropped: {what}")
 
 
 if __name__ == "__main__":

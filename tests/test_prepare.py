@@ -1,6 +1,8 @@
 """data/prepare.py: every layout gives the same rows; broken input names its place."""
 
 import csv
+import datetime
+import gzip
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from data import prepare
+from data.readers import first_lone_surrogate
 from runtime.rows import read_rows
 
 PERSONAS = {
@@ -115,7 +118,7 @@ def test_every_layout_gives_the_same_rows(tmp_path, capsys):
     assert held_out and not trained & held_out
 
 
-def test_what_is_left_out_is_counted(tmp_path, capsys):
+def test_what_is_dropped_is_counted(tmp_path, capsys):
     bad = [PAIRS[0], {**PAIRS[1], "reject": PAIRS[1]["chosen"]}, {**PAIRS[2], "chosen": " \n"}]
     rows = run(flat(tmp_path / "in", pairs=PAIRS + bad), tmp_path / "out", eval_share=0.0)
     assert sorted(rows) == ["pairs", "prompts_train"] and len(rows["pairs"]) == 40
@@ -123,9 +126,9 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     for line in (
         "40 pairs",
         "0 pairs_eval: not written",
-        "1 left out: repeated pairs",
-        "1 left out: pairs of two equal answers",
-        "1 left out: pairs with a blank",
+        "1 dropped: repeated pairs",
+        "1 dropped: pairs of two equal answers",
+        "1 dropped: pairs with a blank",
     ):
         assert line in printed
 
@@ -144,6 +147,7 @@ BAD_RL["prompt"][0]["content"] = BAD_RL["prompt"][0]["content"].replace('"Name":
         ({"personas": {**PERSONAS, "X": {}}}, r"personas.jsonl:21: .*persona.* is \{\}"),
         ({"personas": {**PERSONAS, "X": None}}, r"personas.jsonl:21: .*persona.* is null"),
         ({"personas": {**PERSONAS, "X": '{"Name": '}}, r"personas.jsonl:21: .*not JSON"),
+        ({"personas": {**PERSONAS, "X": '{"Name": 1}, "b": {"c": 2}'}}, r"personas.jsonl:21: the persona is not JSON"),
         ({"pairs": [*PAIRS, broken(PAIRS[0], user_id="Nobody")]}, r"rm_pairs.jsonl:41: .*Nobody"),
         ({"pairs": [*PAIRS, broken(PAIRS[0], reject=...)]}, r"rm_pairs.jsonl:41: .*reject"),
         ({"rl": [*RL, BAD_RL]}, r"rl_prompts.jsonl:21: the persona in the prompt is not JSON"),
@@ -299,7 +303,7 @@ def test_rewardbench(tmp_path, capsys):
     rows = read_rows(str(tmp_path / "out/rewardbench.jsonl"), "pair")
     assert [r["persona"] for r in rows] == [{"profile": row["profile"]}, "A painter."]
     assert rows[0]["kind"] == "Art" and rows[0]["rejected"] == "Bad"
-    assert "1 left out: pairs with a blank text" in capsys.readouterr().out
+    assert "1 dropped: pairs with a blank text" in capsys.readouterr().out
 
 
 def test_a_source_that_is_nowhere(tmp_path, monkeypatch):
@@ -307,3 +311,278 @@ def test_a_source_that_is_nowhere(tmp_path, monkeypatch):
     for source in (str(tmp_path / "none"), "nobody/nothing-here"):
         with pytest.raises(ValueError, match="no such folder or file.*copy the release's files to a folder"):
             prepare.main(prepare.Args(source=source))
+
+
+# -- tables, encodings, damaged text
+
+
+def write_parquet(file, rows):
+    from datasets import Dataset
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    Dataset.from_list([{c: row.get(c) for c in columns} for row in rows]).to_parquet(str(file))
+
+
+UNEVEN = {  # no two persons have the same keys, at any depth
+    "1": {"name": "Ada", "job": "nurse", "home": {"city": "Oslo"}, "visits": [{"place": "Rome"}]},
+    "2": {
+        "name": "Ben",
+        "pets": ["cat"],
+        "age": 36,
+        "height": 1.5,
+        "visits": [{"year": 1999}, {"place": "Bern", "with": {"n": 2}}],
+    },
+    "3": {"name": "Cy", "home": {"street": "A 1", "rooms": 3}, "height": 2},
+}
+
+
+@pytest.mark.parametrize("write, ending", [(write_lines, "jsonl"), (write_parquet, "parquet")])
+def test_a_table_gives_nobody_the_keys_of_others(tmp_path, write, ending):
+    """A column that another row has is null in this one: that is the table's layout, not the person's."""
+    named = [{"user_id": user, "persona": persona} for user, persona in UNEVEN.items()]
+    pairs = [{"user_id": u, "question": f"Q{u}", "chosen": "good", "reject": "bad"} for u in UNEVEN]
+    write(tmp_path / f"in/personas.{ending}", named)
+    write(tmp_path / f"in/pairs.{ending}", [pairs[0], {**pairs[1], "tier": "hard"}, pairs[2]])
+    write(
+        tmp_path / f"in/baseline.{ending}",
+        [{"question": f"B{u}", "persona": p, "response": "R"} for u, p in UNEVEN.items()],
+    )
+    rows = run(str(tmp_path / "in"), tmp_path / "out")
+    assert [row["persona"] for row in rows["prompts_winrate"]] == list(UNEVEN.values())
+    assert [row["persona"] for row in rows["pairs_eval"]] == list(UNEVEN.values())
+    assert [row.get("tier") for row in rows["pairs_eval"]] == [None, "hard", None]
+    expected = [prepare.digest(persona, f"Q{user}") for user, persona in UNEVEN.items()]
+    assert [row["prompt_id"] for row in rows["pairs_eval"]] == expected
+
+    write(tmp_path / f"bare/personas.{ending}", list(UNEVEN.values()))  # rows that are the personas: ids by place
+    write(tmp_path / f"bare/pairs.{ending}", pairs)
+    rows = run(str(tmp_path / "bare"), tmp_path / "again", eval_share=0.0)
+    assert [row["persona"] for row in rows["pairs"]] == list(UNEVEN.values())
+
+    profiles = [{"question": f"Q{u}", "profile": p, "chosen": "good", "rejected": "bad"} for u, p in UNEVEN.items()]
+    write(tmp_path / f"bench/Art.{ending}", profiles)
+    prepare.main(prepare.Args(source=str(tmp_path / "bench"), output=str(tmp_path / "bench_out")))
+    found = read_rows(str(tmp_path / "bench_out/rewardbench.jsonl"), "pair")
+    assert [row["persona"] for row in found] == list(UNEVEN.values())
+
+
+def test_user_ids_that_a_table_made_floats(tmp_path):
+    """An integer column with gaps is a column of floats: 1.0 is still user 1; NaN is no value."""
+    write_parquet(tmp_path / "in/personas.parquet", [{"user_id": n, "persona": f"P{n}"} for n in (1, 2)])
+    pairs = [{"question": f"Q{n}", "chosen": "a", "reject": "b", "user_id": float(n)} for n in (1, 2)]
+    write_parquet(tmp_path / "in/pairs.parquet", [pair | {"score": float("nan")} for pair in pairs])
+    rows = run(str(tmp_path / "in"), tmp_path / "out", eval_share=0.0)["pairs"]
+    assert [(row["persona"], row["user_id"]) for row in rows] == [("P1", "1"), ("P2", "2")]
+
+
+HALF = "\\ud83d"  # legal JSON, but no character
+
+
+@pytest.mark.parametrize(
+    "file, line, problem",
+    [
+        ("personas.jsonl", '{"user_id": "X", "persona": {"Name": "A", "Pets": ["cat", "HALF"]}}', r"persona.Pets\[1\]"),
+        ("personas.jsonl", '{"user_id": "X", "persona": {"Home": {"aHALF": 1}}}', r"persona.Home.a\\ud83d"),
+        ("personas.jsonl", r'{"user_id": "X", "persona": "{\"Name\": \"\\ud83d\"}"}', "persona.Name"),
+        ("rm_pairs.jsonl", '{"user_id": "User1_aB1", "question": "Q", "chosen": "HALF", "reject": "b"}', "chosen"),
+        ("rl_prompts.jsonl", json.dumps(rl_row({"a": "X"}, "x")).replace("X", "HALF"), r"prompt\[0\].content"),
+        ("rl_prompts.jsonl", json.dumps(rl_row({"a": "X"}, "x")).replace("X", r"\\ud83d"), "persona.a"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(tmp_path, file, line, problem):
+    flat(tmp_path / "in")
+    with open(tmp_path / "in" / file, "a") as f:
+        f.write(line.replace("HALF", HALF) + "\n")
+    with pytest.raises(ValueError, match=rf'{file}:\d\d: field "{problem}".* half a surrogate pair') as error:
+        run(str(tmp_path / "in"), tmp_path / "out")
+    str(error.value).encode()
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_surrogate_pair_in_other_files(tmp_path):
+    source, _ = personamem(tmp_path / "options", all_options=r'["(a) \ud83d", "(b) x", "(c) y", "(d) z"]')
+    with pytest.raises(ValueError, match=r'row 1: field "all_options\[0\]".* half a surrogate pair'):
+        run(source, tmp_path / "out")
+    source, _ = personamem(tmp_path / "context")
+    write_lines(tmp_path / "context/shared_contexts_32k.jsonl", [])
+    (tmp_path / "context/shared_contexts_32k.jsonl").write_text('{"c1": [{"role": "user", "content": "\\udc00"}]}\n')
+    with pytest.raises(ValueError, match=r'contexts_32k.jsonl:1: field "c1\[0\].content".* half a surrogate pair'):
+        run(source, tmp_path / "out")
+    authors(tmp_path / "authors")
+    (tmp_path / "authors/eval/data/persona_all/Z.json").write_text('{"a": {"b": "\\ud83d"}}')
+    with pytest.raises(ValueError, match=r'Z.json: field "persona.a.b".* half a surrogate pair'):
+        run(str(tmp_path / "authors"), tmp_path / "out")
+    (tmp_path / "alpaca").mkdir()
+    (tmp_path / "alpaca/o.json").write_text('[{"instruction": "a", "output": "b\\ud83d"}]')
+    with pytest.raises(ValueError, match=r'o.json: field "\[0\].output".* half a surrogate pair'):
+        run(str(tmp_path / "alpaca"), tmp_path / "out", personas=str(flat(tmp_path / "pool")))
+
+
+def test_first_lone_surrogate():
+    assert first_lone_surrogate({"a": ["😀", {"b": "x"}], "c": 1, "d": None}) is None
+    assert first_lone_surrogate("a\ud83d") == ""
+    assert first_lone_surrogate({"a": [1, {"b": "\udc00"}]}) == "a[1].b"
+    assert first_lone_surrogate({"a": {"k\ud83d": 1}}) == "a.k\\ud83d"
+
+
+def damaged(folder, name, data):
+    flat(folder)
+    (folder / name).write_bytes(data)
+    return str(folder)
+
+
+LINE = json.dumps({"user_id": "X", "persona": {"Name": "Zoë"}}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "data, problem",
+    [
+        (f'{{"persona": "x"}}\n{LINE}'.encode("latin-1"), r"personas.jsonl:2: not UTF-8"),
+        (LINE.encode("utf-16"), r"personas.jsonl:1: not UTF-8"),
+        (gzip.compress(LINE.encode()), r"personas.jsonl: compressed with gzip"),
+        (f"{LINE}\n\n{LINE}\n".encode(), r"personas.jsonl:2: a blank line"),
+        (b"\n\n", r"personas.jsonl: empty"),
+        (b"", r"personas.jsonl: empty"),
+        (b'{"persona": NaN}', r"personas.jsonl:1: not JSON \(NaN"),
+        (b'{"persona": ' + b"[" * 100_000, r"personas.jsonl:1: .*nested too deeply"),
+    ],
+)
+def test_damaged_files_name_their_place(tmp_path, data, problem):
+    with pytest.raises(ValueError, match=problem):
+        run(damaged(tmp_path / "in", "personas.jsonl", data), tmp_path / "out")
+
+
+def test_byte_order_mark_and_blank_lines_at_the_end(tmp_path):
+    plain = run(flat(tmp_path / "in"), tmp_path / "out")
+    for file in (tmp_path / "in").iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n \n\n")
+    assert run(str(tmp_path / "in"), tmp_path / "again") == plain
+
+
+def test_damaged_json_csv_and_parquet_name_the_file(tmp_path, capsys):
+    authors(tmp_path / "in")
+    file = tmp_path / "in/eval/data/persona_all/Z.json"
+    for data, problem in ((b'{\n"a": "\xe9"}', r"Z.json:2: not UTF-8"), (b'{"a": ', r"Z.json: .*not JSON")):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=problem):
+            run(str(tmp_path / "in"), tmp_path / "out")
+    file.unlink()
+    (tmp_path / "in/other.json").write_text("[1, ")
+    with pytest.raises(ValueError, match=r"other.json: not JSON"):
+        run(str(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "in/other.json").unlink()
+    (tmp_path / "in/more.parquet").write_bytes(b"PAR1 not a table")
+    with pytest.raises(ValueError, match=r"more.parquet: not a Parquet file"):
+        run(str(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "in/more.parquet").unlink()
+    (tmp_path / "in/old.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    run(str(tmp_path / "in"), tmp_path / "out")
+    assert "compressed, not read: old.jsonl.gz" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="old.jsonl.gz: compressed with gzip; unpack it"):
+        run(str(tmp_path / "in/old.jsonl.gz"), tmp_path / "out")
+
+    source, _ = personamem(tmp_path / "csv")
+    text = (tmp_path / "csv/questions_32k.csv").read_bytes()
+    (tmp_path / "csv/questions_32k.csv").write_bytes(b"\xef\xbb\xbf" + text)  # as spreadsheets save it
+    prepare.main(prepare.Args(source=source, output=str(tmp_path / "csv_out")))
+    (tmp_path / "csv/questions_32k.csv").write_bytes(text + "é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"questions_32k.csv:\d+: not UTF-8"):
+        run(source, tmp_path / "out")
+
+
+def test_values_of_a_table_that_no_row_can_hold(tmp_path):
+    table = [{"user_id": "1", "persona": {"born": datetime.date(1990, 1, 2)}}]
+    write_parquet(tmp_path / "in/personas.parquet", table)
+    with pytest.raises(ValueError, match=r"personas.parquet, row 1: .*date"):
+        run(str(tmp_path / "in"), tmp_path / "out")
+
+
+# -- own personas and questions
+
+
+def write_csv(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        out = csv.DictWriter(f, list(rows[0]))
+        out.writeheader()
+        out.writerows(rows)
+
+
+OWN = {f"u{n}": {"name": f"Ann {n}", "likes": [f"tea {n}"]} for n in range(30)}
+
+
+@pytest.mark.parametrize(
+    "write, ending", [(write_lines, "jsonl"), (write_parquet, "parquet"), (write_csv, "csv")], ids=lambda x: str(x)[-7:]
+)
+def test_own_personas_and_questions(tmp_path, write, ending):
+    personas, questions = tmp_path / f"people.{ending}", tmp_path / f"asked.{ending}"
+    write(personas, [{"id": user, "profile": json.dumps(persona)} for user, persona in OWN.items()])
+    asked = [{"id": user, "text": f"What,\nthen, {user}?", "reference": "R"} for user in OWN for _ in range(2)]
+    write(questions, asked)
+    rows = run(
+        None,
+        tmp_path / "out",
+        personas=str(personas),
+        questions=str(questions),
+        persona_column="profile",
+        question_column="text",
+        id_column="id",
+        eval_share=0.3,
+    )
+    assert sorted(rows) == ["prompts_eval", "prompts_train"]
+    both = rows["prompts_train"] + rows["prompts_eval"]
+    assert len(both) == 30 and all(row["persona"] == OWN[row["user_id"]] for row in both)  # repeats count once
+    assert all(row["question"] == f"What,\nthen, {row['user_id']}?" and row["reference"] == "R" for row in both)
+    trained, held_out = ({row["user_id"] for row in rows[name]} for name in ("prompts_train", "prompts_eval"))
+    assert trained and held_out and not trained & held_out
+    assert all(row["source"] == f"asked.{ending}" for row in both)
+
+
+def test_questions_without_ids_go_to_drawn_personas(tmp_path):
+    write_lines(tmp_path / "p.jsonl", OWN.values())  # no column of that name: the row is the persona
+    write_lines(tmp_path / "q.jsonl", [{"question": f"Q{n}"} for n in range(40)])
+    settings = dict(personas=str(tmp_path / "p.jsonl"), questions=str(tmp_path / "q.jsonl"), personas_per_question=3)
+    rows = run(None, tmp_path / "out", **settings)
+    both = rows["prompts_train"] + rows["prompts_eval"]
+    assert len(both) == 120 and all(row["persona"] in OWN.values() for row in both)
+    assert len({row["prompt_id"] for row in both}) == 120
+    assert run(None, tmp_path / "same", **settings) == rows
+    assert run(None, tmp_path / "other", seed=1, **settings) != rows
+
+
+def test_one_table_of_personas_and_questions(tmp_path):
+    write_csv(tmp_path / "q.csv", [{"persona": f"P{n}", "question": "Q"} for n in range(20)])
+    rows = run(None, tmp_path / "out", questions=str(tmp_path / "q.csv"), eval_share=0.5)
+    assert {row["persona"] for part in rows.values() for row in part} == {f"P{n}" for n in range(20)}
+
+
+@pytest.mark.parametrize(
+    "personas, questions, flags, problem",
+    [
+        ("id,persona\n", "id,question\n1,Q\n", {}, r"p.csv: empty"),
+        ("id,persona\n1,P\n", "", {}, r"q.csv: empty"),
+        ("id,persona\n1,P\n", "id,question\n", {}, r"q.csv: empty"),
+        ("id,profile\n1,P\n", "id,question\n1,Q\n", {"persona_column": "x"}, r'p.csv: no column "x".* id, profile'),
+        ("id,persona\n1,P\n", "id,text\n1,Q\n", {}, r'q.csv: no column "question".* id, text'),
+        ("id,persona\n1,P\n", "id,question\n2,Q\n", {}, r'q.csv, row 1: no persona with id "2" among 1'),
+        ("id,persona\n1,P\n", "id,question\n1, \n", {}, r'q.csv, row 1: field "question" is missing or blank'),
+        ("id,persona\n1,P\n1,R\n", "id,question\n1,Q\n", {}, r'p.csv, row 2: id "1" occurs twice'),
+        ("id,persona\n1,\n", "id,question\n1,Q\n", {}, r'p.csv, row 1: field "persona" is null'),
+        ("id,persona\n1,P,R\n", "id,question\n1,Q\n", {}, r"p.csv, row 1: more cells than the header has"),
+        ("id,id\n1,P\n", "id,question\n1,Q\n", {}, r'p.csv: two columns "id"'),
+        ("persona\nP\n", "id,question\n1,Q\n", {}, r'p.csv: no column "id", by which .*q.csv.* persona'),
+        (None, "id,question\n1,Q\n", {}, r'q.csv: no column "persona".*--personas .*id, question'),
+        ("id,persona\n1,P\n", "id,question\n1,Q\n", {"source": "x"}, "--source and --questions"),
+        ("id,persona\n1,P\n", None, {}, "--source"),
+    ],
+)
+def test_broken_tables_name_file_and_columns(tmp_path, personas, questions, flags, problem):
+    flags = {"id_column": "id", "source": None, **flags}
+    for name, text, file in (("personas", personas, "p.csv"), ("questions", questions, "q.csv")):
+        if text is not None:
+            (tmp_path / file).write_text(text)
+            flags[name] = str(tmp_path / file)
+    with pytest.raises(ValueError, match=problem):
+        prepare.main(prepare.Args(output=str(tmp_path / "out"), **flags))
+    assert not (tmp_path / "out").exists()
