@@ -417,16 +417,56 @@ def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
         raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
 
 
-def load_config(path):
+def read_json(file: str) -> dict:
+    """A file that holds a JSON object; ValueError with its name where it does not."""
+    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
+        try:
+            found = json.load(f)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def stop_ids(folder: str, control: dict[str, int]) -> list[int]:
+    """Ids that end a response: `<|im_end|>`, `<|endoftext|>`, then what the folder's own files name.
+
+    control: {text: id} of the tokenizer's added tokens.
+    """
+    stops = [control[token] for token in ("<|im_end|>", "<|endoftext|>") if token in control]
+    for name in ("generation_config.json", "config.json"):
+        file = os.path.join(folder, name)
+        eos = read_json(file).get("eos_token_id") if os.path.isfile(file) else None
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(i) is int for i in eos):
+            raise ValueError(f"{file}: eos_token_id is {eos!r}, expected an integer or a list of integers")
+        stops += eos
+    return list(dict.fromkeys(stops))
+
+
+def special_ids(folder: str) -> dict[str, int | list[int]]:
+    """eos_token_id and pad_token_id that a folder with this folder's tokenizer has to name: what transformers and vLLM
+    end a response with, and what the tokenizer pads a batch with (its last token other than that is the one scored)."""
+    file, control = os.path.join(folder, "tokenizer.json"), {}
+    if os.path.isfile(file):
+        control = {token["content"]: token["id"] for token in read_json(file).get("added_tokens", [])}
+    pad, file = None, os.path.join(folder, "tokenizer_config.json")
+    if os.path.isfile(file):
+        pad = read_json(file).get("pad_token")
+        pad = pad["content"] if isinstance(pad, dict) else pad
+    if pad not in control or pad == "<|im_end|>":  # a response's end is no padding
+        pad = "<|endoftext|>"
+    stops = stop_ids(folder, control)
+    return ({"eos_token_id": stops} if stops else {}) | ({"pad_token_id": control[pad]} if pad in control else {})
+
+
+def load_config(path: str) -> Config:
     """Config of a checkpoint folder; ValueError where there is none or it is not Qwen2."""
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
         raise ValueError(f"{path}: no config.json; expected a Qwen2 checkpoint folder")
-    with open(file) as f:
-        try:
-            return Config.from_dict(json.load(f), file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not JSON ({error})") from error
+    return Config.from_dict(read_json(file), file)
 
 
 def copy_into(parameter, full):
@@ -498,6 +538,7 @@ def save_pretrained(model, path, tokenizer_from, dtype=None, templates=None):
     """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
 
     Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's.
+    tokenizer_from: a folder, whose tokenizer also says how a response ends and what pads (`special_ids`), or None.
     templates: {name: text} of the prompts that it was trained with (prompts.py), beside those of `tokenizer_from`.
     The folder appears whole or not at all.
     """
@@ -530,19 +571,25 @@ def save_pretrained(model, path, tokenizer_from, dtype=None, templates=None):
             json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f, indent=2)
     config = model.config.to_dict()
     config["architectures"] = ["Qwen2ForSequenceClassification" if model.scalar_head else "Qwen2ForCausalLM"]
-    config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
+    # two names of one thing: transformers 5 reads the first, what is older the second
+    config["dtype"] = config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
     if model.scalar_head:
         config["num_labels"] = 1
         config["id2label"] = {"0": "LABEL_0"}  # what transformers derives num_labels from
         config["label2id"] = {"LABEL_0": 0}
+    special = {} if tokenizer_from is None else special_ids(tokenizer_from)
     with open(os.path.join(tmp, "config.json"), "w") as f:
-        json.dump(config, f, indent=2)
+        json.dump(config | special, f, indent=2)
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
             if os.path.isfile(os.path.join(tokenizer_from, name)):
                 shutil.copy(os.path.join(tokenizer_from, name), tmp)
         if os.path.isdir(os.path.join(tokenizer_from, "templates")):
             shutil.copytree(os.path.join(tokenizer_from, "templates"), os.path.join(tmp, "templates"))
+        file = os.path.join(tmp, "generation_config.json")
+        generation = read_json(file) if os.path.isfile(file) else {}
+        with open(file, "w") as f:
+            json.dump(generation | special, f, indent=2)
     for name, text in (templates or {}).items():
         os.makedirs(os.path.join(tmp, "templates"), exist_ok=True)
         with open(os.path.join(tmp, "templates", f"{name}.txt"), "w", encoding="utf-8") as f:

@@ -23,7 +23,7 @@ from fractions import Fraction
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from model import resolve
+from model import resolve, stop_ids
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -243,7 +243,7 @@ class Chat:
         self.im_start, self.im_end = self.control["<|im_start|>"], self.control["<|im_end|>"]
         self.newline = self.encode("\n")
         self.header = [self.im_start, *self.encode("assistant\n")]
-        self.stop_ids = _stop_ids(folder, self.im_end, self.control.get("<|endoftext|>"))
+        self.stop_ids = stop_ids(folder, self.control)
         self.system = _default_system(reference, path)
 
     def encode(self, text):
@@ -288,15 +288,6 @@ def _without_control_tokens(raw, control, path):
         if set(plain.encode(f"a{token} {token}").ids) & set(control.values()):
             raise ValueError(f"{path}: the tokenizer makes a control token of the text {token!r}")
     return plain
-
-
-def _stop_ids(folder, im_end, endoftext):
-    stops = [im_end] if endoftext is None else [im_end, endoftext]
-    for name in ("generation_config.json", "config.json"):
-        file = os.path.join(folder, name)
-        eos = json.loads(_text(file)).get("eos_token_id") if os.path.isfile(file) else None
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return list(dict.fromkeys(stops))
 
 
 def _text(file):

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from conftest import random_model, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from model import Config, Packed, load_pretrained, save_pretrained
 
@@ -133,3 +134,73 @@ def test_config_reads_both_generations_of_rope_fields():
     )
     assert Config.from_dict({**raw, "rope_theta": 1e6}).rope_theta == 1e6
     assert Config.from_dict({**raw, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5
+
+
+# -- what other tools make of a saved folder -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_tokenizer(tiny, tmp_path_factory):
+    """A tokenizer folder as base checkpoints have it: `<|endoftext|>` ends, or nothing is said."""
+    folder = tmp_path_factory.mktemp("base") / "tokenizer"
+    shutil.copytree(tiny / "tokenizer", folder)
+    ids = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    return folder, {token["content"]: token["id"] for token in ids}
+
+
+@pytest.mark.parametrize("source", ["scratch", "base"])
+def test_a_response_ends_at_im_end_in_transformers(base_tokenizer, tmp_path, source):
+    folder, ids = base_tokenizer
+    im_end, endoftext = ids["<|im_end|>"], ids["<|endoftext|>"]
+    if source == "base":
+        for name in ("config.json", "generation_config.json"):
+            (tmp_path / name).write_text(json.dumps({"eos_token_id": endoftext, "max_new_tokens": 64}))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / name, tmp_path)
+        folder = tmp_path
+    model = random_model(tiny_config(vocab_size=512, tie_word_embeddings=False))
+    with torch.no_grad():  # whatever comes, <|im_end|> is the most likely
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[im_end] = model.model.norm.weight
+        model.lm_head.weight[7] = -model.model.norm.weight
+    save_pretrained(model, str(tmp_path / "m"), str(folder))
+    for name in ("config.json", "generation_config.json"):
+        saved = json.loads((tmp_path / "m" / name).read_text())
+        assert (saved["eos_token_id"], saved["pad_token_id"]) == ([im_end, endoftext], endoftext)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    prompts = torch.tensor([[3, 4, 5], [8, 9, 10]])
+    ended = reference.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, do_sample=False)
+    for row in ended.tolist():
+        assert im_end in row[3:] or row[3:] == [7] * 20
+    assert any(im_end in row[3:] for row in ended.tolist()) and ended.shape[1] < 3 + 20
+
+
+def test_the_dtype_of_the_file_is_the_only_one(tmp_path):
+    """A source that says bfloat16 in either of the two names, saved in fp32: transformers loads fp32."""
+    model = random_model(tiny_config())
+    save_pretrained(model, str(tmp_path / "m"), None)
+    edit_json(tmp_path / "m" / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
+    for dtype in (torch.float32, torch.bfloat16):
+        save_pretrained(load_pretrained(str(tmp_path / "m"), torch.float32), str(tmp_path / "again"), None, dtype)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").dtype == dtype
+        raw = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert raw["dtype"] == raw["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_padded_batch_scores_the_same_in_transformers(base_tokenizer, tmp_path):
+    folder, ids = base_tokenizer
+    config = tiny_config(vocab_size=512)
+    save_pretrained(random_model(config, scalar_head=True), str(tmp_path / "m"), str(folder))
+    reference = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    texts = ["tea<|im_end|>", "a trip with jazz<|im_end|>", "What about a gift?<|im_end|>"]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    found = reference(**batch).logits[:, 0]
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+    packed = Packed([len(s) for s in sequences])
+    values = load_pretrained(str(tmp_path / "m"), scalar_head=True)(
+        torch.tensor(sum(sequences, [])), packed.position_ids, packed
+    )
+    ours = values[packed.cu_seqlens[1:].long() - 1]
+    assert ours.std() > 0.01 and len({len(s) for s in sequences}) > 1
+    torch.testing.assert_close(found, ours, atol=1e-4, rtol=0)
