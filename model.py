@@ -460,7 +460,7 @@ def stop_ids(folder: str, control: dict[str, int]) -> list[int]:
     return list(dict.fromkeys(stops))
 
 
-def special_ids(folder: str) -> dict[str, int | list[int]]:
+def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
     """eos_token_id and pad_token_id that a folder with this folder's tokenizer has to name: what transformers and vLLM
     end a response with, and what the tokenizer pads a batch with (its last token other than that is the one scored)."""
     file, control = os.path.join(folder, "tokenizer.json"), {}
@@ -472,8 +472,9 @@ def special_ids(folder: str) -> dict[str, int | list[int]]:
         pad = pad["content"] if isinstance(pad, dict) else pad
     if pad not in control or pad == "<|im_end|>":  # a response's end is no padding
         pad = "<|endoftext|>"
-    stops = stop_ids(folder, control)
-    return ({"eos_token_id": stops} if stops else {}) | ({"pad_token_id": control[pad]} if pad in control else {})
+    stops = [i for i in stop_ids(folder, control) if i < vocab_size]  # an id that has no embedding loads nowhere
+    found = {"eos_token_id": stops} if stops else {}
+    return found | ({"pad_token_id": control[pad]} if control.get(pad, vocab_size) < vocab_size else {})
 
 
 def load_config(path: str) -> Config:
@@ -636,7 +637,7 @@ def save_pretrained(
         config["num_labels"] = 1
         config["id2label"] = {"0": "LABEL_0"}  # what transformers derives num_labels from
         config["label2id"] = {"LABEL_0": 0}
-    special = {} if tokenizer_from is None else special_ids(tokenizer_from)
+    special = {} if tokenizer_from is None else special_ids(tokenizer_from, model.config.vocab_size)
     with open(os.path.join(tmp, "config.json"), "w") as f:
         json.dump(config | special, f, indent=2)
     if tokenizer_from is not None:
