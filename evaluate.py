@@ -29,36 +29,14 @@ Departures from the paper: both orders instead of one; the judge's text is ours;
     python evaluate.py --annotations annotations.json --gamed-data tatsu-lab/alpaca_eval
 """
 
-import dataclasses
-import itertools
-import json
-import os
-import random
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import tyro
-
-from data import persona_world
-from evaluation import personamem, tables, winrate
-from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
-from evaluation.tables import mean_and_error, write_json
-from judges import WorldJudge, named_server, parse_spec
-from model import resolve
-from prompts import DIMENSIONS, SCORE_WEIGHTS, Chat, answer_request, load_templates, persona_text
-from runtime.chat_client import is_url
-from runtime.distributed import derive_seed, print0, start
-from runtime.flags import user_errors
-from runtime.rows import read_rows, write_rows, write_text
-
-SIDES = ("model", "baseline")
+from runtime import flags
 
 
-@dataclass
-class Args:
+@dataclass(kw_only=True)
+class Args(flags.Judging):
     # -- what is done
     task: Literal["win-rate", "reward-accuracy", "persona-swap", "personamem"] = "win-rate"
     """See the top of this file."""
@@ -81,7 +59,7 @@ class Args:
     """File of answers, instead of --baseline."""
     prompts: str = "out/data/prompts_eval.jsonl"
     """Prompt rows; for reward-accuracy pair rows, for personamem its questions."""
-    n_prompts: int = 300
+    n_prompts: flags.Natural = 300
     """Drawn at random by the seed where the file has more; 0 takes all."""
     out: str = "out/evaluate"
     """Folder of journal, answers, verdicts, annotations, tables and plots."""
@@ -93,13 +71,13 @@ class Args:
     """The same for the question of a judge that compares."""
 
     # -- sampling of answers (docs/evaluation.md; the length limit is that of RL)
-    temperature: float = 0.8
+    temperature: flags.NonNegative = 0.8
     """Of the answers, as in the paper's released evaluation; its RL sampled at 0.9 (ppo_cpe.py)."""
-    baseline_temperature: float | None = None
+    baseline_temperature: flags.NonNegative | None = None
     """Of the baseline's answers, where it differs."""
-    top_p: float = 0.9
+    top_p: flags.TopP = 0.9
     """Nucleus; the same in RL."""
-    max_new_tokens: int = 2048
+    max_new_tokens: flags.Count = 2048
     """Tokens of an answer; what is cut off is judged as it stands, and listed."""
     seed: int = 0
     """Choice of prompts, answers, judgements, bootstrap."""
@@ -108,35 +86,58 @@ class Args:
     judge: str = "out/grm/model"
     """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION | pair:PATH | pair:http...
     (judges.py)."""
-    score_weights: tuple[float, float, float] = SCORE_WEIGHTS
-    """Of helpfulness, personalization, naturalness in a score."""
     orders: Literal["both", "drawn"] = "both"
     """A judge that compares sees both orders, or one that AlpacaEval's rule draws from the instruction."""
-    judge_temperature: float = 0.0
+    judge_temperature: flags.NonNegative = 0.0
     """0: its most likely judgement, so that a table can be made again. Above 0 (RL: 0.9) one that does not parse is
     asked again."""
-    judge_attempts: int = 3
-    """Times an unparsable judgement is asked for before an answer is given up; times an unreadable reply is."""
-    judge_votes: int = 5
+    judge_votes: flags.Count = 5
     """Verdicts whose share counts where a server gives no log-probabilities; 1 is asked at temperature 0."""
-    max_judgement_length: int = 512
-    """Tokens of a judgement; what is cut off does not parse."""
 
     # -- the tables
     gamed_data: str | None = None
     """AlpacaEval's df_gamed.csv or the data set tatsu-lab/alpaca_eval: adds length_controlled_v1 (805 rows only)."""
-    bootstrap_draws: int = 1000
+    bootstrap_draws: flags.Count = 1000
     """Of the length-controlled win rate; each is a fit."""
 
     # -- the machine
-    max_batch: int = 256
+    max_batch: flags.Count = 256
     """Sequences that are generated at once, per rank."""
-    kv_tokens: int | None = None
+    kv_tokens: flags.Count | None = None
     """Tokens in the KV cache of a model that answers here; None: by max_batch and what memory is free."""
-    concurrency: int = 64
+    concurrency: flags.Count = 64
     """Requests that a server gets at a time, per rank."""
-    dtype: str = "auto"
+    dtype: flags.DType = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data import persona_world
+from evaluation import personamem, tables, winrate
+from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
+from evaluation.tables import mean_and_error, write_json
+from judges import WorldJudge, named_server, parse_spec
+from model import resolve
+from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text
+from runtime.chat_client import is_url
+from runtime.distributed import derive_seed, print0, start
+from runtime.rows import read_rows, write_rows, write_text
+
+SIDES = ("model", "baseline")
 
 
 # -- answers: prompt rows with `answer` (None: missing) and, where it is known, `truncated` ----------------------------
@@ -723,5 +724,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

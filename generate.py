@@ -16,8 +16,9 @@ How it works:
    in chunks), and decodes one token for each row. A prompt is prefilled once and then forked: its n samples share the
    full blocks, the last one is copied.
 4. Where the blocks run out, the youngest sample gives up its own and waits again; later it is recomputed from its ids.
-5. The random number of a sample's i-th token is a hash of (its seed, i), and no sum runs over the batch. So a sample does
-   not depend on its neighbours, beyond the rounding of matrix products of different sizes.
+5. The random number of a sample's i-th token is a hash of (its seed, i), and no sum runs over the batch. So a sample
+   does not depend on its neighbours, beyond the rounding of matrix products of different sizes. Logits that are no
+   numbers end their own sample.
 6. On a CPU the running rows are decoded in a dense copy of their keys and values, at most as large as the cache itself:
    rows times the longest of them; where that would be more, the youngest wait as in 4.
 7. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
@@ -28,28 +29,67 @@ How it works:
     python generate.py --model DIR --input ROWS.jsonl --output OUT.jsonl --n 4 --temperature 0
 """
 
+from dataclasses import dataclass
+
+from runtime import flags
+
+
+@dataclass
+class Args:
+    model: str = "out/ppo_cpe/policy"
+    """Folder or hub id."""
+    input: str | None = None
+    """JSON lines with `messages`, or `persona` and `question`, or `prompt_ids`; without it a chat on the terminal."""
+    output: str = "out/generated.jsonl"
+    """The input rows, each with sample, text, token_ids, logprobs, finish_reason; appears when all are done."""
+    persona: str | None = None
+    """For the chat: a JSON object, or a file that holds one; each line is then a question of this person."""
+    answer_template: str | None = None
+    """File that replaces the prompt for persona and question that the model was trained with."""
+    n: flags.Count = 1
+    """Samples per row."""
+    temperature: flags.NonNegative = 1.0
+    """0 takes the most likely token."""
+    top_p: flags.TopP = 1.0
+    """Nucleus; log-probs stay those of the full softmax."""
+    max_new_tokens: flags.Count = 512
+    """Tokens of a response."""
+    max_batch: flags.Count = 64
+    """Samples that run at once."""
+    kv_tokens: flags.Count | None = None
+    """Tokens that the KV cache holds, of all sequences together; by default by --max-batch and the free memory."""
+    seed: int = 0
+    """Of the sampling: a row's samples depend on the seed, its place in the file and the sample's number."""
+    dtype: flags.DType = "auto"
+    """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
 import itertools
 import json
 import os
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
-from model import load_pretrained, pack_weights, resolve
+from model import Qwen2, load_pretrained, pack_weights, resolve
 from prompts import Chat, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
-from runtime.flags import user_errors
 from runtime.rows import check_row, read_rows, write_rows
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
+MIN_TEMPERATURE = 1e-5  # of sampling: logits over it stay far inside fp32
+MIN_TOP_P = 1e-30  # less would be 0 in fp32, which keeps everything; this keeps the most likely token as well
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
 
 
@@ -58,8 +98,9 @@ class Sample:
     """One generated response.
 
     ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
-    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length". top_logprobs: for
-    each of the logprobs the most likely (id, log-prob) of that place, as many as were asked for, then those of `also`.
+    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length" | "error": what
+    there is of a sample whose next token could not be drawn (`error` says why). top_logprobs: for each of the logprobs
+    the most likely (id, log-prob) of that place, as many as were asked for, then those of `also`.
     """
 
     key: Any
@@ -69,6 +110,7 @@ class Sample:
     stop_id: int | None
     finish_reason: str
     top_logprobs: list[list[tuple[int, float]]]
+    error: str | None = None
 
 
 @dataclass(eq=False)
@@ -104,7 +146,9 @@ class Engine:
     max_batch: samples that run at once; more wait. kv_tokens: size of the cache (None: see `kv_tokens_of`).
     """
 
-    def __init__(self, model, stop_ids, max_len, max_batch=256, kv_tokens=None):
+    def __init__(
+        self, model: Qwen2, stop_ids: Iterable[int], max_len: int, max_batch: int = 256, kv_tokens: int | None = None
+    ):
         self.model, self.max_len, self.max_batch = model.eval(), max_len, max_batch
         pack_weights(model)
         self.device, config = next(model.parameters()).device, model.config
@@ -115,9 +159,7 @@ class Engine:
         n_blocks = max(2, -(-kv_tokens // BLOCK) + 1)
         shape = (config.num_hidden_layers, 2, n_blocks, BLOCK, config.num_key_value_heads, config.head_dim)
         self.cache = torch.empty(shape, dtype=next(model.parameters()).dtype, device=self.device)
-        self.blocks = Blocks(n_blocks)
         self.dense = DenseRows(self.cache, max_batch, (n_blocks - 1) * BLOCK) if self.device.type == "cpu" else None
-        self.waiting, self.prefilling, self.running, self.finished = deque(), None, [], []
         self.admitted = itertools.count()
         self.computed_tokens = self.reused_tokens = self.preemptions = 0  # for tests and benchmarks
 
@@ -138,36 +180,59 @@ class Engine:
         # alternatives that were asked for
         self.length, self.room, self.left, self.n_listed = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
         self.poll_steps = POLL_STEPS if self.device.type == "cuda" else 1
-        self.steps_since_poll, self.graphs, self.graph_memory = 0, {}, None
+        self.graphs, self.graph_memory = {}, None
+        self.reset()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Drops all requests and forgets the cache: for the start, and after a step that failed halfway."""
+        self.waiting, self.prefilling, self.running, self.finished = deque(), None, [], []
+        self.blocks, self.steps_since_poll = Blocks(self.cache.shape[2]), 0
+        for tensor in self.rows.values():
+            tensor.zero_()
+        if self.dense:
+            self.dense.data.zero_()
 
     @property
-    def busy(self):
+    def busy(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running or self.finished)
 
     def submit(
         self,
-        prompt_ids,
-        key=None,
-        n=1,
-        seeds=None,
-        max_new_tokens=512,
-        temperature=1.0,
-        top_p=1.0,
-        top_logprobs=0,
-        also=(),
-    ):
-        """n samples of one prompt; seeds: n integers (None: 0..n-1). top_logprobs: how many alternatives to list at each
-        place; also: ids that are listed behind them in any case. ValueError: no room for a prompt, bad settings."""
-        seeds = list(range(n)) if seeds is None else list(seeds)
+        prompt_ids: list[int],
+        key: Any = None,
+        n: int = 1,
+        seeds: Iterable[int] | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_logprobs: int = 0,
+        also: Iterable[int] = (),
+    ) -> None:
+        """n samples of one prompt. seeds: n integers (None: 0..n-1). top_logprobs: how many alternatives to list at
+        each place; also: ids that are listed behind them in any case. ValueError: no room for a prompt, bad settings.
+        """
+        seeds, vocab_size = list(range(n)) if seeds is None else list(seeds), self.model.config.vocab_size
         if not prompt_ids or len(prompt_ids) >= self.max_len:
             raise ValueError(
                 f"a prompt of {len(prompt_ids)} tokens; expected 1 to {self.max_len - 1} (the engine's "
                 f"{self.max_len} hold prompt and response)"
             )
-        if len(seeds) != n or n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        if len(seeds) != n or n < 1 or not all(-(2**63) <= seed < 2**63 for seed in seeds) or max_new_tokens < 1:
             raise ValueError(
-                f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}, temperature {temperature}, "
-                f"top_p {top_p}; expected n >= 1 seeds, at least 1 token, >= 0, and in (0, 1]"
+                f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}; expected n >= 1 seeds of 64 bits and "
+                "at least 1 token"
+            )
+        if not (temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf")) or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature {temperature}, top_p {top_p}; expected 0 (the most likely token) or a temperature of at "
+                f"least {MIN_TEMPERATURE}, and top_p in (0, 1]"
+            )
+        named = [*prompt_ids, *also]
+        if min(named) < 0 or max(named) >= vocab_size or not 0 <= top_logprobs <= vocab_size:
+            raise ValueError(
+                f"ids from {min(named)} to {max(named)}, {top_logprobs} alternatives; the model's vocabulary has "
+                f"{vocab_size} ids from 0"
             )
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
         needed, there = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
@@ -181,23 +246,12 @@ class Engine:
         if self.dense:
             together = min(together, there * BLOCK // (len(prompt_ids) + 1))
         together = max(1, together)
+        settings = limit, float(temperature), max(float(top_p), MIN_TOP_P), top_logprobs, tuple(also)
         for i in range(0, n, together):
-            self.waiting.append(
-                Sequence(
-                    key,
-                    i,
-                    list(prompt_ids),
-                    seeds[i : i + together],
-                    limit,
-                    float(temperature),
-                    float(top_p),
-                    top_logprobs,
-                    tuple(also),
-                )
-            )
+            self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + together], *settings))
 
     @torch.inference_mode()
-    def step(self):
+    def step(self) -> None:
         """Admits and prefills what fits, then one token for every running sample."""
         chunks = self._schedule()
         if chunks:
@@ -206,13 +260,17 @@ class Engine:
         if self.running:
             self._decode()
 
-    def collect(self):
-        """Samples that finished since the last call."""
+    def collect(self, errors: bool = False) -> list[Sample]:
+        """Samples that finished since the last call; FloatingPointError if one has failed and errors is False: whoever
+        does not look for them would take what there is of it for a response."""
         samples, self.finished = self.finished, []
+        for s in samples:
+            if s.error and not errors:
+                raise FloatingPointError(f"sample {s.index} of request {s.key!r}: {s.error}")
         return samples
 
     @torch.inference_mode()
-    def partial(self, key, index=0):
+    def partial(self, key: Any, index: int = 0) -> list[int]:
         """Ids so far of a running sample (a chat shows them as they come); empty while it waits."""
         for row, s in enumerate(self.running):
             if (s.key, s.index) == (key, index):
@@ -220,7 +278,15 @@ class Engine:
         return []
 
     @torch.inference_mode()
-    def cancel(self, key):
+    def finish(self, key: Any, index: int = 0) -> None:
+        """Ends a running sample with what it has (`collect` hands it over); if it waits or has ended: nothing."""
+        for row, s in enumerate(self.running):
+            if (s.key, s.index) == (key, index):
+                self.rows["done"][row] = True
+                return self._poll()
+
+    @torch.inference_mode()
+    def cancel(self, key: Any) -> None:
         """Drops all samples of a key, waiting, running or finished."""
         self.waiting = deque(s for s in self.waiting if s.key != key)
         self.finished = [s for s in self.finished if s.key != key]
@@ -229,7 +295,7 @@ class Engine:
             self.prefilling = None
         self._remove({row: self._response(row)[0] for row, s in enumerate(self.running) if s.key == key})
 
-    def generate(self, prompts, n=1, **settings):
+    def generate(self, prompts: list[list[int]], n: int = 1, **settings) -> list[list[Sample]]:
         """All samples of a list of prompts -> a list of n Samples per prompt, in order."""
         for i, prompt_ids in enumerate(prompts):
             self.submit(prompt_ids, key=i, n=n, **settings)
@@ -240,7 +306,7 @@ class Engine:
                 results[s.key][s.index] = s
         return results
 
-    def refresh(self, model):
+    def refresh(self, model: Qwen2) -> None:
         """Copies the weights of another model of the same shape (sharded: every rank calls). Nothing may be running."""
         if self.busy:
             raise RuntimeError("refresh while samples are running: their cache belongs to the old weights")
@@ -310,17 +376,8 @@ class Engine:
                 copies += [(s.tails[0], tail) for tail in s.tails[1:]]
             self.blocks.share(s.blocks * (len(s.seeds) - 1))
             for i, (seed, tail) in enumerate(zip(s.seeds, s.tails)):
-                self.running.append(
-                    replace(
-                        s,
-                        index=s.index + i,
-                        seeds=[seed],
-                        top=list(s.top),
-                        blocks=s.blocks + [tail],
-                        tails=[],
-                        computed=0,
-                    )
-                )
+                own = dict(index=s.index + i, seeds=[seed], top=list(s.top), blocks=s.blocks + [tail], tails=[])
+                self.running.append(replace(s, computed=0, **own))
         if copies:
             source, to = torch.tensor(copies, device=self.device).T
             self.cache[:, :, to] = self.cache[:, :, source]
@@ -432,9 +489,8 @@ class Engine:
                 self._decode_rows(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            self.graph_memory = (
-                self.graph_memory or torch.cuda.graph_pool_handle()
-            )  # one for all: they never run together
+            # one for all: they never run together
+            self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.graph_memory):
                 logits = self._decode_rows(size)
             for name, tensor in before.items():
@@ -447,14 +503,24 @@ class Engine:
     def _emit(self, rows, logits):
         """Samples a token for each of these rows and writes it down, unless the row is done."""
         r = {name: tensor[rows] for name, tensor in self.rows.items()}
-        tokens, logprobs = sample(logits, r["temperature"], r["top_p"], r["seed"], r["position"])
+        tokens, logprobs = self._sample(logits, r["temperature"], r["top_p"], r["seed"], r["position"])
         # of a row that is done `position` stands still, and behind its response there is room for what nobody reads
         r["ids"].scatter_(1, r["position"][:, None], tokens[:, None])
         r["logprobs"].scatter_(1, r["position"][:, None], logprobs[:, None])
         r["token"].copy_(tokens)
         r["position"] += ~r["done"]
         stopped = (tokens[:, None] == self.stop_ids).any(1)
-        r["done"] |= stopped | (r["position"] >= r["limit"])
+        r["done"] |= stopped | (r["position"] >= r["limit"]) | logprobs.isnan()
+
+    def _sample(self, logits, temperature, *settings):
+        """`sample`; where the logits of a row are no finite numbers, its log-prob is NaN, as it is on a GPU anyway."""
+        try:
+            return sample(logits, temperature, *settings)
+        except FloatingPointError:
+            scaled = logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None]
+            failed = torch.softmax(scaled, -1)[:, 0].isnan()
+            tokens, logprobs = sample(logits.masked_fill(failed[:, None], 0), temperature, *settings)
+            return tokens, logprobs.masked_fill(failed, float("nan"))
 
     def _after(self, rows, logits):
         """Host's part after a token: alternatives that were asked for, a look at what has ended."""
@@ -475,29 +541,40 @@ class Engine:
         done = self.rows["done"][:n].nonzero()[:, 0]
         if not len(done):
             return
-        responses = {}
+        responses, failed = {}, set()
         for row in done.tolist():
             s, (ids, logprobs) = self.running[row], self._response(row)
-            responses[row] = ids
-            stop_id = ids[-1] if ids[-1] in self.stops else None
-            text_ids, reason = (ids, "length") if stop_id is None else (ids[:-1], "stop")
-            self.finished.append(Sample(s.key, s.index, text_ids, logprobs, stop_id, reason, s.top[: len(ids)]))
-        self._remove(responses)
+            responses[row], reason, error, stop_id = ids, "length", None, None
+            if logprobs[-1] != logprobs[-1]:  # NaN
+                failed.add(row)
+                error = f"the logits of token {len(ids)} of the response are no finite numbers"
+                ids, logprobs, reason = ids[:-1], logprobs[:-1], "error"
+            elif ids[-1] in self.stops:
+                stop_id, ids, reason = ids[-1], ids[:-1], "stop"
+            listed = s.top[: len(logprobs)]
+            self.finished.append(Sample(s.key, s.index, ids, logprobs, stop_id, reason, listed, error))
+        self._remove(responses, failed)
 
     def _response(self, row):
         """What a row has sampled so far: ids, log-probs."""
         position = int(self.rows["position"][row])
         return tuple(self.rows[name][row, :position].tolist() for name in ("ids", "logprobs"))
 
-    def _remove(self, gone):
-        """Frees rows ({row: its response}) and their blocks, whose tokens stay known; the last rows fill the holes."""
+    def _remove(self, gone, failed=()):
+        """Frees rows ({row: its response}) and their blocks; the last rows fill the holes. The tokens of the blocks
+        stay known, but for those of failed rows, which may hold NaN."""
         for row, response in gone.items():
             s = self.running[row]
             in_cache = int(self.length[row])  # the newest token is not: its keys come with the next step
-            if self.dense:
-                first = len(s.prompt_ids) // BLOCK  # what is before it, the prefill has written
-                self.dense.store(row, s.blocks[first : in_cache // BLOCK], first * BLOCK)
-            self.blocks.learn((s.prompt_ids + response)[:in_cache], s.blocks)
+            if row in failed:
+                self.blocks.forget(s.blocks)
+                if self.dense:
+                    self.dense.data[:, :, row] = 0  # what is masked may not be NaN
+            else:
+                if self.dense:
+                    first = len(s.prompt_ids) // BLOCK  # what is before it, the prefill has written
+                    self.dense.store(row, s.blocks[first : in_cache // BLOCK], first * BLOCK)
+                self.blocks.learn((s.prompt_ids + response)[:in_cache], s.blocks)
             self._give_up(s)
         n_left = len(self.running) - len(gone)
         holes = [i for i in gone if i < n_left]
@@ -518,36 +595,6 @@ class Engine:
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Args:
-    model: str = "out/ppo_cpe/policy"
-    """Folder or hub id."""
-    input: str | None = None
-    """JSON lines with `messages`, or `persona` and `question`, or `prompt_ids`; without it a chat on the terminal."""
-    output: str = "out/generated.jsonl"
-    """The input rows, each with sample, text, token_ids, logprobs, finish_reason; appears when all are done."""
-    persona: str | None = None
-    """For the chat: a JSON object, or a file that holds one; each line is then a question of this person."""
-    answer_template: str | None = None
-    """File that replaces the built-in prompt for persona and question."""
-    n: int = 1
-    """Samples per row."""
-    temperature: float = 1.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Nucleus; log-probs stay those of the full softmax."""
-    max_new_tokens: int = 512
-    """Tokens of a response."""
-    max_batch: int = 64
-    """Samples that run at once."""
-    kv_tokens: int | None = None
-    """Tokens that the KV cache holds, of all sequences together; by default by --max-batch and the free memory."""
-    seed: int = 0
-    """Of the sampling: a row's samples depend on the seed, its place in the file and the sample's number."""
-    dtype: str = "auto"
-    """fp32, bf16, or auto (bf16 on a GPU)."""
 
 
 def row_prompt(row, chat, templates, where):
@@ -582,20 +629,11 @@ def generate_file(args, engine, chat, templates):
             for s in engine.collect():
                 results[s.key, s.index] = s
                 progress.update()
-    write_rows(
-        args.output,
-        [
-            {
-                **rows[i],
-                "sample": k,
-                "text": chat.decode(s.ids),
-                "token_ids": s.ids,
-                "logprobs": s.logprobs[: len(s.ids)],
-                "finish_reason": s.finish_reason,
-            }
-            for (i, k), s in sorted(results.items())
-        ],
-    )
+    written = []
+    for (i, k), s in sorted(results.items()):
+        found = dict(sample=k, text=chat.decode(s.ids), token_ids=s.ids, logprobs=s.logprobs[: len(s.ids)])
+        written.append({**rows[i], **found, "finish_reason": s.finish_reason})
+    write_rows(args.output, written)
     print(f"{len(results)} samples of {len(rows)} rows: {args.output}")
 
 
@@ -661,5 +699,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

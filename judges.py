@@ -67,6 +67,7 @@ from prompts import (
 from runtime import plan
 from runtime.chat_client import ChatServer, Failure, is_url
 from runtime.distributed import derive_seed
+from runtime.runs import input_digest
 
 FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 TOP_LOGPROBS = (20, 5)  # alternatives of the first token that a server is asked for; some refuse more than 5
@@ -155,12 +156,12 @@ def named_server(spec: str) -> str:
     return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
 
 
-def weights_fingerprint(folder: str) -> list:
-    """Name, bytes and time of change of each file of weights. ValueError: there are none."""
-    files = sorted(glob.glob(os.path.join(resolve(folder), "*.safetensors")))
-    if not files:
+def weights_fingerprint(folder: str) -> str:
+    """Of the content of a folder's weights, config and tokenizer. ValueError: there are no weights."""
+    folder = resolve(folder)
+    if not glob.glob(os.path.join(folder, "*.safetensors")):
         raise ValueError(f"{folder}: no *.safetensors there")
-    return [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    return input_digest(folder)
 
 
 def file_digest(path: str) -> str:

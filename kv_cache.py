@@ -78,7 +78,11 @@ class Blocks:
             name = self.name_of[self.known[key]]
 
     def forget_all(self):
-        for block in list(self.key_of):
+        self.forget(list(self.key_of))
+
+    def forget(self, blocks: list[int]) -> None:
+        """What these hold will not be found again."""
+        for block in blocks:
             self._forget(block)
 
     def _forget(self, block):

@@ -10,14 +10,18 @@ Qwen2ForSequenceClassification with one label).
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -73,37 +77,41 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
     @staticmethod
-    def from_dict(raw, where="config.json"):
+    def from_dict(raw: dict, where: str = "config.json") -> "Config":
         """From a parsed HF config; ValueError names the field where it is not a plain Qwen2 model."""
 
         def expect(field, wanted, value):
             if value != wanted:
                 raise ValueError(f"{where}: {field} is {value!r}, this code needs {wanted!r}")
 
+        def positive(field, default=None, kinds=(int,)):
+            value = default if raw.get(field) is None else raw[field]
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                what = "a positive integer" if kinds == (int,) else "a positive number"
+                raise ValueError(f"{where}: {field} is {value!r}, expected {what}")
+            return value
+
         expect("model_type", "qwen2", raw.get("model_type"))
         expect("hidden_act", "silu", raw.get("hidden_act", "silu"))
         expect("use_sliding_window", False, bool(raw.get("use_sliding_window")))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | 4
+        if not isinstance(rope, dict):
+            raise ValueError(f"{where}: rope parameters are {rope!r}, expected an object")
         expect("rope type", "default", rope.get("rope_type", rope.get("type", "default")))
-        fields = {}
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(raw.get(name), int) or raw[name] <= 0:
-                raise ValueError(f"{where}: {name} is {raw.get(name)!r}, expected a positive integer")
-            fields[name] = raw[name]
-        kv_heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
-        for name, whole, part in (
-            ("num_attention_heads", raw["hidden_size"], raw["num_attention_heads"]),
-            ("num_key_value_heads", raw["num_attention_heads"], kv_heads),
-        ):
-            if whole % part:
-                raise ValueError(f"{where}: {name} = {part} does not divide {whole}")
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        fields = {name: positive(name) for name in names}
+        fields["num_key_value_heads"] = positive("num_key_value_heads", fields["num_attention_heads"])
+        for name, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+            if fields[whole] % fields[name]:
+                raise ValueError(f"{where}: {name} = {fields[name]} does not divide {fields[whole]}")
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+        expect("head_dim", head_dim, raw.get("head_dim") or head_dim)
         return Config(
             **fields,
-            num_key_value_heads=kv_heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rms_norm_eps=positive("rms_norm_eps", 1e-6, (int, float)),
+            rope_theta=float(positive("rope_theta", rope.get("rope_theta") or 10000.0, (int, float))),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=raw.get("max_position_embeddings", 32768),
+            max_position_embeddings=positive("max_position_embeddings", 32768),
             raw=raw,
         )
 
@@ -112,6 +120,13 @@ class Config:
         own = {k: v for k, v in self.__dict__.items() if k != "raw"}
         extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
         return {**extra, **own} if self.raw is None else dict(self.raw)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A line on stderr, from the first rank, once in a process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -417,16 +432,57 @@ def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
         raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
 
 
-def load_config(path):
+def read_json(file: str) -> dict:
+    """A file that holds a JSON object; ValueError with its name where it does not."""
+    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
+        try:
+            found = json.load(f)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def stop_ids(folder: str, control: dict[str, int]) -> list[int]:
+    """Ids that end a response: `<|im_end|>`, `<|endoftext|>`, then what the folder's own files name.
+
+    control: {text: id} of the tokenizer's added tokens.
+    """
+    stops = [control[token] for token in ("<|im_end|>", "<|endoftext|>") if token in control]
+    for name in ("generation_config.json", "config.json"):
+        file = os.path.join(folder, name)
+        eos = read_json(file).get("eos_token_id") if os.path.isfile(file) else None
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(i) is int for i in eos):
+            raise ValueError(f"{file}: eos_token_id is {eos!r}, expected an integer or a list of integers")
+        stops += eos
+    return list(dict.fromkeys(stops))
+
+
+def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
+    """eos_token_id and pad_token_id that a folder with this folder's tokenizer has to name: what transformers and vLLM
+    end a response with, and what the tokenizer pads a batch with (its last token other than that is the one scored)."""
+    file, control = os.path.join(folder, "tokenizer.json"), {}
+    if os.path.isfile(file):
+        control = {token["content"]: token["id"] for token in read_json(file).get("added_tokens", [])}
+    pad, file = None, os.path.join(folder, "tokenizer_config.json")
+    if os.path.isfile(file):
+        pad = read_json(file).get("pad_token")
+        pad = pad["content"] if isinstance(pad, dict) else pad
+    if pad not in control or pad == "<|im_end|>":  # a response's end is no padding
+        pad = "<|endoftext|>"
+    stops = [i for i in stop_ids(folder, control) if i < vocab_size]  # an id that has no embedding loads nowhere
+    found = {"eos_token_id": stops} if stops else {}
+    return found | ({"pad_token_id": control[pad]} if control.get(pad, vocab_size) < vocab_size else {})
+
+
+def load_config(path: str) -> Config:
     """Config of a checkpoint folder; ValueError where there is none or it is not Qwen2."""
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
         raise ValueError(f"{path}: no config.json; expected a Qwen2 checkpoint folder")
-    with open(file) as f:
-        try:
-            return Config.from_dict(json.load(f), file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not JSON ({error})") from error
+    return Config.from_dict(read_json(file), file)
 
 
 def copy_into(parameter, full):
@@ -438,28 +494,55 @@ def copy_into(parameter, full):
         parameter.copy_(full)
 
 
-def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=None):
+def weight_files(path: str) -> dict[str, str]:
+    """{tensor: file of the folder that holds it}. ValueError: no weights, or an index that is not one."""
+    index_file, single = (os.path.join(path, f"model.safetensors{end}") for end in (".index.json", ""))
+    file_of = None
+    if os.path.isfile(index_file):
+        file_of = read_json(index_file).get("weight_map")
+        if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+            raise ValueError(f"{index_file}: expected a weight_map from tensors to files")
+    if os.path.isfile(single) and (file_of is None or "model.safetensors" not in file_of.values()):
+        if file_of is not None:
+            say_once(f"{path}: reading model.safetensors, as transformers does; its index of other files is ignored")
+        with open_weights(single) as f:
+            return dict.fromkeys(f.keys(), "model.safetensors")
+    if file_of is None:
+        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
+    for name in sorted(set(file_of.values())):
+        if not os.path.isfile(os.path.join(path, name)):
+            raise ValueError(f"{index_file} names {name}, which is not there")
+    return file_of
+
+
+def open_weights(file: str) -> safe_open:
+    """An open safetensors file; ValueError with its name where it is cut off or something else."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def load_pretrained(
+    path: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    scalar_head: bool = False,
+    shard: Callable[[Qwen2], Any] | None = None,
+) -> Qwen2:
     """A model from a checkpoint folder or hub id.
 
-    dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it at
-    zero on the folder's trunk. `shard(model)`, if given, applies FSDP before any memory is taken, so that a rank
-    holds one whole tensor at a time. ValueError: not Qwen2, a missing, superfluous or misshapen tensor (named).
+    dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it
+    at zero on the folder's trunk. `shard(model)`, if given, applies FSDP before any memory is taken, so that a rank
+    holds one whole tensor at a time. ValueError: not Qwen2; a file that cannot be read; a missing, superfluous or
+    misshapen tensor; a head of its own where config.json ties it (each named).
     """
     path = resolve(path)
     config = load_config(path)
     with torch.device("meta"):
         model = Qwen2(config, scalar_head)
 
-    index_file = os.path.join(path, "model.safetensors.index.json")
-    if os.path.isfile(index_file):
-        with open(index_file) as f:
-            file_of = json.load(f)["weight_map"]
-    elif os.path.isfile(os.path.join(path, "model.safetensors")):
-        with safe_open(os.path.join(path, "model.safetensors"), "pt") as f:
-            file_of = dict.fromkeys(f.keys(), "model.safetensors")
-    else:
-        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
-
+    file_of = weight_files(path)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     fresh_head = scalar_head and "score.weight" not in file_of
     # tied or replaced heads and old checkpoints' rotary buffers are known and unused
@@ -475,13 +558,24 @@ def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=Non
     with contextlib.ExitStack() as stack:
         files = {}
         for name in set(file_of.values()):
-            if not os.path.isfile(os.path.join(path, name)):
-                raise ValueError(f"{path}: the index names {name}, which is not there")
-            files[name] = stack.enter_context(safe_open(os.path.join(path, name), "pt"))
+            files[name] = stack.enter_context(open_weights(os.path.join(path, name)))
+        for file, names in ((file, set(f.keys())) for file, f in files.items()):
+            lacking = [n for n, where in file_of.items() if where == file and n not in names]
+            if lacking:
+                raise ValueError(f"{os.path.join(path, file)}: lacks {lacking[0]}, which the index says it holds")
         for name, shape in wanted.items():
             if name in file_of and tuple(files[file_of[name]].get_slice(name).get_shape()) != tuple(shape):
                 found = files[file_of[name]].get_slice(name).get_shape()
                 raise ValueError(f"{path}: {name} has shape {found}, its config.json says {list(shape)}")
+        if config.tie_word_embeddings and not scalar_head and "lm_head.weight" in file_of:
+            embedding = files[file_of["model.embed_tokens.weight"]].get_tensor("model.embed_tokens.weight")
+            if not torch.equal(files[file_of["lm_head.weight"]].get_tensor("lm_head.weight"), embedding):
+                # Tools disagree (transformers takes the head, vLLM leaves it), so neither reading is right for both
+                raise ValueError(
+                    f"{os.path.join(path, file_of['lm_head.weight'])}: lm_head.weight differs from "
+                    "model.embed_tokens.weight, though config.json says tie_word_embeddings: true. Write false there "
+                    "if the model was trained with this head, else remove the tensor from the file"
+                )
         if dtype is None:
             dtype = files[file_of["model.norm.weight"]].get_tensor("model.norm.weight").dtype
         model.to(dtype)
@@ -494,10 +588,17 @@ def load_pretrained(path, dtype=None, device="cpu", scalar_head=False, shard=Non
     return model
 
 
-def save_pretrained(model, path, tokenizer_from, dtype=None, templates=None):
+def save_pretrained(
+    model: Qwen2,
+    path: str,
+    tokenizer_from: str | None,
+    dtype: torch.dtype | None = None,
+    templates: dict[str, str] | None = None,
+) -> None:
     """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
 
     Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's.
+    tokenizer_from: a folder, whose tokenizer also says how a response ends and what pads (`special_ids`), or None.
     templates: {name: text} of the prompts that it was trained with (prompts.py), beside those of `tokenizer_from`.
     The folder appears whole or not at all.
     """
@@ -530,19 +631,25 @@ def save_pretrained(model, path, tokenizer_from, dtype=None, templates=None):
             json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f, indent=2)
     config = model.config.to_dict()
     config["architectures"] = ["Qwen2ForSequenceClassification" if model.scalar_head else "Qwen2ForCausalLM"]
-    config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
+    # two names of one thing: transformers 5 reads the first, what is older the second
+    config["dtype"] = config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
     if model.scalar_head:
         config["num_labels"] = 1
         config["id2label"] = {"0": "LABEL_0"}  # what transformers derives num_labels from
         config["label2id"] = {"LABEL_0": 0}
+    special = {} if tokenizer_from is None else special_ids(tokenizer_from, model.config.vocab_size)
     with open(os.path.join(tmp, "config.json"), "w") as f:
-        json.dump(config, f, indent=2)
+        json.dump(config | special, f, indent=2)
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
             if os.path.isfile(os.path.join(tokenizer_from, name)):
                 shutil.copy(os.path.join(tokenizer_from, name), tmp)
         if os.path.isdir(os.path.join(tokenizer_from, "templates")):
             shutil.copytree(os.path.join(tokenizer_from, "templates"), os.path.join(tmp, "templates"))
+        file = os.path.join(tmp, "generation_config.json")
+        generation = read_json(file) if os.path.isfile(file) else {}
+        with open(file, "w") as f:
+            json.dump(generation | special, f, indent=2)
     for name, text in (templates or {}).items():
         os.makedirs(os.path.join(tmp, "templates"), exist_ok=True)
         with open(os.path.join(tmp, "templates", f"{name}.txt"), "w", encoding="utf-8") as f:

@@ -25,7 +25,8 @@ from fractions import Fraction
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from model import resolve
+from model import read_json, resolve, stop_ids
+from runtime.flags import SCORE_WEIGHTS
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -229,15 +230,22 @@ class Chat:
     ValueError: no tokenizer, no ChatML tokens, a chat template that is not ChatML.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         from transformers import AutoTokenizer
 
         folder = resolve(path)
         if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
             raise ValueError(f"{path}: no tokenizer.json; expected a checkpoint with its tokenizer")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if os.path.isfile(os.path.join(folder, name)):
+                read_json(os.path.join(folder, name))  # or the error below would not say which of them is broken
         # Through transformers, for the ids that it and vLLM give: for Qwen2 it sets the splitting
         # of text into words itself, whatever tokenizer.json says.
-        reference = AutoTokenizer.from_pretrained(folder)
+        try:
+            reference = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # tokenizers has no errors of its own kind
+            file = os.path.join(folder, "tokenizer.json")
+            raise ValueError(f"{file}: not a tokenizer ({type(error).__name__}: {error})") from error
         raw = json.loads(reference.backend_tokenizer.to_str())
         self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
         if not {"<|im_start|>", "<|im_end|>"} <= set(self.control):
@@ -248,30 +256,35 @@ class Chat:
         self.im_start, self.im_end = self.control["<|im_start|>"], self.control["<|im_end|>"]
         self.newline = self.encode("\n")
         self.header = [self.im_start, *self.encode("assistant\n")]
-        self.stop_ids = _stop_ids(folder, self.im_end, self.control.get("<|endoftext|>"))
+        self.stop_ids = stop_ids(folder, self.control)
         self.system = _default_system(reference, path)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Ids of text; no text gives a control id."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """Text of ids, control tokens as text; the tail of a padded vocabulary has none."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def turn(self, role, content):
+    def turn(self, role: str, content: str) -> list[int]:
         # encoded as one text, as in the template: a leading line break may merge with the role's
         return [self.im_start, *self.encode(f"{role}\n{content}"), self.im_end, *self.newline]
 
-    def messages(self, messages):
+    def messages(self, messages: list[dict]) -> list[int]:
         """ChatML ids of [{"role", "content"}, ...] and the assistant's header.
 
         The default system message comes first where the first message is no system message.
-        ValueError: an empty list, an unknown role, a content that is not text.
+        ValueError: nothing to answer, an unknown role, a content that is not text.
         """
         if not messages:
-            raise ValueError("messages: an empty list; expected at least one message")
+            raise ValueError(
+                "messages[0]: expected a message of the user (or the system's) before the assistant's first; "
+                "what comes before it is an empty list"
+            )
         for n, message in enumerate(messages):
+            if not isinstance(message, dict):
+                raise ValueError(f"messages[{n}]: expected an object with role and content, got {message!r}")
             role, content = message.get("role"), message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(
@@ -293,15 +306,6 @@ def _without_control_tokens(raw, control, path):
         if set(plain.encode(f"a{token} {token}").ids) & set(control.values()):
             raise ValueError(f"{path}: the tokenizer makes a control token of the text {token!r}")
     return plain
-
-
-def _stop_ids(folder, im_end, endoftext):
-    stops = [im_end] if endoftext is None else [im_end, endoftext]
-    for name in ("generation_config.json", "config.json"):
-        file = os.path.join(folder, name)
-        eos = json.loads(_text(file)).get("eos_token_id") if os.path.isfile(file) else None
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return list(dict.fromkeys(stops))
 
 
 def _text(file):
@@ -407,7 +411,6 @@ def parse_pair(text: str) -> int | None:
 
 
 DIMENSIONS = ("helpfulness", "personalization", "naturalness")
-SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of these in a score, as in the paper (docs/method.md 1.4)
 
 
 @dataclass(frozen=True)

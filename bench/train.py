@@ -29,7 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 import ppo_cpe
 from kernels.linear_logprob import linear_logprob
 from model import Config, Qwen2, init_weights
-from runtime import packing, runs, training
+from runtime import packing, training
 from runtime.distributed import start
 from runtime.flags import user_errors
 
@@ -155,18 +155,18 @@ def peer_step(policy, critic, optimizers, trajectories, args, device, sequences)
 def ours_step(policy, critic, optimizers, trajectories, args, ranks):
     for t in trajectories:
         t.old_logprobs = None
-    stats = runs.Stats()
-    batch = ppo_cpe.share_out(trajectories, args, ranks)
-    ppo_cpe.fill_old_logprobs(batch, policy, args, ranks, stats)
+    run = ppo_cpe.Run(args, ranks, None, None)
+    batch = packing.share_prompts(trajectories, args.mini_batch_prompts, ranks)
+    ppo_cpe.fill_old_logprobs(batch, policy, run)
     responses = [t.response_ids for t in batch]
-    values = ppo_cpe.per_token(
-        critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses], args, ranks, stats
+    values = training.per_token(
+        critic, [t.prompt_ids for t in batch], responses, [[True] * len(r) for r in responses], run
     )
     for t, of_t in zip(batch, values):
         t.values = of_t
-    ppo_cpe.compute_advantages(batch, args, ranks)
-    ppo_cpe.update(batch, policy, critic, optimizers, True, args, ranks, stats)
-    return stats
+    ppo_cpe.compute_advantages(batch, run)
+    ppo_cpe.update(batch, {"policy": policy, "critic": critic}, optimizers, True, run)
+    return run.stats
 
 
 def made_up(n_prompts, prompt, response, critique, vocab, n=4, edits=2):
@@ -306,7 +306,7 @@ def bench_shared(args, dtype):
 
         def run(batch):
             model.zero_grad()
-            ppo_cpe.forward(model, batch, 1.0).sum().backward()
+            training.forward(model, batch, 1.0).sum().backward()
 
         times = seconds_of({"apart": lambda: run(apart), "shared": lambda: run(shared)}, args.repeats, args.device)
         limit = training.forward_flops(model, apart) / training.forward_flops(model, shared)

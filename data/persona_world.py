@@ -21,7 +21,7 @@ Departures from the rubric: a wrong value costs 2 rather than 3, so that trying 
 (otherwise generic answers are a local optimum); lengths count words, 40 at most.
 
     python data/persona_world.py                                   # writes out/world
-    python data/persona_world.py --output out/small --base-rows 2000 --seed 1
+    python data/persona_world.py --out out/small --base-rows 2000 --seed 1
 
 Files: tokenizer/ (with templates/), base_corpus (conversations to pretrain the base on: answers, rewriting by critique,
 judgements), prompts_train, prompts_dev, prompts_eval, pairs, pairs_eval, pairs_eval_exact (the same pairs as the exact
@@ -38,18 +38,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-import tyro
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.world_tokenizer import write_tokenizer
 from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
-from runtime.flags import user_errors
+from runtime import flags
 from runtime.rows import write_rows, write_text
 
 
 @dataclass
 class Args:
-    output: str = "out/world"
+    out: str = "out/world"
     """Folder of the written files."""
     seed: int = 0
     """The files are a function of the seed and the sizes."""
@@ -648,9 +646,9 @@ def main(args: Args) -> None:
 
     corpus = [base_row(stream_rng) for stream_rng in [stream("base")] for _ in range(args.base_rows)]
     texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
-    write_tokenizer(os.path.join(args.output, "tokenizer"), texts, args.vocab_size)
+    write_tokenizer(os.path.join(args.out, "tokenizer"), texts, args.vocab_size)
     for name in ("answer", "edit", "grm"):  # beside the tokenizer, and from there with every model
-        write_text(os.path.join(args.output, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
+        write_text(os.path.join(args.out, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
 
     def with_reference(name):
         rng = stream(name)
@@ -672,10 +670,10 @@ def main(args: Args) -> None:
         "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs)),
     }
     for name, rows in files.items():
-        write_rows(os.path.join(args.output, f"{name}.jsonl"), rows)
-        print(f"{args.output}/{name}.jsonl: {len(rows)} rows")
+        write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
+        print(f"{args.out}/{name}.jsonl: {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    with flags.user_errors():
+        main(flags.parse(Args, __doc__))

@@ -33,7 +33,7 @@ Files are UTF-8, with or without a byte order mark; compressed ones are not read
 dropped, so that a table gives the same rows as JSON lines (data/readers.py).
 
     python data/prepare.py --source PersonalAILab/PersonaFeedback      # a data set on the hub
-    python data/prepare.py --source path/to/files --output out/data    # a folder, searched through
+    python data/prepare.py --source path/to/files --out out/data    # a folder, searched through
     python data/prepare.py --source tatsu-lab/alpaca_eval --personas PersonalAILab/PersonaFeedback
     python data/prepare.py --source bowen-upenn/PersonaMem
     python data/prepare.py --personas people.csv --questions asked.csv --id-column id --question-column text
@@ -51,8 +51,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.readers import (
     DECODER,
@@ -66,8 +64,8 @@ from data.readers import (
     read_table,
     read_text,
 )
+from runtime import flags
 from runtime.distributed import derive_seed
-from runtime.flags import user_errors
 from runtime.rows import check_row, write_rows
 
 
@@ -75,7 +73,7 @@ from runtime.rows import check_row, write_rows
 class Args:
     source: str | None = None
     """A public data set: a folder, a single file, or its name on the hub."""
-    output: str = "out/data"
+    out: str = "out/data"
     """Folder of the written files."""
     eval_share: float = 0.1
     """Share of the personas held out for evaluation, in [0, 1)."""
@@ -547,12 +545,12 @@ def write(outputs: dict[str, list[dict]], args: Args) -> None:
     """One file for each name that has rows, and a line on each. ValueError: a file of another source would remain."""
 
     def path_of(name):
-        return os.path.join(args.output, f"{name}.jsonl")
+        return os.path.join(args.out, f"{name}.jsonl")
 
     for name, rows in outputs.items():
         if not rows and os.path.exists(path_of(name)):
             raise ValueError(
-                f"{path_of(name)} is of another source; this one has no such rows: remove it or choose another --output"
+                f"{path_of(name)} is of another source; this one has no such rows: remove it or choose another --out"
             )
     for name, rows in outputs.items():
         if rows:
@@ -581,5 +579,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    with flags.user_errors():
+        main(flags.parse(Args, __doc__))

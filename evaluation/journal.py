@@ -195,7 +195,7 @@ def judge_settings(args) -> JudgeSettings:
         weights=args.score_weights,
         attempts=args.judge_attempts,
         temperature=args.judge_temperature,
-        max_new_tokens=args.max_judgement_length,
+        max_new_tokens=args.judge_max_new_tokens,
         votes=args.judge_votes,
         answer_template=args.answer_template,
         grm_template=args.grm_template,

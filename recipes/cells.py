@@ -25,13 +25,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import tyro
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from recipes import draw
-from runtime.flags import user_errors
+from runtime import flags
 from runtime.rows import write_text
 
 
@@ -106,7 +105,7 @@ def preparation(out: str, seed: int) -> list[Cell]:
     def accuracy(name, judge, pairs):
         return (
             f"evaluate.py --task reward-accuracy --prompts {world}/{pairs}.jsonl --judge {judge} --n-prompts 0 "
-            f"--max-judgement-length 96 --out {here}/accuracy/{name}_{pairs}"
+            f"--judge-max-new-tokens 96 --out {here}/accuracy/{name}_{pairs}"
         )
 
     train_base = (
@@ -124,7 +123,7 @@ def preparation(out: str, seed: int) -> list[Cell]:
     gates = f"recipes/gates.py --world {world} --policy {here}/sft/policy --grm {here}/grm/model --out {here}/gates"
     judges = (("grm", f"{here}/grm/model"), ("bt", f"bt:{here}/bt/model"))
     return [
-        Cell("world", [f"data/persona_world.py --output {world}"]),
+        Cell("world", [f"data/persona_world.py --out {world}"]),
         Cell("base", [train_base, evaluation(out, base, 0)], ["world"], alone=True),
         Cell(
             f"seed{seed}/sft",
@@ -183,11 +182,11 @@ def rl_cell(
     run = f"{here}/{folder}"
     judge = f"bt:{here}/bt/model" if name == "ppo_bt" else f"{here}/grm/model"
     train = (
-        f"ppo_cpe.py --policy {here}/sft/policy --prompts {world}/prompts_train.jsonl --judge {judge} --out {run} "
+        f"ppo_cpe.py --model {here}/sft/policy --prompts {world}/prompts_train.jsonl --judge {judge} --out {run} "
         f"{FLAGS['rl']} --max-steps {steps} --seed {seed} --lr {lr or LR.get(name, LR['cpe']):g} {flags}"
     ).strip()
     if name in draw.MAIN and lr is None:  # what the figures need, and a batch for replays
-        train += f" --eval-prompts {world}/prompts_dev.jsonl --eval-every 7 --eval-n 48 --save-batch {steps // 2}"
+        train += f" --eval-data {world}/prompts_dev.jsonl --eval-every 7 --eval-n 48 --save-batch {steps // 2}"
         commands = [train, evaluation(out, run, seed, prompts), swap(out, run, seed)]
     else:
         commands = [train, evaluation(out, run, seed, prompts)]
@@ -300,5 +299,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    with flags.user_errors():
+        main(flags.parse(Args, __doc__))

@@ -17,8 +17,6 @@ import os
 import sys
 from dataclasses import dataclass
 
-import tyro
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.persona_world import claims
 from data.persona_world import judge as exact
@@ -27,8 +25,8 @@ from generate import Engine
 from judges import JudgeSettings, ask_all, open_judge
 from model import load_pretrained
 from prompts import DIMENSIONS, Chat, Judgement, Templates, answer_prompt, load_templates
+from runtime import flags
 from runtime.distributed import Ranks, start
-from runtime.flags import user_errors
 from runtime.rows import read_rows, write_text
 
 GATES = {  # name: (at least or at most, limit)
@@ -112,5 +110,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    with flags.user_errors():
+        main(flags.parse(Args, __doc__))

@@ -24,14 +24,14 @@ cpe=(--judge "$JUDGE" --prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --m
 
 plan sft.py "${sft[@]}"
 plan train_grm.py "${grm[@]}"
-plan ppo_cpe.py --policy "$MODEL" "${cpe[@]}"
+plan ppo_cpe.py --model "$MODEL" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
 for stage in "${stages[@]}"; do
     case $stage in
         sft) run sft.py "${sft[@]}" ;;
         grm) run train_grm.py "${grm[@]}" ;;
-        cpe) run ppo_cpe.py --policy "$OUT/sft/policy" "${cpe[@]}" ;;
+        cpe) run ppo_cpe.py --model "$OUT/sft/policy" "${cpe[@]}" ;;
         *) echo "STAGES: $stage is none of sft, grm, cpe" >&2; exit 2 ;;
     esac
 done

@@ -22,9 +22,9 @@ cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --max-batch 64 --che
 
 plan sft.py "${sft[@]}"
 plan train_grm.py "${grm[@]}"
-plan ppo_cpe.py --policy "$MODEL" --judge "$MODEL" "${cpe[@]}"
+plan ppo_cpe.py --model "$MODEL" --judge "$MODEL" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
 run sft.py "${sft[@]}"
 run train_grm.py "${grm[@]}"
-run ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" "${cpe[@]}"
+run ppo_cpe.py --model "$OUT/sft/policy" --judge "$OUT/grm/model" "${cpe[@]}"

@@ -18,8 +18,8 @@ small=(--tokens-per-microbatch 4096 --max-length 2048 --dtype "$DTYPE")
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 
 stage "data"
-python data/prepare.py --source "$SOURCE" --output "$OUT/data"
-[ -f "$OUT/world/judgements_eval.jsonl" ] || python data/persona_world.py --output "$OUT/world" --base-rows 1000 \
+python data/prepare.py --source "$SOURCE" --out "$OUT/data"
+[ -f "$OUT/world/judgements_eval.jsonl" ] || python data/persona_world.py --out "$OUT/world" --base-rows 1000 \
     --train-prompts 10 --pairs 10 --judgements 1000
 
 stage "SFT: the chosen answers"
@@ -38,14 +38,14 @@ if parsed < 0.75:
 PYTHON
 
 stage "PPO with critique-post-edit"
-python ppo_cpe.py --policy "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" \
+python ppo_cpe.py --model "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" \
     --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1300 \
-    --max-response-length 128 --max-judgement-length 128 --epochs 4 --max-steps 3 --tokens-per-microbatch 4096 \
+    --max-new-tokens 128 --judge-max-new-tokens 128 --epochs 4 --max-steps 3 --tokens-per-microbatch 4096 \
     --dtype "$DTYPE"
 
 stage "evaluation: against the policy before RL"
 python evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --prompts "$OUT/data/prompts_eval.jsonl" \
-    --judge "$OUT/grm/model" --n-prompts 4 --max-new-tokens 128 --max-judgement-length 128 --out "$OUT/evaluate" \
+    --judge "$OUT/grm/model" --n-prompts 4 --max-new-tokens 128 --judge-max-new-tokens 128 --out "$OUT/evaluate" \
     --dtype "$DTYPE"
 
 stage "a chat with the result"

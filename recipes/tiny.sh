@@ -20,7 +20,7 @@ EVAL_PROMPTS=$(scaled 200 20)
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 
 stage "the generated world"
-[ -f "$WORLD/judgements_eval.jsonl" ] || python data/persona_world.py --output "$WORLD" --seed "$SEED"
+[ -f "$WORLD/judgements_eval.jsonl" ] || python data/persona_world.py --out "$WORLD" --seed "$SEED"
 
 stage "base: from random weights, on answers, rewrites and judgements of mixed quality"
 python sft.py --from-scratch "$WORLD/tokenizer" --data "$WORLD/base_corpus.jsonl" --out "$OUT/base" "${BASE_FLAGS[@]}" \
@@ -42,7 +42,7 @@ stage "gates: does the policy read profiles, does the GRM judge well?"  # a shor
 python recipes/gates.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/grm/model" --out "$OUT/gates" ||
     [ "$SCALE" != 1 ]
 
-rl=(--policy "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
+rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
     --max-steps "$(scaled 40 2)" --seed "$SEED")
 stage "PPO, rewarded by BT"
 python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt"

@@ -37,6 +37,7 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 Natural = Annotated[int, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Port = Annotated[int, pydantic.Field(ge=0, le=65535)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 TopP = Annotated[float, pydantic.Field(gt=0, le=1)]
 SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from model import Config, Qwen2, init_weights, save_pretrained
-from runtime.flags import user_errors
+from runtime.flags import parse, user_errors
 
 
 def tiny_config(**changes):
@@ -199,7 +198,7 @@ def grm_flags(tiny):
 def error_of(module, capsys, *flags):
     """Runs a script's main on flags that must not work -> the line that the user sees; the exit status is 2."""
     with pytest.raises(SystemExit) as stop, user_errors():
-        module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
+        module.main(parse(module.Args, module.__doc__, [str(flag) for flag in flags]))
     assert stop.value.code == 2
     return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 

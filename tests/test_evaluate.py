@@ -188,7 +188,7 @@ def test_a_grm_prefers_what_it_was_taught(tiny, tiny_grm, tmp_path):
         tiny_grm / "model",
         "--grm-template",
         tiny / "grm.txt",
-        "--max-judgement-length",
+        "--judge-max-new-tokens",
         64,
         "--out",
         tmp_path / "out",
@@ -227,7 +227,7 @@ def model_flags(tiny, other):
         7,
         "--max-new-tokens",
         12,
-        "--max-judgement-length",
+        "--judge-max-new-tokens",
         64,
     ]
 

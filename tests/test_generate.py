@@ -213,10 +213,90 @@ def test_refused_requests(model):
     for prompt in ([], [1] * 8, [1] * 20):
         with pytest.raises(ValueError, match=f"{len(prompt)} tokens; expected 1 to 7"):
             engine.submit(prompt)
-    for settings in (dict(n=2, seeds=[1]), dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0)):
-        with pytest.raises(ValueError, match="expected n >= 1"):
-            engine.submit([1, 2], **settings)
+    nan = float("nan")
+    for problem, cases in {
+        "expected n >= 1": (dict(n=2, seeds=[1]), dict(n=0), dict(max_new_tokens=0), dict(seeds=[2**63])),
+        "expected 0 .the most likely token. or a temperature": (dict(temperature=t) for t in (-1, 1e-39, nan, 1e999)),
+        "top_p in": (dict(top_p=p) for p in (0, nan, 1.5)),
+        "vocabulary has 300": (dict(also=[300]), dict(also=[-1]), dict(top_logprobs=301), dict(top_logprobs=-1)),
+    }.items():
+        for settings in cases:
+            with pytest.raises(ValueError, match=problem):
+                engine.submit([1, 2], **settings)
+    for prompt in ([300], [5, -1]):
+        with pytest.raises(ValueError, match="vocabulary has 300"):
+            engine.submit(prompt)
     assert not engine.busy
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.8, 0.9)])
+def test_logits_that_are_no_numbers_end_their_own_sample(temperature, top_p):
+    """A token whose embedding is NaN, in a prompt: neighbours and who takes its row and blocks see no difference."""
+    broken = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[299] = float("nan")
+    settings = dict(max_new_tokens=12, temperature=temperature, top_p=top_p)
+    bad = [4] * 20 + [299, 4]
+
+    def run(with_bad):
+        engine = Engine(broken, [], 64, max_batch=4, kv_tokens=200)
+        engine.submit(RAGGED[0], 0, n=2, seeds=[1, 2], **settings)
+        engine.step()
+        if with_bad:
+            engine.submit(bad, "bad", seeds=[5], **settings)
+        found = {}
+        for key in (1, 2, 3):
+            engine.submit(RAGGED[key], key, seeds=[key], **settings)
+        while engine.busy:
+            engine.step()
+            found |= {(s.key, s.index): s for s in engine.collect(errors=True)}
+        return engine, found
+
+    engine, found = run(True)
+    failed = found.pop(("bad", 0))
+    assert (failed.ids, failed.logprobs, failed.finish_reason) == ([], [], "error")
+    assert failed.error == "the logits of token 1 of the response are no finite numbers"
+    _, expected = run(False)
+    assert {k: (s.ids, s.error) for k, s in found.items()} == {k: (s.ids, None) for k, s in expected.items()}
+    for key in found:
+        assert found[key].logprobs == pytest.approx(expected[key].logprobs, abs=1e-5)
+    assert all(block not in engine.blocks.key_of for block in engine.blocks.match(bad))
+    engine.submit(bad, "again", **settings)
+    with pytest.raises(FloatingPointError, match="request 'again': the logits of token 1"):  # as trainers have it
+        drain(engine)
+
+
+def test_a_tiny_nucleus_is_the_most_likely_token(model):
+    """Below the smallest fp32 number top_p would be 0, which kept everything."""
+    greedy = engine_of(model).generate(RAGGED, temperature=0, max_new_tokens=10)
+    nucleus = engine_of(model).generate(RAGGED, top_p=1e-60, max_new_tokens=10)
+    assert [s.ids for (s,) in nucleus] == [s.ids for (s,) in greedy]
+
+
+def test_finish_ends_one_sample_with_what_it_has(model):
+    engine = engine_of(model)
+    engine.submit([5, 6], "x", n=2, seeds=[1, 2], max_new_tokens=10, top_logprobs=2)
+    for _ in range(4):
+        engine.step()
+    so_far = engine.partial("x", 1)
+    engine.finish("x", 1)
+    engine.finish("x", 7)  # there is none
+    found = drain(engine)
+    assert found["x", 1].ids == so_far and len(found["x", 1].top_logprobs) == len(so_far) == 5
+    assert len(found["x", 0].ids) == 10
+
+
+def test_reset_after_a_step_that_failed(model, monkeypatch):
+    """Nothing of a prefill that broke off is found later, and no block is lost."""
+    engine, plain = engine_of(model), engine_of(model)
+    prompt, settings = [4] * 40, dict(seeds=[3], max_new_tokens=10)
+    engine.submit(prompt, **settings)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr("kv_cache.Prefill.attend", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        engine.step()
+    engine.reset()
+    assert not engine.busy and len(engine.blocks.free) == engine.cache.shape[2] - 1
+    assert engine.generate([prompt], **settings)[0][0].ids == plain.generate([prompt], **settings)[0][0].ids
 
 
 def test_refresh_takes_new_weights(model):

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from conftest import random_model, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from model import Config, Packed, load_pretrained, save_pretrained
+from prompts import Chat
 
 CONFIGS = [
     dict(),
@@ -133,3 +135,201 @@ def test_config_reads_both_generations_of_rope_fields():
     )
     assert Config.from_dict({**raw, "rope_theta": 1e6}).rope_theta == 1e6
     assert Config.from_dict({**raw, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5
+
+
+# -- what other tools make of a saved folder ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_tokenizer(tiny, tmp_path_factory):
+    """A tokenizer folder as base checkpoints have it: `<|endoftext|>` ends, or nothing is said."""
+    folder = tmp_path_factory.mktemp("base") / "tokenizer"
+    shutil.copytree(tiny / "tokenizer", folder)
+    ids = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    return folder, {token["content"]: token["id"] for token in ids}
+
+
+@pytest.mark.parametrize("source", ["scratch", "base"])
+def test_a_response_ends_at_im_end_in_transformers(base_tokenizer, tmp_path, source):
+    folder, ids = base_tokenizer
+    im_end, endoftext = ids["<|im_end|>"], ids["<|endoftext|>"]
+    if source == "base":
+        for name in ("config.json", "generation_config.json"):
+            (tmp_path / name).write_text(json.dumps({"eos_token_id": endoftext, "max_new_tokens": 64}))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / name, tmp_path)
+        folder = tmp_path
+    model = random_model(tiny_config(vocab_size=512, tie_word_embeddings=False))
+    with torch.no_grad():  # whatever comes, <|im_end|> is the most likely
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[im_end] = model.model.norm.weight
+        model.lm_head.weight[7] = -model.model.norm.weight
+    save_pretrained(model, str(tmp_path / "m"), str(folder))
+    for name in ("config.json", "generation_config.json"):
+        saved = json.loads((tmp_path / "m" / name).read_text())
+        assert (saved["eos_token_id"], saved["pad_token_id"]) == ([im_end, endoftext], endoftext)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    prompts = torch.tensor([[3, 4, 5], [8, 9, 10]])
+    ended = reference.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, do_sample=False)
+    for row in ended.tolist():
+        assert im_end in row[3:] or row[3:] == [7] * 20
+    assert any(im_end in row[3:] for row in ended.tolist()) and ended.shape[1] < 3 + 20
+
+
+def test_the_dtype_of_the_file_is_the_only_one(tmp_path):
+    """A source that says bfloat16 in either of the two names, saved in fp32: transformers loads fp32."""
+    model = random_model(tiny_config())
+    save_pretrained(model, str(tmp_path / "m"), None)
+    edit_json(tmp_path / "m" / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
+    for dtype in (torch.float32, torch.bfloat16):
+        save_pretrained(load_pretrained(str(tmp_path / "m"), torch.float32), str(tmp_path / "again"), None, dtype)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").dtype == dtype
+        raw = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert raw["dtype"] == raw["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_padded_batch_scores_the_same_in_transformers(base_tokenizer, tmp_path):
+    folder, ids = base_tokenizer
+    config = tiny_config(vocab_size=512)
+    save_pretrained(random_model(config, scalar_head=True), str(tmp_path / "m"), str(folder))
+    reference = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    texts = ["tea<|im_end|>", "a trip with jazz<|im_end|>", "What about a gift?<|im_end|>"]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    found = reference(**batch).logits[:, 0]
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+    packed = Packed([len(s) for s in sequences])
+    values = load_pretrained(str(tmp_path / "m"), scalar_head=True)(
+        torch.tensor(sum(sequences, [])), packed.position_ids, packed
+    )
+    ours = values[packed.cu_seqlens[1:].long() - 1]
+    assert ours.std() > 0.01 and len({len(s) for s in sequences}) > 1
+    torch.testing.assert_close(found, ours, atol=1e-4, rtol=0)
+
+
+# -- folders that say two things, and files that say none --------------------------------------------------------------
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path):
+    """transformers takes such a head and vLLM leaves it: nothing here chooses in silence."""
+    folder = tmp_path / "m"
+    save_pretrained(random_model(tiny_config(tie_word_embeddings=False)), str(folder), None)
+    weights = load_file(folder / "model.safetensors")
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"model.safetensors: lm_head.weight differs.*tie_word_embeddings: true"):
+        load_pretrained(str(folder))
+    assert load_pretrained(str(folder), scalar_head=True).scalar_head  # which has no use for it
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    ids, packed = packed_batch(load_pretrained(str(folder)).config)
+    own = load_pretrained(str(folder))(torch.cat(ids), packed.position_ids, packed)
+    # a copy of the embedding is what some tools write for a tied model
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    tied = load_pretrained(str(folder))(torch.cat(ids), packed.position_ids, packed)
+    assert (own - tied).abs().max() > 1
+
+
+def test_a_stale_index_beside_one_file(tmp_path, monkeypatch, capsys):
+    """What transformers reads is read, and said once."""
+    model = random_model(tiny_config(), seed=5)
+    save_pretrained(model, str(tmp_path / "new"), None)
+    monkeypatch.setattr("model.SHARD_BYTES", 20_000)
+    save_pretrained(random_model(tiny_config()), str(tmp_path / "m"), None)
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "m")
+    capsys.readouterr()
+    for _ in range(2):
+        loaded = load_pretrained(str(tmp_path / "m"))
+    said = capsys.readouterr().err
+    assert said.count("reading model.safetensors") == 1 and str(tmp_path / "m") in said
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    for (name, ours), new in zip(loaded.named_parameters(), model.parameters()):
+        assert torch.equal(ours, new) and torch.equal(ours, reference[name]), name
+    # an index that names this one file is none of the kind
+    names = dict.fromkeys(load_file(tmp_path / "new" / "model.safetensors"), "model.safetensors")
+    (tmp_path / "new" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    capsys.readouterr()
+    load_pretrained(str(tmp_path / "new"))
+    assert capsys.readouterr().err == ""
+
+
+def spoil(file, how):
+    if how == "absent":
+        file.unlink()
+    elif how == "cut off":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        file.write_bytes(how)
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("config.json", b"[1]"),
+        ("config.json", b"{"),
+        ("config.json", b"\xff\xfe{}"),
+        ("model.safetensors", "cut off"),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
+        ("model.safetensors.index.json", b"{"),
+        ("model.safetensors.index.json", b"[]"),
+        ("model.safetensors.index.json", b'{"weight_map": ["model.safetensors"]}'),
+        ("model-00002-of-00003.safetensors", "absent"),
+        ("model-00002-of-00003.safetensors", "cut off"),
+        ("model-00002-of-00003.safetensors", "another"),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(tmp_path, monkeypatch, name, how):
+    if name.startswith("model-") or "index" in name:
+        monkeypatch.setattr("model.SHARD_BYTES", 40_000)
+    save_pretrained(random_model(tiny_config()), str(tmp_path / "m"), None)
+    file = tmp_path / "m" / name
+    if how == "another":
+        shutil.copy(tmp_path / "m" / "model-00001-of-00003.safetensors", file)
+    else:
+        spoil(file, how)
+    with pytest.raises(ValueError, match=name) as caught:
+        load_pretrained(str(tmp_path / "m"))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        (dict(num_key_value_heads="2"), "num_key_value_heads is '2'"),
+        (dict(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'"),
+        (dict(max_position_embeddings=0), "max_position_embeddings is 0"),
+        (dict(rope_theta=[1]), r"rope_theta is \[1\]"),
+        (dict(rope_parameters=[1]), "rope parameters"),
+        (dict(head_dim=16), "head_dim is 16"),
+    ],
+)
+def test_config_fields_of_another_kind_are_named(changes, problem):
+    raw = dict(model_type="qwen2", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=f"here: {problem}"):
+        Config.from_dict({**raw, "num_attention_heads": 2, **changes}, "here")
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "7"}'),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_broken_file_beside_the_tokenizer_is_named(tiny, tmp_path, name, text):
+    shutil.copytree(tiny / "checkpoint", tmp_path / "m")
+    (tmp_path / "m" / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        Chat(str(tmp_path / "m"))
+
+
+def test_a_conversation_that_the_assistant_opens(tiny):
+    chat = Chat(str(tiny / "checkpoint"))
+    with pytest.raises(ValueError, match=r"messages\[0\]: expected a message of the user .*before the assistant's"):
+        chat.messages([])
+    with pytest.raises(ValueError, match=r"messages\[1\]: expected an object"):
+        chat.messages([{"role": "user", "content": "Tea?"}, "Tea?"])

@@ -16,7 +16,7 @@ from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 import ppo_cpe
 import sft
 from model import GIB, Packed, save_pretrained
-from runtime import plan
+from runtime import plan, training
 from runtime.packing import Batch
 
 QWEN = dict(model_type="qwen2", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768)
@@ -79,7 +79,7 @@ def test_recipes_pass_their_own_plan(size, tmp_path):
 
 def ppo_plan(tmp_path, capsys, *flags):
     """-> exit status, {part: GiB of the phase in which it is largest}."""
-    flags = ["--policy", tmp_path / "m", "--judge", "world", "--plan", *flags]
+    flags = ["--model", tmp_path / "m", "--judge", "world", "--plan", *flags]
     status = 0
     try:
         ppo_cpe.main(tyro.cli(ppo_cpe.Args, args=[str(flag) for flag in flags]))
@@ -145,7 +145,7 @@ def test_what_the_plan_counts_is_what_autograd_saves():
     ids, context = torch.zeros(n, dtype=torch.int64), Packed([n])
     batch = Batch(ids, context, ids, ids, [n])
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-        ppo_cpe.forward(model, batch, 1.0)
+        training.forward(model, batch, 1.0)
     found = sum(x.untyped_storage().nbytes() for x in kept.values())
     assert found == n * plan.saved_bytes(config, 3, torch.float32, False, "cpu", 1)[0]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppo_cpe import Args, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits, value_loss
+from ppo_cpe import Args, Run, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits, value_loss
 from runtime.distributed import start
 
 P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), so r = 0.5
@@ -99,14 +99,14 @@ def test_advantages_of_the_two_baselines():
     ranks = start("fp32")
     originals = [trajectory(1.0, [0.0, 0.0]), trajectory(3.0, [0.0])]
     edit = trajectory(4.0, [0.0, 0.0, 0.0], parent=originals[0])
-    compute_advantages([*originals, edit], Args(edit_baseline="batch"), ranks)
+    compute_advantages([*originals, edit], Run(Args(edit_baseline="batch"), ranks, None, None))
     raw = [1.0, 1.0, 3.0, 4.0, 4.0, 4.0]
     mean = sum(raw) / 6
     std = (sum((x - mean) ** 2 for x in raw) / 6) ** 0.5
     found = torch.cat([t.advantages for t in (*originals, edit)]).tolist()
     assert found == pytest.approx([(x - mean) / std for x in raw], abs=1e-5)
 
-    compute_advantages([*originals, edit], Args(edit_baseline="original"), ranks)
+    compute_advantages([*originals, edit], Run(Args(edit_baseline="original"), ranks, None, None))
     mean, std = 5 / 3, (sum((x - 5 / 3) ** 2 for x in raw[:3]) / 3) ** 0.5  # over the originals' tokens
     assert originals[1].advantages.tolist() == pytest.approx([(3 - mean) / std], abs=1e-5)
     assert edit.advantages.tolist() == pytest.approx([(4 - 2) / std] * 3, abs=1e-5)  # originals' mean reward is 2

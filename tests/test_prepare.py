@@ -82,7 +82,7 @@ def hub(folder):
 
 
 def run(source, output, **flags):
-    prepare.main(prepare.Args(source=source, output=str(output), **flags))
+    prepare.main(prepare.Args(source=source, out=str(output), **flags))
     return {file.stem: read_rows(str(file), "pair" if "pairs" in file.stem else "prompt") for file in output.iterdir()}
 
 
@@ -260,7 +260,7 @@ def personamem(folder, **changes):
 
 def test_personamem(tmp_path):
     source, context = personamem(tmp_path / "in")
-    prepare.main(prepare.Args(source=source, output=str(tmp_path / "out")))
+    prepare.main(prepare.Args(source=source, out=str(tmp_path / "out")))
     rows = read_rows(str(tmp_path / "out/personamem_32k.jsonl"), "prompt")
     assert [row["prompt_id"] for row in rows] == ["q1", "q2"] and [row["end_index"] for row in rows] == [3, 4]
     for row in rows:
@@ -299,7 +299,7 @@ def test_personamem_without_its_contexts(tmp_path):
 def test_rewardbench(tmp_path, capsys):
     row = {"question": "Q?", "profile": [{"title": "past", "text": "I paint."}], "chosen": "Good", "rejected": "Bad"}
     write_lines(tmp_path / "in/Art.jsonl", [row, {**row, "profile": "A painter."}, {**row, "rejected": "Good"}])
-    prepare.main(prepare.Args(source=str(tmp_path / "in"), output=str(tmp_path / "out")))
+    prepare.main(prepare.Args(source=str(tmp_path / "in"), out=str(tmp_path / "out")))
     rows = read_rows(str(tmp_path / "out/rewardbench.jsonl"), "pair")
     assert [r["persona"] for r in rows] == [{"profile": row["profile"]}, "A painter."]
     assert rows[0]["kind"] == "Art" and rows[0]["rejected"] == "Bad"
@@ -362,7 +362,7 @@ def test_a_table_gives_nobody_the_keys_of_others(tmp_path, write, ending):
 
     profiles = [{"question": f"Q{u}", "profile": p, "chosen": "good", "rejected": "bad"} for u, p in UNEVEN.items()]
     write(tmp_path / f"bench/Art.{ending}", profiles)
-    prepare.main(prepare.Args(source=str(tmp_path / "bench"), output=str(tmp_path / "bench_out")))
+    prepare.main(prepare.Args(source=str(tmp_path / "bench"), out=str(tmp_path / "bench_out")))
     found = read_rows(str(tmp_path / "bench_out/rewardbench.jsonl"), "pair")
     assert [row["persona"] for row in found] == list(UNEVEN.values())
 
@@ -485,7 +485,7 @@ def test_damaged_json_csv_and_parquet_name_the_file(tmp_path, capsys):
     source, _ = personamem(tmp_path / "csv")
     text = (tmp_path / "csv/questions_32k.csv").read_bytes()
     (tmp_path / "csv/questions_32k.csv").write_bytes(b"\xef\xbb\xbf" + text)  # as spreadsheets save it
-    prepare.main(prepare.Args(source=source, output=str(tmp_path / "csv_out")))
+    prepare.main(prepare.Args(source=source, out=str(tmp_path / "csv_out")))
     (tmp_path / "csv/questions_32k.csv").write_bytes(text + "é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"questions_32k.csv:\d+: not UTF-8"):
         run(source, tmp_path / "out")
@@ -584,5 +584,5 @@ def test_broken_tables_name_file_and_columns(tmp_path, personas, questions, flag
             (tmp_path / file).write_text(text)
             flags[name] = str(tmp_path / file)
     with pytest.raises(ValueError, match=problem):
-        prepare.main(prepare.Args(output=str(tmp_path / "out"), **flags))
+        prepare.main(prepare.Args(out=str(tmp_path / "out"), **flags))
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """serve.py over HTTP, through the openai client: answers are what the engine samples; errors; clients that go."""
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import threading
@@ -8,6 +9,7 @@ import time
 
 import openai
 import pytest
+import torch
 import uvicorn
 
 import serve
@@ -138,7 +140,8 @@ def test_errors_say_what_is_wrong(running):
     assert "messages.0.role" in error(400, [{"role": "tool", "content": "x"}])
     assert "messages.0.content" in error(400, [{"role": "user"}])
     assert "messages" in error(400, [])
-    assert "stop is not supported" in error(400, stop=["\n"])
+    for stop in ("", [""], ["a"] * 5, [3], {"a": 1}):
+        assert "stop: " in error(400, stop=stop) and "a string or a list of up to 4" in error(400, stop=stop)
     assert "presence_penalty is not supported" in error(400, presence_penalty=1.0)
     assert "tools is not supported" in error(400, tools=[{"type": "function", "function": {"name": "f"}}])
     assert "logprobs of a stream" in error(400, stream=True, logprobs=True)
@@ -198,3 +201,190 @@ def test_a_failing_step_is_an_error_not_a_hang(running, capfd):
         del running.engine.step
     assert running.ask().choices[0].message.content
     assert "out of memory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("top_k", 5),
+        ("repetition_penalty", 1.2),
+        ("stop_token_ids", [7]),
+        ("guided_choice", ["a", "b"]),
+        ("min_tokens", 3),
+        ("best_of", 2),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("temprature", 0.0),
+        ("name", "x"),
+    ],
+)
+def test_a_field_that_would_change_the_answer_is_refused(running, field, value):
+    with pytest.raises(openai.BadRequestError, match=f"{field} is not supported by this server") as caught:
+        running.ask(extra_body={field: value})
+    assert caught.value.body["param"] == field
+
+
+def test_fields_that_change_nothing_pass(running):
+    plain = running.ask().choices[0].message.content
+    neutral = dict(top_k=-1, repetition_penalty=1.0, min_p=0, best_of=1, tool_choice="none", guided_choice=None)
+    about = dict(user="me", metadata={"run": "3"}, store=False, service_tier="auto", safety_identifier="x")
+    echoed = [{"role": "user", "content": "What about a gift?", "name": "Mia", "tool_calls": None, "refusal": None}]
+    assert running.ask(echoed, extra_body={**neutral, **about}, stop=[]).choices[0].message.content == plain
+    for message, field in (({"tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"), ({"prefix": True}, "prefix")):
+        with pytest.raises(openai.BadRequestError, match=f"{field} is not supported"):
+            running.ask([MESSAGES[0] | message])
+
+
+# -- a request and its neighbours --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def neighbour(running):
+    """A long request that runs meanwhile; after the block it has to have the answer that it gets alone."""
+    expected = running.ask(max_tokens=100, seed=8).choices[0].message.content
+    step = running.engine.step
+    running.engine.step = lambda: (time.sleep(0.005), step())
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(running.ask, max_tokens=100, seed=8)
+            until(lambda: running.engine.running)
+            yield
+            assert answer.result().choices[0].message.content == expected
+    finally:
+        del running.engine.step
+
+
+def test_a_temperature_of_nearly_zero_hurts_nobody_else(running):
+    with neighbour(running), pytest.raises(openai.BadRequestError, match="temperature 1e-39.* expected 0"):
+        running.ask(temperature=1e-39)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_no_numbers_hurt_nobody_else(running, stream):
+    """The embedding of one token becomes NaN while a request that has it arrives."""
+    weight, token = running.engine.model.model.embed_tokens.weight, running.chat.encode("~")[-1]
+    assert weight is running.engine.model.head_weight  # tied: that token's logit becomes NaN, hence the copy
+    head = running.engine.model.head_product
+    before = weight[token].clone()
+    try:
+        with neighbour(running):
+            copy = weight.detach().clone()
+            running.engine.model.head_product = lambda x: x @ copy.T
+            with torch.no_grad():
+                weight[token] = float("nan")
+            with pytest.raises(openai.InternalServerError, match="the logits of token 1 of the response"):
+                list(running.ask([{"role": "user", "content": "a~b"}], stream=stream))
+    finally:
+        with torch.no_grad():
+            weight[token] = before
+        running.engine.model.head_product = head
+
+
+# -- stop strings ------------------------------------------------------------------------------------------------------
+
+
+def streamed(running, **settings):
+    """-> pieces of text and finish_reason of each choice, usage"""
+    pieces, finished, usage = {}, {}, None
+    for chunk in running.ask(stream=True, stream_options={"include_usage": True}, **settings):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            pieces.setdefault(choice.index, []).append(choice.delta.content or "")
+            finished[choice.index] = choice.finish_reason or finished.get(choice.index)
+    return pieces, finished, usage
+
+
+def test_stop_strings(running):
+    """In one piece and streamed: the text before the first stop string, what it took in tokens, and no step more."""
+    settings = dict(max_tokens=200, seed=5)
+    free = running.ask(logprobs=True, **settings).choices[0]
+    text = free.message.content
+    tokens = [t.token for t in free.logprobs.content]
+    assert len(text) > 100
+    for at, length in ((60, 1), (60, 3), (70, 9), (0, 2)):
+        stop = text[at : at + length]
+        cut = text.find(stop)
+        for stops in (stop, ["not in it", stop]):
+            whole = running.ask(stop=stops, logprobs=True, **settings)
+            choice = whole.choices[0]
+            assert (choice.message.content, choice.finish_reason) == (text[:cut], "stop")
+            shown = "".join(t.token for t in choice.logprobs.content)
+            n = len(choice.logprobs.content)
+            assert [t.token for t in choice.logprobs.content] == tokens[:n] and shown.startswith(text[:cut])
+            assert n == 0 or len("".join(tokens[: n - 1])) < cut
+            pieces, finished, usage = streamed(running, stop=stops, **settings)
+            assert ("".join(pieces[0]), finished) == (text[:cut], {0: "stop"})
+            assert usage == whole.usage
+            reached = len("".join(tokens[: usage.completion_tokens]))
+            assert reached >= cut + length > len("".join(tokens[: usage.completion_tokens - 1]))
+    # what only began like a stop string is sent after all
+    pieces, finished, _ = streamed(running, stop=text[-3:] + "never", **settings)
+    assert "".join(pieces[0]) == text and finished == {0: free.finish_reason}
+
+
+def test_a_stop_string_ends_the_work(running):
+    step, steps = running.engine.step, []
+    text = running.ask(max_tokens=300, seed=5).choices[0].message.content
+    running.engine.step = lambda: (steps.append(1), time.sleep(0.005), step())
+    try:
+        for stream in (False, True):
+            steps.clear()
+            answer = running.ask(max_tokens=300, seed=5, stop=text[20:24], stream=stream)
+            if stream:
+                list(answer)
+            assert len(steps) < 100
+            until(lambda: not running.engine.busy, 1)
+    finally:
+        del running.engine.step
+
+
+def test_each_sample_stops_on_its_own(running):
+    texts = [c.message.content for c in running.ask(n=3, max_tokens=60).choices]
+    stop = texts[1][10:14]
+    expected = [(t[: t.find(stop)] if stop in t else t) for t in texts]
+    answer = running.ask(n=3, max_tokens=60, stop=stop)
+    assert [c.message.content for c in answer.choices] == expected
+    pieces, _, usage = streamed(running, n=3, max_tokens=60, stop=stop)
+    assert ["".join(pieces[i]) for i in range(3)] == expected and usage == answer.usage
+
+
+def test_where_a_stop_string_begins():
+    """The stop that is complete first counts, so it doesn't matter in which pieces the text arrives."""
+    cases = [
+        ("xabcd", ["abcd", "b"]),
+        ("aab", ["ab"]),
+        ("abab", ["b", "a"]),
+        ("ab", ["abc"]),
+        ("caf\u00e9", ["f\u00e9"]),
+    ]
+    for text, stops in cases:
+        end = next((n for n in range(len(text) + 1) if serve.find_stop(text[:n], stops) is not None), len(text))
+        at = serve.find_stop(text[:end], stops)
+        assert serve.find_stop(text, stops) == at
+        sent = ""
+        for n in range(len(text) + 1):
+            now = serve.shown_so_far(text[:n], stops)
+            assert now.startswith(sent) and text[:at].startswith(now)
+            sent = now
+    assert serve.shown_so_far("caf\ufffd", ["f\u00e9"]) == "ca"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_cannot_go_on_answers_still(tiny, capfd):
+    """A step and the reset after it fail, as with a GPU that has: those that wait and those that come get an error."""
+    broken = Running(str(tiny / "checkpoint"))
+
+    def fails():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    broken.engine.step = broken.engine.reset = fails
+    for problem in ("device-side assert", "the engine has ended"):
+        with pytest.raises(openai.InternalServerError, match=problem):
+            broken.ask()
+        broken.thread.join(0.2)
+    raw = http.client.HTTPConnection("127.0.0.1", broken.port)
+    raw.request("GET", "/health")
+    assert raw.getresponse().status == 500
+    broken.server.should_exit = True
+    broken.thread.join(10)
+    assert "device-side assert" in capfd.readouterr().err

@@ -8,7 +8,7 @@ from conftest import finish, launch, random_model, tiny_config
 
 import ppo_cpe
 from model import SharedPrefix, gather_rows
-from runtime import packing, runs
+from runtime import packing, runs, training
 from runtime.distributed import start
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [5, 6, 7]]
@@ -34,7 +34,7 @@ def both_packings(rows):
 def run(model, batch):
     """-> results of the head [S], gradients of a loss that weighs every token differently."""
     model.zero_grad()
-    out = ppo_cpe.forward(model, batch, 0.9)
+    out = training.forward(model, batch, 0.9)
     (out * torch.linspace(-1, 2, len(out), dtype=out.dtype)).sum().backward()
     return out.detach(), [p.grad.clone() for p in model.parameters()]
 
@@ -74,7 +74,7 @@ def test_responses_of_a_prompt_do_not_see_each_other():
     before, _ = both_packings(rows)
     rows[1] = (rows[1][0], [i + 1 for i in rows[1][1]])
     after, _ = both_packings(rows)
-    old, new = (ppo_cpe.forward(model, batch, 1.0).split(batch.counts) for batch in (before, after))
+    old, new = (training.forward(model, batch, 1.0).split(batch.counts) for batch in (before, after))
     assert all(torch.equal(old[i], new[i]) for i in (0, 2, 3, 4, 5))
     assert (old[1] != new[1]).any()
 
@@ -149,14 +149,14 @@ def test_old_logprobs_are_those_of_every_response_under_its_own_prompt():
     ranks, model, batch = start("fp32"), random_model(tiny_config()), trajectories()
     args = ppo_cpe.Args(mini_batch_prompts=1, tokens_per_microbatch=40, temperature=0.9)
     stats = runs.Stats()
-    ppo_cpe.fill_old_logprobs(batch, model, args, ranks, stats)
+    ppo_cpe.fill_old_logprobs(batch, model, ppo_cpe.Run(args, ranks, None, None, stats))
     for t in batch:
         if t.parent is None and t.place == 0:
             assert t.old_logprobs is None  # the update's own pass has them
             continue
         flags = [False] * len(t.sampled_under) + [True] * len(t.response_ids)
         alone = packing.pack([t.sampled_under + t.response_ids], [flags], "cpu")
-        assert (t.old_logprobs - ppo_cpe.forward(model, alone, 0.9)).abs().max() < 1e-5
+        assert (t.old_logprobs - training.forward(model, alone, 0.9)).abs().max() < 1e-5
     scored = sum(len(t.response_ids) for t in batch if t.old_logprobs is not None)
     assert stats.sums["logprob_gap"][1] == scored
 

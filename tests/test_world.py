@@ -228,7 +228,7 @@ def test_labels_lean_to_length_and_mentions_but_follow_quality():
 def write_world(folder, seed=0):
     main(
         Args(
-            output=str(folder),
+            out=str(folder),
             seed=seed,
             base_rows=300,
             train_prompts=60,

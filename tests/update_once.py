@@ -11,7 +11,7 @@ from conftest import random_model, tiny_config
 from torch.distributed.tensor import DTensor
 
 import ppo_cpe
-from runtime import runs, training
+from runtime import packing, training
 from runtime.distributed import start
 
 
@@ -59,21 +59,21 @@ def main(file, budget, shard_size):
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in models.items()}
     before = {name: full(model) for name, model in models.items()}
 
-    batch = ppo_cpe.share_out([t for t in trajectories(12) if t.place % ranks.world_size == ranks.rank], args, ranks)
-    stats = runs.Stats()
-    ppo_cpe.fill_old_logprobs(batch, models["policy"], args, ranks, stats)
-    values = ppo_cpe.per_token(
+    batch = packing.share_prompts(
+        [t for t in trajectories(12) if t.place % ranks.world_size == ranks.rank], args.mini_batch_prompts, ranks
+    )
+    run = ppo_cpe.Run(args, ranks, None, None)
+    ppo_cpe.fill_old_logprobs(batch, models["policy"], run)
+    values = training.per_token(
         models["critic"],
         [t.prompt_ids for t in batch],
         [t.response_ids for t in batch],
         [[True] * len(t.response_ids) for t in batch],
-        args,
-        ranks,
-        stats,
+        run,
     )
     for t, of_t in zip(batch, values):
         t.values = of_t
-    ppo_cpe.compute_advantages(batch, args, ranks)
+    ppo_cpe.compute_advantages(batch, run)
     passes = 0
 
     def count(*_):
@@ -81,7 +81,7 @@ def main(file, budget, shard_size):
         passes += 1
 
     models["policy"].register_forward_hook(count)
-    ppo_cpe.update(batch, models["policy"], models["critic"], optimizers, True, args, ranks, stats)
+    ppo_cpe.update(batch, models, optimizers, True, run)
     after = {name: full(model) for name, model in models.items()}
     if ranks.rank == 0:
         changes = {name: {k: before[name][k] - after[name][k] for k in before[name]} for name in models}
