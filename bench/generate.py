@@ -1,12 +1,16 @@
-"""The generation engine against `transformers`, and against what the machine could do at best, in one run.
+"""The generation engine against `transformers`, and against the limits of the machine, in one run.
 
-Workloads: decode at batch 1; 32 ragged requests; n = 4 samples of an 800-token prompt; judgements that share a rubric; edits
-that continue their answer. Peers: `generate` on a left-padded batch in which a row stops at its own length (padding and
-finished rows are computed all the same: that is what it does), and `generate_batch` (continuous batching, paged) where it
-runs. All sample at temperature 1; ours records the log-probs too.
+Workloads: decode at batch 1; 32 ragged requests; n = 4 samples of an 800-token prompt; judgements that share a rubric;
+edits that continue their answer. Peers: `generate` on a left-padded batch in which each row stops at its own length
+(padding and finished rows are computed all the same, as `generate` does), and on a GPU `generate_batch` (continuous
+batching, paged). All sample at temperature 1; ours records the log-probs too.
 
-Limit: the bytes that have to be read (weights once per step, keys and values once per token) and the floating-point
-operations that have to be done (each distinct prefix once), each over the rate measured in the same run, the larger per step.
+Limit: the bytes that must be read (weights once per step, keys and values once per token) and the floating-point
+operations that must be done (each distinct prefix once), each divided by the rate measured in the same run; the larger
+of the two per step.
+
+Before the clock starts, every side warms up: on a GPU with the whole workload, so that kernels are compiled and the
+CUDA graphs of all its batch sizes captured; on a CPU with two tokens per answer.
 
     python bench/generate.py                                      # 0.5B shape and the tiny one, on a CPU
     python bench/generate.py --shapes 0.5b 1.5b --decode-batches 256 512     # on a GPU
@@ -17,6 +21,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,30 +39,31 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary (
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
 SEED = 0
+Request = tuple[list[int], int, int]  # prompt ids, samples, tokens of each answer
 
 
 @dataclass
 class Args:
     shapes: tuple[str, ...] = ("tiny", "0.5b")
-    """Of the random models: tiny | 0.5b | 1.5b."""
+    """Shapes of the random models: tiny | 0.5b | 1.5b."""
     workloads: tuple[str, ...] = ("batch 1", "ragged", "n = 4", "judge", "edit")
-    """Which of them."""
+    """Which workloads to run."""
     decode_batches: tuple[int, ...] = ()
-    """Also: decode of 128 tokens for that many sequences with 1,024 tokens of context each."""
+    """Also decode 128 tokens for each of that many sequences, with 1,024 tokens of context each."""
     peers: bool = True
     """Also time `transformers`."""
     repeats: int = 1
-    """Of each measurement, the fastest counts; before them one short run warms up."""
+    """Measurements of each side; the fastest is reported."""
     dtype: str = "auto"
     """fp32, bf16, or auto (bf16 on a GPU)."""
 
 
-def random_ids(n, vocab_size, seed):
+def random_ids(n: int, vocab_size: int, seed: int) -> list[int]:
     return torch.randint(0, vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def workload(name, vocab_size):
-    """-> (requests: prompt, samples, answer length each; tokens of each prompt that are in a cache before the clock starts)."""
+def workload(name: str, vocab_size: int) -> tuple[list[Request], int]:
+    """-> requests, and how many tokens of each prompt are in the cache before the clock starts."""
     lengths = torch.Generator().manual_seed(SEED)
 
     def draw(low, high):
@@ -80,8 +86,8 @@ def workload(name, vocab_size):
     return [(ids(1024, i), 1, 128) for i in range(batch)], 0
 
 
-def run_ours(engine, requests, known):
-    """Seconds for all requests, with an empty cache but for the known beginnings."""
+def run_ours(engine: generate.Engine, requests: list[Request], known: int) -> float:
+    """Seconds for all requests, with nothing in the cache but the first `known` tokens of each prompt."""
     engine.blocks.forget_all()
     if known:
         engine.generate([prompt[:known] for prompt, _, _ in requests], max_new_tokens=1)
@@ -98,8 +104,20 @@ def run_ours(engine, requests, known):
     return time.perf_counter() - started
 
 
-def run_generate(model, requests, device):
-    """transformers' static batch. A row stops at its own length, the batch with its longest."""
+def warmed_up(
+    run: Callable[[list[Request]], float], requests: list[Request], short: list[Request], device: torch.device
+) -> Callable[[], float]:
+    """-> a function that times `run` on the requests, after a warm-up.
+
+    On a GPU that is the same run once before: the first decode step at a batch size captures a CUDA graph, which takes
+    longer than many steps, and kernels are compiled at their first use. On a CPU the `short` requests suffice.
+    """
+    run(requests if device.type == "cuda" else short)
+    return functools.partial(run, requests)
+
+
+def run_generate(model: transformers.Qwen2ForCausalLM, requests: list[Request], device: torch.device) -> float:
+    """Seconds of transformers' static batch. A row stops at its own length, the batch with its longest."""
     rows = [(prompt, length) for prompt, n, length in requests for _ in range(n)]
     longest = max(len(prompt) for prompt, _ in rows)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in rows], device=device)
@@ -127,8 +145,8 @@ def run_generate(model, requests, device):
     return time.perf_counter() - started
 
 
-def run_generate_batch(model, requests, device):
-    """transformers' continuous batching. All rows get the longest answer's budget cut to the mean: it has one for all."""
+def run_generate_batch(model: transformers.Qwen2ForCausalLM, requests: list[Request], device: torch.device) -> float:
+    """Seconds of transformers' continuous batching. It has one length for all rows: each gets the mean."""
     rows = [prompt for prompt, n, _ in requests for _ in range(n)]
     lengths = [length for _, n, length in requests for _ in range(n)]
     config = transformers.GenerationConfig(
@@ -142,17 +160,17 @@ def run_generate_batch(model, requests, device):
     return time.perf_counter() - started
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def fastest(function, repeats):
+def fastest(function: Callable[[], float], repeats: int) -> float:
     return min(function() for _ in range(repeats))
 
 
-def measured_rates(device, dtype):
-    """(bytes/s of reading, FLOP/s of matrix products) of this machine, now."""
+def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes/s of reading, FLOP/s of matrix products) of this machine at this moment."""
 
     def seconds(function):
         function()
@@ -171,14 +189,14 @@ def measured_rates(device, dtype):
     return large.nbytes / seconds(large.sum), 2 * n**3 / seconds(lambda: a @ b)
 
 
-def limit_seconds(model, requests, known, rates):
-    """The least time for the requests: see the top of the file."""
+def limit_seconds(model: Qwen2, requests: list[Request], known: int, rates: tuple[float, float]) -> float:
+    """The least time that the requests can take: see the top of the file."""
     bandwidth, flops = rates
     c, itemsize = model.config, next(model.parameters()).element_size()
     head = c.vocab_size * c.hidden_size
     body = sum(p.numel() for p in model.parameters()) - (head if c.tie_word_embeddings else 2 * head)
     kv_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize  # per token
-    distinct = set()  # prefixes of the prompts: each has to be computed once
+    distinct = set()  # prefixes of the prompts, each to be computed once
     for prompt, _, _ in requests:
         prefix = 0
         for place, token in enumerate(prompt):
@@ -193,7 +211,7 @@ def limit_seconds(model, requests, known, rates):
     return seconds
 
 
-def main(args):
+def main(args: Args) -> None:
     ranks = start(args.dtype)
     device, dtype = ranks.device, ranks.dtype
     rates = measured_rates(device, dtype)
@@ -241,23 +259,26 @@ def main(args):
                 n_rows,
                 kv_tokens=(longest + generate.BLOCK) * n_rows,
             )
-            run_ours(engine, [(p[: known + 8], n, 2) for p, n, _ in requests], known)  # warm-up
-            ours = fastest(functools.partial(run_ours, engine, requests, known), args.repeats)
-            del engine
+            short = [(p[: known + 8], n, 2) for p, n, _ in requests]
+            timed = warmed_up(functools.partial(run_ours, engine, known=known), requests, short, device)
+            ours = fastest(timed, args.repeats)
+            del engine, timed
             theirs = batched = None
             if peer is not None:
-                run_generate(peer, [(p[:8], n, 2) for p, n, _ in requests], device)
-                theirs = fastest(lambda: run_generate(peer, requests, device), args.repeats)
+                short = [(p[:8], n, 2) for p, n, _ in requests]
+                run = functools.partial(run_generate, peer, device=device)
+                theirs = fastest(warmed_up(run, requests, short, device), args.repeats)
                 if device.type == "cuda":
-                    batched = fastest(lambda: run_generate_batch(peer, requests, device), args.repeats)
+                    run = functools.partial(run_generate_batch, peer, device=device)
+                    batched = fastest(warmed_up(run, requests, short, device), args.repeats)
             limit, n_tokens = limit_seconds(model, requests, known, rates), sum(n * length for _, n, length in requests)
 
             def against(seconds):
                 return f"{'-':>10}{'-':>8}" if seconds is None else f"{seconds:>10.2f}{seconds / ours:>7.2f}x"
 
             print(
-                f"{shape:6}{name:14}{n_tokens:>8}{ours:>10.2f}{n_tokens / ours:>10.0f}{against(theirs)}{against(batched)}"
-                f"{limit:>10.2f}{limit / ours:>9.0%}",
+                f"{shape:6}{name:14}{n_tokens:>8}{ours:>10.2f}{n_tokens / ours:>10.0f}"
+                f"{against(theirs)}{against(batched)}{limit:>10.2f}{limit / ours:>9.0%}",
                 flush=True,
             )
 

@@ -1,10 +1,10 @@
-"""Each kernel beside its torch form, in one table: time, ratio, and the limit measured in the same run.
+"""Each kernel beside its torch equivalent, in one table: time, ratio, and the limit measured in the same run.
 
     python bench/kernels.py     # a GPU: sizes of a 0.5B and a 7B model; a CPU: smaller ones, the torch paths
 
-The limit is the time to move the bytes that the operation has to read and write once, at the rate at which this run
-copied a large tensor. On a CPU the functions run their torch paths: attention and sampling differ from the peer
-there, the others are the same code, so that only the fraction of the limit says something.
+The limit is the time to move the bytes that the operation must read and write once, at the rate at which this run
+copied a large tensor. On a CPU the functions run their torch paths: attention and sampling differ from the peer there;
+the others are the same code, and only their fraction of the limit is informative.
 """
 
 import os
@@ -35,12 +35,12 @@ from kernels.swiglu import swiglu
 @dataclass
 class Args:
     repeats: int = 20
-    """the best of so many runs counts"""
+    """Runs per measurement; the fastest counts."""
     seconds: float = 5.0
-    """at most, for one number"""
+    """Time limit of a measurement."""
 
 
-def main(args):
+def main(args: Args) -> None:
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def main(args):
         for _ in range(args.repeats):
             if on_gpu:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()  # the second-level cache holds nothing of the last run
+                flush.zero_()  # evicts the last run's data from the L2 cache
                 begin.record()
                 function()
                 end.record()
@@ -87,7 +87,7 @@ def main(args):
             flush=True,
         )
 
-    # paged attention; peer: torch's attention on a dense cache of equal lengths, which has no blocks to look up
+    # paged attention; peer: torch's attention on a dense cache of equal lengths, without a block table
     shapes = ((32, 512, 2, 7, 64), (64, 192, 2, 2, 32), (1, 1024, 2, 7, 64))
     if on_gpu:
         shapes = ((256, 1024, 2, 7, 64), (256, 1024, 4, 7, 128), (1, 4096, 4, 7, 128))
@@ -105,7 +105,7 @@ def main(args):
             2 * keys.nbytes + 2 * q.nbytes,
         )
 
-    # sampling; peer: a sort of the vocabulary (on its own), or at top-p 1 softmax and multinomial
+    # sampling; peer: sorting the vocabulary (and nothing else), or at top-p 1 softmax and multinomial
     for n_rows, vocab_size in ((256, 151936), (1, 151936)) if on_gpu else ((32, 151936), (1, 151936), (64, 1400)):
         logits = torch.randn(n_rows, vocab_size, device=device) * 3
         settings = [torch.full((n_rows,), x, device=device) for x in (1.0, 0.9)]
@@ -149,7 +149,7 @@ def main(args):
             3 * up.nbytes,
         )
 
-        # backwards the norm reads dy, d(sum) and the sum, and writes dx; SwiGLU reads dy, gate, up, and writes two
+        # backward: the norm reads dy, d(sum) and the sum and writes dx; SwiGLU reads dy, gate and up and writes two
         x.requires_grad_(), weight.requires_grad_(), gate.requires_grad_(), up.requires_grad_()
         both, grad = (torch.ones_like(x),) * 2, torch.ones_like(up)
         row(

@@ -1,14 +1,15 @@
-"""The update half of a step against what it would be composed of elsewhere: `transformers` models on padded batches
-and TRL's way to log-probs (full logits, gather, a log-sum-exp per sequence). Both sides are measured in the same run.
+"""The update half of a PPO step against the usual composition: `transformers` models on padded batches, and log-probs
+as TRL computes them (full logits, gather, a log-sum-exp per sequence). Both sides are measured in the same run.
 
     python bench/train.py                          # a CPU: log-probs, shared prefixes, a whole update
-    python bench/train.py --device cuda            # a GPU: the same at 0.5B and 1.5B in bf16 (never run so far)
+    python bench/train.py --device cuda            # a GPU: the same at 0.5B and 1.5B in bf16
     python bench/train.py --only logprob --repeats 5
 
-Log-probs: time and peak memory beyond inputs, weights and (with a backward pass) their gradients. Shared: forward and
-backward of one micro-batch of 6 responses of 400 tokens to prompts of 800. Step: old log-probs, values, GAE, two
-mini-batches of actor and critic, as in a step of recipes/tiny.sh; the peer runs the same responses through
-`AutoModel...` with padding, one optimizer step per mini-batch and model.
+- logprob: time, and peak memory on top of inputs, weights and (with a backward pass) their gradients.
+- shared: forward and backward of 6 responses of 400 tokens to each prompt of 800, with the prompt computed once
+  ("shared") or once per response ("apart"), in passes of at most --tokens-per-pass.
+- step: old log-probs, values, GAE, two mini-batches of actor and critic, as in a step of recipes/tiny.sh. The peer runs
+  the same responses through `AutoModel...` with padding, one optimizer step per mini-batch and model.
 """
 
 import os
@@ -16,6 +17,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +26,14 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 import ppo_cpe
 from kernels.linear_logprob import linear_logprob
 from model import Config, Qwen2, init_weights
-from runtime import packing, training
-from runtime.distributed import start
+from runtime import packing, runs, training
+from runtime.distributed import Ranks, start
 from runtime.flags import user_errors
 
 SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads, tied
@@ -44,14 +47,16 @@ SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads, tied
 @dataclass
 class Args:
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to run; sizes follow from it."""
+    """Where to run; the sizes depend on it."""
     only: tuple[Literal["logprob", "shared", "step"], ...] = ("logprob", "shared", "step")
-    """Which of the three."""
+    """Which of the three to run."""
     repeats: int = 3
-    """Measurements of each side, taken in turns; the median counts."""
+    """Measurements of each side, alternating; the median is reported."""
+    tokens_per_pass: int = 16384
+    """shared: tokens of a forward and backward pass. Activations of the 1.5B model take 3 MiB per token."""
 
 
-def config_of(shape):
+def config_of(shape: str) -> Config:
     vocab, width, mlp, layers, heads, kv_heads, tied = SHAPES[shape]
     return Config(vocab, width, mlp, layers, heads, kv_heads, tie_word_embeddings=tied)
 
@@ -59,10 +64,10 @@ def config_of(shape):
 # -- the peer: full logits, padding ------------------------------------------------------------------------------------
 
 
-def selective_log_softmax(logits, index):
-    """As TRL's function of that name: log-softmax at one index, without keeping it for the others.
+def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Like TRL's function of that name: log-softmax at one index per position. [B, L, V], [B, L] -> [B, L]
 
-    fp32: the log-sum-exp of one sequence at a time; bf16: its log-softmax. [B, L, V], [B, L] -> [B, L]
+    One sequence at a time: its log-sum-exp in fp32, its log-softmax in bf16.
     """
     if logits.dtype in (torch.float32, torch.float64):
         selected = logits.gather(-1, index[..., None])[..., 0]
@@ -70,13 +75,13 @@ def selective_log_softmax(logits, index):
     return torch.stack([F.log_softmax(row, -1).gather(-1, i[:, None])[:, 0] for row, i in zip(logits, index)])
 
 
-def peer_models(config, device, dtype):
+def peer_models(config: Config, device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     fields = dict(config.to_dict(), num_labels=1, pad_token_id=0, use_cache=False, attn_implementation="sdpa")
     policy = Qwen2ForCausalLM(Qwen2Config(**fields)).to(device, dtype)
     return policy, Qwen2ForSequenceClassification(Qwen2Config(**fields)).to(device, dtype)
 
 
-def padded(contexts, responses, device):
+def padded(contexts: list[list[int]], responses: list[list[int]], device: str) -> list[torch.Tensor]:
     """Contexts padded on the left, responses on the right -> ids, mask, positions [B, C + R], response mask [B, R]."""
     longest_context, longest = max(map(len, contexts)), max(map(len, responses))
     ids = torch.zeros(len(contexts), longest_context + longest, dtype=torch.int64)
@@ -88,25 +93,33 @@ def padded(contexts, responses, device):
     return [x.to(device) for x in (ids, mask, positions, mask[:, longest_context:].bool())]
 
 
-def peer_logprobs(policy, batch, temperature, with_entropy):
+def peer_logprobs(policy: nn.Module, batch: list[torch.Tensor], temperature: float, with_entropy: bool) -> torch.Tensor:
     ids, mask, positions, response = batch
     n = response.shape[1]
     logits = policy(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=n + 1).logits[:, :-1]
     logits = logits / temperature
-    if with_entropy:  # a metric of its own pass over the logits, as TRL's PPO has it
+    if with_entropy:  # a metric with its own pass over the logits, as in TRL's PPO
         with torch.no_grad():
             (torch.logsumexp(logits, -1) - (F.softmax(logits, -1) * logits).sum(-1)).mean()
     return selective_log_softmax(logits, ids[:, -n:])
 
 
-def peer_values(critic, batch):
+def peer_values(critic: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
     ids, mask, positions, response = batch
     hidden = critic.model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
     return critic.score(hidden)[:, -response.shape[1] - 1 : -1, 0]
 
 
-def peer_step(policy, critic, optimizers, trajectories, args, device, sequences):
-    """What `ours_step` does, on padded batches of that many sequences."""
+def peer_step(
+    policy: nn.Module,
+    critic: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    trajectories: list[ppo_cpe.Trajectory],
+    args: ppo_cpe.Args,
+    device: str,
+    sequences: int,
+) -> None:
+    """The work of `ours_step` on padded batches of `sequences` sequences."""
     parts = [trajectories[i : i + sequences] for i in range(0, len(trajectories), sequences)]
     values, masks, old = [], [], []
     with torch.no_grad():
@@ -152,7 +165,14 @@ def peer_step(policy, critic, optimizers, trajectories, args, device, sequences)
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def ours_step(policy, critic, optimizers, trajectories, args, ranks):
+def ours_step(
+    policy: Qwen2,
+    critic: Qwen2,
+    optimizers: dict[str, torch.optim.Optimizer],
+    trajectories: list[ppo_cpe.Trajectory],
+    args: ppo_cpe.Args,
+    ranks: Ranks,
+) -> runs.Stats:
     for t in trajectories:
         t.old_logprobs = None
     run = ppo_cpe.Run(args, ranks, None, None)
@@ -169,8 +189,10 @@ def ours_step(policy, critic, optimizers, trajectories, args, ranks):
     return run.stats
 
 
-def made_up(n_prompts, prompt, response, critique, vocab, n=4, edits=2):
-    """Trajectories of a step: prompts and responses of half to the whole of these lengths, in tokens."""
+def made_up(
+    n_prompts: int, prompt: int, response: int, critique: int, vocab: int, n: int = 4, edits: int = 2
+) -> list[ppo_cpe.Trajectory]:
+    """Random trajectories of a step. prompt, response, critique: tokens at most, and at least half as many."""
     rng = random.Random(0)
 
     def ids(longest):
@@ -205,8 +227,8 @@ def made_up(n_prompts, prompt, response, critique, vocab, n=4, edits=2):
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(sides, repeats, device):
-    """{name: function} -> {name: median seconds}; one run of each to warm up, then in turns."""
+def seconds_of(sides: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """{name: function} -> {name: median seconds}; a warm-up run of each, then alternating."""
     times = {name: [] for name in sides}
     for i in range(repeats + 1):
         for name, function in sides.items():
@@ -219,8 +241,8 @@ def seconds_of(sides, repeats, device):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def peak_of(function, device):
-    """Bytes by which memory rises above where it stands (CPU: resident memory of the process, Linux)."""
+def peak_of(function: Callable[[], object], device: str) -> int:
+    """Bytes by which memory rises while the function runs (CPU: resident memory of the process, on Linux)."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -233,18 +255,18 @@ def peak_of(function, device):
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
 
     with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # sets the high-water mark to what is resident now
+        f.write("5")  # resets the high-water mark to what is resident now
     before = status("VmRSS")
     function()
     return status("VmHWM") - before
 
 
-def line(work, peer, ours, target, unit="s"):
+def line(work: str, peer: float, ours: float, target: str, unit: str = "s") -> None:
     ratio = peer / ours if ours else float("inf")
     print(f"{work:58}{peer:10.3f}{ours:10.3f} {unit:4}{ratio:8.2f} x   {target}", flush=True)
 
 
-def bench_logprob(args, dtype):
+def bench_logprob(args: Args, dtype: torch.dtype) -> None:
     shape = "0.5b" if args.device == "cpu" else "1.5b"
     config, (n_sequences, length) = config_of(shape), (8, 64) if args.device == "cpu" else (8, 1024)
     generator = torch.Generator().manual_seed(0)
@@ -275,26 +297,59 @@ def bench_logprob(args, dtype):
                 x.requires_grad_(grad)
             sides = {"peer": lambda: peer(hidden, weight), "ours": lambda: ours(hidden, weight)}
             sides = {"peer": backward(peer), "ours": backward(ours)} if grad else sides
-            # before any other run: memory that the C library keeps of an earlier one would not show
+            # before any other run: memory that the C library retains from an earlier one would not show
             peaks = {side: peak_of(function, args.device) / 2**20 for side, function in sides.items()}
             times = seconds_of(sides, args.repeats, args.device)
-            gemms = (4 if grad else 1) * 2 * len(hidden) * weight.numel()  # the logits are made twice
+            gemms = (4 if grad else 1) * 2 * len(hidden) * weight.numel()  # logits are computed twice
             rate = gemms / times["ours"] / 1e12
             line(f"  {name}, {rate:.2f} TFLOP/s", times["peer"], times["ours"], "time <= 1 x" if not grad else "")
             line(f"  {name}, peak memory", peaks["peer"], peaks["ours"], "memory <= 1/8" if not grad else "", "MiB")
     with torch.no_grad():
         difference = (peer(hidden.float(), weight.float()) - ours(hidden, weight)).abs().max().item()
-    print(f"  they differ by at most {difference:.1e}")
+    print(f"  largest difference of the two sides {difference:.1e}")
 
 
-def bench_shared(args, dtype):
+def shared_and_apart(
+    prompts: list[list[int]], responses: list[list[list[int]]], tokens_per_pass: int, device: str
+) -> tuple[list[packing.Batch], list[packing.Batch]]:
+    """Passes of at most so many tokens, or one prompt or response: (shared prefixes, each response with its own).
+
+    responses: a list per prompt. Without the bound, the activations of a whole step apart (24 responses of the 1.5B
+    model) take 84 GiB.
+    """
+    sizes = [len(p) + sum(map(len, group)) for p, group in zip(prompts, responses)]
+    shared = []
+    for part in _consecutive(sizes, tokens_per_pass):
+        rows = [(prompts[i], r) for i in part for r in responses[i]]
+        shared.append(packing.pack_shared(*zip(*rows), [[True] * len(r) for _, r in rows], device))
+    rows = [(p, r) for p, group in zip(prompts, responses) for r in group]
+    apart = []
+    for part in _consecutive([len(p) + len(r) for p, r in rows], tokens_per_pass):
+        chosen = [rows[i] for i in part]
+        trained = [[False] * len(p) + [True] * len(r) for p, r in chosen]
+        apart.append(packing.pack([p + r for p, r in chosen], trained, device))
+    return shared, apart
+
+
+def _consecutive(sizes, limit):
+    """Indices in runs whose sizes sum to at most `limit`; a larger one alone."""
+    parts, filled = [], limit
+    for i, size in enumerate(sizes):
+        if filled + size > limit:
+            parts.append([])
+            filled = 0
+        parts[-1].append(i)
+        filled += size
+    return parts
+
+
+def bench_shared(args: Args, dtype: torch.dtype) -> None:
     shape, n_prompts = ("layers", 1) if args.device == "cpu" else ("1.5b", 4)
     config = config_of(shape)
     rng = random.Random(0)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(800)] for _ in range(n_prompts)]
-    rows = [(p, [rng.randrange(config.vocab_size) for _ in range(400)]) for p in prompts for _ in range(6)]
-    shared = packing.pack_shared([p for p, _ in rows], [r for _, r in rows], [[True] * 400] * len(rows), args.device)
-    apart = packing.pack([p + r for p, r in rows], [[False] * 800 + [True] * 400] * len(rows), args.device)
+    responses = [[[rng.randrange(config.vocab_size) for _ in range(400)] for _ in range(6)] for _ in prompts]
+    shared, apart = shared_and_apart(prompts, responses, args.tokens_per_pass, args.device)
     print(
         f"shared prefixes, {n_prompts} x (800 + 6 x 400) tokens, {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}"
@@ -304,17 +359,21 @@ def bench_shared(args, dtype):
         init_weights(model, 0)
         model.to(args.device, dtype)
 
-        def run(batch):
+        def run(batches):
             model.zero_grad()
-            training.forward(model, batch, 1.0).sum().backward()
+            for batch in batches:
+                training.forward(model, batch, 1.0).sum().backward()
+
+        def flops(batches):
+            return sum(training.forward_flops(model, batch) for batch in batches)
 
         times = seconds_of({"apart": lambda: run(apart), "shared": lambda: run(shared)}, args.repeats, args.device)
-        limit = training.forward_flops(model, apart) / training.forward_flops(model, shared)
-        rate = 3 * training.forward_flops(model, shared) / times["shared"] / 1e12
+        limit = flops(apart) / flops(shared)
+        rate = 3 * flops(shared) / times["shared"] / 1e12
         line(f"  {name} (limit {limit:.2f} x), {rate:.2f} TFLOP/s", times["apart"], times["shared"], ">= 1.9 x")
 
 
-def bench_step(args, ranks, dtype):
+def bench_step(args: Args, ranks: Ranks, dtype: torch.dtype) -> None:
     shape, n_prompts, lengths = ("tiny", 16, (200, 96, 60)) if args.device == "cpu" else ("0.5b", 64, (1000, 512, 200))
     config = config_of(shape)
     flags = ppo_cpe.Args(
@@ -336,7 +395,7 @@ def bench_step(args, ranks, dtype):
     n_tokens = sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories)
     print(f"a PPO update, {n_prompts} prompts x (4 originals + 2 edits), {n_tokens} tokens, {shape}")
     sides = {"ours": lambda: ours_step(models["policy"], models["critic"], optimizers, trajectories, flags, ranks)}
-    # the fastest of several batch sizes, so that the peer is not held up by a bad one
+    # several batch sizes, of which the fastest counts: the peer shall not lose by a bad choice
     for n in (12, 24, 48) if args.device == "cpu" else (8, 16):
         sides[f"peer, {n} sequences a batch"] = lambda n=n: peer_step(
             *peers, peer_optimizers, trajectories, flags, args.device, n
@@ -347,7 +406,7 @@ def bench_step(args, ranks, dtype):
         line(f"  {name}", seconds, ours, ">= 2 x" if seconds == min(times.values()) else "")
 
 
-def main(args):
+def main(args: Args) -> None:
     ranks = start("bf16" if args.device == "cuda" else "fp32")
     if ranks.device.type != args.device:
         raise ValueError(f"--device {args.device}: this machine's is {ranks.device.type}")
