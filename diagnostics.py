@@ -68,7 +68,7 @@ def agreement(labels, found):
     return result
 
 
-# -- what a step of ppo_cpe.py is described by; t, judged, ...: its trajectories -----------------------------------------
+# -- what a step of ppo_cpe.py is described by (t, judged, ...: its trajectories) --------------------------------------
 
 
 def describe_rollout(judged, lost, selected, stats, prefix=""):
@@ -126,7 +126,7 @@ def rollout_rows(judged, selected=()):
 
 
 def describe_held_out(judged, lost, judge, stats):
-    """As `describe_rollout`, of prompts that are not trained on; and what answers lose under another person's profile."""
+    """As `describe_rollout`, of held-out prompts; and what answers lose under another person's profile."""
     describe_rollout(judged, lost, None, stats, "held_out/")
     originals = [t for t in judged if not t.parent]
     swapped = [
@@ -190,8 +190,8 @@ def kept_tokens(before, after):
 def describe_edits(edits, ratio, weight, advantages, args, stats):
     """The edit ledger: what the update did with the tokens that an edit kept, and with those that it inserted.
 
-    ratio r, weight on grad log p, advantages A: [S], of all tokens of `edits`. A token's mass is |weight A|, the size of
-    the loss' derivative by its log-prob; both masses are means over all tokens of edits, so that they add up.
+    ratio r, weight on grad log p, advantages A: [S], of all tokens of `edits`. A token's mass is |weight A|, the size
+    of the loss' derivative by its log-prob; both masses are means over all tokens of edits, so that they add up.
     """
     stats.add("edit/ratio", ratio)
     stats.add_max("edit/ratio_max", ratio)

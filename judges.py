@@ -104,6 +104,19 @@ class JudgeSettings:
     max_len: int = 8192  # tokens of each, prompt and judgement
     concurrency: int = 64  # requests that a server gets at a time
 
+    @classmethod
+    def from_args(cls, args: Any) -> "JudgeSettings":
+        """From a script's flags (`flags.Judging`), and those of these names that it has beside them."""
+        names = ("answer_template", "grm_template", "pair_template", "max_batch", "concurrency")
+        return cls(
+            weights=args.score_weights,
+            attempts=args.judge_attempts,
+            temperature=args.judge_temperature,
+            max_new_tokens=args.judge_max_new_tokens,
+            votes=getattr(args, "judge_votes", cls.votes),
+            **{name: getattr(args, name) for name in names if hasattr(args, name)},
+        )
+
 
 def parse_spec(spec: str) -> tuple[type["Judge"], str]:
     """The value of a --judge flag -> the class of judge, and its folder, hub id, URL or FILE.py:FUNCTION."""

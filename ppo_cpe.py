@@ -139,10 +139,9 @@ import diagnostics
 from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
 from model import Qwen2, load_pretrained, resolve
-from prompts import Chat, Judgement, Templates, answer_prompt, edit_prompt, load_templates
+from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
 from runtime import packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0, start
-from runtime.rows import read_rows
 
 
 @dataclass
@@ -214,7 +213,7 @@ def policy_loss(logprobs, old_logprobs, advantages, eps_low, eps_high):
 
 
 def edit_loss(kind, logprobs, edit_logprobs, advantages, eps_low=0.2, eps_high=0.2, cap=None, gamma=0.1):
-    """The loss on edits per token (docs/method.md 2), with p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
+    """The loss on edits per token (docs/method.md 2): p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
 
     kind       loss                                weight on grad log p
     paper      -clip(r, 1-eps_low, 1+eps_high) A   r inside the range, else 0
@@ -497,17 +496,6 @@ def update(batch, models, optimizers, train_policy, run):
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path, run):
-    """(row, prompt ids) of every prompt within the length limit."""
-    limit = run.args.max_prompt_length
-    prompts = [(row, answer_prompt(run.chat, run.templates, row)) for row in read_rows(path, "prompt")]
-    kept = [(row, ids) for row, ids in prompts if len(ids) <= limit]
-    print0(
-        f"{len(kept)} prompts from {path}; {len(prompts) - len(kept)} left out (over --max-prompt-length {limit} tokens)"
-    )
-    return kept
-
-
 def check_flags(args, max_len):
     """What concerns several flags together; the range of each is its type."""
     if args.kv_tokens is not None and args.kv_tokens < max_len:
@@ -520,21 +508,9 @@ def check_flags(args, max_len):
             raise ValueError(f"{flags.flag(name)} {spec} compares answers; expected a judge that scores one")
 
 
-def judge_settings(args):
-    return JudgeSettings(
-        weights=args.score_weights,
-        attempts=args.judge_attempts,
-        temperature=args.judge_temperature,
-        max_new_tokens=args.judge_max_new_tokens,
-        answer_template=args.answer_template,
-        grm_template=args.grm_template,
-        max_batch=args.max_batch,
-    )
-
-
 def print_plan(args, max_len):
     """--plan: what is trained is named here, so that a fork without a critic plans without one."""
-    settings, machine, resident = judge_settings(args), plan.machine_of(args), {}
+    settings, machine, resident = JudgeSettings.from_args(args), plan.machine_of(args), {}
     for name, spec in (("judge", args.judge), ("audit judge", args.audit_judge)):
         parts = planned_memory(spec, settings, machine) if spec else {}
         resident |= {f"{name}: {part}": size for part, size in parts.items()}
@@ -585,21 +561,24 @@ def main(args):
     ranks, tokenizer_from = start(args.dtype, args.shard_size), resolve(args.model)
     templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     run = Run(args, ranks, Chat(tokenizer_from), templates)
-    prompts = read_prompts(args.prompts, run)
+    prompts = read_prompts(args.prompts, run.chat, templates, args.max_prompt_length)
     if len(prompts) < args.prompts_per_step:
         raise ValueError(
             f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step {args.prompts_per_step}"
         )
-    held_out = read_prompts(args.eval_data, run)[: args.eval_n] if args.eval_data else []
-    held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
+    held_out = []
+    if args.eval_data:
+        held_out = read_prompts(args.eval_data, run.chat, templates, args.max_prompt_length)[: args.eval_n]
+        held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
-    judge = open_judge(args.judge, judge_settings(args), ranks)
-    second = open_judge(args.audit_judge, judge_settings(args), ranks) if args.audit_judge else None
+    settings = JudgeSettings.from_args(args)
+    judge = open_judge(args.judge, settings, ranks)
+    second = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
     if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and judge.writes_critiques is False:  # None: not known yet
         raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
     inputs = {"--prompts": args.prompts, "--model": tokenizer_from, "--critic": resolve(args.critic or args.model)}
     inputs = {name: runs.input_digest(path) for name, path in inputs.items()}
-    inputs["--judge"] = runs.text_digest(fingerprint(args.judge, judge_settings(args)))
+    inputs["--judge"] = runs.text_digest(fingerprint(args.judge, settings))
     inputs["the templates"] = runs.text_digest(templates.answer, templates.edit)
     runs.open_run(args, ranks, inputs)
     models, optimizers = open_models(run)

@@ -26,7 +26,9 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from model import read_json, resolve, stop_ids
+from runtime.distributed import print0
 from runtime.flags import SCORE_WEIGHTS
+from runtime.rows import read_rows
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -346,6 +348,14 @@ def answer_request(templates, row):
 def answer_prompt(chat, templates, row):
     """Ids under which the policy answers, and under which originals and edits are trained."""
     return chat.messages([{"role": "user", "content": answer_request(templates, row)}])
+
+
+def read_prompts(path: str, chat: Chat, templates: Templates, limit: int) -> list[tuple[dict, list[int]]]:
+    """(row, prompt ids) of a file's prompts within the limit in tokens; prints how many are longer."""
+    prompts = [(row, answer_prompt(chat, templates, row)) for row in read_rows(path, "prompt")]
+    kept = [(row, ids) for row, ids in prompts if len(ids) <= limit]
+    print0(f"{len(kept)} prompts from {path}; {len(prompts) - len(kept)} over --max-prompt-length {limit} left out")
+    return kept
 
 
 def edit_prompt(chat, templates, prompt_ids, response_ids, critique):

@@ -101,8 +101,8 @@ def replay(folder: str, script_file: str | None = None) -> dict[str, torch.Tenso
         gradients["sdpo"], _ = of(originals)
 
     print(
-        f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. sdpo has "
-        "no edits: it takes the place of the loss on originals"
+        f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them. "
+        "sdpo has no edits: it takes the place of the loss on originals"
     )
     print_table(gradients, described)
     return gradients

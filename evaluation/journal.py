@@ -190,26 +190,11 @@ def replies(name: str, spec: str, requests: list[tuple], temperature: float, arg
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-def judge_settings(args) -> JudgeSettings:
-    return JudgeSettings(
-        weights=args.score_weights,
-        attempts=args.judge_attempts,
-        temperature=args.judge_temperature,
-        max_new_tokens=args.judge_max_new_tokens,
-        votes=args.judge_votes,
-        answer_template=args.answer_template,
-        grm_template=args.grm_template,
-        pair_template=args.pair_template,
-        max_batch=args.max_batch,
-        concurrency=args.concurrency,
-    )
-
-
 def check_judge(args, ranks) -> None:
     """An absent judge is found before any answer is sampled."""
-    fingerprint(args.judge, judge_settings(args))
+    fingerprint(args.judge, JudgeSettings.from_args(args))
     if is_url(parse_spec(args.judge)[1]) and args.stage in ("all", "verdicts"):
-        open_judge(args.judge, judge_settings(args), ranks)
+        open_judge(args.judge, JudgeSettings.from_args(args), ranks)
 
 
 def verdicts_on(items: list[tuple], args, ranks) -> list[dict]:
@@ -219,7 +204,7 @@ def verdicts_on(items: list[tuple], args, ranks) -> list[dict]:
     method, error, failure. Both sides get the judge's same random numbers for a prompt, so equal answers tie.
     Scores are kept, not their weighted sum: other --score-weights ask nothing again.
     """
-    settings = judge_settings(args)
+    settings = JudgeSettings.from_args(args)
     judge_parts = (
         fingerprint(args.judge, settings),
         settings.temperature,

@@ -9,7 +9,7 @@ gradients are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16
 - CPU: tiles that stay in its cache, vocabulary outside, tokens inside; matrix products by torch.
 - Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel;
   the splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in
-  the dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and d weight.
+  the dtype of the inputs (product, softmax and scaling in one), and two matrix products make d hidden and d weight.
 """
 
 import torch

@@ -6,8 +6,8 @@ that are large laid out for oneDNN, once.
 
 `F.linear` in fp32 goes to MKL, which reads a matrix at batch 1 with one thread and is at half its own speed at batches
 of 2 to 32. On two cores (AVX-512) at 4864 x 896: batch 8 10 -> 25 GB/s, batch 32 96 -> 192 GFLOP/s. One or two rows are
-left to MKL, as products of the parts of the matrix, which it gives to one thread each: 14 -> 34 GB/s (oneDNN: 25). Small
-matrices stay with MKL as they are: its calls cost less.
+left to MKL, as products of the parts of the matrix, which it gives to one thread each: 14 -> 34 GB/s (oneDNN: 25).
+Small matrices stay with MKL as they are: its calls cost less.
 """
 
 import torch

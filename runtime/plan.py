@@ -3,8 +3,8 @@
 Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by
 running two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves
 what FlashAttention saves there (on a CPU torch keeps the output twice). Not counted: memory that the allocator has
-split and cannot use (on a CPU the C library's may be a third of all), and on a GPU the context and NCCL's buffers, for which
-`RESERVED_GIB` is set aside.
+split and cannot use (on a CPU the C library's may be a third of all), and on a GPU the context and NCCL's buffers, for
+which `RESERVED_GIB` is set aside.
 """
 
 import dataclasses
@@ -125,8 +125,8 @@ class Trained:
 
 
 def inference(config, machine, kv_tokens, scalar_head=False):
-    """-> bytes of a model that only computes, whole on every rank, and of its KV cache; on a CPU with the packed copies of
-    matrices (kernels/packed_linear.py) and the dense rows (kv_cache.py)."""
+    """-> bytes of a model that only computes, whole on every rank, and of its KV cache; on a CPU with the packed copies
+    of matrices (kernels/packed_linear.py) and the dense rows (kv_cache.py)."""
     dtype, on_cpu = machine.dtype, machine.device == "cpu"
     with torch.device("meta"):
         parameters = list(Qwen2(config, scalar_head).parameters())
@@ -206,7 +206,7 @@ def one_model(args, config, scalar_head=False):
 def rl(
     args, max_len: int, trained: dict[str, tuple[str, bool]], judges: dict[str, int], sampled: int, per_prompt: float
 ) -> float:
-    """The plan of ppo_cpe.py and its forks: while responses are sampled, while the models are trained, in the optimizer.
+    """The plan of ppo_cpe.py and its forks: while responses are sampled, in the passes, in the optimizer.
 
     max_len: tokens of the longest sequence of the engine. trained: {name: (folder or hub id, scalar head)}, the policy
     first. judges: {part: bytes per rank} that judges hold all the time. sampled, per_prompt: responses that are sampled

@@ -163,7 +163,7 @@ class Stats:
 
 
 def progress(first_step: int, last_step: int, ranks: Ranks) -> tqdm:
-    """The steps of a run, with a bar where somebody watches; a log file gets a line a step (`print_step`) and no bar."""
+    """The steps of a run, with a bar on a terminal; a log file gets a line a step (`print_step`) and no bar."""
     quiet = ranks.rank > 0 or not sys.stderr.isatty()
     return tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=quiet)
 

@@ -83,12 +83,12 @@ def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
     return norm
 
 
-# -- passes of a model that is trained, in whole micro-batches ----------------------------------------------------------
+# -- passes of a model that is trained, in whole micro-batches --------------------------------------------------------
 
 
 @torch.no_grad()
 def per_token(model, prefixes, suffixes, trained, run):
-    """Log-probs of the trained tokens of each suffix (None: all), or the critic's values before them -> list of fp32 [L_i]."""
+    """Log-probs of each suffix's trained tokens (None: all), or the critic's values before them -> fp32 [L_i] each."""
     results, budget = [None] * len(suffixes), run.args.tokens_per_microbatch
     for indices, batch in packed_micro_batches(prefixes, suffixes, trained, budget, run.ranks):
         if not indices:

@@ -1,5 +1,5 @@
-"""Imported where Triton interprets: its bf16 is not that of a GPU. It cuts bits off instead of rounding, and a product of
-two bf16 tiles is one of their bit patterns. Here both are as on a GPU: rounded to the nearest, widened before a product.
+"""Imported where Triton interprets: its bf16 is not that of a GPU. It cuts bits off instead of rounding, and a product
+of two bf16 tiles is one of their bit patterns. Here both are as on a GPU: rounded to nearest, widened before a product.
 """
 
 import numpy as np

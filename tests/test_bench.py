@@ -39,9 +39,12 @@ def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypa
     bench_generate = bench("generate")
     sizes = []
     decode = generate.Engine._decode
-    monkeypatch.setattr(
-        generate.Engine, "_decode", lambda self: (sizes.append(len(self.running)), decode(self)) and None
-    )
+
+    def recorded(self):
+        sizes.append(len(self.running))
+        return decode(self)
+
+    monkeypatch.setattr(generate.Engine, "_decode", recorded)
     requests = [([i + 1] * 5, 1, 3 + 4 * i) for i in range(6)]  # batch sizes from 6 down to 1
     short = [(prompt, n, 2) for prompt, n, _ in requests]
     engine = generate.Engine(random_model(tiny_config()), [], 40, 6)

@@ -1,4 +1,4 @@
-"""A real pretrained checkpoint against transformers; runs where CHECKPOINT names one (minutes at 135M parameters on a CPU).
+"""A real pretrained checkpoint against transformers; runs where CHECKPOINT names one (minutes at 135M on a CPU).
 
 CHECKPOINT=path/to/model python -m pytest tests/test_checkpoint.py
 """

@@ -65,8 +65,8 @@ def check(function, n_tokens, n_words, width, dtype, temperature):
     """Against the definition in fp64 on the same (rounded) numbers.
 
     Log-probs and entropy are differences of sums below 20, so 5e-5 is some 25 fp32 roundings; a word too many or too
-    few in the sum shows at 1 / n_words > 1e-3 in at least one row. Gradients in bf16 are rounded to 8 bits where d loss /
-    d logits is stored and where the result is: 2 % of the largest; a tile left out is most of it.
+    few in the sum shows at 1 / n_words > 1e-3 in at least one row. Gradients in bf16 are rounded to 8 bits where d loss
+    / d logits is stored and where the result is: 2 % of the largest; a tile left out is most of it.
     """
     hidden, weight, targets, upstream = case(n_tokens, n_words, width, dtype)
     found = results(function, hidden, weight, targets, upstream, temperature)

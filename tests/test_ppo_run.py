@@ -233,7 +233,7 @@ def test_what_diagnostics_see(watched):
     assert first["held_out/edit/gain"] == pytest.approx(sum(gains) / len(gains))
     audited = [json.loads(line) for line in (watched / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
     audited = [row for row in audited if "audit" in row and row["audit"]["again"] is not None]
-    # half of the originals, less those whose second judgement did not parse; the second judge is the same with the same seeds
+    # half of the originals, less those whose second judgement did not parse; the same judge, with the same seeds
     assert 0 < len(audited) <= 4 and all(row["audit"]["again"] == row["audit"]["second"] for row in audited)
     assert first["audit/noise"] == pytest.approx(
         sum(abs(row["reward"] - row["audit"]["again"]) for row in audited) / len(audited)
