@@ -295,12 +295,6 @@ def rollout(prompts, engine, judge, run, step, progress):
     lost = dict(originals=[], edits=[], truncated=[])
     judged, in_engine, in_judge = [], {}, {}
 
-    def sample(trajectory):
-        kind = "edit" if trajectory.parent else "original"
-        seed = derive_seed(args.seed, step, trajectory.prompt_id, trajectory.sample_id, kind)
-        in_engine[trajectory.key, 0] = trajectory
-        engine.submit(trajectory.sampled_under, key=trajectory.key, seeds=[seed], **sampling)
-
     for place, row, ids in prompts:
         group = [Trajectory(row["prompt_id"], i, row, place, ids, sampled_under=ids) for i in range(args.n_samples)]
         in_engine.update({(place, i): t for i, t in enumerate(group)})
@@ -334,7 +328,10 @@ def rollout(prompts, engine, judge, run, step, progress):
                 )
             if editing and t.parent is None:
                 under = edit_prompt(run.chat, run.templates, t.prompt_ids, t.response_ids, t.judgement.critique)
-                sample(Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under))
+                edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
+                in_engine[edit.key, 0] = edit
+                seed = derive_seed(args.seed, step, t.prompt_id, t.sample_id, "edit")
+                engine.submit(under, key=edit.key, seeds=[seed], **sampling)
             progress.set_postfix_str(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
     return judged, lost
 

@@ -118,7 +118,7 @@ def user_errors():
     """What a user can mend (a flag, a file, a row) ends in one line and exit status 2, without a traceback."""
     try:
         yield
-    except (ValueError, OSError, UnicodeError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {error}\n(TRACEBACK=1 shows where)", file=sys.stderr)
