@@ -561,7 +561,7 @@ def main(args):
     prompts = read_prompts(args.prompts, run.chat, templates, args.max_prompt_length)
     if len(prompts) < args.prompts_per_step:
         raise ValueError(
-            f"{args.prompts}: {len(prompts)} usable prompts, fewer than --prompts-per-step {args.prompts_per_step}"
+            f"{args.prompts}: {len(prompts)} prompts, fewer than --prompts-per-step {args.prompts_per_step}"
         )
     held_out = []
     if args.eval_data:

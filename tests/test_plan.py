@@ -62,7 +62,7 @@ def config_folder(path, size):
 def test_recipes_pass_their_own_plan(size, tmp_path):
     """The recipe itself, with PLAN_ONLY, from a folder that has an environment already."""
     for name in os.listdir(ROOT):
-        if name.endswith(".py") or name in ("kernels", "recipes", "requirements.txt"):
+        if name.endswith(".py") or name in ("kernels", "recipes", "runtime", "evaluation", "data", "requirements.txt"):
             os.symlink(os.path.join(ROOT, name), tmp_path / name)
     os.makedirs(tmp_path / ".venv" / "bin")
     (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -126,7 +126,7 @@ def test_judges_in_the_plan(tmp_path, capsys):
     # 494 million weights in bf16; 24 layers of 2 x 2 x 64 numbers for each token
     assert one["judge: weights"] == pytest.approx(2 * 494_032_768 / GIB, abs=0.01)
     assert one["judge: KV cache"] == pytest.approx(256 * 8192 / 4 * 24 * 2 * 128 * 2 / GIB, abs=0.01)
-    both = judge_parts("--judge", f"bt:{tmp_path / 'm'}", "--audit-judge", tmp_path / "m")
+    both = judge_parts("--judge", f"bt:{tmp_path / 'm'}", "--audit-judge", tmp_path / "m", "--audit-share", 0.1)
     assert list(both) == ["judge: weights", "audit judge: weights", "audit judge: KV cache"]
     with pytest.raises(ValueError, match="my.py has no function g"):
         judge_parts("--judge", f"{tmp_path}/my.py:g")
