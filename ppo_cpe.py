@@ -558,15 +558,14 @@ def main(args):
     ranks, tokenizer_from = start(args.dtype, args.shard_size), resolve(args.model)
     templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     run = Run(args, ranks, Chat(tokenizer_from), templates)
-    prompts = read_prompts(args.prompts, run.chat, templates, args.max_prompt_length)
+    read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)
+    prompts = read(args.prompts)
     if len(prompts) < args.prompts_per_step:
         raise ValueError(
             f"{args.prompts}: {len(prompts)} prompts, fewer than --prompts-per-step {args.prompts_per_step}"
         )
-    held_out = []
-    if args.eval_data:
-        held_out = read_prompts(args.eval_data, run.chat, templates, args.max_prompt_length)[: args.eval_n]
-        held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
+    held_out = read(args.eval_data)[: args.eval_n] if args.eval_data else []
+    held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     settings = JudgeSettings.from_args(args)
     judge = open_judge(args.judge, settings, ranks)

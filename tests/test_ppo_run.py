@@ -439,10 +439,10 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: empty" in bad(tiny, judge, tmp_path, "--prompts", tmp_path / "empty.jsonl")
     assert "fewer than --prompts-per-step" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
-    assert "expected a share" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
+    assert "--edit-rate 1.5: it should be less than or equal to 1" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
     assert "an --audit-share above 0" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
     assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512
-    assert "expected 1 or more" in bad(tiny, judge, tmp_path, "--eval-every", 0)
+    assert "--eval-every 0: it should be greater" in bad(tiny, judge, tmp_path, "--eval-every", 0)
     assert "127.0.0.1:9" in bad(tiny, judge, tmp_path, "--judge", "http://127.0.0.1:9/v1")
     assert "compares answers" in bad(tiny, judge, tmp_path, "--judge", f"pair:{tiny / 'checkpoint'}")
     (tmp_path / "my.py").write_text("def f(row, answer):\n    return row['nothing']\n")
