@@ -632,8 +632,9 @@ def main(args):
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
-        explained = diagnostics.explained_variance(batch, ranks)
-        figures = dict(explained_variance=explained, refresh_gap=gap, batch=int(n_batch))
+        figures = dict(
+            explained_variance=diagnostics.explained_variance(batch, ranks), refresh_gap=gap, batch=int(n_batch)
+        )
         metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
         runs.log_metrics(args.out, metrics, ranks)
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)

@@ -1,33 +1,33 @@
-"""Attention of one new token per sequence to its keys and values, on a CPU, where each row has a stretch of its own.
+"""Attention of one new token per sequence to its keys and values, on a CPU, where each row's cache is contiguous.
 
-    mask = length_mask(lengths, longest, n_kv, dtype)       # once a step, for all layers
+    mask = length_mask(lengths, longest, n_kv, dtype)       # once per step, for all layers
     out = dense_attention(q, keys, values, mask)
 
-A row's result has the same bits whatever the rows beside it are, however long. One matrix product over all tokens would
-not give that: MKL splits its sum by its length, and that is the longest row's. So the sum runs over CHUNK tokens at a
-time, which it does not split, and what is masked adds zeros.
+A row's result is bitwise independent of the other rows of the batch and of their lengths. One matrix product over all
+tokens would not be: MKL splits a sum by its length, which is that of the longest row. So the sum runs over CHUNK tokens
+at a time, which MKL does not split, and masked tokens add zeros.
 """
 
 import torch
 import torch.nn.functional as F
 
-CHUNK = 192  # tokens that MKL sums in one go
-STEP = 16  # tokens; the length is a multiple of it, or those behind the last multiple are summed in another order
+CHUNK = 192  # tokens that MKL sums without splitting
+STEP = 16  # tokens; lengths are multiples of it, since MKL sums those after the last multiple in another order
 
 
-def length_mask(lengths, longest, n_kv, dtype):
-    """What is added to the scores: 0 for a row's tokens, -inf behind them. lengths int64 [R], longest: their maximum
+def length_mask(lengths: torch.Tensor, longest: int, n_kv: int, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask of the scores: 0 for a row's tokens, -inf after them. lengths int64 [R], longest: their maximum
     -> [R * n_kv, 1, L], L: longest, rounded up to a multiple of STEP."""
     token = torch.arange(-(-longest // STEP) * STEP)
     mask = torch.zeros(len(lengths), len(token), dtype=dtype).masked_fill_(token >= lengths[:, None], float("-inf"))
     return mask.repeat_interleave(n_kv, 0)[:, None]
 
 
-def dense_attention(q, keys, values, mask):
-    """q [R, Hq, D]; keys, values [rows, Hkv, capacity, D], contiguous, rows >= R, capacity >= L, nothing in them NaN;
-    mask: `length_mask` -> [R, Hq, D]. Not differentiable.
+def dense_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """q [R, Hq, D]; keys, values [rows, Hkv, capacity, D], contiguous, rows >= R, capacity >= L, without NaN; mask:
+    `length_mask` -> [R, Hq, D]. Not differentiable.
 
-    In bf16 it is torch's attention, whose sums are fp32, and whose bits do depend on L.
+    In bf16 this is torch's attention, with fp32 sums; its bits do depend on L.
     """
     n_kv, capacity, dim = keys.shape[1:]
     n_tokens = mask.shape[2]

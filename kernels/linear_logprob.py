@@ -1,15 +1,15 @@
-"""Hidden states and LM head to log-probabilities and entropy, without ever keeping [T, V] logits.
+"""From hidden states and LM head to log-probabilities and entropy, without materializing [T, V] logits.
 
     logprobs, entropy = linear_logprob(hidden, weight, targets, temperature)
 
-At V = 152k a single fp32 logits matrix for 8k tokens is 5 GB. The forward pass therefore walks over tiles of the logits
-with an online log-sum-exp, and the backward pass makes each tile again instead of storing it. Logits, sums and
-gradients are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16: nothing is rounded before the softmax.
+At V = 152k a single fp32 logits matrix for 8k tokens takes 5 GB. The forward pass therefore iterates over tiles of the
+logits with an online log-sum-exp, and the backward pass recomputes each tile instead of storing it. Logits, sums and
+gradients are fp32 (fp64 for fp64 inputs), also if hidden and weight are bf16: nothing is rounded before the softmax.
 
-- CPU: tiles that stay in its cache, vocabulary outside, tokens inside; matrix products by torch.
+- CPU: tiles that fit its cache, vocabulary in the outer loop, tokens in the inner; matrix products by torch.
 - Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel;
   the splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in
-  the dtype of the inputs (product, softmax and scaling in one), and two matrix products make d hidden and d weight.
+  the dtype of the inputs (product, softmax and scaling fused); two matrix products then give d hidden and d weight.
 """
 
 import torch
@@ -21,19 +21,23 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, which stay in its cache
+TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, which fit its cache
 SLICE_BYTES = 256 * 2**20  # on a GPU: d loss / d logits of one slice of the vocabulary
-MIN_PROGRAMS = 1024  # on a GPU: enough for the last wave of programs to be a small part of all
+MIN_PROGRAMS = 1024  # on a GPU: so many that the last, partial wave of programs hardly matters
 
 
-def reference(hidden, weight, targets, temperature=1.0):
-    """The definition: shapes as in `linear_logprob`, memory [T, V]."""
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, with [T, V] logits in memory; shapes as in `linear_logprob`."""
     logp = torch.log_softmax(F.linear(_wide(hidden), _wide(weight)) / temperature, dim=-1)  # [T, V]
     entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy.detach()
 
 
-def linear_logprob(hidden, weight, targets, temperature=1.0):
+def linear_logprob(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy.
 
     hidden [T, d], weight [V, d] (one dtype, rows contiguous), targets int64 [T] in [0, V), temperature > 0
@@ -47,7 +51,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
     return _LinearLogprob.apply(hidden, weight, targets, temperature, _Triton if on_triton else _Torch)
 
 
-def logits(hidden, weight):
+def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """hidden @ weight.T in fp32 (fp64 for fp64), [T, d] and [V, d] -> [T, V]: for sampling, where T is small."""
     if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.is_grad_enabled():
         return _product(hidden, weight.t())
@@ -91,7 +95,7 @@ class _LinearLogprob(torch.autograd.Function):
 class _Torch:
     @staticmethod
     def tiles(hidden, weight, temperature):
-        """Logits tile by tile, all in the same memory -> (first word, its slice of the head, slice of tokens, tile)."""
+        """Logits tile by tile, in one buffer -> (first word, its slice of the head, slice of tokens, tile)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         n_tokens, n_words = min(TILE_TOKENS, len(hidden)), min(TILE_WORDS, len(weight))
         memory = torch.empty(n_tokens * n_words, dtype=wide, device=hidden.device)
@@ -123,7 +127,7 @@ class _Torch:
             rescale = torch.exp(largest[rows] - now)
             exp = torch.sub(tile, now[:, None], out=memory[: tile.numel()].view_as(tile)).exp_()
             sum_exp[rows] = sum_exp[rows] * rescale + exp.sum(1)
-            product = torch.bmm(exp[:, None], tile[:, :, None])[:, 0, 0]  # sum of exp * logit, without a tile for it
+            product = torch.bmm(exp[:, None], tile[:, :, None])[:, 0, 0]  # sum of exp * logit, without another tile
             sum_exp_logit[rows] = sum_exp_logit[rows] * rescale + product
             largest[rows] = now
         return target_logit, largest + sum_exp.log(), sum_exp_logit / sum_exp
@@ -170,7 +174,7 @@ if triton is not None:
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
     ):
-        """hidden[tokens] @ weight[words].T, fp32 [TOKENS, WORDS]; what lies outside counts as zero."""
+        """hidden[tokens] @ weight[words].T, fp32 [TOKENS, WORDS]; out of bounds is zero."""
         acc = tl.zeros([TOKENS, WORDS], tl.float32)
         h_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
         w_rows = weight + words.to(tl.int64)[None, :] * weight_stride
@@ -201,7 +205,7 @@ if triton is not None:
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
     ):
-        """Program (block of tokens, split): neighbours share the words, which so stay in the L2 cache."""
+        """Program (block of tokens, split): neighbours share the words, so that these stay in the L2 cache."""
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         split = tl.program_id(1)
         target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1)

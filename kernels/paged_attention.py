@@ -2,12 +2,12 @@
 
     out = paged_attention(q, k_cache, v_cache, block_table, lengths)
 
-The Triton kernel splits a row's tokens over programs (split-K): at batch 1 one program per head would leave most of a
-GPU idle. How many tokens a split has follows from the width of the block table alone, and a split is summed in one
-order, so a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. The
-query heads that share a key head are rows of one tile, so that a key is read once for all of them.
+The Triton kernel splits a row's tokens over programs (split-K), because at batch 1 one program per head would leave
+most of a GPU idle. The size of a split depends on the width of the block table only, and the order of its sums is
+fixed, so a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. Query
+heads that share a key head are rows of one tile, so that each key is read once for all of them.
 
-A CPU decodes without blocks (dense_attention.py); the torch code here defines what the kernel computes.
+On a CPU decoding uses dense_attention.py; the torch code here is the definition of what the kernel computes.
 """
 
 import torch
@@ -18,18 +18,19 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-SPLIT_TOKENS = 256  # of one program; more where a row would have over MAX_SPLITS of them
+SPLIT_TOKENS = 256  # tokens per program; more if a row would otherwise have over MAX_SPLITS of them
 MAX_SPLITS = 32
-TILE_BYTES = 16384  # of keys in a step of the loop; as many of values, two steps in flight: fits any shared memory
+TILE_BYTES = 16384  # of keys per iteration; with as many of values and two stages in flight this fits any shared memory
 
 
-def paged_attention(q, k_cache, v_cache, block_table, lengths):
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
     """Row r of q attends to the first lengths[r] tokens of its blocks. Not differentiable.
 
     q [R, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D], contiguous, of q's dtype (bf16, fp16, fp32), Hq a
-    multiple of Hkv; block_table int32 [R, max_blocks]: entries past a row's length may be any in [0, blocks); lengths
-    int32 [R], at most max_blocks * block_size -> [R, Hq, D]. A row of length 0 (padding of a CUDA graph) gives zeros.
-    Sums are fp32.
+    multiple of Hkv; block_table int32 [R, max_blocks], any valid block past a row's end; lengths int32 [R], at most
+    max_blocks * block_size -> [R, Hq, D]. A row of length 0 (padding of a CUDA graph) gives zeros. Sums are fp32.
     """
     n_heads, dim = q.shape[1:]
     assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(), v_cache.stride())
@@ -44,8 +45,10 @@ def paged_attention(q, k_cache, v_cache, block_table, lengths):
     return reference(q, k_cache, v_cache, block_table, lengths)
 
 
-def reference(q, k_cache, v_cache, block_table, lengths):
-    """In torch. What lies behind a row's end may be NaN, and even a weight of 0 times NaN is NaN: it is made 0."""
+def reference(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """In torch. The cache past a row's end may hold NaN, and 0 times NaN is NaN, so it is replaced by 0."""
     n_kv, dim = k_cache.shape[2:]
     keys, values = (cache[block_table.long()].flatten(1, 2).float() for cache in (k_cache, v_cache))  # [R, L, Hkv, D]
     seen = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]  # [R, L]
@@ -140,7 +143,9 @@ if triton is not None:
         tl.store(out + (row * HQ + head) * D + d, merged.to(out.dtype.element_ty), mask=d < D)
 
 
-def triton_paged_attention(q, k_cache, v_cache, block_table, lengths):
+def triton_paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
     (n_rows, n_heads, dim), (_, block_size, n_kv, _) = q.shape, k_cache.shape
     tile_d = max(16, triton.next_power_of_2(dim))
     tile_n = max(16, TILE_BYTES // (tile_d * q.element_size()))

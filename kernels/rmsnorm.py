@@ -1,10 +1,10 @@
-"""RMSNorm, and RMSNorm of a residual sum, as one pass over each row in both directions.
+"""RMSNorm, and RMSNorm of a residual sum, in one pass over each row, forward and backward.
 
     y = rms_norm(x, weight, eps)
     y, residual = add_rms_norm(x, residual, weight, eps)
 
-Rounding in bf16 and fp16 as torch does it: `x + residual` is rounded, then read back as fp32; mean square, scaling and
-the product with the weight stay in fp32, and the result is rounded once.
+bf16 and fp16 are rounded as in torch: `x + residual` is rounded, then read back as fp32; mean square, scaling and the
+product with the weight are fp32, and the result is rounded once.
 """
 
 import torch
@@ -19,7 +19,7 @@ except ImportError:  # a CPU needs the torch code only
 MAX_WIDTH = 32768  # elements of a row that one program holds
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [T, d], weight [d], one dtype -> [T, d].
 
     Differentiable in x and weight.
@@ -28,14 +28,18 @@ def rms_norm(x, weight, eps):
     return (_RMSNorm.apply if x.is_cuda and triton is not None else reference)(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x, residual, weight, eps):
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual [T, d], weight [d], one dtype -> (rms_norm(x + residual), x + residual). Differentiable in all."""
     _check(x, residual, weight)
     return (_RMSNorm.apply if x.is_cuda and triton is not None else reference)(x, residual, weight, eps)
 
 
-def reference(x, residual, weight, eps):
-    """In torch; what a CPU runs. residual None: the sum is x itself."""
+def reference(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In torch, as run on a CPU. residual None: the sum is x itself."""
     total = x if residual is None else x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
 
@@ -65,7 +69,7 @@ if triton is not None:
         TILE: tl.constexpr,
         ADD: tl.constexpr,
     ):
-        """One program a row."""
+        """One program per row."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, TILE)
         mask = d < D
@@ -95,7 +99,7 @@ if triton is not None:
         TILE: tl.constexpr,
         ADD: tl.constexpr,
     ):
-        """Program p takes rows p, p + programs, ...: their dx, and its own part of dW, which it alone writes."""
+        """Program p: dx of rows p, p + programs, ..., and their part of dW, in a row of its own."""
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
         d = tl.arange(0, TILE)
         mask = d < D
@@ -121,7 +125,7 @@ def _launch_options(width):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """(x, residual or None, weight, eps) -> (normed, sum); the sum of a plain norm is x itself."""
+    """(x, residual or None, weight, eps) -> (normed, sum); without a residual the sum is x itself."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps):

@@ -1,9 +1,9 @@
-"""Rotary embedding of new queries and keys, and the write of keys and values to the paged cache, in one pass.
+"""Rotary embedding of new queries and keys, and writing keys and values to the paged cache, in one pass.
 
     q = rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
 
-In bf16 the Triton kernel rounds the products and their sum where `apply_rope` rounds them, which training uses, so that
-what the engine caches is what a training pass computes.
+In bf16 the Triton kernel rounds products and sums where `apply_rope` does, which training uses, so that the engine
+caches the values that a training pass computes.
 """
 
 import torch
@@ -15,12 +15,21 @@ except ImportError:  # a CPU needs the torch code only
     triton = None
 
 
-def rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
-    """-> rotated q, a new contiguous tensor [T, Hq, D]; rotated k, and v, go to the caches. Not differentiable.
+def rope_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """-> rotated q, a new contiguous tensor [T, Hq, D]; writes rotated k, and v, to the caches. Not differentiable.
 
-    q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, as slices of one projection are), cos and sin [T, 1, D],
+    q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, such as slices of one projection), cos and sin [T, 1, D],
     k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size
-    + offset, no slot twice; -1 writes nothing.
+    + offset, each at most once; -1 writes nothing.
     """
     n_tokens, n_heads, dim = q.shape
     n_kv = k.shape[1]
@@ -36,14 +45,14 @@ def rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
     return reference(q, k, v, cos, sin, k_cache, v_cache, slots)
 
 
-def apply_rope(x, cos, sin):
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [T, H, D], cos and sin [T, 1, D] -> rotated x; the half-split layout of HF. Differentiable."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def reference(q, k, v, cos, sin, k_cache, v_cache, slots):
-    """In torch; what a CPU runs."""
+    """In torch, as run on a CPU."""
     k = apply_rope(k, cos, sin)
     if bool((slots < 0).any()):
         kept = (slots >= 0).nonzero()[:, 0]
@@ -57,7 +66,7 @@ if triton is not None:
 
     @triton.jit
     def _rotate_heads(x, out, where, out_where, mask, c1, c2, s1, s2, HALF: tl.constexpr):
-        """Rotates a [heads, D / 2] pair of halves from x + where to out + out_where; products rounded to x's dtype."""
+        """Rotates two halves [heads, D / 2] at x + where, into out + out_where; products are rounded to x's dtype."""
         dtype = x.dtype.element_ty
         first = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(x + where + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -87,7 +96,7 @@ if triton is not None:
         TILE_KV: tl.constexpr,
         TILE_D: tl.constexpr,
     ):
-        """One program a token."""
+        """One program per token."""
         token = tl.program_id(0).to(tl.int64)
         D: tl.constexpr = 2 * HALF
         d = tl.arange(0, TILE_D)

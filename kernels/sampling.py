@@ -1,18 +1,18 @@
-"""Next tokens from logits: temperature, top-p without a sort of the vocabulary, and the log-prob of what was taken.
+"""Next tokens from logits: temperature, top-p without sorting the vocabulary, and the log-prob of the sampled token.
 
     tokens, logprobs = sample(logits, temperature, top_p, seeds, positions)
 
-top-p keeps the tokens with p >= t, where t is the largest probability for which they hold at least the mass top_p (ties
-at t all stay). A token is then drawn by the inverse of the cumulative distribution, in the order of the vocabulary, at
-one number per row that is a hash of (seed, position): a row's token does not depend on the rest of the batch.
+top-p keeps the tokens with p >= t, where t is the largest probability for which their mass is at least top_p (ties at t
+are all kept). A token is then drawn by inverting the cumulative distribution, in the order of the vocabulary, at a
+number per row that is a hash of (seed, position), so a row's token does not depend on the rest of the batch.
 
 The search for t is exact: it ends on one value, not on an interval.
-- CPU: a histogram of mass over the leading bits of p (exponent and three bits) names the bucket that holds t; only the
+- CPU: a histogram of mass over the leading bits of p (exponent and three bits) gives the bucket that holds t; only the
   tokens of that bucket are sorted.
-- Triton: t is found on the logits, as integers in the same order, from the leading bits down, four bits a pass: a
-  pass sums the mass above 15 thresholds (8 passes for fp32, 4 for bf16). All passes run over (row, chunk of the
-  vocabulary), so that one row occupies many programs, and sums are merged in a fixed order. Rows with top_p = 1 leave
-  each pass at its first line. Nothing is read on the host: it can be part of a CUDA graph.
+- Triton: t is searched among the logits, mapped to integers in the same order, from the leading bits down, four bits
+  per pass: a pass sums the mass above 15 thresholds (8 passes for fp32, 4 for bf16). All passes run over (row, chunk of
+  the vocabulary), so that one row occupies many programs, and sums are merged in a fixed order. Rows with top_p = 1
+  skip each pass. Nothing is read on the host, so the kernels can be part of a CUDA graph.
 """
 
 import torch
@@ -23,18 +23,20 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-CPU_CHUNK = 2**20  # probabilities in work at once on a CPU: several passes read them, so they should stay in its cache
-BLOCK = 512  # of a vocabulary that is larger than SMALL, in the two-level search for a point of the cumulative
-SMALL = 4096  # distribution on a CPU; below, one level takes fewer calls
-CHUNK = 8192  # of the vocabulary, one program's part on a GPU
+CPU_CHUNK = 2**20  # probabilities processed at once on a CPU: several passes read them, so they should fit its cache
+SMALL = 4096  # words; a larger vocabulary is searched in two levels on a CPU, blocks first
+BLOCK = 512  # words of such a block
+CHUNK = 8192  # words of one program on a GPU
 
 
-def sample(logits, temperature, top_p, seeds, positions):
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logits fp32 or bf16 [R, V]; temperature, top_p fp32 [R]; seeds, positions int64 [R]
-    -> tokens int64 [R], log-probs fp32 [R] under the softmax at the temperature, whatever top_p is.
+    -> tokens int64 [R], log-probs fp32 [R] under the full softmax at the temperature, for any top_p.
 
     temperature 0 takes the most likely token (the first of equals), with its log-prob at temperature 1. NaN or +inf
-    among the logits: FloatingPointError on a CPU; on a GPU, where nothing can be checked, that row's log-prob is NaN.
+    among the logits: FloatingPointError on a CPU; on a GPU, where that cannot be checked, the row's log-prob is NaN.
     """
     assert logits.ndim == 2 and logits.stride(1) == 1, (logits.shape, logits.stride())
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), logits.dtype
@@ -52,10 +54,10 @@ def sample(logits, temperature, top_p, seeds, positions):
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-def uniform(seeds, positions):
+def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """A number in [0, 1) per row: a hash (splitmix64) of its seed and position. int64 [R] -> float64 [R]."""
 
-    def mix(z, shift, factor):  # int64 products wrap as the algorithm wants; the shift has to be a logical one
+    def mix(z, shift, factor):  # int64 products wrap, as intended; the shift must be logical
         return (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
 
     z = seeds + (positions + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
@@ -64,8 +66,10 @@ def uniform(seeds, positions):
     return ((z >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-def reference(logits, temperature, top_p, seeds, positions):
-    """In torch; what a CPU runs, some rows at a time."""
+def reference(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In torch, as run on a CPU, on a few rows at a time."""
     logits = logits.float()
     lowest, highest = (x.item() for x in temperature.aminmax())
     if lowest == highest == 1:
@@ -97,8 +101,8 @@ def reference(logits, temperature, top_p, seeds, positions):
 
 
 def _locate(weights, fraction):
-    """Where that fraction of a row's mass is passed. weights [R, N] >= 0, fraction [R, 1] in [0, 1)
-    -> index [R, 1] of positive weight, and the fraction of that weight at which it is."""
+    """Where the cumulative mass of a row passes a fraction of the total. weights [R, N] >= 0, fraction [R, 1] in [0, 1)
+    -> index [R, 1] of positive weight, and the fraction of that weight at which this happens."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     point = torch.minimum(fraction * total, total.nextafter(torch.zeros_like(total)))
@@ -107,11 +111,11 @@ def _locate(weights, fraction):
     return index, ((point - cumulative.gather(1, index) + weight) / weight).clamp_(0, 1)
 
 
-def nucleus_threshold(probs, top_p):
+def nucleus_threshold(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """The largest t of each row with mass{p >= t} >= top_p (0 where top_p is 1). probs fp32 [R, V] -> [R]."""
     n_rows = probs.shape[0]
     first = torch.arange(0, 1024 * n_rows, 1024, dtype=torch.int32, device=probs.device)[:, None]  # bucket of each row
-    # fp32 in [0, 1] are ordered as their bits; bits >> 20 is at most 1016
+    # fp32 numbers in [0, 1] are ordered like their bits; bits >> 20 is at most 1016
     buckets = (probs.view(torch.int32) >> 20).add_(first)
     mass = torch.bincount(buckets.view(-1), probs.view(-1).double(), minlength=n_rows * 1024).view(n_rows, 1024).flip(1)
     downwards = mass.cumsum(1)  # [R, 1024], from the bucket of the largest p
@@ -127,7 +131,7 @@ def nucleus_threshold(probs, top_p):
     ranked = candidates.sort(-1, descending=True).values
     reached = above + ranked.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(reached, top_p[:, None].double())
-    index = index.minimum((counts - 1).clamp(min=0)[:, None])  # sums that end a rounding short of top_p
+    index = index.minimum((counts - 1).clamp(min=0)[:, None])  # rounding may leave the sums short of top_p
     return torch.where(top_p < 1, ranked.gather(1, index)[:, 0], 0.0)
 
 
@@ -140,7 +144,7 @@ if triton is not None:
 
     @triton.jit
     def _order(z):
-        """fp32 -> int32 in the same order (-0 becomes 0 first, which it equals)."""
+        """fp32 -> int32 in the same order (-0 becomes 0 first)."""
         bits = (z + 0.0).to(tl.int32, bitcast=True)
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -151,7 +155,7 @@ if triton is not None:
 
     @triton.jit
     def _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S: tl.constexpr):
-        """-> (the row's largest logit, sum of exp((z - it) * scale)), from those of its chunks."""
+        """-> (the row's largest logit, sum of exp((z - largest) * scale)), from those of its chunks."""
         s = tl.arange(0, TILE_S)
         chunk_max = tl.load(maxima + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
         best = tl.max(chunk_max, 0)
@@ -163,7 +167,7 @@ if triton is not None:
         row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
         best = tl.max(z, 0)
-        # a chunk of -inf alone holds no mass
+        # a chunk of -inf only has no mass
         terms = tl.where(z == float("-inf"), 0.0, tl.exp((z - best) * _inverse_temperature(temperature, row)))
         tl.store(maxima + row * n_chunks + chunk, best)
         tl.store(sums + row * n_chunks + chunk, tl.sum(terms, 0))
@@ -189,8 +193,8 @@ if triton is not None:
     ):
         """masses[level, row, chunk, j]: the chunk's mass at or above prefix + j * step, for j below STEPS.
 
-        The prefix of a level is that of the level before, plus its step times the largest j whose mass reached top_p.
-        The last level (STEPS = 1) sums what is kept, and is for every row.
+        A level's prefix is that of the level before plus its step times the largest j whose mass reached top_p. The
+        last level (STEPS = 1) sums the kept mass, for every row.
         """
         row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         wanted = tl.load(top_p + row)
@@ -203,7 +207,7 @@ if triton is not None:
                 mass = tl.sum(tl.load(masses + at, mask=(s < n_chunks)[:, None], other=0.0).to(tl.float64), 0)  # [16]
                 digit = tl.max(tl.where(mass >= wanted, j, 0), 0)
                 prefix = tl.load(prefixes + (level - 1) * n_rows + row) + digit * last_step
-            tl.store(prefixes + level * n_rows + row, prefix)  # the programs of a row store the same
+            tl.store(prefixes + level * n_rows + row, prefix)  # all programs of a row store the same value
             scale = _inverse_temperature(temperature, row)
             best, total = _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S)
             z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
@@ -226,7 +230,7 @@ if triton is not None:
 
     @triton.jit
     def _locate_point(weights, fraction, SIZE: tl.constexpr):
-        """As `_locate` above, for one row. A parallel cumulative sum need not rise everywhere, hence weights > 0."""
+        """`_locate` for one row. A parallel cumulative sum need not increase monotonically, hence weights > 0."""
         index, wide = tl.arange(0, SIZE), weights.to(tl.float64)
         cumulative = tl.cumsum(wide, 0)
         point = fraction * tl.max(cumulative, 0)
@@ -254,7 +258,7 @@ if triton is not None:
         CHUNK: tl.constexpr,
         TILE_S: tl.constexpr,
     ):
-        """One program a row: the chunk, then the token in it."""
+        """One program per row: finds the chunk, then the token in it."""
         row = tl.program_id(0).to(tl.int64)
         scale = _inverse_temperature(temperature, row)
         best, total = _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S)
@@ -274,7 +278,9 @@ if triton is not None:
         tl.store(logprobs + row, (chosen - best) * scale - tl.log(total))
 
 
-def triton_sample(logits, temperature, top_p, seeds, positions):
+def triton_sample(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     n_rows, vocab_size = logits.shape
     n_chunks = triton.cdiv(vocab_size, CHUNK)
     levels = 4 if logits.dtype == torch.bfloat16 else 8  # of 4 bits; the lower half of a widened bf16 is empty

@@ -1,8 +1,8 @@
-"""The gated activation of the MLP: silu(gate) * up, one pass forward and one back.
+"""The gated activation of the MLP: silu(gate) * up, in one pass forward and one backward.
 
     hidden = swiglu(gate, up)
 
-In bf16 and fp16 silu(gate) is rounded before the product, as torch does it; gradients are rounded once.
+In bf16 and fp16 silu(gate) is rounded before the product, as in torch; gradients are rounded once.
 """
 
 import torch
@@ -14,19 +14,19 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-TILE = 1024  # elements of a program
+TILE = 1024  # elements per program
 
 
-def swiglu(gate, up):
-    """gate, up [T, f], one dtype; rows may be strided, as halves of one projection are -> [T, f]. Differentiable."""
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate, up [T, f], one dtype; rows may be strided, such as halves of one projection -> [T, f]. Differentiable."""
     assert gate.ndim == 2 and gate.shape == up.shape, (gate.shape, up.shape)
     assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     assert gate.stride(1) == 1 and up.stride(1) == 1, (gate.stride(), up.stride())
     return _SwiGLU.apply(gate, up) if gate.is_cuda and triton is not None else reference(gate, up)
 
 
-def reference(gate, up):
-    """In torch; what a CPU runs."""
+def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """In torch, as run on a CPU."""
     return F.silu(gate) * up
 
 

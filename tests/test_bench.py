@@ -25,10 +25,9 @@ def test_passes_of_the_shared_prefix_bench_are_bounded(bench):
     shared, apart = train.shared_and_apart(prompts, responses, 40, "cpu")
     assert max(len(b.input_ids) for b in (*shared, *apart)) <= 40
     assert len(shared) == 4 and len(apart) == 8  # 8 + 6 x 4 tokens; three times 8 + 4
+    expected = [ids for group in responses for ids in group]
     for batches in (shared, apart):
-        assert torch.cat([b.targets for b in batches]).tolist() == [
-            9 - j for _ in prompts for j in range(6) for _ in "four"
-        ]
+        assert torch.cat([b.targets for b in batches]).view(-1, 4).tolist() == expected
     (one,), (other,) = train.shared_and_apart(prompts, responses, 10**6, "cpu")
     assert len(one.input_ids) == 4 * 32 and len(other.input_ids) == 24 * 12
     assert [len(b.input_ids) for b in train.shared_and_apart(prompts[:1], [[[1] * 50]], 40, "cpu")[1]] == [58]
@@ -40,9 +39,9 @@ def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypa
     sizes = []
     decode = generate.Engine._decode
 
-    def recorded(self):
-        sizes.append(len(self.running))
-        return decode(self)
+    def recorded(engine):
+        sizes.append(len(engine.running))
+        decode(engine)
 
     monkeypatch.setattr(generate.Engine, "_decode", recorded)
     requests = [([i + 1] * 5, 1, 3 + 4 * i) for i in range(6)]  # batch sizes from 6 down to 1
