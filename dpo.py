@@ -1,4 +1,4 @@
-"""The DPO baseline (METHOD 1.5): preference pairs straight into the policy, without a reward model.
+"""The DPO baseline (docs/method.md 1.5): preference pairs straight into the policy, without a reward model.
 
 1. Read preference pairs; y_w is the chosen answer, y_l the rejected one, x the policy's prompt.
 2. Before any training the start model scores every answer once; these reference log-probs stay in
@@ -12,7 +12,7 @@
    log-likelihood of the chosen answer's tokens: a mean within the answer first, then over the
    pairs, so that each pair counts the same in both terms.
 
-beta 0.2, SFT term 0.1 and lr 1e-6 are the released code's. METHOD states no epochs, batch or
+beta 0.2, SFT term 0.1 and lr 1e-6 are the released code's. Neither the paper nor its code states epochs, batch or
 schedule for it: one epoch, since DPO overfits its pairs early, and batch and schedule as in SFT.
 Departure: pairs over the length limit are left out and counted, not cut.
 

@@ -621,10 +621,7 @@ def main(args):
         batch = packing.share_prompts(batch, args.mini_batch_prompts, ranks)
         (n_batch,) = all_sum(ranks, len(batch))
         if n_batch == 0:
-            raise ValueError(
-                f"step {step + 1}: no response is left to train on (on this rank: {counts}); is --judge "
-                f"{args.judge} a reward model for these answers?"
-            )
+            raise ValueError(f"step {step + 1}: no response is left to train on ({counts}); is --judge a reward model?")
         diagnostics.describe_rollout(judged, lost, selected, run.stats)
 
         # 3. and 4. log-probs, values and advantages, then the update

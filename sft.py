@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning of the policy (METHOD 1.3), and pretraining of a tiny base from scratch.
+"""Stage 1: supervised fine-tuning of the policy (docs/method.md 1.3), and pretraining of a tiny base from scratch.
 
 1. Read rows: preference pairs, of which the chosen answers are learned, or conversations (`messages`), of which every
    assistant turn is learned (from scratch: every token).

@@ -1,4 +1,4 @@
-"""Stage 2: the generative reward model (METHOD 1.4), or the Bradley-Terry baseline (METHOD 1.5).
+"""Stage 2: the generative reward model (docs/method.md 1.4), or the Bradley-Terry baseline (docs/method.md 1.5).
 
 `--objective grm` (default): a language model that is given rubric, persona, question and answer
 learns to write a critique and three integer scores.
@@ -12,7 +12,7 @@ learns to write a critique and three integer scores.
 2. The loss is -log sigmoid(r(x, chosen) - r(x, rejected)), mean over the pairs of all ranks.
 
 Where the two differ in a default, `DEFAULTS` has both values. For the GRM they are the released
-code's (batch and weight decay, which METHOD does not state, are those of SFT). For BT the paper
+code's (batch and weight decay, which it does not state, are those of SFT). For BT the paper
 gives none: one epoch at 1e-5, since reward models overfit from the second epoch on and Llama 2
 (arXiv 2307.09288, 3.2.2) trained its own so; the cut-off is that of SFT, whose prompt BT reads.
 Departure: rows over the length limit are left out and counted, not cut.

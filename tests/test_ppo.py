@@ -25,7 +25,7 @@ def run_edit_loss(kind, p, q, advantage, **options):
     return loss.item(), ratio.item(), weight.item(), -logp.grad.item() / advantage
 
 
-# kind, p, q, A, options, loss, weight on grad log p; every number by hand from the table in METHOD 2
+# kind, p, q, A, options, loss, weight on grad log p; every number by hand from the table in docs/method.md 2
 BY_HAND = [
     ("paper", 0.2, 0.4, 3.0, {}, -0.8 * 3.0, 0.0),  # r = 0.5 is held at 1 - 0.2 and gets no gradient
     ("paper", 0.44, 0.4, 3.0, {}, -1.1 * 3.0, 1.1),  # r = 1.1 is inside
