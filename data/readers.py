@@ -11,41 +11,14 @@ import io
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
+
+from runtime.rows import first_lone_surrogate
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def first_lone_surrogate(value: Any) -> str | None:
-    """Where a JSON value holds half a surrogate pair, which JSON can spell but no encoding can write.
-
-    -> the path of the first such string or key, such as "persona.pets[1]" ("" for the value itself), or None. The path
-    can be printed: a surrogate in it is escaped.
-    """
-
-    def find(value, path):
-        if isinstance(value, str):
-            return path if SURROGATE.search(value) else None
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                here = f"{path}.{key}" if path else str(key)
-                if SURROGATE.search(str(key)):
-                    return here
-                if (found := find(inner, here)) is not None:
-                    return found
-        if isinstance(value, (list, tuple)):
-            for i, inner in enumerate(value):
-                if (found := find(inner, f"{path}[{i}]")) is not None:
-                    return found
-        return None
-
-    path = find(value, "")
-    return path if path is None else path.encode("utf-8", "backslashreplace").decode()
 
 
 def check_text(value: Any, place: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
@@ -33,6 +34,9 @@ def made_by(path: str) -> str:
     return next((f"; {hint}" for start, hint in MADE_BY.items() if path.startswith(start)), "")
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _are_messages(messages):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return False
@@ -56,27 +60,31 @@ def _encodes(text):
     return True
 
 
-def first_lone_surrogate(value: Any, path: str = "") -> str | None:
-    """Where in a JSON value half a surrogate pair stands ("persona.name"), None: nowhere.
+def first_lone_surrogate(value: Any) -> str | None:
+    """Where a JSON value holds half a surrogate pair, which JSON can spell but no encoding can write.
 
-    `"\\ud83d"` is legal JSON, but no text: it can be neither encoded for a model nor written to a UTF-8 file.
+    -> the path of the first such string or key, such as "persona.pets[1]" ("" for the value itself), or None. The path
+    can be printed: a surrogate in it is escaped.
     """
-    if isinstance(value, str):
-        return None if _encodes(value) else path or "text"
-    if isinstance(value, dict):
-        items = ((f"{path}.{key}" if path else str(key), key, item) for key, item in value.items())
-        return next(
-            (
-                p
-                for place, key, item in items
-                for p in (first_lone_surrogate(key, repr(place)), first_lone_surrogate(item, place))
-                if p
-            ),
-            None,
-        )
-    if isinstance(value, list):
-        return next((p for i, item in enumerate(value) if (p := first_lone_surrogate(item, f"{path}[{i}]"))), None)
-    return None
+
+    def find(value, path):
+        if isinstance(value, str):
+            return path if SURROGATE.search(value) else None
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                here = f"{path}.{key}" if path else str(key)
+                if SURROGATE.search(str(key)):
+                    return here
+                if (found := find(inner, here)) is not None:
+                    return found
+        if isinstance(value, (list, tuple)):
+            for i, inner in enumerate(value):
+                if (found := find(inner, f"{path}[{i}]")) is not None:
+                    return found
+        return None
+
+    path = find(value, "")
+    return path if path is None else path.encode("utf-8", "backslashreplace").decode()
 
 
 def check_row(row: Any, kind: str, where: str) -> None:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests on a CPU. Makes .venv at first use.
+# Format, lint and tests, on a CPU. Makes .venv at first use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+ruff format --check --quiet .
+ruff check --quiet .
 exec python -m pytest -q tests "$@"

@@ -11,8 +11,7 @@ import pytest
 from conftest import ROOT
 
 from data import prepare
-from data.readers import first_lone_surrogate
-from runtime.rows import read_rows
+from runtime.rows import first_lone_surrogate, read_rows
 
 PERSONAS = {
     f"User{n}_aB{n}": {"Name": f"用户{n}", "Likes": [f"茶{n}", "山"], "Home": {"City": f"C{n}"}} for n in range(20)
