@@ -1,11 +1,12 @@
 """The paged KV cache: which block of it belongs to whom, and attention through it.
 
-The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots hold
-the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it: `Prefill`
-for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a copy of their
-own, without blocks: `DenseRows`.
+The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots
+hold the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it:
+`Prefill` for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a
+copy of their own, without blocks: `DenseRows`.
 """
 
+import gc
 import itertools
 import os
 
@@ -14,7 +15,7 @@ import torch
 from kernels.dense_attention import dense_attention, length_mask
 from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
-from model import Segments, varlen_attention
+from model import Qwen2, Segments, to_device, varlen_attention
 
 BLOCK = 16  # tokens
 # of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again
@@ -102,8 +103,8 @@ class Prefill:
             new.append(slots[start:])
         self.queries = Segments([len(slots) for slots in new], device)
         self.keys = Segments([len(slots) for slots in keys], device)
-        self.key_slots, self.new_slots = torch.cat(keys).to(device), torch.cat(new).to(device)
-        self.position_ids = torch.cat([torch.arange(start, end) for _, start, end in chunks]).to(device)
+        self.key_slots, self.new_slots = to_device(torch.cat(keys), device), to_device(torch.cat(new), device)
+        self.position_ids = to_device(torch.cat([torch.arange(start, end) for _, start, end in chunks]), device)
 
     def attend(self, layer, q, k, v, cos, sin):
         keys, values = self.cache[layer].flatten(1, 2)  # [slots, Hkv, D] each
@@ -190,18 +191,20 @@ class DenseRows:
         return dense_attention(q, *self.data[layer], self.mask)
 
 
-def likely_tokens(max_len, max_batch):
+def likely_tokens(max_len: int, max_batch: int) -> int:
     """Tokens that max_batch sequences hold when they are on average a quarter of the longest, 800 + 400 tokens of
     2048 + 2048, say; at least one of the longest."""
     return max(max_len, max_len * max_batch // 4)
 
 
-def kv_tokens_of(model, max_len, max_batch):
-    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a GPU,
-    on a CPU, where memory counts only once it is written, the most that there can be."""
+def kv_tokens_of(model: Qwen2, max_len: int, max_batch: int) -> int:
+    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a
+    GPU; on a CPU, where memory counts only once it is written, the most that there can be."""
     device, config = next(model.parameters()).device, model.config
     if device.type == "cuda":
         wanted = likely_tokens(max_len, max_batch)
+        gc.collect()  # models that were dropped: FSDP's parameters hold one another
+        torch.cuda.empty_cache()  # what torch keeps of freed tensors counts as taken
         free, _ = torch.cuda.mem_get_info(device)
     else:
         wanted = max_len * max_batch

@@ -129,6 +129,12 @@ def say_once(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor's copy on the device. A GPU gets it by pinned memory, which the host does not wait for."""
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +145,7 @@ class Segments:
         self.lengths = [int(n) for n in lengths]
         self.max_seqlen = max(self.lengths)
         cu_seqlens = torch.tensor([0] + self.lengths).cumsum(0)  # where each sequence starts; last: T
-        self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
+        self.cu_seqlens = to_device(cu_seqlens.int(), device)
 
 
 class Packed(Segments):
@@ -147,7 +153,7 @@ class Packed(Segments):
 
     def __init__(self, lengths, device="cpu"):
         super().__init__(lengths, device)
-        self.position_ids = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+        self.position_ids = to_device(torch.cat([torch.arange(n) for n in self.lengths]), device)
         self.pairs = seen_pairs(self, self)
 
     def attend(self, layer, q, k, v, cos, sin):
@@ -179,8 +185,8 @@ class SharedPrefix:
                 key_index += [shared, torch.arange(start, start + n)]
                 start += n
         self.queries, self.keys = Segments(query_lengths, device), Segments(key_lengths, device)
-        self.position_ids = torch.cat(positions).to(device)  # [T]
-        self.key_index = torch.cat(key_index).to(device)  # [Tk]
+        self.position_ids = to_device(torch.cat(positions), device)  # [T]
+        self.key_index = to_device(torch.cat(key_index), device)  # [Tk]
         self.pairs = seen_pairs(self.queries, self.keys)
 
     def attend(self, layer, q, k, v, cos, sin):
