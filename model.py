@@ -336,6 +336,15 @@ class Layer(nn.Module):
         return self.mlp(x), residual
 
 
+class ScalarHead(nn.Linear):
+    """Values and rewards: fp32 weights and products also behind a bf16 trunk. Eight bits of a value near 4 are steps of
+    1/64, the size of the differences that advantages and preferences are made of."""
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+
 class Qwen2(nn.Module):
     """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
 
@@ -352,7 +361,7 @@ class Qwen2(nn.Module):
             )
         )
         if scalar_head:
-            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+            self.score = ScalarHead(config.hidden_size, 1, bias=False)
         elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -380,7 +389,7 @@ class Qwen2(nn.Module):
         x = x + residual
         x, _ = self.model.norm(x if index is None else gather_rows(x, index), None)  # [S, d]
         if self.scalar_head:
-            return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
+            return self.score(x).squeeze(-1)
         if targets is not None:
             return linear_logprob(x, self.head_weight, targets, temperature)
         if self.head_product is not None and not torch.is_grad_enabled():
@@ -585,12 +594,14 @@ def load_pretrained(
         if dtype is None:
             dtype = files[file_of["model.norm.weight"]].get_tensor("model.norm.weight").dtype
         model.to(dtype)
+        if scalar_head:
+            model.score.to(torch.promote_types(dtype, torch.float32))
         if shard is not None:
             shard(model)
         model.to_empty(device=device)
         for name, parameter in model.named_parameters():
             full = files[file_of[name]].get_tensor(name) if name in file_of else torch.zeros(wanted[name])
-            copy_into(parameter, full.to(device=device, dtype=dtype))
+            copy_into(parameter, full.to(device=device, dtype=parameter.dtype))
     return model
 
 
@@ -603,7 +614,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
 
-    Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's.
+    Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's,
+    which a scalar head keeps in any case.
     tokenizer_from: a folder, whose tokenizer also says how a response ends and what pads (`special_ids`), or None.
     templates: {name: text} of the prompts that it was trained with (prompts.py), beside those of `tokenizer_from`.
     The folder appears whole or not at all.
@@ -614,7 +626,8 @@ def save_pretrained(
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if not writes:
             continue
-        full = full.detach().to(dtype=dtype or full.dtype, device="cpu", copy=True).contiguous()
+        stored = full.dtype if dtype is None or name == "score.weight" else dtype
+        full = full.detach().to(dtype=stored, device="cpu", copy=True).contiguous()
         if shards[-1] and shard_bytes + full.nbytes > SHARD_BYTES:
             shards.append({})
             shard_bytes = 0

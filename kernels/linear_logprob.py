@@ -9,7 +9,8 @@ gradients are fp32 (fp64 for fp64 inputs), also where hidden and weight are bf16
 - CPU: tiles that stay in its cache, vocabulary outside, tokens inside; matrix products by torch.
 - Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel;
   the splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in
-  the dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and d weight.
+  the dtype of the inputs (product, softmax and scaling in one), and two plain matrix products make d hidden and
+  d weight.
 """
 
 import torch
@@ -33,7 +34,9 @@ def reference(hidden, weight, targets, temperature=1.0):
     return logp.gather(1, targets[:, None]).squeeze(1), entropy.detach()
 
 
-def linear_logprob(hidden, weight, targets, temperature=1.0):
+def linear_logprob(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy.
 
     hidden [T, d], weight [V, d] (one dtype, rows contiguous), targets int64 [T] in [0, V), temperature > 0
@@ -47,7 +50,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
     return _LinearLogprob.apply(hidden, weight, targets, temperature, _Triton if on_triton else _Torch)
 
 
-def logits(hidden, weight):
+def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """hidden @ weight.T in fp32 (fp64 for fp64), [T, d] and [V, d] -> [T, V]: for sampling, where T is small."""
     if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.is_grad_enabled():
         return _product(hidden, weight.t())
@@ -284,6 +287,12 @@ class _Triton:
         return dict(TOKENS=128, WORDS=128, BLOCK_D=64 if dtype.itemsize == 2 else 32, num_warps=8, num_stages=3)
 
     @staticmethod
+    def slice_words(n_tokens, dtype):
+        """Words of a slice in the backward pass: whole blocks, so that the rows of its gradient are aligned."""
+        words = _Triton.blocks(dtype)["WORDS"]
+        return max(words, SLICE_BYTES // (n_tokens * dtype.itemsize) // words * words)
+
+    @staticmethod
     def forward(hidden, weight, targets, temperature):
         (n_tokens, d), n_words, blocks = hidden.shape, len(weight), _Triton.blocks(hidden.dtype)
         token_blocks, word_blocks = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(n_words, blocks["WORDS"])
@@ -313,7 +322,7 @@ class _Triton:
     @staticmethod
     def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
         (n_tokens, d), blocks = hidden.shape, _Triton.blocks(hidden.dtype)
-        slice_words = max(blocks["WORDS"], SLICE_BYTES // (n_tokens * hidden.element_size()))
+        slice_words = _Triton.slice_words(n_tokens, hidden.dtype)
         memory = torch.empty(n_tokens * min(slice_words, len(weight)), dtype=hidden.dtype, device=hidden.device)
         grad_hidden = torch.zeros(n_tokens, d, device=hidden.device)
         grad_weight = torch.empty_like(weight) if needs_weight else None

@@ -61,6 +61,27 @@ def test_a_critic_starts_on_an_lm_with_a_zero_head(tmp_path):
     assert (critic(torch.cat(ids), packed.position_ids, packed) == 0).all()
 
 
+def test_a_scalar_head_is_fp32_behind_a_bf16_trunk(tmp_path):
+    """Its weights, in the model and in the file, and the product: values differ by less than bf16 could tell apart."""
+    model = random_model(tiny_config(), scalar_head=True)
+    save_pretrained(model, str(tmp_path / "m"), None, torch.bfloat16)
+    loaded = load_pretrained(str(tmp_path / "m"), torch.bfloat16, scalar_head=True)
+    assert torch.equal(loaded.score.weight, model.score.weight) and loaded.score.weight.dtype == torch.float32
+    assert loaded.model.norm.weight.dtype == torch.bfloat16
+    hidden = []
+    loaded.model.norm.register_forward_hook(lambda module, given, out: hidden.append(out[0]))
+    ids, packed = packed_batch(model.config)
+    for trunk_dtype in ("as loaded", "all bf16"):  # as FSDP hands over the weights where it casts all of them
+        if trunk_dtype == "all bf16":
+            loaded.to(torch.bfloat16)
+        values = loaded(torch.cat(ids), packed.position_ids, packed)
+        assert hidden[-1].dtype == torch.bfloat16 and values.dtype == torch.float32
+        exact = hidden[-1].double() @ loaded.score.weight[0].double()
+        assert (values - exact).abs().max() < 1e-6 < (values - values.bfloat16()).abs().max()
+    values.sum().backward()
+    assert loaded.score.weight.grad.abs().sum() > 0 and loaded.model.norm.weight.grad.abs().sum() > 0
+
+
 def test_sequences_do_not_see_each_other():
     model = random_model(tiny_config())
     ids, packed = packed_batch(model.config)
