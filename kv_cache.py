@@ -15,7 +15,8 @@ import torch
 from kernels.dense_attention import dense_attention, length_mask
 from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
-from model import Qwen2, Segments, to_device, varlen_attention
+from kernels.varlen_attention import varlen_attention
+from model import Qwen2, Segments, to_device
 
 BLOCK = 16  # tokens
 # of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again

@@ -10,11 +10,9 @@ Qwen2ForSequenceClassification with one label).
 """
 
 import contextlib
-import functools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +30,7 @@ from kernels.packed_linear import Product
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
-
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # an optional extra: requirements-cuda.txt
-    flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+from kernels.varlen_attention import say_once, varlen_attention
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
@@ -120,13 +110,6 @@ class Config:
         own = {k: v for k, v in self.__dict__.items() if k != "raw"}
         extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
         return {**extra, **own} if self.raw is None else dict(self.raw)
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """A line on stderr, from the first rank, once in a process."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -219,33 +202,6 @@ class _GatherRows(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.n_rows, grad.shape[1], dtype=wide, device=grad.device)
         return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
-
-
-def varlen_attention(q, k, v, queries, keys):
-    """Causal attention of each segment of the queries to the segment of the keys with the same number.
-
-    q [Tq, Hq, D], k and v [Tk, Hkv, D], GQA by Hq = g Hkv; queries, keys: Segments -> [Tq, Hq, D]. A segment of the
-    keys is at least as long as that of the queries: they end together, the last query sees all of it.
-    """
-    on_tensor_cores = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    where = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
-    if on_tensor_cores and flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, *where, causal=True)
-    if on_tensor_cores and varlen_attn is not None:
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # torch 2.11 has no GQA flag here
-        return varlen_attn(q, k, v, *where, window_size=(-1, 0))
-    out = []
-    segments = (x.transpose(0, 1).split(s.lengths, 1) for x, s in ((q, queries), (k, keys), (v, keys)))
-    for qs, ks, vs in zip(*segments):  # [H, L, D] each
-        same, mask = qs.shape[1] == ks.shape[1], None
-        if not same:
-            seen = torch.ones(qs.shape[1], ks.shape[1], dtype=torch.bool, device=q.device)
-            mask = seen.tril(ks.shape[1] - qs.shape[1])
-        out.append(
-            F.scaled_dot_product_attention(qs[None], ks[None], vs[None], mask, is_causal=same, enable_gqa=True)[0]
-        )
-    return torch.cat(out, 1).transpose(0, 1)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
