@@ -46,7 +46,7 @@ from tqdm import tqdm
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
 from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
-from prompts import Chat, answer_prompt, load_templates
+from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.flags import user_errors
 from runtime.rows import check_row, read_rows, write_rows
@@ -593,7 +593,7 @@ class Args:
     """fp32, bf16, or auto (bf16 on a GPU)."""
 
 
-def row_prompt(row, chat, templates, where):
+def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[int]:
     """Prompt ids of an input row; ValueError names file, line and field."""
     if "prompt_ids" in row:
         ids, size = row["prompt_ids"], chat.tokenizer.get_vocab_size()
@@ -609,7 +609,7 @@ def row_prompt(row, chat, templates, where):
     return answer_prompt(chat, templates, row)
 
 
-def generate_file(args, engine, chat, templates):
+def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     rows = read_rows(args.input, "object")
     prompts = [row_prompt(row, chat, templates, f"{args.input}:{i + 1}") for i, row in enumerate(rows)]
     for i, ids in enumerate(prompts):
@@ -633,7 +633,7 @@ def generate_file(args, engine, chat, templates):
     print(f"{len(results)} samples of {len(rows)} rows: {args.output}")
 
 
-def read_persona(text):
+def read_persona(text: str) -> Any:
     if os.path.isfile(text):
         with open(text, encoding="utf-8") as f:
             text = f.read()
@@ -645,7 +645,7 @@ def read_persona(text):
     return persona
 
 
-def stream(engine, chat, prompt_ids, args, seed):
+def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: int) -> str:
     """Generates one response and prints it as it grows -> its text."""
     engine.submit(prompt_ids, 0, 1, [seed], args.max_new_tokens, args.temperature, args.top_p)
     shown = ""
@@ -661,7 +661,7 @@ def stream(engine, chat, prompt_ids, args, seed):
     return shown
 
 
-def chat_loop(args, engine, chat, templates):
+def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     persona = read_persona(args.persona) if args.persona else None
     print("A question of this person per line" if persona else "A message per line, /new starts over", "(end: Ctrl-D)")
     messages, turn = [], 0
@@ -686,7 +686,7 @@ def chat_loop(args, engine, chat, templates):
             messages.append({"role": "assistant", "content": reply})
 
 
-def main(args):
+def main(args: Args) -> None:
     ranks = start(args.dtype)
     chat, templates = Chat(args.model), load_templates(resolve(args.model), answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)

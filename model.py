@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Config:
     raw: dict | None = None
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @staticmethod
@@ -105,7 +105,7 @@ class Config:
             raw=raw,
         )
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """What goes into config.json: the file that was read, or a new one with HF's field names."""
         own = {k: v for k, v in self.__dict__.items() if k != "raw"}
         extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
@@ -124,7 +124,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 class Segments:
     """Where sequences lie in a packed tensor: their `lengths` in tokens, in order."""
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
         self.lengths = [int(n) for n in lengths]
         self.max_seqlen = max(self.lengths)
         cu_seqlens = torch.tensor([0] + self.lengths).cumsum(0)  # where each sequence starts; last: T
@@ -134,7 +134,7 @@ class Segments:
 class Packed(Segments):
     """Attention context of packed sequences: each token sees its own sequence up to itself."""
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
         super().__init__(lengths, device)
         self.position_ids = to_device(torch.cat([torch.arange(n) for n in self.lengths]), device)
         self.pairs = seen_pairs(self, self)
@@ -151,7 +151,7 @@ class SharedPrefix:
     prefix in every suffix. Queries are P, s1 .. sn; the keys of a suffix are those of its prefix and its own.
     """
 
-    def __init__(self, groups, device="cpu"):
+    def __init__(self, groups: Iterable[tuple[int, list[int]]], device: torch.device | str = "cpu"):
         query_lengths, key_lengths, positions, key_index = [], [], [], []
         start = 0
         for prefix, suffixes in groups:
@@ -179,12 +179,12 @@ class SharedPrefix:
         return varlen_attention(q, k, v, self.queries, self.keys)
 
 
-def seen_pairs(queries, keys):
+def seen_pairs(queries: Segments, keys: Segments) -> int:
     """Pairs of a query and a key that it sees, over all segments: what causal attention has to compute."""
     return sum(q * k - q * (q - 1) // 2 for q, k in zip(queries.lengths, keys.lengths))
 
 
-def gather_rows(x, index):
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[index] for x [N, d], index int64 [M] -> [M, d]; a row that is taken often sums its gradients in fp32."""
     return _GatherRows.apply(x, index)
 
@@ -221,7 +221,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def rope_tables(config, position_ids, dtype):
+def rope_tables(config: Config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary embedding, [T, 1, D], computed in fp32 (RoFormer, the half-split layout of HF)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     angles = position_ids[:, None].float() * (1 / config.rope_theta**exponents)  # [T, D / 2], rounded as in HF
@@ -304,7 +304,7 @@ class ScalarHead(nn.Linear):
 class Qwen2(nn.Module):
     """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
 
-    def __init__(self, config, scalar_head=False):
+    def __init__(self, config: Config, scalar_head: bool = False):
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
         self.head_product = None  # of the LM head, see `pack_weights`
@@ -322,7 +322,7 @@ class Qwen2(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self):
+    def head_weight(self) -> torch.Tensor:
         """[V, d], of the LM head."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
@@ -353,7 +353,7 @@ class Qwen2(nn.Module):
         return logits(x, self.head_weight)
 
 
-def pack_weights(model):
+def pack_weights(model: Qwen2) -> None:
     """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights."""
     if model.model.embed_tokens.weight.device.type != "cpu":
         return
@@ -368,7 +368,7 @@ def pack_weights(model):
         model.head_product = Product([(model.head_weight, None)])
 
 
-def init_weights(model, seed, std=None):
+def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
     """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth).
 
     std None: d^-1/2, so that a product with a normalised vector has variance 1. At the usual 0.02, which is right for
@@ -390,7 +390,7 @@ def init_weights(model, seed, std=None):
 # -- weights in and out ------------------------------------------------------------------------------------------------
 
 
-def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> str:
     """A local folder for a folder name or a hub id, of which these files are fetched; ValueError if it is neither."""
     if os.path.isdir(path):
         return path
@@ -456,7 +456,7 @@ def load_config(path: str) -> Config:
     return Config.from_dict(read_json(file), file)
 
 
-def copy_into(parameter, full):
+def copy_into(parameter: torch.Tensor, full: torch.Tensor) -> None:
     """Copies a full tensor into a parameter in place; of a sharded one each rank keeps its slice."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
