@@ -82,8 +82,8 @@ from tqdm import tqdm
 
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
-from model import Qwen2, load_pretrained, pack_weights, resolve
-from prompts import Chat, answer_prompt, load_templates
+from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
+from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, read_rows, write_rows
 
@@ -154,6 +154,9 @@ class Engine:
         self.device, config = next(model.parameters()).device, model.config
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)
         self.stops = set(stop_ids)
+        # of a decode step on a GPU: one for all graphs, each of which would keep its own
+        shape = (max_batch, config.vocab_size)
+        self.logits = torch.empty(shape, device=self.device) if self.device.type == "cuda" else None
         if kv_tokens is None:
             kv_tokens = kv_tokens_of(model, max_len, max_batch)
         n_blocks = max(2, -(-kv_tokens // BLOCK) + 1)
@@ -274,7 +277,9 @@ class Engine:
         """Ids so far of a running sample (a chat shows them as they come); empty while it waits."""
         for row, s in enumerate(self.running):
             if (s.key, s.index) == (key, index):
-                return self.rows["ids"][row, : int(self.rows["position"][row])].tolist()
+                ids = self.rows["ids"][row, : int(self.rows["position"][row])].tolist()
+                # a row that is done may still wait for the next look at it, with its stop token
+                return ids[: next((i for i, token in enumerate(ids) if token in self.stops), len(ids))]
         return []
 
     @torch.inference_mode()
@@ -360,7 +365,7 @@ class Engine:
 
     def _prefill(self, chunks):
         context = Prefill(self.cache, [(s.blocks + s.tails[:1], start, end) for s, start, end in chunks], self.device)
-        ids = torch.tensor([i for s, start, end in chunks for i in s.ids[start:end]], device=self.device)
+        ids = to_device(torch.tensor([i for s, start, end in chunks for i in s.ids[start:end]]), self.device)
         ready = [s for s, _, _ in chunks if s is not self.prefilling]
         last = (context.queries.cu_seqlens[1:].long() - 1)[: len(ready)]
         logits = self.model(ids, context.position_ids, context, index=last)  # [ready, V]
@@ -379,7 +384,7 @@ class Engine:
                 own = dict(index=s.index + i, seeds=[seed], top=list(s.top), blocks=s.blocks + [tail], tails=[])
                 self.running.append(replace(s, computed=0, **own))
         if copies:
-            source, to = torch.tensor(copies, device=self.device).T
+            source, to = to_device(torch.tensor(copies).T.contiguous(), self.device)
             self.cache[:, :, to] = self.cache[:, :, source]
 
         rows, new = slice(start, len(self.running)), self.running[start:]
@@ -394,24 +399,17 @@ class Engine:
         table = torch.zeros(len(new), self.rows["blocks"].shape[1], dtype=torch.int32)
         for i, s in enumerate(new):
             table[i, : len(s.blocks)] = torch.tensor(s.blocks)
-        values = {
-            "length": self.length[rows],
-            "position": [len(s.response) for s in new],
-            "blocks": table,
-            "limit": [s.limit for s in new],
-            "seed": [s.seeds[0] for s in new],
-            "active": [1] * len(new),
-            "temperature": [s.temperature for s in new],
-            "top_p": [s.top_p for s in new],
-            "done": [False] * len(new),
-        }
+        values = {name: [getattr(s, name) for s in new] for name in ("limit", "temperature", "top_p")}
+        values |= dict(length=self.length[rows], position=[len(s.response) for s in new], blocks=table)
+        values |= dict(seed=[s.seeds[0] for s in new], active=[1] * len(new), done=[False] * len(new))
         for name, value in values.items():
-            self.rows[name][rows] = torch.as_tensor(value).to(self.rows[name])
+            self.rows[name][rows] = to_device(torch.as_tensor(value).to(self.rows[name].dtype), self.device)
         for row, s in enumerate(new, start):
             if s.response:  # it goes on
                 self.rows["ids"][row, : len(s.response)] = torch.tensor(s.response, device=self.device)
                 self.rows["logprobs"][row, : len(s.response)] = torch.tensor(s.logprobs, device=self.device)
-        logits = logits.repeat_interleave(torch.tensor([len(s.seeds) for s in ready], device=self.device), 0)
+        counts = to_device(torch.tensor([len(s.seeds) for s in ready]), self.device)
+        logits = logits.repeat_interleave(counts, 0, output_size=len(new))
         self._emit(rows, logits)
         self._after(rows, logits)
 
@@ -430,8 +428,11 @@ class Engine:
             new = self.blocks.take(len(full))
             for row, block in zip(full, new):
                 self.running[row].blocks.append(block)
-            where = torch.from_numpy(full).to(self.device), torch.from_numpy(self.room[full] // BLOCK).to(self.device)
-            self.rows["blocks"][where] = torch.tensor(new, dtype=torch.int32, device=self.device)
+            # one copy: the host runs ahead of a GPU, and each copy that it waits for would end that
+            rows, columns, blocks = to_device(
+                torch.from_numpy(np.stack([full, self.room[full] // BLOCK, new])), self.device
+            )
+            self.rows["blocks"][rows, columns] = blocks.int()
             self.room[full] += BLOCK
 
     def _preempt(self):
@@ -475,6 +476,8 @@ class Engine:
             context = Decode(self.cache, r["blocks"][:n], lengths)
         logits = self.model(r["token"][:n], lengths, context)
         lengths += r["active"][:n]
+        if self.logits is not None:
+            logits = self.logits[:n].copy_(logits)
         self._emit(slice(0, n), logits)
         return logits
 
@@ -492,13 +495,12 @@ class Engine:
             # one for all: they never run together
             self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.graph_memory):
-                logits = self._decode_rows(size)
+                self._decode_rows(size)
             for name, tensor in before.items():
                 self.rows[name].copy_(tensor)
-            self.graphs[size] = graph, logits
-        graph, logits = self.graphs[size]
-        graph.replay()
-        return logits
+            self.graphs[size] = graph
+        self.graphs[size].replay()
+        return self.logits
 
     def _emit(self, rows, logits):
         """Samples a token for each of these rows and writes it down, unless the row is done."""
@@ -580,7 +582,7 @@ class Engine:
         holes = [i for i in gone if i < n_left]
         movers = [i for i in range(n_left, len(self.running)) if i not in gone]
         if holes:
-            to, source = (torch.tensor(x, device=self.device) for x in (holes, movers))
+            to, source = to_device(torch.tensor([holes, movers]), self.device)
             for tensor in self.rows.values():
                 tensor[to] = tensor[source]
             for array in (self.length, self.room, self.left, self.n_listed):
@@ -597,7 +599,7 @@ class Engine:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def row_prompt(row, chat, templates, where):
+def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[int]:
     """Prompt ids of an input row; ValueError names file, line and field."""
     if "prompt_ids" in row:
         ids, size = row["prompt_ids"], chat.tokenizer.get_vocab_size()
@@ -613,7 +615,7 @@ def row_prompt(row, chat, templates, where):
     return answer_prompt(chat, templates, row)
 
 
-def generate_file(args, engine, chat, templates):
+def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     rows = read_rows(args.input, "object")
     prompts = [row_prompt(row, chat, templates, f"{args.input}:{i + 1}") for i, row in enumerate(rows)]
     for i, ids in enumerate(prompts):
@@ -637,7 +639,7 @@ def generate_file(args, engine, chat, templates):
     print(f"{len(results)} samples of {len(rows)} rows: {args.output}")
 
 
-def read_persona(text):
+def read_persona(text: str) -> Any:
     if os.path.isfile(text):
         with open(text, encoding="utf-8") as f:
             text = f.read()
@@ -649,7 +651,7 @@ def read_persona(text):
     return persona
 
 
-def stream(engine, chat, prompt_ids, args, seed):
+def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: int) -> str:
     """Generates one response and prints it as it grows -> its text."""
     engine.submit(prompt_ids, 0, 1, [seed], args.max_new_tokens, args.temperature, args.top_p)
     shown = ""
@@ -665,7 +667,7 @@ def stream(engine, chat, prompt_ids, args, seed):
     return shown
 
 
-def chat_loop(args, engine, chat, templates):
+def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     persona = read_persona(args.persona) if args.persona else None
     print("A question of this person per line" if persona else "A message per line, /new starts over", "(end: Ctrl-D)")
     messages, turn = [], 0
@@ -690,7 +692,7 @@ def chat_loop(args, engine, chat, templates):
             messages.append({"role": "assistant", "content": reply})
 
 
-def main(args):
+def main(args: Args) -> None:
     ranks = start(args.dtype)
     chat, templates = Chat(args.model), load_templates(resolve(args.model), answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)

@@ -1,11 +1,12 @@
 """The paged KV cache: which block of it belongs to whom, and attention through it.
 
-The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots hold
-the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it: `Prefill`
-for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a copy of their
-own, without blocks: `DenseRows`.
+The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots
+hold the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it:
+`Prefill` for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a
+copy of their own, without blocks: `DenseRows`.
 """
 
+import gc
 import itertools
 import os
 
@@ -14,7 +15,8 @@ import torch
 from kernels.dense_attention import dense_attention, length_mask
 from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
-from model import Segments, varlen_attention
+from kernels.varlen_attention import varlen_attention
+from model import Qwen2, Segments, to_device
 
 BLOCK = 16  # tokens
 # of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again
@@ -28,14 +30,14 @@ class Blocks:
     the padding rows of a CUDA graph write into it.
     """
 
-    def __init__(self, n_blocks):
+    def __init__(self, n_blocks: int):
         self.holders = [0] * n_blocks
         self.free = dict.fromkeys(range(1, n_blocks))  # in the order in which they are given out
         self.known = {}  # (name of the block before, the tokens) -> block
         self.key_of, self.name_of = {}, {}  # of a known block; names are never used twice, unlike blocks
         self.names = itertools.count(1)
 
-    def take(self, n):
+    def take(self, n: int) -> list[int]:
         """n free blocks, held once."""
         taken = list(itertools.islice(self.free, n))
         assert len(taken) == n, "the caller has to look at `free` first"
@@ -45,18 +47,18 @@ class Blocks:
             self.holders[block] = 1
         return taken
 
-    def share(self, blocks):
+    def share(self, blocks: list[int]) -> None:
         for block in blocks:
             self.free.pop(block, None)
             self.holders[block] += 1
 
-    def release(self, blocks):
+    def release(self, blocks: list[int]) -> None:
         for block in reversed(blocks):  # of a sequence the end is given away before the beginning
             self.holders[block] -= 1
             if self.holders[block] == 0:
                 self.free[block] = None
 
-    def match(self, ids):
+    def match(self, ids: list[int]) -> list[int]:
         """The known blocks that hold the beginning of ids."""
         blocks, name = [], 0
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
@@ -67,7 +69,7 @@ class Blocks:
             name = self.name_of[block]
         return blocks
 
-    def learn(self, ids, blocks):
+    def learn(self, ids: list[int], blocks: list[int]) -> None:
         """Makes the full blocks of a sequence known; ids: the tokens whose keys and values they hold."""
         name = 0
         for block, start in zip(blocks, range(0, len(ids) - BLOCK + 1, BLOCK)):
@@ -77,7 +79,7 @@ class Blocks:
                 self.known[key], self.key_of[block], self.name_of[block] = block, key, next(self.names)
             name = self.name_of[self.known[key]]
 
-    def forget_all(self):
+    def forget_all(self) -> None:
         self.forget(list(self.key_of))
 
     def forget(self, blocks: list[int]) -> None:
@@ -93,7 +95,7 @@ class Blocks:
 class Prefill:
     """Attention context of chunks: each sequence's new tokens see what the cache holds of it, and one another."""
 
-    def __init__(self, cache, chunks, device):
+    def __init__(self, cache: torch.Tensor, chunks: list[tuple[list[int], int, int]], device: torch.device):
         """chunks: (blocks, start, end) a sequence, tokens start..end are new."""
         self.cache, keys, new = cache, [], []
         for blocks, start, end in chunks:
@@ -102,8 +104,8 @@ class Prefill:
             new.append(slots[start:])
         self.queries = Segments([len(slots) for slots in new], device)
         self.keys = Segments([len(slots) for slots in keys], device)
-        self.key_slots, self.new_slots = torch.cat(keys).to(device), torch.cat(new).to(device)
-        self.position_ids = torch.cat([torch.arange(start, end) for _, start, end in chunks]).to(device)
+        self.key_slots, self.new_slots = to_device(torch.cat(keys), device), to_device(torch.cat(new), device)
+        self.position_ids = to_device(torch.cat([torch.arange(start, end) for _, start, end in chunks]), device)
 
     def attend(self, layer, q, k, v, cos, sin):
         keys, values = self.cache[layer].flatten(1, 2)  # [slots, Hkv, D] each
@@ -115,7 +117,7 @@ class Prefill:
 class Decode:
     """Attention context of one new token a row, through the block table."""
 
-    def __init__(self, cache, block_table, lengths):
+    def __init__(self, cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor):
         """block_table: int32 [R, blocks]; lengths: int64 [R], tokens in the cache before this one."""
         self.cache, self.block_table = cache, block_table
         block = block_table.gather(1, (lengths // BLOCK)[:, None])[:, 0].long()
@@ -136,16 +138,16 @@ class DenseRows:
     behind. It is also the attention context of a step, after `begin`.
     """
 
-    def __init__(self, cache, max_rows, max_tokens):
+    def __init__(self, cache: torch.Tensor, max_rows: int, max_tokens: int):
         """max_tokens: most that rows x tokens of the longest row may be, unless it is one row."""
         self.cache, self.max_rows, self.max_tokens = cache, max_rows, max_tokens
         layers, _, _, _, n_kv, dim = cache.shape
         self.data = cache.new_zeros(layers, 2, 0, n_kv, 0, dim)  # [layers, 2, rows, Hkv, capacity, D]
 
-    def fits(self, n_rows, longest):
+    def fits(self, n_rows: int, longest: int) -> bool:
         return n_rows == 1 or n_rows * longest <= self.max_tokens
 
-    def reserve(self, n_rows, longest):
+    def reserve(self, n_rows: int, longest: int) -> None:
         """Room for rows of that many tokens; as growing copies all, for more of both where max_tokens lets it."""
         layers, two, rows, n_kv, capacity, dim = self.data.shape
         if n_rows <= rows and longest <= capacity:
@@ -159,21 +161,21 @@ class DenseRows:
         self.data = old.new_zeros(layers, two, wanted_rows, n_kv, wanted, dim)  # zeros: what is masked may not be NaN
         self.data[:, :, :rows, :, :capacity] = old
 
-    def load(self, row, blocks, n_tokens):
+    def load(self, row: int, blocks: list[int], n_tokens: int) -> None:
         """Fills a row with the first tokens of these blocks."""
         found = self.cache[:, :, blocks].flatten(2, 3)[:, :, :n_tokens]  # [layers, 2, tokens, Hkv, D]
         self.data[:, :, row, :, :n_tokens] = found.transpose(2, 3)
 
-    def store(self, row, blocks, start):
+    def store(self, row: int, blocks: list[int], start: int) -> None:
         """Fills whole blocks with a row's tokens from `start` on."""
         found = self.data[:, :, row, :, start : start + len(blocks) * BLOCK].transpose(2, 3)
         self.cache[:, :, blocks] = found.unflatten(2, (len(blocks), BLOCK))
 
-    def move(self, to, source, longest):
+    def move(self, to: torch.Tensor, source: torch.Tensor, longest: int) -> None:
         """Copies rows; their tokens are at most `longest`."""
         self.data[:, :, to, :, :longest] = self.data[:, :, source, :, :longest]
 
-    def begin(self, lengths, longest):
+    def begin(self, lengths: torch.Tensor, longest: int) -> "DenseRows":
         """A step for the first rows -> itself. lengths: int64 [R], tokens before this one; longest: their maximum."""
         self.reserve(len(lengths), longest + 1)
         n_kv, capacity = self.data.shape[3:5]
@@ -190,18 +192,20 @@ class DenseRows:
         return dense_attention(q, *self.data[layer], self.mask)
 
 
-def likely_tokens(max_len, max_batch):
+def likely_tokens(max_len: int, max_batch: int) -> int:
     """Tokens that max_batch sequences hold when they are on average a quarter of the longest, 800 + 400 tokens of
     2048 + 2048, say; at least one of the longest."""
     return max(max_len, max_len * max_batch // 4)
 
 
-def kv_tokens_of(model, max_len, max_batch):
-    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a GPU,
-    on a CPU, where memory counts only once it is written, the most that there can be."""
+def kv_tokens_of(model: Qwen2, max_len: int, max_batch: int) -> int:
+    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a
+    GPU; on a CPU, where memory counts only once it is written, the most that there can be."""
     device, config = next(model.parameters()).device, model.config
     if device.type == "cuda":
         wanted = likely_tokens(max_len, max_batch)
+        gc.collect()  # models that were dropped: FSDP's parameters hold one another
+        torch.cuda.empty_cache()  # what torch keeps of freed tensors counts as taken
         free, _ = torch.cuda.mem_get_info(device)
     else:
         wanted = max_len * max_batch

@@ -10,12 +10,10 @@ Qwen2ForSequenceClassification with one label).
 """
 
 import contextlib
-import functools
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +30,7 @@ from kernels.packed_linear import Product
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
-
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # an optional extra: requirements-cuda.txt
-    flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+from kernels.varlen_attention import say_once, varlen_attention
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
@@ -73,7 +63,7 @@ class Config:
     raw: dict | None = None
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @staticmethod
@@ -115,18 +105,17 @@ class Config:
             raw=raw,
         )
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """What goes into config.json: the file that was read, or a new one with HF's field names."""
         own = {k: v for k, v in self.__dict__.items() if k != "raw"}
         extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
         return {**extra, **own} if self.raw is None else dict(self.raw)
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    """A line on stderr, from the first rank, once in a process."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor's copy on the device. A GPU gets it by pinned memory, which the host does not wait for."""
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -135,19 +124,19 @@ def say_once(text: str) -> None:
 class Segments:
     """Where sequences lie in a packed tensor: their `lengths` in tokens, in order."""
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
         self.lengths = [int(n) for n in lengths]
         self.max_seqlen = max(self.lengths)
         cu_seqlens = torch.tensor([0] + self.lengths).cumsum(0)  # where each sequence starts; last: T
-        self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
+        self.cu_seqlens = to_device(cu_seqlens.int(), device)
 
 
 class Packed(Segments):
     """Attention context of packed sequences: each token sees its own sequence up to itself."""
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
         super().__init__(lengths, device)
-        self.position_ids = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+        self.position_ids = to_device(torch.cat([torch.arange(n) for n in self.lengths]), device)
         self.pairs = seen_pairs(self, self)
 
     def attend(self, layer, q, k, v, cos, sin):
@@ -162,7 +151,7 @@ class SharedPrefix:
     prefix in every suffix. Queries are P, s1 .. sn; the keys of a suffix are those of its prefix and its own.
     """
 
-    def __init__(self, groups, device="cpu"):
+    def __init__(self, groups: Iterable[tuple[int, list[int]]], device: torch.device | str = "cpu"):
         query_lengths, key_lengths, positions, key_index = [], [], [], []
         start = 0
         for prefix, suffixes in groups:
@@ -179,8 +168,8 @@ class SharedPrefix:
                 key_index += [shared, torch.arange(start, start + n)]
                 start += n
         self.queries, self.keys = Segments(query_lengths, device), Segments(key_lengths, device)
-        self.position_ids = torch.cat(positions).to(device)  # [T]
-        self.key_index = torch.cat(key_index).to(device)  # [Tk]
+        self.position_ids = to_device(torch.cat(positions), device)  # [T]
+        self.key_index = to_device(torch.cat(key_index), device)  # [Tk]
         self.pairs = seen_pairs(self.queries, self.keys)
 
     def attend(self, layer, q, k, v, cos, sin):
@@ -190,12 +179,12 @@ class SharedPrefix:
         return varlen_attention(q, k, v, self.queries, self.keys)
 
 
-def seen_pairs(queries, keys):
+def seen_pairs(queries: Segments, keys: Segments) -> int:
     """Pairs of a query and a key that it sees, over all segments: what causal attention has to compute."""
     return sum(q * k - q * (q - 1) // 2 for q, k in zip(queries.lengths, keys.lengths))
 
 
-def gather_rows(x, index):
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[index] for x [N, d], index int64 [M] -> [M, d]; a row that is taken often sums its gradients in fp32."""
     return _GatherRows.apply(x, index)
 
@@ -215,33 +204,6 @@ class _GatherRows(torch.autograd.Function):
         return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
 
 
-def varlen_attention(q, k, v, queries, keys):
-    """Causal attention of each segment of the queries to the segment of the keys with the same number.
-
-    q [Tq, Hq, D], k and v [Tk, Hkv, D], GQA by Hq = g Hkv; queries, keys: Segments -> [Tq, Hq, D]. A segment of the
-    keys is at least as long as that of the queries: they end together, the last query sees all of it.
-    """
-    on_tensor_cores = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    where = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
-    if on_tensor_cores and flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, *where, causal=True)
-    if on_tensor_cores and varlen_attn is not None:
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # torch 2.11 has no GQA flag here
-        return varlen_attn(q, k, v, *where, window_size=(-1, 0))
-    out = []
-    segments = (x.transpose(0, 1).split(s.lengths, 1) for x, s in ((q, queries), (k, keys), (v, keys)))
-    for qs, ks, vs in zip(*segments):  # [H, L, D] each
-        same, mask = qs.shape[1] == ks.shape[1], None
-        if not same:
-            seen = torch.ones(qs.shape[1], ks.shape[1], dtype=torch.bool, device=q.device)
-            mask = seen.tril(ks.shape[1] - qs.shape[1])
-        out.append(
-            F.scaled_dot_product_attention(qs[None], ks[None], vs[None], mask, is_causal=same, enable_gqa=True)[0]
-        )
-    return torch.cat(out, 1).transpose(0, 1)
-
-
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +221,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def rope_tables(config, position_ids, dtype):
+def rope_tables(config: Config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary embedding, [T, 1, D], computed in fp32 (RoFormer, the half-split layout of HF)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     angles = position_ids[:, None].float() * (1 / config.rope_theta**exponents)  # [T, D / 2], rounded as in HF
@@ -330,10 +292,19 @@ class Layer(nn.Module):
         return self.mlp(x), residual
 
 
+class ScalarHead(nn.Linear):
+    """Values and rewards: fp32 weights and products also behind a bf16 trunk. Eight bits of a value near 4 are steps of
+    1/64, the size of the differences that advantages and preferences are made of."""
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+
 class Qwen2(nn.Module):
     """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
 
-    def __init__(self, config, scalar_head=False):
+    def __init__(self, config: Config, scalar_head: bool = False):
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
         self.head_product = None  # of the LM head, see `pack_weights`
@@ -346,12 +317,12 @@ class Qwen2(nn.Module):
             )
         )
         if scalar_head:
-            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+            self.score = ScalarHead(config.hidden_size, 1, bias=False)
         elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self):
+    def head_weight(self) -> torch.Tensor:
         """[V, d], of the LM head."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
@@ -374,7 +345,7 @@ class Qwen2(nn.Module):
         x = x + residual
         x, _ = self.model.norm(x if index is None else gather_rows(x, index), None)  # [S, d]
         if self.scalar_head:
-            return self.score(x).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))
+            return self.score(x).squeeze(-1)
         if targets is not None:
             return linear_logprob(x, self.head_weight, targets, temperature)
         if self.head_product is not None and not torch.is_grad_enabled():
@@ -382,7 +353,7 @@ class Qwen2(nn.Module):
         return logits(x, self.head_weight)
 
 
-def pack_weights(model):
+def pack_weights(model: Qwen2) -> None:
     """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights."""
     if model.model.embed_tokens.weight.device.type != "cpu":
         return
@@ -397,7 +368,7 @@ def pack_weights(model):
         model.head_product = Product([(model.head_weight, None)])
 
 
-def init_weights(model, seed, std=None):
+def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
     """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth).
 
     std None: d^-1/2, so that a product with a normalised vector has variance 1. At the usual 0.02, which is right for
@@ -419,7 +390,7 @@ def init_weights(model, seed, std=None):
 # -- weights in and out ------------------------------------------------------------------------------------------------
 
 
-def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> str:
     """A local folder for a folder name or a hub id, of which these files are fetched; ValueError if it is neither."""
     if os.path.isdir(path):
         return path
@@ -485,7 +456,7 @@ def load_config(path: str) -> Config:
     return Config.from_dict(read_json(file), file)
 
 
-def copy_into(parameter, full):
+def copy_into(parameter: torch.Tensor, full: torch.Tensor) -> None:
     """Copies a full tensor into a parameter in place; of a sharded one each rank keeps its slice."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
@@ -579,12 +550,14 @@ def load_pretrained(
         if dtype is None:
             dtype = files[file_of["model.norm.weight"]].get_tensor("model.norm.weight").dtype
         model.to(dtype)
+        if scalar_head:
+            model.score.to(torch.promote_types(dtype, torch.float32))
         if shard is not None:
             shard(model)
         model.to_empty(device=device)
         for name, parameter in model.named_parameters():
             full = files[file_of[name]].get_tensor(name) if name in file_of else torch.zeros(wanted[name])
-            copy_into(parameter, full.to(device=device, dtype=dtype))
+            copy_into(parameter, full.to(device=device, dtype=parameter.dtype))
     return model
 
 
@@ -597,7 +570,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
 
-    Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's.
+    Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's,
+    which a scalar head keeps in any case.
     tokenizer_from: a folder, whose tokenizer also says how a response ends and what pads (`special_ids`), or None.
     templates: {name: text} of the prompts that it was trained with (prompts.py), beside those of `tokenizer_from`.
     The folder appears whole or not at all.
@@ -608,7 +582,8 @@ def save_pretrained(
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if not writes:
             continue
-        full = full.detach().to(dtype=dtype or full.dtype, device="cpu", copy=True).contiguous()
+        stored = full.dtype if dtype is None or name == "score.weight" else dtype
+        full = full.detach().to(dtype=stored, device="cpu", copy=True).contiguous()
         if shards[-1] and shard_bytes + full.nbytes > SHARD_BYTES:
             shards.append({})
             shard_bytes = 0

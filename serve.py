@@ -516,7 +516,7 @@ def make_app(engine: Engine, chat: Chat, name: str) -> Starlette:
     return Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
 
 
-def main(args):
+def main(args: Args) -> None:
     ranks = start(args.dtype)
     chat = Chat(args.model)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)

@@ -288,6 +288,12 @@ class _Triton:
         return dict(TOKENS=128, WORDS=128, BLOCK_D=64 if dtype.itemsize == 2 else 32, num_warps=8, num_stages=3)
 
     @staticmethod
+    def slice_words(n_tokens, dtype):
+        """Words of a slice in the backward pass: whole blocks, so that the rows of its gradient are aligned."""
+        words = _Triton.blocks(dtype)["WORDS"]
+        return max(words, SLICE_BYTES // (n_tokens * dtype.itemsize) // words * words)
+
+    @staticmethod
     def forward(hidden, weight, targets, temperature):
         (n_tokens, d), n_words, blocks = hidden.shape, len(weight), _Triton.blocks(hidden.dtype)
         token_blocks, word_blocks = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(n_words, blocks["WORDS"])
@@ -317,7 +323,7 @@ class _Triton:
     @staticmethod
     def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
         (n_tokens, d), blocks = hidden.shape, _Triton.blocks(hidden.dtype)
-        slice_words = max(blocks["WORDS"], SLICE_BYTES // (n_tokens * hidden.element_size()))
+        slice_words = _Triton.slice_words(n_tokens, hidden.dtype)
         memory = torch.empty(n_tokens * min(slice_words, len(weight)), dtype=hidden.dtype, device=hidden.device)
         grad_hidden = torch.zeros(n_tokens, d, device=hidden.device)
         grad_weight = torch.empty_like(weight) if needs_weight else None

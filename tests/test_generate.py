@@ -208,6 +208,20 @@ def test_cancel_and_partial(model):
     assert list(found) == [("stays", 0)] and found["stays", 0].ids == expected
 
 
+def test_the_stop_token_is_never_shown(model):
+    """On a GPU a row that has ended waits for the next look; what it has so far ends before its stop token."""
+    ((free,),) = engine_of(model).generate([[5, 6]], temperature=0, max_new_tokens=20)
+    stop, shown = free.ids[6], []
+    response = free.ids[: free.ids.index(stop)]
+    engine = engine_of(model, stop_ids=[stop])
+    engine.poll_steps = 8
+    engine.submit([5, 6], temperature=0, max_new_tokens=20)
+    while not engine.collect():
+        engine.step()
+        shown.append(engine.partial(None))
+    assert [ids for ids in shown if ids != response[: len(ids)]] == [] and shown.count(response) > 1
+
+
 def test_refused_requests(model):
     engine = engine_of(model, max_len=8)
     for prompt in ([], [1] * 8, [1] * 20):

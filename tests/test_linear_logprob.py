@@ -65,8 +65,8 @@ def check(function, n_tokens, n_words, width, dtype, temperature):
     """Against the definition in fp64 on the same (rounded) numbers.
 
     Log-probs and entropy are differences of sums below 20, so 5e-5 is some 25 fp32 roundings; a word too many or too
-    few in the sum shows at 1 / n_words > 1e-3 in at least one row. Gradients in bf16 are rounded to 8 bits where d loss
-    / d logits is stored and where the result is: 2 % of the largest; a tile left out is most of it.
+    few in the sum shows at 1 / n_words > 1e-3 in at least one row. Gradients in bf16 are rounded to 8 bits where
+    d loss / d logits is stored and where the result is: 2 % of the largest; a tile left out is most of it.
     """
     hidden, weight, targets, upstream = case(n_tokens, n_words, width, dtype)
     found = results(function, hidden, weight, targets, upstream, temperature)
@@ -121,8 +121,19 @@ def test_without_a_gradient_for_the_head():
     assert hidden.grad is not None and weight.grad is None
 
 
-def test_no_logits_are_held():
-    """The largest tensor that either pass makes is a tile, not [T, V]."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_tokens", [1, 1000, 5003, 8192, 10**7])
+def test_slices_are_whole_blocks(dtype, n_tokens):
+    """5,003 tokens left room for 26,827 words: rows that start at odd addresses."""
+    pytest.importorskip("triton")
+    words = fused._Triton.slice_words(n_tokens, dtype)
+    assert words % 128 == 0 and words >= 128
+    assert words == 128 or words * n_tokens * dtype.itemsize <= fused.SLICE_BYTES
+    assert (words + 128) * n_tokens * dtype.itemsize > fused.SLICE_BYTES
+
+
+def test_no_logits_are_held(monkeypatch):
+    """The largest tensor that either pass makes is a tile, on a GPU a slice of the vocabulary, not [T, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -135,8 +146,10 @@ def test_no_logits_are_held():
                 largest = max(largest, result.untyped_storage().nbytes())
             return result
 
+    monkeypatch.setattr(fused, "SLICE_BYTES", 4 * 600 * 256)
     hidden, weight, targets, upstream = case(600, 5000, 8, torch.float32)
     with Largest():
         logprobs, _ = fused.linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), targets)
         (logprobs * upstream).sum().backward()
-    assert largest == 4 * fused.TILE_TOKENS * fused.TILE_WORDS  # [T, V] would be 12 MB
+    # [T, V] would be 12 MB
+    assert largest == (fused.SLICE_BYTES if DEVICE == "cuda" else 4 * fused.TILE_TOKENS * fused.TILE_WORDS)

@@ -1,8 +1,10 @@
 """model.py against transformers: logits, gradients, both directions of loading, and what it refuses."""
 
+import importlib
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from conftest import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from model import Config, Packed, load_pretrained, save_pretrained
+from kernels import varlen_attention
+from model import Config, Packed, Segments, load_pretrained, save_pretrained
 from prompts import Chat
 
 CONFIGS = [
@@ -59,6 +62,27 @@ def test_a_critic_starts_on_an_lm_with_a_zero_head(tmp_path):
     critic = load_pretrained(str(tmp_path / "m"), scalar_head=True)
     ids, packed = packed_batch(config)
     assert (critic(torch.cat(ids), packed.position_ids, packed) == 0).all()
+
+
+def test_a_scalar_head_is_fp32_behind_a_bf16_trunk(tmp_path):
+    """Its weights, in the model and in the file, and the product: values differ by less than bf16 could tell apart."""
+    model = random_model(tiny_config(), scalar_head=True)
+    save_pretrained(model, str(tmp_path / "m"), None, torch.bfloat16)
+    loaded = load_pretrained(str(tmp_path / "m"), torch.bfloat16, scalar_head=True)
+    assert torch.equal(loaded.score.weight, model.score.weight) and loaded.score.weight.dtype == torch.float32
+    assert loaded.model.norm.weight.dtype == torch.bfloat16
+    hidden = []
+    loaded.model.norm.register_forward_hook(lambda module, given, out: hidden.append(out[0]))
+    ids, packed = packed_batch(model.config)
+    for trunk_dtype in ("as loaded", "all bf16"):  # as FSDP hands over the weights where it casts all of them
+        if trunk_dtype == "all bf16":
+            loaded.to(torch.bfloat16)
+        values = loaded(torch.cat(ids), packed.position_ids, packed)
+        assert hidden[-1].dtype == torch.bfloat16 and values.dtype == torch.float32
+        exact = hidden[-1].double() @ loaded.score.weight[0].double()
+        assert (values - exact).abs().max() < 1e-6 < (values - values.bfloat16()).abs().max()
+    values.sum().backward()
+    assert loaded.score.weight.grad.abs().sum() > 0 and loaded.model.norm.weight.grad.abs().sum() > 0
 
 
 def test_sequences_do_not_see_each_other():
@@ -333,3 +357,55 @@ def test_a_conversation_that_the_assistant_opens(tiny):
         chat.messages([])
     with pytest.raises(ValueError, match=r"messages\[1\]: expected an object"):
         chat.messages([{"role": "user", "content": "Tea?"}, "Tea?"])
+
+
+# -- attention on a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (None, "flash-attn is not installed"),
+        ("from flash_attn_2_cuda import x", "installed but does not load (ModuleNotFoundError: No module named"),
+        ("raise ImportError('a.so: undefined symbol: _ZN3c10')", "does not load (ImportError: a.so: undefined symbol"),
+        ("x = 1", "does not load (ImportError: cannot import name"),
+        ("raise OSError('libcudart.so.12: not found')", "does not load (OSError: libcudart.so.12"),
+        ("flash_attn_varlen_func = print", "attention: flash-attn"),
+    ],
+)
+def test_what_flash_attn_lacks_is_said(monkeypatch, tmp_path, code, said):
+    if code:
+        (tmp_path / "flash_attn.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+    elif importlib.util.find_spec("flash_attn"):
+        pytest.skip("it is installed")
+    spec = importlib.util.spec_from_file_location("fresh_varlen_attention", varlen_attention.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh_varlen_attention", fresh)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    spec.loader.exec_module(fresh)
+    assert said in fresh.attention_used(True)
+    assert "scaled_dot_product_attention" in fresh.attention_used(False)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+
+
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_keys_are_not_copied_for_each_query_head(monkeypatch, has_flag):
+    """What torch's varlen_attn gets; where it lacks the flag, K and V in as many heads as Q."""
+    given = []
+    monkeypatch.setattr("kernels.varlen_attention.flash_attn_varlen_func", None)
+    monkeypatch.setattr("kernels.varlen_attention.VARLEN_GQA", has_flag)
+    monkeypatch.setattr(
+        "kernels.varlen_attention.varlen_attn", lambda q, k, v, *where, **flags: given.append((k.shape, flags)) or q
+    )
+    monkeypatch.setattr("kernels.varlen_attention.say_once", lambda text: None)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    q, k = (torch.zeros(5, heads, 8, dtype=torch.bfloat16).as_subclass(OnGPU) for heads in (4, 2))
+    where = Segments([5])
+    varlen_attention.varlen_attention(q, k, k, where, where)
+    ((shape, flags),) = given
+    assert tuple(shape) == (5, 2 if has_flag else 4, 8)
+    assert flags == dict(window_size=(-1, 0), **({"enable_gqa": True} if has_flag else {}))

@@ -35,7 +35,7 @@ def run(model, batch):
     """-> results of the head [S], gradients of a loss that weighs every token differently."""
     model.zero_grad()
     out = training.forward(model, batch, 0.9)
-    (out * torch.linspace(-1, 2, len(out), dtype=out.dtype)).sum().backward()
+    (out * torch.linspace(-1, 2, len(out), dtype=out.dtype, device=out.device)).sum().backward()
     return out.detach(), [p.grad.clone() for p in model.parameters()]
 
 
