@@ -82,7 +82,9 @@ def read_examples(args, chat, templates):
     first = read_rows(args.data, "object")[0]
     examples = []
     if "messages" in first:
-        for row in read_rows(args.data, "messages"):
+        for line, row in enumerate(read_rows(args.data, "messages"), 1):
+            if row["messages"][0]["role"] == "assistant":
+                raise ValueError(f"{args.data}:{line}: messages[0]: expected a message of the user (or the system's)")
             ids, trained, before = [], [], []
             for message in row["messages"]:
                 if message["role"] != "assistant":

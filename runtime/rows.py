@@ -16,6 +16,9 @@ ROW_FIELDS = {
     "object": {},
 }
 
+# Nesting of objects and lists in a row: what walks through a row by recursion, the text of a persona, say, can do it.
+MAX_DEPTH = 100
+
 # What makes the files and folders that the scripts read by default: said where one is missing.
 MADE_BY = {
     "out/data/judgements": "make judgements with data/annotate.py, or train on --data of your own",
@@ -104,26 +107,37 @@ def check_row(row: Any, kind: str, where: str) -> None:
         )
 
 
+def _depth(value):
+    """How deep the objects and lists of a JSON value are nested."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        depth += 1
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
 def json_lines(path: str) -> list[tuple[str, Any]]:
     """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over.
 
-    ValueError: not UTF-8, a compressed file, a line that is not JSON or is blank, with file and line.
+    ValueError: not UTF-8, a compressed file, a line that is not JSON, is blank or nested too deep, with file and line.
     """
     with open(path, "rb") as f:
         content = f.read()
     if content[:2] == b"\x1f\x8b":
         raise ValueError(f"{path}: a gzip file; expected JSON lines as text (gunzip it first)")
+    text = content.removeprefix(b"\xef\xbb\xbf").rstrip()
     found = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), 1):
+    for number, line in enumerate(text.split(b"\n") if text else [], 1):
         where = f"{path}:{number}"
         try:
-            found.append((where, json.loads(line.decode("utf-8"))))
+            value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error})") from error
         except (json.JSONDecodeError, RecursionError) as error:
-            if not content.strip():
-                return []
             raise ValueError(f"{where}: not JSON ({error})") from error
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise ValueError(f"{where}: objects and lists nested more than {MAX_DEPTH} deep")
+        found.append((where, value))
     return found
 
 

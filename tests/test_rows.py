@@ -1,0 +1,184 @@
+"""Rows that a user may bring along: what is wrong in them is named by file, line and field, before any work."""
+
+import gzip
+import json
+
+import pytest
+from conftest import error_of
+
+import sft
+from prompts import persona_text
+from runtime.rows import MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows
+
+PROMPT = {"prompt_id": "p1", "persona": {"name": "Kim"}, "question": "What about tea?"}
+ROWS = {
+    "prompt": PROMPT,
+    "pair": PROMPT | {"chosen": "Yes.", "rejected": "No."},
+    "answer": PROMPT | {"answer": ""},
+    "judgement": PROMPT
+    | {"answer": "Yes.", "critique": "Fine.", "helpfulness": 1, "personalization": 0, "naturalness": -5},
+    "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    "object": {"anything": 1},
+}
+HALF = "\ud83d"  # of a surrogate pair; json writes it as an escape, which is legal JSON
+
+
+def write(tmp_path, *lines, name="rows.jsonl"):
+    """A file of some lines: objects, texts as they are, bytes as they are."""
+    raw = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
+    (tmp_path / name).write_bytes(b"\n".join(raw) + b"\n")
+    return str(tmp_path / name)
+
+
+def refused(path, kind):
+    """The message with which a file is refused; it is one line that a terminal can show."""
+    with pytest.raises(ValueError) as error:
+        read_rows(path, kind)
+    message = str(error.value)
+    assert "\n" not in message and message.encode()
+    return message
+
+
+def test_the_rows_above_are_of_every_kind(tmp_path):
+    assert ROWS.keys() == ROW_FIELDS.keys()
+    for kind, row in ROWS.items():
+        assert read_rows(write(tmp_path, row), kind) == [row]
+
+
+# -- half a surrogate pair -----------------------------------------------------------------------------------------
+
+
+def other(kind):
+    """A second row of a kind; of prompts with another id."""
+    return ROWS[kind] | {"prompt_id": "p2"}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(kind, tmp_path):
+    nested = write(tmp_path, ROWS[kind], other(kind) | {"extra": [1, {"note": [f"a {HALF}"]}]})
+    message = refused(nested, kind)
+    assert message.startswith(f'{nested}:2: field "extra[1].note[0]" holds half of a surrogate pair')
+
+    key = write(tmp_path, ROWS[kind], other(kind) | {"extra": {f"k{HALF}": 1}})
+    message = refused(key, kind)
+    assert message.startswith(f"{key}:2: field") and r"extra.k\ud83d" in message and "half of a surrogate" in message
+
+    whole = write(tmp_path, other(kind) | {"extra": "\U0001f600"})  # json writes both halves
+    assert "\\ud83d\\ude00" in (tmp_path / "rows.jsonl").read_text()
+    assert read_rows(whole, kind)[0]["extra"] == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "kind, field",
+    [(kind, field) for kind, checks in ROW_FIELDS.items() for field, c in checks.items() if c in ("text", "string")],
+)
+def test_half_a_surrogate_pair_in_a_text(kind, field, tmp_path):
+    path = write(tmp_path, other(kind) | {field: f"a {HALF} b"})
+    assert refused(path, kind).startswith(f'{path}:1: field "{field}" holds half of a surrogate pair')
+
+
+def test_half_a_surrogate_pair_in_a_message_or_persona(tmp_path):
+    path = write(tmp_path, {"messages": [{"role": "user", "content": HALF}]})
+    assert f'{path}:1: field "messages[0].content" holds' in refused(path, "messages")
+    path = write(tmp_path, PROMPT | {"persona": {"likes": ["tea", HALF]}})
+    assert f'{path}:1: field "persona.likes[1]" holds' in refused(path, "prompt")
+    path = write(tmp_path, PROMPT | {"persona": f"Kim {HALF}"})
+    assert f'{path}:1: field "persona" holds' in refused(path, "prompt")
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_that_are_no_utf8(tmp_path):
+    path = write(tmp_path, PROMPT, json.dumps({"question": "Grüße"}, ensure_ascii=False).encode("latin-1"))
+    assert refused(path, "object").startswith(f"{path}:2: not UTF-8 (")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(PROMPT), encoding="utf-16")
+    assert refused(path, "object").startswith(f"{path}:1: not UTF-8 (")
+
+
+def test_a_compressed_file(tmp_path):
+    path = write(tmp_path, gzip.compress(json.dumps(PROMPT).encode()))
+    assert refused(path, "prompt") == f"{path}: a gzip file; expected JSON lines as text (gunzip it first)"
+
+
+def test_a_byte_order_mark_and_line_ends(tmp_path):
+    marked = b"\xef\xbb\xbf" + json.dumps(PROMPT).encode() + b"\r"
+    path = write(tmp_path, marked, json.dumps(other("prompt")) + "\r", "", " \t", "\r", "")
+    assert read_rows(path, "prompt") == [PROMPT, other("prompt")]
+    assert refused(write(tmp_path, b"\xef\xbb\xbf"), "prompt") == f"{path}: empty, expected prompt rows"
+    assert refused(write(tmp_path, "", " ", ""), "prompt") == f"{path}: empty, expected prompt rows"
+
+
+def test_a_blank_line_in_the_middle(tmp_path):
+    for blank in ("", "  ", "\r"):
+        path = write(tmp_path, PROMPT, blank, other("prompt"))
+        assert refused(path, "prompt").startswith(f"{path}:2: not JSON (")
+    path = write(tmp_path, "", PROMPT)
+    assert refused(path, "prompt").startswith(f"{path}:1: not JSON (")
+
+
+def test_unicode_line_separators_are_text(tmp_path):
+    rows = [PROMPT | {"question": "a\u2028b\x85c\x0b?"}, other("prompt")]
+    path = write(tmp_path, *(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_rows(path, "prompt") == rows
+    path = write(tmp_path, json.dumps(rows[0], ensure_ascii=False), "[]")
+    assert refused(path, "prompt").startswith(f"{path}:2: expected a JSON object (prompt row), found list")
+
+
+@pytest.mark.parametrize("end", ["1", '"\\ud83d"'])
+def test_deep_nesting_ends_in_a_message(end, tmp_path):
+    """It is refused by a rule: what recursion allows depends on who calls, and ends in a traceback."""
+    for depth in (150, 400, 900, 990, 100_000):
+        for mark in ("[]", '{"a":}'):
+            deep = mark[:-1] * depth + end + mark[-1] * depth
+            path = write(tmp_path, PROMPT, json.dumps(other("prompt"))[:-1] + f', "extra": {deep}}}')
+            assert refused(path, "prompt").startswith(
+                (f"{path}:2: not JSON (", f"{path}:2: objects and lists nested more than 100 deep")
+            )
+
+
+def test_nesting_that_is_allowed_can_be_used(tmp_path):
+    persona = "tea"
+    for _ in range(MAX_DEPTH // 2 - 1):
+        persona = {"likes": [persona]}
+    (row,) = read_rows(write(tmp_path, PROMPT | {"persona": persona}), "prompt")
+    assert persona_text(row["persona"]).rstrip().endswith("tea")
+
+
+def test_many_brackets_are_no_deep_nesting(tmp_path):
+    row = PROMPT | {"persona": {"likes": [["tea"]] * 500, "said": "[{" * 500}}
+    assert read_rows(write(tmp_path, row), "prompt") == [row]
+
+
+def test_a_prompt_id_that_stands_twice(tmp_path):
+    path = write(tmp_path, PROMPT, other("prompt"), PROMPT)
+    assert refused(path, "prompt") == f'{path}:3: prompt_id "p1" stands at {path}:1 too'
+    path = write(tmp_path, ROWS["pair"], ROWS["pair"])  # a prompt has several pairs
+    assert len(read_rows(path, "pair")) == 2
+
+
+@pytest.mark.parametrize("start", MADE_BY)
+def test_a_missing_default_names_what_makes_it(start):
+    with pytest.raises(FileNotFoundError) as error:
+        read_rows(f"{start}not_there.jsonl", "pair")
+    message = str(error.value)
+    assert message.startswith(f"{start}not_there.jsonl: no such file; expected JSON lines (pair rows); ")
+    assert ".py" in message and message.endswith(MADE_BY[start])
+
+
+def test_a_missing_file_of_the_users_own(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected JSON lines \(pair rows\)$"):
+        read_rows(str(tmp_path / "none.jsonl"), "pair")
+    assert made_by("out/sft/policy") == "; run sft.py first"
+    assert made_by("elsewhere/out/sft/policy") == made_by("out/mine") == ""
+
+
+# -- conversations -------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_that_the_assistant_opens(tiny, tmp_path, capsys):
+    opened = {"messages": [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]}
+    path = write(tmp_path, ROWS["messages"], ROWS["messages"], opened)
+    error = error_of(sft, capsys, "--model", tiny / "checkpoint", "--data", path, "--out", tmp_path / "out")
+    assert error.startswith(f"error: {path}:3: messages[0]: expected a message of the user")
+    assert not (tmp_path / "out").exists()
