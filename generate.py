@@ -21,8 +21,7 @@ How it works:
    numbers end their own sample.
 6. On a CPU the running rows are decoded in a dense copy of their keys and values, at most as large as the cache itself:
    rows times the longest of them; where that would be more, the youngest wait as in 4.
-7. On a GPU the decode step, sampler included, is a CUDA graph per bucket of batch sizes, and the host looks only every
-   few steps for samples that have ended.
+7. On a GPU a decode step with its sampler is a CUDA graph per bucket of batch sizes; the host polls every few steps.
 
     python generate.py --model DIR                                      # chat
     python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions of one person
@@ -69,10 +68,10 @@ if __name__ == "__main__":
 
 import itertools
 import json
-import os
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -640,9 +639,8 @@ def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) 
 
 
 def read_persona(text: str) -> Any:
-    if os.path.isfile(text):
-        with open(text, encoding="utf-8") as f:
-            text = f.read()
+    if Path(text).is_file():
+        text = Path(text).read_text(encoding="utf-8-sig")
     try:
         persona = json.loads(text)
     except json.JSONDecodeError as error:
@@ -658,8 +656,7 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
     while engine.busy:
         engine.step()
         done = engine.collect()
-        ids = done[0].ids if done else engine.partial(0)
-        text = chat.decode(ids)
+        text = chat.decode(done[0].ids if done else engine.partial(0))
         if done or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -675,8 +672,7 @@ def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> N
         try:
             text = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
-            return
+            return print()
         if text == "/new":
             messages = []
         elif text:
