@@ -19,7 +19,7 @@ from judges import ask_all
 from model import save_pretrained
 from prompts import DIMENSIONS
 from runtime import flags, training
-from runtime.distributed import all_gather, all_sum, derive_seed, moments
+from runtime.distributed import all_gather, all_sum, derive_seed, moments, print0
 from runtime.rows import read_rows
 
 
@@ -71,16 +71,21 @@ def agreement(labels, found):
 # -- what a step of ppo_cpe.py is described by (t, judged, ...: its trajectories) --------------------------------------
 
 
+DISTINCT_OF = 32  # answers, per rank: distinct pairs get rarer with the number of answers that are pooled
+
+
 def describe_rollout(judged, lost, selected, stats, prefix=""):
     """Rewards, gains, lengths and scores of originals and edits into stats (README, "Metrics of a PPO step")."""
 
     def add(name, value):
         stats.add(prefix + name, torch.tensor(value, dtype=torch.float64))
 
-    for kind, answers in (
-        ("original", [t.answer for t in judged if not t.parent]),
-        ("edit", [t.answer for t in judged if t.parent]),
-    ):
+    def answers_of(kind):  # the first samples of each prompt first: as many whatever the number of samples
+        found = [t for t in judged if bool(t.parent) == (kind == "edit")]
+        return [t.answer for t in sorted(found, key=lambda t: (t.sample_id, t.place))[:DISTINCT_OF]]
+
+    for kind in ("original", "edit"):
+        answers = answers_of(kind)
         if answers:
             add(f"{kind}/distinct_2", distinct(answers, 2))
     for t in lost["originals"] + lost["edits"]:  # whom failed judgements hit
@@ -208,6 +213,27 @@ def describe_edits(edits, ratio, weight, advantages, args, stats):
             stats.add(f"edit/{kind}_mass", (weight * advantages).abs() * tokens)
 
 
+def check_judge(judged, lost, judge, args, ranks):
+    """Prints what share of a few answers got a judgement at the start of a run. ValueError: none did."""
+    n_judged, n_lost = map(int, all_sum(ranks, len(judged), len(lost["originals"])))
+    judge.take_counts()
+    judge.forget()  # so that the first step is computed as without this
+    if n_lost and not n_judged:
+        raise ValueError(
+            f"--judge {args.judge}: not one of {n_lost} answers got a judgement; is it a reward model for them?"
+        )
+    print0(f"--judge {args.judge}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
+
+
+def warn_of_lost(counts, step):
+    """A line where more than a fifth of a step's responses leave the batch for want of a judgement (counts of all ranks)."""
+    n_lost = counts["lost/originals"] + counts["lost/edits"]
+    if n_lost > 0.2 * (n_lost + counts["judged"]):
+        print0(
+            f"warning: step {step}: {n_lost} of {n_lost + counts['judged']} responses got no judgement and are not trained"
+        )
+
+
 def explained_variance(batch, ranks):
     """Of the returns of all ranks by the critic's values: 1 - var(returns - values) / var(returns)."""
     returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
@@ -239,6 +265,7 @@ def step_metrics(step, judged, counts, clock, run, **figures):
     counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
     counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
     counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
+    warn_of_lost({**counts, "judged": int(all_sum(ranks, len(judged))[0])}, step + 1)
     phases = ("refresh", "rollout", "diagnostics", "score", "update")
     seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
     training_seconds = seconds["score"] + seconds["update"]

@@ -323,8 +323,7 @@ def rollout(prompts, engine, judge, run, step, progress):
             judged.append(t)
             if needs_critique and t.parent is None and not (t.judgement and t.judgement.critique.strip()):
                 raise ValueError(
-                    f'--judge {args.judge}: no critique of an answer to prompt "{t.prompt_id}", which edits '
-                    "(--edit-rate > 0) and sdpo need"
+                    f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}, for edits or sdpo"
                 )
             if editing and t.parent is None:
                 under = edit_prompt(run.chat, run.templates, t.prompt_ids, t.response_ids, t.judgement.critique)
@@ -333,6 +332,7 @@ def rollout(prompts, engine, judge, run, step, progress):
                 seed = derive_seed(args.seed, step, t.prompt_id, t.sample_id, "edit")
                 engine.submit(under, key=edit.key, seeds=[seed], **sampling)
             progress.set_postfix_str(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
+    judged.sort(key=lambda t: (t.place, t.key))  # not in the order in which a server happened to answer
     return judged, lost
 
 
@@ -564,8 +564,7 @@ def main(args):
         raise ValueError(
             f"{args.prompts}: {len(prompts)} prompts, fewer than --prompts-per-step {args.prompts_per_step}"
         )
-    held_out = read(args.eval_data)[: args.eval_n] if args.eval_data else []
-    held_out = [(place, *prompt) for place, prompt in enumerate(held_out)][ranks.rank :: ranks.world_size]
+    held_out = packing.deal(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     settings = JudgeSettings.from_args(args)
     judge = open_judge(args.judge, settings, ranks)
@@ -584,6 +583,9 @@ def main(args):
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
     progress = runs.progress(first_step, last_step, ranks)
+    probe = replace(run, args=replace(args, n_samples=1, edit_rate=0))  # is the judge one for these answers?
+    probed = rollout(packing.deal(prompts[:8], ranks), engine, judge, probe, "probe", progress)
+    diagnostics.check_judge(*probed, judge, args, ranks)
     for step in progress:
         clock = [time.perf_counter()]
         run = replace(run, stats=runs.Stats())
@@ -595,7 +597,7 @@ def main(args):
         clock.append(time.perf_counter())
         if args.offload:
             training.to_host(models, optimizers)
-        mine = [(place, *prompts[i]) for place, i in enumerate(rows)][ranks.rank :: ranks.world_size]
+        mine = packing.deal([prompts[i] for i in rows], ranks)
         judged, lost = rollout(mine, engine, judge, run, step, progress)
         clock.append(time.perf_counter())
         counts = {f"lost/{name}": len(trajectories) for name, trajectories in lost.items()}

@@ -70,6 +70,11 @@ def pack_shared(prefixes, suffixes, trained, device):
     return Batch(input_ids, SharedPrefix(groups, device), index, targets, [sum(f) for f in trained])
 
 
+def deal(prompts: list[tuple], ranks: Ranks) -> list[tuple]:
+    """This rank's of some prompts (tuples), each with its place among all in front."""
+    return [(place, *prompt) for place, prompt in enumerate(prompts)][ranks.rank :: ranks.world_size]
+
+
 def balance(sizes, n_bins):
     """Indices of `sizes` in bins of nearly equal sums: the largest first, each into the emptiest bin (LPT rule)."""
     bins, filled = [[] for _ in range(n_bins)], [0] * n_bins
