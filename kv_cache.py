@@ -1,9 +1,9 @@
 """The paged KV cache: which block of it belongs to whom, and attention through it.
 
-The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots hold
-the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it: `Prefill`
-for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a copy of their
-own, without blocks: `DenseRows`.
+The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots
+hold the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it:
+`Prefill` for chunks of prompts, `Decode` for one new token per sequence. On a CPU the running rows are decoded in a
+copy of their own, without blocks: `DenseRows`.
 """
 
 import itertools
@@ -197,8 +197,8 @@ def likely_tokens(max_len, max_batch):
 
 
 def kv_tokens_of(model, max_len, max_batch):
-    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a GPU,
-    on a CPU, where memory counts only once it is written, the most that there can be."""
+    """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a
+    GPU, on a CPU, where memory counts only once it is written, the most that there can be."""
     device, config = next(model.parameters()).device, model.config
     if device.type == "cuda":
         wanted = likely_tokens(max_len, max_batch)
