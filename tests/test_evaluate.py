@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judges import REFUSALS, pair_server, server  # noqa: F401
+from test_judge_servers import REFUSALS, pair_server, server  # noqa: F401
 from test_serve import Running
 from test_winrate import annotations as made_annotations
 from test_winrate import gamed_file
