@@ -21,6 +21,7 @@ from test_winrate import gamed_file
 import evaluate
 from data import persona_world
 from evaluation import journal, tables
+from evaluation.accuracy import accuracy, accuracy_by_tier, longer_wins
 from model import load_config, save_pretrained
 from prompts import judgement_text
 
@@ -834,7 +835,7 @@ def test_bad_annotations(tmp_path, capsys):
 
 
 def test_accuracy_by_hand():
-    found = evaluate.accuracy(np.array([1, 1, 0.5, 0, np.nan]), seed=0)
+    found = accuracy(np.array([1, 1, 0.5, 0, np.nan]), seed=0)
     assert (found["accuracy"], found["ties_half"], found["ties"], found["n"], found["without_verdict"]) == (
         0.5,
         0.625,
@@ -851,7 +852,7 @@ def test_accuracy_by_hand():
             (3, "specific", "mid", 3),
         )
     ]
-    found = evaluate.accuracy_by_tier(pairs, np.array([1, 1, 0, 0.5]), seed=0)
+    found = accuracy_by_tier(pairs, np.array([1, 1, 0, 0.5]), seed=0)
     assert {k: (v["accuracy"], v["longer_answer"]) for k, v in found["groups"].items()} == {
         "general easy": (1, 0.5),
         "general hard": (0, 0.5),
@@ -896,7 +897,7 @@ def test_reward_accuracy_of_a_judge_that_scores(tmp_path, capsys):
     assert results["total"]["accuracy"] == pytest.approx(np.mean([a > b for a, b in scores]))
     assert results["total"]["ties"] == sum(a == b for a, b in scores) >= 1
     assert set(results["groups"]) == {f"{k} {t}" for k in ("general", "specific") for t in ("easy", "mid", "hard")}
-    assert results["total"]["longer_answer"] == pytest.approx(np.mean([evaluate.longer_wins(p) for p in pairs]))
+    assert results["total"]["longer_answer"] == pytest.approx(np.mean([longer_wins(p) for p in pairs]))
     assert "| longer answer % |" in capsys.readouterr().out
 
 
@@ -919,7 +920,7 @@ def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):
         )
     )
     results = json.loads((tmp_path / "out/results.json").read_text())
-    longer = [evaluate.longer_wins(p) for p in pairs[1:]]  # what this server goes by; of equal lengths: the second
+    longer = [longer_wins(p) for p in pairs[1:]]  # what this server goes by; of equal lengths: the second
     assert results["total"]["accuracy"] == pytest.approx(np.mean([x == 1 for x in longer]))
     assert results["total"]["ties"] == longer.count(0.5)
     assert results["total"]["without_verdict"] == 1 and results["failures"] == {"unparsable": 1}
