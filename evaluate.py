@@ -128,6 +128,7 @@ import numpy as np
 
 from data import persona_world
 from evaluation import personamem, tables, winrate
+from evaluation.accuracy import accuracy_by_tier, accuracy_table
 from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
 from judges import WorldJudge, named_server, parse_spec
@@ -357,11 +358,6 @@ def judged_alone(rows: list[dict], outputs: dict[str, list], args: Args, ranks) 
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def group_of(row: dict) -> str | None:
-    """ "general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
-    return " ".join(row[k] for k in ("kind", "tier") if row.get(k)) or None
-
-
 def annotations_of(rows: list[dict], answers: dict[str, Answers], judged: list[dict], judge: str) -> list[dict]:
     """Rows in AlpacaEval's format, in the order of the prompts. A missing answer is an empty text without a verdict."""
     found = []
@@ -376,7 +372,7 @@ def annotations_of(rows: list[dict], answers: dict[str, Answers], judged: list[d
         annotation |= dict(
             annotator=judge,
             preference=result["preference"],
-            group=group_of(row),
+            group=tables.group_of(row),
             shown=result["shown"],
             method=result["method"],
             failure=result["failure"],
@@ -485,30 +481,6 @@ def compare_files(args: Args) -> None:
 # -- reward-model accuracy ---------------------------------------------------------------------------------------------
 
 
-def accuracy(outcomes: np.ndarray, seed: int, persons: list | None = None) -> dict:
-    """outcomes: 1 right, 0 wrong, 0.5 a tie, NaN no verdict [n] -> dict; shares in [0, 1] of the rows with a verdict.
-
-    accuracy counts a tie as wrong, with its 95 % interval; ties_half counts it as a half.
-    """
-    judged = outcomes[~np.isnan(outcomes)]
-    right = np.where(np.isnan(outcomes), np.nan, outcomes == 1)
-    low, high = winrate.bootstrap_mean(right, seed, persons)
-    return dict(
-        accuracy=float((judged == 1).mean()) if len(judged) else None,
-        low=low,
-        high=high,
-        ties_half=float(judged.mean()) if len(judged) else None,
-        ties=int((judged == 0.5).sum()),
-        n=len(judged),
-        without_verdict=int(np.isnan(outcomes).sum()),
-    )
-
-
-def longer_wins(pair: dict) -> float:
-    """What "the answer with more characters" says: 1 the chosen one, 0 the rejected one, 0.5 neither."""
-    return 0.5 + 0.5 * float(np.sign(len(pair["chosen"]) - len(pair["rejected"])))
-
-
 def reward_accuracy(args: Args, ranks) -> None:
     """--task reward-accuracy. Scores of a GRM are sums of integers with exact weights: ties are ties, not rounding."""
     pairs = draw_rows(args, "pair")
@@ -557,76 +529,6 @@ def reward_accuracy(args: Args, ranks) -> None:
     text = accuracy_table(results)
     write_text(os.path.join(args.out, "table.md"), text)
     print(f"{text}\nwritten: {args.out}/ (verdicts.jsonl, results.json, table.md)")
-
-
-def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict:
-    """-> {"groups": {"general hard": ...}, "kinds": {"general": ...}, "total"}, each with the longer answer beside it.
-
-    A kind's (and the total's) `mean_of_tiers` is the plain mean of its groups' accuracies, `accuracy` that by rows:
-    published tables mix the two (docs/evaluation.md 7).
-    """
-    longer = np.array([longer_wins(pair) for pair in pairs])
-    labels = [group_of(pair) or "all" for pair in pairs]
-    persons = tables.persons_of(pairs)
-
-    def part(rows):
-        theirs = persons and [persons[i] for i in rows]
-        return accuracy(outcomes[rows], seed, theirs) | dict(longer_answer=float(longer[rows].mean()))
-
-    def mean_of_tiers(groups):
-        found = [group["accuracy"] for group in groups]
-        return None if None in found else float(np.mean(found))
-
-    def rows_of(names):
-        return [i for i, label in enumerate(labels) if label in names]
-
-    groups = {label: part(rows_of([label])) for label in tables.in_order(labels)}
-    kinds = {}
-    for kind in sorted({pair["kind"] for pair in pairs if pair.get("kind")}):
-        names = [label for label in groups if label.split()[0] == kind]
-        kinds[kind] = part(rows_of(names)) | dict(mean_of_tiers=mean_of_tiers([groups[n] for n in names]))
-    total = part(list(range(len(pairs)))) | dict(mean_of_tiers=mean_of_tiers(groups.values()))
-    return dict(
-        groups=groups,
-        kinds=kinds,
-        total=total,
-        intervals="rows of one user_id drawn together" if persons else "rows drawn one by one",
-    )
-
-
-def accuracy_table(results: dict) -> str:
-    """Markdown."""
-    row = tables.markdown_row
-    lines = [
-        row("pairs", "accuracy %, by rows", "mean of tiers", "ties half", "longer answer %", "ties", "n", "no verdict"),
-        row("---", *["--:"] * 7),
-    ]
-    parts = {**results["groups"], **{f"{k}, all": v for k, v in results["kinds"].items()}, "total": results["total"]}
-    for name, p in parts.items():
-        shares = [p.get(k) for k in ("mean_of_tiers", "ties_half", "longer_answer")]
-        lines.append(
-            row(
-                name,
-                tables.interval_text(p["accuracy"], p["low"], p["high"], 100),
-                *("-" if share is None else f"{100 * share:.1f}" for share in shares),
-                p["ties"],
-                p["n"],
-                p["without_verdict"],
-            )
-        )
-    lines += [
-        "",
-        f"Judge: {results['judge']}. A tie is not right; the longer answer's ties count half; 95 % intervals "
-        f"by bootstrap, {results['intervals']}.",
-    ]
-    if results["position_bias"]:
-        bias = results["position_bias"]
-        share = tables.interval_text(bias["first_place"], bias["low"], bias["high"], 100)
-        lines.append(
-            f"The answer shown first is preferred at {share} %; both orders agree on {100 * bias['agree']:.1f} %."
-        )
-    lines += [f"{n} questions to the judge without a verdict: {kind}." for kind, n in results["failures"].items()]
-    return "\n".join(lines) + "\n"
 
 
 # -- persona swap ------------------------------------------------------------------------------------------------------

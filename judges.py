@@ -26,18 +26,14 @@ that, or where none can be had, the verdict has no reward and says why: no score
 """
 
 import collections
-import glob
 import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import numbers
 import os
-import queue
 import re
 import sys
-import threading
 import types
 import typing
 from collections.abc import Callable
@@ -47,78 +43,29 @@ from typing import Any
 import torch
 
 from generate import Engine
+from judge_base import Judge, JudgeSettings, Verdict, share_of_first
+from judge_servers import PairServerJudge, ServerJudge
 from kv_cache import likely_tokens
-from model import Packed, load_pretrained, resolve
+from model import Packed, load_pretrained
 from prompts import (
     DIMENSIONS,
     PAIR_NAMES,
-    SCORE_WEIGHTS,
     Chat,
     Judgement,
     Templates,
     bt_ids,
     grm_prompt,
-    grm_request,
-    load_templates,
     pair_request,
     parse_judgement,
-    parse_pair,
 )
 from runtime import plan
-from runtime.chat_client import ChatServer, Failure, is_url
+from runtime.chat_client import ChatServer, is_url
 from runtime.distributed import derive_seed
-from runtime.runs import input_digest
 
 FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
-TOP_LOGPROBS = (20, 5)  # alternatives of the first token that a server is asked for; some refuse more than 5
 
 
-@dataclass
-class Verdict:
-    key: Any
-    reward: float | None  # None: no judgement, the sample has to leave the batch
-    judgement: Judgement | None  # None where the judge writes none
-    attempts: int  # judgements that were asked for
-    error: str | None  # why there is no reward
-    # what kind of failure: unparsable | refused | too long | not a number | no judgement (a function gave None) |
-    # request (nothing that the judge said arrived; it may the next time)
-    failure: str | None = None
-    method: str | None = None  # of pairs: logprobs | votes
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """What a judge is opened with, whichever it is; each uses what concerns it."""
-
-    weights: tuple[float, float, float] = SCORE_WEIGHTS  # of helpfulness, personalization, naturalness in the reward
-    attempts: int = 3  # judgements asked for before an answer is given up
-    temperature: float = 0.9  # of a judgement
-    max_new_tokens: int = 512  # of a judgement
-    votes: int = 5  # verdicts on a pair whose share stands in where a server gives no log-probabilities
-    # files that take the place of the templates which a model in this process was trained with, or of the built-in ones
-    answer_template: str | None = None
-    grm_template: str | None = None
-    pair_template: str | None = None
-    # the machine: a judgement does not depend on these
-    max_batch: int = 256  # sequences in the engine of a model in this process
-    max_len: int = 8192  # tokens of each, prompt and judgement
-    concurrency: int = 64  # requests that a server gets at a time
-
-    @classmethod
-    def from_args(cls, args: Any) -> "JudgeSettings":
-        """From a script's flags (`flags.Judging`), and those of these names that it has beside them."""
-        names = ("answer_template", "grm_template", "pair_template", "max_batch", "concurrency")
-        return cls(
-            weights=args.score_weights,
-            attempts=args.judge_attempts,
-            temperature=args.judge_temperature,
-            max_new_tokens=args.judge_max_new_tokens,
-            votes=getattr(args, "judge_votes", cls.votes),
-            **{name: getattr(args, name) for name in names if hasattr(args, name)},
-        )
-
-
-def parse_spec(spec: str) -> tuple[type["Judge"], str]:
+def parse_spec(spec: str) -> tuple[type[Judge], str]:
     """The value of a --judge flag -> the class of judge, and its folder, hub id, URL or FILE.py:FUNCTION."""
     name = spec.removeprefix("pair:")
     if name != spec:
@@ -136,7 +83,7 @@ def parse_spec(spec: str) -> tuple[type["Judge"], str]:
     return GenerativeJudge, spec
 
 
-def open_judge(spec: str, settings: JudgeSettings, ranks) -> "Judge":
+def open_judge(spec: str, settings: JudgeSettings, ranks) -> Judge:
     """The judge of a --judge value; see the top of this file. ranks: device and dtype of a model in this process.
 
     ValueError: it cannot judge.
@@ -169,68 +116,9 @@ def named_server(spec: str) -> str:
     return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
 
 
-def weights_fingerprint(folder: str) -> str:
-    """Of the content of a folder's weights, config and tokenizer. ValueError: there are no weights."""
-    folder = resolve(folder)
-    if not glob.glob(os.path.join(folder, "*.safetensors")):
-        raise ValueError(f"{folder}: no *.safetensors there")
-    return input_digest(folder)
-
-
 def file_digest(path: str) -> str:
     with open(path, "rb") as f:
         return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
-
-
-class Judge:
-    """What the judges share: verdicts on their way out, and counts."""
-
-    writes_critiques: bool | None = True  # None: the first verdict will show
-    compares = False  # two answers at a time
-    template: str | None = None  # which of prompts.Templates it fills
-
-    def __init__(self):
-        self.pending, self.finished = 0, []
-        self.asked = self.failed = 0
-        self.complaints = set()
-
-    @classmethod
-    def templates(cls, target: str, settings: JudgeSettings) -> Templates:
-        """Of a model in this process those that it was trained with, unless a flag names another file."""
-        folder = None if is_url(target) else resolve(target)
-        flag = f"{cls.template}_template"
-        return load_templates(folder, **{flag: getattr(settings, flag)})
-
-    @classmethod
-    def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
-        identity = target if is_url(target) else weights_fingerprint(target)
-        return [identity, cls.templates(target, settings).texts(cls.template)]
-
-    @classmethod
-    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
-        return {}
-
-    @property
-    def busy(self) -> bool:
-        return self.pending > 0
-
-    def poll(self) -> list[Verdict]:
-        """Finished verdicts, each once. Should `advance` raise, those before it are not lost."""
-        self.advance()
-        verdicts, self.finished = self.finished, []
-        self.pending -= len(verdicts)
-        return verdicts
-
-    def take_counts(self) -> tuple[int, int]:
-        """(judgements asked for, those that failed) since the last call."""
-        counts, self.asked, self.failed = (self.asked, self.failed), 0, 0
-        return counts
-
-    def finish(self, key, reward, judgement=None, attempts=1, error=None, failure=None, method=None):
-        if error is not None and error[:40] not in self.complaints:  # each kind once
-            self.complaints.add(error[:40])
-            print(f"judge: an answer got no judgement: {error}", file=sys.stderr)
-        self.finished.append(Verdict(key, reward, judgement, attempts, error, failure, method))
 
 
 def ask_all(judge: Judge, asked: list[tuple[dict, Any, int]]) -> list[Verdict]:
@@ -383,15 +271,6 @@ class PairJudge(EngineJudge):
                 self.finish(key, None, error=error, failure="unparsable")
 
 
-def share_of_first(top: list[tuple[str, float]]) -> float | None:
-    """(text, log-prob) of the first token's alternatives -> P(first) / (P(first) + P(second)), or None.
-
-    Exact names only, as AlpacaEval: a name that is not among the alternatives has probability 0.
-    """
-    first, second = (sum(math.exp(logprob) for text, logprob in top if text == name) for name in PAIR_NAMES)
-    return first / (first + second) if first + second > 0 else None  # NaN is not above 0
-
-
 class BradleyTerryJudge(Judge):
     """A scalar at the last token of prompt and answer, over packed sequences. No critique."""
 
@@ -451,183 +330,6 @@ def scalar_rewards(model, sequences: list[list[int]]) -> list[float]:
     input_ids = torch.tensor([i for ids in sequences for i in ids], device=device)  # [T]
     last = context.cu_seqlens[1:].long() - 1
     return model(input_ids, context.position_ids, context, index=last).tolist()
-
-
-# -- models behind a server --------------------------------------------------------------------------------------------
-
-
-class ServerJudge(Judge):
-    """A generative reward model behind a server (runtime/chat_client.py), asked by a pool of threads."""
-
-    template = "grm"
-
-    @classmethod
-    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
-        return cls(ChatServer(target), cls.templates(target, settings), settings)
-
-    def __init__(self, server: ChatServer, templates: Templates, settings: JudgeSettings):
-        super().__init__()
-        self.server, self.filled, self.settings = server, templates, settings
-        self.todo, self.results = queue.Queue(), queue.Queue()
-        for _ in range(settings.concurrency):  # daemons: a run that ends does not wait for them
-            threading.Thread(target=self.work, daemon=True).start()
-
-    def submit(self, key, row, answer, seed):
-        self.ask(key, grm_request(self.filled, row, answer), seed)
-
-    def ask(self, key, request, seed):
-        self.pending += 1
-        self.todo.put((key, request, seed))
-
-    def advance(self):
-        try:
-            while True:  # 1 ms: a caller that only waits for the server should not spin
-                wait = dict(block=False) if self.finished else dict(timeout=0.001)
-                key, asked, failed, verdict = self.results.get(**wait)
-                self.asked, self.failed = self.asked + asked, self.failed + failed
-                self.finish(key, attempts=asked, **verdict)
-        except queue.Empty:
-            return
-
-    def work(self):
-        """One thread of the pool: whatever happens to a request, its key comes back."""
-        while True:
-            key, request, seed = self.todo.get()
-            try:
-                result = self.judge(request, seed)
-            except Exception as error:  # in a thread nobody would see it, and the run would wait
-                result = (1, 1, failed_verdict(f"{type(error).__name__}: {error}", "request"))
-            self.results.put((key, *result))
-
-    def judge(self, request: str, seed: int) -> tuple[int, int, dict]:
-        """-> (judgements asked for, those that failed, what Judge.finish takes)."""
-        attempts, temperature, last = self.settings.attempts, self.settings.temperature, None
-        for attempt in range(1, attempts + 1):
-            try:
-                choice = self.complete(request, derive_seed(seed, attempt), temperature, self.settings.max_new_tokens)
-                judgement = parse_judgement(text_of(choice))
-            except Failure as failure:
-                last = failure
-                if not failure.retry:
-                    return attempt, attempt, failed_verdict(str(failure), failure.kind)
-                continue
-            if judgement is not None:
-                score = judgement.score(self.settings.weights)
-                return attempt, attempt - 1, dict(reward=score, judgement=judgement)
-            last = Failure("none parsed", "unparsable", retry=True)
-        return attempts, attempts, failed_verdict(f"{last}, {attempts} judgements", last.kind)
-
-    def complete(self, request: str, seed: int, temperature: float, max_tokens: int, **more) -> dict:
-        """The first choice of a reply. Failure: none arrived, or the model refused."""
-        messages = [{"role": "user", "content": request}]
-        choice = self.server.complete(
-            messages, seed=seed % 2**31, temperature=temperature, max_tokens=max_tokens, **more
-        )
-        if choice.get("finish_reason") == "content_filter" or choice["message"].get("refusal"):
-            raise Failure("refused", "refused", retry=True)
-        return choice
-
-
-def text_of(choice: dict) -> str:
-    """The text of a completion that ended by itself. Failure: it did not, or there is none."""
-    content = choice["message"].get("content")
-    if choice.get("finish_reason") == "length" or not isinstance(content, str):
-        raise Failure("cut off or empty", "unparsable", retry=True)
-    return content
-
-
-def failed_verdict(error: str, failure: str) -> dict:
-    return dict(reward=None, error=error, failure=failure)
-
-
-class PairServerJudge(ServerJudge):
-    """The better of two answers, named by a model behind a server.
-
-    At temperature 0 by the log-probabilities of the two names as its first token. A server that refuses
-    log-probabilities, or leaves them out, is asked for `votes` verdicts instead (one at temperature 0,
-    several at temperature 1), and their share counts; such verdicts are marked `votes`.
-    """
-
-    writes_critiques = False
-    compares = True
-    template = "pair"
-
-    def __init__(self, server: ChatServer, templates: Templates, settings: JudgeSettings):
-        self.top_logprobs = list(TOP_LOGPROBS)  # what has not been refused; none left: votes
-        super().__init__(server, templates, settings)
-
-    def submit(self, key, row, answers, seed):
-        self.ask(key, pair_request(self.filled, row, *answers), seed)
-
-    def judge(self, request: str, seed: int) -> tuple[int, int, dict]:
-        asked, last = 0, None
-        # a copy: another thread may take out what its request was refused
-        while (offered := list(self.top_logprobs)) and asked < self.settings.attempts:
-            asked, number = asked + 1, offered[0]
-            try:
-                choice = self.complete(request, seed, 0, 1, logprobs=True, top_logprobs=number)
-                top = first_token(choice)
-            except Failure as failure:
-                last = failure
-                if "logprob" in str(failure).lower() and failure.kind == "request" and not failure.retry:
-                    asked -= 1  # this server gives none, or not as many
-                    if number in self.top_logprobs:  # not yet taken out by another thread
-                        self.top_logprobs.remove(number)
-                elif not failure.retry:
-                    return asked, asked, failed_verdict(str(failure), failure.kind)
-                continue
-            if top is None:
-                self.top_logprobs, asked = [], asked - 1
-                break
-            share = share_of_first(top)
-            if share is not None:
-                return asked, asked - 1, dict(reward=share, method="logprobs")
-            error = f"neither name among the likely first tokens {[token for token, _ in top[:5]]}"
-            return asked, asked, failed_verdict(error, "unparsable")  # at temperature 0 always so
-        if self.top_logprobs:
-            return asked, asked, failed_verdict(f"{last}, {asked} verdicts", last.kind)
-        return self.by_votes(request, seed)
-
-    def by_votes(self, request: str, seed: int) -> tuple[int, int, dict]:
-        """The share of `votes` verdicts that parse, of at most `attempts` times as many asked for."""
-        votes, places, asked, last = self.settings.votes, [], 0, None
-        temperature = 0 if votes == 1 else 1
-        while len(places) < votes and asked < votes * self.settings.attempts:
-            asked += 1
-            try:
-                choice = self.complete(request, derive_seed(seed, asked), temperature, self.settings.max_new_tokens)
-                place = parse_pair(text_of(choice))
-            except Failure as failure:
-                last = failure
-                if not failure.retry:
-                    return asked, asked - len(places), failed_verdict(str(failure), failure.kind)
-                continue
-            if place is None:
-                last = Failure("none of the two names", "unparsable", retry=True)
-            else:
-                places.append(place)
-        if len(places) < votes:
-            error = f"{last}: {len(places)} verdicts of {asked} parsed, {votes} needed"
-            return asked, asked - len(places), failed_verdict(error, last.kind)
-        return asked, asked - len(places), dict(reward=places.count(0) / votes, method="votes")
-
-
-def first_token(choice: dict) -> list[tuple[str, float]] | None:
-    """(text, log-prob) of each alternative of a completion's first token; None: the server left them out.
-
-    Failure: an empty completion, or log-probabilities in another form.
-    """
-    logprobs = choice.get("logprobs")
-    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if tokens is None:
-        return None
-    try:
-        if not tokens:
-            raise Failure("an empty reply", "unparsable", retry=False)
-        top = tokens[0].get("top_logprobs")
-        return [(str(t["token"]), float(t["logprob"])) for t in top] if top else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Failure(f"unreadable log-probabilities: {json.dumps(tokens)[:200]}", "request", retry=True) from error
 
 
 # -- functions of row and answer ---------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from generate import Engine
-from judges import JudgeSettings, fingerprint, open_judge, parse_spec, weights_fingerprint
+from judge_base import weights_fingerprint
+from judges import JudgeSettings, fingerprint, open_judge, parse_spec
 from model import load_config, load_pretrained, resolve
 from prompts import DIMENSIONS, Chat, Judgement
 from runtime.chat_client import ChatServer, Failure, is_url

@@ -22,7 +22,7 @@ import torch
 
 from evaluation import tables, winrate
 from evaluation.journal import digest, draw_rows, made_once, replies
-from judges import weights_fingerprint
+from judge_base import weights_fingerprint
 from model import load_pretrained
 from prompts import Chat, without_reasoning
 from runtime import packing

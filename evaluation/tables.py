@@ -83,6 +83,11 @@ def persons_of(annotations: list[dict]) -> list | None:
     return None if None in persons else persons
 
 
+def group_of(row: dict) -> str | None:
+    """ "general hard" for PersonaFeedback's kinds and tiers; None where rows have neither."""
+    return " ".join(row[k] for k in ("kind", "tier") if row.get(k)) or None
+
+
 def in_order(groups: Iterable[str]) -> list[str]:
     """Distinct labels by kind, then from easy to hard."""
     tiers = {"easy": "1", "mid": "2", "hard": "3"}

@@ -31,8 +31,9 @@ SHOWN = 300  # characters of a server's words in a message
 class Failure(Exception):
     """A request that gave nothing to read; the message says why.
 
-    kind, as of judges.Verdict.failure: request (nothing that the model said arrived; may work another time) | refused |
-    unparsable. retry: whether the same request may work now; else the client's own retries are over or would not help.
+    kind, as of judge_base.Verdict.failure: request (nothing that the model said arrived; may work another time) |
+    refused | unparsable. retry: whether the same request may work now; else the client's own retries are over or would
+    not help.
     """
 
     def __init__(self, reason: str, kind: str, retry: bool):
