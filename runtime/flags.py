@@ -84,7 +84,7 @@ class Judging:
     """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges.py)."""
     grm_template: str | None = None
     """File that replaces the rubric that the judge was trained with."""
-    score_weights: tuple[float, float, float] = SCORE_WEIGHTS
+    score_weights: tuple[NonNegative, NonNegative, NonNegative] = SCORE_WEIGHTS
     """Of helpfulness, personalization, naturalness in the reward."""
     judge_temperature: NonNegative = 0.9
     """Of the critique and scores."""
