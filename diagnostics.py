@@ -226,12 +226,11 @@ def check_judge(judged, lost, judge, args, ranks):
 
 
 def warn_of_lost(counts, step):
-    """A line where more than a fifth of a step's responses leave the batch for want of a judgement (counts of all ranks)."""
+    """A line where more than a fifth of a step's responses, of all ranks, leave the batch for want of a judgement."""
     n_lost = counts["lost/originals"] + counts["lost/edits"]
-    if n_lost > 0.2 * (n_lost + counts["judged"]):
-        print0(
-            f"warning: step {step}: {n_lost} of {n_lost + counts['judged']} responses got no judgement and are not trained"
-        )
+    total = n_lost + counts["judged"]
+    if n_lost > 0.2 * total:
+        print0(f"warning: step {step}: {n_lost} of {total} responses got no judgement and are not trained")
 
 
 def explained_variance(batch, ranks):

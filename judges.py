@@ -145,6 +145,9 @@ class EngineJudge(Judge):
         max_len = min(settings.max_len, model.config.max_position_embeddings)
         return cls(Engine(model, chat.stop_ids, max_len, settings.max_batch), chat, templates, settings)
 
+    def forget(self) -> None:
+        self.engine.blocks.forget_all()
+
     @classmethod
     def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
         config = plan.config_of(target)

@@ -578,8 +578,7 @@ def main(args):
     runs.open_run(args, ranks, inputs)
     models, optimizers = open_models(run)
     first_step = runs.load_checkpoint(args.out, models, optimizers, ranks)
-    # the engine's own copy, whole on every rank, in the compute dtype
-    sampler = load_pretrained(args.model, ranks.dtype, ranks.device)
+    sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
     progress = runs.progress(first_step, last_step, ranks)

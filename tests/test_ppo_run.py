@@ -452,4 +452,6 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
 
 def test_a_judge_that_never_parses_stops_the_run(tiny, judge, tmp_path):
     # a random model as the judge: nothing it writes is a judgement, and no score is made up for it
-    assert "no response is left" in bad(tiny, judge, tmp_path, "--judge", tiny / "checkpoint", "--max-steps", 1)
+    assert "got a judgement; is it a reward model?" in bad(
+        tiny, judge, tmp_path, "--judge", tiny / "checkpoint", "--max-steps", 1
+    )
