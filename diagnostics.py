@@ -3,6 +3,24 @@
 python diagnostics.py out/ppo_cpe out/ppo --out out/compared      # draws runs beside one another, from metrics.jsonl
 """
 
+from dataclasses import dataclass
+
+import tyro
+
+from runtime import flags
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders of ppo_cpe.py to draw."""
+    out: str = "out/diagnostics"
+    """Folder of the figures."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
 import dataclasses
 import difflib
 import math
@@ -360,15 +378,6 @@ def draw(runs, out):
     print(f"output: {out}/ (by_step, by_generated_tokens, by_judge_calls; .png and .svg)")
 
 
-@dataclass
-class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders of ppo_cpe.py to draw."""
-    out: str = "out/diagnostics"
-    """Folder of the figures."""
-
-
 if __name__ == "__main__":
-    ARGS = flags.parse(Args, __doc__)
     with flags.user_errors():
         draw(ARGS.runs, ARGS.out)

@@ -29,6 +29,39 @@ judge orders them), judgements, judgements_eval (.jsonl). No persona of an eval 
 half of their questions come with a pair of values that training never combines with that topic.
 """
 
+import os
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from runtime import flags
+
+
+@dataclass
+class Args:
+    out: str = "out/world"
+    """Folder of the written files."""
+    seed: int = 0
+    """The files are a function of the seed and the sizes."""
+    base_rows: flags.Count = 20000
+    """Conversations to pretrain the base on (about 130 tokens each)."""
+    train_prompts: flags.Count = 4000
+    """Prompts for RL."""
+    eval_prompts: flags.Count = 400
+    """Prompts with a reference answer, unseen personas; as many in prompts_dev."""
+    pairs: flags.Count = 4000
+    """Preference pairs."""
+    judgements: flags.Count = 6000
+    """Answers with critique and scores."""
+    eval_pairs: flags.Count = 400
+    """Pairs and judgements each, unseen personas."""
+    vocab_size: flags.Count = 1400
+    """Tokens, of which 256 are bytes."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
 import hashlib
 import os
 import re
@@ -38,34 +71,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.world_tokenizer import write_tokenizer
 from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
 from runtime import flags
 from runtime.rows import write_rows, write_text
-
-
-@dataclass
-class Args:
-    out: str = "out/world"
-    """Folder of the written files."""
-    seed: int = 0
-    """The files are a function of the seed and the sizes."""
-    base_rows: int = 20000
-    """Conversations to pretrain the base on (about 130 tokens each)."""
-    train_prompts: int = 4000
-    """Prompts for RL."""
-    eval_prompts: int = 400
-    """Prompts with a reference answer, unseen personas; as many in prompts_dev."""
-    pairs: int = 4000
-    """Preference pairs."""
-    judgements: int = 6000
-    """Answers with critique and scores."""
-    eval_pairs: int = 400
-    """Pairs and judgements each, unseen personas."""
-    vocab_size: int = 1400
-    """Tokens, of which 256 are bytes."""
-
 
 # -- the vocabulary of the world -------------------------------------------------------------------------------
 
@@ -675,5 +684,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with flags.user_errors():
-        main(flags.parse(Args, __doc__))
+    flags.run(main, ARGS)

@@ -39,34 +39,12 @@ dropped, so that a table gives the same rows as JSON lines (data/readers.py).
     python data/prepare.py --personas people.csv --questions asked.csv --id-column id --question-column text
 """
 
-import ast
-import hashlib
-import json
 import os
-import random
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data.readers import (
-    DECODER,
-    ENDINGS,
-    check_compression,
-    check_text,
-    normalized,
-    parse_json,
-    read_objects,
-    read_raw,
-    read_table,
-    read_text,
-)
 from runtime import flags
-from runtime.distributed import derive_seed
-from runtime.rows import check_row, write_rows
 
 
 @dataclass
@@ -75,7 +53,7 @@ class Args:
     """A public data set: a folder, a single file, or its name on the hub."""
     out: str = "out/data"
     """Folder of the written files."""
-    eval_share: float = 0.1
+    eval_share: flags.Share = 0.1
     """Share of the personas held out for evaluation, in [0, 1)."""
     personas: str | None = None
     """For AlpacaEval and --questions: whose personas are used; a source as above, or a table."""
@@ -91,9 +69,40 @@ class Args:
     """Column of the personas; None: "persona" if there is one, else the whole row is the persona."""
     id_column: str = "user_id"
     """Column of both files by which a question names its persona."""
-    personas_per_question: int = 1
+    personas_per_question: flags.Count = 1
     """Personas that are drawn for each question, if questions have no --id-column."""
 
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import ast
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data.readers import (
+    DECODER,
+    ENDINGS,
+    check_compression,
+    check_text,
+    normalized,
+    parse_json,
+    read_objects,
+    read_raw,
+    read_table,
+    read_text,
+)
+from runtime import flags
+from runtime.distributed import derive_seed
+from runtime.rows import check_row, write_rows
 
 # where an RL prompt holds the persona (JSON follows) and the question: the text of the release
 PERSONA_MARK, QUESTION_MARK = "当前用户配置：", "以下是用户问题："
@@ -579,5 +588,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with flags.user_errors():
-        main(flags.parse(Args, __doc__))
+    flags.run(main, ARGS)
