@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import importlib.util
 import os
+import sys
 from dataclasses import fields, replace
 
 import torch
@@ -43,6 +44,7 @@ def load_script(path):
         raise FileNotFoundError(f"{path}: no such file, though the batch names it as its script; give --script")
     spec = importlib.util.spec_from_file_location("script_of_the_batch", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module of their class
     spec.loader.exec_module(module)
     return module
 

@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from ppo_cpe import Args, Run, Trajectory, compute_advantages, edit_loss, gae, policy_loss, select_edits, value_loss
+from ppo_cpe import (
+    SMALLEST_SPREAD,
+    Args,
+    Run,
+    Trajectory,
+    compute_advantages,
+    edit_loss,
+    gae,
+    policy_loss,
+    select_edits,
+    value_loss,
+)
 from runtime.distributed import start
 
 P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), so r = 0.5
@@ -111,6 +122,27 @@ def test_advantages_of_the_two_baselines():
     assert originals[1].advantages.tolist() == pytest.approx([(3 - mean) / std], abs=1e-5)
     assert edit.advantages.tolist() == pytest.approx([(4 - 2) / std] * 3, abs=1e-5)  # originals' mean reward is 2
     assert edit.returns.tolist() == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("reward", [1.0, 0.1, -4.95, 0.35 * 3 + 0.4 * 4 + 0.25 * 5])
+def test_originals_that_are_scored_alike_bound_the_advantage_of_an_edit(reward):
+    """Their spread is zero; divided by it (and 1e-8), an edge of 0.6 was an advantage of 6e7."""
+    originals = [trajectory(reward, [0.0] * n) for n in (2, 3, 1)]
+    better, worse = trajectory(reward + 0.6, [0.0] * 2, originals[0]), trajectory(reward - 2, [0.0], originals[1])
+    batch = [*originals, better, worse]
+    compute_advantages(batch, Run(Args(edit_baseline="original"), start("fp32"), None, None))
+    assert SMALLEST_SPREAD == 0.05
+    assert better.advantages.tolist() == pytest.approx([0.6 / 0.05] * 2, rel=1e-4)
+    assert worse.advantages.tolist() == pytest.approx([-2 / 0.05], rel=1e-4)
+    # rewards are equal, so nothing is learned from an original: not from the rounding of their mean, either
+    assert torch.cat([t.advantages for t in originals]).abs().max() < 1e-3
+
+
+def test_a_spread_below_the_smallest_does_not_blow_up_an_edit():
+    originals = [trajectory(1.0, [0.0]), trajectory(1.0 + 1e-4, [0.0])]
+    edit = trajectory(2.0, [0.0], originals[0])
+    compute_advantages([*originals, edit], Run(Args(edit_baseline="original"), start("fp32"), None, None))
+    assert edit.advantages.tolist() == pytest.approx([(2 - 1 - 5e-5) / 0.05], rel=1e-4)
 
 
 EDITS = [  # prompt, sample, reward, reward of its original

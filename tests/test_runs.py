@@ -1,0 +1,299 @@
+"""Run folders: what may change under one, who may write there, what moves along with it; and forks of ppo_cpe.py."""
+
+import json
+import os
+import re
+import shutil
+import socket
+
+import pytest
+import torch
+from conftest import ROOT, TEMPLATES, error_of, finish, launch, random_model, tiny_config
+
+import dpo
+import ppo_cpe
+import replay
+import sft
+import train_grm
+from model import load_pretrained, save_pretrained
+from runtime import runs
+from runtime.flags import parse
+
+JUDGE = "def score(row, answer) -> float:\n    return float(len(answer) % 5)\n"
+EDITING_JUDGE = """
+from prompts import Judgement
+
+def score(row, answer) -> Judgement:
+    n = len(answer)
+    return Judgement("Name tea and drop the end.", n % 5, n % 4 - 2, n % 3)
+"""
+
+
+@pytest.fixture
+def here(tiny, tmp_path):
+    """A folder of inputs that a test may change: checkpoint/, the rows, the templates, judge.py."""
+    for name in ("prompts", "pairs", "judgements"):
+        shutil.copy(tiny / f"{name}.jsonl", tmp_path)
+    for name in TEMPLATES:
+        shutil.copy(tiny / f"{name}.txt", tmp_path)
+    shutil.copytree(tiny / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "judge.py").write_text(JUDGE)
+    return tmp_path
+
+
+def flags_of(module, here, *more):
+    """Flags of one step of a stage on `here`, with its output in here/run."""
+    flags = ["--model", here / "checkpoint", "--out", here / "run", "--max-steps", 1]
+    if module is ppo_cpe:
+        flags += ["--prompts", here / "prompts.jsonl", "--judge", f"{here}/judge.py:score", "--edit-rate", 0]
+        flags += ["--edit-template", here / "edit.txt", "--prompts-per-step", 2, "--mini-batch-prompts", 2]
+        flags += ["--n-samples", 1, "--max-new-tokens", 4, "--answer-template", here / "answer.txt"]
+    elif module is train_grm:
+        flags += ["--data", here / "judgements.jsonl", "--grm-template", here / "grm.txt", "--batch-size", 4]
+    else:
+        flags += ["--data", here / "pairs.jsonl", "--answer-template", here / "answer.txt", "--batch-size", 4]
+    return [*flags, *more]
+
+
+def run(module, *flags):
+    module.main(parse(module.Args, module.__doc__, [str(flag) for flag in flags]))
+
+
+def replace_in(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+def other_weights(folder):
+    """Puts other weights into a model's folder."""
+    model = load_pretrained(str(folder))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] += 1
+    save_pretrained(model, str(folder), str(folder))
+
+
+# -- changed inputs ------------------------------------------------------------------------------------------------
+
+CHANGES = {  # what is changed: how
+    "--data": lambda here, kind: replace_in(here / f"{kind}.jsonl", "Plan", "Schedule"),
+    "--prompts": lambda here, kind: replace_in(here / "prompts.jsonl", "What about", "How about"),
+    "--model": lambda here, kind: other_weights(here / "checkpoint"),
+    "--judge": lambda here, kind: replace_in(here / "judge.py", "% 5", "% 4"),
+    "--answer-template": lambda here, kind: replace_in(here / "answer.txt", "Question", "They ask"),
+    "--grm-template": lambda here, kind: replace_in(here / "grm.txt", "Judge", "Rate"),
+    "--edit-template": lambda here, kind: replace_in(here / "edit.txt", "Rewrite", "Improve"),
+}
+INPUTS = {
+    sft: ("--data", "--model", "--answer-template"),
+    dpo: ("--data", "--model", "--answer-template"),
+    train_grm: ("--data", "--model", "--grm-template"),
+    ppo_cpe: ("--prompts", "--model", "--judge", "--answer-template", "--edit-template"),
+}
+
+AS_SAID = {  # a template may be built in, or lie beside the weights: no flag need be given
+    (train_grm, "--grm-template"): "the template",
+    (ppo_cpe, "--answer-template"): "the templates",
+    (ppo_cpe, "--edit-template"): "the templates",
+}
+
+
+@pytest.mark.parametrize("module", INPUTS, ids=lambda module: module.__name__)
+def test_the_same_command_on_changed_inputs(module, here, capsys):
+    flags = flags_of(module, here)
+    run(module, *flags)
+    kept = {name: (here / "run" / name).read_bytes() for name in ("args.json", "metrics.jsonl")}
+    shutil.copytree(here, here / "before", ignore=shutil.ignore_patterns("run", "before"))
+    for changed in INPUTS[module]:
+        CHANGES[changed](here, "judgements" if module is train_grm else "pairs")
+        error = error_of(module, capsys, *flags, "--max-steps", 2)
+        found = re.search(f"{here}/run holds a run on other inputs: what (.*) names has changed since; choose", error)
+        named = AS_SAID.get((module, changed), changed)
+        also = ["--critic"] if module is ppo_cpe and changed == "--model" else []  # it starts from --model
+        assert found[1].split(", ") == [named, *also]
+        shutil.copytree(here / "before", here, dirs_exist_ok=True)
+    assert kept == {name: (here / "run" / name).read_bytes() for name in kept}
+    run(module, *flags)  # as it was: nothing to do
+    assert kept["metrics.jsonl"] == (here / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_a_template_that_says_the_same_may_lie_elsewhere(here):
+    """A digest is of contents; the flag itself, a path, is compared as a flag."""
+    run(sft, *flags_of(sft, here))
+    os.utime(here / "answer.txt", (0, 0))
+    os.utime(here / "pairs.jsonl", (0, 0))
+    run(sft, *flags_of(sft, here, "--max-steps", 2))
+    assert (here / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_the_same_command_again_as_a_process(here):
+    flags = flags_of(sft, here)
+    finish(launch("sft.py", *flags))
+    before = (here / "run" / "metrics.jsonl").read_bytes()
+    assert "resumed from" in finish(launch("sft.py", *flags), status=0)
+    assert (here / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", '{"model": ', "[1, 2]", "null", '"text"', "7", "\ufeff{}"])
+def test_a_broken_args_file(here, capsys, content):
+    run(sft, *flags_of(sft, here))
+    (here / "run" / "args.json").write_text(content, encoding="utf-8")
+    error = error_of(sft, capsys, *flags_of(sft, here))
+    assert error.startswith(f"error: {here}/run/args.json: not the flags of a run (")
+
+
+def test_bytes_in_the_args_file(here, capsys):
+    run(sft, *flags_of(sft, here))
+    (here / "run" / "args.json").write_bytes(b"\xff\xfe{}")
+    assert f"{here}/run/args.json: not the flags of a run (" in error_of(sft, capsys, *flags_of(sft, here))
+
+
+# -- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_whose_links_were_followed(here, capsys):
+    run(sft, *flags_of(sft, here))
+    shutil.copytree(here / "run", here / "copy")  # as `cp -rL` and most tools for buckets do
+    assert not (here / "copy" / "policy").is_symlink()
+    run(sft, *flags_of(sft, here, "--out", here / "copy", "--max-steps", 2))
+    assert f"moved to {here}/copy/policy.copied" in capsys.readouterr().out
+    policy = here / "copy" / "policy"
+    assert policy.is_symlink() and os.readlink(policy) == "checkpoints/step_000002/policy"
+    first = load_pretrained(str(here / "run" / "policy"))
+    copied, newest = load_pretrained(f"{policy}.copied"), load_pretrained(str(policy))
+    assert torch.equal(first.model.embed_tokens.weight, copied.model.embed_tokens.weight)
+    assert not torch.equal(first.model.embed_tokens.weight, newest.model.embed_tokens.weight)
+    assert (here / "run" / "checkpoints" / "step_000001").is_dir()  # the original is as it was
+
+
+def test_another_process_is_refused(here):
+    """The lock lasts as long as the process that took it: this one."""
+    run(sft, *flags_of(sft, here))
+    output = finish(launch("sft.py", *flags_of(sft, here, "--max-steps", 2)), status=2)
+    assert f"error: {here}/run: another run is writing there" in output
+    assert f'"host": "{socket.gethostname()}"' in output and f'"pid": {os.getpid()}' in output
+    assert (here / "run" / "metrics.jsonl").read_text().count("\n") == 1
+    run(sft, *flags_of(sft, here, "--max-steps", 2))  # its owner may go on
+
+
+@pytest.mark.parametrize("damage", ["missing", "dangling", "old"])
+def test_the_link_is_made_again(here, damage):
+    flags = flags_of(sft, here, "--keep-checkpoints", 2)
+    run(sft, *flags, "--max-steps", 2, "--save-every", 1)
+    link = here / "run" / "policy"
+    link.unlink()
+    if damage != "missing":
+        link.symlink_to(f"checkpoints/step_00000{'9' if damage == 'dangling' else '1'}/policy")
+    run(sft, *flags, "--max-steps", 2, "--save-every", 1)
+    assert os.readlink(link) == "checkpoints/step_000002/policy" and (link / "model.safetensors").is_file()
+
+
+def test_templates_travel(here, capsys):
+    run(sft, *flags_of(sft, here))
+    policy = here / "run" / "policy"
+    assert (policy / "templates" / "answer.txt").read_text().rstrip("\n") == TEMPLATES["answer"]
+    capsys.readouterr()
+
+    flags = ["--model", policy, "--data", here / "pairs.jsonl", "--batch-size", 4, "--max-steps", 1]
+    run(dpo, *flags, "--out", here / "dpo")
+    assert "template" not in capsys.readouterr().err
+    inherited = here / "dpo" / "policy" / "templates" / "answer.txt"
+    assert inherited.read_bytes() == (policy / "templates" / "answer.txt").read_bytes()
+
+    other = here / "other.txt"
+    other.write_text("{persona}\n{question}")
+    run(dpo, *flags, "--out", here / "dpo2", "--answer-template", other)
+    said = capsys.readouterr().err
+    assert f"--answer-template {other} differs from {policy}/templates/answer.txt, which {policy} was" in said
+    assert (here / "dpo2" / "policy" / "templates" / "answer.txt").read_text().rstrip("\n") == "{persona}\n{question}"
+
+
+# -- digests -------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_a_large_file(tmp_path):
+    """One byte within a part that is read changes it, in the first, the last and one between; so does the size."""
+    file, size = tmp_path / "large", runs.WHOLE_BYTES + 3 * runs.PART_BYTES + 17
+    with open(file, "wb") as f:
+        f.truncate(size)  # sparse: takes no room
+    starts = [(size - runs.PART_BYTES) * i // (runs.SAMPLED_PARTS - 1) for i in (0, 128, runs.SAMPLED_PARTS - 1)]
+    assert starts[0] == 0 and starts[-1] == size - runs.PART_BYTES
+    found = [runs.input_digest(str(file))]
+    for start in starts:
+        for place in (start, start + runs.PART_BYTES - 1):
+            with open(file, "r+b") as f:
+                f.seek(place)
+                f.write(b"\x01")
+                f.flush()
+                found.append(runs.input_digest(str(file)))
+                f.seek(place)
+                f.write(b"\x00")
+    assert found[0] == runs.input_digest(str(file)) and len(set(found)) == len(found)
+    with open(file, "ab") as f:
+        f.write(b"\x00")
+    assert runs.input_digest(str(file)) not in found
+
+
+def test_the_digest_of_a_small_file_and_a_folder(tiny, tmp_path):
+    file = tmp_path / "small"
+    file.write_bytes(bytes(100_000))
+    before = runs.input_digest(str(file))
+    file.write_bytes(bytes(70_001) + b"\x01" + bytes(29_998))  # every byte of a small one counts
+    assert runs.input_digest(str(file)) != before
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "checkpoint", folder)
+    same = runs.input_digest(str(tiny / "checkpoint"))
+    (folder / "README.md").write_text("not read")
+    assert runs.input_digest(str(folder)) == same
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copytree(tiny / "checkpoint", folder, dirs_exist_ok=True)
+        (folder / name).write_text((folder / name).read_text() + "\n")
+        assert runs.input_digest(str(folder)) != same
+    save_pretrained(random_model(tiny_config(), seed=1), str(tmp_path / "other"), str(tiny / "tokenizer"))
+    assert runs.input_digest(str(tmp_path / "other")) != same
+
+
+# -- forks: a copy of ppo_cpe.py with an idea of its own -----------------------------------------------------------
+
+
+def fork(folder, *changes):
+    """A copy of ppo_cpe.py in a folder, with some of its text replaced; each pattern stands there once."""
+    with open(os.path.join(ROOT, "ppo_cpe.py"), encoding="utf-8") as f:
+        text = f.read()
+    for pattern, new in changes:
+        text, n = re.subn(pattern, new, text)
+        assert n == 1, f"{pattern}: found {n} times in ppo_cpe.py"
+    (folder / "fork.py").write_text(text)
+    return str(folder / "fork.py")
+
+
+def test_a_sixth_loss_on_edits(here, capsys):
+    branch = '    elif kind == "half":\n        weight = torch.full_like(ratio, 0.5)\n'
+    branch += "        loss = -weight * advantages * logprobs\n"
+    script = fork(
+        here,
+        (r'(EDIT_LOSSES = \([^)]*"none")', r'\1, "half"'),
+        (r"(?m)^    else:\n(?=        loss = -advantages \* logprobs\n)", f"{branch}    else:\n"),
+    )
+    (here / "judge.py").write_text(EDITING_JUDGE)
+    flags = flags_of(ppo_cpe, here, "--edit-rate", 1, "--edit-ratio", "half", "--save-batch", 1, "--n-samples", 2)
+    finish(launch(script, *flags))
+    batch = here / "run" / "batch_000001"
+    assert json.loads((here / "run" / "args.json").read_text())["edit_ratio"] == "half"
+
+    gradients = replay.replay(str(batch))
+    losses = ("paper", "unclipped", "tis", "luffy", "none", "half")
+    assert tuple(name for name in gradients if name not in ("originals", "sdpo")) == losses
+    assert gradients["none"].norm() > 0
+    torch.testing.assert_close(gradients["half"], 0.5 * gradients["none"])  # by the copy's own code
+    assert re.search(r"(?m)^half +[0-9.]+", capsys.readouterr().out)
+
+
+def test_a_plan_without_a_critic(here, capsys):
+    script = fork(here, (r'trained = \{"policy": [^}]*\}', 'trained = {"policy": (args.model, False)}'))
+    flags = flags_of(ppo_cpe, here, "--plan", "--gpu-gib", 0)
+    assert "critic" in finish(launch("ppo_cpe.py", *flags))
+    table = finish(launch(script, *flags))
+    assert "policy" in table and "critic" not in table
+    assert not (here / "run").exists()
