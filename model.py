@@ -390,6 +390,15 @@ def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
 # -- weights in and out ------------------------------------------------------------------------------------------------
 
 
+MADE_BY = {  # folders that the scripts read by default
+    "out/sft/": "sft.py",
+    "out/grm/": "train_grm.py",
+    "out/bt/": "train_grm.py --objective bt",
+    "out/dpo/": "dpo.py",
+    "out/ppo_cpe/": "ppo_cpe.py",
+}
+
+
 def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> str:
     """A local folder for a folder name or a hub id, of which these files are fetched; ValueError if it is neither."""
     if os.path.isdir(path):
@@ -400,6 +409,9 @@ def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.
     try:
         return snapshot_download(path, allow_patterns=list(patterns))
     except (HFValidationError, OSError) as error:  # the hub's errors for an unknown id or no network are OSErrors
+        script = next((script for start, script in MADE_BY.items() if path.startswith(start)), None)
+        if script:
+            raise ValueError(f"{path}: no such folder; run {script} first, or name another model") from error
         raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 One step:
 
-
 1. Rollout. For each of `prompts_per_step` prompts the policy samples `n_samples` originals y_o. The judge writes a
    critique and scores of each; the policy rewrites y_o by the critique, once: y_e; the judge scores y_e. These overlap:
    a critique starts when its answer ends, an edit when its critique arrives.

@@ -19,16 +19,11 @@ ROW_FIELDS = {
 # Nesting of objects and lists in a row: what walks through a row by recursion, the text of a persona, say, can do it.
 MAX_DEPTH = 100
 
-# What makes the files and folders that the scripts read by default: said where one is missing.
+# What makes the files that the scripts read by default: said where one is missing.
 MADE_BY = {
     "out/data/judgements": "make judgements with data/annotate.py, or train on --data of your own",
     "out/data/": "make rows with data/prepare.py, or name a file of your own",
     "out/world/": "run data/persona_world.py first",
-    "out/sft/": "run sft.py first",
-    "out/grm/": "run train_grm.py first, or name another --judge",
-    "out/bt/": "run train_grm.py --objective bt first",
-    "out/dpo/": "run dpo.py first",
-    "out/ppo_cpe/": "run ppo_cpe.py first",
 }
 
 

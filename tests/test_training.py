@@ -298,7 +298,7 @@ def test_dpo_notices_that_the_pairs_changed(runs, tiny, tmp_path, capsys):
     ]
     dpo.main(tyro.cli(dpo.Args, args=[str(flag) for flag in [*flags, "--max-steps", 1]]))
     data.write_text(data.read_text().replace("Plan", "Schedule", 1))
-    assert "reference.json: made from other pairs than" in error_of(dpo, capsys, *flags)
+    assert "what --data names has changed since" in error_of(dpo, capsys, *flags)
 
 
 @pytest.mark.parametrize("module", [sft, train_grm, dpo])
