@@ -276,6 +276,40 @@ def headline(metrics):
     return {**known, "seconds": seconds}
 
 
+ORDER = (  # of the metrics in a line: by the first of these that a name begins with, as in the README's table
+    (
+        "step",
+        "original/",
+        "edit/",
+        "held_out/",
+        "audit/",
+        "sdpo/",
+        "batch",
+        "lost/",
+        "judge_",
+        "policy_loss",
+        "value_loss",
+    )
+    + (
+        "entropy",
+        "grad_norm_",
+        "value_clipfrac",
+        "explained_variance",
+        "logprob_gap",
+        "refresh_gap",
+        "generated_tokens",
+    )
+    + ("trained_tokens", "computed_tokens", "mfu", "peak_memory_gib", "seconds/")
+)
+
+
+def in_order(metrics):
+    def place(name):
+        return next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
+
+    return {name: metrics[name] for name in sorted(metrics, key=place)}
+
+
 def step_metrics(step, judged, counts, clock, run, **figures):
     """The line of metrics.jsonl. clock: times at the start and after each phase; counts: of this rank."""
     ranks, stats = run.ranks, run.stats
@@ -286,7 +320,7 @@ def step_metrics(step, judged, counts, clock, run, **figures):
     phases = ("refresh", "rollout", "diagnostics", "score", "update")
     seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
     training_seconds = seconds["score"] + seconds["update"]
-    return dict(
+    metrics = dict(
         step=step + 1,
         **stats.means(ranks),
         **figures,
@@ -296,6 +330,7 @@ def step_metrics(step, judged, counts, clock, run, **figures):
         trained_tokens_per_second=counts["trained_tokens"] / training_seconds,
         **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
     )
+    return in_order(metrics)
 
 
 # -- a batch for replay.py ---------------------------------------------------------------------------------------------

@@ -237,20 +237,20 @@ class Engine:
                 f"{vocab_size} ids from 0"
             )
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
-        needed, there = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
-        if needed > there:
+        needed, n_blocks = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
+        if needed > n_blocks:
             raise ValueError(
                 f"a prompt of {len(prompt_ids)} tokens and a response of up to {limit} need {needed} blocks of "
-                f"{BLOCK} tokens; the whole cache has {there} (its size: kv_tokens)"
+                f"{BLOCK} tokens; the whole cache has {n_blocks} (its size: kv_tokens)"
             )
-        # as many samples together as there are rows and, beside the prompt, blocks
-        together = min(self.max_batch, there - len(prompt_ids) // BLOCK)
+        # as many samples at once as there are rows and, beside the prompt, blocks
+        at_once = min(self.max_batch, n_blocks - len(prompt_ids) // BLOCK)
         if self.dense:
-            together = min(together, there * BLOCK // (len(prompt_ids) + 1))
-        together = max(1, together)
+            at_once = min(at_once, n_blocks * BLOCK // (len(prompt_ids) + 1))
+        at_once = max(1, at_once)
         settings = limit, float(temperature), max(float(top_p), MIN_TOP_P), top_logprobs, tuple(also)
-        for i in range(0, n, together):
-            self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + together], *settings))
+        for i in range(0, n, at_once):
+            self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + at_once], *settings))
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -17,10 +17,8 @@ Bradley-Terry baseline.
 
 Where this departs from the paper or its code, and why (docs/method.md 2 has the whole table):
 - A judgement that does not parse is asked again, then its sample leaves the batch: no score is ever made up.
-- Both log-probs of the ratio on edits are full-softmax values at the sampling temperature from the same forward pass.
 - The ratio on edits is by default `unclipped` with a cap, which the released results ran with; `paper` is the printed
   clip, under which words that only the critique suggested get no gradient.
-- Sampling with top-p 0.9 (as released) draws from a slightly narrower distribution than the log-probs describe.
 
     python ppo_cpe.py                                             # one CPU or GPU
     torchrun --nproc_per_node=8 ppo_cpe.py                        # eight GPUs
@@ -132,6 +130,7 @@ import time
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import diagnostics
@@ -187,7 +186,7 @@ class Run:
 # -- the mathematics: pure functions -----------------------------------------------------------------------------------
 
 
-def gae(rewards, values, mask, gamma, lam):
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman 2016, eq. 16), right-padded.
 
     rewards, values, mask: [N, L]; values[:, t] is that of the state before token t; after the last token it is 0.
@@ -203,7 +202,7 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(logprobs, old_logprobs, advantages, eps_low, eps_high):
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_low: float, eps_high: float):
     """PPO's clipped objective (eq. 7), per token [S] -> loss [S], ratio [S], clipped [S] (bool: no gradient)."""
     ratio = torch.exp(logprobs - old_logprobs)
     pg_loss1 = -ratio * advantages
@@ -211,7 +210,9 @@ def policy_loss(logprobs, old_logprobs, advantages, eps_low, eps_high):
     return torch.maximum(pg_loss1, pg_loss2), ratio.detach(), pg_loss2 > pg_loss1
 
 
-def edit_loss(kind, logprobs, edit_logprobs, advantages, eps_low=0.2, eps_high=0.2, cap=None, gamma=0.1):
+def edit_loss(
+    kind, logprobs: Tensor, edit_logprobs: Tensor, advantages: Tensor, eps_low=0.2, eps_high=0.2, cap=None, gamma=0.1
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss on edits per token (docs/method.md 2): p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
 
     kind       loss                                weight on grad log p
@@ -247,14 +248,14 @@ def edit_loss(kind, logprobs, edit_logprobs, advantages, eps_low=0.2, eps_high=0
     return loss, ratio, weight.detach()
 
 
-def value_loss(values, old_values, returns, clip):
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Clipped value loss per token [S] -> loss [S], clipped [S] (bool: no gradient)."""
     limited = old_values + (values - old_values).clamp(-clip, clip)
     loss1, loss2 = (values - returns).square(), (limited - returns).square()
     return 0.5 * torch.maximum(loss1, loss2), loss2 > loss1
 
 
-def select_edits(edits, rate, strategy, seed):
+def select_edits(edits: list[tuple], rate: float, strategy: str, seed: int) -> set[tuple[str, int]]:
     """Which edits join the batch (docs/method.md 1.8).
 
     edits: (prompt_id, sample_id, reward, reward of its original) of the whole batch -> set of (prompt_id, sample_id).
@@ -282,7 +283,7 @@ def select_edits(edits, rate, strategy, seed):
 # -- the phases of a step ----------------------------------------------------------------------------------------------
 
 
-def rollout(prompts, engine, judge, run, step, progress):
+def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> tuple[list[Trajectory], dict[str, list]]:
     """Originals, their judgements, edits and theirs (docs/method.md 1.6a-d), all overlapping.
 
     prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), {kind: lost ones}.
@@ -292,7 +293,7 @@ def rollout(prompts, engine, judge, run, step, progress):
     needs_critique = editing or args.edit_ratio == "sdpo"
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     lost = dict(originals=[], edits=[], truncated=[])
-    judged, in_engine, in_judge = [], {}, {}
+    judged, in_engine, in_judge = [], {}, {}  # in_engine: by the key of a submission, and the number of the sample
 
     for place, row, ids in prompts:
         group = [Trajectory(row["prompt_id"], i, row, place, ids, sampled_under=ids) for i in range(args.n_samples)]
@@ -335,7 +336,7 @@ def rollout(prompts, engine, judge, run, step, progress):
     return judged, lost
 
 
-def fill_old_logprobs(batch, policy, run):
+def fill_old_logprobs(batch: list[Trajectory], policy: Qwen2, run: Run) -> None:
     """Fills old_logprobs: of an edit pi_e(y_e | edit prompt), of an original pi_old(y_o | x).
 
     The first mini-batch is trained with the weights that sampled it, so there an original's ratio is 1, and `update`
@@ -362,7 +363,7 @@ def fill_old_logprobs(batch, policy, run):
             diagnostics.add_gap(t, run.stats)
 
 
-def fill_credit(batch, policy, run):
+def fill_credit(batch: list[Trajectory], policy: Qwen2, run: Run) -> None:
     """SDPO's credit of each token (arXiv 2601.20802): log pi(y_t | x, critique, y_<t) - log pi(y_t | x, y_<t).
 
     The critique is said as in an edit prompt, after an empty answer: y_o itself must not be in the context.
@@ -386,7 +387,7 @@ def fill_credit(batch, policy, run):
 SMALLEST_SPREAD = 0.05
 
 
-def compute_advantages(batch, run):
+def compute_advantages(batch: list[Trajectory], run: Run) -> None:
     """Fills advantages and returns of every trajectory (docs/method.md 1.6f)."""
     args, ranks = run.args, run.ranks
     if batch:
@@ -418,7 +419,7 @@ def compute_advantages(batch, run):
             t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
 
 
-def policy_pass(policy, packed, trajectories, run):
+def policy_pass(policy: Qwen2, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
     """One micro-batch -> the sum of its tokens' losses, with the graph."""
     args, stats = run.args, run.stats
     device, cap = packed.input_ids.device, args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
@@ -444,7 +445,7 @@ def policy_pass(policy, packed, trajectories, run):
     return loss_o.sum() + loss_e.sum()
 
 
-def critic_pass(critic, packed, trajectories, run):
+def critic_pass(critic: Qwen2, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
     """The same for the critic."""
     values = training.forward(critic, packed, run.args.temperature)
     old_values, returns = (
@@ -456,7 +457,7 @@ def critic_pass(critic, packed, trajectories, run):
     return loss.sum()
 
 
-def update(batch, models, optimizers, train_policy, run):
+def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy: bool, run: Run) -> None:
     """PPO epochs over mini-batches of prompts (docs/method.md 1.6g); losses are means over the tokens of all ranks.
 
     One model after the other, so that only one has gradients at a time.
@@ -515,7 +516,7 @@ def print_plan(args, max_len):
     return plan.rl(args, max_len, trained, resident, sampled, args.n_samples * (1 + args.edit_rate))
 
 
-def open_models(run) -> tuple[dict[str, Qwen2], dict[str, torch.optim.Optimizer]]:
+def open_models(run: Run) -> tuple[dict[str, Qwen2], dict[str, torch.optim.Optimizer]]:
     """Policy and critic as fp32 masters, sharded, and their optimizers."""
     args, device = run.args, run.ranks.device
     shard = functools.partial(training.shard, ranks=run.ranks)
