@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diagnostics import describe_edits, distinct, kept_tokens, leaves, recited
+from diagnostics import describe_edits, describe_rollout, distinct, in_order, kept_tokens, leaves, recited, warn_of_lost
 from runtime.distributed import start
 from runtime.runs import Stats
 
@@ -74,3 +74,34 @@ def test_ledger_of_edits():
         "edit/ratio_max": 3.0,
     }
     assert found == {name: pytest.approx(value) for name, value in want.items()}
+
+
+def test_a_step_that_loses_many_says_so(capsys):
+    counts = {"lost/originals": 20, "lost/edits": 0, "judged": 80}
+    warn_of_lost(counts, 3)
+    assert capsys.readouterr().out == ""
+    warn_of_lost(counts | {"lost/edits": 1}, 3)
+    assert "step 3: 21 of 101 responses got no judgement" in capsys.readouterr().out
+
+
+def test_distinct_pairs_do_not_depend_on_the_number_of_samples():
+    """Four and six samples of each of 16 prompts, all from the same distribution: the same 32 answers count."""
+
+    def trajectory(place, sample):
+        text = f"the answer to {place} and {sample} ends here"
+        fields = dict(sample_id=sample, place=place, answer=text, parent=None, judgement=None, reward=0.0)
+        return SimpleNamespace(**fields, response_ids=[1], truncated=False, row={"persona": PERSONA})
+
+    found = []
+    for n in (4, 6):
+        stats = Stats()
+        lost = dict(originals=[], edits=[], truncated=[])
+        describe_rollout([trajectory(p, i) for p in range(16) for i in range(n)], lost, None, stats)
+        found.append(stats.means(start("fp32"))["original/distinct_2"])
+    assert found[0] == found[1]
+
+
+def test_metrics_are_in_the_order_of_the_readme():
+    names = ["seconds/update", "entropy", "edit/gain", "original/reward", "step", "own_figure"]
+    expected = ["step", "original/reward", "edit/gain", "entropy", "seconds/update", "own_figure"]
+    assert list(in_order(dict.fromkeys(names))) == expected
