@@ -237,9 +237,7 @@ def check_judge(judged, lost, judge, args, ranks):
     judge.take_counts()
     judge.forget()  # so that the first step is computed as without this
     if n_lost and not n_judged:
-        raise ValueError(
-            f"--judge {args.judge}: not one of {n_lost} answers got a judgement; is it a reward model for them?"
-        )
+        raise ValueError(f"--judge {args.judge}: not one of {n_lost} answers got a judgement; is it a reward model?")
     print0(f"--judge {args.judge}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
 
 

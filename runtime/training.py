@@ -24,6 +24,9 @@ def shard(model, ranks):
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
+    if model.scalar_head and ranks.dtype != torch.float32:  # values and rewards: fp32, or they come in steps of 1/32
+        wide = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(model.score, mesh=ranks.mesh, mp_policy=wide)
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
 
 

@@ -7,6 +7,8 @@ import pytest
 from conftest import error_of
 
 import sft
+from model import MADE_BY as MODELS_MADE_BY
+from model import resolve
 from prompts import persona_text
 from runtime.rows import MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows
 
@@ -169,8 +171,14 @@ def test_a_missing_default_names_what_makes_it(start):
 def test_a_missing_file_of_the_users_own(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected JSON lines \(pair rows\)$"):
         read_rows(str(tmp_path / "none.jsonl"), "pair")
-    assert made_by("out/sft/policy") == "; run sft.py first"
-    assert made_by("elsewhere/out/sft/policy") == made_by("out/mine") == ""
+    assert made_by("out/world/pairs.jsonl") == "; run data/persona_world.py first"
+    assert made_by("elsewhere/out/world/pairs.jsonl") == made_by("out/mine") == ""
+
+
+def test_a_missing_default_model_names_the_script_that_makes_it():
+    for folder, script in MODELS_MADE_BY.items():
+        with pytest.raises(ValueError, match=f"no such folder; run {script} first"):
+            resolve(f"{folder}nowhere")
 
 
 # -- conversations -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import train_grm
 from model import Packed, load_pretrained
 from prompts import Chat, Judgement, answer_prompt, load_templates, response_ids
 from runtime import packing
+from runtime.flags import parse
 from runtime.rows import read_rows
 
 SCRIPTS = ("sft", "grm", "bt", "dpo")
@@ -324,7 +325,10 @@ def test_held_out_rows_are_checked_before_work(tiny, tmp_path, capsys):
 
 
 def test_an_unknown_objective(capsys):
-    assert "--objective is 'rm', expected grm or bt" in error_of(train_grm, capsys, "--objective", "rm")
+    with pytest.raises(SystemExit) as stop:
+        parse(train_grm.Args, train_grm.__doc__, ["--objective", "rm"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "'rm'" in printed.out + printed.err and "--objective" in printed.out + printed.err
 
 
 def test_the_exit_status_and_the_one_line(tiny, tmp_path):
