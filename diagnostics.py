@@ -27,26 +27,30 @@ import math
 import os
 import random
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
+from judge_base import Judge
 from judges import ask_all
 from model import save_pretrained
 from prompts import DIMENSIONS
 from runtime import flags, training
-from runtime.distributed import all_gather, all_sum, derive_seed, moments, print0
+from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0
 from runtime.rows import read_rows
+from runtime.runs import Stats
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """Words of Latin letters and digits; of other scripts, which may have no spaces, single characters."""
     return re.findall(r"[a-z0-9]+|\w", text.casefold())
 
 
-def leaves(value):
+def leaves(value: Any) -> list[str]:
     """The texts at the ends of any JSON value: the values of a profile, without its keys."""
     if isinstance(value, dict):
         return [leaf for v in value.values() for leaf in leaves(v)]
@@ -55,20 +59,20 @@ def leaves(value):
     return [str(value)]
 
 
-def recited(persona, answer):
+def recited(persona: Any, answer: str) -> float:
     """Share of the profile's values (any JSON) whose words an answer repeats, in their order."""
     said = f" {' '.join(words_of(answer))} "
     values = [f" {' '.join(words)} " for words in map(words_of, leaves(persona)) if words]
     return sum(value in said for value in values) / len(values) if values else 0.0
 
 
-def distinct(answers, n):
+def distinct(answers: list[str], n: int) -> float:
     """Distinct n-grams of words over all n-grams of some answers (Li et al. 2016): low where answers are all alike."""
     grams = [tuple(words[i : i + n]) for words in map(words_of, answers) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def agreement(labels, found):
+def agreement(labels: Sequence, found: Sequence) -> dict[str, float | None]:
     """How judgements agree with labels: lists of Judgement, in `found` None where none parsed.
 
     -> judged (number), parsed (share), score_correlation (Pearson, of the weighted score),
@@ -92,7 +96,7 @@ def agreement(labels, found):
 DISTINCT_OF = 32  # answers, per rank: distinct pairs get rarer with the number of answers that are pooled
 
 
-def describe_rollout(judged, lost, selected, stats, prefix=""):
+def describe_rollout(judged: list, lost: dict, selected: set | None, stats: Stats, prefix: str = "") -> None:
     """Rewards, gains, lengths and scores of originals and edits into stats (README, "Metrics of a PPO step")."""
 
     def add(name, value):
@@ -130,7 +134,7 @@ def describe_rollout(judged, lost, selected, stats, prefix=""):
                 add("edit/selected", t.key[:2] in selected)
 
 
-def rollout_rows(judged, selected=()):
+def rollout_rows(judged: list, selected: Collection = ()) -> list[dict]:
     """One JSON row per original, its edit inside."""
     edit_of = {t.key[:2]: t for t in judged if t.parent}
 
@@ -148,7 +152,7 @@ def rollout_rows(judged, selected=()):
     return rows
 
 
-def describe_held_out(judged, lost, judge, stats):
+def describe_held_out(judged: list, lost: dict, judge: Judge, stats: Stats) -> None:
     """As `describe_rollout`, of held-out prompts; and what answers lose under another person's profile."""
     describe_rollout(judged, lost, None, stats, "held_out/")
     originals = [t for t in judged if not t.parent]
@@ -163,7 +167,7 @@ def describe_held_out(judged, lost, judge, stats):
             stats.add("held_out/swap", torch.tensor(t.reward - verdict.reward))
 
 
-def audit(judged, judge, second, args, step, stats):
+def audit(judged: list, judge: Judge, second: Judge | None, args: Any, step: int, stats: Stats) -> None:
     """A share of the originals judged once more, with another seed, and by a second judge: fills t.audit."""
     if not args.audit_share:
         return
@@ -182,19 +186,19 @@ def audit(judged, judge, second, args, step, stats):
             stats.add("audit/own", torch.tensor(t.reward))
 
 
-def add_gap(t, stats):
+def add_gap(t: Any, stats: Stats) -> None:
     """Trainer against engine: the same weights, the same tokens; only the order of sums may differ."""
     gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()
     stats.add("logprob_gap", gap)
     stats.add_max("logprob_gap_max", gap)
 
 
-def describe_credit(t, stats):
+def describe_credit(t: Any, stats: Stats) -> None:
     stats.add("sdpo/credit", t.credit)
     stats.add("sdpo/credit_size", t.credit.abs())
 
 
-def describe_originals(ratio, clipped, stats):
+def describe_originals(ratio: torch.Tensor, clipped: torch.Tensor, stats: Stats) -> None:
     """What the update did with originals, per token."""
     stats.add("original/ratio", ratio)
     stats.add_max("original/ratio_max", ratio)
@@ -202,7 +206,7 @@ def describe_originals(ratio, clipped, stats):
     stats.add("original/approx_kl", ratio - 1 - ratio.log())
 
 
-def kept_tokens(before, after):
+def kept_tokens(before: list[int], after: list[int]) -> torch.Tensor:
     """Which tokens of an edit were in its original: bool [len(after)], by the longest common stretches (difflib)."""
     kept = torch.zeros(len(after), dtype=torch.bool)
     for _, first, n in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
@@ -231,7 +235,7 @@ def describe_edits(edits, ratio, weight, advantages, args, stats):
             stats.add(f"edit/{kind}_mass", (weight * advantages).abs() * tokens)
 
 
-def check_judge(judged, lost, judge, args, ranks):
+def check_judge(judged: list, lost: dict, judge: Judge, args: Any, ranks: Ranks) -> None:
     """Prints what share of a few answers got a judgement at the start of a run. ValueError: none did."""
     n_judged, n_lost = map(int, all_sum(ranks, len(judged), len(lost["originals"])))
     judge.take_counts()
@@ -241,7 +245,7 @@ def check_judge(judged, lost, judge, args, ranks):
     print0(f"--judge {args.judge}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
 
 
-def warn_of_lost(counts, step):
+def warn_of_lost(counts: dict[str, int], step: int) -> None:
     """A line where more than a fifth of a step's responses, of all ranks, leave the batch for want of a judgement."""
     n_lost = counts["lost/originals"] + counts["lost/edits"]
     total = n_lost + counts["judged"]
@@ -249,7 +253,7 @@ def warn_of_lost(counts, step):
         print0(f"warning: step {step}: {n_lost} of {total} responses got no judgement and are not trained")
 
 
-def explained_variance(batch, ranks):
+def explained_variance(batch: list, ranks: Ranks) -> float:
     """Of the returns of all ranks by the critic's values: 1 - var(returns - values) / var(returns)."""
     returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
     residual = returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
@@ -258,7 +262,7 @@ def explained_variance(batch, ranks):
     return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
 
 
-def headline(metrics):
+def headline(metrics: dict) -> dict[str, float]:
     """The figures of a step that matter, for a line in the log: {label: text}."""
     names = {
         "reward": "original/reward",
@@ -301,14 +305,14 @@ ORDER = (  # of the metrics in a line: by the first of these that a name begins 
 )
 
 
-def in_order(metrics):
+def in_order(metrics: dict) -> dict:
     def place(name):
         return next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
 
     return {name: metrics[name] for name in sorted(metrics, key=place)}
 
 
-def step_metrics(step, judged, counts, clock, run, **figures):
+def step_metrics(step: int, judged: list, counts: dict, clock: list[float], run: Any, **figures: float) -> dict:
     """The line of metrics.jsonl. clock: times at the start and after each phase; counts: of this rank."""
     ranks, stats = run.ranks, run.stats
     counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
@@ -334,7 +338,7 @@ def step_metrics(step, judged, counts, clock, run, **figures):
 # -- a batch for replay.py ---------------------------------------------------------------------------------------------
 
 
-def save_batch(script, step, batch, policy, tokenizer_from, run):
+def save_batch(script: str, step: int, batch: list, policy: Any, tokenizer_from: str, run: Any) -> None:
     """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN, for replay.py.
 
     script: the file whose losses it was made for, which replay.py loads.
@@ -370,7 +374,7 @@ PANELS = {  # title: metrics, the first as a line, the second dashed
 AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "judge_calls"}
 
 
-def draw(runs, out):
+def draw(runs: Sequence[str], out: str) -> None:
     """PANELS of some run folders, one figure for each of AXES: OUT/by_step.png and .svg, ..."""
     import matplotlib
 

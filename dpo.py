@@ -74,10 +74,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import load_pretrained, resolve
-from prompts import Chat, answer_prompt, load_templates, response_ids
+from model import Qwen2, load_pretrained, resolve
+from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
 from runtime import packing, plan, runs, training
-from runtime.distributed import all_gather, all_sum, barrier, derive_seed, print0, start
+from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.rows import read_rows, write_text
 
 
@@ -87,7 +87,7 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     return -F.logsigmoid(margin), margin
 
 
-def read_pairs(args, chat, templates):
+def read_pairs(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[int], list[int], list[int]]]:
     """Per pair the ids of (prompt, chosen, rejected)."""
     pairs = []
     for row in read_rows(args.data, "pair"):
@@ -108,23 +108,23 @@ def read_pairs(args, chat, templates):
 STAND_IN = ([0], [0], [0])  # where a rank has no pair left; its loss gets weight zero
 
 
-def pair_size(pair):
+def pair_size(pair: tuple) -> int:
     return sum(map(len, pair))
 
 
-def pair_micro_batches(args, pairs, ranks):
+def pair_micro_batches(args: Args, pairs: list, ranks: Ranks) -> list[list[int]]:
     """Indices into `pairs` by token budget; both answers of a pair stay together."""
     return packing.micro_batches([pair_size(p) for p in pairs], args.tokens_per_microbatch, ranks)
 
 
-def pair_batch(pairs, device):
+def pair_batch(pairs: list, device: torch.device) -> packing.Batch:
     """Sequences lie as chosen, rejected, chosen, rejected, ... behind the prompt of each pair."""
     prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
     answers = [answer for _, *both in pairs for answer in both]
     return packing.pack_shared(prompts, answers, [[True] * len(a) for a in answers], device)
 
 
-def pair_logprobs(model, batch):
+def pair_logprobs(model: Qwen2, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass -> log-probs of whole answers, chosen [P] and rejected [P]."""
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     sums = torch.stack([part.sum() for part in logprobs.split(batch.counts)])
@@ -132,7 +132,7 @@ def pair_logprobs(model, batch):
 
 
 @torch.no_grad()
-def reference_logprobs(args, model, pairs, ranks):
+def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs under the start model, fp32: chosen [N], rejected [N]; kept in OUT/reference.json.
 
     ValueError where that file is of other pairs: the data changed under an unfinished run.

@@ -71,13 +71,13 @@ import time
 import torch
 
 from model import Config, Qwen2, init_weights, load_pretrained, resolve
-from prompts import Chat, answer_prompt, load_templates, response_ids
+from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
 from runtime import packing, plan, runs, training
-from runtime.distributed import all_sum, print0, start
+from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows
 
 
-def read_examples(args, chat, templates):
+def read_examples(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[int], list[bool]]]:
     """(ids, trained) of each row: token ids, and which of them are learned."""
     first = read_rows(args.data, "object")[0]
     examples = []
@@ -113,7 +113,7 @@ def read_examples(args, chat, templates):
     return kept
 
 
-def scratch_config(args, chat):
+def scratch_config(args: Args, chat: Chat) -> Config:
     return Config(
         chat.tokenizer.get_vocab_size(),
         args.hidden_size,
@@ -127,7 +127,7 @@ def scratch_config(args, chat):
     )
 
 
-def open_model(args, chat, ranks):
+def open_model(args: Args, chat: Chat, ranks: Ranks) -> Qwen2:
     """The model that is trained, fp32 masters, sharded."""
     if not args.from_scratch:
         model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))

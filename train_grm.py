@@ -91,11 +91,12 @@ import torch.nn.functional as F
 
 from diagnostics import agreement
 from generate import Engine
-from model import SharedPrefix, load_pretrained, resolve
+from model import Qwen2, SharedPrefix, load_pretrained, resolve
 from prompts import (
     DIMENSIONS,
     Chat,
     Judgement,
+    Templates,
     bt_ids,
     grm_prompt,
     judgement_text,
@@ -104,17 +105,17 @@ from prompts import (
     response_ids,
 )
 from runtime import packing, plan, runs, training
-from runtime.distributed import all_gather, all_sum, print0, start
+from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows
 
 
-def with_defaults(args):
+def with_defaults(args: Args) -> Args:
     """Args with the objective's value where none was given."""
     left_open = {k: v for k, v in DEFAULTS[args.objective].items() if getattr(args, k) is None}
     return dataclasses.replace(args, **left_open)
 
 
-def read_examples(args, path, chat, templates):
+def read_examples(args: Args, path: str, chat: Chat, templates: Templates) -> list[tuple[list, list]]:
     """grm: (ids, trained) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
     examples = []
     if args.objective == "grm":
@@ -141,19 +142,19 @@ def read_examples(args, path, chat, templates):
 # -- the two losses --------------------------------------------------------------------------------
 
 
-def bt_loss(chosen, rejected):
+def bt_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Bradley-Terry: -log P(chosen beats rejected), per pair. Rewards fp32 [P] each -> [P]."""
     return -F.logsigmoid(chosen - rejected)
 
 
-def grm_sums(model, examples, device):
+def grm_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.Tensor, dict[str, float], int]:
     """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, FLOPs)."""
     batch = packing.pack(*zip(*examples), device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     return -logprobs.sum(), {}, training.forward_flops(model, batch)
 
 
-def bt_sums(model, examples, device):
+def bt_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.Tensor, dict[str, float], int]:
     """The same for pairs; what both answers begin with, the prompt at least, is computed once."""
     input_ids, groups = [], []
     for chosen, rejected in examples:
@@ -181,13 +182,15 @@ def bt_sums(model, examples, device):
     )
 
 
-def size(example):
+def size(example: tuple[list, list]) -> int:
     """Tokens of an example: of a judgement, or of both answers of a pair."""
     first, second = example
     return len(first) if isinstance(second[0], bool) else len(first) + len(second)
 
 
-def over_examples(args, model, examples, ranks, train):
+def over_examples(
+    args: Args, model: Qwen2, examples: list, ranks: Ranks, train: bool
+) -> tuple[dict[str, float], int, int, int]:
     """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained, FLOPs).
 
     The loss is a mean over trained tokens (grm) or pairs (bt): `trained` is their number. With
@@ -224,7 +227,7 @@ def over_examples(args, model, examples, ranks, train):
 # -- judgements of held-out answers ----------------------------------------------------------------
 
 
-def judge_held_out(args, chat, templates, ranks):
+def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -> dict[str, float | None]:
     """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels."""
     rows = read_rows(args.eval_data, "judgement")[: args.eval_judgements]
     mine = rows[ranks.rank :: ranks.world_size]

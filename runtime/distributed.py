@@ -6,6 +6,7 @@ resumed run draws what the uninterrupted one would have drawn, on any number of 
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Ranks:
     mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
 
 
-def start(dtype="auto", shard_size=None):
+def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
     dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. ValueError: it does
@@ -56,12 +57,12 @@ def start(dtype="auto", shard_size=None):
     return Ranks(rank, world_size, device, dtype, mesh)
 
 
-def print0(*values):
+def print0(*values: Any) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*values, flush=True)
 
 
-def all_sum(ranks, *numbers):
+def all_sum(ranks: Ranks, *numbers: float) -> list[float]:
     """Each number summed over all ranks, in fp64."""
     total = torch.tensor(numbers, dtype=torch.float64)
     if ranks.world_size > 1:
@@ -70,14 +71,14 @@ def all_sum(ranks, *numbers):
     return total.tolist()
 
 
-def all_max(ranks, number):
+def all_max(ranks: Ranks, number: float) -> float:
     largest = torch.tensor(number, dtype=torch.float64, device=ranks.device)
     if ranks.world_size > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.item()
 
 
-def all_gather(ranks, rows):
+def all_gather(ranks: Ranks, rows: Iterable) -> list:
     """The lists of all ranks, joined in rank order."""
     if ranks.world_size == 1:
         return list(rows)
@@ -86,18 +87,18 @@ def all_gather(ranks, rows):
     return [row for part in gathered for row in part]
 
 
-def derive_seed(*parts):
+def derive_seed(*parts: Any) -> int:
     """A 62-bit seed that is a function of its parts alone (Python's own hash differs between processes)."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 
-def barrier(ranks):
+def barrier(ranks: Ranks) -> None:
     if ranks.world_size > 1:
         dist.barrier()
 
 
-def moments(ranks, values):
+def moments(ranks: Ranks, values: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of fp32 [S] over all ranks (numbers). S may be 0 on a rank, not on all."""
     x = values.double()
     n, total, square = all_sum(ranks, len(x), x.sum().item(), x.square().sum().item())

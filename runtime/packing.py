@@ -1,6 +1,7 @@
 """From rows to batches: which rows a step has, how ranks share them, how they are packed within a token budget."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: i
     return total, min(total, max_steps or total)
 
 
-def batch_indices(n_rows, batch_size, step, seed):
+def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Row indices of a step's batch: each epoch is a new permutation, whose last partial batch is dropped."""
     per_epoch = n_rows // batch_size
     epoch, place = divmod(step, per_epoch)
@@ -39,7 +40,7 @@ class Batch:
     counts: list[int]  # trained tokens of each sequence (of each suffix), in order; their sum is S
 
 
-def pack(sequences, trained, device):
+def pack(sequences: list[list[int]], trained: list[list[bool]], device: torch.device | str) -> Batch:
     """sequences: lists of ids; trained: per sequence a list of bools, which of its tokens are targets -> Batch.
 
     The first token of a sequence cannot be a target: nothing predicts it.
@@ -50,7 +51,7 @@ def pack(sequences, trained, device):
     return Batch(input_ids, Packed([len(s) for s in sequences], device), index, targets, [sum(f) for f in trained])
 
 
-def pack_shared(prefixes, suffixes, trained, device):
+def pack_shared(prefixes: list, suffixes: list, trained: list, device: torch.device | str) -> Batch:
     """Sequences that begin alike, packed so that neighbours with the same prefix compute it once -> Batch.
 
     prefixes, suffixes: lists of ids, one each per sequence; trained: per sequence which of the suffix are targets.
@@ -75,7 +76,7 @@ def deal(prompts: list[tuple], ranks: Ranks) -> list[tuple]:
     return [(place, *prompt) for place, prompt in enumerate(prompts)][ranks.rank :: ranks.world_size]
 
 
-def balance(sizes, n_bins):
+def balance(sizes: list[int], n_bins: int) -> list[list[int]]:
     """Indices of `sizes` in bins of nearly equal sums: the largest first, each into the emptiest bin (LPT rule)."""
     bins, filled = [[] for _ in range(n_bins)], [0] * n_bins
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -85,7 +86,7 @@ def balance(sizes, n_bins):
     return [sorted(b) for b in bins]
 
 
-def share(rows, sizes, ranks):
+def share(rows: list, sizes: list[int], ranks: Ranks) -> list:
     """This rank's part of a step's rows, dealt out evenly by size: every rank waits for the one with most tokens."""
     return [rows[i] for i in balance(sizes, ranks.world_size)[ranks.rank]]
 
@@ -107,7 +108,7 @@ def share_prompts(trajectories: list, prompts_per_mini_batch: int, ranks: Ranks)
     return mine
 
 
-def micro_batches(sizes, tokens_per_microbatch, ranks):
+def micro_batches(sizes: list[int], tokens_per_microbatch: int, ranks: Ranks) -> list[list[int]]:
     """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger one gets its own): lists of indices.
 
     Under FSDP every rank must run the same number of passes: all ranks make as many parts as the one that needs most.
@@ -129,7 +130,7 @@ def micro_batches(sizes, tokens_per_microbatch, ranks):
     return sorted((sorted(b) for b in parts + [[]] * (most - len(parts))), key=lambda b: (not b, b))
 
 
-def shared_micro_batches(prefixes, suffixes, tokens_per_microbatch, ranks):
+def shared_micro_batches(prefixes: list, suffixes: list, tokens_per_microbatch: int, ranks: Ranks) -> list[list[int]]:
     """The same for sequences of a prefix and a suffix: those with the same prefix (neighbours) stay together.
 
     A group that is over the budget is cut, and its prefix computed once in each part.
@@ -145,7 +146,9 @@ def shared_micro_batches(prefixes, suffixes, tokens_per_microbatch, ranks):
     return [[i for g in part for i in groups[g]] for part in parts]
 
 
-def packed_micro_batches(prefixes, suffixes, trained, tokens_per_microbatch, ranks):
+def packed_micro_batches(
+    prefixes: list, suffixes: list, trained: list | None, tokens_per_microbatch: int, ranks: Ranks
+) -> Iterator[tuple[list[int], Batch | None]]:
     """`shared_micro_batches`, packed one after the other: yields (indices, Batch), for an empty one ([], None).
 
     trained: as in `pack_shared`; None: the whole of every suffix.

@@ -2,17 +2,18 @@
 
 import math
 import resource
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import GIB
-from runtime.distributed import all_max, all_sum
-from runtime.packing import EMPTY, pack, packed_micro_batches
+from model import GIB, Qwen2
+from runtime.distributed import Ranks, all_max, all_sum
+from runtime.packing import EMPTY, Batch, pack, packed_micro_batches
 
 
-def shard(model, ranks):
+def shard(model: Qwen2, ranks: Ranks) -> Qwen2:
     """FSDP2: each layer and the rest are gathered as they are needed; masters fp32, compute in ranks.dtype, fp32 sums.
 
     The rest (embedding, last norm, LM head) is the root: it is gathered at the start of a pass and kept until its
@@ -30,20 +31,20 @@ def shard(model, ranks):
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def reshard(model):
+def reshard(model: Qwen2) -> None:
     """Frees what passes without a backward pass have left gathered: the root of `shard`."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def adamw(model, lr, weight_decay):
+def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
     fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
     return torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
     )
 
 
-def learning_rate(lr, step, total_steps, warmup_ratio):
+def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -> float:
     """Linear warm-up over a share of the steps, then cosine to zero. step counts from 0."""
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:
@@ -51,21 +52,23 @@ def learning_rate(lr, step, total_steps, warmup_ratio):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def move_moments(optimizer, device):
+def move_moments(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
     """Adam's moments to host memory or back (--offload)."""
     for state in optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(device)
 
 
-def to_host(models, optimizers):
+def to_host(models: dict[str, Qwen2], optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint."""
     for name, model in models.items():
         model.to("cpu")
         move_moments(optimizers[name], "cpu")
 
 
-def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
+def optimizer_step(
+    model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, offload: bool = False
+) -> float:
     """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
 
     offload: between steps the moments lie in host memory. FloatingPointError where the norm is not finite: a run that
@@ -90,7 +93,7 @@ def optimizer_step(model, optimizer, lr, max_grad_norm, offload=False):
 
 
 @torch.no_grad()
-def per_token(model, prefixes, suffixes, trained, run):
+def per_token(model: Qwen2, prefixes: list, suffixes: list, trained: list | None, run: Any) -> list[torch.Tensor]:
     """Log-probs of each suffix's trained tokens (None: all), or the critic's values before them -> fp32 [L_i] each."""
     results, budget = [None] * len(suffixes), run.args.tokens_per_microbatch
     for indices, batch in packed_micro_batches(prefixes, suffixes, trained, budget, run.ranks):
@@ -104,14 +107,14 @@ def per_token(model, prefixes, suffixes, trained, run):
     return results
 
 
-def idle_pass(model, run):
+def idle_pass(model: Qwen2, run: Any) -> None:
     """What a rank without work runs, since FSDP needs every rank in every pass; adds zero to all gradients."""
     result = forward(model, pack([EMPTY[0]], [EMPTY[1]], run.ranks.device), run.args.temperature)
     if torch.is_grad_enabled():
         (0 * result.sum()).backward()
 
 
-def forward(model, batch, temperature):
+def forward(model: Qwen2, batch: Batch, temperature: float) -> torch.Tensor:
     """Log-probs of the batch's targets [S], or values before them [S]."""
     ids, context = batch.input_ids, batch.context
     if model.scalar_head:
@@ -125,7 +128,7 @@ def forward(model, batch, temperature):
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362}
 
 
-def peak_flops(ranks, tflops):
+def peak_flops(ranks: Ranks, tflops: float | None) -> float | None:
     """FLOP/s of one device in the compute dtype: --peak-tflops, else from the table, else None (nothing is guessed)."""
     if tflops is not None:
         return tflops * 1e12
@@ -135,7 +138,7 @@ def peak_flops(ranks, tflops):
     return next((known * 1e12 for part, known in PEAK_TFLOPS.items() if part in name), None)
 
 
-def forward_flops(model, batch):
+def forward_flops(model: Qwen2, batch: Batch) -> int:
     """FLOPs of a forward pass over a Batch: two per weight and token, four d per pair of query and key and layer."""
     c = model.config
     d, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
@@ -144,7 +147,7 @@ def forward_flops(model, batch):
     return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
 
 
-def machine_metrics(ranks, flops, seconds, tflops):
+def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | None) -> dict[str, float | None]:
     """mfu: model FLOPs (recomputation not counted) of all ranks in these seconds over their peak, None where unknown.
     peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
     """
@@ -162,7 +165,7 @@ def machine_metrics(ranks, flops, seconds, tflops):
 
 
 @torch.no_grad()
-def refresh_gap(own, trained, ids, ranks):
+def refresh_gap(own: Qwen2, trained: Qwen2, ids: list[int], ranks: Ranks) -> float:
     """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has
     just taken over, over all ranks: stale or broken weights show before anything is sampled."""
     batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
