@@ -317,8 +317,10 @@ def step_metrics(step: int, judged: list, counts: dict, clock: list[float], run:
     ranks, stats = run.ranks, run.stats
     counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
     counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
+    counts["judged"] = len(judged)
     counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
-    warn_of_lost({**counts, "judged": int(all_sum(ranks, len(judged))[0])}, step + 1)
+    warn_of_lost(counts, step + 1)
+    del counts["judged"]  # that is not a metric of its own
     phases = ("refresh", "rollout", "diagnostics", "score", "update")
     seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
     training_seconds = seconds["score"] + seconds["update"]

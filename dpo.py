@@ -175,7 +175,7 @@ def main(args):
         inputs={
             "--data": runs.input_digest(args.data),
             "--model": runs.input_digest(tokenizer_from),
-            "--answer-template": runs.text_digest(templates.answer),
+            "--answer-template": runs.digest_of(templates.answer),
         },
     )
     model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))

@@ -26,7 +26,6 @@ that, or where none can be had, the verdict has no reward and says why: no score
 """
 
 import collections
-import hashlib
 import importlib.util
 import itertools
 import math
@@ -61,6 +60,7 @@ from prompts import (
 from runtime import plan
 from runtime.chat_client import ChatServer, is_url
 from runtime.distributed import derive_seed
+from runtime.runs import file_digest
 
 FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 
@@ -114,11 +114,6 @@ def named_server(spec: str) -> str:
     """A judge or model behind a server, with the name of the server's model, which the spec may leave out."""
     url = spec.removeprefix("pair:")
     return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
-
-
-def file_digest(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
 
 
 def ask_all(judge: Judge, asked: list[tuple[dict, Any, int]]) -> list[Verdict]:

@@ -573,8 +573,8 @@ def main(args):
         raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
     inputs = {"--prompts": args.prompts, "--model": tokenizer_from, "--critic": resolve(args.critic or args.model)}
     inputs = {name: runs.input_digest(path) for name, path in inputs.items()}
-    inputs["--judge"] = runs.text_digest(fingerprint(args.judge, settings))
-    inputs["the templates"] = runs.text_digest(templates.answer, templates.edit)
+    inputs["--judge"] = runs.digest_of(fingerprint(args.judge, settings))
+    inputs["the templates"] = runs.digest_of(templates.answer, templates.edit)
     runs.open_run(args, ranks, inputs)
     models, optimizers = open_models(run)
     first_step = runs.load_checkpoint(args.out, models, optimizers, ranks)

@@ -154,7 +154,7 @@ def main(args):
         inputs={
             "--data": runs.input_digest(args.data),
             "--from-scratch" if args.from_scratch else "--model": runs.input_digest(tokenizer_from),
-            "--answer-template": runs.text_digest(templates.answer),
+            "--answer-template": runs.digest_of(templates.answer),
         },
     )
     model = open_model(args, chat, ranks)

@@ -264,7 +264,7 @@ def main(args):
         inputs={
             "--data": runs.input_digest(args.data),
             "--model": runs.input_digest(tokenizer_from),
-            "the template": runs.text_digest(*trained_with.values()),
+            "the template": runs.digest_of(*trained_with.values()),
         },
     )
     scalar_head = args.objective == "bt"

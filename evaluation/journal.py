@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from prompts import DIMENSIONS, Chat, Judgement
 from runtime.chat_client import ChatServer, Failure, is_url
 from runtime.distributed import all_gather, barrier, derive_seed, print0
 from runtime.rows import read_rows
+from runtime.runs import digest_of
 
 
 def draw_rows(args, kind: str = "prompt") -> list[dict]:
@@ -35,11 +35,6 @@ def draw_rows(args, kind: str = "prompt") -> list[dict]:
     rows = read_rows(args.prompts, kind)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     return [rows[i] for i in sorted(order[: args.n_prompts or len(rows)].tolist())]
-
-
-def digest(*parts) -> str:
-    """Of everything that a row depends on; parts as JSON."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 class Journal:
@@ -140,7 +135,7 @@ def replies(name: str, spec: str, requests: list[tuple], temperature: float, arg
                 )
     model_parts = (spec, None) if is_url(spec) else (weights_fingerprint(spec), str(ranks.dtype))
     digests = [
-        digest(prompt_id, ids, *model_parts, settings, args.seed) for (prompt_id, _), ids in zip(requests, inputs)
+        digest_of(prompt_id, ids, *model_parts, settings, args.seed) for (prompt_id, _), ids in zip(requests, inputs)
     ]
     seeds = [derive_seed(args.seed, prompt_id) for prompt_id, _ in requests]
 
@@ -215,7 +210,9 @@ def verdicts_on(items: list[tuple], args, ranks) -> list[dict]:
         args.seed,
         str(ranks.dtype),
     )
-    digests = [digest(row["prompt_id"], row["persona"], row["question"], answer, *judge_parts) for row, answer in items]
+    digests = [
+        digest_of(row["prompt_id"], row["persona"], row["question"], answer, *judge_parts) for row, answer in items
+    ]
     failed = {}
 
     def make(indices, record):

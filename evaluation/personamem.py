@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from evaluation import tables, winrate
-from evaluation.journal import digest, draw_rows, made_once, replies
+from evaluation.journal import draw_rows, made_once, replies
 from judge_base import weights_fingerprint
 from model import load_pretrained
 from prompts import Chat, without_reasoning
 from runtime import packing
 from runtime.chat_client import is_url
 from runtime.rows import read_rows, write_rows, write_text
+from runtime.runs import digest_of
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
 then end with <final_answer> and the letter of that reply, such as <final_answer>(a)."""
@@ -100,7 +101,7 @@ def likelihoods(rows: list[dict], contexts: dict[str, list[dict]], args, ranks) 
     asked = [{"role": "user", "content": row["question"]} for row in rows]
     prompts = [chat.messages([*history_of(row, contexts), question]) for row, question in zip(rows, asked)]
     options = [[chat.encode(text) for text in row["options"]] for row in rows]
-    digests = [digest(p, o, weights_fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
+    digests = [digest_of(p, o, weights_fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
 
     def make(indices, record):
         model = load_pretrained(args.model, ranks.dtype, ranks.device)

@@ -50,8 +50,9 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def text_digest(*texts: str) -> str:
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+def digest_of(*parts: Any) -> str:
+    """Of anything that JSON holds."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def input_digest(path: str) -> str:
@@ -60,13 +61,13 @@ def input_digest(path: str) -> str:
         return file_digest(path)
     names = ("*.safetensors", "config.json", "tokenizer.json")
     files = sorted(file for name in names for file in glob.glob(os.path.join(path, name)))
-    return text_digest(*(part for file in files for part in (os.path.basename(file), file_digest(file))))
+    return digest_of(*(part for file in files for part in (os.path.basename(file), file_digest(file))))
 
 
 def open_run(args: Any, ranks: Ranks, inputs: dict[str, str]) -> None:
     """Makes or reopens the folder args.out and prints where output goes.
 
-    inputs: {flag or what it is: digest} of all that the run reads (`input_digest`, `text_digest`).
+    inputs: {flag or what it is: digest} of all that the run reads (`input_digest`, `digest_of`).
     ValueError: the folder holds a run with other flags or inputs, or another process is running in it.
     """
     file = os.path.join(args.out, "args.json")
