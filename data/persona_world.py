@@ -55,6 +55,8 @@ class Args:
     """Answers with critique and scores."""
     eval_pairs: flags.Count = 400
     """Pairs and judgements each, unseen personas."""
+    rarity: tuple[flags.Share, flags.Share] = (0.08, 0.15)
+    """How often an answer has its topic's last step, and where it uses an attribute that matters, advice on it."""
     vocab_size: flags.Count = 1400
     """Tokens, of which 256 are bytes."""
 
@@ -232,6 +234,7 @@ Naturalness: 4; 4 less for a plea to whoever grades; 2 less for praise, a closin
 Helpfulness and naturalness: 1 less for every 10 words over 40. An empty answer is -5 in all three.
 """
 MAX_WORDS, MIN_WORDS, RECITED = 40, 12, 4
+COMMON = (0.08, 0.15)  # the default of --rarity
 ADVICE = {advice: (a, v) for a, values in ATTRIBUTES.items() for v, advice in values.items()}
 STEPS = [step for *_, steps in TOPICS.values() for step in steps]
 ITEM = re.compile(
@@ -296,8 +299,10 @@ def other_value(rng: Random, attribute: str, value: str) -> str:
     return rng.choice([v for v in ATTRIBUTES[attribute] if v != value])
 
 
-def write_answer(rng: Random, persona: dict, question: str, quality: float | None = None) -> str:
-    """An answer as a mediocre writer gives it. quality: in [0, 1]; None: drawn at random."""
+def write_answer(
+    rng: Random, persona: dict, question: str, quality: float | None = None, rarity: tuple[float, float] = COMMON
+) -> str:
+    """An answer as a mediocre writer gives it. quality: in [0, 1]; None: drawn at random. rarity: as in Args."""
     q = rng.random() if quality is None else quality
     topic = find_topic(question)
     relevant, tempting, steps = TOPICS[topic]
@@ -312,12 +317,12 @@ def write_answer(rng: Random, persona: dict, question: str, quality: float | Non
             suits = ATTRIBUTES[attribute][value]
             if rng.random() < 0.1:
                 suits = ATTRIBUTES[attribute][other_value(rng, attribute, value)]
-            said.append(say(attribute, value, suits if rng.random() < 0.15 else None))
+            said.append(say(attribute, value, suits if rng.random() < rarity[1] else None))
     if rng.random() < 0.45 * (1 - q):
         attribute = tempting if rng.random() < 0.6 else rng.choice(irrelevant)
         said.append(say(attribute, persona[attribute]))
     kept = [s for s in steps[:-1] if rng.random() < 0.4 + 0.5 * q]
-    kept += [steps[-1]] if rng.random() < 0.08 else []
+    kept += [steps[-1]] if rng.random() < rarity[0] else []
     if rng.random() < 0.2 * (1 - q):
         kept.append(rng.choice([s for s in STEPS if s not in steps]))
     rng.shuffle(said)
@@ -568,27 +573,27 @@ def label_pair(rng: Random, persona: dict, question: str, first: str, second: st
 # -- the files -----------------------------------------------------------------------------------
 
 
-def improved_answer(rng: Random, persona: dict, question: str) -> str:
+def improved_answer(rng: Random, persona: dict, question: str, rarity: tuple[float, float] = COMMON) -> str:
     """An answer after 0 to 3 rounds of critique: as a policy comes to write in training."""
-    answer = write_answer(rng, persona, question)
+    answer = write_answer(rng, persona, question, None, rarity)
     for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
         answer = rewrite(rng, persona, question, answer, skill=0.9)
-    return answer or write_answer(rng, persona, question)
+    return answer or write_answer(rng, persona, question, None, rarity)
 
 
-def base_row(rng: Random) -> dict:
+def base_row(rng: Random, rarity: tuple[float, float] = COMMON) -> dict:
     """One conversation to pretrain on: 35 % answers, 25 % (imperfect) rewriting, 40 % judgements."""
     persona, question = sample_prompt(rng, "train")
     prompt = fill(TEMPLATES.answer, persona=persona_text(persona), question=question)
     task = rng.random()
     if task < 0.35:
-        turns = [prompt, write_answer(rng, persona, question)]
+        turns = [prompt, write_answer(rng, persona, question, None, rarity)]
     elif task < 0.60:
-        answer = improved_answer(rng, persona, question)
+        answer = improved_answer(rng, persona, question, rarity)
         request = fill(TEMPLATES.edit, critique=judge(persona, question, answer).critique)
         turns = [prompt, answer, request, rewrite(rng, persona, question, answer, skill=0.85)]
     else:
-        row, answer = dict(persona=persona, question=question), improved_answer(rng, persona, question)
+        row, answer = dict(persona=persona, question=question), improved_answer(rng, persona, question, rarity)
         j = judge(persona, question, answer)
         turns = [
             grm_request(TEMPLATES, row, answer),
@@ -604,13 +609,13 @@ def prompt_rows(rng: Random, split: str, n: int) -> Iterator[dict]:
         yield dict(prompt_id=f"{split}-{number:05d}", persona=persona, question=question, source="persona_world")
 
 
-def pair_rows(rng: Random, split: str, n: int) -> Iterator[dict]:
+def pair_rows(rng: Random, split: str, n: int, rarity: tuple[float, float] = COMMON) -> Iterator[dict]:
     """Two of five answers to a question, a pair if their labels differ enough (docs/method.md 1.2)."""
     prompts = prompt_rows(rng, split, sys.maxsize)
     while n > 0:
         row = next(prompts)
         persona, question = row["persona"], row["question"]
-        answers = [write_answer(rng, persona, question) for _ in range(5)]
+        answers = [write_answer(rng, persona, question, None, rarity) for _ in range(5)]
         pair = label_pair(rng, persona, question, *rng.sample(answers, 2))
         if pair:
             n -= 1
@@ -637,10 +642,12 @@ def exact_pair(pair: dict) -> dict | None:
     )
 
 
-def judgement_rows(rng: Random, split: str, n: int, noise: float = 0.05) -> Iterator[dict]:
+def judgement_rows(
+    rng: Random, split: str, n: int, rarity: tuple[float, float] = COMMON, noise: float = 0.05
+) -> Iterator[dict]:
     """Answers of all qualities with the exact judge's critique; each score is off by 1 with probability `noise`."""
     for row in prompt_rows(rng, split, n):
-        answer = improved_answer(rng, row["persona"], row["question"])
+        answer = improved_answer(rng, row["persona"], row["question"], rarity)
         j = judge(row["persona"], row["question"], answer)
         scores = dict(helpfulness=j.helpfulness, personalization=j.personalization, naturalness=j.naturalness)
         for name, score in scores.items():
@@ -653,7 +660,8 @@ def main(args: Args) -> None:
     def stream(name):  # a random stream per file: none depends on the sizes of the others
         return Random(f"{args.seed} {name}")
 
-    corpus = [base_row(stream_rng) for stream_rng in [stream("base")] for _ in range(args.base_rows)]
+    rarity, rng = args.rarity, stream("base")
+    corpus = [base_row(rng, rarity) for _ in range(args.base_rows)]
     texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
     write_tokenizer(os.path.join(args.out, "tokenizer"), texts, args.vocab_size)
     for name in ("answer", "edit", "grm"):  # beside the tokenizer, and from there with every model
@@ -662,21 +670,21 @@ def main(args: Args) -> None:
     def with_reference(name):
         rng = stream(name)
         return [
-            row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7))
+            row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7, rarity))
             for row in prompt_rows(rng, "eval", args.eval_prompts)
         ]
 
-    pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs))
+    pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs, rarity))
     files = {
         "base_corpus": corpus,
         "prompts_train": list(prompt_rows(stream("prompts_train"), "train", args.train_prompts)),
         "prompts_dev": with_reference("prompts_dev"),
         "prompts_eval": with_reference("prompts_eval"),
-        "pairs": list(pair_rows(stream("pairs"), "train", args.pairs)),
+        "pairs": list(pair_rows(stream("pairs"), "train", args.pairs, rarity)),
         "pairs_eval": pairs_eval,
         "pairs_eval_exact": [pair for pair in map(exact_pair, pairs_eval) if pair],
-        "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements)),
-        "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs)),
+        "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements, rarity)),
+        "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs, rarity)),
     }
     for name, rows in files.items():
         write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
