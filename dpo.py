@@ -76,7 +76,7 @@ from tqdm import tqdm
 
 from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.rows import read_rows, write_text
 
@@ -183,7 +183,7 @@ def main(args):
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference
     reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
-    first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
 
     progress = runs.progress(first_step, last_step, ranks)
     for step in progress:
@@ -247,7 +247,7 @@ def main(args):
             },
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(
+            checkpoints.save(
                 args.out,
                 step + 1,
                 {"policy": model},

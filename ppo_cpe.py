@@ -135,7 +135,7 @@ from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
 from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0, start
 
 
@@ -574,7 +574,7 @@ def main(args):
     inputs["the templates"] = runs.digest_of(templates.answer, templates.edit)
     runs.open_run(args, ranks, inputs)
     models, optimizers = open_models(run)
-    first_step = runs.load_checkpoint(args.out, models, optimizers, ranks)
+    first_step = checkpoints.load(args.out, models, optimizers, ranks)
     sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
@@ -636,7 +636,7 @@ def main(args):
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
             trained_with = templates.texts("answer", "edit")
-            runs.save_checkpoint(
+            checkpoints.save(
                 args.out, step + 1, models, optimizers, tokenizer_from, trained_with, ranks, args.keep_checkpoints
             )
     print0(f"weights: {args.out}/policy (and critic)")

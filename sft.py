@@ -72,7 +72,7 @@ import torch
 
 from model import Config, Qwen2, init_weights, load_pretrained, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows
 
@@ -159,7 +159,7 @@ def main(args):
     )
     model = open_model(args, chat, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
 
     progress = runs.progress(first_step, last_step, ranks)
     for step in progress:
@@ -203,7 +203,7 @@ def main(args):
             progress, step + 1, last_step, dict(loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, seconds=seconds)
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(
+            checkpoints.save(
                 args.out,
                 step + 1,
                 {"policy": model},

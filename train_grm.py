@@ -104,7 +104,7 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows
 
@@ -273,7 +273,7 @@ def main(args):
     )
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    first_step = runs.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
+    first_step = checkpoints.load(args.out, {"model": model}, {"model": optimizer}, ranks)
 
     progress = runs.progress(first_step, last_step, ranks)
     for step in progress:
@@ -308,7 +308,7 @@ def main(args):
             progress, step + 1, last_step, {**metrics, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
         )
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(
+            checkpoints.save(
                 args.out,
                 step + 1,
                 {"model": model},
