@@ -79,6 +79,7 @@ from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.rows import read_rows, write_text
+from runtime.watch import enter
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -143,6 +144,7 @@ def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> t
         mine, scored = pairs[ranks.rank :: ranks.world_size], []
         passes = pair_micro_batches(args, mine, ranks)
         for indices in tqdm(passes, "reference", disable=ranks.rank > 0 or not sys.stderr.isatty()):
+            enter("reference")  # each pass has a time-out of its own
             part = [mine[i] for i in indices] or [STAND_IN]
             chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
             places = [i * ranks.world_size + ranks.rank for i in indices]
@@ -163,7 +165,7 @@ def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> t
 def main(args):
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size, args.timeouts)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
@@ -246,16 +248,15 @@ def main(args):
                 "seconds": seconds,
             },
         )
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+        if checkpoints.due(step + 1, last_step, args, ranks):
             checkpoints.save(
-                args.out,
+                args,
                 step + 1,
                 {"policy": model},
                 {"policy": optimizer},
                 tokenizer_from,
                 templates.texts("answer"),
                 ranks,
-                args.keep_checkpoints,
             )
     print0(f"weights: {args.out}/policy")
 

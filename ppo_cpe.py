@@ -137,6 +137,7 @@ from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0, start
+from runtime.watch import enter
 
 
 @dataclass
@@ -556,7 +557,7 @@ def main(args):
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
-    ranks, tokenizer_from = start(args.dtype, args.shard_size), resolve(args.model)
+    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts), resolve(args.model)
     templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     run = Run(args, ranks, Chat(tokenizer_from), templates)
     read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)
@@ -578,7 +579,7 @@ def main(args):
     sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
-    progress = runs.progress(first_step, last_step, ranks)
+    progress = runs.progress(first_step, last_step, ranks, begins_with="rollout")
     probe = replace(run, args=replace(args, n_samples=1, edit_rate=0))  # is the judge one for these answers?
     probed = rollout(packing.deal(prompts[:8], ranks), engine, judge, probe, "probe", progress)
     diagnostics.check_judge(*probed, judge, args, ranks)
@@ -623,7 +624,7 @@ def main(args):
         diagnostics.describe_rollout(judged, lost, selected, run.stats)
 
         # 3. and 4. log-probs, values and advantages, then the update
-        progress.set_postfix_str("update")
+        progress.set_postfix_str(enter("update", step + 1))
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
@@ -634,11 +635,9 @@ def main(args):
         runs.log_metrics(args.out, metrics, ranks)
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+        if checkpoints.due(step + 1, last_step, args, ranks):
             trained_with = templates.texts("answer", "edit")
-            checkpoints.save(
-                args.out, step + 1, models, optimizers, tokenizer_from, trained_with, ranks, args.keep_checkpoints
-            )
+            checkpoints.save(args, step + 1, models, optimizers, tokenizer_from, trained_with, ranks)
     print0(f"weights: {args.out}/policy (and critic)")
 
 

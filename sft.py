@@ -142,7 +142,7 @@ def main(args):
     if args.plan:
         scratch = args.from_scratch
         return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size, args.timeouts)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
@@ -202,16 +202,15 @@ def main(args):
         runs.print_step(
             progress, step + 1, last_step, dict(loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, seconds=seconds)
         )
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+        if checkpoints.due(step + 1, last_step, args, ranks):
             checkpoints.save(
-                args.out,
+                args,
                 step + 1,
                 {"policy": model},
                 {"policy": optimizer},
                 tokenizer_from,
                 templates.texts("answer"),
                 ranks,
-                args.keep_checkpoints,
             )
     print0(f"weights: {args.out}/policy")
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.flags import flag, may_change
-from runtime.rows import write_rows, write_text
+from runtime.rows import append_line, write_rows, write_text
+from runtime.watch import end_if_stopped, enter, stop_on_signal, watch_ranks
 
 # -- opening -----------------------------------------------------------------------------------------------------------
 
@@ -80,9 +82,11 @@ def open_run(args: Any, ranks: Ranks, inputs: dict[str, str]) -> None:
     if ranks.rank == 0:
         os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
         _lock(args.out)
+        _remove_unfinished(args.out)
         content = {**dataclasses.asdict(args), "inputs": inputs, "git": git_hash()}
         write_text(file, json.dumps(content, indent=2))
     barrier(ranks)
+    watch_ranks(ranks, args.timeouts)
     print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
 
 
@@ -94,6 +98,15 @@ def _read_args(file):
         raise ValueError(
             f"{file}: not the flags of a run ({error}); remove the folder or choose another --out"
         ) from error
+
+
+def _remove_unfinished(out):
+    """What a run that was killed had begun to write or to remove."""
+    for path in [*glob.glob(f"{glob.escape(out)}/*.tmp"), *glob.glob(f"{glob.escape(out)}/*/*.tmp")]:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
 
 
 _locks = {}  # files that this process holds open, which are its locks; a process that ends gives them up
@@ -154,10 +167,24 @@ class Stats:
         return means | {name: all_max(ranks, self.largest[name]) for name in largest}
 
 
-def progress(first_step: int, last_step: int, ranks: Ranks) -> tqdm:
-    """The steps of a run, with a bar on a terminal; a log file gets a line a step (`print_step`) and no bar."""
+def progress(first_step: int, last_step: int, ranks: Ranks, begins_with: str = "update") -> tqdm:
+    """The steps of a run, with a bar on a terminal; a log file gets a line a step (`print_step`) and no bar.
+
+    begins_with: the phase that a step begins with (`watch.enter`). SystemExit after the checkpoint of a step (see
+    `checkpoints.due`) in which a signal has asked the run to stop.
+    """
+
+    def steps():
+        with stop_on_signal():
+            for step in range(first_step, last_step):
+                enter(begins_with, step + 1)
+                yield step
+                if step + 1 < last_step:
+                    end_if_stopped(step + 1)
+        enter("what follows the last step")
+
     quiet = ranks.rank > 0 or not sys.stderr.isatty()
-    return tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=quiet)
+    return tqdm(steps(), initial=first_step, total=last_step, disable=quiet)
 
 
 def print_step(bar: tqdm, step: int, last_step: int, figures: dict[str, float | None]) -> None:
@@ -173,8 +200,7 @@ def log_metrics(out: str, metrics: dict, ranks: Ranks) -> None:
     """Appends one line to metrics.jsonl; numbers that do not exist in a step (no edit in it, say) are null."""
     if ranks.rank == 0:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        with open(os.path.join(out, "metrics.jsonl"), "a") as f:
-            f.write(json.dumps(clean) + "\n")
+        append_line(os.path.join(out, "metrics.jsonl"), json.dumps(clean))
 
 
 def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -> None:
