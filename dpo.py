@@ -217,7 +217,8 @@ def main(args):
             values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
             totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
         lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        share = dict(loss=totals[0].item() / args.batch_size)  # of the mean
+        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
 
         n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)
         *totals, n_tokens = all_sum(ranks, *totals.tolist(), n_tokens)

@@ -179,6 +179,7 @@ class Run:
     chat: Chat
     templates: Templates
     stats: runs.Stats = field(default_factory=runs.Stats)  # of one step
+    step: int = 0
 
 
 # -- the mathematics: pure functions -----------------------------------------------------------------------------------
@@ -466,7 +467,7 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
     """
     args, ranks, stats = run.args, run.ranks, run.stats
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
-    for mini_batch in list(range(n_mini_batches)) * args.ppo_epochs:
+    for i, mini_batch in enumerate(list(range(n_mini_batches)) * args.ppo_epochs, 1):
         mine = [t for t in batch if t.place // args.mini_batch_prompts == mini_batch]
         (n_tokens,) = all_sum(ranks, sum(len(t.response_ids) for t in mine))
         if n_tokens == 0:  # every prompt of it lost its judgements
@@ -481,6 +482,7 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
             model = models[name]
             if name == "policy" and not train_policy:
                 continue
+            stats.recent.clear()
             for trajectories, packed in passes:
                 if not trajectories:
                     training.idle_pass(model, run)
@@ -488,7 +490,9 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
                 stats.flops += 3 * training.forward_flops(model, packed)  # the backward pass costs two forward ones
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
                 (loss_of(model, packed, trajectories, run) * ranks.world_size / n_tokens).backward()
-            norm = training.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
+            shares = {n: stats.recent[n] / n_tokens for n in ("policy_loss", "value_loss", "original/approx_kl")}
+            part = f"_{name}_{i}"  # of the step's updates
+            norm = training.optimizer_step(model, optimizers[name], lr, run.step + 1, shares, mine, args, ranks, part)
             stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
@@ -585,7 +589,7 @@ def main(args):
     diagnostics.check_judge(*probed, judge, args, ranks)
     for step in progress:
         clock = [time.perf_counter()]
-        run = replace(run, stats=runs.Stats())
+        run = replace(run, step=step, stats=runs.Stats())
 
         # 1. originals, critiques, edits, with the weights as they are now
         rows = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)

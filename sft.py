@@ -180,7 +180,8 @@ def main(args):
             (loss * ranks.world_size / n_trained).backward()
             loss_sum += loss.item()
         lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        share = dict(loss=loss_sum / n_trained)  # of the mean
+        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
 
         (loss_sum,) = all_sum(ranks, loss_sum)
         seconds = time.perf_counter() - started

@@ -283,7 +283,8 @@ def main(args):
         mine = [examples[i] for i in packing.share(rows, [size(examples[i]) for i in rows], ranks)]
         metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
         lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        share = dict(loss=metrics["loss"] / ranks.world_size)  # the mean is of all ranks already
+        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
         seconds = time.perf_counter() - started
 
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == last_step):

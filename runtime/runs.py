@@ -149,12 +149,14 @@ class Stats:
 
     def __init__(self):
         self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: -math.inf)
+        self.recent = defaultdict(float)  # sums since the caller has last cleared them
         self.flops, self.logical_tokens, self.computed_tokens = 0, 0, 0  # of this rank's passes
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        total = self.sums[name]
-        total[0] += values.double().sum().item()
+        total, added = self.sums[name], values.double().sum().item()
+        total[0] += added
         total[1] += values.numel()
+        self.recent[name] += added
 
     def add_max(self, name: str, values: torch.Tensor) -> None:
         self.largest[name] = max([self.largest[name], *([values.max().item()] if values.numel() else [])])
@@ -200,7 +202,14 @@ def log_metrics(out: str, metrics: dict, ranks: Ranks) -> None:
     """Appends one line to metrics.jsonl; numbers that do not exist in a step (no edit in it, say) are null."""
     if ranks.rank == 0:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        clean["bad_steps"] = count_bad_steps(out, metrics["step"])
         append_line(os.path.join(out, "metrics.jsonl"), json.dumps(clean))
+
+
+def count_bad_steps(out: str, step: int) -> int:
+    """Updates that were left out up to this step, of which `training.optimizer_step` keeps a file each."""
+    files = glob.glob(f"{glob.escape(out)}/bad_steps/step_*.jsonl")
+    return sum(os.path.basename(file)[:11] <= f"step_{step:06d}" for file in files)
 
 
 def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -> None:
