@@ -117,6 +117,10 @@ class Watch:
         self.main = threading.get_ident()
         self.tell()
         barrier(ranks)
+        self.keeper = "torchrun"  # of the store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self.first = json.loads(self.store.get("rank/0"))
+            self.keeper = _who(0, self.first)
         threading.Thread(target=self.run, daemon=True).start()
 
     def tell(self):
@@ -130,19 +134,23 @@ class Watch:
 
     def run(self):
         while not self.ended.wait(min(5, self.silence / 4)):
+            patience = threading.Timer(
+                self.silence, self.without_store, ["silent"]
+            )  # no call of a store has a time-out
+            patience.daemon = True
+            patience.start()
             try:
                 self.tell()
                 found = json.loads(self.store.get("lost")) if self.store.check(["lost"]) else None
                 if found is None and self.rank < 2 and (found := self.find()):
                     self.report(*found)
                     found = json.loads(self.store.get("lost"))
-            except dist.DistError as error:
-                if self.ended.is_set():
-                    return
-                found = dict(rank=0, message=f"the job's store, with rank 0 or torchrun, is gone ({str(error)[:80]})")
-                print(f"error: {found['message']}", file=sys.stderr, flush=True)
+                state = found and json.loads(self.store.get(f"rank/{found['rank']}"))
+            except dist.DistError:
+                self.without_store("gone")
+            patience.cancel()
             if found:
-                self.leave(found)
+                self.leave(found["rank"], state)
 
     def find(self):
         """-> (rank, what is wrong with it) or None."""
@@ -157,17 +165,16 @@ class Watch:
             elif now - since > self.silence:
                 return rank, f"{_who(rank, state)} has been silent for {now - since:.0f} s; it was in {_where(state)}"
         last = min(state["count"] for state in states)
-        over = {
-            rank: state
-            for rank, state in enumerate(states)
-            if state["count"] == last
-            and state["seconds"] > self.limits.get(state["phase"].split()[0], self.limits["rollout"])
-        }
-        late = {rank: state for rank, state in over.items() if not state["waits"]} or over
-        if not late:
-            return None
-        said = [f"{_who(r, s)} has been in {_where(s)} for {s['seconds']:.0f} s" for r, s in late.items()]
-        return min(late), "; ".join(said) + ": over its time-out (--timeouts)"
+        behind = {rank: state for rank, state in enumerate(states) if state["count"] == last}
+        # if all that are behind wait, they wait for one another, and all are named
+        working = {rank: state for rank, state in behind.items() if not state["waits"]} or behind
+        late = {rank: state for rank, state in working.items() if state["seconds"] > self.limit(state["phase"])}
+        if late:
+            said = [f"{_who(r, s)} has been in {_where(s)} for {s['seconds']:.0f} s" for r, s in late.items()]
+            return min(late), "; ".join(said) + ": over its time-out (--timeouts)"
+
+    def limit(self, phase):
+        return self.limits.get(phase.split()[0], self.limits["rollout"])
 
     def report(self, rank, message):
         """The first report is what every rank sees."""
@@ -175,13 +182,18 @@ class Watch:
         if self.store.compare_set("lost", "", found).decode() == found:
             print(f"error: {message}", file=sys.stderr, flush=True)
 
-    def leave(self, found):
-        """Ends this process: first the rank that is to blame, since torchrun names the first one that ends."""
+    def without_store(self, how):
+        if not self.ended.is_set():
+            message = f"error: {self.keeper}, which keeps the job's store, is {how}; rank {self.rank} ends"
+            print(message, file=sys.stderr, flush=True)
+            self.leave(0, self.first if self.keeper != "torchrun" else None)
+
+    def leave(self, blamed, state):
+        """Ends this process: after the rank that is to blame, since torchrun names the first one that ends."""
         try:
-            state = json.loads(self.store.get(f"rank/{found['rank']}"))
-            if found["rank"] != self.rank:
+            if blamed != self.rank:
                 time.sleep(1)
-                if state["host"] == socket.gethostname() and not _is_gone(state):
+                if state and state["host"] == socket.gethostname() and not _is_gone(state):
                     os.kill(state["pid"], signal.SIGKILL)  # one that is stopped or hangs does not end by itself
                 time.sleep(2)
             if self.device.type == "cuda":

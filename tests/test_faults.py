@@ -7,8 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
-import time
 
 import faults
 import pytest
@@ -19,10 +17,10 @@ from safetensors import SafetensorError
 import ppo_cpe
 import sft
 from model import Qwen2, load_pretrained
-from runtime import checkpoints, flags, rows, training, watch
+from runtime import checkpoints, flags, rows, training
 from runtime.distributed import start
 
-SLEEPING_JUDGE = """
+JUDGE = """
 import os, time
 from prompts import Judgement
 
@@ -59,25 +57,6 @@ def assert_equal(ours, theirs):
     assert read_metrics(ours) == read_metrics(theirs)
     a, b = weights(ours), weights(theirs)
     assert all(torch.equal(a[key], b[key]) for key in b)
-
-
-def wait_for_steps(out, n, launched, seconds=120):
-    log, deadline = out / "metrics.jsonl", time.monotonic() + seconds
-    while not log.exists() or log.read_text().count("\n") < n:
-        assert all(rank.is_alive() for rank in launched.ranks) and time.monotonic() < deadline, launched.log
-        time.sleep(0.01)
-
-
-def end(launched, seconds=60):
-    """Waits for a launched script -> (exit codes, what it wrote, seconds)."""
-    started = time.monotonic()
-    for rank in launched.ranks:
-        rank.join(max(0.0, started + seconds - time.monotonic()))
-    codes = [rank.exitcode for rank in launched.ranks]
-    for rank in launched.ranks:
-        rank.kill()
-    with open(launched.log) as f:
-        return codes, f.read(), time.monotonic() - started
 
 
 # -- kills, and damage ---------------------------------------------------------------------------------------------
@@ -253,107 +232,6 @@ def test_a_checkpoint_goes_only_after_the_next_is_complete(three, tiny, monkeypa
     assert found == kept + ["step_000004"] * (when == "after")
 
 
-# -- signals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint(tiny, tmp_path, number):
-    out = tmp_path / "run"
-    launched = launch("sft.py", *sft_flags(tiny, out, "--save-every", 10000))
-    wait_for_steps(out, 2, launched)
-    os.kill(launched.ranks[0].pid, number)
-    said = finish(launched, status=watch.STOPPED)
-    done = len(read_metrics(out))
-    assert (
-        f"{number.name}: the run ends with this step" in said and f"stopped after step {done}, which is saved" in said
-    )
-    assert os.listdir(out / "checkpoints") == [f"step_{done:06d}"]
-    run(sft, *sft_flags(tiny, tmp_path / "whole", "--max-steps", done + 2))
-    run(sft, *sft_flags(tiny, out, "--max-steps", done + 2))
-    assert_equal(out, tmp_path / "whole")
-
-
-def test_a_signal_to_one_of_two_ranks_of_rl(tiny, tmp_path):
-    (tmp_path / "judge.py").write_text(SLEEPING_JUDGE.format(when=False, what="pass"))
-    out = tmp_path / "run"
-    launched = launch("ppo_cpe.py", *ppo_flags(tiny, out, tmp_path / "judge.py", "--save-every", 1000), processes=2)
-    wait_for_steps(out, 1, launched)
-    os.kill(launched.ranks[1].pid, signal.SIGTERM)
-    finish(launched, status=watch.STOPPED)
-    assert os.listdir(out / "checkpoints") == [f"step_{len(read_metrics(out)):06d}"]
-    assert not list(out.glob("*/*.tmp"))
-
-
-def test_a_second_signal_ends_at_once(tiny, tmp_path):
-    """Even a rank whose main thread waits in a collective for one that never comes."""
-    out = tmp_path / "run"
-    launched = launch("sft.py", *sft_flags(tiny, out), processes=2)
-    wait_for_steps(out, 1, launched)
-    os.kill(launched.ranks[1].pid, signal.SIGSTOP)
-    os.kill(launched.ranks[0].pid, signal.SIGTERM)
-    time.sleep(0.5)
-    os.kill(launched.ranks[0].pid, signal.SIGTERM)  # torchrun's copy of the same notice
-    time.sleep(watch.ONE_NOTICE + 0.5)
-    assert launched.ranks[0].is_alive()
-    os.kill(launched.ranks[0].pid, signal.SIGTERM)
-    launched.ranks[0].join(10)
-    codes, *_ = end(launched, 0)
-    assert codes[0] == 128 + signal.SIGTERM
-
-
-# -- ranks that die or hang ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number, said", [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "has been silent for")])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_or_is_stopped_is_named(tiny, tmp_path, number, said, rank):
-    out = tmp_path / "run"
-    launched = launch("sft.py", *sft_flags(tiny, out, "--timeouts", 60, 60, 6), processes=2)
-    wait_for_steps(out, 2, launched)
-    os.kill(launched.ranks[rank].pid, number)
-    codes, output, seconds = end(launched)
-    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == watch.RANK_LOST and seconds < 30
-    if rank == 0 and number == signal.SIGKILL:  # it held the store, too
-        said = r"the job's store, with rank 0 or torchrun, is gone|" + said
-    assert re.search(rf"error: (rank {rank} \(host .*, pid {launched.ranks[rank].pid}\) )?({said})", output)
-    assert not re.search(rf"error: rank {1 - rank} ", output)
-
-
-HANGS = {
-    "hangs in its rollout": (
-        "time.sleep(1000)",
-        (60, 4, 60),
-        r"rank 1 .* has been in rollout of step \d+ at .*judge.py:\d+",
-    ),
-    "fails in its rollout": (
-        "raise ValueError('no tea')",
-        (60, 60, 60),
-        r"rank 1 failed in rollout of step \d+: .*no tea",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HANGS)
-def test_a_rank_that(tiny, tmp_path, name):
-    what, limits, said = HANGS[name]
-    (tmp_path / "judge.py").write_text(SLEEPING_JUDGE.format(when=f"os.path.exists('{tmp_path}/now')", what=what))
-    out = tmp_path / "run"
-    given = ppo_flags(tiny, out, tmp_path / "judge.py", "--max-steps", 1000, "--epochs", 1000, "--timeouts", *limits)
-    launched = launch("ppo_cpe.py", *given, processes=2)
-    wait_for_steps(out, 1, launched)
-    (tmp_path / "now").touch()
-    codes, output, seconds = end(launched)
-    assert codes[0] == watch.RANK_LOST and codes[1] in (watch.RANK_LOST, -signal.SIGKILL, 2) and seconds < 40
-    assert re.search(said, output) and not re.search("error: rank 0 ", output), output[-3000:]
-
-
-def test_a_slow_rollout_is_not_an_update_that_hangs(tiny, tmp_path):
-    """Rank 0 waits in a collective for longer than an update may take."""
-    (tmp_path / "judge.py").write_text(SLEEPING_JUDGE.format(when="row['prompt_id'] == 'p1'", what="time.sleep(6)"))
-    given = ppo_flags(tiny, tmp_path / "run", tmp_path / "judge.py", "--max-steps", 1, "--timeouts", 60, 60, 4)
-    finish(launch("ppo_cpe.py", *given, "--prompts-per-step", 32, processes=2))
-
-
 # -- numbers that are not finite -----------------------------------------------------------------------------------
 
 
@@ -408,7 +286,7 @@ def test_bad_steps_are_skipped_and_counted(tiny, tmp_path, capsys, spoilt):
 @pytest.mark.parametrize("number, model", [(1, "policy"), (2, "critic")])
 def test_a_bad_update_of_rl(tiny, tmp_path, spoilt, number, model):
     """The passes of a step are policy, critic, policy, critic."""
-    (tmp_path / "judge.py").write_text(SLEEPING_JUDGE.format(when=False, what="pass"))
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=False, what="pass"))
     spoilt({number}, float("nan"))
     given = ppo_flags(tiny, tmp_path / "run", tmp_path / "judge.py", "--max-steps", 1, "--skip-bad-steps", 1)
     run(ppo_cpe, *given)
@@ -437,29 +315,3 @@ def test_a_learning_rate_that_would_wreck_the_model(tiny, tmp_path, capsys):
     error = error_of(sft, capsys, *sft_flags(tiny, tmp_path / "run", "--lr", 1e6, "--max-steps", 1))
     assert re.match(r"error: learning rate 1e\+06: a step of Adam moves each weight by about that", error)
     assert not (tmp_path / "run" / "policy").exists()
-
-
-# -- one line ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error",
-    [SafetensorError("cut\noff"), RecursionError("deep"), FloatingPointError("nan"), torch.OutOfMemoryError("x")],
-)
-def test_errors_that_a_user_can_mend_are_one_line(capsys, error):
-    def main(_):
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        flags.run(main, None)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 2
-
-
-def test_an_interruption_before_the_first_step(capsys):
-    def main(_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        flags.run(main, None)
-    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
