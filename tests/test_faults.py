@@ -162,6 +162,28 @@ def test_what_a_killed_run_had_begun_is_removed(three, tiny):
     assert (three / "policy" / "config.json").is_file()
 
 
+def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(three, tiny, monkeypatch):
+    """Every file and folder of it, and the metrics up to its step."""
+    fsync, rename, flushed, at_rename = os.fsync, os.rename, set(), []
+
+    def noted(fd):
+        fsync(fd)
+        flushed.add(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def renamed(source, target):
+        if target.endswith("step_000004"):
+            below = [os.path.join(top, name) for top, folders, names in os.walk(source) for name in folders + names]
+            at_rename.append({source, *below, str(three / "metrics.jsonl")} - flushed)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renamed)
+    run(sft, *sft_flags(tiny, three, "--max-steps", 4))
+    not_flushed = {os.path.basename(path) for path in at_rename[0]}
+    assert not_flushed <= {"state.json", "index.json"}  # these two were flushed under another name
+    assert str(three / "checkpoints") in flushed
+
+
 # -- disks ---------------------------------------------------------------------------------------------------------
 
 
