@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
 
-# How long a rank waits for the others in a collective at most: one that has ended its rollout waits until the slowest has,
-# whose judge may be down for a while. What hangs, watch.py finds earlier.
+# How long a rank waits for the others in a collective at most: one that has ended its rollout waits until the slowest
+# has, whose judge may be down for a while. What hangs, watch.py finds earlier.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
