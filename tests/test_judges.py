@@ -79,9 +79,9 @@ class ScriptedEngine:
         self.seeds[answer].append(seed)
         reason = "length" if text.endswith("...") else "stop"
         ids = self.chat.encode(text.removesuffix("..."))
-        self.done.append(SimpleNamespace(key=key, ids=ids, finish_reason=reason))
+        self.done.append(SimpleNamespace(key=key, ids=ids, finish_reason=reason, error=None))
 
-    def collect(self):
+    def collect(self, errors):
         done, self.done = self.done, []
         return done
 
