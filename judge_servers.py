@@ -56,7 +56,7 @@ class ServerJudge(Judge):
         except queue.Empty:
             quiet = time.monotonic() - self.quiet_since
             if self.pending and quiet > TOLD_EVERY:
-                self.server.tell(f"{self.pending} answers to judge, nothing has come for {quiet:.0f} s")
+                self.server.tell(f"{self.pending} answers to judge, nothing for {quiet:.0f} s; {self.server.trouble}")
 
     def work(self):
         """One thread of the pool: whatever happens to a request, its key comes back, or that the server is down."""

@@ -89,7 +89,8 @@ class ChatServer:
             base_url = base_url.rstrip("/") + "/v1"
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # an empty one is as good as unset
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
-        self.patience, self.has_answered, self.told = patience, False, None  # told: when a line was printed last
+        self.patience, self.has_answered = patience, False
+        self.told, self.trouble = None, "no reply yet"  # when a line was printed, the latest reason to wait
         self.refused, self.lock = set(), threading.Lock()
         self.model = self.served_model(name) if ask else name
 
@@ -143,8 +144,9 @@ class ChatServer:
                         f"{self.client.base_url} has given no answer for {self.patience:g} s (--judge-patience); the "
                         f"last reason: {failure}"
                     ) from failure
+                self.trouble = f"{failure}; asked again for {left:.0f} s more (--judge-patience {self.patience:g})"
                 if time.monotonic() - began > TOLD_AFTER:
-                    self.tell(f"{failure}; asked again for {left:.0f} s more (--judge-patience {self.patience:g})")
+                    self.tell(self.trouble)
                 time.sleep(pause)
             else:
                 self.answered()
@@ -162,7 +164,7 @@ class ChatServer:
         with self.lock:
             if self.told is not None:
                 print(f"{self.client.base_url} answers again", file=sys.stderr, flush=True)
-            self.has_answered, self.told = True, None
+            self.has_answered, self.told, self.trouble = True, None, "no reply yet"
 
     def is_up(self) -> bool:
         """Whether the server answers a plain question; a refusal is an answer."""
@@ -191,7 +193,7 @@ class ChatServer:
                 pause = seconds_of(error.response.headers.get("retry-after"))
                 raise failure_of(error.status_code, f"{type(error).__name__}: {error}", pause) from error
             except (openai.APITimeoutError, httpx2.TimeoutException) as error:
-                raise Unanswered(f"no reply within {timeout:.0f} s", busy=True) from error
+                raise Unanswered(f"no reply within {timeout:.3g} s", busy=True) from error
             except (openai.APIError, httpx2.HTTPError) as error:
                 reason = error.__cause__ or error
                 raise Unanswered(f"{type(error).__name__}: {error} ({reason})") from error

@@ -51,6 +51,15 @@ def quiet_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """So that the half a minute in which a server is asked again takes half a second."""
+    from runtime import chat_client
+
+    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat_client, "LONGEST_PAUSE", 0.1)
+
+
 # -- a whole tiny project: checkpoint, rows, templates ---------------------------------------------
 
 CHAT_TEMPLATE = (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judge_servers import REFUSALS, pair_server, server  # noqa: F401
+from test_judge_servers import REFUSALS, Quiet, FaultyServer, pair_server, server  # noqa: F401
 from test_serve import Running
 
 import evaluate
@@ -426,7 +426,7 @@ def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):
         (bad[1]["answer"], good[1]["answer"]): ["neither"],  # one of its two orders
         (good[2]["answer"], bad[2]["answer"]): ["refusal"] * 3,
         (bad[2]["answer"], good[2]["answer"]): ["refusal"] * 3,
-        (bad[3]["answer"], good[3]["answer"]): [403],
+        (bad[3]["answer"], good[3]["answer"]): [400],
     }
     good[4]["truncated"] = True
     flags = [
@@ -623,7 +623,7 @@ def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path
     prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     for i, prompt in enumerate(prompts):
         prompt["question"] = f"question {i}"
-    server.faults = {"question 0": ["credits"], "question 1": ["page"], "question 2": ["no object", "deep"]}
+    server.faults = {"question 0": ["credits"], "question 1": ["page"], "question 2": ["no object", "deep"]}  # no answer yet
     server.refuses = REFUSALS
     (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
     flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--answer-template", tmp_path / "answer.txt"]
