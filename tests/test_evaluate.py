@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judge_servers import REFUSALS, Quiet, FaultyServer, pair_server, server  # noqa: F401
+from test_judge_servers import REFUSALS, FaultyServer, Quiet, pair_server, server  # noqa: F401
 from test_serve import Running
 
 import evaluate
@@ -623,7 +623,11 @@ def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path
     prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     for i, prompt in enumerate(prompts):
         prompt["question"] = f"question {i}"
-    server.faults = {"question 0": ["credits"], "question 1": ["page"], "question 2": ["no object", "deep"]}  # no answer yet
+    server.faults = {
+        "question 0": ["credits"],
+        "question 1": ["page"],
+        "question 2": ["no object", "deep"],
+    }  # no answer yet
     server.refuses = REFUSALS
     (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
     flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--answer-template", tmp_path / "answer.txt"]
