@@ -107,13 +107,15 @@ class Worker:
     def submit(self, client: str, watches: bool, seeds: list[int], tokens: int, **settings) -> tuple[int, Listener]:
         """-> (key, listener); the key has to be released, however the request ends. tokens: what it counts for.
 
-        Busy: a limit is reached.
+        Busy: a limit is reached. ValueError: the request alone is over it.
         """
         n = len(seeds)
         for what, now, more, limit in (
             ("samples", self.samples, n, self.max_samples),
             ("tokens", self.tokens, tokens, self.max_tokens),
         ):
+            if more > limit:
+                raise ValueError(f"a request of {more} {what}; this server holds {limit} of all requests together")
             if now + more > limit:
                 raise Busy(f"{now} {what} are waiting or running; {more} more would be over the limit of {limit}")
         key, listener = next(self.keys), Listener()

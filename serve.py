@@ -422,6 +422,8 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
             )
         except BadRequest as error:
             return error_response(str(error), error.status, error.param, error.code)
+        except ValueError as error:
+            return error_response(str(error), 400)
         except Busy as error:
             return error_response(str(error), 503)
         except ClientDisconnect:
@@ -512,7 +514,9 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
         Route("/health", health),
         Route("/v1/chat/completions", with_key(completions), methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    app.state.worker = worker
+    return app
 
 
 class Connection(H11Protocol):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,12 @@ sys.path.insert(0, ROOT)
 
 from model import Config, Qwen2, init_weights, save_pretrained
 from runtime.flags import parse, user_errors
+
+# Of test_fuzz.py: the same cases each time in the suite; HYPOTHESIS_PROFILE=long draws many more, others each time.
+COMMON = dict(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("fast", max_examples=50, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("long", max_examples=2000, **COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
 def tiny_config(**changes):

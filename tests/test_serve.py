@@ -30,6 +30,7 @@ class Running:
         self.engine = Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
         limits = serve.Limits(**limits)
         app = serve.make_app(self.engine, self.chat, "tiny", limits)
+        self.worker = app.state.worker
         self.server = uvicorn.Server(serve.server_config(app, limits, port=0))
         sockets = None
         if send_buffer:  # bytes that the kernel takes for a client that does not read
