@@ -246,6 +246,8 @@ def describe_edits(trajectories, logprobs, ratio, weight, advantages, args, stat
 
 def check_judge(judged: list, lost: dict, judge: Judge, args: Any, ranks: Ranks) -> None:
     """Prints what share of a few answers got a judgement at the start of a run. ValueError: none did."""
+    if judge.down:
+        raise ValueError(judge.down)
     n_judged, n_lost = map(int, all_sum(ranks, len(judged), len(lost["originals"])))
     judge.take_counts()
     judge.forget()  # so that the first step is computed as without this

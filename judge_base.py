@@ -76,6 +76,7 @@ class Judge:
     writes_critiques: bool | None = True  # None: the first verdict will show
     compares = False  # two answers at a time
     template: str | None = None  # which of prompts.Templates it fills
+    down: str | None = None  # why no more judgements are to be had: a server's, once patience with it is at its end
 
     def __init__(self):
         self.pending, self.finished = 0, []

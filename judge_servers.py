@@ -28,6 +28,7 @@ class ServerJudge(Judge):
         super().__init__()
         self.server, self.filled, self.settings = server, templates, settings
         self.todo, self.results = queue.Queue(), queue.Queue()
+        self.waiting = set()  # keys
         self.quiet_since = time.monotonic()  # when something arrived last, or nothing was asked for
         for _ in range(settings.concurrency):  # daemons: a run that ends does not wait for them
             threading.Thread(target=self.work, daemon=True).start()
@@ -36,36 +37,45 @@ class ServerJudge(Judge):
         self.ask(key, grm_request(self.filled, *without_control_tokens((row, answer))), seed)
 
     def ask(self, key, request, seed):
-        if not self.pending:
+        if not self.waiting:
             self.quiet_since = time.monotonic()
         self.pending += 1
-        self.todo.put((key, request, seed))
+        self.waiting.add(key)
+        if not self.down:
+            self.todo.put((key, request, seed))
 
     def advance(self):
-        """ServerDown: one of the requests has waited for as long as patience allows."""
         try:
-            while True:  # 1 ms: a caller that only waits for the server should not spin
+            while not self.down:  # 1 ms: a caller that only waits for the server should not spin
                 wait = dict(block=False) if self.finished else dict(timeout=0.001)
-                result = self.results.get(**wait)
-                if isinstance(result, ServerDown):
-                    raise result
-                key, asked, failed, verdict = result
+                key, asked, failed, verdict = self.results.get(**wait)
+                if isinstance(verdict, ServerDown):
+                    self.down = str(verdict)
+                    break
                 self.asked, self.failed = self.asked + asked, self.failed + failed
+                self.waiting.remove(key)
                 self.finish(key, attempts=asked, **verdict)
                 self.quiet_since = time.monotonic()
         except queue.Empty:
             quiet = time.monotonic() - self.quiet_since
-            if self.pending and quiet > TOLD_EVERY:
-                self.server.tell(f"{self.pending} answers to judge, nothing for {quiet:.0f} s; {self.server.trouble}")
+            if self.waiting and quiet > TOLD_EVERY:
+                n, trouble = len(self.waiting), self.server.trouble
+                self.server.tell(f"{n} answers to judge, nothing for {quiet:.0f} s; {trouble}")
+        if self.down:  # nobody waits for the rest
+            for key in self.waiting:
+                self.finish(key, attempts=0, **failed_verdict(self.down, "request"))
+            self.waiting.clear()
 
     def work(self):
         """One thread of the pool: whatever happens to a request, its key comes back, or that the server is down."""
         while True:
             key, request, seed = self.todo.get()
+            if self.down:
+                continue
             try:
                 result = key, *self.judge(request, seed)
             except ServerDown as error:
-                result = error
+                result = key, 0, 0, error
             except Exception as error:  # in a thread nobody would see it, and the run would wait
                 result = key, 1, 1, failed_verdict(f"{type(error).__name__}: {error}", "request")
             self.results.put(result)

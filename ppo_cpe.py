@@ -578,6 +578,8 @@ def main(args):
     sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
+    state = (models, optimizers, tokenizer_from, templates.texts("answer", "edit"), ranks, args.keep_checkpoints)
+
     progress = runs.progress(first_step, last_step, ranks)
     probe = replace(run, args=replace(args, n_samples=1, edit_rate=0))  # is the judge one for these answers?
     probed = rollout(packing.deal(prompts[:8], ranks), engine, judge, probe, "probe", progress)
@@ -611,6 +613,12 @@ def main(args):
             for model in models.values():
                 model.to(ranks.device)
 
+        # a server that is down: this step waits for another start
+        if down := all_gather(ranks, [j.down for j in (judge, second) if j and j.down]):
+            if step > first_step and step % args.save_every:
+                runs.save_checkpoint(args.out, step, *state)
+            raise ValueError(f"step {step + 1}: {down[0]}; what is done is saved, the same command goes on")
+
         # 2. all originals and a share of the edits; chosen on every rank alike from the rewards of all
         edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
         seed = derive_seed(args.seed, step, "select")
@@ -635,10 +643,7 @@ def main(args):
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
         if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            trained_with = templates.texts("answer", "edit")
-            runs.save_checkpoint(
-                args.out, step + 1, models, optimizers, tokenizer_from, trained_with, ranks, args.keep_checkpoints
-            )
+            runs.save_checkpoint(args.out, step + 1, *state)
     print0(f"weights: {args.out}/policy (and critic)")
 
 

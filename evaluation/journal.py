@@ -237,6 +237,8 @@ def verdicts_on(items: list[tuple], args, ranks) -> list[dict]:
                     failed[digests[v.key]] = row
                 else:
                     record(v.key, row)
+        if judge.down:
+            raise ServerDown(judge.down)
 
     rows = made_once("verdicts", "verdicts", digests, make, args, ranks)
     failed = dict(all_gather(ranks, failed.items()))
