@@ -613,8 +613,7 @@ def main(args):
             for model in models.values():
                 model.to(ranks.device)
 
-        # a server that is down: this step waits for another start
-        if down := all_gather(ranks, [j.down for j in (judge, second) if j and j.down]):
+        if down := all_gather(ranks, [j.down for j in (judge, second) if j and j.down]):  # nobody can score this step
             if step > first_step and step % args.save_every:
                 runs.save_checkpoint(args.out, step, *state)
             raise ValueError(f"step {step + 1}: {down[0]}; what is done is saved, the same command goes on")
@@ -635,9 +634,8 @@ def main(args):
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
-        figures = dict(
-            explained_variance=diagnostics.explained_variance(batch, ranks), refresh_gap=gap, batch=int(n_batch)
-        )
+        explained = diagnostics.explained_variance(batch, ranks)
+        figures = dict(explained_variance=explained, refresh_gap=gap, batch=int(n_batch))
         metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
         runs.log_metrics(args.out, metrics, ranks)
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)

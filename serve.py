@@ -42,7 +42,7 @@ class Limits:
     read_timeout: flags.Positive = 30
     """Seconds in which a request has to arrive."""
     write_timeout: flags.Positive = 60
-    """Seconds for which a client may stop reading its answer."""
+    """Seconds for which a client may read nothing of what it is sent."""
 
 
 @dataclass(kw_only=True)
@@ -74,6 +74,7 @@ import concurrent.futures
 import hmac
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -528,6 +529,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not read
         self.time_head()
 
     def data_received(self, data):
@@ -540,9 +542,16 @@ class Connection(H11Protocol):
         elif self.head_timer is None:  # nothing has come yet, or a part of it
             self.head_timer = self.loop.call_later(self.limits.read_timeout, self.transport.abort)
 
-    def pause_writing(self):  # the buffer is full; what is closed in the usual way would wait for it
+    def pause_writing(self):
         super().pause_writing()
-        self.reading_timer = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+        self.time_reading()
+
+    def time_reading(self, left=math.inf):
+        """left: bytes that were not read when the time began."""
+        if (now := self.transport.get_write_buffer_size()) < left:
+            self.reading_timer = self.loop.call_later(self.limits.write_timeout, self.time_reading, now)
+        else:
+            self.transport.abort()  # to close it in the usual way would wait for these bytes
 
     def resume_writing(self):
         super().resume_writing()
