@@ -70,8 +70,6 @@ class ServerJudge(Judge):
         """One thread of the pool: whatever happens to a request, its key comes back, or that the server is down."""
         while True:
             key, request, seed = self.todo.get()
-            if self.down:
-                continue
             try:
                 result = key, *self.judge(request, seed)
             except ServerDown as error:

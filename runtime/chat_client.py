@@ -89,7 +89,7 @@ class ChatServer:
             base_url = base_url.rstrip("/") + "/v1"
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # an empty one is as good as unset
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
-        self.patience, self.has_answered = patience, False
+        self.patience, self.has_answered, self.down = patience, False, None  # down: why nothing is asked any more
         self.told, self.trouble = None, "no reply yet"  # when a line was printed, the latest reason to wait
         self.refused, self.lock = set(), threading.Lock()
         self.model = self.served_model(name) if ask else name
@@ -125,6 +125,8 @@ class ChatServer:
         """
         began = time.monotonic()
         for failures in itertools.count(1):
+            if self.down:
+                raise ServerDown(self.down)
             left = began + self.patience - time.monotonic()
             try:
                 choice = self.ask(messages, min(TIMEOUT * 2 ** (failures - 1), max(left, 1)), wanted)
@@ -140,10 +142,11 @@ class ChatServer:
                     reason = f"{failure}; {failures} times, though the server answers others"
                     raise Failure(reason, "request", retry=False) from failure
                 if left < pause:
-                    raise ServerDown(
+                    self.down = (
                         f"{self.client.base_url} has given no answer for {self.patience:g} s (--judge-patience); the "
                         f"last reason: {failure}"
-                    ) from failure
+                    )
+                    continue
                 self.trouble = f"{failure}; asked again for {left:.0f} s more (--judge-patience {self.patience:g})"
                 if time.monotonic() - began > TOLD_AFTER:
                     self.tell(self.trouble)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judge_servers import REFUSALS, FaultyServer, Quiet, pair_server, server  # noqa: F401
+from test_judge_servers import REFUSALS, PairServer, pair_server, server  # noqa: F401
 from test_serve import Running
 
 import evaluate
@@ -20,6 +20,7 @@ from data import persona_world
 from evaluation import journal
 from model import load_config, save_pretrained
 from prompts import judgement_text
+from runtime.chat_client import ServerDown
 
 
 def run(*flags):
@@ -650,3 +651,24 @@ def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path
     assert "out of credits" in verdicts[0]["error"] and "Log in first" in verdicts[1]["error"]
     results, _, verdicts = run(*flags)
     assert results["failures"] == {} and results["win_rate"]["left_out"] == 0
+
+
+def test_a_server_that_goes_down_ends_the_evaluation_and_what_it_said_is_kept(world, tmp_path, pair_server):
+    """Of 12 verdicts six are there; the next run asks for the others, and the table is that of one run."""
+    flags = [*pair_flags(world, pair_server, tmp_path / "out"), "--concurrency", 1]
+    reply, said = PairServer.reply, []
+
+    class Breaks(PairServer):
+        def reply(self, status, body, length=None):
+            said.append(body)
+            return reply(self, *((status, body) if len(said) <= 7 else (503, b"{}")))  # the first lists the models
+
+    pair_server.RequestHandlerClass = Breaks
+    with pytest.raises(ServerDown, match=r"no answer for 1 s .*; the \d+ of 12 verdicts that were made are kept"):
+        run(*flags, "--judge-patience", 1)
+    kept = len((tmp_path / "out/journal/verdicts.0.jsonl").read_text().splitlines())
+    assert 0 < kept < 12
+    pair_server.RequestHandlerClass = PairServer
+    pair_server.requests.clear()
+    results, _, _ = run(*flags)
+    assert sum(map(len, pair_server.requests.values())) == 12 - kept and results["failures"] == {}

@@ -582,6 +582,9 @@ def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, op
         {"content": [7]},
         {"content": [{"token": "m", "top_logprobs": [{"token": "m"}]}]},
         {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": None}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": math.nan}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": math.inf}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": 800}]}]},
     ]
     left, real = list(bad), PairServer.reply
 
@@ -595,7 +598,7 @@ def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, op
     monkeypatch.setattr(PairServer, "reply", reply)
     judge = opened(pair_server.url, concurrency=1, attempts=9)
     judge.submit(0, ROW, ("a longer one", "x"), seed=0)
-    assert (verdicts(judge)[0].reward, judge.take_counts()) == (pytest.approx(0.8), (5, 4))
+    assert (verdicts(judge)[0].reward, judge.take_counts()) == (pytest.approx(0.8), (8, 7))
     left += bad
     judge = opened(pair_server.url, concurrency=1)
     judge.submit(0, ROW, ("a longer one", "x"), seed=0)
