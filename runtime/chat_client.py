@@ -35,6 +35,7 @@ UNSUPPORTED = re.compile(
 )
 SHOWN = 300  # characters of a server's words in a message
 TIMEOUT = 300  # seconds for a reply; twice as many each time that a request is sent again, as far as patience goes
+PLAIN_TIMEOUT = 60  # seconds for the reply to a plain question
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60  # seconds before a request is sent again; doubled each time
 SUSPECT = 7  # failures after which the request itself may be what the server fails at; half a minute
 TOLD_AFTER, TOLD_EVERY = 2, 60  # seconds of waiting until it is told, and between two such lines
@@ -123,13 +124,13 @@ class ChatServer:
         max_tokens, temperature, top_p, seed, logprobs, ...; what the server has refused is left out. Failure: this
         request gets no choice. ServerDown: none does.
         """
-        began = time.monotonic()
+        began, others_are_answered = time.monotonic(), False
         for failures in itertools.count(1):
             if self.down:
                 raise ServerDown(self.down)
-            left = began + self.patience - time.monotonic()
+            left = max(began + self.patience - time.monotonic(), min(PLAIN_TIMEOUT, self.patience))
             try:
-                choice = self.ask(messages, min(TIMEOUT * 2 ** (failures - 1), max(left, 1)), wanted)
+                choice = self.ask(messages, min(TIMEOUT * 2 ** (failures - 1), left), wanted)
             except Unanswered as failure:
                 if not failure.passing and not self.has_answered:
                     raise
@@ -139,8 +140,12 @@ class ChatServer:
                 left = began + self.patience - time.monotonic()
                 suspect = failures >= SUSPECT and not failure.busy
                 if (suspect or left < pause) and self.is_up():
-                    reason = f"{failure}; {failures} times, though the server answers others"
-                    raise Failure(reason, "request", retry=False) from failure
+                    if others_are_answered:  # before this try too: it is no server that has just come up
+                        reason = f"{failure}; {failures} times, though the server answers others"
+                        raise Failure(reason, "request", retry=False) from failure
+                    others_are_answered = True
+                    continue
+                others_are_answered = False
                 if left < pause:
                     self.down = (
                         f"{self.client.base_url} has given no answer for {self.patience:g} s (--judge-patience); the "
@@ -172,7 +177,7 @@ class ChatServer:
     def is_up(self) -> bool:
         """Whether the server answers a plain question; a refusal is an answer."""
         try:
-            self.ask([{"role": "user", "content": "Hi"}], min(60, max(self.patience, 1)), dict(max_tokens=1))
+            self.ask([{"role": "user", "content": "Hi"}], min(PLAIN_TIMEOUT, self.patience), dict(max_tokens=1))
         except Unanswered:
             return False
         except Failure:
