@@ -39,7 +39,7 @@ from judge_base import Judge
 from judges import ask_all
 from model import save_pretrained
 from prompts import DIMENSIONS
-from runtime import flags, training
+from runtime import checkpoints, flags, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0
 from runtime.rows import read_rows
 from runtime.runs import Stats
@@ -256,6 +256,18 @@ def check_judge(judged: list, lost: dict, judge: Judge, args: Any, ranks: Ranks)
     print0(f"--judge {args.judge}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
 
 
+def end_if_down(judges: list[Judge | None], step: int, state: tuple, args: Any, ranks: Ranks) -> None:
+    """ValueError on all ranks if a judge of one of them can give no more judgements: `step` is left to the next start.
+
+    The steps before it are saved first, unless they are. state: what `checkpoints.save` takes behind args and step.
+    """
+    down = all_gather(ranks, [judge.down for judge in judges if judge and judge.down])
+    if down:
+        if step > 0 and not os.path.isdir(os.path.join(args.out, "checkpoints", f"step_{step:06d}")):
+            checkpoints.save(args, step, *state)
+        raise ValueError(f"step {step + 1}: {down[0]}; what is done is saved, the same command goes on")
+
+
 def warn_of_lost(counts: dict[str, int], step: int) -> None:
     """A line where more than a fifth of a step's responses, of all ranks, leave the batch for want of a judgement."""
     n_lost = counts["lost/originals"] + counts["lost/edits"]
@@ -394,7 +406,7 @@ def draw(runs: Sequence[str], out: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = {run: read_rows(os.path.join(run, "metrics.jsonl"), "object") for run in runs}
+    metrics = {run: read_rows(os.path.join(run, "metrics.jsonl"), "metrics") for run in runs}
     panels = {
         title: names
         for title, names in PANELS.items()
