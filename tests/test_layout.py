@@ -121,6 +121,7 @@ eval(text)
     assert unsafe_reads("torch.load(file, weights_only=True)\nast.literal_eval(text)\nmodel.eval()") == []
     found = {}
     for module, file in sources().items():
-        with open(file, encoding="utf-8") as f:
-            found[module] = unsafe_reads(f.read())
+        if not module.startswith("tests."):  # these make hostile files
+            with open(file, encoding="utf-8") as f:
+                found[module] = unsafe_reads(f.read())
     assert {module: lines for module, lines in found.items() if lines} == {}
