@@ -213,7 +213,13 @@ def main(args):
                 ranks,
                 args.keep_checkpoints,
             )
-    print0(f"weights: {args.out}/policy")
+    runs.print_end(
+        args.out,
+        "policy",
+        f"python train_grm.py --model {args.model}"
+        if not args.from_scratch
+        else f"python sft.py --model {args.out}/policy",
+    )
 
 
 if __name__ == "__main__":

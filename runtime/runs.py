@@ -1,9 +1,12 @@
 """A run folder: flags and inputs, metrics, rows of steps, and checkpoints from which the same command continues."""
 
+import contextlib
 import dataclasses
 import fcntl
+import functools
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -11,7 +14,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +96,7 @@ def open_run(args: Any, ranks: Ranks, inputs: dict[str, str]) -> None:
         _lock(args.out)
         content = {**dataclasses.asdict(args), "inputs": inputs, "git": git_hash()}
         write_text(file, json.dumps(content, indent=2))
+        _open_trackers(args)
     barrier(ranks)
     print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
 
@@ -169,6 +175,30 @@ def progress(first_step: int, last_step: int, ranks: Ranks) -> tqdm:
     return tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=quiet)
 
 
+LINE_EVERY = 30  # seconds
+
+
+@contextlib.contextmanager
+def counting(total: int, what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """-> done(), called for each of `total`: a bar on a terminal, in a log file a line now and then and at the end."""
+    if quiet or sys.stderr.isatty():
+        with tqdm(total=total, desc=what, disable=quiet) as bar:
+            yield lambda: bar.update()
+        return
+    count, started = 0, time.monotonic()
+    said = started
+
+    def done():
+        nonlocal count, said
+        count, now = count + 1, time.monotonic()
+        if count == total or now - said > LINE_EVERY:
+            said = now
+            left = (now - started) / count * (total - count)
+            print(f"{what}: {count} of {total}" + (f", {left:.0f} s left" if left else ""), file=sys.stderr, flush=True)
+
+    yield done
+
+
 def print_step(bar: tqdm, step: int, last_step: int, figures: dict[str, float | None]) -> None:
     """One readable line a step: "step 12/40  reward 3.21  seconds 2.4"."""
     known = {name: value for name, value in figures.items() if value is not None}
@@ -184,13 +214,93 @@ def log_metrics(out: str, metrics: dict, ranks: Ranks) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with open(os.path.join(out, "metrics.jsonl"), "a") as f:
             f.write(json.dumps(clean) + "\n")
+        known = {k: v for k, v in clean.items() if v is not None}
+        for tracker in _trackers:
+            tracker.figures(known)
 
 
 def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -> None:
     """The rows of all ranks as OUT/KIND/step_NNNNNN.jsonl."""
     rows = all_gather(ranks, rows)
     if ranks.rank == 0:
-        write_rows(os.path.join(out, kind, f"step_{step:06d}.jsonl"), rows)
+        path = os.path.join(out, kind, f"step_{step:06d}.jsonl")
+        write_rows(path, rows)
+        for tracker in _trackers:
+            tracker.rows(kind, step, rows, path)
+
+
+def print_end(out: str, weights: str, next_command: str) -> None:
+    """The last lines of a stage: where everything lies, and what to run next."""
+    print0(f"done: {out}/{weights} (weights), {out}/metrics.jsonl (a line a step), {out}/args.json (flags)")
+    print0(f"  look at it: python report.py {out}\n  next:       {next_command}")
+
+
+# -- Weights & Biases, TensorBoard -------------------------------------------------------------------------------------
+
+_trackers = []  # of this process, which is rank 0
+
+
+def _optional(package, name, why):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{why} needs the package {package}, which is not installed: pip install {package}") from error
+
+
+def _open_trackers(args):
+    _trackers.clear()
+    if args.wandb:
+        _trackers.append(_Wandb(_optional("wandb", "wandb", f"--wandb {args.wandb}"), args))
+    if args.tensorboard:
+        writer = _optional("tensorboard", "torch.utils.tensorboard", "--tensorboard").SummaryWriter
+        _trackers.append(_TensorBoard(writer, os.path.join(args.out, "tensorboard")))
+
+
+class _Wandb:
+    """One W&B run a run folder, also after it is continued; each step's rows are a table, and a file beside it."""
+
+    def __init__(self, wandb, args):
+        self.wandb, id_file = wandb, os.path.join(args.out, "wandb_id")
+        before = None
+        if os.path.isfile(id_file):
+            with open(id_file) as f:
+                before = f.read().strip()
+        name = os.path.basename(os.path.normpath(args.out))
+        config = dataclasses.asdict(args)
+        self.run = wandb.init(project=args.wandb, name=name, id=before, resume="allow", dir=args.out, config=config)
+        self.out = args.out
+        write_text(id_file, self.run.id + "\n")
+
+    def figures(self, metrics):
+        self.run.log(metrics, step=metrics["step"])
+
+    def rows(self, kind, step, rows, path):
+        columns = sorted({name for row in rows for name in row})
+        cells = [
+            [c if isinstance(c, (str, int, float)) else json.dumps(c) for c in map(row.get, columns)] for row in rows
+        ]
+        self.run.log({kind: self.wandb.Table(columns=columns, data=cells)}, step=step)
+        self.run.save(path, base_path=self.out, policy="now")  # the panel shows the newest table: here are all
+
+
+class _TensorBoard:
+    """Scalars, and each step's rows as text."""
+
+    def __init__(self, writer, folder):
+        self.open, self.writer = functools.partial(writer, folder), None
+
+    def figures(self, metrics):
+        if self.writer is None:  # what a killed run had logged beyond its checkpoint is run again
+            self.writer = self.open(purge_step=metrics["step"])
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, metrics["step"])
+        self.writer.flush()
+
+    def rows(self, kind, step, rows, path):
+        if self.writer is None:
+            self.writer = self.open(purge_step=step)
+        text = json.dumps(rows, ensure_ascii=False, indent=2)
+        self.writer.add_text(kind, "    " + text.replace("\n", "\n    "), step)  # Markdown: code, as it stands
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
