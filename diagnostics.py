@@ -166,7 +166,8 @@ def text_pieces(chat: Chat, ids: list[int]) -> list[str]:
 
 
 def token_rows(batch: list, step: int, run: Any) -> list[dict]:
-    """What the last update did with the tokens of --log-tokens answers of a step and of their trained edits.
+    """What the last update did with the tokens of --log-tokens answers of a step, drawn at random from those whose edit
+    is trained (then from the others), and of these edits.
 
     One row per response: prompt_id, sample_id, edit (bool) and lists over its tokens: text, logp (log p under the
     policy), logq (of what sampled it: pi_old, of an edit pi_e under the edit prompt), weight (on grad log p),
@@ -174,8 +175,10 @@ def token_rows(batch: list, step: int, run: Any) -> list[dict]:
     """
     trained = [t for t in batch if t.trained is not None]
     rng = random.Random(derive_seed(run.args.seed, step, "tokens", run.ranks.rank))
+    edited = {t.key[:2] for t in trained if t.parent}
     originals = [t.key[:2] for t in trained if t.parent is None]
-    chosen = rng.sample(originals, min(len(originals), math.ceil(run.args.log_tokens / run.ranks.world_size)))
+    order = sorted(rng.sample(originals, len(originals)), key=lambda key: key not in edited)
+    chosen = order[: math.ceil(run.args.log_tokens / run.ranks.world_size)]
     rows = []
     for t in trained:
         if t.key[:2] in chosen:
