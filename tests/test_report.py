@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,7 @@ def rl_run(folder, steps=12, hostile=None, samples=2, prompts=3, answer=None):
     lines = []
     for step in range(1, steps + 1):
         figures = {"original/reward": 1 + 0.1 * step, "edit/reward": 2.0, "edit/gain": 1 - 0.1 * step, "entropy": 1.0}
+        figures |= {"edit/improved": 0.5, "edit/worse": 0.1}
         figures |= {"original/length": 20.0 + step, "judge_calls": 10, "judge_unparsed": 0, "generated_tokens": 500}
         lines.append({"step": step, **figures, "own/figure": step, "seconds/rollout": 2.0, "seconds/update": 1.0})
         rows = []
@@ -155,9 +157,9 @@ def steady(**changes):
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("Length", dict(original__length=lambda s: 30 + s)),
+        ("Length", dict(original__length=lambda s: 30 + 2 * s)),
         ("Reward hacking", dict(original__reward=lambda s: s, exact__original=lambda s: -abs(s - 10))),
-        ("Edits no better", dict(edit__gain=lambda s: 1 - s / 20)),
+        ("Edits no better", dict(edit__gain=lambda s: 1 - s / 18)),
         ("Judge failures", dict(judge_unparsed=lambda s: s)),
         ("Trainer against engine", dict(logprob_gap=lambda s: s / 500)),
         ("Ratio on inserted tokens", dict(edit__inserted_ratio=lambda s: s / 2)),
@@ -259,7 +261,9 @@ def test_a_sample_keeps_what_matters(tmp_path):
     assert len(html) < 0.5e6
     (found,) = data_of(html)["runs"]
     shown = found["sampled"]["shown"]
-    assert shown == len(found["rows"]) < found["sampled"]["of"] == 10 * 200 + 1
+    assert (
+        shown == len(found["rows"]) < found["sampled"]["of"] == 10 * 200
+    )  # p9, which is lost in other tests, is one of these prompts
     for step in (1, 5, 10):
         rows = [r for r in found["rows"] if r["step"] == step]
         assert 5 < len(rows) < 60
@@ -270,7 +274,7 @@ def test_a_sample_keeps_what_matters(tmp_path):
 
 def test_a_large_run_makes_a_page_of_a_size(tmp_path):
     """1,000 steps: below 30 MB from ten times as much. One step's file stands in for all of them, to be quick."""
-    run = rl_run(tmp_path / "run", steps=1, prompts=100, answer="A word of it. " * 60)
+    run = rl_run(tmp_path / "run", steps=1, prompts=40, answer="A word of it. " * 60)
     first = run / "rollouts" / "step_000001.jsonl"
     (line,) = (run / "metrics.jsonl").read_text().splitlines()
     lines = [json.dumps(json.loads(line) | {"step": step}) + "\n" for step in range(1, 1001)]
@@ -278,10 +282,10 @@ def test_a_large_run_makes_a_page_of_a_size(tmp_path):
     for step in range(2, 1001):
         os.link(first, run / "rollouts" / f"step_{step:06d}.jsonl")
     html = made([run], tmp_path / "page.html")
-    assert 15e6 < len(html.encode()) < 30e6
+    assert 10e6 < len(html.encode()) < 30e6
     (found,) = data_of(html)["runs"]
     assert len({r["step"] for r in found["rows"]}) == 1000  # each step is there
-    assert found["sampled"] == {"shown": len(found["rows"]), "of": 200 * 1000 + 1}
+    assert found["sampled"] == {"shown": len(found["rows"]), "of": 80 * 1000}
 
 
 def test_figures(tmp_path):
@@ -306,9 +310,9 @@ def test_names_tell_runs_apart(tmp_path):
 
 
 def test_exact_scores_of_the_generated_world(tmp_path):
-    from data.persona_world import judge
+    from data.persona_world import judge, sample_persona
 
-    row = dict(prompt_id="w", persona={"name": "Ada", "food": "vegan"}, question="How do I cook for a week?")
+    row = dict(prompt_id="w", persona=sample_persona(Random(0)), question="How do I cook for a week?")
     row |= dict(source="persona_world", sample_id=0, answer="Your food is vegan.", edit=None, reward=1.0, n_tokens=4)
     metrics = [{"step": 1}]
     report.add_exact(metrics, {1: [row]})

@@ -134,7 +134,7 @@ function tokenText(tokens) {
     now = k;
     spans[k].classList.add("now");
     readout.className = "readout";
-    readout.replaceChildren(h("code", {}, visible(tokens.text[k]) || "\u2026"), row(k).map(([name, value]) => h("span", {}, name, " ", h("b", {}, value))),
+    readout.replaceChildren(h("code", {}, visible(tokens.text[k]) || "\u2026"), ...row(k).map(([name, value]) => h("span", {}, name, " ", h("b", {}, value))),
       tokens.kept ? h("span", {}, tokens.kept[k] ? "kept" : "inserted") : "");
   };
   const box = h("div", { class: "said tokens", dir: "auto", tabindex: 0, "aria-label": "Tokens" }, spans);
