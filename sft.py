@@ -213,13 +213,8 @@ def main(args):
                 ranks,
                 args.keep_checkpoints,
             )
-    runs.print_end(
-        args.out,
-        "policy",
-        f"python train_grm.py --model {args.model}"
-        if not args.from_scratch
-        else f"python sft.py --model {args.out}/policy",
-    )
+    after = f"sft.py --model {args.out}/policy" if args.from_scratch else f"train_grm.py --model {args.model}"
+    runs.print_end(args.out, "policy", f"python {after}")
 
 
 if __name__ == "__main__":

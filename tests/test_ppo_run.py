@@ -1,6 +1,7 @@
 """ppo_cpe.py as a user runs it: every judge and loss, two processes, killed and continued, bad input."""
 
 import json
+import math
 import random
 import time
 from types import SimpleNamespace
@@ -134,6 +135,28 @@ def test_a_step_does_what_the_method_says(whole):
     assert first["mfu"] is None  # a CPU's peak is not known
     kinds = [f"{kind}/{name}" for kind in ("original", "edit") for name in ("ratio", "ratio_max", "clipfrac")]
     assert all(first[name] is not None for name in [*kinds, "value_clipfrac", "explained_variance"])
+
+
+def test_tokens_of_a_few_answers_are_kept(whole):
+    """--log-tokens is 4 by default: of as many answers a step, and of their trained edits, what the update did."""
+    found = [json.loads(line) for line in (whole / "tokens" / "step_000001.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (whole / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    rows = {(row["prompt_id"], row["sample_id"]): row for row in rows}
+    assert len({(t["prompt_id"], t["sample_id"]) for t in found}) == sum(not t["edit"] for t in found) == 4
+    trained = [key for key, row in rows.items() if row["edit"] and row["edit"]["selected"]]
+    assert sum(t["edit"] for t in found) == min(4, len(trained)) > 0  # these come first
+    for tokens in found:
+        row = rows[tokens["prompt_id"], tokens["sample_id"]]
+        response = row["edit"] if tokens["edit"] else row
+        lists = {name: tokens[name] for name in ("text", "logp", "logq", "weight", "advantage")}
+        assert {len(values) for values in lists.values()} == {response["n_tokens"]}
+        assert "".join(tokens["text"]).removesuffix("<|im_end|>") == response["answer"]
+        assert all(logp <= 0 for logp in tokens["logp"]) and ("kept" in tokens) == tokens["edit"]
+        if tokens["edit"]:  # unclipped, far below the cap: the weight is r
+            ratio = [math.exp(p - q) for p, q in zip(tokens["logp"], tokens["logq"])]
+            assert tokens["weight"] == pytest.approx(ratio, rel=1e-2, abs=1e-4)  # four digits were kept
+    first = [t for t in found if not t["edit"] and t["logp"] == t["logq"]]  # of the first mini-batch: r is 1
+    assert first and all(set(t["weight"]) == {1.0} for t in first)
 
 
 def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):

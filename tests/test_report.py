@@ -161,7 +161,7 @@ def steady(**changes):
         ("Reward hacking", dict(original__reward=lambda s: s, exact__original=lambda s: -abs(s - 10))),
         ("Edits no better", dict(edit__gain=lambda s: 1 - s / 18)),
         ("Judge failures", dict(judge_unparsed=lambda s: s)),
-        ("Trainer against engine", dict(logprob_gap=lambda s: s / 500)),
+        ("Trainer against engine", dict(logprob_gap=lambda s: s / 100)),
         ("Ratio on inserted tokens", dict(edit__inserted_ratio=lambda s: s / 2)),
         ("Value loss", dict(value_loss=lambda s: 1 + s, explained_variance=lambda s: 0.5 - s / 10)),
         ("Entropy", dict(entropy=lambda s: 1 / s)),
