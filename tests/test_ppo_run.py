@@ -11,9 +11,9 @@ import torch
 from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
 
-import diagnostics
 import ppo_cpe
 import replay
+import report
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
@@ -279,10 +279,10 @@ def test_replay_gives_the_gradients_of_the_update(watched, capsys):
 
 
 def test_figures_of_runs(whole, watched, tmp_path, capsys):
-    diagnostics.draw([str(whole), str(watched)], str(tmp_path))
+    report.draw(report.read_runs([str(whole), str(watched)], 20), str(tmp_path))
     names = {f"by_{x}.{ending}" for x in ("step", "generated_tokens", "judge_calls") for ending in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert "held out: answer, its edit" in (tmp_path / "by_step.svg").read_text()
+    assert "Held-out reward: answers, edits" in (tmp_path / "by_step.svg").read_text()
 
 
 def test_policy_and_critic_are_saved_for_others(whole, tiny):
