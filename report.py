@@ -42,6 +42,7 @@ import os
 import re
 import time
 import zlib
+from collections import defaultdict
 from typing import Any
 
 from reporting.evaluations import VERDICTS, evaluation_run, judgement_pair
@@ -217,8 +218,8 @@ class Budget:
 def by_interest(rows: list[dict]) -> list[int]:
     """Indices of a step's rows, those that a sample should not lack first.
 
-    The most improved, most worsened and longest, a response that left the batch, one that was cut off; then by prompt,
-    in an order that is the same in every step, so that prompts which come again are kept again.
+    The most improved, most worsened and longest, those with tokens, one that left the batch, one that was cut off; then
+    by prompt, in an order that is the same in every step, so that prompts which come again are kept again.
     """
 
     def gain(i):
@@ -229,63 +230,79 @@ def by_interest(rows: list[dict]) -> list[int]:
     gains = sorted((i for i in range(len(rows)) if gain(i) is not None), key=gain)
     longest = max(range(len(rows)), key=lambda i: rows[i].get("n_tokens") or 0, default=None)
     firsts = [*gains[-1:], *gains[:1], *([] if longest is None else [longest])]
-    for has in (lambda row: row.get("left") or (row.get("edit") or {}).get("left"), lambda row: row.get("truncated")):
-        firsts += [i for i in range(len(rows)) if has(rows[i])][:1]
+    for name in ("tokens", "left", "truncated"):
+        have = [i for i, row in enumerate(rows) if row.get(name) or (row.get("edit") or {}).get(name)]
+        firsts += have if name == "tokens" else have[:1]
     rest = sorted(range(len(rows)), key=lambda i: (zlib.crc32(str(rows[i].get("prompt_id")).encode()), i))
     return list(dict.fromkeys(firsts + rest))
 
 
-def total_bytes(folder: str) -> int:
-    return sum(os.path.getsize(f) for kind in ("rollouts", "held_out", "lost") for _, f in step_files(folder, kind))
+SAMPLE = ("prompt_id", "sample_id")  # what a response belongs to
+
+
+def attach(row: dict, part: dict, is_edit: bool) -> None:
+    if not is_edit:
+        row["tokens"] = part
+    elif row.get("edit"):
+        row["edit"]["tokens"] = part
+
+
+def add_tokens(file: str, rows: list[dict], places: dict[tuple, int], budget: Budget) -> None:
+    """Puts OUT/tokens of a step into its rows, as far as the budget goes: row["tokens"], row["edit"]["tokens"].
+
+    places: {(prompt_id, sample_id): index into rows}.
+    """
+    of_sample = defaultdict(list)
+    for line, tokens in read_lines(file, (*SAMPLE, "edit")):
+        budget.earn(len(line))
+        of_sample[tuple(tokens.pop(name) for name in SAMPLE)].append((len(line), tokens.pop("edit"), tokens))
+    for sample, parts in of_sample.items():
+        if sample in places and budget.spend(sum(size for size, *_ in parts)):
+            for _, is_edit, tokens in parts:
+                attach(rows[places[sample]], tokens, is_edit)
+
+
+def add_lost(file: str, rows: list[dict], sizes: list[int], places: dict[tuple, int]) -> None:
+    """Puts OUT/lost of a step into its rows: an answer as a row of its own, an edit into that of its answer."""
+    for line, row in read_lines(file, SAMPLE):
+        i = places.get(tuple(row[name] for name in SAMPLE))
+        if i is None:
+            rows.append(row)
+            sizes.append(len(line))
+        else:
+            rows[i] = rows[i] | {"edit": row["edit"]}
 
 
 def read_rollouts(folder: str, last_step: int, max_bytes: float) -> tuple[list[dict], dict[str, int], dict[int, list]]:
     """A sample of a run's rollouts -> (rows with step and held_out, {"shown", "of"}, {step: its first 64 rows}).
 
-    Lost responses are merged in: `left` says why. Rows of steps after last_step (of a run that was killed and will do
-    them again) are left out.
+    A quarter of max_bytes is for tokens. Rows of steps after last_step (of a run that was killed and will do them
+    again) are left out.
     """
-    budget = Budget(max_bytes / max(1, total_bytes(folder)))
-    lost_in = dict(step_files(folder, "lost"))
-    rows, shown, total, exact_of = [], 0, 0, {}
+    files = {
+        kind: {step: file for step, file in step_files(folder, kind) if step <= last_step}
+        for kind in ("rollouts", "held_out", "lost", "tokens")
+    }
+    size = {kind: sum(map(os.path.getsize, files[kind].values())) for kind in files}
+    budget = Budget(0.75 * max_bytes / max(1, size["rollouts"] + size["held_out"] + size["lost"]))
+    tokens_budget = Budget(0.25 * max_bytes / max(1, size["tokens"]))
+    rows, shown, total, firsts = [], 0, 0, {}
     for kind in ("rollouts", "held_out"):
-        for step, file in step_files(folder, kind):
-            if step > last_step:
-                continue
-            sizes, found = [], []
-            for line, row in read_lines(file):
-                sizes.append(len(line))
-                found.append(row)
+        for step, file in files[kind].items():
+            lines = list(read_lines(file, (*SAMPLE, "answer")))
+            sizes, found = [len(line) for line, _ in lines], [row for _, row in lines]
             if kind == "rollouts":
-                exact_of[step] = found[:64]
-                places = {(row["prompt_id"], row["sample_id"]): i for i, row in enumerate(found)}
-                for line, row in read_lines(lost_in[step]) if step in lost_in else ():
-                    i = places.get((row["prompt_id"], row["sample_id"]))
-                    if i is None:
-                        found.append(row)
-                        sizes.append(len(line))
-                    else:  # a lost edit of an answer that stayed
-                        found[i] = found[i] | {"edit": row["edit"]}
+                firsts[step] = found[:64]
+                places = {tuple(row[name] for name in SAMPLE): i for i, row in enumerate(found)}
+                if step in files["tokens"]:
+                    add_tokens(files["tokens"][step], found, places, tokens_budget)
+                if step in files["lost"]:
+                    add_lost(files["lost"][step], found, sizes, places)
             budget.earn(sum(sizes))
             kept = sorted(itertools.takewhile(lambda i: budget.spend(sizes[i]), by_interest(found)))
             rows += [found[i] | {"step": step, "held_out": kind == "held_out"} for i in kept]
             shown, total = shown + len(kept), total + len(found)
-    return rows, {"shown": shown, "of": total}, exact_of
-
-
-def add_tokens(folder: str, rows: list[dict], last_step: int, max_bytes: float) -> None:
-    """Puts OUT/tokens into the rows that are there: row["tokens"] of the answer, row["edit"]["tokens"]."""
-    files = [(step, file) for step, file in step_files(folder, "tokens") if step <= last_step]
-    budget = Budget(max_bytes / max(1, sum(os.path.getsize(file) for _, file in files)))
-    place = {(r["step"], r["prompt_id"], r["sample_id"]): r for r in rows if not r["held_out"]}
-    for step, file in files:
-        for line, tokens in read_lines(file):
-            budget.earn(len(line))
-            row = place.get((step, tokens.pop("prompt_id"), tokens.pop("sample_id")))
-            if row and budget.spend(len(line)):
-                target = row["edit"] if tokens.pop("edit") else row
-                if target is not None:
-                    target["tokens"] = tokens
+    return rows, {"shown": shown, "of": total}, firsts
 
 
 _exact = {}  # (prompt_id, answer): score; half a millisecond each
@@ -304,7 +321,7 @@ def add_exact(metrics: list[dict], rows_by_step: dict[int, list[dict]]) -> None:
     per_step = max(4, min(64, 4000 // max(1, len(rows_by_step))))
     for line in metrics:
         rows = [r for r in rows_by_step.get(line["step"], []) if r.get("source") == "persona_world"][:per_step]
-        scores = [(exact_score(r, r["answer"]), r["edit"] and exact_score(r, r["edit"]["answer"])) for r in rows]
+        scores = [(exact_score(r, r["answer"]), r.get("edit") and exact_score(r, r["edit"]["answer"])) for r in rows]
         edited = [(before, after) for before, after in scores if after is not None]
         if scores:
             line["exact/original"] = sum(before for before, _ in scores) / len(scores)
@@ -325,18 +342,8 @@ def rollouts_for_page(rows: list[dict]) -> tuple[list[dict], dict[str, dict]]:
     """-> (rows without what all rows of a prompt share, {prompt_id: persona, question, topic})."""
     from diagnostics import recited
 
-    fields = (
-        "answer",
-        "reward",
-        "critique",
-        *DIMENSIONS,
-        "n_tokens",
-        "truncated",
-        "left",
-        "selected",
-        "tokens",
-        "audit",
-    )
+    figures = ("reward", *DIMENSIONS, "n_tokens", "truncated", "left", "selected", "tokens", "audit")
+    fields = ("answer", "critique", *figures)
     prompts, found = {}, []
     for row in rows:
         persona = row.get("persona")
@@ -395,9 +402,8 @@ def train_run(folder: str, kind: str, max_bytes: float) -> dict[str, Any]:
             raise ValueError(f'{folder}/metrics.jsonl:{place}: expected a number as "step"')
     run = dict(kind=kind, label=kind_text(kind, args), args=args, rows=[], prompts={}, lights=[])
     if kind == "rl" and metrics:
-        rows, run["sampled"], first_rows = read_rollouts(folder, metrics[-1]["step"], max_bytes * 3 / 4)
-        add_tokens(folder, rows, metrics[-1]["step"], max_bytes / 4)
-        add_exact(metrics, first_rows)
+        rows, run["sampled"], firsts = read_rollouts(folder, metrics[-1]["step"], max_bytes)
+        add_exact(metrics, firsts)
         run["rows"], run["prompts"] = rollouts_for_page(rows)
     run["lights"] = lights(metrics) if kind == "rl" else held_out_light(metrics)
     if kind == "grm":

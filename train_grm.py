@@ -243,10 +243,11 @@ def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -
         found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
     labels = [Judgement(row["critique"], *(row[d] for d in DIMENSIONS)) for row in mine]
     both = all_gather(ranks, zip(mine, labels, found, strict=True))
+    rows, labels, found = zip(*both)
     if ranks.rank == 0:
-        judged = [row | {"judged": j and dataclasses.asdict(j)} for row, _, j in both]
+        judged = [row | {"judged": own and dataclasses.asdict(own)} for row, own in zip(rows, found)]
         write_rows(os.path.join(args.out, "held_out.jsonl"), judged)
-    return agreement(*list(zip(*both))[1:])
+    return agreement(labels, found)
 
 
 def main(args):

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 DIMENSIONS = ("helpfulness", "personalization", "naturalness")
 
 
-def read_lines(path: str) -> Iterator[tuple[str, dict]]:
+def read_lines(path: str, needs: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
     """(line, row) of a JSON-lines file, which may be growing: half a line at its end is left out.
 
-    ValueError: a line in the middle is not a JSON object.
+    ValueError: a line in the middle is not a JSON object, or lacks one of the fields that it needs.
     """
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
@@ -22,6 +22,9 @@ def read_lines(path: str) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: expected a JSON object")
+            for name in needs:
+                if name not in row:
+                    raise ValueError(f'{path}:{number}: field "{name}" is missing')
             yield line, row
 
 

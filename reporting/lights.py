@@ -26,13 +26,14 @@ def lights(metrics: list[dict]) -> list[dict]:
     steps = [metrics[4 * len(metrics) // 5]["step"], metrics[-1]["step"]]  # the last fifth
 
     def light(name: str, rule: str, needs: list[str], fires: Callable, text: Callable, **link):
-        known = [[v for v in part.get(n, []) if v is not None] for n in needs]
-        if not all(len(values) > 1 for values in known):
+        both = zip(*(part.get(metric, [None] * 5) for metric in needs))
+        known = [values for values in both if None not in values]  # fifths in which all are measured
+        if len(known) < 2:
             found.append(dict(name=name, rule=rule, state="none", found="not measured in this run"))
             return
-        link = {"steps": steps, **link}
-        state = "warn" if fires(*known) else "ok"
-        found.append(dict(name=name, rule=rule, state=state, found=text(*known), link=link))
+        series = list(zip(*known))
+        state = "warn" if fires(*series) else "ok"
+        found.append(dict(name=name, rule=rule, state=state, found=text(*series), link={"steps": steps, **link}))
 
     light(
         "Length",
@@ -42,22 +43,14 @@ def lights(metrics: list[dict]) -> list[dict]:
         lambda n: f"{n[0]:.0f} to {n[-1]:.0f} tokens",
         sort="longest",
     )
-    unseen = next((n for n in ("held_out/original/reward", "exact/original") if any(part.get(n, []))), "exact/original")
-    label = "held-out reward" if unseen.startswith("held_out") else "exact score"
-    second = "exact/original" if any(part.get("exact/original", [])) else unseen  # both known: the stricter one
-    if second != unseen:
-        unseen, label = second, "exact score"
+    exact = any(value is not None for value in part.get("exact/original", []))
+    unseen, label = ("exact/original", "exact score") if exact else ("held_out/original/reward", "held-out reward")
     light(
         "Reward hacking",
         f"The reward is no lower than where the {label} was best, but the {label} has since lost more than a tenth of "
         "its range.",
         ["original/reward", unseen],
-        lambda r, h: (
-            len(r) == len(h)
-            and r[-1] >= r[h.index(max(h))]
-            and max(h) - h[-1] > 0.1 * (max(h) - min(h))
-            and h.index(max(h)) < len(h) - 1
-        ),
+        lambda r, h: r[-1] >= r[h.index(max(h))] and max(h) - h[-1] > 0.1 * (max(h) - min(h)),
         lambda r, h: f"reward {r[0]:.2f} to {r[-1]:.2f}; {label} {h[0]:.2f}, best {max(h):.2f}, last {h[-1]:.2f}",
         sort="best",
     )
@@ -72,18 +65,14 @@ def lights(metrics: list[dict]) -> list[dict]:
         ),
         sort="worsened",
     )
-    for row in metrics:  # a share, which the metrics have as counts
-        calls = row.get("judge_calls")
-        row["unparsed_share"] = (
-            row["judge_unparsed"] / calls if calls and row.get("judge_unparsed") is not None else None
-        )
-    part["unparsed_share"] = fifths(metrics, "unparsed_share")
-    for row in metrics:
-        del row["unparsed_share"]
+    counts = [(row.get("judge_unparsed"), row.get("judge_calls")) for row in metrics]
+    part["unparsed"] = fifths(
+        [{"share": n / calls if calls and n is not None else None} for n, calls in counts], "share"
+    )
     light(
         "Judge failures",
         "More than a tenth of the last fifth's judgements do not parse.",
-        ["unparsed_share"],
+        ["unparsed"],
         lambda share: share[-1] > 0.1,
         lambda share: f"{100 * share[-1]:.1f} % of the judgements",
         show="left",

@@ -141,7 +141,9 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     rl_run(tmp_path / "out" / "cpe")
     line = error_of(report, capsys, tmp_path / "out")
     assert "args.json" in line and line.endswith(f"it holds runs: {tmp_path}/out/cpe")
-    (tmp_path / "out" / "cpe" / "rollouts" / "step_000001.jsonl").write_text("{}\nno json\n{}\n")
+    (tmp_path / "out" / "cpe" / "rollouts" / "step_000001.jsonl").write_text(
+        json.dumps(dict(prompt_id="a", sample_id=0, answer="b")) + "\nno json\n{}\n"
+    )
     assert "step_000001.jsonl:2: not JSON" in error_of(report, capsys, tmp_path / "out" / "cpe")
 
 
@@ -174,7 +176,16 @@ def test_each_light_has_its_rule(name, changes):
     found = {light["name"]: light for light in lights(metrics)}
     assert [n for n, light in found.items() if light["state"] == "warn"] == [name]
     assert found[name]["rule"].endswith(".") and found[name]["found"] and found[name]["link"]["steps"] == [17, 20]
-    assert "unparsed_share" not in metrics[0]  # the metrics are as they were
+
+
+def test_a_light_by_held_out_rewards_that_are_few():
+    """Held-out prompts are judged in some steps: the fifths without them are left out."""
+    held_out = {2: 1.0, 7: 2.0, 17: 1.2}  # nothing in two of the fifths
+    metrics = [{k: v for k, v in row.items() if k != "exact/original"} for row in steady(original__reward=lambda s: s)]
+    for step, reward in held_out.items():
+        metrics[step - 1]["held_out/original/reward"] = reward
+    (light,) = [light for light in lights(metrics) if light["name"] == "Reward hacking"]
+    assert light["state"] == "warn" and "held-out reward 1.00, best 2.00, last 1.20" in light["found"]
 
 
 def test_lights_of_what_was_not_measured_or_is_short():

@@ -113,7 +113,9 @@ function render() {
   const filtered = run().kind === "rl" && run().rows.length > 0 && ["overview", "rollouts"].includes(state.view);
   filters.hidden = !filtered;
   if (filtered) renderFilters(anew, changed);
+  else filters.replaceChildren();
   if (anew) {
+    forgetCharts();
     main.replaceChildren();
     main.className = `view-${state.view}`;
     views[state.view].mount(main);

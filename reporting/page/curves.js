@@ -38,6 +38,8 @@ function smoothed(values, half) {
 let charts = []; // {u, values}: those on the page
 
 function forgetCharts() {
+  inView.disconnect();
+  resized.disconnect();
   for (const chart of charts) chart.u?.destroy();
   charts = [];
 }

@@ -104,7 +104,7 @@ const COLORINGS = [["off", "Off"], ["logp", "log p"], ["ratio", "ratio r"], ["we
 const ABOUT = {
   logp: ["log p under the policy: the stronger, the less likely", ["certain", "e\u207b\u2076"]],
   ratio: ["r = p / q, policy over what sampled it, on a log scale", ["r \u2264 1/8", "1", "r \u2265 8"]],
-  weight: ["on grad log p; struck through where it is 0: no gradient", ["0", "2"]],
+  weight: ["on grad log p, on a log scale; struck through where it is 0: no gradient", ["0", "1", "\u2265 8"]],
   advantage: ["whitened over the batch", ["\u2264 \u22122", "0", "\u2265 2"]],
 };
 const ratioOf = (tokens, k) => Math.exp(tokens.logp[k] - tokens.logq[k]);
@@ -112,8 +112,8 @@ const ratioOf = (tokens, k) => Math.exp(tokens.logp[k] - tokens.logq[k]);
 // [css variable of the hue, strength from 0 to 1]
 function shadeOf(tokens, k, coloring) {
   if (coloring === "logp") return ["--hue-a", Math.min(1, -tokens.logp[k] / 6)];
-  if (coloring === "weight") return ["--hue-a", Math.min(1, tokens.weight[k] / 2)];
-  const value = coloring === "ratio" ? Math.log2(ratioOf(tokens, k)) / 3 : tokens.advantage[k] / 2;
+  const logScale = { ratio: ratioOf(tokens, k), weight: tokens.weight[k] }[coloring];
+  const value = logScale === undefined ? tokens.advantage[k] / 2 : Math.log2(logScale) / 3;
   return [value < 0 ? "--hue-b" : "--hue-a", Math.min(1, Math.abs(value))];
 }
 
