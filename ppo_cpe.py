@@ -635,16 +635,17 @@ def main(args):
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
-        figures = dict(
+        extra = dict(
             explained_variance=diagnostics.explained_variance(batch, ranks), refresh_gap=gap, batch=int(n_batch)
         )
-        metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
+        metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **extra)
         runs.log_metrics(args.out, metrics, ranks)
         diagnostics.write_rollouts(step + 1, judged, lost, selected, batch, run)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
         if checkpoints.due(step + 1, last_step, args, ranks):
-            trained_with = templates.texts("answer", "edit")
-            checkpoints.save(args, step + 1, models, optimizers, tokenizer_from, trained_with, ranks)
+            checkpoints.save(
+                args, step + 1, models, optimizers, tokenizer_from, templates.texts("answer", "edit"), ranks
+            )
     runs.print_end(args.out, "policy", f"python evaluate.py --model {args.out}/policy")
 
 
