@@ -159,13 +159,12 @@ class Trajectory:
     reward: float | None = None
     left: str | None = None  # the batch, and why
     audit: dict | None = None  # {"again": reward, "second": reward}
-    # filled before the update, fp32 [len(response_ids)] each
-    old_logprobs: torch.Tensor | None = None  # pi_old(y | x); of an edit pi_e(y_e | edit prompt)
+    old_logprobs: torch.Tensor | None = None  # fp32 [n], as all below: pi_old(y | x), pi_e(y_e | edit prompt)
     values: torch.Tensor | None = None
     credit: torch.Tensor | None = None  # sdpo
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
-    trained: torch.Tensor | None = None  # in the last update: log p and the weight on its gradient, [2, n]
+    trained: torch.Tensor | None = None  # [2, n]: log p in the last update, the weight on its gradient
 
     @property
     def key(self):
@@ -327,9 +326,7 @@ def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> t
                 t.reward = -5.0 * sum(args.score_weights)
             judged.append(t)
             if needs_critique and t.parent is None and not (t.judgement and t.judgement.critique.strip()):
-                raise ValueError(
-                    f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}, for edits or sdpo"
-                )
+                raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}")
             if editing and t.parent is None and (args.edit_below is None or t.reward < args.edit_below):
                 under = edit_prompt(run.chat, run.templates, t.prompt_ids, t.response_ids, t.judgement.critique)
                 edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
@@ -635,17 +632,16 @@ def main(args):
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
-        extra = dict(
+        figures = dict(
             explained_variance=diagnostics.explained_variance(batch, ranks), refresh_gap=gap, batch=int(n_batch)
         )
-        metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **extra)
+        metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
         runs.log_metrics(args.out, metrics, ranks)
         diagnostics.write_rollouts(step + 1, judged, lost, selected, batch, run)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
         if checkpoints.due(step + 1, last_step, args, ranks):
-            checkpoints.save(
-                args, step + 1, models, optimizers, tokenizer_from, templates.texts("answer", "edit"), ranks
-            )
+            trained_with = templates.texts("answer", "edit")
+            checkpoints.save(args, step + 1, models, optimizers, tokenizer_from, trained_with, ranks)
     runs.print_end(args.out, "policy", f"python evaluate.py --model {args.out}/policy")
 
 
