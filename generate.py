@@ -76,7 +76,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
@@ -84,6 +83,7 @@ from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
 from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, parse_json, read_rows, write_rows
+from runtime.runs import counting
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
 MIN_TEMPERATURE = 1e-5  # of sampling: logits over it stay far inside fp32
@@ -623,12 +623,12 @@ def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) 
         except ValueError as error:
             raise ValueError(f"{args.input}:{i + 1}: {error}") from error
     results = {}
-    with tqdm(total=len(rows) * args.n, unit="sample") as progress:
+    with counting(len(rows) * args.n, "samples") as done:
         while engine.busy:
             engine.step()
             for s in engine.collect():
                 results[s.key, s.index] = s
-                progress.update()
+                done()
     written = []
     for (i, k), s in sorted(results.items()):
         found = dict(sample=k, text=chat.decode(s.ids), token_ids=s.ids, logprobs=s.logprobs[: len(s.ids)])

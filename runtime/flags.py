@@ -80,6 +80,12 @@ class Machine:
     timeouts: MayChange[tuple[Count, Count, Count]] = TIMEOUTS
     """Seconds that a rank may take to start, for a rollout (or an evaluation, a checkpoint), for an update."""
 
+    # -- where metrics and rollouts go besides OUT (`python report.py OUT` needs neither)
+    wandb: MayChange[str | None] = None
+    """Project of Weights & Biases (pip install wandb)."""
+    tensorboard: MayChange[bool] = False
+    """Event files in OUT/tensorboard (pip install tensorboard)."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class Judging:
@@ -128,6 +134,8 @@ class Watching:
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
     """Another judge (as --judge) that scores these too."""
+    log_tokens: MayChange[Natural] = 4
+    """Answers a step, with their trained edits, whose tokens' log-probs, weights, advantages go into OUT/tokens."""
     save_batch: MayChange[Count | None] = None
     """Step whose batch and weights are kept in OUT/batch_*, for `python replay.py`."""
 
