@@ -247,7 +247,7 @@ def main(args):
     args = with_defaults(args)
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
-    ranks = start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size, args.deterministic)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")

@@ -8,12 +8,18 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from torch.distributed.device_mesh import init_device_mesh
 
+# How long a rank waits for the others before the run ends. In a rollout one may wait for a judge on a server that it
+# asks again and again (ChatServer: 7 times 5 minutes and the waits between them, for originals and then for edits)
+# while the others are done; torch's own 10 and 30 minutes would end the run.
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -28,11 +34,11 @@ class Ranks:
     mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
 
 
-def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
+def start(dtype: str = "auto", shard_size: int | None = None, deterministic: bool = False) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
-    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. ValueError: it does
-    not divide the number of ranks.
+    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. deterministic: sums
+    on a GPU in a fixed order (`make_deterministic`). ValueError: shard_size does not divide the number of ranks.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
@@ -41,12 +47,14 @@ def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if deterministic:
+        make_deterministic()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     if shard_size in (None, world_size):
         mesh = init_device_mesh(device.type, (world_size,))
     else:  # neighbouring ranks share a copy: with the GPUs of a node as shard size, only gradients leave the node
@@ -55,6 +63,18 @@ def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
         )
     dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
     return Ranks(rank, world_size, device, dtype, mesh)
+
+
+def make_deterministic() -> None:
+    """The same bits in every run on the same GPUs (--deterministic); slower. A CPU gives them anyway.
+
+    What else would add in the order in which threads finish: `index_add_` (gradients of a shared prefix) and the
+    backward pass of attention (torch's own follows this switch, flash-attn's an argument, see varlen_attention.py). The
+    kernels here use no atomics. RuntimeError, later: an operation that torch has in no such form.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts: one stream's buffers
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor; nothing reads it unset
 
 
 def print0(*values: Any) -> None:
