@@ -24,9 +24,9 @@ MESSAGES = [{"role": "user", "content": "What about a gift?"}]
 class Running:
     """A server in a thread of this process, its engine and its address."""
 
-    def __init__(self, path, max_batch=8):
+    def __init__(self, path, max_batch=8, engine=None):
         self.chat = Chat(path)
-        self.engine = Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
+        self.engine = engine or Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
         app = serve.make_app(self.engine, self.chat, "tiny")
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
