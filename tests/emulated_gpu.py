@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OURS = re.compile(rf"{re.escape(ROOT)}/(?!tests/emulated_gpu|\.venv/).*")  # files of the project
@@ -98,14 +97,30 @@ class Everywhere(TorchDispatchMode):
         return run(function, args, kwargs or {})
 
 
+def leaves(x):
+    """What a nest of lists and tuples holds. Here and below torch's pytree would be most of the time."""
+    return [leaf for part in x for leaf in leaves(part)] if isinstance(x, (list, tuple)) else [x]
+
+
+def mapped(function, x):
+    return type(x)([mapped(function, part) for part in x]) if isinstance(x, (list, tuple)) else function(x)
+
+
+@functools.cache
+def schema_of(function):
+    """-> name, which arguments it writes to."""
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
+    return function._schema.name.removeprefix("aten::"), writes
+
+
 def run(function, args, kwargs):
     """One operation of torch, with the checks of a device, on the numbers."""
-    name = function._schema.name.removeprefix("aten::")
-    leaves = tree_leaves((args, kwargs))
-    ours = [x for x in leaves if isinstance(x, OnGPU)]
-    host = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, OnGPU)]
+    name, writes = schema_of(function)
+    given = leaves([*args, *kwargs.values()])
+    ours = [x for x in given if isinstance(x, OnGPU)]
+    host = [x for x in given if isinstance(x, torch.Tensor) and not isinstance(x, OnGPU)]
     # C++ code that names the device of one of ours says cpu; Python code that means the host comes by OnGPU.to
-    on_gpu = bool(ours) or any(isinstance(x, torch.device) and x.type == "cuda" for x in leaves)
+    on_gpu = bool(ours) or any(isinstance(x, torch.device) and x.type == "cuda" for x in given)
     if not on_gpu:
         return function(*args, **kwargs)
     if name in COPIES:
@@ -130,20 +145,18 @@ def run(function, args, kwargs):
     def plain(x):
         return x.numbers if isinstance(x, OnGPU) else CPU if isinstance(x, torch.device) and x.type == "cuda" else x
 
-    plain_args, plain_kwargs = tree_map(plain, args), tree_map(plain, kwargs)
-    written = [
-        x
-        for argument, value in zip(function._schema.arguments, [*plain_args, *plain_kwargs.values()])
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for x in tree_leaves(value)
-    ]
+    plain_args, plain_kwargs = mapped(plain, args), {key: mapped(plain, value) for key, value in kwargs.items()}
+    named = [*plain_args, *plain_kwargs.values()]  # an argument that is written to has its place before `out=`
+    written = leaves([x for x, writes_to in zip(named, writes) if writes_to]) if any(writes) else []
+    if "out" in plain_kwargs:
+        written = leaves(plain_kwargs["out"])
     if name == "mm" and function._overloadname == "dtype":  # bf16 in, fp32 out: only CUDA has it
         a, b, dtype = plain_args
         out = record(lambda: torch.mm(a.to(dtype), b.to(dtype)), [a, b], [])
     else:
-        out = record(lambda: function(*plain_args, **plain_kwargs), tree_leaves((plain_args, plain_kwargs)), written)
+        out = record(lambda: function(*plain_args, **plain_kwargs), leaves(named), written)
     known = {id(x.numbers): x for x in ours} | {id(x): x for x in host}  # what was written to comes back as it came
-    return tree_map(lambda x: (known[id(x)] if id(x) in known else OnGPU(x)) if isinstance(x, torch.Tensor) else x, out)
+    return mapped(lambda x: (known[id(x)] if id(x) in known else OnGPU(x)) if isinstance(x, torch.Tensor) else x, out)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -160,7 +173,7 @@ def record(compute, read, written):
     capturing.keep(written)
     out = compute()
     old = {address(x) for x in read if isinstance(x, torch.Tensor)}
-    fresh = [x if isinstance(x, torch.Tensor) and address(x) not in old else None for x in tree_leaves(out)]
+    fresh = [x if isinstance(x, torch.Tensor) and address(x) not in old else None for x in leaves(out)]
     if written or any(x is not None for x in fresh):  # all but views
         capturing.tape.append((compute, fresh))
         capturing.made |= {address(x) for x in fresh if x is not None}
@@ -191,7 +204,7 @@ class Graph:
     def replay(self):
         with _disable_current_modes():
             for compute, fresh in self.tape:
-                for kept, new in zip(fresh, tree_leaves(compute())):
+                for kept, new in zip(fresh, leaves(compute())):
                     if kept is not None:
                         kept.copy_(new)
 
@@ -221,7 +234,7 @@ def launch(definition, *tensors, written=()):
         with _disable_current_modes(), torch.no_grad():
             return definition(*numbers)
 
-    return tree_map(OnGPU, record(compute, numbers, [x.numbers for x in written]))
+    return mapped(OnGPU, record(compute, numbers, [x.numbers for x in written]))
 
 
 def sample_definition(logits, temperature, *settings):
