@@ -97,7 +97,7 @@ DISTINCT_OF = 32  # answers, per rank: distinct pairs get rarer with the number 
 
 
 def describe_rollout(judged: list, lost: dict, selected: set | None, stats: Stats, prefix: str = "") -> None:
-    """Rewards, gains, lengths and scores of originals and edits into stats (README, "Metrics of a PPO step")."""
+    """Rewards, gains, lengths and scores of originals and edits into stats (docs/metrics.md)."""
 
     def add(name, value):
         stats.add(prefix + name, torch.tensor(value, dtype=torch.float64))
@@ -206,6 +206,9 @@ def describe_originals(ratio: torch.Tensor, clipped: torch.Tensor, stats: Stats)
     stats.add("original/approx_kl", ratio - 1 - ratio.log())
 
 
+BRANCH = 0.1  # log-probs below its log: a token that hardly any sample would have
+
+
 def kept_tokens(before: list[int], after: list[int]) -> torch.Tensor:
     """Which tokens of an edit were in its original: bool [len(after)], by the longest common stretches (difflib)."""
     kept = torch.zeros(len(after), dtype=torch.bool)
@@ -214,11 +217,13 @@ def kept_tokens(before: list[int], after: list[int]) -> torch.Tensor:
     return kept
 
 
-def describe_edits(edits, ratio, weight, advantages, args, stats):
-    """The edit ledger: what the update did with the tokens that an edit kept, and with those that it inserted.
+def describe_edits(trajectories, logprobs, ratio, weight, advantages, args, stats):
+    """The edit ledger: what the update did with the tokens that an edit kept, and with those that it inserted; of
+    these the branches, which the policy would hardly say without the critique (p < BRANCH), also apart.
 
-    ratio r, weight on grad log p, advantages A: [S], of all tokens of `edits`. A token's mass is |weight A|, the size
-    of the loss' derivative by its log-prob; both masses are means over all tokens of edits, so that they add up.
+    logprobs log p, ratio r, weight on grad log p, advantages A: [S], of all tokens of the edits. A token's mass is
+    |weight A|, the size of the loss' derivative by its log-prob; the masses are means over all tokens of edits, so that
+    those of kept and inserted tokens add up.
     """
     stats.add("edit/ratio", ratio)
     stats.add_max("edit/ratio_max", ratio)
@@ -226,11 +231,15 @@ def describe_edits(edits, ratio, weight, advantages, args, stats):
     stats.add("edit/ratio_high", ratio > 1 + args.eps_high)
     stats.add("edit/weight", weight)
     stats.add("edit/clipfrac", weight == 0)
+    edits = [t for t in trajectories if t.parent]
     if edits:
         kept = torch.cat([kept_tokens(t.parent.response_ids, t.response_ids) for t in edits]).to(ratio.device)
         stats.add("edit/kept", kept)
-        for kind, tokens in (("kept", kept), ("inserted", ~kept)):
+        branch = ~kept & (logprobs < math.log(BRANCH))
+        stats.add("edit/branch", branch)
+        for kind, tokens in (("kept", kept), ("inserted", ~kept), ("branch", branch)):
             stats.add(f"edit/{kind}_ratio", ratio[tokens])
+            stats.add(f"edit/{kind}_weight", weight[tokens])
             stats.add(f"edit/{kind}_clipfrac", weight[tokens] == 0)
             stats.add(f"edit/{kind}_mass", (weight * advantages).abs() * tokens)
 
@@ -278,7 +287,7 @@ def headline(metrics: dict) -> dict[str, float]:
     return {**known, "seconds": seconds}
 
 
-ORDER = (  # of the metrics in a line: by the first of these that a name begins with, as in the README's table
+ORDER = (  # of the metrics in a line: by the first of these that a name begins with, as in the table of docs/metrics.md
     (
         "step",
         "original/",

@@ -36,7 +36,7 @@ from runtime import flags
 
 
 @dataclass(kw_only=True)
-class Args(flags.Judging):
+class Args(flags.Judging, flags.Sampling):
     # -- what is done
     task: Literal["win-rate", "reward-accuracy", "persona-swap", "personamem"] = "win-rate"
     """See the top of this file."""
@@ -101,10 +101,6 @@ class Args(flags.Judging):
     """Of the length-controlled win rate; each is a fit."""
 
     # -- the machine
-    max_batch: flags.Count = 256
-    """Sequences that are generated at once, per rank."""
-    kv_tokens: flags.Count | None = None
-    """Tokens in the KV cache of a model that answers here; None: by max_batch and what memory is free."""
     concurrency: flags.Count = 64
     """Requests that a server gets at a time, per rank."""
     dtype: flags.DType = "auto"

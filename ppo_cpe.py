@@ -8,7 +8,7 @@ One step:
 2. Selection. The batch is all originals and a share `edit_rate` of the edits. An edit is trained *under the original
    prompt*: neither y_o nor the critique is in its context.
 3. The critic's values, GAE with the reward on the last token, advantages whitened over all response tokens.
-4. Update, in mini-batches of prompts: PPO-clip on originals; on edits one of five losses on
+4. Update, in mini-batches of prompts: PPO-clip on originals; on edits one of six losses on
    r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`; clipped value loss for the critic.
    `--edit-ratio sdpo` edits nothing: the critique gives the original's own tokens a credit, see `fill_credit`.
 
@@ -30,11 +30,11 @@ from typing import Literal
 
 from runtime import flags
 
-EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "none")  # see `edit_loss`
+EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "topr", "none")  # see `edit_loss`
 
 
 @dataclass(kw_only=True)
-class Args(flags.Judging, flags.Watching, flags.Machine):
+class Args(flags.Judging, flags.Sampling, flags.Watching, flags.Machine):
     # -- what goes in and out
     model: str = "out/sft/policy"
     """Folder or hub id of the policy at the start."""
@@ -70,6 +70,8 @@ class Args(flags.Judging, flags.Watching, flags.Machine):
     """Share r_e of the edits that joins the batch; 0 is plain PPO."""
     edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
     """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
+    edit_below: float | None = None
+    """Only answers with a lower reward are edited, which saves the tokens of edits that change little; none: all."""
     edit_ratio: Literal[*EDIT_LOSSES, "sdpo"] = "unclipped"
     """The loss on edits: see `edit_loss`. sdpo: nothing is edited, the critique gives each token a credit instead."""
     ratio_cap: flags.Positive | None = None
@@ -111,11 +113,6 @@ class Args(flags.Judging, flags.Watching, flags.Machine):
     seed: int = 0
     """Order of the prompts, sampling, selection."""
 
-    # -- generation, and checkpoints
-    max_batch: flags.Count = 256
-    """Sequences that are generated at once, per rank."""
-    kv_tokens: flags.MayChange[flags.Count | None] = None
-    """Tokens in the policy's KV cache, per rank; none: by max_batch and what memory is free."""
     save_every: flags.MayChange[flags.Count] = 20
     """Steps between checkpoints; the last step always makes one."""
 
@@ -220,6 +217,7 @@ def edit_loss(
     unclipped  -min(r, cap) A                      r, 0 above the cap
     tis        -sg(min(r, cap)) A log p            min(r, cap)
     luffy      -A p / (p + gamma)                  gamma p / (p + gamma)^2
+    topr       -A log p, times sg(min(r, 1)) if A < 0    1 where A >= 0, else min(r, 1)
     none       -A log p                            1
 
     logprobs = log p, edit_logprobs = log q, advantages: [S] -> loss [S], r [S], weight [S] (both detached). To try
@@ -242,6 +240,9 @@ def edit_loss(
         p = logprobs.exp()
         loss = -advantages * p / (p + gamma)
         weight = gamma * p / (p + gamma) ** 2
+    elif kind == "topr":  # arXiv 2503.14286: what was bad is unlearned only as far as the policy would say it
+        weight = torch.where(advantages < 0, ratio.clamp(max=1), 1.0)
+        loss = -weight * advantages * logprobs
     else:
         loss = -advantages * logprobs
         weight = torch.ones_like(ratio)
@@ -325,7 +326,7 @@ def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> t
                 raise ValueError(
                     f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}, for edits or sdpo"
                 )
-            if editing and t.parent is None:
+            if editing and t.parent is None and (args.edit_below is None or t.reward < args.edit_below):
                 under = edit_prompt(run.chat, run.templates, t.prompt_ids, t.response_ids, t.judgement.critique)
                 edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
                 in_engine[edit.key, 0] = edit
@@ -441,7 +442,7 @@ def policy_pass(policy: Qwen2, packed: packing.Batch, trajectories: list[Traject
     stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
     stats.add("entropy", entropy)
     diagnostics.describe_originals(ratio_o, clipped, stats)
-    diagnostics.describe_edits([t for t in trajectories if t.parent], ratio_e, weight, advantages[edit], args, stats)
+    diagnostics.describe_edits(trajectories, logprobs[edit].detach(), ratio_e, weight, advantages[edit], args, stats)
     return loss_o.sum() + loss_e.sum()
 
 
@@ -560,10 +561,6 @@ def main(args):
     run = Run(args, ranks, Chat(tokenizer_from), templates)
     read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)
     prompts = read(args.prompts)
-    if len(prompts) < args.prompts_per_step:
-        raise ValueError(
-            f"{args.prompts}: {len(prompts)} prompts, fewer than --prompts-per-step {args.prompts_per_step}"
-        )
     held_out = packing.deal(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     settings = JudgeSettings.from_args(args)

@@ -7,7 +7,12 @@
 #   bash recipes/tables.sh --quick      # the main comparison and a few other cells, one seed
 #   bash recipes/tables.sh --search     # how the learning rates were chosen: on another seed and other prompts
 #   bash recipes/tables.sh --only-draw  # tables and figures of the finished cells, no run
+#   bash recipes/tables.sh --rarity     # when do edits pay? recipes/rarity.py, which takes these flags too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+if [ "${1:-}" = --rarity ]; then
+    shift
+    exec python recipes/rarity.py "$@"
+fi
 exec python recipes/cells.py "$@"

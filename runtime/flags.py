@@ -97,10 +97,21 @@ class Judging:
 
 
 @dataclasses.dataclass(kw_only=True)
+class Sampling:
+    """The engine of the model that answers: of ppo_cpe.py and evaluate.py."""
+
+    # -- generation
+    max_batch: Count = 256
+    """Sequences that are generated at once, per rank."""
+    kv_tokens: MayChange[Count | None] = None
+    """Tokens in the KV cache of the model that answers, per rank; none: by max_batch and what memory is free."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class Watching:
     """What a run of RL is watched by."""
 
-    # -- diagnostics, which change nothing in the training (README, "Metrics of a PPO step")
+    # -- diagnostics, which change nothing in the training (docs/metrics.md)
     eval_data: MayChange[str | None] = None
     """Prompt rows that are not trained on: how answers, edits and their gap develop there goes into held_out/*."""
     eval_every: MayChange[Count] = 10

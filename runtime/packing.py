@@ -17,7 +17,7 @@ def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: i
     """
     total = int(epochs * (n_rows // batch_size))
     if total < 1:
-        raise ValueError(f"--epochs {epochs:g}: less than one step of {batch_size} of the {n_rows} rows")
+        raise ValueError(f"--epochs {epochs:g}: {n_rows} rows make less than one step of {batch_size}")
     return total, min(total, max_steps or total)
 
 

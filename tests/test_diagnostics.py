@@ -55,8 +55,11 @@ def test_ledger_of_edits():
     ratio, weight, advantages = (
         torch.tensor(x) for x in ([1.0, 0.1, 0.5, 3.0], [1.0, 0.1, 0.0, 0.0], [2.0, 2.0, 2.0, -1.0])
     )
-    stats = Stats()
-    describe_edits(edits, ratio, weight, advantages, SimpleNamespace(eps_low=0.2, eps_high=0.2), stats)
+    logprobs = torch.tensor([0.5, 0.01, 0.5, 0.5]).log()  # the 7 is a branch
+    original, stats = SimpleNamespace(parent=None, response_ids=[1]), Stats()
+    describe_edits(
+        [original, *edits], logprobs, ratio, weight, advantages, SimpleNamespace(eps_low=0.2, eps_high=0.2), stats
+    )
     found = stats.means(start("fp32"))
     want = {
         "edit/kept": 2 / 4,
@@ -64,6 +67,13 @@ def test_ledger_of_edits():
         "edit/inserted_ratio": 1.55,
         "edit/kept_clipfrac": 1 / 2,
         "edit/inserted_clipfrac": 1 / 2,
+        "edit/branch": 1 / 4,
+        "edit/kept_weight": 0.5,
+        "edit/inserted_weight": 0.05,
+        "edit/branch_weight": 0.1,
+        "edit/branch_ratio": 0.1,
+        "edit/branch_clipfrac": 0,
+        "edit/branch_mass": 0.2 / 4,
         "edit/kept_mass": 2 / 4,
         "edit/inserted_mass": 0.2 / 4,
         "edit/ratio": 4.6 / 4,

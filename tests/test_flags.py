@@ -69,7 +69,7 @@ def titles_of(a_class):
 
 def test_groups_are_found():
     assert titles_of(Machine) == ["the machine"] and titles_of(Judging) == ["the judge"]
-    assert len(titles_of(module_of("ppo_cpe").Args)) == 5
+    assert len(titles_of(module_of("ppo_cpe").Args)) == 4
 
 
 def test_every_flag_is_explained():
@@ -195,7 +195,7 @@ def test_epochs_that_make_no_step(script, tiny, tmp_path, capsys):
     size = ["--prompts-per-step" if script == "ppo_cpe" else "--batch-size", 8]
     flags = ["--model", tiny / "checkpoint", *rows, *size, "--out", tmp_path / "out", "--epochs", 0.2]
     error = error_of(module_of(script), capsys, *flags)  # 32 rows: four steps an epoch
-    assert error == "error: --epochs 0.2: less than one step of 8 of the 32 rows"
+    assert error == "error: --epochs 0.2: 32 rows make less than one step of 8"
     assert not (tmp_path / "out").exists()
 
 

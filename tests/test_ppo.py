@@ -47,6 +47,9 @@ BY_HAND = [
     ("tis", 0.6, 0.05, 3.0, dict(cap=2), -2 * 3.0 * math.log(0.6), 2.0),  # still learns above the cap
     ("luffy", 0.1, 0.4, 3.0, dict(gamma=0.1), -3.0 * 0.5, 0.25),  # largest weight at p = gamma
     ("luffy", 0.4, 0.9, -1.0, dict(gamma=0.1), 0.8, 0.16),  # 0.1 * 0.4 / 0.5^2; q plays no part
+    ("topr", 0.2, 0.4, 3.0, {}, -3.0 * math.log(0.2), 1.0),  # what was good is learned whole
+    ("topr", 0.2, 0.4, -3.0, {}, 0.5 * 3.0 * math.log(0.2), 0.5),  # what was bad by r
+    ("topr", 0.6, 0.4, -3.0, {}, 3.0 * math.log(0.6), 1.0),  # and at most once
     ("none", 0.2, 0.4, 3.0, {}, -3.0 * math.log(0.2), 1.0),
 ]
 
@@ -61,7 +64,7 @@ def test_edit_loss_by_hand(kind, p, q, advantage, options, expected_loss, expect
 
 
 @pytest.mark.parametrize(
-    "kind,cap", [("paper", None), ("unclipped", 10.0), ("tis", 2.0), ("luffy", None), ("none", None)]
+    "kind,cap", [("paper", None), ("unclipped", 10.0), ("tis", 2.0), ("luffy", None), ("topr", None), ("none", None)]
 )
 def test_edit_loss_stays_finite_on_outliers(kind, cap):
     logp = torch.tensor([-0.1, -200.0], requires_grad=True)

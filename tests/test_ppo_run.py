@@ -438,7 +438,7 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     assert f'{broken}:1: field "question" is missing' in bad(tiny, judge, tmp_path, "--prompts", broken)
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: empty" in bad(tiny, judge, tmp_path, "--prompts", tmp_path / "empty.jsonl")
-    assert "fewer than --prompts-per-step" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
+    assert "make less than one step of" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
     assert "--edit-rate 1.5: it should be less than or equal to 1" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
     assert "an --audit-share above 0" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
     assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512

@@ -1,0 +1,408 @@
+"""When do edits pay? How rare the content is that critiques name, against the method and its loss on edits.
+
+    bash recipes/tables.sh --rarity              # this file: all cells, 3 seeds; at most five hours on two CPU cores
+    bash recipes/tables.sh --rarity --quick      # three methods at three rates, one seed, half the steps
+    bash recipes/tables.sh --rarity --search     # the learning rates, on another seed and the dev prompts
+    bash recipes/tables.sh --rarity --only-draw  # tables and figures of the finished cells, no run
+
+One base model, whose corpus has a topic's last step and the advice only in critiques and in what follows them, never in
+a plain answer. Each rate R then has its own SFT, on chosen answers of a world with `--rarity R R`, so that all that
+differs between two rates is the policy that RL starts from; judge and prompts are the same. Steps and advice are the
+two strata, reported apart: they are paid and learned differently (a last step is worth two points of helpfulness and
+is the same words for everybody; advice depends on the person and is worth less).
+
+Figures use the rate that is *measured* in samples of the SFT policy (recipes/gates.py), not R: SFT on chosen answers
+raises it. What is reported is the rate at which the final policy says the content with no critique in its context, and
+the exact judge's score, on unseen people's questions. Learning rates are chosen per method, with equal effort, on a
+seed that no table reports. A finished cell is not run again; a cell's folder is OUT/seedN/rateR/NAME.
+"""
+
+import glob
+import os
+import shlex
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from recipes import cells, draw
+from recipes.cells import FLAGS, Cell
+from recipes.rates import rates
+from runtime import flags
+from runtime.rows import read_rows, write_text
+
+
+@dataclass
+class Args:
+    out: str = "out/rarity"
+    """Folder of all runs; a quick run uses OUT_quick."""
+    results: str | None = None
+    """Folder of tables and figures; None: results/rarity, or OUT/results for a quick run."""
+    quick: bool = False
+    """One seed, half the RL steps, fewer cells."""
+    search: bool = False
+    """Run the search for learning rates instead: seed 100, the dev prompts."""
+    seeds: int = 3
+    """Seeds of every cell."""
+    jobs: int = 2
+    """Cells that run at the same time; they share the cores equally."""
+    only_draw: bool = False
+    """Run nothing; make tables and figures from the finished cells."""
+
+
+RATES = (0.3, 0.03, 0.003, 0.0003, 0.0)
+RARE, STEPS, QUICK_STEPS = 0.003, 30, 15  # where the learning rates are searched and the questions below are asked
+PLAIN = FLAGS["ppo"]  # no edits, n = 6
+METHODS = {  # name: (label, flags of ppo_cpe.py)
+    "ppo": ("PPO, n = 6", PLAIN),
+    "paper": ("CPE, paper", "--edit-ratio paper"),
+    "unclipped": ("CPE, unclipped", "--edit-ratio unclipped"),
+    "tis": ("CPE, tis", "--edit-ratio tis"),
+    "luffy": ("CPE, luffy", "--edit-ratio luffy"),
+    "topr": ("CPE, topr", "--edit-ratio topr"),
+    "none": ("CPE, none", "--edit-ratio none"),
+    "none_original": ("CPE, none, baseline original", "--edit-ratio none --edit-baseline original"),
+    "sdpo": ("SDPO, n = 6, no edits", "--edit-ratio sdpo --n-samples 6"),
+}
+COLORS = dict(
+    zip(METHODS, ("#2f6db3", "#8a6bbf", "#2e8b57", "#7fb069", "#c9a227", "#d2762b", "#b5442e", "#7a2233", draw.GREY))
+)
+LRS, SEARCH_SEED = (2e-5, 5e-5, 1e-4), 100
+# The best of LRS by the exact score on dev prompts at the rate RARE (results/rarity/search.md)
+LR = dict.fromkeys(METHODS, 5e-5)
+CHOSEN = "none"  # the loss of the questions below
+CRITICS = ("exact", "kind", "vague", "silent", "wrong10", "wrong30", "wrong50")
+QUICK = ("ppo", "paper", CHOSEN)
+
+
+def questions() -> dict[tuple[float, str], tuple[str, str]]:
+    """{(rate, name of the cell): (method whose learning rate it has, further flags)} of what is not in the diagram."""
+    found = {}
+    for rate in RATES:  # edits cost generated tokens: PPO with as many of them
+        found[rate, "ppo_tokens"] = ("ppo", f"{PLAIN} --max-steps {round(STEPS * 1.4)}")
+    for name in CRITICS:
+        found[RARE, f"critic_{name}"] = (CHOSEN, f"{METHODS[CHOSEN][1]} --judge recipes/critics.py:{name}")
+    for rate in (0.03, RARE):
+        for name in ("ppo", CHOSEN):
+            found[rate, f"{name}_top_p"] = (name, f"{METHODS[name][1]} --top-p 0.9")
+        found[rate, "edit_below"] = (CHOSEN, f"{METHODS[CHOSEN][1]} --edit-below 4.7")
+    return found
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def preparation(out: str, seed: int, wanted: tuple[float, ...]) -> list[Cell]:
+    """The world and base, one seed's GRM, and per rate its world, SFT policy and measured rate."""
+    world, here = f"{out}/world", f"{out}/seed{seed}"
+    base = f"sft.py --from-scratch {world}/tokenizer --data {world}/base_corpus.jsonl --out {out}/base {FLAGS['base']}"
+    grm = f"--model {out}/base/policy --data {world}/judgements.jsonl --out {here}/grm {FLAGS['grm']} --seed {seed}"
+    found = [
+        Cell("world", [f"data/persona_world.py --out {world} --rarity 0 0"]),
+        Cell("base", [base], ["world"], alone=True),
+        Cell(f"seed{seed}/grm", [f"train_grm.py {grm}"], ["base"]),
+    ]
+    for rate in wanted:
+        pairs, run = f"{out}/rate{rate:g}", f"{here}/rate{rate:g}"
+        few = "--base-rows 100 --judgements 1 --train-prompts 1 --eval-prompts 1 --eval-pairs 1 --vocab-size 300"
+        sft = f"--model {out}/base/policy --data {pairs}/pairs.jsonl --out {run}/sft {FLAGS['sft']} --seed {seed}"
+        gates = f"--world {world} --policy {run}/sft/policy --grm {here}/grm/model --out {run}/gates --samples 12"
+        found += [
+            Cell(f"rate{rate:g}", [f"data/persona_world.py --out {pairs} --rarity {rate:g} {rate:g} {few}"]),
+            Cell(
+                f"seed{seed}/rate{rate:g}/sft",
+                [f"sft.py {sft}", cells.evaluation(out, f"{run}/sft", seed)],
+                ["base", f"rate{rate:g}"],
+            ),
+            Cell(
+                f"seed{seed}/rate{rate:g}/gates",
+                [f"recipes/gates.py {gates} --tolerant"],
+                [f"seed{seed}/grm", f"seed{seed}/rate{rate:g}/sft"],
+            ),
+        ]
+    return found
+
+
+def rl_cell(out: str, seed: int, rate: float, name: str, lr: float, further: str, steps: int, split="eval") -> Cell:
+    """One run of ppo_cpe.py and its evaluation. further: flags that override those before them."""
+    world, here = f"{out}/world", f"{out}/seed{seed}/rate{rate:g}"
+    train = (
+        f"ppo_cpe.py --model {here}/sft/policy --prompts {world}/prompts_train.jsonl "
+        f"--judge {out}/seed{seed}/grm/model --out {here}/{name} {FLAGS['rl']} --max-steps {steps} "
+        f"--seed {seed} --lr {lr:g} {further}"
+    )
+    evaluation = cells.evaluation(out, f"{here}/{name}", seed, f"prompts_{split}")
+    return Cell(f"seed{seed}/rate{rate:g}/{name}", [train, evaluation], [f"seed{seed}/rate{rate:g}/gates"])
+
+
+def cells_of(args: Args, out: str) -> list[Cell]:
+    """Every cell to run, the whole diagram of a seed before the next one's; the further questions come last."""
+    out, found = shlex.quote(out), {}
+
+    def add(new: list[Cell]):
+        found.update((cell.name, cell) for cell in new)
+
+    if args.search:
+        add(preparation(out, SEARCH_SEED, (RARE, 0.0, 0.3)))
+        runs = [(RARE, name, 5e-5) for name in METHODS]
+        runs += [(rate, name, LR[name]) for rate in (0.0, 0.3) for name in METHODS]  # by which the default is decided
+        runs += [(RARE, name, lr) for lr in LRS for name in METHODS]
+        for rate, name, lr in runs:
+            add([rl_cell(out, SEARCH_SEED, rate, f"{name}_lr{lr:g}", lr, METHODS[name][1], STEPS, "dev")])
+        return list(found.values())
+    wanted, steps = ((0.3, RARE, 0.0), QUICK_STEPS) if args.quick else (RATES, STEPS)
+    for seed in range(1 if args.quick else args.seeds):
+        add(preparation(out, seed, wanted))
+        for rate in sorted(wanted, key=lambda rate: rate != RARE):
+            for name in QUICK if args.quick else METHODS:
+                add([rl_cell(out, seed, rate, name, LR[name], METHODS[name][1], steps)])
+    for seed in range(0 if args.quick else args.seeds):
+        for (rate, name), (like, further) in questions().items():
+            add([rl_cell(out, seed, rate, name, LR[like], further, steps)])
+    return list(found.values())
+
+
+# -- tables and figures ------------------------------------------------------------------------------------------------
+
+Found = dict[tuple[float, str], dict[int, draw.Quantities]]  # by rate and cell, then seed
+
+
+def read_cells(out: str, finished: list[str]) -> tuple[Found, dict[float, dict[int, dict]]]:
+    """-> figures of the trained cells, and the gates' by rate and seed."""
+    found, gates = defaultdict(dict), defaultdict(dict)
+    for cell in finished:
+        parts = cell.split("/")
+        if len(parts) == 3:
+            seed, rate, run = int(parts[0].removeprefix("seed")), float(parts[1].removeprefix("rate")), f"{out}/{cell}"
+            if parts[2] == "gates":
+                gates[rate][seed] = draw.read_json(f"{run}/gates.json")
+            else:
+                said = rates(read_rows(f"{run}/eval/answers_model.jsonl", "object"))
+                found[rate, parts[2]][seed] = draw.evaluated(run) | said | branches(run)
+    return found, gates
+
+
+def branches(run: str) -> draw.Quantities:
+    """Means over the steps of what the loss did with branch tokens and with the other inserted ones."""
+    if not os.path.exists(f"{run}/rollouts"):
+        return {}
+    steps, means = read_rows(f"{run}/metrics.jsonl", "object"), {}
+    for key in ("branch", "branch_ratio", "branch_weight", "branch_clipfrac", "inserted_weight", "inserted_clipfrac"):
+        known = [step[f"edit/{key}"] for step in steps if step.get(f"edit/{key}") is not None]
+        if known:
+            means[key] = float(np.mean(known))
+    return means
+
+
+def percent(values, digits=1) -> str:
+    return draw.spread([None if v is None else 100 * v for v in values], digits)
+
+
+def of(found: Found, rate: float, name: str, quantity: str) -> list[float]:
+    values = [numbers.get(quantity) for _, numbers in sorted(found.get((rate, name), {}).items())]
+    return [v for v in values if v is not None]
+
+
+def diagram_table(found: Found, quantity: str, measured: dict[float, list[float]], text) -> str:
+    """A row per method, a column per rate."""
+    shown = [rate for rate in RATES if rate in measured]
+    header = ["", *(f"{percent(measured[rate], 2)} %" for rate in shown)]
+    labels = {"sft": "SFT"} | {name: label for name, (label, _) in METHODS.items()}
+    labels["ppo_tokens"] = "PPO, as many generated tokens"
+    rows = [[label, *(text(of(found, rate, name, quantity)) for rate in shown)] for name, label in labels.items()]
+    return draw.markdown_table(header, [row for row in rows if set(row[1:]) != {"-"}])
+
+
+def differences(found: Found, quantity: str) -> list[list]:
+    """Each method less PPO at each rate, paired over seeds, with its 95 % interval (Student's t)."""
+    rows = []
+    for rate in RATES:
+        numbers = {name: seeds for (r, name), seeds in found.items() if r == rate}
+        for name, (label, _) in METHODS.items():
+            d = draw.difference(numbers, name, "ppo", quantity) if name != "ppo" else None
+            if d:
+                interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
+                rows.append([label, f"{rate:g}", f"{d['mean']:+.2f}", interval, d["seeds"]])
+    return rows
+
+
+def question_table(found: Found, names: dict[tuple[float, str], str]) -> str:
+    rows = []
+    for (rate, name), label in names.items():
+        if found.get((rate, name)):
+            row = [label, f"{rate:g}", len(found[rate, name]), draw.spread(of(found, rate, name, "reward"))]
+            row += [percent(of(found, rate, name, key)) for key in ("last_step", "advice", "advice_right", "wrong")]
+            row += [draw.spread(of(found, rate, name, key), 0) for key in ("generated", "judge_calls")]
+            rows.append(row)
+    header = ("", "R", "seeds", "score", "last step, %", "advice, %", "advice right, %", "wrong fact, %")
+    return draw.markdown_table([*header, "generated tokens", "judge calls"], rows)
+
+
+def branch_table(found: Found) -> str:
+    rows = []
+    for rate in RATES:
+        for name, (label, _) in METHODS.items():
+            if of(found, rate, name, "branch"):
+                row = [label, f"{rate:g}", percent(of(found, rate, name, "branch"))]
+                for kind in ("branch", "inserted"):
+                    row += [draw.spread(of(found, rate, name, f"{kind}_weight"), 3)]
+                    row += [percent(of(found, rate, name, f"{kind}_clipfrac"))]
+                rows.append(row)
+    header = ("", "R", "branches, % of edit tokens", "weight on a branch", "without gradient, %")
+    return draw.markdown_table([*header, "weight on inserted", "without gradient, %"], rows)
+
+
+def diagram_figure(found: Found, measured: dict[str, dict[float, list[float]]], samples: int, folder: str) -> None:
+    """Final rate and score against the measured rate at the start; a line per method with its range over seeds."""
+    figure, axes = draw.new_figure(3)
+    panels = (("last_step", "last_step", "says the last step, %"), ("advice", "advice", "gives suitable advice, %"))
+    for axis, (x, y, title) in zip(axes, (*panels, ("advice", "reward", "exact score"))):
+        shown = sorted((rate for rate in RATES if rate in measured[x]), key=lambda rate: np.mean(measured[x][rate]))
+        floor = 1e-4  # a rate of zero has no logarithm: it stands at the left edge
+        at = {rate: max(floor, float(np.mean(measured[x][rate]))) for rate in shown}
+        for name, (label, _) in METHODS.items():
+            known = [rate for rate in shown if of(found, rate, name, y)]
+            scale = 1 if y == "reward" else 100
+            if known:
+                ys = [np.array(of(found, rate, name, y)) * scale for rate in known]
+                xs = [at[rate] for rate in known]
+                axis.plot(xs, [v.mean() for v in ys], marker=".", color=COLORS[name], label=label)
+                axis.fill_between(xs, [v.min() for v in ys], [v.max() for v in ys], color=COLORS[name], alpha=0.1, lw=0)
+        axis.axvline(1 / samples, color="black", lw=0.5, ls=":")
+        axis.set(xscale="log", xlabel="rate in the samples of SFT (measured)", ylabel=title)
+    axes[1].text(1 / samples, axes[1].get_ylim()[1], " N p = 1", fontsize=7, va="top")
+    axes[0].legend(frameon=False, fontsize=7)
+    draw.save_figure(figure, folder, "rarity")
+
+
+def curve_figure(out: str, finished: list[str], folder: str) -> None:
+    """What is sampled in training, step by step, at three rates: the share with suitable advice."""
+    shown = (0.3, RARE, 0.0)
+    figure, axes = draw.new_figure(len(shown))
+    for axis, rate in zip(axes, shown):
+        for name, (label, _) in METHODS.items():
+            runs = [c for c in finished if c.endswith(f"/rate{rate:g}/{name}") and f"seed{SEARCH_SEED}" not in c]
+            curves = []
+            for cell in runs:
+                paths = sorted(glob.glob(f"{glob.escape(out)}/{cell}/rollouts/step_*.jsonl"))
+                curves.append([100 * rates(read_rows(path, "object"))["advice"] for path in paths])
+            if curves:
+                n = min(map(len, curves))
+                ys = np.array([curve[:n] for curve in curves])
+                draw.plot_range(axis, np.arange(1, n + 1), ys, COLORS[name], label=label)
+        axis.set(xlabel="step", ylabel="samples with suitable advice, %", title=f"R = {rate:g}")
+    axes[-1].legend(frameon=False, fontsize=7)
+    draw.save_figure(figure, folder, "rarity_curves")
+
+
+def write_results(out: str, finished: list[str], folder: str) -> None:
+    """rarity.md, rarity.json and the figures of the finished cells into `folder`."""
+    reported = [cell for cell in finished if not cell.startswith(f"seed{SEARCH_SEED}/")]
+    found, gates = read_cells(out, reported)
+    names = ("last_step", "advice")
+    measured = {key: {rate: [g[key] for g in seeds.values()] for rate, seeds in gates.items()} for key in names}
+    said = {
+        (rate, name): label
+        for rate in RATES
+        for name, label in {
+            "sft": "SFT",
+            **{n: label for n, (label, _) in METHODS.items()},
+            "ppo_tokens": "PPO, as many generated tokens",
+        }.items()
+    }
+    asked = {
+        "What the loss did with edits' tokens": branch_table(found),
+        "The quality of critiques": question_table(found, {(RARE, f"critic_{n}"): f"critic: {n}" for n in CRITICS}),
+        "Top-p": question_table(
+            found,
+            {
+                (rate, cell): f"{METHODS[name][0]}, top-p {p}"
+                for rate in (0.03, RARE)
+                for name in ("ppo", CHOSEN)
+                for cell, p in ((name, 1), (f"{name}_top_p", 0.9))
+            },
+        ),
+        "Edits only below a reward of 4.7": question_table(
+            found,
+            {
+                (r, cell): text
+                for r in (0.03, RARE)
+                for cell, text in ((CHOSEN, "all edited"), ("edit_below", "below 4.7"))
+            },
+        ),
+    }
+    sections = {
+        "Exact score (ceiling 4.75)": diagram_table(found, "reward", measured["advice"], draw.spread),
+        "Says the topic's last step, %": diagram_table(found, "last_step", measured["last_step"], percent),
+        "Gives suitable advice, %": diagram_table(found, "advice", measured["advice"], percent),
+    }
+    rows = differences(found, "reward")
+    if rows:
+        header = ["", "R", "score less PPO's", "95 % interval over seeds", "seeds"]
+        sections["Score against PPO with n = 6"] = draw.markdown_table(header, rows)
+    sections["All cells"] = question_table(found, said)
+    sections |= {title: table for title, table in asked.items() if table.count("\n") > 1}
+    known = sorted({key for seeds in gates.values() for g in seeds.values() for key in g} - {"missed", "nearly"})
+    lines = [
+        [f"{rate:g}", *(draw.spread([g.get(k) for g in gates[rate].values()], 4) for k in known)]
+        for rate in RATES
+        if rate in gates
+    ]
+    sections["Gates, by R"] = draw.markdown_table(["R", *known], lines)
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
+    note = (
+        "Made by `bash recipes/tables.sh --rarity`. Columns of the first three tables: the rate measured in samples of "
+        "the SFT policy that RL starts from. Mean ± standard deviation over seeds; sampled at temperature 1 without a "
+        "critique in the context, on unseen people's questions, scored by the exact judge."
+    )
+    write_text(f"{folder}/rarity.md", f"# Rarity against the loss on edits\n\n{note}\n\n{text}\n")
+    table = {f"{rate:g}/{name}": seeds for (rate, name), seeds in found.items()}
+    draw.write_json(f"{folder}/rarity.json", dict(cells=table, gates={f"{r:g}": seeds for r, seeds in gates.items()}))
+    if found:
+        diagram_figure(found, measured, samples=6 * 16 * STEPS, folder=folder)
+        curve_figure(out, reported, folder)
+    print(f"{text}\n\nwritten: {folder}/ (rarity.md, rarity.json, figures)")
+
+
+def write_search(out: str, finished: list[str], folder: str) -> None:
+    """search.md: every learning rate that was tried, each method's best in bold."""
+    found, _ = read_cells(out, [cell for cell in finished if cell.startswith(f"seed{SEARCH_SEED}/")])
+    rows, others = [], []
+    for name, (label, _) in METHODS.items():
+        tried = {lr: of(found, RARE, f"{name}_lr{lr:g}", "reward") for lr in LRS}
+        best = max((lr for lr in LRS if tried[lr]), key=lambda lr: tried[lr], default=None)
+        for lr in LRS:
+            if tried[lr]:
+                mark, cell = "**" if lr == best else "", (RARE, f"{name}_lr{lr:g}")
+                shown = [percent(of(found, *cell, key)) for key in ("last_step", "advice")]
+                rows.append([label, f"{mark}{lr:g}{mark}", draw.spread(tried[lr]), *shown])
+        others.append([label])
+        for rate in (0.3, RARE, 0.0):
+            cell = (rate, f"{name}_lr{LR[name]:g}")
+            others[-1] += [draw.spread(of(found, *cell, "reward")), percent(of(found, *cell, "advice"))]
+    table = draw.markdown_table(["", "lr", "score", "last step, %", "advice, %"], rows)
+    note = (
+        f"R = {RARE:g}, seed {SEARCH_SEED}, dev prompts, exact score, {STEPS} steps; the same effort for each method."
+    )
+    header = ["", *(f"{what}, R = {rate:g}" for rate in (0.3, RARE, 0.0) for what in ("score", "advice, %"))]
+    decided = f"## At three rates, with the learning rate of the diagram\n\n{draw.markdown_table(header, others)}"
+    write_text(f"{folder}/search.md", f"# Learning rates\n\n{note}\n\n{table}\n\n{decided}\n")
+    print(f"{table}\n\nwritten: {folder}/search.md")
+
+
+def main(args: Args) -> None:
+    out = f"{args.out}_quick" if args.quick else args.out
+    wanted = cells_of(args, out)
+    if not args.only_draw:
+        cells.run(wanted, out, args.jobs)
+    finished = [cell.name for cell in wanted if cells.is_done(out, cell)]
+    print(f"{len(finished)} of {len(wanted)} cells are finished")
+    folder = args.results or (f"{out}/results" if args.quick else "results/rarity")
+    (write_search if args.search else write_results)(out, finished, folder)
+
+
+if __name__ == "__main__":
+    flags.run(main, flags.parse(Args, __doc__))
