@@ -54,12 +54,13 @@ check engine 90 engine
 source recipes/world_flags.sh
 world=$OUT/world
 rl=("${RL_FLAGS[@]}" --prompts "$world/prompts_train.jsonl" --lr 5e-5 --offload --checkpoint-activations --save-every 2)
-base_steps=100 grm_steps=40
+base_steps=100 grm_steps=40 base_rows=6400 judgements=2600
 if [ -n "$EMULATED" ]; then # too few steps for a judge that can be read
-    base_steps=1 grm_steps=1
+    base_steps=1 grm_steps=1 base_rows=200 judgements=100
     rl+=(--prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-new-tokens 8)
 fi
-stage world 60 python data/persona_world.py --out "$world"
+stage world 60 python data/persona_world.py --out "$world" --base-rows $base_rows --judgements $judgements \
+    --train-prompts 100 --pairs 100 --eval-pairs 20 --eval-prompts 20
 for dtype in fp32 bf16; do
     dir=$OUT/$dtype
     judge=$dir/grm/model

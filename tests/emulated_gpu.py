@@ -108,8 +108,9 @@ def mapped(function, x):
 
 @functools.cache
 def schema_of(function):
-    """-> name, which arguments it writes to."""
-    writes = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
+    """-> name; place and name of the arguments that it writes to."""
+    named = [(i, a.name, a.alias_info) for i, a in enumerate(function._schema.arguments)]
+    writes = [(i, name) for i, name, alias in named if alias is not None and alias.is_write]
     return function._schema.name.removeprefix("aten::"), writes
 
 
@@ -126,7 +127,7 @@ def run(function, args, kwargs):
     if name in COPIES:
         source = args[1] if name == "copy_" else args[0]
         to_gpu = isinstance(args[0], OnGPU) if name == "copy_" else True
-        pinned = getattr(source, "pinned_here", False) and (kwargs.get("non_blocking") or True in args)
+        pinned = getattr(source, "pinned_here", False) and (kwargs.get("non_blocking") or args[2:3] == (True,))
         if to_gpu != isinstance(source, OnGPU) and not source.is_meta and not pinned:
             wait("copy to the device" if to_gpu else "copy to the host")
     elif ours and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
@@ -146,15 +147,13 @@ def run(function, args, kwargs):
         return x.numbers if isinstance(x, OnGPU) else CPU if isinstance(x, torch.device) and x.type == "cuda" else x
 
     plain_args, plain_kwargs = mapped(plain, args), {key: mapped(plain, value) for key, value in kwargs.items()}
-    named = [*plain_args, *plain_kwargs.values()]  # an argument that is written to has its place before `out=`
-    written = leaves([x for x, writes_to in zip(named, writes) if writes_to]) if any(writes) else []
-    if "out" in plain_kwargs:
-        written = leaves(plain_kwargs["out"])
+    read = leaves([*plain_args, *plain_kwargs.values()])
+    written = leaves([plain_kwargs[key] if key in plain_kwargs else plain_args[i] for i, key in writes])
     if name == "mm" and function._overloadname == "dtype":  # bf16 in, fp32 out: only CUDA has it
         a, b, dtype = plain_args
         out = record(lambda: torch.mm(a.to(dtype), b.to(dtype)), [a, b], [])
     else:
-        out = record(lambda: function(*plain_args, **plain_kwargs), leaves(named), written)
+        out = record(lambda: function(*plain_args, **plain_kwargs), read, written)
     known = {id(x.numbers): x for x in ours} | {id(x): x for x in host}  # what was written to comes back as it came
     return mapped(lambda x: (known[id(x)] if id(x) in known else OnGPU(x)) if isinstance(x, torch.Tensor) else x, out)
 
