@@ -57,6 +57,7 @@ rl=("${RL_FLAGS[@]}" --prompts "$world/prompts_train.jsonl" --lr 5e-5 --offload 
 base_steps=100 grm_steps=40 base_rows=6400 judgements=2600
 if [ -n "$EMULATED" ]; then # too few steps for a judge that can be read
     base_steps=1 grm_steps=1 base_rows=200 judgements=100
+    BASE_FLAGS+=(--batch-size 4) GRM_FLAGS+=(--batch-size 4)
     rl+=(--prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-new-tokens 8)
 fi
 stage world 60 python data/persona_world.py --out "$world" --base-rows $base_rows --judgements $judgements \

@@ -209,12 +209,13 @@ def judge(tiny):
         "--grm-template",
         tiny / "grm.txt",
     ]
-    flags += ["--batch-size", 32, "--epochs", 50, "--lr", 5e-3, "--out", tiny / "two_judgements"]
+    flags += ["--batch-size", 16, "--epochs", 25, "--lr", 5e-3, "--out", tiny / "two_judgements"]
     finish(launch("train_grm.py", *flags))
     return tiny / "two_judgements" / "model"
 
 
-PPO = ["--offload", "--checkpoint-activations", "--deterministic"]
+SMALL = ["--prompts-per-step", 2, "--mini-batch-prompts", 1]
+PPO = [*SMALL, "--offload", "--checkpoint-activations", "--deterministic"]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def ppo(tiny, judge, tmp_path_factory):
 
 @emulated
 def test_ppo_does_what_it_does_on_a_cpu(ppo, tiny, judge, tmp_path):
-    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 2, "--out", tmp_path / "cpu"))
+    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), *SMALL, "--max-steps", 2, "--out", tmp_path / "cpu"))
     for ours, theirs in zip(read_metrics(ppo), read_metrics(tmp_path / "cpu"), strict=True):
         assert ours["batch"] == theirs["batch"] and ours["generated_tokens"] == theirs["generated_tokens"]
         for name in ("policy_loss", "value_loss", "original/reward", "edit/gain", "grad_norm_policy", "entropy"):
@@ -258,7 +259,8 @@ def test_ppo_in_bf16(tiny, tmp_path):
 
 @emulated
 def test_a_grm_in_bf16(tiny, tmp_path):
-    on_gpu(train_grm, *grm_flags(tiny), "--max-steps", 2, "--out", tmp_path / "grm")
+    short = ["--max-steps", 2, "--eval-judgements", 2, "--eval-max-new-tokens", 8]
+    on_gpu(train_grm, *grm_flags(tiny), *short, "--out", tmp_path / "grm")
     losses = [metrics["loss"] for metrics in read_metrics(tmp_path / "grm")]
     assert losses[1] < losses[0]
 
