@@ -1,22 +1,21 @@
 """What every script starts with: how long ranks wait for one another, and --deterministic."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from conftest import ROOT
 
 from kernels import varlen_attention
 from model import Segments
-from runtime.distributed import COLLECTIVE_TIMEOUT, make_deterministic, start
+from runtime.chat_client import ChatServer
+from runtime.distributed import make_deterministic
+from runtime.flags import TIMEOUTS
 
 
-def test_ranks_wait_for_a_judge_that_is_asked_again():
-    """An unreachable server costs an original and then its edit 7 attempts of 5 minutes each (chat_client.py)."""
-    start("fp32")
-    options = dist.group.WORLD._get_backend(torch.device("cpu")).options
-    assert options._timeout == COLLECTIVE_TIMEOUT > timedelta(minutes=2 * 7 * 5)
+def test_a_rollout_outlasts_a_judge_that_is_asked_again():
+    """An unreachable server costs an original, and then its edit, all attempts; the other ranks wait for that."""
+    client = ChatServer("http://127.0.0.1:1#judge", ask=False).client
+    assert TIMEOUTS[1] > 2 * (client.max_retries + 1) * client.timeout
 
 
 def test_deterministic_holds_for_torch_and_for_flash_attn(monkeypatch):
