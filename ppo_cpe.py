@@ -561,7 +561,7 @@ def main(args):
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
-    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts), resolve(args.model)
+    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts, args.deterministic), resolve(args.model)
     templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     run = Run(args, ranks, Chat(tokenizer_from), templates)
     read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)
