@@ -70,7 +70,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,57 +85,10 @@ from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
 from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, read_rows, write_rows
+from sequences import MIN_TOP_P, Sample, Sequence, check_ids, check_request
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
-MIN_TEMPERATURE = 1e-5  # of sampling: logits over it stay far inside fp32
-MIN_TOP_P = 1e-30  # less would be 0 in fp32, which keeps everything; this keeps the most likely token as well
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
-
-
-@dataclass
-class Sample:
-    """One generated response.
-
-    ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
-    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length" | "error": what
-    there is of a sample whose next token could not be drawn (`error` says why). top_logprobs: for each of the logprobs
-    the most likely (id, log-prob) of that place, as many as were asked for, then those of `also`.
-    """
-
-    key: Any
-    index: int  # 0..n-1 among the samples of its request
-    ids: list[int]
-    logprobs: list[float]
-    stop_id: int | None
-    finish_reason: str
-    top_logprobs: list[list[tuple[int, float]]]
-    error: str | None = None
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request while it waits or is prefilled (a seed per sample), then one of its samples in a row (one seed)."""
-
-    key: Any
-    index: int  # of its (first) sample
-    prompt_ids: list[int]
-    seeds: list[int]
-    limit: int  # tokens of the response
-    temperature: float
-    top_p: float
-    n_top: int
-    also: tuple[int, ...]  # ids that the alternatives have to name too
-    response: list[int] = field(default_factory=list)  # sampled before it had to give up its blocks
-    logprobs: list[float] = field(default_factory=list)
-    top: list[list[tuple[int, float]]] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    tails: list[int] = field(default_factory=list)  # while it is prefilled: the block that each sample goes on in
-    computed: int = 0  # of `ids`, in the cache
-    age: int = 0  # the number of its admission
-
-    @property
-    def ids(self):
-        return self.prompt_ids + self.response
 
 
 class Engine:
@@ -214,28 +167,9 @@ class Engine:
         """n samples of one prompt. seeds: n integers (None: 0..n-1). top_logprobs: how many alternatives to list at
         each place; also: ids that are listed behind them in any case. ValueError: no room for a prompt, bad settings.
         """
-        seeds, vocab_size = list(range(n)) if seeds is None else list(seeds), self.model.config.vocab_size
-        if not prompt_ids or len(prompt_ids) >= self.max_len:
-            raise ValueError(
-                f"a prompt of {len(prompt_ids)} tokens; expected 1 to {self.max_len - 1} (the engine's "
-                f"{self.max_len} hold prompt and response)"
-            )
-        if len(seeds) != n or n < 1 or not all(-(2**63) <= seed < 2**63 for seed in seeds) or max_new_tokens < 1:
-            raise ValueError(
-                f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}; expected n >= 1 seeds of 64 bits and "
-                "at least 1 token"
-            )
-        if not (temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf")) or not 0 < top_p <= 1:
-            raise ValueError(
-                f"temperature {temperature}, top_p {top_p}; expected 0 (the most likely token) or a temperature of at "
-                f"least {MIN_TEMPERATURE}, and top_p in (0, 1]"
-            )
-        named = [*prompt_ids, *also]
-        if min(named) < 0 or max(named) >= vocab_size or not 0 <= top_logprobs <= vocab_size:
-            raise ValueError(
-                f"ids from {min(named)} to {max(named)}, {top_logprobs} alternatives; the model's vocabulary has "
-                f"{vocab_size} ids from 0"
-            )
+        seeds = list(range(n)) if seeds is None else list(seeds)
+        check_request(prompt_ids, n, seeds, max_new_tokens, temperature, top_p, self.max_len)
+        check_ids([*prompt_ids, *also], top_logprobs, self.model.config.vocab_size)
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
         needed, n_blocks = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
         if needed > n_blocks:
