@@ -70,6 +70,7 @@ class Sequence:
     top_p: float
     n_top: int
     also: tuple[int, ...]  # ids that the alternatives have to name too
+    draft: list[int]  # ids that it may repeat
     response: list[int] = field(default_factory=list)  # sampled before it had to give up its blocks
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
