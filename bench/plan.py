@@ -1,9 +1,10 @@
 """The seconds that `--plan` would print (runtime/roofline.py) against real phases of an RL step, on a CPU.
 
 Rates of matrix products and of reading are measured in the same run, then the phases of a step with made-up responses:
-prompts and edits are prefilled and decoded by the engine; log-probs, values and the update are those of ppo_cpe.py. The model is wide enough for its time to lie in matrix products: that of the tiny recipe (width 128) is
-bound by calls, of which a roofline knows nothing. Seconds are of processor time, which other processes do not add to,
-as long as torch runs one thread.
+prompts and edits are prefilled and decoded by the engine; log-probs, values and the update are those of ppo_cpe.py. The
+model is wide enough for its time to lie in matrix products: that of the tiny recipe (width 128) is bound by calls, of
+which a roofline knows nothing. Seconds are of processor time, which other processes do not add to, as long as torch
+runs one thread.
 
     OMP_NUM_THREADS=1 python bench/plan.py
 """
