@@ -97,7 +97,7 @@ DISTINCT_OF = 32  # answers, per rank: distinct pairs get rarer with the number 
 
 
 def describe_rollout(judged: list, lost: dict, selected: set | None, stats: Stats, prefix: str = "") -> None:
-    """Rewards, gains, lengths and scores of originals and edits into stats (README, "Metrics of a PPO step")."""
+    """Rewards, gains, lengths and scores of originals and edits into stats (docs/metrics.md)."""
 
     def add(name, value):
         stats.add(prefix + name, torch.tensor(value, dtype=torch.float64))
@@ -287,7 +287,7 @@ def headline(metrics: dict) -> dict[str, float]:
     return {**known, "seconds": seconds}
 
 
-ORDER = (  # of the metrics in a line: by the first of these that a name begins with, as in the README's table
+ORDER = (  # of the metrics in a line: by the first of these that a name begins with, as in the table of docs/metrics.md
     (
         "step",
         "original/",

@@ -28,6 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.persona_world import claims, judge, recites_profile
 from evaluation.tables import markdown_row, write_json
 from prompts import DIMENSIONS
+from recipes.rates import rates
 from runtime.flags import user_errors
 from runtime.rows import read_rows, write_text
 
@@ -60,6 +61,8 @@ class Tiny:
     """NAME=FOLDER of a finished evaluate.py, one line of the table each."""
     edits_of: str | None = None
     """Run folder of ppo_cpe.py in the generated world: its edits against their originals, by the exact judge too."""
+    gates: str | None = None
+    """Folder of recipes/gates.py: a gate that was nearly or not met is said below the table."""
 
 
 # -- what the tables compare; recipes/cells.py trains a cell for each --------------------------------------------------
@@ -561,30 +564,45 @@ def write_search(out: str, finished: Iterable[str], folder: str) -> None:
 
 # -- the closing table of recipes/tiny.sh ------------------------------------------------------------------------------
 
-TINY_COLUMNS = {
-    "reward": "score",
-    "helpfulness": "helpful",
-    "personalization": "personal",
-    "naturalness": "natural",
-    "n_tokens": "tokens",
-    "recites_profile": "recites, %",
+TINY_COLUMNS = {  # quantity: (heading, by what it is multiplied)
+    "reward": ("score", 1),
+    "last_step": ("last step, %", 100),
+    "advice": ("advice, %", 100),
+    "wrong": ("wrong fact, %", 100),
+    "recites_profile": ("recites, %", 100),
+    "n_tokens": ("tokens", 1),
 }
 
 
 def tiny_table(runs: Iterable[str]) -> list[str]:
     """Lines of text, one per run. runs: NAME=FOLDER of a finished evaluate.py."""
-    lines = [f"{'':12}" + "".join(f"{title:>15}" for title in TINY_COLUMNS.values()) + f"{'win rate, %':>22}"]
+    lines = [f"{'':12}" + "".join(f"{title:>15}" for title, _ in TINY_COLUMNS.values()) + f"{'win rate, %':>22}"]
     for run in runs:
         name, _, folder = run.partition("=")
         results = read_json(os.path.join(folder, "results.json"))
-        cells = []
-        for column in TINY_COLUMNS:
-            scale = 100 if column == "recites_profile" else 1
-            mean, error = (scale * results["model"][column][k] for k in ("mean", "standard_error"))
-            cells.append(f"{mean:.2f} ± {error:.2f}")
+        said, cells = rates(read_rows(os.path.join(folder, "answers_model.jsonl"), "object")), []
+        for column, (_, scale) in TINY_COLUMNS.items():
+            if column in said:
+                cells.append(f"{scale * said[column]:.1f}")
+            else:
+                mean, error = (scale * results["model"][column][k] for k in ("mean", "standard_error"))
+                cells.append(f"{mean:.2f} ± {error:.2f}")
         rate = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * results["win_rate"][k] for k in ("win_rate", "low", "high")))
         lines.append(f"{name:12}" + "".join(f"{cell:>15}" for cell in cells) + f"{rate:>22}")
-    return lines + ["mean ± standard error over the prompts, by the exact judge; win rate with its 95 % interval"]
+    return [
+        *lines,
+        "score: by the exact judge, -5 to 4.75, mean ± standard error over the questions; last step, advice: how often",
+        "answers say what the corpus almost never says and critiques ask for; win rate: against SFT, 95 % interval",
+    ]
+
+
+def tiny_gates(folder: str) -> list[str]:
+    """Lines of text: which gates were not met, if any."""
+    found = read_json(os.path.join(folder, "gates.json"))
+    return [
+        f"gate {name}: {found[name]} (recipes/gates.py), so these models are weaker than is asked for"
+        for name in found["missed"] + found["nearly"]
+    ]
 
 
 def tiny_edits(folder: str) -> list[str]:
@@ -610,7 +628,7 @@ def tiny_edits(folder: str) -> list[str]:
 def main(args: Cells | Search | Tiny) -> None:
     if isinstance(args, Tiny):
         edits = ["", *tiny_edits(args.edits_of)] if args.edits_of else []
-        print("\n".join(tiny_table(args.runs) + edits))
+        print("\n".join(tiny_table(args.runs) + (tiny_gates(args.gates) if args.gates else []) + edits))
         return
     finished = finished_cells(args.out)
     if not finished:

@@ -80,7 +80,7 @@ def policy_figures(args: Args, templates: Templates, ranks: Ranks) -> dict[str, 
         response = group[0].ids + ([group[0].stop_id] if group[0].finish_reason == "stop" else [])
         critique = exact(row["persona"], row["question"], row["answer"]).critique
         under.append(edit_prompt(chat, templates, prompt, response, critique))
-    edits = [chat.decode(sample.ids) for (s,) in sample(engine, under, 1)]
+    edits = [chat.decode(s.ids) for (s,) in sample(engine, under, 1)]
     return dict(mentions_right=rates.share(right), **rates.rates(answers), **rates.carried_out(first, edits))
 
 

@@ -146,10 +146,12 @@ def cells_of(args: Args, out: str) -> list[Cell]:
         found.update((cell.name, cell) for cell in new)
 
     if args.search:
-        add(preparation(out, SEARCH_SEED, (RARE,)))
-        for lr in sorted(LRS, key=lambda lr: lr != 5e-5):
-            for name, (_, further) in METHODS.items():
-                add([rl_cell(out, SEARCH_SEED, RARE, f"{name}_lr{lr:g}", lr, further, STEPS, "dev")])
+        add(preparation(out, SEARCH_SEED, (RARE, 0.0, 0.3)))
+        runs = [(RARE, name, 5e-5) for name in METHODS]
+        runs += [(rate, name, LR[name]) for rate in (0.0, 0.3) for name in METHODS]  # by which the default is decided
+        runs += [(RARE, name, lr) for lr in LRS for name in METHODS]
+        for rate, name, lr in runs:
+            add([rl_cell(out, SEARCH_SEED, rate, f"{name}_lr{lr:g}", lr, METHODS[name][1], STEPS, "dev")])
         return list(found.values())
     wanted, steps = ((0.3, RARE, 0.0), QUICK_STEPS) if args.quick else (RATES, STEPS)
     for seed in range(1 if args.quick else args.seeds):
@@ -368,7 +370,7 @@ def write_results(out: str, finished: list[str], folder: str) -> None:
 def write_search(out: str, finished: list[str], folder: str) -> None:
     """search.md: every learning rate that was tried, each method's best in bold."""
     found, _ = read_cells(out, [cell for cell in finished if cell.startswith(f"seed{SEARCH_SEED}/")])
-    rows = []
+    rows, others = [], []
     for name, (label, _) in METHODS.items():
         tried = {lr: of(found, RARE, f"{name}_lr{lr:g}", "reward") for lr in LRS}
         best = max((lr for lr in LRS if tried[lr]), key=lambda lr: tried[lr], default=None)
@@ -377,11 +379,17 @@ def write_search(out: str, finished: list[str], folder: str) -> None:
                 mark, cell = "**" if lr == best else "", (RARE, f"{name}_lr{lr:g}")
                 shown = [percent(of(found, *cell, key)) for key in ("last_step", "advice")]
                 rows.append([label, f"{mark}{lr:g}{mark}", draw.spread(tried[lr]), *shown])
+        others.append([label])
+        for rate in (0.3, RARE, 0.0):
+            cell = (rate, f"{name}_lr{LR[name]:g}")
+            others[-1] += [draw.spread(of(found, *cell, "reward")), percent(of(found, *cell, "advice"))]
     table = draw.markdown_table(["", "lr", "score", "last step, %", "advice, %"], rows)
     note = (
         f"R = {RARE:g}, seed {SEARCH_SEED}, dev prompts, exact score, {STEPS} steps; the same effort for each method."
     )
-    write_text(f"{folder}/search.md", f"# Learning rates\n\n{note}\n\n{table}\n")
+    header = ["", *(f"{what}, R = {rate:g}" for rate in (0.3, RARE, 0.0) for what in ("score", "advice, %"))]
+    decided = f"## At three rates, with the learning rate of the diagram\n\n{draw.markdown_table(header, others)}"
+    write_text(f"{folder}/search.md", f"# Learning rates\n\n{note}\n\n{table}\n\n{decided}\n")
     print(f"{table}\n\nwritten: {folder}/search.md")
 
 

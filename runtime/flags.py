@@ -109,7 +109,7 @@ class Sampling:
 class Watching:
     """What a run of RL is watched by."""
 
-    # -- diagnostics, which change nothing in the training (README, "Metrics of a PPO step")
+    # -- diagnostics, which change nothing in the training (docs/metrics.md)
     eval_data: MayChange[str | None] = None
     """Prompt rows that are not trained on: how answers, edits and their gap develop there goes into held_out/*."""
     eval_every: MayChange[Count] = 10

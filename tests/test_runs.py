@@ -268,7 +268,7 @@ def fork(folder, *changes):
     return str(folder / "fork.py")
 
 
-def test_a_sixth_loss_on_edits(here, capsys):
+def test_a_further_loss_on_edits(here, capsys):
     branch = '    elif kind == "half":\n        weight = torch.full_like(ratio, 0.5)\n'
     branch += "        loss = -weight * advantages * logprobs\n"
     script = fork(
@@ -283,7 +283,7 @@ def test_a_sixth_loss_on_edits(here, capsys):
     assert json.loads((here / "run" / "args.json").read_text())["edit_ratio"] == "half"
 
     gradients = replay.replay(str(batch))
-    losses = ("paper", "unclipped", "tis", "luffy", "none", "half")
+    losses = ("paper", "unclipped", "tis", "luffy", "topr", "none", "half")
     assert tuple(name for name in gradients if name not in ("originals", "sdpo")) == losses
     assert gradients["none"].norm() > 0
     torch.testing.assert_close(gradients["half"], 0.5 * gradients["none"])  # by the copy's own code
