@@ -90,10 +90,9 @@ from sequences import MIN_TOP_P, Sample, Sequence, check_ids, check_request
 from speculation import DRAFT_TOKENS, ends, lay_out, propose, write_down
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
-STEP_TOKENS = (
-    256  # on a GPU: drafts are tried up to so many tokens a step, which takes about as long as one of a single
-)
-# token does, since all weights have to be read; a step of more rows than that tries none
+# What drafts propose is tried up to so many tokens a step. On a GPU such a step takes hardly longer than one of a single
+# token, since all weights have to be read; on a CPU the calls of a step take long enough for it to pay.
+STEP_TOKENS = {"cuda": 256, "cpu": 128}
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
 
 
@@ -414,13 +413,12 @@ class Engine:
         s.blocks, s.tails, s.computed = [], [], 0
 
     def _n_tried(self, n):
-        """How many of the tokens that drafts propose a step of n rows tries; None: all of them."""
-        size = self._bucket(n)
-        return None if self.dense else max(0, min(DRAFT_TOKENS * size, STEP_TOKENS - size))
+        """How many of the tokens that its draft proposes a row tries at most in a step of n rows."""
+        return max(0, min(DRAFT_TOKENS, STEP_TOKENS[self.device.type] // self._bucket(n) - 1))
 
     def _most_tokens(self, n):
         """Of a step, for each of rows 0..n-1."""
-        return 1 + DRAFT_TOKENS * self.drafted[:n] * (self._n_tried(n) != 0)
+        return 1 + self._n_tried(n) * self.drafted[:n]
 
     def _decode(self):
         n = len(self.running)
@@ -451,8 +449,8 @@ class Engine:
         """The same where some rows have drafts: several tokens of a row, each of which sees those before it."""
         r = {name: tensor[: n + 1] for name, tensor in self.rows.items()}  # row n is empty
         width = max(len(s.draft) for s in self.running) if self.dense else self.max_len
-        proposals, counts = propose(r, width)
-        owner, place = lay_out(counts[:n], self._n_tried(n))
+        proposals, counts = propose(r, width, self._n_tried(n))
+        owner, place = lay_out(counts[:n], None if self.dense else n * self._n_tried(n))
         tokens = torch.cat([r["token"][:, None], proposals], 1)[owner, place]
         lengths = r["length"][owner] + place
         if self.dense:

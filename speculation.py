@@ -1,7 +1,7 @@
 """Speculative decoding from a draft: a text that a response will repeat in parts, such as the answer that an edit
 rewrites (prompt-lookup decoding, without a second model).
 
-    proposals, counts = propose(rows, width)
+    proposals, counts = propose(rows, width, most)
     owner, place = lay_out(counts)              # the tokens of the step; the model samples one behind each of them
     write_down(rows, proposals, owner, place, tokens, logprobs, stop_ids)
 
@@ -21,10 +21,11 @@ import torch
 DRAFT_TOKENS = 4  # proposed at once: in the edits of the tiny recipe more would mostly be computed in vain
 
 
-def propose(rows: dict[str, torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def propose(rows: dict[str, torch.Tensor], width: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What follows the newest two tokens of each row in its draft, or the newest one where the two do not stand there.
 
-    width: of the drafts, that of the longest or more -> int64 [R, DRAFT_TOKENS], how many of them hold: int64 [R].
+    width: of the drafts, that of the longest or more; most: tokens to propose, up to DRAFT_TOKENS
+    -> int64 [R, DRAFT_TOKENS], how many of them hold: int64 [R].
     """
     draft, length = rows["draft"][:, :width], rows["draft_length"]
     previous = rows["ids"].gather(1, (rows["position"] - 2).clamp(min=0)[:, None])
@@ -33,7 +34,7 @@ def propose(rows: dict[str, torch.Tensor], width: int) -> tuple[torch.Tensor, to
     found[:, 1:] += found[:, 1:] * (draft[:, :-1] == previous)
     best, at = found.max(1)
     room = (rows["limit"] - rows["position"] - 1) * ~rows["done"]
-    counts = (length - 1 - at).minimum(room).clamp(0, DRAFT_TOKENS) * (best > 0)
+    counts = (length - 1 - at).minimum(room).clamp(0, most) * (best > 0)
     after = at[:, None] + 1 + torch.arange(DRAFT_TOKENS, device=draft.device)
     return draft.gather(1, after.clamp(max=width - 1)), counts
 
@@ -41,9 +42,9 @@ def propose(rows: dict[str, torch.Tensor], width: int) -> tuple[torch.Tensor, to
 def lay_out(counts: torch.Tensor, n_extra: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of a step: the newest one of each row, then the proposals of all rows.
 
-    counts: int64 [R], proposals of each row. n_extra: for how many of them there is room, None: for all; the rest is
-    not tried. -> of each token its row and its place behind the newest one, int64 [R + n_extra]. Where there are fewer,
-    the row is R, the place 0.
+    counts: int64 [R], proposals of each row. n_extra: their number or more; None: their number, read on the host.
+    -> of each token its row and its place behind the newest one, int64 [R + n_extra]. Where there are fewer, the row is
+    R, the place 0.
     """
     rows, ends = torch.arange(len(counts), device=counts.device), counts.cumsum(0)
     i = torch.arange(int(ends[-1]) if n_extra is None else n_extra, device=counts.device)

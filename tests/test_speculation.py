@@ -139,13 +139,14 @@ def rows_of(**changes):
 
 
 def test_what_is_proposed():
-    def proposed(**changes):
-        proposals, counts = propose(rows_of(**changes), 8)
+    def proposed(most=DRAFT_TOKENS, **changes):
+        proposals, counts = propose(rows_of(**changes), 8, most)
         return proposals[0, : counts[0]].tolist(), int(counts[1])
 
     assert proposed() == ([8, 9, 7], 0)  # the end of the draft
     assert proposed(token=torch.tensor([1, 1])) == ([2, 6, 7, 8], 0)  # no `6 1`: the first 1
     assert proposed(token=torch.tensor([3, 3])) == ([], 0)
+    assert proposed(2) == ([8, 9], 0)
     assert proposed(limit=torch.tensor([5, 5])) == ([8], 0)  # the fifth token is sampled behind the fourth
     assert proposed(done=torch.tensor([True, False])) == ([], 0)
 
@@ -153,8 +154,6 @@ def test_what_is_proposed():
 def test_how_proposals_are_laid_out():
     owner, place = lay_out(torch.tensor([2, 0, 1]))
     assert (owner.tolist(), place.tolist()) == ([0, 1, 2, 0, 0, 2], [0, 0, 0, 1, 2, 1])
-    owner, place = lay_out(torch.tensor([2, 0, 1]), 2)  # no room for the last
-    assert (owner.tolist(), place.tolist()) == ([0, 1, 2, 0, 0], [0, 0, 0, 1, 2])
     owner, place = lay_out(torch.tensor([1, 0, 0]), 3)
     assert (owner.tolist(), place.tolist()) == ([0, 1, 2, 0, 3, 3], [0, 0, 0, 1, 0, 0])
 
@@ -170,7 +169,7 @@ def test_how_proposals_are_laid_out():
 )
 def test_what_is_written_down(sampled, kept, done):
     rows = rows_of()
-    proposals, _ = propose(rows, 8)
+    proposals, _ = propose(rows, 8, DRAFT_TOKENS)
     if 100 in sampled:
         proposals[0, 1] = 100
     owner, place = lay_out(torch.tensor([3, 0]))
