@@ -11,18 +11,21 @@ to, as long as torch runs one thread (OMP_NUM_THREADS=1).
     OMP_NUM_THREADS=1 python bench/peers.py --model out/tiny/sft/policy --prompts out/tiny/world/prompts_train.jsonl
 """
 
+import importlib.metadata
 import os
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 
 import torch
 import transformers
 import tyro
+from datasets import Dataset
 
 import ppo_cpe
 from data import persona_world
@@ -103,13 +106,10 @@ class Ours:
             training.optimizer_step(policy, self.optimizers["policy"], LR, self.args.max_grad_norm, False)
 
 
-def trl_trainer(args: Args, ours: Ours, folder: str):
+def trl_trainer(args: Args, ours: Ours, folder: str) -> Any:
     """TRL's GRPOTrainer on the same model, prompts and reward; one generation serves two updates."""
-    try:
-        import trl
-        from datasets import Dataset
-    except ImportError as error:
-        raise ValueError(f"TRL is not installed ({error}); expected: pip install trl==1.16.0") from error
+    import trl
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     rows = [row for _, row, _ in packing.deal(ours.prompts, ours.run.ranks)]
     texts = [tokenizer.decode(ids) for _, _, ids in packing.deal(ours.prompts, ours.run.ranks)]
@@ -140,13 +140,17 @@ def trl_trainer(args: Args, ours: Ours, folder: str):
         logging_strategy="no",
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    return trl.GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer), trl.__version__
+    return trl.GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer)
 
 
 def main(args: Args) -> None:
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError("TRL is not installed; expected: pip install trl==1.16.0") from error
     ours, times = Ours(args), {"policy alone": [], "with critic": [], "TRL": []}
     with tempfile.TemporaryDirectory() as folder:
-        trainer, version = trl_trainer(args, ours, folder)
+        trainer = trl_trainer(args, ours, folder)
         generate = trainer._generate_and_score_completions
 
         def close():

@@ -143,7 +143,7 @@ def main(args: Args) -> None:
         seconds = statistics.median(found[phase] for found in measured)
         ratio = expected[phase] / seconds
         verdict = "" if abs(ratio - 1) <= LIMIT else f"off by more than {LIMIT:.0%}"
-        print(f"{phase:10}{expected[phase]:10.2f}{seconds:10.2f}{ratio:8.2f}   {verdict}")
+        print(f"{phase:10}{expected[phase]:10.3f}{seconds:10.3f}{ratio:8.2f}   {verdict}")
 
 
 if __name__ == "__main__":
