@@ -392,7 +392,7 @@ def draw(runs: Sequence[str], out: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = {run: read_rows(os.path.join(run, "metrics.jsonl"), "object") for run in runs}
+    metrics = {run: read_rows(os.path.join(run, "metrics.jsonl"), "metrics") for run in runs}
     panels = {
         title: names
         for title, names in PANELS.items()

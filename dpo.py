@@ -76,9 +76,10 @@ from tqdm import tqdm
 
 from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.rows import read_rows, write_text
+from runtime.watch import enter
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -143,6 +144,7 @@ def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> t
         mine, scored = pairs[ranks.rank :: ranks.world_size], []
         passes = pair_micro_batches(args, mine, ranks)
         for indices in tqdm(passes, "reference", disable=ranks.rank > 0 or not sys.stderr.isatty()):
+            enter("reference")  # each pass has a time-out of its own
             part = [mine[i] for i in indices] or [STAND_IN]
             chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
             places = [i * ranks.world_size + ranks.rank for i in indices]
@@ -163,7 +165,7 @@ def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> t
 def main(args):
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size, args.timeouts)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
@@ -183,7 +185,7 @@ def main(args):
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference
     reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
-    first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
 
     progress = runs.progress(first_step, last_step, ranks)
     for step in progress:
@@ -215,7 +217,8 @@ def main(args):
             values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
             totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
         lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        share = dict(loss=totals[0].item() / args.batch_size)  # of the mean
+        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
 
         n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)
         *totals, n_tokens = all_sum(ranks, *totals.tolist(), n_tokens)
@@ -246,16 +249,15 @@ def main(args):
                 "seconds": seconds,
             },
         )
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(
-                args.out,
+        if checkpoints.due(step + 1, last_step, args, ranks):
+            checkpoints.save(
+                args,
                 step + 1,
                 {"policy": model},
                 {"policy": optimizer},
                 tokenizer_from,
                 templates.texts("answer"),
                 ranks,
-                args.keep_checkpoints,
             )
     print0(f"weights: {args.out}/policy")
 

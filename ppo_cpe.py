@@ -135,8 +135,9 @@ from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
 from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0, start
+from runtime.watch import enter
 
 
 @dataclass
@@ -178,6 +179,7 @@ class Run:
     chat: Chat
     templates: Templates
     stats: runs.Stats = field(default_factory=runs.Stats)  # of one step
+    step: int = 0
 
 
 # -- the mathematics: pure functions -----------------------------------------------------------------------------------
@@ -465,7 +467,7 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
     """
     args, ranks, stats = run.args, run.ranks, run.stats
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
-    for mini_batch in list(range(n_mini_batches)) * args.ppo_epochs:
+    for i, mini_batch in enumerate(list(range(n_mini_batches)) * args.ppo_epochs, 1):
         mine = [t for t in batch if t.place // args.mini_batch_prompts == mini_batch]
         (n_tokens,) = all_sum(ranks, sum(len(t.response_ids) for t in mine))
         if n_tokens == 0:  # every prompt of it lost its judgements
@@ -480,6 +482,7 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
             model = models[name]
             if name == "policy" and not train_policy:
                 continue
+            stats.recent.clear()
             for trajectories, packed in passes:
                 if not trajectories:
                     training.idle_pass(model, run)
@@ -487,7 +490,9 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
                 stats.flops += 3 * training.forward_flops(model, packed)  # the backward pass costs two forward ones
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
                 (loss_of(model, packed, trajectories, run) * ranks.world_size / n_tokens).backward()
-            norm = training.optimizer_step(model, optimizers[name], lr, args.max_grad_norm, args.offload)
+            shares = {n: stats.recent[n] / n_tokens for n in ("policy_loss", "value_loss", "original/approx_kl")}
+            part = f"_{name}_{i}"  # of the step's updates
+            norm = training.optimizer_step(model, optimizers[name], lr, run.step + 1, shares, mine, args, ranks, part)
             stats.add(f"grad_norm_{name}", torch.tensor(norm))
 
 
@@ -556,7 +561,7 @@ def main(args):
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
-    ranks, tokenizer_from = start(args.dtype, args.shard_size), resolve(args.model)
+    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts), resolve(args.model)
     templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     run = Run(args, ranks, Chat(tokenizer_from), templates)
     read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)
@@ -574,17 +579,17 @@ def main(args):
     inputs["the templates"] = runs.digest_of(templates.answer, templates.edit)
     runs.open_run(args, ranks, inputs)
     models, optimizers = open_models(run)
-    first_step = runs.load_checkpoint(args.out, models, optimizers, ranks)
+    first_step = checkpoints.load(args.out, models, optimizers, ranks)
     sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
-    progress = runs.progress(first_step, last_step, ranks)
+    progress = runs.progress(first_step, last_step, ranks, begins_with="rollout")
     probe = replace(run, args=replace(args, n_samples=1, edit_rate=0))  # is the judge one for these answers?
     probed = rollout(packing.deal(prompts[:8], ranks), engine, judge, probe, "probe", progress)
     diagnostics.check_judge(*probed, judge, args, ranks)
     for step in progress:
         clock = [time.perf_counter()]
-        run = replace(run, stats=runs.Stats())
+        run = replace(run, step=step, stats=runs.Stats())
 
         # 1. originals, critiques, edits, with the weights as they are now
         rows = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
@@ -623,7 +628,7 @@ def main(args):
         diagnostics.describe_rollout(judged, lost, selected, run.stats)
 
         # 3. and 4. log-probs, values and advantages, then the update
-        progress.set_postfix_str("update")
+        progress.set_postfix_str(enter("update", step + 1))
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
@@ -634,11 +639,9 @@ def main(args):
         runs.log_metrics(args.out, metrics, ranks)
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
+        if checkpoints.due(step + 1, last_step, args, ranks):
             trained_with = templates.texts("answer", "edit")
-            runs.save_checkpoint(
-                args.out, step + 1, models, optimizers, tokenizer_from, trained_with, ranks, args.keep_checkpoints
-            )
+            checkpoints.save(args, step + 1, models, optimizers, tokenizer_from, trained_with, ranks)
     print0(f"weights: {args.out}/policy (and critic)")
 
 

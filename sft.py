@@ -72,7 +72,7 @@ import torch
 
 from model import Config, Qwen2, init_weights, load_pretrained, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows
 
@@ -142,7 +142,7 @@ def main(args):
     if args.plan:
         scratch = args.from_scratch
         return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size, args.timeouts)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
@@ -159,7 +159,7 @@ def main(args):
     )
     model = open_model(args, chat, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    first_step = runs.load_checkpoint(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
 
     progress = runs.progress(first_step, last_step, ranks)
     for step in progress:
@@ -180,7 +180,8 @@ def main(args):
             (loss * ranks.world_size / n_trained).backward()
             loss_sum += loss.item()
         lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        share = dict(loss=loss_sum / n_trained)  # of the mean
+        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
 
         (loss_sum,) = all_sum(ranks, loss_sum)
         seconds = time.perf_counter() - started
@@ -202,16 +203,15 @@ def main(args):
         runs.print_step(
             progress, step + 1, last_step, dict(loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, seconds=seconds)
         )
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(
-                args.out,
+        if checkpoints.due(step + 1, last_step, args, ranks):
+            checkpoints.save(
+                args,
                 step + 1,
                 {"policy": model},
                 {"policy": optimizer},
                 tokenizer_from,
                 templates.texts("answer"),
                 ranks,
-                args.keep_checkpoints,
             )
     print0(f"weights: {args.out}/policy")
 

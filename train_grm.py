@@ -104,9 +104,10 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
-from runtime import packing, plan, runs, training
+from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows
+from runtime.watch import enter
 
 
 def with_defaults(args: Args) -> Args:
@@ -247,7 +248,7 @@ def main(args):
     args = with_defaults(args)
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
-    ranks = start(args.dtype, args.shard_size)
+    ranks = start(args.dtype, args.shard_size, args.timeouts)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
@@ -273,7 +274,7 @@ def main(args):
     )
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    first_step = runs.load_checkpoint(args.out, {"model": model}, {"model": optimizer}, ranks)
+    first_step = checkpoints.load(args.out, {"model": model}, {"model": optimizer}, ranks)
 
     progress = runs.progress(first_step, last_step, ranks)
     for step in progress:
@@ -282,10 +283,12 @@ def main(args):
         mine = [examples[i] for i in packing.share(rows, [size(examples[i]) for i in rows], ranks)]
         metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
         lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, args.offload)
+        share = dict(loss=metrics["loss"] / ranks.world_size)  # the mean is of all ranks already
+        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
         seconds = time.perf_counter() - started
 
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == last_step):
+            enter("evaluation", step + 1)
             share = held_out[ranks.rank :: ranks.world_size]
             held_out_metrics, *_ = over_examples(args, model, share, ranks, train=False)
             metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
@@ -307,16 +310,9 @@ def main(args):
         runs.print_step(
             progress, step + 1, last_step, {**metrics, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
         )
-        if (step + 1) % args.save_every == 0 or step + 1 == last_step:
-            runs.save_checkpoint(
-                args.out,
-                step + 1,
-                {"model": model},
-                {"model": optimizer},
-                tokenizer_from,
-                trained_with,
-                ranks,
-                args.keep_checkpoints,
+        if checkpoints.due(step + 1, last_step, args, ranks):
+            checkpoints.save(
+                args, step + 1, {"model": model}, {"model": optimizer}, tokenizer_from, trained_with, ranks
             )
     print0(f"weights: {args.out}/model")
 

@@ -155,7 +155,7 @@ def evaluated(run: str) -> Quantities:
         numbers["swap"] = read_json(f"{run}/swap/results.json")["difference"]["reward"]["difference"]
     numbers["minutes"] = read_json(f"{run}/done.json")["seconds"] / 60
     if os.path.isdir(f"{run}/rollouts"):
-        steps = read_rows(f"{run}/metrics.jsonl", "object")
+        steps = read_rows(f"{run}/metrics.jsonl", "metrics")
         for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
             numbers[name] = sum(step[key] for step in steps)
         for key in ("gain", "ratio", "ratio_low", "weight", "kept_mass", "inserted_mass"):
@@ -171,7 +171,7 @@ def evaluated(run: str) -> Quantities:
 def exact_curves(run: str) -> Curves:
     """What the policy sampled in training, step by step, by the exact judge and (`own`) by the judge of the run."""
     curves = defaultdict(list)
-    steps = read_rows(f"{run}/metrics.jsonl", "object")
+    steps = read_rows(f"{run}/metrics.jsonl", "metrics")
     for path, step in zip(sorted(glob.glob(f"{glob.escape(run)}/rollouts/step_*.jsonl")), steps, strict=True):
         rows = read_rows(path, "object")
         judged = [judge(row["persona"], row["question"], row["answer"]) for row in rows]
@@ -462,7 +462,7 @@ def ledger_figure(out: str, seeds: dict[str, list[int]], folder: str) -> None:
     """The edit ledger: what the loss does with tokens that an edit kept and with those that it inserted."""
     figure, axes = new_figure(3)
     for name, ratio, color in (("cpe", "unclipped", COLORS["cpe"]), ("loss_paper_batch", "paper", "#8a6bbf")):
-        runs = [read_rows(f"{out}/seed{s}/{name}/metrics.jsonl", "object") for s in seeds.get(name, [])]
+        runs = [read_rows(f"{out}/seed{s}/{name}/metrics.jsonl", "metrics") for s in seeds.get(name, [])]
         for axis, what in zip(axes, ("ratio", "mass", "clipfrac")):
             for kind, line in (("kept", "-"), ("inserted", "--")):
                 if runs:

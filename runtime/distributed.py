@@ -6,13 +6,17 @@ resumed run draws what the uninterrupted one would have drawn, on any number of 
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
+from runtime.flags import TIMEOUTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,11 +32,12 @@ class Ranks:
     mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
 
 
-def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
+def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[int, int, int] = TIMEOUTS) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
-    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. ValueError: it does
-    not divide the number of ranks.
+    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. timeouts: seconds of
+    a rank's start, rollout and update (watch.py). ValueError: shard_size does not divide the number of ranks; not all
+    ranks have joined within the first time-out.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
@@ -44,7 +49,7 @@ def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            _join(backend, rank, world_size, timeouts)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if shard_size in (None, world_size):
@@ -55,6 +60,29 @@ def start(dtype: str = "auto", shard_size: int | None = None) -> Ranks:
         )
     dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
     return Ranks(rank, world_size, device, dtype, mesh)
+
+
+def _join(backend, rank, world_size, timeouts):
+    """The process group of torchrun's environment. Its own time-out is the longest of all, for a rank that has ended
+    its rollout waits in a collective until the slowest has: what hangs in an update, watch.py finds earlier."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of each rank
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    limit = timedelta(seconds=timeouts[0])
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        store.set(f"joined/{rank}", "")
+        deadline, missing = time.monotonic() + timeouts[0], list(range(world_size))
+        while missing := [r for r in missing if not store.check([f"joined/{r}"])]:
+            if time.monotonic() > deadline:
+                raise ValueError(f"ranks {missing} have not joined within {timeouts[0]} s (--timeouts)")
+            time.sleep(0.1)
+    except dist.DistError as error:  # the store has no such key, or no store
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"not all {world_size} ranks have joined within {timeouts[0]} s (--timeouts): {first}"
+        ) from error
+    longest = timedelta(seconds=max(timeouts) + 600)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longest)
 
 
 def print0(*values: Any) -> None:

@@ -40,6 +40,7 @@ NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65535)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 TopP = Annotated[float, pydantic.Field(gt=0, le=1)]
+TIMEOUTS = (3600, 7200, 1800)  # seconds of a start, a rollout, an update
 SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)
 DType = Literal["auto", "fp32", "bf16"]
 
@@ -71,8 +72,12 @@ class Machine:
     """Stop early; a schedule stays that of the whole run."""
     save_every: MayChange[Count] = 100
     """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: MayChange[Count] = 1
-    """The newest so many are kept."""
+    keep_checkpoints: MayChange[Count] = 2
+    """The newest so many are kept: if the newest is damaged, the run goes on from the one before it."""
+    skip_bad_steps: MayChange[Natural] = 0
+    """Updates with a loss or gradient that is not finite or out of bounds that are left out before the run ends."""
+    timeouts: MayChange[tuple[Count, Count, Count]] = TIMEOUTS
+    """Seconds that a rank may take to start, for a rollout (or an evaluation, a checkpoint), for an update."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -124,21 +129,33 @@ class Watching:
     """Step whose batch and weights are kept in OUT/batch_*, for `python replay.py`."""
 
 
+# What a user can mend: a flag, a file, a row, a disk, memory; two by name, since their libraries take long to load.
+MENDABLE = (ValueError, OSError, FloatingPointError, RecursionError)
+MENDABLE_NAMES = ("SafetensorError", "OutOfMemoryError")
+
+
 @contextlib.contextmanager
 def user_errors():
-    """What a user can mend (a flag, a file, a row) ends in one line and exit status 2, without a traceback."""
+    """What a user can mend ends in one line and exit status 2, without a traceback; an interruption in 130."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("TRACEBACK"):
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        mendable = isinstance(error, MENDABLE) or type(error).__name__ in MENDABLE_NAMES
+        if os.environ.get("TRACEBACK") or not mendable:
             raise
-        print(f"error: {error}\n(TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}\n(TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+around_main = contextlib.ExitStack()  # what modules want to be told when main ends, and how (watch.py)
 
 
 def run(main: Callable[[Any], Any], args: Any) -> None:
     """main(args), as the last line of a script."""
-    with user_errors():
+    with user_errors(), around_main:
         main(args)
 
 

@@ -1,5 +1,7 @@
 """JSON-lines rows: what each kind must hold, checked before any work is done; files that appear whole or not at all."""
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -13,6 +15,7 @@ ROW_FIELDS = {
     "answer": {**PROMPT, "answer": "string"},
     "judgement": {**PROMPT, "answer": "text", "critique": "text", **SCORES},
     "messages": {"messages": "messages"},
+    "metrics": {"step": "step"},
     "object": {},
 }
 
@@ -46,6 +49,7 @@ CHECKS = {
     "string": ("a string", lambda v: isinstance(v, str)),
     "persona": ("a non-empty JSON object or string", lambda v: isinstance(v, (dict, str)) and bool(v)),
     "score": ("an integer from -5 to 5", lambda v: type(v) is int and -5 <= v <= 5),
+    "step": ("a positive integer", lambda v: type(v) is int and v > 0),
     "messages": ('a list of {"role": "system" | "user" | "assistant", "content": text}', _are_messages),
 }
 
@@ -111,8 +115,9 @@ def _depth(value):
     return depth
 
 
-def json_lines(path: str) -> list[tuple[str, Any]]:
-    """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over.
+def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
+    """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over. growing: so is
+    a line without its end, which is being written or was when its writer was killed.
 
     ValueError: not UTF-8, a compressed file, a line that is not JSON, is blank or nested too deep, with file and line.
     """
@@ -120,6 +125,8 @@ def json_lines(path: str) -> list[tuple[str, Any]]:
         content = f.read()
     if content[:2] == b"\x1f\x8b":
         raise ValueError(f"{path}: a gzip file; expected JSON lines as text (gunzip it first)")
+    if growing:
+        content = content[: content.rfind(b"\n") + 1]
     text = content.removeprefix(b"\xef\xbb\xbf").rstrip()
     found = []
     for number, line in enumerate(text.split(b"\n") if text else [], 1):
@@ -139,14 +146,14 @@ def json_lines(path: str) -> list[tuple[str, Any]]:
 def read_rows(path: str, kind: str) -> list[dict]:
     """All rows of a JSON-lines file, checked before any work is done.
 
-    kind: prompt | pair | answer | judgement | messages | object (any JSON object). ValueError: file:line, field,
-    what was expected. Read with `json`, not into Arrow: personas are free objects, and a table would give every
+    kind: prompt | pair | answer | judgement | messages | metrics (of a run) | object (any). ValueError: file:line,
+    field, what was expected. Read with `json`, not into Arrow: personas are free objects, and a table would give every
     persona the keys of all the others.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; expected JSON lines ({kind} rows){made_by(path)}")
     rows, line_of = [], {}
-    for where, row in json_lines(path):
+    for where, row in json_lines(path, growing=kind == "metrics"):
         check_row(row, kind, where)
         if kind == "prompt" and line_of.setdefault(row["prompt_id"], where) != where:
             raise ValueError(f'{where}: prompt_id "{row["prompt_id"]}" stands at {line_of[row["prompt_id"]]} too')
@@ -162,8 +169,46 @@ def write_rows(path: str, rows: list[dict]) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """The file appears whole or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(f"{path}.tmp", path)
+    """The file appears whole or not at all, also when the power fails."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    with naming(path):
+        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+        sync(f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+        sync(folder)
+
+
+def append_line(path: str, line: str) -> None:
+    """One more line: a disk that is full leaves the file as it was, without a part of the line."""
+    with naming(path), open(path, "ab", buffering=0) as f:
+        size, content = f.tell(), line.encode() + b"\n"
+        try:
+            written = f.write(content)
+            if written < len(content):
+                written += f.write(content[written:])  # says what is wrong
+        finally:
+            if f.tell() != size + len(content):
+                f.truncate(size)
+
+
+def sync(path: str) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot do it for folders
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def naming(path: str):
+    """An error of the disk says which file it met: that of a write does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (what was finished is kept)", path) from error

@@ -1,4 +1,4 @@
-"""A run folder: flags and inputs, metrics, rows of steps, and checkpoints from which the same command continues."""
+"""A run folder: flags and inputs, metrics, and rows of steps. Its checkpoints are in checkpoints.py."""
 
 import dataclasses
 import fcntl
@@ -16,19 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from tqdm import tqdm
 
-from model import save_pretrained
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.flags import flag, may_change
-from runtime.rows import write_rows, write_text
+from runtime.rows import append_line, write_rows, write_text
+from runtime.watch import end_if_stopped, enter, stop_on_signal, watch_ranks
 
 # -- opening -----------------------------------------------------------------------------------------------------------
 
@@ -89,9 +82,11 @@ def open_run(args: Any, ranks: Ranks, inputs: dict[str, str]) -> None:
     if ranks.rank == 0:
         os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
         _lock(args.out)
+        _remove_unfinished(args.out)
         content = {**dataclasses.asdict(args), "inputs": inputs, "git": git_hash()}
         write_text(file, json.dumps(content, indent=2))
     barrier(ranks)
+    watch_ranks(ranks, args.timeouts)
     print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
 
 
@@ -103,6 +98,15 @@ def _read_args(file):
         raise ValueError(
             f"{file}: not the flags of a run ({error}); remove the folder or choose another --out"
         ) from error
+
+
+def _remove_unfinished(out):
+    """What a run that was killed had begun to write or to remove."""
+    for path in [*glob.glob(f"{glob.escape(out)}/*.tmp"), *glob.glob(f"{glob.escape(out)}/*/*.tmp")]:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
 
 
 _locks = {}  # files that this process holds open, which are its locks; a process that ends gives them up
@@ -145,12 +149,14 @@ class Stats:
 
     def __init__(self):
         self.sums, self.largest = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: -math.inf)
+        self.recent = defaultdict(float)  # sums since the caller has last cleared them
         self.flops, self.logical_tokens, self.computed_tokens = 0, 0, 0  # of this rank's passes
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        total = self.sums[name]
-        total[0] += values.double().sum().item()
+        total, added = self.sums[name], values.double().sum().item()
+        total[0] += added
         total[1] += values.numel()
+        self.recent[name] += added
 
     def add_max(self, name: str, values: torch.Tensor) -> None:
         self.largest[name] = max([self.largest[name], *([values.max().item()] if values.numel() else [])])
@@ -163,10 +169,24 @@ class Stats:
         return means | {name: all_max(ranks, self.largest[name]) for name in largest}
 
 
-def progress(first_step: int, last_step: int, ranks: Ranks) -> tqdm:
-    """The steps of a run, with a bar on a terminal; a log file gets a line a step (`print_step`) and no bar."""
+def progress(first_step: int, last_step: int, ranks: Ranks, begins_with: str = "update") -> tqdm:
+    """The steps of a run, with a bar on a terminal; a log file gets a line a step (`print_step`) and no bar.
+
+    begins_with: the phase that a step begins with (`watch.enter`). SystemExit after the checkpoint of a step (see
+    `checkpoints.due`) in which a signal has asked the run to stop.
+    """
+
+    def steps():
+        with stop_on_signal():
+            for step in range(first_step, last_step):
+                enter(begins_with, step + 1)
+                yield step
+                if step + 1 < last_step:
+                    end_if_stopped(step + 1)
+        enter("what follows the last step")
+
     quiet = ranks.rank > 0 or not sys.stderr.isatty()
-    return tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=quiet)
+    return tqdm(steps(), initial=first_step, total=last_step, disable=quiet)
 
 
 def print_step(bar: tqdm, step: int, last_step: int, figures: dict[str, float | None]) -> None:
@@ -182,8 +202,14 @@ def log_metrics(out: str, metrics: dict, ranks: Ranks) -> None:
     """Appends one line to metrics.jsonl; numbers that do not exist in a step (no edit in it, say) are null."""
     if ranks.rank == 0:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        with open(os.path.join(out, "metrics.jsonl"), "a") as f:
-            f.write(json.dumps(clean) + "\n")
+        clean["bad_steps"] = count_bad_steps(out, metrics["step"])
+        append_line(os.path.join(out, "metrics.jsonl"), json.dumps(clean))
+
+
+def count_bad_steps(out: str, step: int) -> int:
+    """Updates that were left out up to this step, of which `training.optimizer_step` keeps a file each."""
+    files = glob.glob(f"{glob.escape(out)}/bad_steps/step_*.jsonl")
+    return sum(os.path.basename(file)[:11] <= f"step_{step:06d}" for file in files)
 
 
 def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -> None:
@@ -191,102 +217,3 @@ def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -
     rows = all_gather(ranks, rows)
     if ranks.rank == 0:
         write_rows(os.path.join(out, kind, f"step_{step:06d}.jsonl"), rows)
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def _train_state(models, optimizers):
-    state = {}
-    for name, model in models.items():
-        state[f"{name}.model"] = get_model_state_dict(model)
-        state[f"{name}.optimizer"] = get_optimizer_state_dict(model, optimizers[name])
-    return state
-
-
-def save_checkpoint(
-    out: str,
-    step: int,
-    models: dict[str, torch.nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    tokenizer_from: str,
-    templates: dict[str, str],
-    ranks: Ranks,
-    keep: int,
-) -> None:
-    """Writes out/checkpoints/step_NNNNNN, then points out/NAME at its models; appears whole or not at all.
-
-    models: {"policy": model, "critic": model, ...}. Each is stored twice: as a folder that other tools load, in the
-    compute dtype, and with its optimizer as fp32 masters (torch.distributed.checkpoint), from which a run resumes on
-    any number of ranks. Only the newest `keep` are kept. templates: see `model.save_pretrained`.
-    """
-    final = os.path.join(out, "checkpoints", f"step_{step:06d}")
-    tmp = f"{final}.tmp"
-    if ranks.rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        os.makedirs(tmp)
-    barrier(ranks)
-    for name, model in models.items():
-        save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype, templates)
-    dcp.save(_train_state(models, optimizers), checkpoint_id=os.path.join(tmp, "train_state"))
-    barrier(ranks)
-    if ranks.rank == 0:
-        with open(os.path.join(tmp, "state.json"), "w") as f:
-            json.dump({"step": step, "git": git_hash()}, f)
-        os.rename(tmp, final)
-        _link_newest(out, models)
-        for old in _checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
-    barrier(ranks)
-
-
-def _link_newest(out, names):
-    """Points out/NAME at the newest checkpoint's models."""
-    newest = os.path.basename(_checkpoints(out)[-1])
-    for name in names:
-        link = os.path.join(out, name)
-        if os.path.isdir(link) and not os.path.islink(link):  # the run folder was copied with its links followed
-            shutil.rmtree(f"{link}.copied", ignore_errors=True)
-            os.rename(link, f"{link}.copied")
-            print0(f"{link} was a folder, not a link to the newest checkpoint: moved to {link}.copied")
-        if os.path.lexists(f"{link}.tmp"):
-            os.unlink(f"{link}.tmp")
-        os.symlink(os.path.join("checkpoints", newest, name), f"{link}.tmp")
-        os.replace(f"{link}.tmp", link)
-
-
-def _checkpoints(out):
-    folder = os.path.join(out, "checkpoints")
-    names = sorted(n for n in os.listdir(folder) if n.startswith("step_") and not n.endswith(".tmp"))
-    return [os.path.join(folder, n) for n in names]
-
-
-def load_checkpoint(
-    out: str, models: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], ranks: Ranks
-) -> int:
-    """Continues from the newest checkpoint: fills models and optimizers in place -> steps done (0: none there).
-
-    Lines of metrics.jsonl from after that checkpoint are dropped: their steps will be run again. The links to its
-    models are made again, since a run may have been killed between a checkpoint and its links.
-    """
-    found = _checkpoints(out)
-    step = 0
-    if found:
-        with open(os.path.join(found[-1], "state.json")) as f:
-            step = json.load(f)["step"]
-        state = _train_state(models, optimizers)
-        dcp.load(state, checkpoint_id=os.path.join(found[-1], "train_state"))
-        for name, model in models.items():
-            set_model_state_dict(model, state[f"{name}.model"])
-            set_optimizer_state_dict(model, optimizers[name], state[f"{name}.optimizer"])
-        if ranks.rank == 0:
-            _link_newest(out, models)
-        print0(f"resumed from {found[-1]}")
-    metrics = os.path.join(out, "metrics.jsonl")
-    if ranks.rank == 0 and os.path.isfile(metrics):
-        with open(metrics) as f:  # a killed run may have left half a line
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(metrics, "".join(lines))
-    barrier(ranks)
-    return step

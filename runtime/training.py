@@ -1,6 +1,9 @@
 """What an update stands on: FSDP2, AdamW, the schedule, offloading, and figures of the machine."""
 
+import dataclasses
+import json
 import math
+import os
 import resource
 from typing import Any
 
@@ -9,8 +12,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import GIB, Qwen2
-from runtime.distributed import Ranks, all_max, all_sum
+from runtime import runs
+from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.packing import EMPTY, Batch, pack, packed_micro_batches
+from runtime.rows import write_rows
 
 
 def shard(model: Qwen2, ranks: Ranks) -> Qwen2:
@@ -38,6 +43,14 @@ def reshard(model: Qwen2) -> None:
 
 
 def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """ValueError: steps as large as the weights, which would be lost in the first."""
+    norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    rms = norm / sum(p.numel() for p in model.parameters()) ** 0.5
+    if lr > rms:
+        raise ValueError(
+            f"learning rate {lr:g}: a step of Adam moves each weight by about that, and weights are about {rms:.2g}"
+        )
     fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
     return torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
@@ -66,27 +79,70 @@ def to_host(models: dict[str, Qwen2], optimizers: dict[str, torch.optim.Optimize
         move_moments(optimizers[name], "cpu")
 
 
+# Means beyond these count as not finite: a model that a step has wrecked, whose numbers still exist. A loss is in nats
+# per token or pair, a value loss in squared units of the reward, the KL of originals in nats per token.
+BOUNDS = {"loss": 1e3, "policy_loss": 1e3, "value_loss": 1e6, "original/approx_kl": 10.0}
+
+
 def optimizer_step(
-    model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, offload: bool = False
+    model: Qwen2,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    step: int,
+    figures: dict[str, float],
+    batch: list,
+    args: Any,
+    ranks: Ranks,
+    part: str = "",
 ) -> float:
     """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
 
-    offload: between steps the moments lie in host memory. FloatingPointError where the norm is not finite: a run that
-    goes on with such weights only hides the cause.
+    figures: this rank's share of means that have BOUNDS. batch: this rank's examples. part: which of several updates of
+    the step (from 1) this is. With --offload the moments lie in host memory between steps.
+
+    Where the norm or a figure is not finite or out of bounds, the update is left out and the batch written to
+    OUT/bad_steps. FloatingPointError: that has happened more than --skip-bad-steps times.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm}; the weights were left as they were")
+    means = dict(zip(figures, all_sum(ranks, *figures.values())))
+    fine = all(math.isfinite(mean) and abs(mean) <= BOUNDS[name] for name, mean in means.items())
+    if not (fine and math.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        _leave_out({**means, "grad_norm": norm}, step, batch, args, ranks, part)
+        return norm
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if offload:
+    if args.offload:
         move_moments(optimizer, next(model.parameters()).device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if offload:
+    if args.offload:
         move_moments(optimizer, "cpu")
     return norm
+
+
+def _leave_out(figures, step, batch, args, ranks, part):
+    """Keeps the batch of a bad step -> FloatingPointError if there are too many."""
+    text = json.dumps([dataclasses.asdict(e) if dataclasses.is_dataclass(e) else e for e in batch], default=list_of)
+    rows = all_gather(ranks, [dict(rank=ranks.rank, example=example) for example in json.loads(text)])
+    file = os.path.join(args.out, "bad_steps", f"step_{step:06d}{part}.jsonl")
+    if ranks.rank == 0:
+        write_rows(file, [{name: str(value) for name, value in figures.items()}, *rows])
+    barrier(ranks)
+    n_bad = runs.count_bad_steps(args.out, step)
+    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    message = f"step {step}: {said}: not finite or out of bounds; the update was left out, its batch is in {file}"
+    if n_bad > args.skip_bad_steps:
+        raise FloatingPointError(
+            f"{message}. Look for odd rows in it, try a lower learning rate or --max-grad-norm, or --dtype fp32, or "
+            f"go on past it with --skip-bad-steps {n_bad} (the same command continues)"
+        )
+    print0(f"warning: {message} ({n_bad} of --skip-bad-steps {args.skip_bad_steps})")
+
+
+def list_of(tensor: torch.Tensor) -> list:
+    return tensor.tolist()
 
 
 # -- passes of a model that is trained, in whole micro-batches --------------------------------------------------------

@@ -115,6 +115,7 @@ def test_defaults_are_in_their_range(script):
 
 
 ALL = ("--epochs -1", "--epochs 0", "--epochs inf", "--max-steps 0", "--max-steps -1", "--keep-checkpoints 0")
+ALL += ("--skip-bad-steps -1", "--timeouts 0 1 1", "--timeouts 60 60")
 ALL += ("--save-every 0", "--lr nan", "--lr -1e-6", "--lr 0", "--lr much", "--dtype bf17", "--max-grad-norm 0")
 ALL += ("--weight-decay -0.1", "--tokens-per-microbatch 0", "--shard-size 0", "--peak-tflops nan", "--gpu-gib -1")
 OF_SCRIPT = {
@@ -203,6 +204,7 @@ def test_epochs_that_make_no_step(script, tiny, tmp_path, capsys):
 
 MACHINE = {"tokens_per_microbatch", "checkpoint_activations", "shard_size", "offload", "peak_tflops", "plan"}
 MACHINE |= {"world_size", "gpu_gib", "max_steps", "save_every", "keep_checkpoints"}
+MACHINE |= {"skip_bad_steps", "timeouts"}
 WATCHING = {"eval_data", "eval_every", "eval_n", "audit_share", "audit_judge", "save_batch"}
 HELD_OUT = {"eval_data", "eval_every", "eval_judgements", "eval_max_new_tokens"}
 

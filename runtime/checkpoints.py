@@ -1,0 +1,328 @@
+"""Checkpoints of a run: whole or not there at all, with digests of their files, continued on any number of ranks.
+
+    OUT/checkpoints/step_000100/
+        NAME/         each model in the compute dtype, as a folder that other tools load; OUT/NAME links to the newest
+        train_state/  fp32 masters and the optimizers' state: of each rank its shards (safetensors), and index.json
+        state.json    the step, the commit, and the digest of every file, which is compared before any is read
+
+A checkpoint is written under another name (.tmp), its files and folders are flushed to the disk, then it is renamed.
+The ones before it are removed after that. Nothing in it is pickled: to read one runs no code of whoever made it.
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from model import GIB, save_pretrained
+from runtime.distributed import Ranks, all_gather, barrier, print0
+from runtime.rows import json_lines, sync, write_text
+from runtime.runs import digest_of, git_hash
+from runtime.watch import enter, should_stop
+
+PART_BYTES = 2**31  # of a file of trainer state, so that host memory holds one such part at a time
+
+
+def due(step: int, last_step: int, args: Any, ranks: Ranks) -> bool:
+    """Is it time for a checkpoint after so many steps? Also when a signal has asked any rank to stop: the run then
+    ends after it (`runs.progress`). Every rank calls it after every step."""
+    return should_stop(ranks) or step % args.save_every == 0 or step == last_step
+
+
+# -- trainer state: what each rank holds of each tensor ----------------------------------------------------------------
+
+
+def _tensors(models, optimizers) -> Iterator[tuple[str, torch.Tensor]]:
+    """("policy/model.norm.weight", masters) and ("policy/model.norm.weight/exp_avg", state of its optimizer), ..."""
+    for name, model in models.items():
+        for parameter_name, parameter in model.named_parameters():
+            yield f"{name}/{parameter_name}", parameter.detach()
+            for kind, value in optimizers[name].state.get(parameter, {}).items():
+                yield f"{name}/{parameter_name}/{kind}", value
+
+
+def _piece(tensor: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int, bool]:
+    """What this rank holds of a tensor -> (local tensor, its first row in the whole, is this rank the one to write it).
+
+    FSDP2 gives the ranks of a copy consecutive rows; the copies of HSDP hold the same.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0, ranks.rank == 0
+    first, writes = 0, True
+    for dim, placement in enumerate(tensor.placements):
+        place, size = tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+        if placement.is_replicate():
+            writes &= place == 0
+        elif placement.is_shard(0):
+            first = min(place * -(-len(tensor) // size), len(tensor))
+        else:
+            raise ValueError(f"a checkpoint of tensors that are placed as {placement} is not written")
+    return tensor.to_local(), first, writes
+
+
+def _write_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks) -> dict[str, list]:
+    """This rank's shards as safetensors -> {tensor: [its whole shape, {file: first row of the piece in there}]}."""
+    parts, index, size = [{}], {}, 0
+    for key, tensor in _tensors(models, optimizers):
+        local, first, writes = _piece(tensor, ranks)
+        if not writes or local.numel() == 0:
+            continue
+        if parts[-1] and size + local.nbytes > PART_BYTES:
+            parts.append({})
+            size = 0
+        size += local.nbytes
+        parts[-1][key] = local
+        index[key] = [list(tensor.shape), {f"rank{ranks.rank:05d}_{len(parts) - 1:03d}.safetensors": first}]
+    for i, part in enumerate(parts):
+        content = {key: local.cpu().contiguous() for key, local in part.items()}
+        save_file(content, os.path.join(folder, f"rank{ranks.rank:05d}_{i:03d}.safetensors"))
+    return index
+
+
+def _read_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks) -> None:
+    """Fills models and optimizers in place, from the pieces of however many ranks."""
+    with open(os.path.join(folder, "index.json")) as f:
+        index = json.load(f)
+    with contextlib.ExitStack() as stack:
+        names = sorted({name for _, pieces in index.values() for name in pieces})
+        files = {name: stack.enter_context(safe_open(os.path.join(folder, name), "pt")) for name in names}
+
+        def fill(key, tensor):
+            shape, pieces = index.get(key, (None, {}))
+            if shape != list(tensor.shape):
+                raise ValueError(f"{folder}: {key} has shape {shape} there, {list(tensor.shape)} in this run")
+            local, first, _ = _piece(tensor, ranks)
+            for name, start in pieces.items():
+                if not shape:
+                    local.copy_(files[name].get_tensor(key))
+                    continue
+                piece = files[name].get_slice(key)
+                low, high = max(first, start), min(first + len(local), start + piece.get_shape()[0])
+                if low < high:
+                    local[low - first : high - first].copy_(piece[low - start : high - start])
+            return tensor
+
+        kinds = defaultdict(dict)  # of the state of a parameter: {"exp_avg": its shape, ...}
+        for key, (shape, _) in index.items():
+            name, parameter_name, *kind = key.split("/")
+            if kind:
+                kinds[name, parameter_name][kind[0]] = shape
+        for name, model in models.items():
+            state = {}
+            for i, (parameter_name, parameter) in enumerate(model.named_parameters()):
+                fill(f"{name}/{parameter_name}", parameter.detach())
+                for kind, shape in kinds[name, parameter_name].items():
+                    alike = shape == list(parameter.shape)  # moments; the other is a count of steps
+                    value = torch.empty_like(parameter.detach()) if alike else torch.empty(shape)
+                    state.setdefault(i, {})[kind] = fill(f"{name}/{parameter_name}/{kind}", value)
+            optimizers[name].load_state_dict({**optimizers[name].state_dict(), "state": state})
+
+
+# -- files: on the disk, with digests ----------------------------------------------------------------------------------
+
+
+def _digest(file: str) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _files(folder: str) -> list[str]:
+    """All below a folder, relative to it."""
+    found = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
+    return sorted(os.path.relpath(file, folder) for file in found)
+
+
+def _flush(folder: str, files: list[str]) -> dict[str, str]:
+    """Waits until these are on the disk -> their digests."""
+
+    def flush(name):
+        sync(os.path.join(folder, name))
+        return _digest(os.path.join(folder, name))
+
+    with ThreadPoolExecutor() as pool:  # both let other threads run
+        return dict(zip(files, pool.map(flush, files)))
+
+
+def _damage(folder: str, ranks: Ranks) -> list[str]:
+    """What is wrong with a checkpoint, [] if nothing; each rank reads its share of the files, all get the answer."""
+    try:
+        with open(os.path.join(folder, "state.json")) as f:
+            state = json.load(f)
+        digest = state.pop("digest")
+        files = dict(state["files"])
+        whole = digest == digest_of(state) and state["step"] == _step(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        whole, files = False, {}
+    if not whole:
+        return all_gather(ranks, ["state.json is damaged or missing"] if ranks.rank == 0 else [])
+
+    def check(name):
+        try:
+            return [] if _digest(os.path.join(folder, name)) == files[name] else [f"{name} is damaged"]
+        except FileNotFoundError:
+            return [f"{name} is missing"]
+        except OSError as error:
+            return [f"{name} cannot be read ({error.strerror})"]
+
+    with ThreadPoolExecutor() as pool:
+        mine = list(pool.map(check, sorted(files)[ranks.rank :: ranks.world_size]))
+    return sorted(all_gather(ranks, [problem for found in mine for problem in found]))
+
+
+def _step(folder):
+    return int(folder.rpartition("_")[2])
+
+
+def _checkpoints(out: str) -> list[str]:
+    """The finished ones, the oldest first."""
+    return sorted(f for f in glob.glob(f"{glob.escape(out)}/checkpoints/step_*") if re.search(r"/step_\d{6,}$", f))
+
+
+# -- a whole checkpoint ------------------------------------------------------------------------------------------------
+
+
+def save(
+    args: Any,
+    step: int,
+    models: dict[str, torch.nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    tokenizer_from: str,
+    templates: dict[str, str],
+    ranks: Ranks,
+) -> None:
+    """Writes OUT/checkpoints/step_NNNNNN, points OUT/NAME at its models, removes all but the newest keep_checkpoints.
+
+    models: {"policy": model, "critic": model, ...}. templates: see `model.save_pretrained`. OSError on every rank: one
+    of them could not write; what was there before is whole.
+    """
+    enter("checkpoint", step)
+    final = os.path.join(args.out, "checkpoints", f"step_{step:06d}")
+    tmp = f"{final}.tmp"
+    train_state = os.path.join(tmp, "train_state")
+
+    def on_every_rank(action: Callable[[], Any]) -> Any:
+        """An error of one rank's disk ends them all, so that none waits for it; nobody goes on before all are done."""
+        result, errors = None, []
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            errors.append(str(error))
+        if errors := all_gather(ranks, errors):
+            if ranks.rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)  # makes room
+            raise OSError(
+                f"{final} could not be written: {errors[0]}. Earlier checkpoints are whole: make room or mend "
+                "the folder, then run the same command again"
+            )
+        return result
+
+    def finish():
+        state = {"step": step, "git": git_hash(), "world_size": ranks.world_size, "files": files}
+        write_text(os.path.join(tmp, "state.json"), json.dumps({**state, "digest": digest_of(state)}))
+        metrics = os.path.join(args.out, "metrics.jsonl")
+        if os.path.isfile(metrics):
+            sync(metrics)
+        for folder, _, _ in os.walk(tmp):
+            sync(folder)
+        os.rename(tmp, final)
+        sync(os.path.dirname(final))
+        _link_newest(args.out, models)
+        for old in _checkpoints(args.out)[: -args.keep_checkpoints]:
+            os.rename(old, f"{old}.tmp")  # so that a half-removed one is not taken for one
+            shutil.rmtree(f"{old}.tmp")
+
+    def on_rank_0(action):
+        on_every_rank(action if ranks.rank == 0 else lambda: None)
+
+    digests: dict[str, str] = {}
+    on_rank_0(lambda: os.makedirs(train_state))
+    for name, model in models.items():
+        on_every_rank(lambda: save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype, templates))
+    index = on_every_rank(lambda: _write_train_state(train_state, models, optimizers, ranks))
+    merged = {}
+    for key, (shape, pieces) in all_gather(ranks, index.items()):
+        merged.setdefault(key, [shape, {}])[1].update(pieces)
+    on_rank_0(lambda: write_text(os.path.join(train_state, "index.json"), json.dumps(merged)))
+    on_every_rank(lambda: digests.update(_flush(tmp, _written_by(ranks.rank, tmp))))
+    files = dict(sorted(all_gather(ranks, digests.items())))
+    on_rank_0(finish)
+
+
+def _written_by(rank, tmp):
+    """Its own shards; rank 0 has written the rest, too."""
+    shards = re.compile(r"train_state/rank(\d+)_")
+    return [file for file in _files(tmp) if (int(m[1]) if (m := shards.match(file)) else 0) == rank]
+
+
+def _link_newest(out, names):
+    """Points out/NAME at the newest checkpoint's models."""
+    newest = os.path.basename(_checkpoints(out)[-1])
+    for name in names:
+        link = os.path.join(out, name)
+        if os.path.isdir(link) and not os.path.islink(link):  # the run folder was copied with its links followed
+            shutil.rmtree(f"{link}.copied", ignore_errors=True)
+            os.rename(link, f"{link}.copied")
+            print0(f"{link} was a folder, not a link to the newest checkpoint: moved to {link}.copied")
+        if os.path.lexists(f"{link}.tmp"):
+            os.unlink(f"{link}.tmp")
+        os.symlink(os.path.join("checkpoints", newest, name), f"{link}.tmp")
+        os.replace(f"{link}.tmp", link)
+    sync(out)
+
+
+def load(
+    out: str, models: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], ranks: Ranks
+) -> int:
+    """Continues from the newest whole checkpoint: fills models and optimizers in place -> steps done (0: none there).
+
+    A damaged one is named and set aside. Lines of metrics.jsonl from after the checkpoint are dropped: their steps will
+    be run again. The links to its models are made again, since a run may have been killed between a checkpoint and its
+    links. ValueError: all are damaged, or were written by a version that pickled them.
+    """
+    damages, started = {}, time.monotonic()
+    for folder in reversed(_checkpoints(out)):
+        if os.path.exists(os.path.join(folder, "train_state", ".metadata")):
+            raise ValueError(
+                f"{folder}: its trainer state was pickled by an older version; it is not read, since that could run "
+                f"code. Start again from its weights: --model {folder}/NAME with another --out"
+            )
+        damages[folder] = _damage(folder, ranks)
+        if not damages[folder]:
+            break
+    damaged = {folder: found for folder, found in damages.items() if found}
+    said = "; ".join(f"{folder}: {', '.join(found[:3])}" for folder, found in damaged.items())
+    step = 0
+    if damages and len(damaged) == len(damages):
+        raise ValueError(f"no whole checkpoint is left ({said}); choose another --out, or remove {out}/checkpoints")
+    if damaged and ranks.rank == 0:
+        print(f"warning: damaged and set aside as *.damaged: {said}", file=sys.stderr, flush=True)
+        for each in damaged:
+            shutil.rmtree(f"{each}.damaged", ignore_errors=True)
+            os.rename(each, f"{each}.damaged")
+    if damages:
+        step, size = _step(folder), sum(os.path.getsize(os.path.join(folder, name)) for name in _files(folder))
+        seconds = time.monotonic() - started
+        _read_train_state(os.path.join(folder, "train_state"), models, optimizers, ranks)
+        if ranks.rank == 0:
+            _link_newest(out, models)
+        print0(f"resumed from {folder} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")
+    metrics = os.path.join(out, "metrics.jsonl")
+    if ranks.rank == 0 and os.path.isfile(metrics):
+        rows = [row for _, row in json_lines(metrics, growing=True) if row["step"] <= step]
+        write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    barrier(ranks)
+    return step

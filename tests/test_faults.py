@@ -1,0 +1,317 @@
+"""Nothing lost: kills, signals, ranks that die or hang, full disks, damaged checkpoints, numbers that are not finite.
+
+tests/faults.sh does the kills at length; here a few of them.
+"""
+
+import os
+import re
+import resource
+import shutil
+
+import faults
+import pytest
+import torch
+from conftest import error_of, finish, launch, read_metrics
+from safetensors import SafetensorError
+
+import ppo_cpe
+import sft
+from model import Qwen2, load_pretrained
+from runtime import checkpoints, flags, rows, training
+from runtime.distributed import start
+
+JUDGE = """
+import os, time
+from prompts import Judgement
+
+def score(row, answer):
+    if os.environ.get("RANK") == "1" and {when}:
+        {what}
+    return Judgement("Name tea and drop the end.", len(answer) % 5, 0, 1)
+"""
+
+
+def sft_flags(tiny, out, *more):
+    flags = ["--model", tiny / "checkpoint", "--data", tiny / "pairs.jsonl", "--answer-template", tiny / "answer.txt"]
+    return [*flags, "--batch-size", 4, "--lr", 1e-3, "--epochs", 40, "--save-every", 1, "--out", out, *more]
+
+
+def ppo_flags(tiny, out, judge, *more):
+    flags = ["--model", tiny / "checkpoint", "--prompts", tiny / "prompts.jsonl", "--judge", f"{judge}:score"]
+    flags += ["--prompts-per-step", 4, "--mini-batch-prompts", 2, "--n-samples", 1, "--max-new-tokens", 4]
+    for name in ("answer", "edit"):
+        flags += [f"--{name}-template", tiny / f"{name}.txt"]
+    return [*flags, "--save-every", 1, "--out", out, *more]
+
+
+def run(module, *given):
+    torch.set_num_threads(1)
+    module.main(flags.parse(module.Args, module.__doc__, [str(flag) for flag in given]))
+
+
+def weights(out, name="policy"):
+    return load_pretrained(str(out / name)).state_dict()
+
+
+def assert_equal(ours, theirs):
+    assert read_metrics(ours) == read_metrics(theirs)
+    a, b = weights(ours), weights(theirs)
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+# -- kills, and damage ---------------------------------------------------------------------------------------------
+
+
+def test_a_few_kills_and_damaged_files(tmp_path, capsys):
+    assert faults.main(6, 3, str(tmp_path), only=("sft.py", "ppo_cpe.py")) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [8, 16])
+def test_a_run_that_ended_with_an_epoch_continues_bit_for_bit(tiny, tmp_path, steps):
+    """8 steps of 4 are an epoch of the 32 rows."""
+    for out, stops in ((tmp_path / "whole", [17]), (tmp_path / "parts", [steps, 17])):
+        for stop in stops:
+            run(sft, *sft_flags(tiny, out, "--max-steps", stop, "--save-every", 100))
+    assert_equal(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("before, after, shard", [(2, 1, 2), (1, 2, 2), (2, 2, 1)])
+def test_another_number_of_ranks_continues(tiny, tmp_path, before, after, shard):
+    """Also from sharded to replicated (--shard-size 1). Sums are in another order: 1e-5, an update is 1e-3."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(sft, *sft_flags(tiny, whole, "--max-steps", 5))
+    finish(launch("sft.py", *sft_flags(tiny, parts, "--max-steps", 3), processes=before))
+    more = ["--shard-size", shard] if after > 1 else []
+    finish(launch("sft.py", *sft_flags(tiny, parts, "--max-steps", 5, *more), processes=after))
+    for ours, theirs in zip(read_metrics(parts), read_metrics(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    a, b = weights(parts), weights(whole)
+    assert max((a[key] - b[key]).abs().max().item() for key in b) < 1e-5
+
+
+@pytest.fixture
+def three(tiny, tmp_path):
+    """A run of three steps, of which two checkpoints are kept."""
+    run(sft, *sft_flags(tiny, tmp_path / "run", "--max-steps", 3))
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step_000002", "step_000003"]
+    return tmp_path / "run"
+
+
+def flip(file, place=-1):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "train_state/rank00000_000.safetensors": flip,
+    "train_state/index.json": flip,
+    "policy/model.safetensors": flip,
+    "policy/tokenizer.json": os.unlink,
+    "state.json": lambda file: os.truncate(file, 30),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(three, tiny, tmp_path, capsys, name):
+    shutil.copytree(three, tmp_path / "whole", symlinks=True)
+    DAMAGES[name](three / "checkpoints" / "step_000003" / name)
+    run(sft, *sft_flags(tiny, three, "--max-steps", 3))
+    said = capsys.readouterr()
+    assert re.search(rf"set aside as \*.damaged: .*step_000003: {re.escape(name)} is (damaged|missing)", said.err)
+    assert re.search(r"resumed from .*step_000002 \(", said.out)
+    assert (three / "checkpoints" / "step_000003.damaged").is_dir()
+    assert_equal(three, tmp_path / "whole")
+
+
+def test_no_whole_checkpoint_is_left(three, tiny, capsys):
+    for step in (2, 3):
+        os.truncate(three / "checkpoints" / f"step_00000{step}" / "train_state" / "rank00000_000.safetensors", 100)
+    before = (three / "metrics.jsonl").read_bytes()
+    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 4))
+    assert error.startswith("error: no whole checkpoint is left (") and error.count("rank00000_000.safetensors is") == 2
+    assert (three / "metrics.jsonl").read_bytes() == before
+
+
+def test_pickled_trainer_state_is_not_read(three, tiny, tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it_ran"), "w")
+
+    import pickle
+
+    file = three / "checkpoints" / "step_000003" / "train_state" / ".metadata"
+    file.write_bytes(pickle.dumps(Bomb()))
+    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 4))
+    assert "was pickled by an older version" in error and "--model" in error
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_nothing_is_unpickled(three):
+    """The project reads no pickle at all but a batch of its own with weights_only (replay.py)."""
+    for folder, _, names in os.walk(three):
+        assert all(name.endswith((".safetensors", ".json", ".jsonl", ".txt")) for name in names), (folder, names)
+
+
+def test_what_a_killed_run_had_begun_is_removed(three, tiny):
+    (three / "checkpoints" / "step_000009.tmp" / "policy").mkdir(parents=True)
+    (three / "policy.tmp").symlink_to("checkpoints/step_000009/policy")
+    (three / "args.json.tmp").write_text("{")
+    run(sft, *sft_flags(tiny, three, "--max-steps", 3))
+    assert not [name for _, folders, names in os.walk(three) for name in folders + names if name.endswith(".tmp")]
+    assert (three / "policy" / "config.json").is_file()
+
+
+# -- disks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond so many bytes: what a full disk does to a write, a part of it first."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_half_a_line_is_taken_back(tmp_path, small_files):
+    file = str(tmp_path / "metrics.jsonl")
+    rows.append_line(file, '{"step": 1}')
+    small_files(20)
+    with pytest.raises(OSError, match="metrics.jsonl") as error:
+        rows.append_line(file, '{"step": 2, "loss": 0.5}')
+    assert "what was finished is kept" in str(error.value)
+    small_files(1000)
+    rows.append_line(file, '{"step": 2}')
+    assert [row["step"] for row in rows.read_rows(file, "metrics")] == [1, 2]
+    with open(file, "a") as f:
+        f.write('{"step": 3, "lo')  # a kill
+    assert [row["step"] for row in rows.read_rows(file, "metrics")] == [1, 2]
+
+
+def test_a_full_disk_loses_nothing(three, tiny, tmp_path, capsys, small_files):
+    run(sft, *sft_flags(tiny, tmp_path / "whole", "--max-steps", 5))
+    small_files(50_000)  # the weights are larger
+    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 5))
+    small_files(resource.RLIM_INFINITY)
+    assert re.search(r"checkpoints/step_000004 could not be written: .*File too large.*whole: make room", error)
+    assert sorted(os.listdir(three / "checkpoints")) == ["step_000002", "step_000003"]
+    run(sft, *sft_flags(tiny, three, "--max-steps", 5))
+    assert_equal(three, tmp_path / "whole")
+
+
+def test_a_disk_that_fails_on_one_rank_ends_all(three, tiny, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: Read-only file system (os error 30)")
+
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 4))
+    assert "step_000004 could not be written: I/O error: Read-only file system" in error
+    assert sorted(os.listdir(three / "checkpoints")) == ["step_000002", "step_000003"]
+
+
+def test_a_folder_that_cannot_be_written(tiny, capsys):
+    error = error_of(sft, capsys, *sft_flags(tiny, "/proc/run"))
+    assert error.startswith("error: [Errno ") and "/proc/run" in error
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_goes_only_after_the_next_is_complete(three, tiny, monkeypatch, when):
+    """A kill on either side of the rename: the old one is still there, or the new one is."""
+    rename = os.rename
+
+    def killed(source, target):
+        if when == "after":
+            rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", lambda s, t: killed(s, t) if t.endswith("step_000004") else rename(s, t))
+    with pytest.raises(KeyboardInterrupt):
+        run(sft, *sft_flags(tiny, three, "--max-steps", 4, "--keep-checkpoints", 1))
+    kept = [f"step_00000{i}" for i in (2, 3)]
+    found = sorted(name for name in os.listdir(three / "checkpoints") if not name.endswith(".tmp"))
+    assert found == kept + ["step_000004"] * (when == "after")
+
+
+# -- numbers that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Spoils log-probs or values of the passes with these numbers (from 1), by a factor."""
+
+    def spoil(passes, factor):
+        forward, count = Qwen2.forward, 0
+
+        def changed(self, *args, **kwargs):
+            nonlocal count
+            found = forward(self, *args, **kwargs)
+            if torch.is_grad_enabled() and len(args) > 3:
+                count += 1
+                if count in passes:
+                    return found * factor if self.scalar_head else (found[0] * factor, *found[1:])
+            return found
+
+        monkeypatch.setattr(Qwen2, "forward", changed)
+
+    return spoil
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_bad_step_is_not_applied(tiny, tmp_path, capsys, spoilt, factor):
+    """Step 3 of sft.py, one pass a step. 1e6: finite, but no loss that a model has."""
+    spoilt({3}, factor)
+    out = tmp_path / "run"
+    error = error_of(sft, capsys, *sft_flags(tiny, out, "--max-steps", 5))
+    assert re.match(
+        r"error: step 3: loss .*, grad_norm .*: not finite or out of bounds; the update was left out", error
+    )
+    assert "bad_steps/step_000003.jsonl" in error and "--skip-bad-steps 1" in error and "learning rate" in error
+    first, *batch = rows.read_rows(str(out / "bad_steps" / "step_000003.jsonl"), "object")
+    assert set(first) == {"loss", "grad_norm"} and len(batch) == 4 and batch[0]["rank"] == 0
+    ids, trained = batch[0]["example"]
+    assert len(ids) == len(trained) and any(trained)
+    assert len(read_metrics(out)) == 2 and (out / "policy").resolve().parent.name == "step_000002"
+
+
+def test_bad_steps_are_skipped_and_counted(tiny, tmp_path, capsys, spoilt):
+    spoilt({3}, float("nan"))
+    out = tmp_path / "run"
+    run(sft, *sft_flags(tiny, out, "--max-steps", 4, "--skip-bad-steps", 1))
+    assert "(1 of --skip-bad-steps 1)" in capsys.readouterr().out
+    metrics = read_metrics(out)
+    assert [m["bad_steps"] for m in metrics] == [0, 0, 1, 1]
+    assert metrics[2]["loss"] is None and metrics[3]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.parametrize("number, model", [(1, "policy"), (2, "critic")])
+def test_a_bad_update_of_rl(tiny, tmp_path, spoilt, number, model):
+    """The passes of a step are policy, critic, policy, critic."""
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=False, what="pass"))
+    spoilt({number}, float("nan"))
+    given = ppo_flags(tiny, tmp_path / "run", tmp_path / "judge.py", "--max-steps", 1, "--skip-bad-steps", 1)
+    run(ppo_cpe, *given)
+    (name,) = os.listdir(tmp_path / "run" / "bad_steps")
+    assert name == f"step_000001_{model}_1.jsonl"
+    _, *batch = rows.read_rows(str(tmp_path / "run" / "bad_steps" / name), "object")
+    assert batch[0]["example"]["response_ids"] and batch[0]["example"]["advantages"]
+    assert read_metrics(tmp_path / "run")[0]["bad_steps"] == 1
+
+
+def test_bounds_of_an_update(tiny, tmp_path):
+    """KL beyond the bound, the gradient finite: left out; just below it: applied."""
+    ranks, model = start("fp32"), load_pretrained(str(tiny / "checkpoint"), torch.float32)
+    optimizer = training.adamw(model, 1e-3, 0.0)
+    args = sft.Args(out=str(tmp_path), skip_bad_steps=1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for kl, changes in ((10.1, False), (9.9, True)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        training.optimizer_step(model, optimizer, 1e-3, 1, {"original/approx_kl": kl}, [], args, ranks)
+        assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters()) == changes
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_learning_rate_that_would_wreck_the_model(tiny, tmp_path, capsys):
+    error = error_of(sft, capsys, *sft_flags(tiny, tmp_path / "run", "--lr", 1e6, "--max-steps", 1))
+    assert re.match(r"error: learning rate 1e\+06: a step of Adam moves each weight by about that", error)
+    assert not (tmp_path / "run" / "policy").exists()

@@ -1,0 +1,212 @@
+"""How a run ends before its last step: signals, ranks that die or hang, and errors in one line."""
+
+import json
+import os
+import re
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import finish, launch, read_metrics
+from safetensors import SafetensorError
+from test_faults import JUDGE, assert_equal, ppo_flags, run, sft_flags
+
+import sft
+from runtime import flags, watch
+
+
+def wait_for_steps(out, n, launched, seconds=120):
+    log, deadline = out / "metrics.jsonl", time.monotonic() + seconds
+    while not log.exists() or log.read_text().count("\n") < n:
+        assert all(rank.is_alive() for rank in launched.ranks) and time.monotonic() < deadline, launched.log
+        time.sleep(0.01)
+
+
+def end(launched, seconds=60):
+    """Waits for a launched script -> (exit codes, what it wrote, seconds)."""
+    started = time.monotonic()
+    for rank in launched.ranks:
+        rank.join(max(0.0, started + seconds - time.monotonic()))
+    codes = [rank.exitcode for rank in launched.ranks]
+    for rank in launched.ranks:
+        rank.kill()
+    with open(launched.log) as f:
+        return codes, f.read(), time.monotonic() - started
+
+
+# -- signals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(tiny, tmp_path, number):
+    out = tmp_path / "run"
+    launched = launch("sft.py", *sft_flags(tiny, out, "--save-every", 10000))
+    wait_for_steps(out, 2, launched)
+    os.kill(launched.ranks[0].pid, number)
+    said = finish(launched, status=watch.STOPPED)
+    done = len(read_metrics(out))
+    assert (
+        f"{number.name}: the run ends with this step" in said and f"stopped after step {done}, which is saved" in said
+    )
+    assert os.listdir(out / "checkpoints") == [f"step_{done:06d}"]
+    run(sft, *sft_flags(tiny, tmp_path / "whole", "--max-steps", done + 2))
+    run(sft, *sft_flags(tiny, out, "--max-steps", done + 2))
+    assert_equal(out, tmp_path / "whole")
+
+
+def test_a_signal_to_one_of_two_ranks_of_rl(tiny, tmp_path):
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=False, what="pass"))
+    out = tmp_path / "run"
+    launched = launch("ppo_cpe.py", *ppo_flags(tiny, out, tmp_path / "judge.py", "--save-every", 1000), processes=2)
+    wait_for_steps(out, 1, launched)
+    os.kill(launched.ranks[1].pid, signal.SIGTERM)
+    finish(launched, status=watch.STOPPED)
+    assert os.listdir(out / "checkpoints") == [f"step_{len(read_metrics(out)):06d}"]
+    assert not list(out.glob("*/*.tmp"))
+
+
+def test_a_second_signal_ends_at_once(tiny, tmp_path):
+    """Even a rank whose main thread waits in a collective for one that never comes."""
+    out = tmp_path / "run"
+    launched = launch("sft.py", *sft_flags(tiny, out), processes=2)
+    wait_for_steps(out, 1, launched)
+    os.kill(launched.ranks[1].pid, signal.SIGSTOP)
+    os.kill(launched.ranks[0].pid, signal.SIGTERM)
+    time.sleep(0.5)
+    os.kill(launched.ranks[0].pid, signal.SIGTERM)  # torchrun's copy of the same notice
+    time.sleep(watch.ONE_NOTICE + 0.5)
+    assert launched.ranks[0].is_alive()
+    os.kill(launched.ranks[0].pid, signal.SIGTERM)
+    launched.ranks[0].join(10)
+    codes, *_ = end(launched, 0)
+    assert codes[0] == 128 + signal.SIGTERM
+
+
+# -- ranks that die or hang ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, rank", [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+def test_a_rank_that_dies_or_is_stopped_is_named(tiny, tmp_path, number, rank):
+    out = tmp_path / "run"
+    launched = launch("sft.py", *sft_flags(tiny, out, "--timeouts", 60, 60, 6), processes=2)
+    wait_for_steps(out, 2, launched)
+    os.kill(launched.ranks[rank].pid, number)
+    codes, output, seconds = end(launched)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == watch.RANK_LOST and seconds < 30
+    said = "is gone; it was in (update|checkpoint) of step [0-9]+ at [a-z_/]+.py:[0-9]+"
+    if rank == 0:  # outside of torchrun it keeps the store, too
+        said = "(, which keeps the job's store, is silent|has been silent)"
+    assert re.search(rf"error: rank {rank} \(host .*, pid {launched.ranks[rank].pid}\) ?{said}", output)
+    assert not re.search(rf"error: rank {1 - rank} ", output)
+
+
+HANGS = {
+    "hangs in its rollout": (
+        "time.sleep(1000)",
+        (60, 4, 60),
+        r"rank 1 .* has been in rollout of step \d+ at [a-z_.]+:\d+",
+    ),
+    "fails in its rollout": (
+        "raise ValueError('no tea')",
+        (60, 60, 60),
+        r"rank 1 failed in rollout of step \d+: .*no tea",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_rank_that(tiny, tmp_path, name):
+    what, limits, said = HANGS[name]
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=f"os.path.exists('{tmp_path}/now')", what=what))
+    out = tmp_path / "run"
+    given = ppo_flags(tiny, out, tmp_path / "judge.py", "--max-steps", 1000, "--epochs", 1000, "--timeouts", *limits)
+    launched = launch("ppo_cpe.py", *given, processes=2)
+    wait_for_steps(out, 1, launched)
+    (tmp_path / "now").touch()
+    codes, output, seconds = end(launched)
+    assert codes[0] == watch.RANK_LOST and codes[1] in (watch.RANK_LOST, -signal.SIGKILL, 2) and seconds < 40
+    assert re.search(said, output) and not re.search("error: rank 0 ", output), output[-3000:]
+
+
+def states(*ranks):
+    """(phases entered, phase, seconds in it, does it wait) of each rank, as they stand in the store."""
+    names = ("count", "phase", "seconds", "waits")
+    return [dict(zip(names, rank), beat=1, pid=i, host="elsewhere", at="x.py:1") for i, rank in enumerate(ranks)]
+
+
+FOUND = {  # with time-outs of 600 s for a rollout, 100 s for an update: whom the watch names
+    "a slow rollout": (states((5, "rollout of step 2", 500, True), (5, "rollout of step 2", 500, False)), None),
+    "a rollout over its time": (states((5, "rollout of step 2", 700, True), (5, "rollout of step 2", 650, False)), 1),
+    "told of later": (states((5, "rollout of step 2", 605, True), (5, "rollout of step 2", 598, False)), None),
+    "an update": (states((6, "update of step 2", 150, False), (6, "update of step 2", 150, True)), 0),
+    "behind the others": (states((7, "rollout of step 3", 150, False), (6, "update of step 2", 150, True)), 1),
+    "ahead, and slow": (states((7, "update of step 2", 150, True), (6, "rollout of step 2", 550, False)), None),
+    "each waits for the other": (states((6, "update of step 2", 150, True), (6, "update of step 2", 150, True)), 0),
+    "an evaluation": (states((6, "evaluation of step 2", 500, False), (6, "evaluation of step 2", 500, True)), None),
+}
+
+
+@pytest.fixture
+def watching():
+    """A Watch of these states, without a group."""
+
+    def make(found):
+        seen = watch.Watch.__new__(watch.Watch)
+        seen.limits, seen.silence, seen.world_size, seen.seen = dict(start=60, rollout=600, update=100), 60, 2, {}
+        seen.store = SimpleNamespace(multi_get=lambda keys: [json.dumps(state) for state in found])
+        return seen
+
+    return make
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_whom_the_watch_names(watching, name):
+    found, rank = FOUND[name]
+    named = watching(found).find()
+    assert (named and named[0]) == rank
+    if named:
+        assert f"rank {rank} (host elsewhere, pid {rank}) has been in {found[rank]['phase']} at x.py:1 for" in named[1]
+
+
+def test_a_silent_rank(watching, monkeypatch):
+    """It is one whose beat does not change; a phase of its own may last long."""
+    found = states((6, "checkpoint of step 2", 0, False), (6, "checkpoint of step 2", 0, False))
+    now, seen = 1000.0, watching(found)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    for _ in range(19):
+        assert seen.find() is None
+        now += 5
+        found[0]["beat"] += 1
+        found[1]["beat"] += now < 1040
+    assert seen.find() is None and now == 1095  # 60 s since the last beat
+    now += 5
+    found[0]["beat"] += 1
+    assert seen.find()[0] == 1 and "has been silent for" in seen.find()[1]
+
+
+# -- one line ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("cut\noff"), RecursionError("deep"), FloatingPointError("nan"), torch.OutOfMemoryError("x")],
+)
+def test_errors_that_a_user_can_mend_are_one_line(capsys, error):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        flags.run(main, None)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 2
+
+
+def test_an_interruption_before_the_first_step(capsys):
+    def main(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        flags.run(main, None)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
