@@ -91,8 +91,8 @@ from speculation import DRAFT_TOKENS, ends, lay_out, propose, write_down
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
 # Tokens of a step, up to which it tries what drafts propose. On a GPU such a step takes hardly longer than one of one
-# token, since all weights have to be read; on a CPU the calls of a step take long enough for it to pay.
-STEP_TOKENS = {"cuda": 256, "cpu": 128}
+# token, since all weights have to be read; on a CPU it pays as long as few rows are running (bench/RESULTS.md).
+STEP_TOKENS = {"cuda": 256, "cpu": 48}
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
 
 

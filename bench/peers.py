@@ -103,7 +103,7 @@ class Ours:
             parts = packing.packed_micro_batches(prompts, responses, None, self.args.tokens_per_microbatch, run.ranks)
             for indices, packed in parts:
                 (ppo_cpe.policy_pass(policy, packed, [mine[i] for i in indices], run) / n_tokens).backward()
-            training.optimizer_step(policy, self.optimizers["policy"], LR, self.args.max_grad_norm, False)
+            training.optimizer_step(policy, self.optimizers["policy"], LR, 1, {}, mine, self.args, run.ranks)
 
 
 def trl_trainer(args: Args, ours: Ours, folder: str) -> Any:
