@@ -70,7 +70,7 @@ class Args(flags.Judging, flags.Sampling, flags.Watching, flags.Machine):
     """Share r_e of the edits that joins the batch; 0 is plain PPO."""
     edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
     """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
-    edit_below: float | None = None
+    edit_below: flags.Finite | None = None
     """Only answers with a lower reward are edited, which saves the tokens of edits that change little; none: all."""
     edit_ratio: Literal[*EDIT_LOSSES, "sdpo"] = "unclipped"
     """The loss on edits: see `edit_loss`. sdpo: nothing is edited, the critique gives each token a credit instead."""
