@@ -61,6 +61,8 @@ class Machine:
     """Ranks that share one copy of a model (HSDP; the GPUs of a node, say); none: all."""
     offload: MayChange[bool] = False
     """Keep Adam moments, and in RL the trained models while responses are sampled, in host memory."""
+    deterministic: MayChange[bool] = False
+    """On a GPU: sums in a fixed order, so that a repeated run gives the same bits; slower."""
     peak_tflops: MayChange[Positive | None] = None
     """A device's peak in the compute dtype, for the metric mfu; none: from a table of known GPUs."""
     plan: MayChange[bool] = False
@@ -79,6 +81,12 @@ class Machine:
     """Updates with a loss or gradient that is not finite or out of bounds that are left out before the run ends."""
     timeouts: MayChange[tuple[Count, Count, Count]] = TIMEOUTS
     """Seconds that a rank may take to start, for a rollout (or an evaluation, a checkpoint), for an update."""
+
+    # -- where metrics and rollouts go besides OUT (`python report.py OUT` needs neither)
+    wandb: MayChange[str | None] = None
+    """Project of Weights & Biases (pip install wandb)."""
+    tensorboard: MayChange[bool] = False
+    """Event files in OUT/tensorboard (pip install tensorboard)."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -128,6 +136,8 @@ class Watching:
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
     """Another judge (as --judge) that scores these too."""
+    log_tokens: MayChange[Natural] = 4
+    """Answers a step, with their trained edits, whose tokens' log-probs, weights, advantages go into OUT/tokens."""
     save_batch: MayChange[Count | None] = None
     """Step whose batch and weights are kept in OUT/batch_*, for `python replay.py`."""
 
