@@ -68,24 +68,23 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import itertools
-import json
+import os
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
 from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
 from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
-from runtime.rows import check_row, read_rows, write_rows
+from runtime.rows import check_row, parse_json, read_rows, write_rows
+from runtime.runs import counting
 from sequences import MIN_TOP_P, Sample, Sequence, check_ids, check_request
 from speculation import DRAFT_TOKENS, ends, lay_out, propose, write_down
 
@@ -622,12 +621,12 @@ def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) 
         except ValueError as error:
             raise ValueError(f"{args.input}:{i + 1}: {error}") from error
     results = {}
-    with tqdm(total=len(rows) * args.n, unit="sample") as progress:
+    with counting(len(rows) * args.n, "samples") as done:
         while engine.busy:
             engine.step()
             for s in engine.collect():
                 results[s.key, s.index] = s
-                progress.update()
+                done()
     written = []
     for (i, k), s in sorted(results.items()):
         found = dict(sample=k, text=chat.decode(s.ids), token_ids=s.ids, logprobs=s.logprobs[: len(s.ids)])
@@ -637,12 +636,12 @@ def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) 
 
 
 def read_persona(text: str) -> Any:
-    if Path(text).is_file():
-        text = Path(text).read_text(encoding="utf-8-sig")
-    try:
-        persona = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--persona: neither a file nor JSON ({error})") from error
+    where = "--persona (no such file)"
+    if os.path.isfile(text):
+        where = f"--persona {text}"
+        with open(text, encoding="utf-8-sig") as f:
+            text = f.read()
+    persona = parse_json(text, where)
     check_row({"prompt_id": "-", "question": "-", "persona": persona}, "prompt", "--persona")
     return persona
 

@@ -142,7 +142,7 @@ def main(args):
     if args.plan:
         scratch = args.from_scratch
         return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size, args.timeouts)
+    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
@@ -213,7 +213,8 @@ def main(args):
                 templates.texts("answer"),
                 ranks,
             )
-    print0(f"weights: {args.out}/policy")
+    after = f"sft.py --model {args.out}/policy" if args.from_scratch else f"train_grm.py --model {args.model}"
+    runs.print_end(args.out, "policy", f"python {after}")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
 
+# How long a rank waits for the others in a collective at most: one that has ended its rollout waits until the slowest
+# has, whose judge may be down for a while. What hangs, watch.py finds earlier.
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,12 +36,17 @@ class Ranks:
     mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
 
 
-def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[int, int, int] = TIMEOUTS) -> Ranks:
+def start(
+    dtype: str = "auto",
+    shard_size: int | None = None,
+    timeouts: tuple[int, int, int] = TIMEOUTS,
+    deterministic: bool = False,
+) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
     dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. timeouts: seconds of
-    a rank's start, rollout and update (watch.py). ValueError: shard_size does not divide the number of ranks; not all
-    ranks have joined within the first time-out.
+    a rank's start, rollout and update (watch.py). deterministic: sums on a GPU in a fixed order (`make_deterministic`).
+    ValueError: shard_size does not divide the number of ranks; not all ranks have joined within the first time-out.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
@@ -46,12 +55,14 @@ def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[in
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if deterministic:
+        make_deterministic()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
             _join(backend, rank, world_size, timeouts)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     if shard_size in (None, world_size):
         mesh = init_device_mesh(device.type, (world_size,))
     else:  # neighbouring ranks share a copy: with the GPUs of a node as shard size, only gradients leave the node
@@ -62,9 +73,20 @@ def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[in
     return Ranks(rank, world_size, device, dtype, mesh)
 
 
+def make_deterministic() -> None:
+    """The same bits in every run on the same GPUs (--deterministic); slower. A CPU gives them anyway.
+
+    What else would add in the order in which threads finish: `index_add_` (gradients of a shared prefix) and the
+    backward pass of attention (torch's own follows this switch, flash-attn's an argument, see varlen_attention.py). The
+    kernels here use no atomics. RuntimeError, later: an operation that torch has in no such form.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts: one stream's buffers
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor; nothing reads it unset
+
+
 def _join(backend, rank, world_size, timeouts):
-    """The process group of torchrun's environment. Its own time-out is the longest of all, for a rank that has ended
-    its rollout waits in a collective until the slowest has: what hangs in an update, watch.py finds earlier."""
+    """The process group of torchrun's environment."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of each rank
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     limit = timedelta(seconds=timeouts[0])
@@ -81,8 +103,8 @@ def _join(backend, rank, world_size, timeouts):
         raise ValueError(
             f"not all {world_size} ranks have joined within {timeouts[0]} s (--timeouts): {first}"
         ) from error
-    longest = timedelta(seconds=max(timeouts) + 600)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longest)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=max(timeouts) + 600))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def print0(*values: Any) -> None:

@@ -42,6 +42,7 @@ Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 TopP = Annotated[float, pydantic.Field(gt=0, le=1)]
 TIMEOUTS = (3600, 7200, 1800)  # seconds of a start, a rollout, an update
 SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)
+PATIENCE = 1800  # seconds that a judge's server is waited for
 DType = Literal["auto", "fp32", "bf16"]
 
 
@@ -60,6 +61,8 @@ class Machine:
     """Ranks that share one copy of a model (HSDP; the GPUs of a node, say); none: all."""
     offload: MayChange[bool] = False
     """Keep Adam moments, and in RL the trained models while responses are sampled, in host memory."""
+    deterministic: MayChange[bool] = False
+    """On a GPU: sums in a fixed order, so that a repeated run gives the same bits; slower."""
     peak_tflops: MayChange[Positive | None] = None
     """A device's peak in the compute dtype, for the metric mfu; none: from a table of known GPUs."""
     plan: MayChange[bool] = False
@@ -79,6 +82,12 @@ class Machine:
     timeouts: MayChange[tuple[Count, Count, Count]] = TIMEOUTS
     """Seconds that a rank may take to start, for a rollout (or an evaluation, a checkpoint), for an update."""
 
+    # -- where metrics and rollouts go besides OUT (`python report.py OUT` needs neither)
+    wandb: MayChange[str | None] = None
+    """Project of Weights & Biases (pip install wandb)."""
+    tensorboard: MayChange[bool] = False
+    """Event files in OUT/tensorboard (pip install tensorboard)."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class Judging:
@@ -97,6 +106,8 @@ class Judging:
     """Judgements that are asked for before a sample without a parsable one leaves the batch."""
     judge_max_new_tokens: Count = 512
     """Tokens of a judgement; what is cut off does not parse."""
+    judge_patience: MayChange[Positive] = PATIENCE
+    """Seconds that a server which is down, busy or answers rubbish is waited for before the run saves and stops."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -125,6 +136,8 @@ class Watching:
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
     """Another judge (as --judge) that scores these too."""
+    log_tokens: MayChange[Natural] = 4
+    """Answers a step, with their trained edits, whose tokens' log-probs, weights, advantages go into OUT/tokens."""
     save_batch: MayChange[Count | None] = None
     """Step whose batch and weights are kept in OUT/batch_*, for `python replay.py`."""
 

@@ -1,22 +1,25 @@
 """ppo_cpe.py as a user runs it: every judge and loss, two processes, killed and continued, bad input."""
 
 import json
+import math
 import random
 import time
+import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
+from test_judge_servers import FaultyServer, Quiet
 
-import diagnostics
 import ppo_cpe
 import replay
+import report
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
-from prompts import Chat, Judgement, answer_prompt, fill, load_templates
+from prompts import Chat, Judgement, answer_prompt, fill, judgement_text, load_templates
 from runtime import training
 from runtime.distributed import start
 from runtime.packing import pack
@@ -134,6 +137,28 @@ def test_a_step_does_what_the_method_says(whole):
     assert first["mfu"] is None  # a CPU's peak is not known
     kinds = [f"{kind}/{name}" for kind in ("original", "edit") for name in ("ratio", "ratio_max", "clipfrac")]
     assert all(first[name] is not None for name in [*kinds, "value_clipfrac", "explained_variance"])
+
+
+def test_tokens_of_a_few_answers_are_kept(whole):
+    """--log-tokens is 4 by default: of as many answers a step, and of their trained edits, what the update did."""
+    found = [json.loads(line) for line in (whole / "tokens" / "step_000001.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (whole / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    rows = {(row["prompt_id"], row["sample_id"]): row for row in rows}
+    assert len({(t["prompt_id"], t["sample_id"]) for t in found}) == sum(not t["edit"] for t in found) == 4
+    trained = [key for key, row in rows.items() if row["edit"] and row["edit"]["selected"]]
+    assert sum(t["edit"] for t in found) == min(4, len(trained)) > 0  # these come first
+    for tokens in found:
+        row = rows[tokens["prompt_id"], tokens["sample_id"]]
+        response = row["edit"] if tokens["edit"] else row
+        lists = {name: tokens[name] for name in ("text", "logp", "logq", "weight", "advantage")}
+        assert {len(values) for values in lists.values()} == {response["n_tokens"]}
+        assert "".join(tokens["text"]).removesuffix("<|im_end|>") == response["answer"]
+        assert all(logp <= 0 for logp in tokens["logp"]) and ("kept" in tokens) == tokens["edit"]
+        if tokens["edit"]:  # unclipped, far below the cap: the weight is r
+            ratio = [math.exp(p - q) for p, q in zip(tokens["logp"], tokens["logq"])]
+            assert tokens["weight"] == pytest.approx(ratio, rel=1e-2, abs=1e-4)  # four digits were kept
+    first = [t for t in found if not t["edit"] and t["logp"] == t["logq"]]  # of the first mini-batch: r is 1
+    assert first and all(set(t["weight"]) == {1.0} for t in first)
 
 
 def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):
@@ -256,10 +281,10 @@ def test_replay_gives_the_gradients_of_the_update(watched, capsys):
 
 
 def test_figures_of_runs(whole, watched, tmp_path, capsys):
-    diagnostics.draw([str(whole), str(watched)], str(tmp_path))
+    report.draw(report.read_runs([str(whole), str(watched)], 20), str(tmp_path))
     names = {f"by_{x}.{ending}" for x in ("step", "generated_tokens", "judge_calls") for ending in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert "held out: answer, its edit" in (tmp_path / "by_step.svg").read_text()
+    assert "Held-out reward: answers, edits" in (tmp_path / "by_step.svg").read_text()
 
 
 def test_policy_and_critic_are_saved_for_others(whole, tiny):
@@ -455,3 +480,47 @@ def test_a_judge_that_never_parses_stops_the_run(tiny, judge, tmp_path):
     assert "got a judgement; is it a reward model?" in bad(
         tiny, judge, tmp_path, "--judge", tiny / "checkpoint", "--max-steps", 1
     )
+
+
+# -- a judge that goes down
+
+
+class HashJudge(FaultyServer):
+    """Scores each answer by a checksum; from request number `server.breaks_at` on it answers a page."""
+
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        self.server.requests["all"].append(text)
+        if len(self.server.requests["all"]) >= self.server.breaks_at:
+            return self.reply(200, b"<html>Bad gateway</html>")
+        scores = [zlib.crc32(f"{text}{i}".encode()) % 11 - 5 for i in range(3)]
+        message = {"content": judgement_text("Say it in fewer words.", *scores)}
+        self.reply(200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_judge_that_goes_down_loses_no_step(tiny, tmp_path, processes):
+    """It is waited for, then the run is saved where it is, between two checkpoints; and goes on to the same numbers."""
+    server = Quiet(HashJudge)
+    flags = [*flags_of(tiny, server.url), "--save-every", 100, "--max-steps", 3, "--out"]
+    try:
+        server.breaks_at = math.inf
+        finish(launch("ppo_cpe.py", *flags, tmp_path / "whole", processes=processes))
+        expected = read_metrics(tmp_path / "whole")
+        after_two = len(server.requests["all"]) - expected[2]["judge_calls"]
+        server.requests.clear()
+        server.breaks_at = after_two + 2
+        run = launch("ppo_cpe.py", *flags, tmp_path / "down", "--judge-patience", 2, processes=processes)
+        said = finish(run, 2)
+        assert "step 3: http://127.0.0.1:" in said and "has given no answer for 2 s (--judge-patience)" in said
+        assert "Bad gateway" in said and "what is done is saved, the same command goes on" in said
+        assert (tmp_path / "down/checkpoints/step_000002/state.json").exists()
+        assert [line["step"] for line in read_metrics(tmp_path / "down")] == [1, 2]
+        server.breaks_at = math.inf
+        finish(launch("ppo_cpe.py", *flags, tmp_path / "down", processes=processes))
+        found = read_metrics(tmp_path / "down")
+        for name in ("reward", "original/reward", "edit/reward", "trained_tokens", "judge_calls"):
+            # what runs together depends on when judgements arrive, and with it the rounding of log-probs, but not these
+            assert [line.get(name) for line in found] == [line.get(name) for line in expected], name
+    finally:
+        server.end()
