@@ -28,6 +28,7 @@ from model import Config, Qwen2, init_weights
 from runtime import packing, roofline, training
 from runtime.distributed import start
 
+MEAN = 0.75  # lengths over their limits below
 LIMIT = 0.3  # of the measured time: how far off a phase may be
 PROMPT, RESPONSE, CRITIQUE = 160, 64, 48  # tokens at most; `train.made_up` draws from half of that on
 
@@ -84,9 +85,10 @@ def measure(engine: Engine, models: dict, optimizers: dict, trajectories: list, 
     """{phase: seconds}, the phases of `roofline.phases`."""
     engine.blocks.forget_all()
     originals, edits = ([t for t in trajectories if (t.parent is None) == first] for first in (True, False))
-    first = generation(engine, [(t.prompt_ids, len(t.response_ids)) for t in originals])
+    length = round(MEAN * RESPONSE)  # the plan knows of no longest response, for which a batch would wait
+    first = generation(engine, [(t.prompt_ids, length) for t in originals])
     generation(engine, [(t.parent.sampled_under + t.parent.response_ids, 1) for t in edits])  # known, as in a rollout
-    second = generation(engine, [(t.sampled_under, len(t.response_ids)) for t in edits])
+    second = generation(engine, [(t.sampled_under, length) for t in edits])
     run = ppo_cpe.Run(args, ranks, None, None)
     for t in trajectories:
         t.old_logprobs = None
@@ -116,15 +118,14 @@ def main(args: Args) -> None:
     optimizers = {name: training.adamw(models[name], 1e-6, 0.01) for name in ("policy", "critic")}
     engine = Engine(models["engine"], [], PROMPT + 2 * RESPONSE + CRITIQUE + 1, 6 * args.prompts)
 
-    mean = 0.75  # of the limits
     work = roofline.Work(
         prompts=args.prompts,
         originals=4,
         edits=2,
         trained=6,
-        prompt_tokens=mean * PROMPT,
-        response_tokens=mean * RESPONSE,
-        critique_tokens=mean * CRITIQUE - roofline.REQUEST_TOKENS,
+        prompt_tokens=MEAN * PROMPT,
+        response_tokens=MEAN * RESPONSE,
+        critique_tokens=MEAN * CRITIQUE - roofline.REQUEST_TOKENS,
         max_batch=engine.max_batch,
     )
     measure(engine, models, optimizers, trajectories, flags, ranks)  # warm-up
