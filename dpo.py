@@ -165,7 +165,7 @@ def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> t
 def main(args):
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size, args.timeouts)
+    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)

@@ -332,7 +332,7 @@ def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> t
                 edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
                 in_engine[edit.key, 0] = edit
                 seed = derive_seed(args.seed, step, t.prompt_id, t.sample_id, "edit")
-                engine.submit(under, key=edit.key, seeds=[seed], **sampling)
+                engine.submit(under, key=edit.key, seeds=[seed], draft=t.response_ids, **sampling)
             progress.set_postfix_str(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
     judged.sort(key=lambda t: (t.place, t.key))  # not in the order in which a server happened to answer
     return judged, lost
@@ -561,7 +561,7 @@ def main(args):
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
-    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts), resolve(args.model)
+    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts, args.deterministic), resolve(args.model)
     templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
     run = Run(args, ranks, Chat(tokenizer_from), templates)
     read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)

@@ -142,7 +142,7 @@ def main(args):
     if args.plan:
         scratch = args.from_scratch
         return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
-    ranks = start(args.dtype, args.shard_size, args.timeouts)
+    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)

@@ -255,7 +255,7 @@ def main(args):
     args = with_defaults(args)
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
-    ranks = start(args.dtype, args.shard_size, args.timeouts)
+    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")

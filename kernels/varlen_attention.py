@@ -59,7 +59,9 @@ def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries:
         say_once(attention_used(on_tensor_cores))
     where = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
     if on_tensor_cores and flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, *where, causal=True)
+        # --deterministic; torch's own follows the switch by itself
+        fixed_order = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(q, k, v, *where, causal=True, deterministic=fixed_order)
     if on_tensor_cores and varlen_attn is not None:
         if VARLEN_GQA:
             return varlen_attn(q, k, v, *where, window_size=(-1, 0), enable_gqa=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
@@ -35,12 +36,17 @@ class Ranks:
     mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
 
 
-def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[int, int, int] = TIMEOUTS) -> Ranks:
+def start(
+    dtype: str = "auto",
+    shard_size: int | None = None,
+    timeouts: tuple[int, int, int] = TIMEOUTS,
+    deterministic: bool = False,
+) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
     dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. timeouts: seconds of
-    a rank's start, rollout and update (watch.py). ValueError: shard_size does not divide the number of ranks; not all
-    ranks have joined within the first time-out.
+    a rank's start, rollout and update (watch.py). deterministic: sums on a GPU in a fixed order (`make_deterministic`).
+    ValueError: shard_size does not divide the number of ranks; not all ranks have joined within the first time-out.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
@@ -49,6 +55,8 @@ def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[in
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if deterministic:
+        make_deterministic()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
@@ -63,6 +71,18 @@ def start(dtype: str = "auto", shard_size: int | None = None, timeouts: tuple[in
         )
     dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
     return Ranks(rank, world_size, device, dtype, mesh)
+
+
+def make_deterministic() -> None:
+    """The same bits in every run on the same GPUs (--deterministic); slower. A CPU gives them anyway.
+
+    What else would add in the order in which threads finish: `index_add_` (gradients of a shared prefix) and the
+    backward pass of attention (torch's own follows this switch, flash-attn's an argument, see varlen_attention.py). The
+    kernels here use no atomics. RuntimeError, later: an operation that torch has in no such form.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts: one stream's buffers
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor; nothing reads it unset
 
 
 def _join(backend, rank, world_size, timeouts):

@@ -61,6 +61,8 @@ class Machine:
     """Ranks that share one copy of a model (HSDP; the GPUs of a node, say); none: all."""
     offload: MayChange[bool] = False
     """Keep Adam moments, and in RL the trained models while responses are sampled, in host memory."""
+    deterministic: MayChange[bool] = False
+    """On a GPU: sums in a fixed order, so that a repeated run gives the same bits; slower."""
     peak_tflops: MayChange[Positive | None] = None
     """A device's peak in the compute dtype, for the metric mfu; none: from a table of known GPUs."""
     plan: MayChange[bool] = False

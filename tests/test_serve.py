@@ -25,9 +25,9 @@ MESSAGES = [{"role": "user", "content": "What about a gift?"}]
 class Running:
     """A server in a thread of this process, its engine and its address."""
 
-    def __init__(self, path, max_batch=8, send_buffer=None, **limits):
+    def __init__(self, path, max_batch=8, send_buffer=None, engine=None, **limits):
         self.chat = Chat(path)
-        self.engine = Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
+        self.engine = engine or Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
         limits = serve.Limits(**limits)
         app = serve.make_app(self.engine, self.chat, "tiny", limits)
         self.worker = app.state.worker

@@ -53,8 +53,8 @@ def main(file, budget, shard_size):
         max_grad_norm=1e9,
     )
     models = {
-        "policy": training.shard(random_model(tiny_config()), ranks),
-        "critic": training.shard(random_model(tiny_config(), scalar_head=True), ranks),
+        "policy": training.shard(random_model(tiny_config()).to(ranks.device), ranks),
+        "critic": training.shard(random_model(tiny_config(), scalar_head=True).to(ranks.device), ranks),
     }
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in models.items()}
     before = {name: full(model) for name, model in models.items()}

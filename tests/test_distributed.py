@@ -1,0 +1,43 @@
+"""What every script starts with: how long ranks wait for one another, and --deterministic."""
+
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+
+from kernels import varlen_attention
+from model import Segments
+from runtime.chat_client import ChatServer
+from runtime.distributed import make_deterministic
+from runtime.flags import TIMEOUTS
+
+
+def test_a_rollout_outlasts_a_judge_that_is_asked_again():
+    """An unreachable server costs an original, and then its edit, all attempts; the other ranks wait for that."""
+    client = ChatServer("http://127.0.0.1:1#judge", ask=False).client
+    assert TIMEOUTS[1] > 2 * (client.max_retries + 1) * client.timeout
+
+
+def test_deterministic_holds_for_torch_and_for_flash_attn(monkeypatch):
+    given = []
+    monkeypatch.setattr(varlen_attention, "flash_attn_varlen_func", lambda q, *_, **flags: given.append(flags) or q)
+    monkeypatch.setattr(varlen_attention, "say_once", lambda text: None)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    q, where = torch.zeros(5, 2, 8, dtype=torch.bfloat16).as_subclass(OnGPU), Segments([5])
+    try:
+        for _ in range(2):
+            varlen_attention.varlen_attention(q, q, q, where, where)
+            make_deterministic()
+        assert [flags["deterministic"] for flags in given] == [False, True]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_kernels_have_no_atomics():
+    """--deterministic promises so."""
+    texts = [file.read_text() for file in Path(ROOT, "kernels").glob("*.py")]
+    assert any("tl.store" in text for text in texts) and not any("tl.atomic" in text for text in texts)
