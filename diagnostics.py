@@ -39,7 +39,7 @@ from judge_base import Judge
 from judges import ask_all
 from model import save_pretrained
 from prompts import DIMENSIONS
-from runtime import flags, training
+from runtime import checkpoints, flags, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0
 from runtime.rows import read_rows
 from runtime.runs import Stats
@@ -246,12 +246,26 @@ def describe_edits(trajectories, logprobs, ratio, weight, advantages, args, stat
 
 def check_judge(judged: list, lost: dict, judge: Judge, args: Any, ranks: Ranks) -> None:
     """Prints what share of a few answers got a judgement at the start of a run. ValueError: none did."""
+    if judge.down:
+        raise ValueError(judge.down)
     n_judged, n_lost = map(int, all_sum(ranks, len(judged), len(lost["originals"])))
     judge.take_counts()
     judge.forget()  # so that the first step is computed as without this
     if n_lost and not n_judged:
         raise ValueError(f"--judge {args.judge}: not one of {n_lost} answers got a judgement; is it a reward model?")
     print0(f"--judge {args.judge}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
+
+
+def end_if_down(judges: list[Judge | None], step: int, state: tuple, args: Any, ranks: Ranks) -> None:
+    """ValueError on all ranks if a judge of one of them can give no more judgements: `step` is left to the next start.
+
+    The steps before it are saved first, unless they are. state: what `checkpoints.save` takes behind args and step.
+    """
+    down = all_gather(ranks, [judge.down for judge in judges if judge and judge.down])
+    if down:
+        if step > 0 and not os.path.isdir(os.path.join(args.out, "checkpoints", f"step_{step:06d}")):
+            checkpoints.save(args, step, *state)
+        raise ValueError(f"step {step + 1}: {down[0]}; what is done is saved, the same command goes on")
 
 
 def warn_of_lost(counts: dict[str, int], step: int) -> None:

@@ -129,7 +129,7 @@ from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
 from judges import WorldJudge, named_server, parse_spec
 from model import resolve
-from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text
+from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text, without_control_tokens
 from runtime.chat_client import is_url
 from runtime.distributed import derive_seed, print0, start
 from runtime.rows import read_rows, write_rows, write_text
@@ -202,7 +202,7 @@ def _read_outputs(file):
     try:
         with open(file, encoding="utf-8") as f:
             entries = json.load(f)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
         raise ValueError(f"{file}: not JSON ({error})") from error
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         for field in ("instruction", "output"):
@@ -266,7 +266,8 @@ def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks) -> dic
         else:  # each under the prompt that it was trained with
             folder = None if is_url(specs[side]) else resolve(specs[side])
             templates = load_templates(folder, answer_template=args.answer_template)
-            asked = [{"role": "user", "content": answer_request(templates, row)} for row in rows]
+            shown = without_control_tokens(rows) if is_url(specs[side]) else rows
+            asked = [{"role": "user", "content": answer_request(templates, row)} for row in shown]
             requests[side] = [(row["prompt_id"], [message]) for row, message in zip(rows, asked)]
     for side in requests:
         replied = replies(f"answers_{side}", specs[side], requests[side], temperatures[side], args, ranks)

@@ -67,11 +67,10 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import itertools
-import json
+import os
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
 from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
 from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
-from runtime.rows import check_row, read_rows, write_rows
+from runtime.rows import check_row, parse_json, read_rows, write_rows
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
 MIN_TEMPERATURE = 1e-5  # of sampling: logits over it stay far inside fp32
@@ -639,12 +638,12 @@ def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) 
 
 
 def read_persona(text: str) -> Any:
-    if Path(text).is_file():
-        text = Path(text).read_text(encoding="utf-8-sig")
-    try:
-        persona = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--persona: neither a file nor JSON ({error})") from error
+    where = "--persona (no such file)"
+    if os.path.isfile(text):
+        where = f"--persona {text}"
+        with open(text, encoding="utf-8-sig") as f:
+            text = f.read()
+    persona = parse_json(text, where)
     check_row({"prompt_id": "-", "question": "-", "persona": persona}, "prompt", "--persona")
     return persona
 

@@ -11,6 +11,7 @@ from model import resolve
 from prompts import PAIR_NAMES, SCORE_WEIGHTS, Judgement, Templates, load_templates
 from runtime import plan
 from runtime.chat_client import is_url
+from runtime.flags import PATIENCE
 from runtime.runs import input_digest
 
 
@@ -44,6 +45,7 @@ class JudgeSettings:
     max_batch: int = 256  # sequences in the engine of a model in this process
     max_len: int = 8192  # tokens of each, prompt and judgement
     concurrency: int = 64  # requests that a server gets at a time
+    patience: float = PATIENCE  # seconds that a server is waited for
 
     @classmethod
     def from_args(cls, args: Any) -> "JudgeSettings":
@@ -55,6 +57,7 @@ class JudgeSettings:
             temperature=args.judge_temperature,
             max_new_tokens=args.judge_max_new_tokens,
             votes=getattr(args, "judge_votes", cls.votes),
+            patience=args.judge_patience,
             **{name: getattr(args, name) for name in names if hasattr(args, name)},
         )
 
@@ -73,6 +76,7 @@ class Judge:
     writes_critiques: bool | None = True  # None: the first verdict will show
     compares = False  # two answers at a time
     template: str | None = None  # which of prompts.Templates it fills
+    down: str | None = None  # why no more judgements are to be had: a server's, once patience with it is at its end
 
     def __init__(self):
         self.pending, self.finished = 0, []

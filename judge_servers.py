@@ -5,10 +5,11 @@
 import json
 import queue
 import threading
+import time
 
 from judge_base import Judge, JudgeSettings, share_of_first
-from prompts import Templates, grm_request, pair_request, parse_judgement, parse_pair
-from runtime.chat_client import ChatServer, Failure
+from prompts import Templates, grm_request, pair_request, parse_judgement, parse_pair, without_control_tokens
+from runtime.chat_client import TOLD_EVERY, ChatServer, Failure, ServerDown
 from runtime.distributed import derive_seed
 
 TOP_LOGPROBS = (20, 5)  # alternatives of the first token that a server is asked for; some refuse more than 5
@@ -21,41 +22,61 @@ class ServerJudge(Judge):
 
     @classmethod
     def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
-        return cls(ChatServer(target), cls.templates(target, settings), settings)
+        return cls(ChatServer(target, patience=settings.patience), cls.templates(target, settings), settings)
 
     def __init__(self, server: ChatServer, templates: Templates, settings: JudgeSettings):
         super().__init__()
         self.server, self.filled, self.settings = server, templates, settings
         self.todo, self.results = queue.Queue(), queue.Queue()
+        self.waiting = set()  # keys
+        self.quiet_since = time.monotonic()  # when something arrived last, or nothing was asked for
         for _ in range(settings.concurrency):  # daemons: a run that ends does not wait for them
             threading.Thread(target=self.work, daemon=True).start()
 
     def submit(self, key, row, answer, seed):
-        self.ask(key, grm_request(self.filled, row, answer), seed)
+        self.ask(key, grm_request(self.filled, *without_control_tokens((row, answer))), seed)
 
     def ask(self, key, request, seed):
+        if not self.waiting:
+            self.quiet_since = time.monotonic()
         self.pending += 1
-        self.todo.put((key, request, seed))
+        self.waiting.add(key)
+        if not self.down:
+            self.todo.put((key, request, seed))
 
     def advance(self):
         try:
-            while True:  # 1 ms: a caller that only waits for the server should not spin
+            while not self.down:  # 1 ms: a caller that only waits for the server should not spin
                 wait = dict(block=False) if self.finished else dict(timeout=0.001)
                 key, asked, failed, verdict = self.results.get(**wait)
+                if isinstance(verdict, ServerDown):
+                    self.down = str(verdict)
+                    break
                 self.asked, self.failed = self.asked + asked, self.failed + failed
+                self.waiting.remove(key)
                 self.finish(key, attempts=asked, **verdict)
+                self.quiet_since = time.monotonic()
         except queue.Empty:
-            return
+            quiet = time.monotonic() - self.quiet_since
+            if self.waiting and quiet > TOLD_EVERY:
+                n, trouble = len(self.waiting), self.server.trouble
+                self.server.tell(f"{n} answers to judge, nothing for {quiet:.0f} s; {trouble}")
+        if self.down:  # nobody waits for the rest
+            for key in self.waiting:
+                self.finish(key, attempts=0, **failed_verdict(self.down, "request"))
+            self.waiting.clear()
 
     def work(self):
-        """One thread of the pool: whatever happens to a request, its key comes back."""
+        """One thread of the pool: whatever happens to a request, its key comes back, or that the server is down."""
         while True:
             key, request, seed = self.todo.get()
             try:
-                result = self.judge(request, seed)
+                result = key, *self.judge(request, seed)
+            except ServerDown as error:
+                result = key, 0, 0, error
             except Exception as error:  # in a thread nobody would see it, and the run would wait
-                result = (1, 1, failed_verdict(f"{type(error).__name__}: {error}", "request"))
-            self.results.put((key, *result))
+                result = key, 1, 1, failed_verdict(f"{type(error).__name__}: {error}", "request")
+            self.results.put(result)
 
     def judge(self, request: str, seed: int) -> tuple[int, int, dict]:
         """-> (judgements asked for, those that failed, what Judge.finish takes)."""
@@ -115,6 +136,7 @@ class PairServerJudge(ServerJudge):
         super().__init__(server, templates, settings)
 
     def submit(self, key, row, answers, seed):
+        row, answers = without_control_tokens((row, answers))
         self.ask(key, pair_request(self.filled, row, *answers), seed)
 
     def judge(self, request: str, seed: int) -> tuple[int, int, dict]:
@@ -183,6 +205,9 @@ def first_token(choice: dict) -> list[tuple[str, float]] | None:
         if not tokens:
             raise Failure("an empty reply", "unparsable", retry=False)
         top = tokens[0].get("top_logprobs")
-        return [(str(t["token"]), float(t["logprob"])) for t in top] if top else None
+        found = [(str(t["token"]), float(t["logprob"])) for t in top or ()]
+        if not all(logprob < 0.01 for _, logprob in found):  # NaN, or no probability, but for rounding
+            raise ValueError("not the logarithm of a probability")
+        return found or None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Failure(f"unreadable log-probabilities: {json.dumps(tokens)[:200]}", "request", retry=True) from error

@@ -36,7 +36,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ from prompts import (
 from runtime import plan
 from runtime.chat_client import ChatServer, is_url
 from runtime.distributed import derive_seed
+from runtime.rows import without_surrogates
 from runtime.runs import file_digest
 
 FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
@@ -196,8 +197,12 @@ class GenerativeJudge(EngineJudge):
     def advance(self):
         if self.engine.busy:
             self.engine.step()
-        for sample in self.engine.collect():
+        for sample in self.engine.collect(errors=True):
             request = self.running.pop(sample.key)
+            if sample.error:  # another seed would not make numbers of these logits
+                self.failed += 1
+                self.finish(request.key, None, None, request.attempt, sample.error, "not a number")
+                continue
             # what is cut off may end inside a quotation: not a judgement
             ended = sample.finish_reason == "stop"
             judgement = parse_judgement(self.chat.decode(sample.ids)) if ended else None
@@ -255,9 +260,13 @@ class PairJudge(EngineJudge):
     def advance(self):
         if self.engine.busy:
             self.engine.step()
-        for sample in self.engine.collect():
-            key, top = self.running.pop(sample.key), sample.top_logprobs[0]  # most likely first
-            share = None
+        for sample in self.engine.collect(errors=True):
+            key, share = self.running.pop(sample.key), None
+            if sample.error:
+                self.failed += 1
+                self.finish(key, None, error=sample.error, failure="not a number")
+                continue
+            top = sample.top_logprobs[0]  # most likely first
             if any(i in self.name_ids for i, _ in top[: self.likely]):
                 logprobs = dict(top)
                 share = share_of_first([(name, logprobs[i]) for name, i in zip(PAIR_NAMES, self.name_ids)])
@@ -393,7 +402,8 @@ class FunctionJudge(Judge):
             scores = [getattr(value, name) for name in DIMENSIONS]
             if not isinstance(value.critique, str) or any(type(s) is not int or not -5 <= s <= 5 for s in scores):
                 raise ValueError(f"{where}: it gave {value}, expected a text as critique and integers from -5 to 5")
-            return value.score(self.weights), value
+            # it has come from a model, perhaps, and goes into prompts and files
+            return value.score(self.weights), replace(value, critique=without_surrogates(value.critique))
         try:
             reward = float(value) if isinstance(value, numbers.Real) else math.nan
         except OverflowError:

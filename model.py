@@ -420,7 +420,7 @@ def read_json(file: str) -> dict:
     with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
         try:
             found = json.load(f)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
             raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}")

@@ -583,6 +583,7 @@ def main(args):
     sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
+    state = (models, optimizers, tokenizer_from, templates.texts("answer", "edit"), ranks)
     progress = runs.progress(first_step, last_step, ranks, begins_with="rollout")
     probe = replace(run, args=replace(args, n_samples=1, edit_rate=0))  # is the judge one for these answers?
     probed = rollout(packing.deal(prompts[:8], ranks), engine, judge, probe, "probe", progress)
@@ -615,6 +616,7 @@ def main(args):
         if args.offload:  # the moments follow in `optimizer_step`
             for model in models.values():
                 model.to(ranks.device)
+        diagnostics.end_if_down([judge, second], step, state, args, ranks)
 
         # 2. all originals and a share of the edits; chosen on every rank alike from the rewards of all
         edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
@@ -632,16 +634,14 @@ def main(args):
         train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
 
         # 5. what happened
-        figures = dict(
-            explained_variance=diagnostics.explained_variance(batch, ranks), refresh_gap=gap, batch=int(n_batch)
-        )
+        explained = diagnostics.explained_variance(batch, ranks)
+        figures = dict(explained_variance=explained, refresh_gap=gap, batch=int(n_batch))
         metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
         runs.log_metrics(args.out, metrics, ranks)
         runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
         if checkpoints.due(step + 1, last_step, args, ranks):
-            trained_with = templates.texts("answer", "edit")
-            checkpoints.save(args, step + 1, models, optimizers, tokenizer_from, trained_with, ranks)
+            checkpoints.save(args, step + 1, *state)
     print0(f"weights: {args.out}/policy (and critic)")
 
 

@@ -210,7 +210,7 @@ def persona_text(persona):
 def _outline(node, indent):
     pairs = node.items() if isinstance(node, dict) else [(None, item) for item in node]
     for key, value in pairs:
-        label = "-" if key is None else f"{key}:"
+        label = "-" if key is None else f"{_leaf(key)}:"
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (dict, list)) for item in items):
             yield indent + label
@@ -220,8 +220,51 @@ def _outline(node, indent):
 
 
 def _leaf(value):
-    # a line break inside a value would read as the next key of the outline
+    # a line break inside a key or value would read as the next key of the outline
     return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+
+
+# What models of other makers read as control tokens in a message's text, whoever wrote it. Everything of the forms
+# <|...|>, <|...>, <...|> (ChatML, Llama 3 and 4, Phi, GLM, Command R, gpt-oss, Granite, Kimi, Gemma), the same with the
+# wide bar U+FF5C (DeepSeek) and [|...|] (EXAONE) is one, and broken by its beginning; these are the others.
+CONTROL_TOKENS = {
+    "Llama 2, Mistral": "<s> </s> <unk> [INST] [/INST] <<SYS>> <</SYS>>",
+    "Mistral": "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_CONTENT] "
+    "[ARGS] [TOOL_RESULTS] [/TOOL_RESULTS] [CALL_ID] [THINK] [/THINK] [IMG] [IMG_BREAK] [IMG_END] [AUDIO] "
+    "[BEGIN_AUDIO] [MODEL_SETTINGS] [/MODEL_SETTINGS] [PREFIX] [MIDDLE] [SUFFIX]",
+    "Gemma": "<bos> <eos> <pad> <mask> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> "
+    "<start_function_call> <end_function_call>",
+    "Qwen, DeepSeek, GLM": "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <arg_key> "
+    "</arg_key> <arg_value> </arg_value> [gMASK] [sMASK] [MASK] <sop> <eop>",
+    "Command R": "<BOS_TOKEN> <EOS_TOKEN> <PAD> <UNK> <CLS> <SEP> <MASK_TOKEN> <EOP_TOKEN>",
+    "Kimi, BERT": "[BOS] [EOS] [EOT] [PAD] [UNK] [CLS] [SEP]",
+    "InternLM": "<eoh> <eoa> <eosys> [UNUSED_TOKEN_145] [UNUSED_TOKEN_146]",
+    "MiniMax": "]~b] ]~!b[ [e~[",
+    "Seed": "<seed:bos> <seed:eos> <seed:think> </seed:think> <seed:tool_call> </seed:tool_call>",
+    "models that see and hear": "<image> <img> </img> <video> <audio> <box> </box> <ref> </ref>",
+}
+CONTROL_TOKEN = re.compile(
+    "|".join(
+        [
+            r"<(?=[|\uff5c]|\w+\|>)",
+            r"\[(?=\|)",
+            *(re.escape(t) for texts in CONTROL_TOKENS.values() for t in texts.split()),
+        ]
+    )
+)
+
+
+def without_control_tokens(value):
+    """Text out of rows, alone or in lists and objects, for a model behind a server: a space behind the first character
+    of what may be a control token breaks it, and leaves it readable. (A model in this process gets ids: see `Chat`.)
+    """
+    if isinstance(value, str):
+        return CONTROL_TOKEN.sub(lambda match: f"{match[0][0]} {match[0][1:]}", value)
+    if isinstance(value, dict):
+        return {without_control_tokens(k): without_control_tokens(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_control_tokens, value))
+    return value
 
 
 class Chat:
@@ -253,7 +296,7 @@ class Chat:
         if not {"<|im_start|>", "<|im_end|>"} <= set(self.control):
             raise ValueError(f"{path}: the tokenizer lacks <|im_start|> or <|im_end|> (ChatML)")
         self.tokenizer = Tokenizer.from_str(json.dumps(raw))
-        self.plain = _without_control_tokens(raw, self.control, path)
+        self.plain = _plain_tokenizer(raw, self.control, path)
         self.text_ids = set(self.plain.get_vocab().values())
         self.im_start, self.im_end = self.control["<|im_start|>"], self.control["<|im_end|>"]
         self.newline = self.encode("\n")
@@ -298,7 +341,7 @@ class Chat:
         return [i for m in messages for i in self.turn(m["role"], m["content"])] + self.header
 
 
-def _without_control_tokens(raw, control, path):
+def _plain_tokenizer(raw, control, path):
     """A tokenizer in which added tokens cannot match, nor as words of its vocabulary."""
     vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in control}
     model = {**raw["model"], "vocab": vocab}

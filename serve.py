@@ -1,11 +1,14 @@
 """An OpenAI-compatible chat server over the generation engine: how a judge runs on another machine.
 
-One thread owns the engine. A request joins its batch at the next step and leaves it when it is done, so concurrent
-requests are computed together; requests are checked and their text is encoded outside that thread.
+One thread owns the engine (engine_thread.py): concurrent requests are computed together, and clients take turns.
+Requests are checked and encoded in others, so that a long text holds up nobody.
 
     POST /v1/chat/completions   messages, max_tokens, temperature, top_p, n, seed, stop, stream, logprobs, top_logprobs
     GET  /v1/models             the one model
     GET  /health                200 as long as the engine's thread runs
+
+What clients can take is limited, see the flags: too large is 413, too slow 408, too much at once 503 with Retry-After.
+A client that is slow to send or to read loses its connection.
 
 Messages are encoded with special-token parsing off, so no text in them becomes a control token. Log-probs are those of
 the full softmax at the sampling temperature (at temperature 0 of the plain one), whatever top_p is. A response ends
@@ -21,14 +24,35 @@ from dataclasses import dataclass
 from runtime import flags
 
 
-@dataclass
-class Args:
+@dataclass(kw_only=True)
+class Limits:
+    # -- limits
+    api_key: str | None = None
+    """What clients have to send as `Authorization: Bearer KEY`; also from the environment, SERVE_API_KEY."""
+    max_body: flags.Count = 2**23
+    """Bytes of a request's body."""
+    max_n: flags.Count = 128
+    """Samples of a request (n)."""
+    max_samples: flags.Count = 4096
+    """Samples of all requests that wait or run; what comes then is answered 503."""
+    max_tokens_held: flags.Count = 2**22
+    """Tokens of all requests that wait or run: of their prompts, and listed by top_logprobs; then 503."""
+    max_connections: flags.Count = 2048
+    """Connections; then 503."""
+    read_timeout: flags.Positive = 30
+    """Seconds in which a request has to arrive."""
+    write_timeout: flags.Positive = 60
+    """Seconds for which a client may read nothing of what it is sent."""
+
+
+@dataclass(kw_only=True)
+class Args(Limits):
     model: str = "out/grm/model"
     """Folder or hub id."""
     name: str | None = None
     """What clients call it; by default --model itself."""
     host: str = "127.0.0.1"
-    """0.0.0.0 lets other machines in; there is no authentication."""
+    """0.0.0.0 lets other machines in; see --api-key."""
     port: flags.Port = 8000
     """TCP port; 0 takes a free one."""
     max_batch: flags.Count = 64
@@ -46,25 +70,29 @@ if __name__ == "__main__":
 
 import asyncio
 import bisect
-import contextlib
+import concurrent.futures
+import hmac
 import itertools
 import json
+import math
 import os
-import queue
 import sys
-import threading
 import time
-import traceback
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
+import h11
 import pydantic
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from engine_thread import Busy, Failure, Listener, Partial, Worker
 from generate import Engine, Sample
 from model import load_pretrained
 from prompts import Chat
@@ -72,6 +100,8 @@ from runtime.distributed import derive_seed, start
 
 # -- what a request may hold -------------------------------------------------------------------------------------------
 
+
+LONGEST_STOP = 1000  # characters of a stop string, which each piece of text is searched for
 
 # Fields of other servers, and the values with which they change nothing; beside these, null passes everywhere.
 NEUTRAL = {
@@ -124,7 +154,7 @@ class TextPart(Fields):
 class Message(Fields):
     harmless = frozenset({"name"})
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | pydantic.conlist(TextPart, max_length=1000)
 
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -140,13 +170,13 @@ class ChatRequest(Fields):
         {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     )
     model: str
-    messages: list[Message] = pydantic.Field(min_length=1)
+    messages: list[Message] = pydantic.Field(min_length=1, fail_fast=True)
     max_tokens: int | None = pydantic.Field(None, ge=1)
     max_completion_tokens: int | None = pydantic.Field(None, ge=1)
     temperature: float | None = pydantic.Field(None, ge=0, le=2)
     top_p: float | None = pydantic.Field(None, gt=0, le=1)
-    n: int | None = pydantic.Field(None, ge=1, le=128)
-    seed: int | None = None
+    n: int | None = pydantic.Field(None, ge=1)
+    seed: int | None = pydantic.Field(None, ge=-(2**63), lt=2**63)
     stop: list[str] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -157,8 +187,8 @@ class ChatRequest(Fields):
     @classmethod
     def up_to_four(cls, value):
         stops = [] if value is None else value if isinstance(value, list) else [value]
-        if len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
-            raise ValueError("expected a string or a list of up to 4, none of them empty")
+        if len(stops) > 4 or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
+            raise ValueError(f"expected a string or a list of up to 4, each of 1 to {LONGEST_STOP} characters")
         return stops
 
 
@@ -168,7 +198,7 @@ class BadRequest(Exception):
         self.param, self.code, self.status = param, code, status
 
 
-def read_request(body: bytes, name: str) -> ChatRequest:
+def read_request(body: bytes, name: str, max_n: int) -> ChatRequest:
     """The ChatRequest in a body. BadRequest: not JSON, a field that is missing, out of range or not supported."""
     try:
         request = ChatRequest.model_validate_json(body)
@@ -185,11 +215,41 @@ def read_request(body: bytes, name: str) -> ChatRequest:
         request.stream_options.refuse_unknown("stream_options.")
     if request.model != name:
         raise BadRequest(f"no model {request.model!r} here, only {name!r}", "model", "model_not_found", 404)
+    if (request.n or 1) > max_n:
+        raise BadRequest(f"n {request.n}: this server gives at most {max_n} samples", "n")
     if request.stream and request.logprobs:
         raise BadRequest("logprobs of a stream are not supported", "logprobs", "unsupported_parameter")
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
     return request
+
+
+PIECE = 2**16  # characters
+
+
+def encode_messages(chat: Chat, messages: list[Message], max_len: int) -> list[int]:
+    """Prompt ids. BadRequest: they leave no room for a token.
+
+    Text that is far too long is found out piece by piece, in the time that text of the length allowed would take.
+    """
+
+    def refuse(count):
+        reason = f"the messages have {count} tokens; this server holds {max_len} of prompt and response together"
+        raise BadRequest(reason, "messages", "context_length_exceeded")
+
+    texts, n = [message.text() for message in messages], 0
+    if sum(map(len, texts)) > PIECE:
+        for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text) or 1, PIECE)):
+            n += len(chat.encode(piece)) + 1
+            if n > 2 * max_len:  # the cuts may add tokens, but not as many again
+                refuse(f"more than {max_len}")
+    try:
+        ids = chat.messages([{"role": m.role, "content": text} for m, text in zip(messages, texts)])
+    except ValueError as error:
+        raise BadRequest(str(error), "messages") from error
+    if len(ids) >= max_len:
+        refuse(len(ids))
+    return ids
 
 
 # -- stop strings ------------------------------------------------------------------------------------------------------
@@ -232,130 +292,18 @@ def choice_of(chat: Chat, sample: Sample, stops: list[str]) -> Choice:
     return Choice(replace(sample, ids=sample.ids[:needed]), text, "stop", n_tokens)
 
 
-# -- the engine's thread -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Partial:
-    """Event: what a sample has so far."""
-
-    index: int
-    ids: list[int]
-
-
-@dataclass
-class Failure:
-    """Event: the request ends without an answer."""
-
-    message: str
-    status: int
-
-
-@dataclass
-class Listener:
-    """A request whose connection waits for events: Partial (where it watches), Sample (ended), Failure."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue
-    n: int  # samples
-    watches: bool
-    n_left: int
-
-    def send(self, event: Partial | Sample | Failure) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-class Worker:
-    """Runs the engine in a thread of its own; what others want of it waits in `inbox` as functions to call there."""
-
-    def __init__(self, engine: Engine):
-        self.engine, self.inbox, self.listeners = engine, queue.Queue(), {}
-        self.keys, self.ended = itertools.count(), False
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    # called on the event loop
-
-    def submit(self, n: int, watches: bool, **settings) -> tuple[int, asyncio.Queue]:
-        """-> (key, queue of the events). watches: Partials are sent, too."""
-        key, listener = next(self.keys), Listener(asyncio.get_running_loop(), asyncio.Queue(), n, watches, n)
-        self.listeners[key] = listener
-        self.inbox.put(partial(self._submit, key, settings))
-        if self.ended:
-            listener.send(Failure("the engine has ended", 500))
-        return key, listener.events
-
-    def cancel(self, key: int) -> None:
-        self.inbox.put(partial(self._cancel, key))
-
-    def finish(self, key: int, index: int) -> None:
-        """Ends a sample with what it has: its stop string is there."""
-        self.inbox.put(partial(self.engine.finish, key, index))
-
-    # called in the thread
-
-    def run(self):
-        try:
-            while True:
-                try:
-                    self.admit(block=not self.engine.busy)
-                    self.engine.step()
-                    self.deliver()
-                except Exception as error:  # running requests are lost, the server is not: say so to their clients
-                    traceback.print_exc()
-                    self.fail_all(f"generation failed: {type(error).__name__}: {error}")
-                    self.engine.reset()  # what the step has left in the cache is anyone's guess
-        finally:  # a GPU that has failed, say: not even the reset works
-            self.ended = True
-            self.fail_all("the engine has ended")
-
-    def admit(self, block):
-        """Does what has arrived; waits for something where there is nothing else to do."""
-        while block or not self.inbox.empty():
-            self.inbox.get()()
-            block = False
-
-    def _submit(self, key, settings):
-        listener = self.listeners.get(key)
-        if listener is None:  # lost to a step that failed in between
-            return
-        try:
-            self.engine.submit(key=key, n=listener.n, **settings)
-        except ValueError as error:
-            listener.send(Failure(str(error), 400))
-            del self.listeners[key]
-
-    def _cancel(self, key):
-        if self.listeners.pop(key, None) is not None:
-            self.engine.cancel(key)
-
-    def fail_all(self, message):
-        for key in list(self.listeners):
-            self.listeners.pop(key).send(Failure(message, 500))
-
-    def deliver(self):
-        done = set()
-        for sample in self.engine.collect(errors=True):
-            done.add((sample.key, sample.index))
-            listener = self.listeners[sample.key]
-            listener.send(sample)
-            listener.n_left -= 1
-            if listener.n_left == 0:
-                del self.listeners[sample.key]
-        for key, listener in list(self.listeners.items()):
-            for index in range(listener.n if listener.watches else 0):
-                ids = self.engine.partial(key, index)
-                if ids and (key, index) not in done:
-                    listener.send(Partial(index, ids))
-
-
 # -- the application ---------------------------------------------------------------------------------------------------
+
+
+RETRY_AFTER = 5  # seconds after which a client that was answered 503 may ask again
+BODIES = 32  # of the largest size: bytes that may be on their way or be encoded at once
 
 
 def error_response(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+    headers = {"Retry-After": str(RETRY_AFTER)} if status == 503 else None
+    error = {"message": message[:1000], "type": kind, "param": param and param[:100], "code": code}
+    return JSONResponse({"error": error}, status, headers)
 
 
 def token_entry(chat: Chat, token_id: int, logprob: float) -> dict:
@@ -385,76 +333,133 @@ def failure_of(event: Partial | Sample | Failure) -> Failure | None:
     return event if isinstance(event, Failure) else None
 
 
-def make_app(engine: Engine, chat: Chat, name: str) -> Starlette:
-    worker, numbers = Worker(engine), itertools.count()
+class Stream(StreamingResponse):
+    """Releases its request also where the client goes before the first piece."""
 
-    async def models(request):
+    def __init__(self, chunks, release):
+        super().__init__(chunks, media_type="text/event-stream")
+        self.release = release
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.release()
+
+
+async def next_event(listener: Listener, gone: asyncio.Future) -> Partial | Sample | Failure | None:
+    """None: the client has gone."""
+    arrived = asyncio.ensure_future(listener.get())
+    await asyncio.wait([arrived, gone], return_when=asyncio.FIRST_COMPLETED)
+    if arrived.done():
+        return arrived.result()
+    arrived.cancel()
+    return None
+
+
+def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette:
+    worker, numbers = Worker(engine, limits.max_samples, limits.max_tokens_held), itertools.count()
+    encoders, arriving = concurrent.futures.ThreadPoolExecutor(2), Counter()
+
+    def with_key(handler):
+        expected = f"Bearer {limits.api_key or os.environ.get('SERVE_API_KEY', '')}"
+
+        async def checked(http):
+            sent = http.headers.get("authorization", "")
+            if expected == "Bearer " or hmac.compare_digest(sent.encode(), expected.encode()):
+                return await handler(http)
+            return error_response("expected the header Authorization: Bearer KEY", 401, None, "invalid_api_key")
+
+        return checked
+
+    async def models(http):
         model = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def health(request):
+    async def health(http):
         ended = worker.ended
         return JSONResponse({"status": "the engine has ended" if ended else "ok"}, 500 if ended else 200)
 
+    def prepare(body):
+        request = read_request(body, name, limits.max_n)
+        return request, encode_messages(chat, request.messages, engine.max_len)
+
+    async def prepared(http):
+        """-> ChatRequest, prompt ids. BadRequest: also for a body that is too large or too slow to arrive."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(limits.read_timeout):
+                async for part in http.stream():
+                    parts.append(part)
+                    size += len(part)
+                    arriving["bytes"] += len(part)
+                    if size > limits.max_body:
+                        raise BadRequest(f"the request has more than {limits.max_body} bytes", status=413)
+                    if arriving["bytes"] > BODIES * limits.max_body:
+                        raise BadRequest("too many large requests are on their way", status=503)
+            return await asyncio.get_running_loop().run_in_executor(encoders, prepare, b"".join(parts))
+        except TimeoutError as error:
+            raise BadRequest(f"the request did not arrive within {limits.read_timeout:g} s", status=408) from error
+        finally:
+            arriving["bytes"] -= size
+
     async def completions(http):
         try:
-            request = read_request(await http.body(), name)
+            request, prompt_ids = await prepared(http)
+            n, room = request.n or 1, engine.max_len - len(prompt_ids)
+            seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
+            max_new_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
+            top_logprobs = request.top_logprobs or 0
+            key, listener = worker.submit(
+                http.client.host if http.client else "",
+                bool(request.stream or request.stop),
+                seeds=[derive_seed(seed, i) for i in range(n)],
+                tokens=len(prompt_ids) + n * max_new_tokens * top_logprobs,
+                prompt_ids=prompt_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                top_logprobs=top_logprobs,
+            )
         except BadRequest as error:
             return error_response(str(error), error.status, error.param, error.code)
-        try:
-            prompt_ids = chat.messages([{"role": m.role, "content": m.text()} for m in request.messages])
         except ValueError as error:
-            return error_response(str(error), 400, "messages")
-        room = engine.max_len - len(prompt_ids)
-        if room < 1:
-            return error_response(
-                f"the messages have {len(prompt_ids)} tokens; this server holds {engine.max_len} of "
-                "prompt and response together",
-                400,
-                "messages",
-                "context_length_exceeded",
-            )
-        n = request.n or 1
-        seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
-        settings = dict(
-            prompt_ids=prompt_ids,
-            seeds=[derive_seed(seed, i) for i in range(n)],
-            max_new_tokens=min(request.max_completion_tokens or request.max_tokens or room, room),
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_logprobs=request.top_logprobs or 0,
-        )
-        key, events = worker.submit(n, bool(request.stream or request.stop), **settings)
+            return error_response(str(error), 400)
+        except Busy as error:
+            return error_response(str(error), 503)
+        except ClientDisconnect:
+            return JSONResponse(None, 499)  # nobody reads it
         head = {"id": f"chatcmpl-{os.getpid()}-{next(numbers)}", "created": int(time.time()), "model": name}
-        if request.stream:
-            first = await events.get()  # a request that the engine refuses still gets its status
-            if failure := failure_of(first):
-                worker.cancel(key)
-                return error_response(failure.message, failure.status)
-            chunks = stream_chunks(key, events, first, n, len(prompt_ids), request, head)
-            return StreamingResponse(chunks, media_type="text/event-stream")
-        return await whole(http, key, events, n, len(prompt_ids), request, head)
-
-    async def whole(http, key, events, n, n_prompt, request, head):
-        """Waits for the n samples, and for the client's going away, which stops them."""
-        gone, done = asyncio.ensure_future(http.receive()), []
+        gone, stream = asyncio.ensure_future(http.receive()), None
         try:
-            while len(done) < n:
-                arrived = asyncio.ensure_future(events.get())
-                await asyncio.wait([arrived, gone], return_when=asyncio.FIRST_COMPLETED)
-                if not arrived.done():
-                    arrived.cancel()
-                    return JSONResponse(None, 499)  # nobody reads it
-                event = arrived.result()
-                if failure := failure_of(event):
-                    return error_response(failure.message, failure.status)
-                if isinstance(event, Sample):
-                    done.append(choice_of(chat, event, request.stop))
-                elif find_stop(chat.decode(event.ids), request.stop) is not None:
-                    worker.finish(key, event.index)
+            if not request.stream:
+                return await whole(gone, key, listener, n, len(prompt_ids), request, head)
+            first = await next_event(listener, gone)  # a request that the engine refuses still gets its status
+            if first is None:
+                return JSONResponse(None, 499)
+            if failure := failure_of(first):
+                return error_response(failure.message, failure.status)
+            chunks = stream_chunks(key, listener, first, n, len(prompt_ids), request, head)
+            stream = Stream(chunks, partial(worker.release, key))
+            return stream
         finally:
             gone.cancel()
-            worker.cancel(key)
+            if stream is None:
+                worker.release(key)
+
+    async def whole(gone, key, listener, n, n_prompt, request, head):
+        """Waits for the n samples, and for the client's going away."""
+        done = []
+        while len(done) < n:
+            event = await next_event(listener, gone)
+            if event is None:
+                return JSONResponse(None, 499)
+            if failure := failure_of(event):
+                return error_response(failure.message, failure.status)
+            if isinstance(event, Sample):
+                done.append(choice_of(chat, event, request.stop))
+            elif find_stop(chat.decode(event.ids), request.stop) is not None:
+                worker.finish(key, event.index)
         done.sort(key=lambda choice: choice.sample.index)
         choices = [
             {
@@ -468,7 +473,7 @@ def make_app(engine: Engine, chat: Chat, name: str) -> Starlette:
         body = {"object": "chat.completion", "choices": choices, "usage": usage(n_prompt, done)}
         return JSONResponse(head | body)
 
-    async def stream_chunks(key, events, event, n, n_prompt, request, head):
+    async def stream_chunks(key, listener, event, n, n_prompt, request, head):
         """Server-sent events: a role, pieces of text, a finish_reason for each sample, then [DONE]."""
 
         def chunk(choices, **more):
@@ -478,42 +483,93 @@ def make_app(engine: Engine, chat: Chat, name: str) -> Starlette:
             return chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
 
         shown, done = [""] * n, []
-        try:
-            for index in range(n):
-                yield piece(index, {"role": "assistant", "content": ""})
-            while True:
-                if failure := failure_of(event):
-                    yield f"data: {json.dumps({'error': {'message': failure.message, 'type': 'server_error'}})}\n\n"
-                    return
-                choice = choice_of(chat, event, request.stop) if isinstance(event, Sample) else None
-                text = choice.text if choice else chat.decode(event.ids)
-                if not choice and find_stop(text, request.stop) is not None:
-                    worker.finish(key, event.index)
-                text = text if choice else shown_so_far(text, request.stop)
-                if len(text) > len(shown[event.index]):
-                    yield piece(event.index, {"content": text[len(shown[event.index]) :]})
-                    shown[event.index] = text
-                if choice:
-                    done.append(choice)
-                    yield piece(event.index, {}, choice.finish_reason)
-                if len(done) == n:
-                    break
-                event = await events.get()
-            if request.stream_options and request.stream_options.include_usage:
-                yield chunk([], usage=usage(n_prompt, done))
-            yield "data: [DONE]\n\n"
-        finally:  # also where the client has gone
-            worker.cancel(key)
+        for index in range(n):
+            yield piece(index, {"role": "assistant", "content": ""})
+        while True:
+            if failure := failure_of(event):
+                yield f"data: {json.dumps({'error': {'message': failure.message, 'type': 'server_error'}})}\n\n"
+                return
+            choice = choice_of(chat, event, request.stop) if isinstance(event, Sample) else None
+            text = choice.text if choice else chat.decode(event.ids)
+            if not choice and find_stop(text, request.stop) is not None:
+                worker.finish(key, event.index)
+            text = text if choice else shown_so_far(text, request.stop)
+            if len(text) > len(shown[event.index]):
+                yield piece(event.index, {"content": text[len(shown[event.index]) :]})
+                shown[event.index] = text
+            if choice:
+                done.append(choice)
+                yield piece(event.index, {}, choice.finish_reason)
+            if len(done) == n:
+                break
+            event = await listener.get()
+        if request.stream_options and request.stream_options.include_usage:
+            yield chunk([], usage=usage(n_prompt, done))
+        yield "data: [DONE]\n\n"
 
     async def not_found(http, error):
         return error_response(f"no {http.method} {http.url.path} here; try /v1/chat/completions", error.status_code)
 
     routes = [
-        Route("/v1/models", models),
+        Route("/v1/models", with_key(models)),
         Route("/health", health),
-        Route("/v1/chat/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", with_key(completions), methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    app.state.worker = worker
+    return app
+
+
+class Connection(H11Protocol):
+    """Ends where the head of a request does not arrive in time, or the client stops reading what it is sent."""
+
+    def __init__(self, *args, limits: Limits, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.limits, self.head_timer, self.reading_timer = limits, None, None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not read
+        self.time_head()
+
+    def data_received(self, data):
+        super().data_received(data)
+        self.time_head()
+
+    def time_head(self):
+        if self.conn.their_state is not h11.IDLE:
+            self.head_timer = cancel_timer(self.head_timer)
+        elif self.head_timer is None:  # nothing has come yet, or a part of it
+            self.head_timer = self.loop.call_later(self.limits.read_timeout, self.transport.abort)
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.time_reading()
+
+    def time_reading(self, left=math.inf):
+        """left: bytes that were not read when the time began."""
+        if (now := self.transport.get_write_buffer_size()) < left:
+            self.reading_timer = self.loop.call_later(self.limits.write_timeout, self.time_reading, now)
+        else:
+            self.transport.abort()  # to close it in the usual way would wait for these bytes
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.reading_timer = cancel_timer(self.reading_timer)
+
+    def connection_lost(self, exc):
+        super().connection_lost(exc)
+        self.head_timer, self.reading_timer = cancel_timer(self.head_timer), cancel_timer(self.reading_timer)
+
+
+def cancel_timer(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def server_config(app: Starlette, limits: Limits, **settings) -> uvicorn.Config:
+    http, connections = partial(Connection, limits=limits), limits.max_connections
+    return uvicorn.Config(app, http=http, ws="none", limit_concurrency=connections, log_level="warning", **settings)
 
 
 def main(args: Args) -> None:
@@ -525,9 +581,9 @@ def main(args: Args) -> None:
         raise ValueError(f"--max-len {args.max_len}: expected 2 to {limit}, the positions of {args.model}")
     engine = Engine(model, chat.stop_ids, args.max_len or limit, args.max_batch, args.kv_tokens)
     name = args.name or args.model
-    app = make_app(engine, chat, name)
+    app = make_app(engine, chat, name, args)
     print(f"{name!r} at http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    uvicorn.Server(server_config(app, args, host=args.host, port=args.port)).run()
 
 
 if __name__ == "__main__":

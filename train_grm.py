@@ -106,7 +106,7 @@ from prompts import (
 )
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
-from runtime.rows import read_rows
+from runtime.rows import read_rows, write_text
 from runtime.watch import enter
 
 
@@ -321,8 +321,7 @@ def main(args):
         result = judge_held_out(args, chat, templates, ranks)
         print0("held-out judgements:", result)
         if ranks.rank == 0:
-            with open(os.path.join(args.out, "held_out.json"), "w") as f:
-                json.dump(result, f, indent=2)
+            write_text(os.path.join(args.out, "held_out.json"), json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

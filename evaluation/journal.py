@@ -24,7 +24,7 @@ from judge_base import weights_fingerprint
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec
 from model import load_config, load_pretrained, resolve
 from prompts import DIMENSIONS, Chat, Judgement
-from runtime.chat_client import ChatServer, Failure, is_url
+from runtime.chat_client import ChatServer, Failure, ServerDown, is_url
 from runtime.distributed import all_gather, barrier, derive_seed, print0
 from runtime.rows import read_rows
 from runtime.runs import digest_of
@@ -57,9 +57,9 @@ class Journal:
                         break
                     try:
                         row = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{path}:{number}: not JSON ({error}); remove the line") from error
-                    found[row["made_by"]] = row
+                        found[row["made_by"]] = row
+                    except (ValueError, KeyError, TypeError, RecursionError) as error:
+                        raise ValueError(f"{path}:{number}: no row of a journal ({error}); remove the line") from error
         return found
 
     @contextlib.contextmanager
@@ -107,7 +107,12 @@ def made_once(name: str, stage: str, digests: list[str], make: Callable, args, r
                 journal.append(made[digests[i]])
                 bar.update()
 
-            make(mine, record)
+            try:
+                make(mine, record)
+            except ServerDown as error:
+                raise ServerDown(
+                    f"{error}; the {len(made)} of {len(mine)} {name} that were made are kept, the same command goes on"
+                ) from error
     kept |= dict(all_gather(ranks, made.items()))
     return [kept.get(d) for d in digests]
 
@@ -122,7 +127,7 @@ def replies(name: str, spec: str, requests: list[tuple], temperature: float, arg
     """
     settings = dict(temperature=temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
     if is_url(spec):
-        server = ChatServer(spec, ask=args.stage in ("all", "answers"))
+        server = ChatServer(spec, ask=args.stage in ("all", "answers"), patience=args.judge_patience)
         inputs = [messages for _, messages in requests]
     else:
         chat, limit = Chat(spec), load_config(resolve(spec)).max_position_embeddings
@@ -179,6 +184,9 @@ def replies(name: str, spec: str, requests: list[tuple], temperature: float, arg
                 except Failure as failure:  # not kept, asked again by the next run
                     prompt_id = requests[futures[future]][0]
                     print(f'{name}: no answer to prompt "{prompt_id}": {failure}', file=sys.stderr)
+                except ServerDown:  # nor would the others be answered
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
 
     return made_once(name, "answers", digests, by_server if is_url(spec) else by_engine, args, ranks)
 
@@ -229,6 +237,8 @@ def verdicts_on(items: list[tuple], args, ranks) -> list[dict]:
                     failed[digests[v.key]] = row
                 else:
                     record(v.key, row)
+        if judge.down:
+            raise ServerDown(judge.down)
 
     rows = made_once("verdicts", "verdicts", digests, make, args, ranks)
     failed = dict(all_gather(ranks, failed.items()))

@@ -24,7 +24,7 @@ from evaluation import tables, winrate
 from evaluation.journal import draw_rows, made_once, replies
 from judge_base import weights_fingerprint
 from model import load_pretrained
-from prompts import Chat, without_reasoning
+from prompts import Chat, without_control_tokens, without_reasoning
 from runtime import packing
 from runtime.chat_client import is_url
 from runtime.rows import read_rows, write_rows, write_text
@@ -143,7 +143,8 @@ def evaluate(args, ranks) -> None:
     for row in rows:
         options = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, row["options"]))
         content = f"{row['question']}\n\n{REQUEST}\n\n{options}"
-        requests.append((row["prompt_id"], [*history_of(row, contexts), {"role": "user", "content": content}]))
+        messages = [*history_of(row, contexts), {"role": "user", "content": content}]
+        requests.append((row["prompt_id"], without_control_tokens(messages) if is_url(args.model) else messages))
     replied = replies("choices", args.model, requests, args.temperature, args, ranks)
     likely = None if is_url(args.model) else likelihoods(rows, contexts, args, ranks)
     if args.stage in ("answers", "verdicts") or ranks.rank > 0:

@@ -45,7 +45,7 @@ def read_annotations(path: str) -> list[dict]:
     try:
         with open(path, encoding="utf-8") as f:
             rows = json.load(f)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
         raise ValueError(f"{path}: not JSON ({error}); expected AlpacaEval's annotations, a JSON list") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a non-empty JSON list of annotations")

@@ -1,24 +1,32 @@
 """A model behind an OpenAI-compatible chat server, asked so that nothing a server does becomes an answer by mistake.
 
-    server = ChatServer("http://HOST#NAME")
-    choice = server.complete(messages, max_tokens=512, temperature=0.9, seed=1)    # or Failure
+    server = ChatServer("http://HOST#NAME", patience=1800)
+    choice = server.complete(messages, max_tokens=512, temperature=0.9, seed=1)    # or Failure, or ServerDown
 
-The client waits and tries again on 408, 409, 429, 5xx, timeouts and lost connections, also where a provider
-sends such an error under HTTP 200. A parameter that the server refuses (`max_tokens`, `seed`, `top_p`,
-`temperature`) is found at the first request, printed once and left out (or renamed) from then on. Replies are
-read as plain JSON and checked: under HTTP 200 some servers send an error, a web page or half an object.
+A server that is down, busy, slow or answers rubbish (a page, an error under HTTP 200, half an object) is asked again
+after growing pauses, for at most `patience` seconds a request; a line a minute says what is waited for. Then a plain
+question decides: a server that answers it has stumbled over this request, which is lost (Failure); else ServerDown.
+
+A parameter that the server refuses (`max_tokens`, `seed`, `top_p`, `temperature`) is found at the first request,
+printed once and left out (or renamed) from then on.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 import sys
 import threading
+import time
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
 
-CONTROL_TOKEN = re.compile(r"<\|(?=\w+\|>)")
+from runtime.flags import PATIENCE
+from runtime.rows import without_surrogates
+
 ADAPTABLE = ("max_tokens", "seed", "top_p", "temperature")  # of these a server may know none
 UNSUPPORTED = re.compile(
     r"unsupported|not? support|n.t support|unrecognized|unknown|unexpected|not (be )?(permitted|allowed)|deprecated|"
@@ -26,14 +34,21 @@ UNSUPPORTED = re.compile(
     re.IGNORECASE,
 )
 SHOWN = 300  # characters of a server's words in a message
+TIMEOUT = 300  # seconds for a reply; twice as many each time that a request is sent again, as far as patience goes
+PLAIN_TIMEOUT = 60  # seconds for the reply to a plain question
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60  # seconds before a request is sent again; doubled each time
+SUSPECT = 7  # failures after which the request itself may be what the server fails at; half a minute
+TOLD_AFTER, TOLD_EVERY = 2, 60  # seconds of waiting until it is told, and between two such lines
+LONGEST_REPLY = 2**26  # bytes
+BUSY = (408, 409, 425, 429, 503)  # HTTP statuses that say: later
+OF_THE_SERVER = (401, 402, 403, 404)  # a key that has expired, credits that are used up, a model that is gone
 
 
 class Failure(Exception):
     """A request that gave nothing to read; the message says why.
 
     kind, as of judge_base.Verdict.failure: request (nothing that the model said arrived; may work another time) |
-    refused | unparsable. retry: whether the same request may work now; else the client's own retries are over or would
-    not help.
+    refused | unparsable. retry: whether it helps to ask for another judgement.
     """
 
     def __init__(self, reason: str, kind: str, retry: bool):
@@ -41,33 +56,42 @@ class Failure(Exception):
         self.kind, self.retry = kind, retry
 
 
+class Unanswered(Failure):
+    """A reply that did not arrive, or is none: it is waited for.
+
+    busy: the server itself says or shows that it has too much to do. passing: what a good server does when it starts
+    or has trouble; else it may be no such server at all. pause: seconds until it wants to be asked again. malformed:
+    something arrived, and may do so again under the same seed.
+    """
+
+    def __init__(self, reason: str, busy=False, passing=True, pause: float = 0, malformed=False):
+        super().__init__(reason, "request", retry=False)
+        self.busy, self.passing, self.pause, self.malformed = busy, passing, pause, malformed
+
+
+class ServerDown(ValueError):
+    """Patience with a server is at its end."""
+
+
 def is_url(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
-
-
-def without_control_tokens(text: str) -> str:
-    """Most servers read control tokens in a message's text as such: their spelling is broken."""
-    return CONTROL_TOKEN.sub("< |", text)
 
 
 class ChatServer:
     """http(s)://HOST[/PATH][#MODEL]; the path defaults to /v1. The key in OPENAI_API_KEY is sent, if set.
 
     client: openai's. model: the given name, or that of the only model there. ValueError: nothing answers at the URL, or
-    the server lacks the model. ask=False takes the URL at its word.
+    the server lacks the model. ask=False takes the URL at its word. patience: seconds, see the top of this file.
     """
 
-    def __init__(self, url: str, ask: bool = True):
+    def __init__(self, url: str, ask: bool = True, patience: float = PATIENCE):
         base_url, _, name = url.partition("#")
         if urlsplit(base_url).path in ("", "/"):
             base_url = base_url.rstrip("/") + "/v1"
-        self.client = openai.OpenAI(  # timeout in seconds; six waits last about half a minute
-            base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",  # an empty one is as good as unset
-            timeout=300,
-            max_retries=6,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [take_status_of_error]}),
-        )
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # an empty one is as good as unset
+        self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
+        self.patience, self.has_answered, self.down = patience, False, None  # down: why nothing is asked any more
+        self.told, self.trouble = None, "no reply yet"  # when a line was printed, the latest reason to wait
         self.refused, self.lock = set(), threading.Lock()
         self.model = self.served_model(name) if ask else name
 
@@ -96,25 +120,92 @@ class ChatServer:
     def complete(self, messages: list[dict], **wanted) -> dict:
         """One chat completion -> its first choice, with a `message` that is an object. Safe in several threads.
 
-        wanted: max_tokens, temperature, top_p, seed, logprobs, ...; what the server has refused is left out.
-        Failure: no choice arrived.
+        messages are sent as they are: text out of rows goes through prompts.without_control_tokens first. wanted:
+        max_tokens, temperature, top_p, seed, logprobs, ...; what the server has refused is left out. Failure: this
+        request gets no choice. ServerDown: none does.
         """
-        messages = [m | {"content": without_control_tokens(m["content"])} for m in messages]
+        began, others_are_answered = time.monotonic(), False
+        for failures in itertools.count(1):
+            if self.down:
+                raise ServerDown(self.down)
+            left = max(began + self.patience - time.monotonic(), min(PLAIN_TIMEOUT, self.patience))
+            try:
+                choice = self.ask(messages, min(TIMEOUT * 2 ** (failures - 1), left), wanted)
+            except Unanswered as failure:
+                if not failure.passing and not self.has_answered:
+                    raise
+                if failure.malformed and "seed" in wanted:
+                    wanted["seed"] += 1
+                pause = min(max(FIRST_PAUSE * 2 ** (failures - 1), failure.pause), LONGEST_PAUSE)
+                left = began + self.patience - time.monotonic()
+                suspect = failures >= SUSPECT and not failure.busy
+                if (suspect or left < pause) and self.is_up():
+                    if others_are_answered:  # before this try too: it is no server that has just come up
+                        reason = f"{failure}; {failures} times, though the server answers others"
+                        raise Failure(reason, "request", retry=False) from failure
+                    others_are_answered = True
+                    continue
+                others_are_answered = False
+                if left < pause:
+                    self.down = (
+                        f"{self.client.base_url} has given no answer for {self.patience:g} s (--judge-patience); the "
+                        f"last reason: {failure}"
+                    )
+                    continue
+                self.trouble = f"{failure}; asked again for {left:.0f} s more (--judge-patience {self.patience:g})"
+                if time.monotonic() - began > TOLD_AFTER:
+                    self.tell(self.trouble)
+                time.sleep(pause)
+            else:
+                self.answered()
+                return choice
+
+    def tell(self, state: str) -> None:
+        """Prints what is waited for, at most once a minute whoever calls."""
+        with self.lock:
+            now = time.monotonic()
+            if self.told is None or now - self.told >= TOLD_EVERY:
+                self.told = now
+                print(f"waiting for {self.client.base_url}: {state}", file=sys.stderr, flush=True)
+
+    def answered(self) -> None:
+        with self.lock:
+            if self.told is not None:
+                print(f"{self.client.base_url} answers again", file=sys.stderr, flush=True)
+            self.has_answered, self.told, self.trouble = True, None, "no reply yet"
+
+    def is_up(self) -> bool:
+        """Whether the server answers a plain question; a refusal is an answer."""
+        try:
+            self.ask([{"role": "user", "content": "Hi"}], min(PLAIN_TIMEOUT, self.patience), dict(max_tokens=1))
+        except Unanswered:
+            return False
+        except Failure:
+            pass
+        return True
+
+    def ask(self, messages: list[dict], timeout: float, wanted: dict) -> dict:
+        """One request -> its first choice. timeout: seconds for the whole reply. Failure, also Unanswered."""
+        deadline = time.monotonic() + timeout
         while True:
             sent = {k: v for k, v in wanted.items() if k not in self.refused}
             if "max_tokens" in wanted and "max_tokens" not in sent:
                 sent["max_completion_tokens"] = wanted["max_tokens"]
+            create = self.client.chat.completions.with_streaming_response.create
             try:
-                response = self.client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=messages, **sent
-                )
+                with create(model=self.model, messages=messages, timeout=timeout, **sent) as response:
+                    text = read_reply(response, deadline)
             except openai.APIStatusError as error:
                 if self.adapts(error, sent):
                     continue
-                raise Failure(f"{type(error).__name__}: {error}", "request", retry=False) from error
-            except openai.APIError as error:
-                raise Failure(f"{type(error).__name__}: {error}", "request", retry=False) from error
-            return first_choice(response.http_response.text)
+                pause = seconds_of(error.response.headers.get("retry-after"))
+                raise failure_of(error.status_code, f"{type(error).__name__}: {error}", pause) from error
+            except (openai.APITimeoutError, httpx2.TimeoutException) as error:
+                raise Unanswered(f"no reply within {timeout:.3g} s", busy=True) from error
+            except (openai.APIError, httpx2.HTTPError) as error:
+                reason = error.__cause__ or error
+                raise Unanswered(f"{type(error).__name__}: {error} ({reason})") from error
+            return first_choice(text)
 
     def adapts(self, error: openai.APIStatusError, sent: dict) -> bool:
         """Whether the server refused a parameter that it can be asked without; remembers that, and prints it once."""
@@ -133,43 +224,66 @@ class ChatServer:
         return True
 
 
-def take_status_of_error(response) -> None:
-    """An error under HTTP 200 that names its status gets it, so that the client waits and retries as it should."""
-    if response.status_code != 200:
-        return
-    response.read()
+def failure_of(status: int, reason: str, pause: float = 0) -> Failure:
+    """What an HTTP status means: the server's trouble, which passes, or this request, which would fail again."""
+    if status in BUSY or status >= 500:
+        return Unanswered(reason, busy=status in BUSY, pause=pause)
+    if status in OF_THE_SERVER:
+        return Unanswered(reason, passing=False, pause=pause)
+    return Failure(reason, "request", retry=False)
+
+
+def seconds_of(retry_after: str | None) -> float:
+    """Of a Retry-After header that holds a number, else 0."""
     try:
-        code = json.loads(response.text)["error"]["code"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return
-    if isinstance(code, int) and 400 <= code < 600:
-        response.status_code = code
+        seconds = float(retry_after)
+    except (TypeError, ValueError):  # none, or a date
+        return 0
+    return seconds if math.isfinite(seconds) else 0
+
+
+def read_reply(response, deadline: float) -> str:
+    """The text of a reply that has ended by the deadline, however it trickles in."""
+    parts, size = [], 0
+    for part in response.iter_bytes():
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise Unanswered(f"a reply that had not ended after {size} bytes when its time was over", busy=True)
+        if size > LONGEST_REPLY:
+            raise Unanswered(f"a reply of more than {LONGEST_REPLY} bytes")
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 def parsed(text: str):
-    """A reply's JSON. Failure: an empty reply, a page, or JSON that is cut off or too deep."""
+    """A reply's JSON. Unanswered: an empty reply, a page, or JSON that is cut off or too deep."""
     if not text.lstrip().startswith(("{", "[")):
-        raise Failure(f"the server answered without JSON: {shown(text)}", "request", retry=not text.strip())
+        raise Unanswered(f"the server answered without JSON: {shown(text)}", passing=not text.strip())
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Failure(f"the reply is malformed JSON ({error}): {shown(text)}", "request", retry=True) from error
+        raise Unanswered(f"the reply is malformed JSON ({error}): {shown(text)}", malformed=True) from error
 
 
 def first_choice(text: str) -> dict:
-    """The first choice of a reply. Failure: there is none, and why."""
+    """The first choice of a reply, half surrogate pairs in its text replaced. Failure: there is none, and why."""
     reply = parsed(text)
     found = reply if isinstance(reply, dict) else {}
     choices = found.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     for place in (found, choice if isinstance(choice, dict) else {}):
-        if place.get("error"):
-            raise Failure(f"the server answered with an error: {error_words(place['error'])}", "request", retry=False)
+        if error := place.get("error"):
+            reason = f"the server answered with an error: {error_words(error)}"
+            code = error.get("code") if isinstance(error, dict) else None
+            if type(code) is int and 400 <= code < 600:  # a provider's status under HTTP 200
+                raise failure_of(code, reason)
+            raise Unanswered(reason, passing=False)
     if "choices" not in found:
-        raise Failure(f"the reply holds no choices: {shown(text)}", "request", retry=False)
+        raise Unanswered(f"the reply holds no choices: {shown(text)}", passing=False)
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-        raise Failure(f"the reply holds no readable choice: {shown(text)}", "request", retry=True)
-    return choice
+        raise Unanswered(f"the reply holds no readable choice: {shown(text)}", malformed=True)
+    message = {k: without_surrogates(v) if isinstance(v, str) else v for k, v in choice["message"].items()}
+    return choice | {"message": message}
 
 
 def error_words(error) -> str:
@@ -178,5 +292,5 @@ def error_words(error) -> str:
 
 
 def shown(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(without_surrogates(text[: 10 * SHOWN]).split())
     return text[:SHOWN] + ("..." if len(text) > SHOWN else "") if text else "an empty reply"

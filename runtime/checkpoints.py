@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from model import GIB, save_pretrained
 from runtime.distributed import Ranks, all_gather, barrier, print0
-from runtime.rows import json_lines, sync, write_text
+from runtime.rows import check_row, json_lines, sync, write_rows, write_text
 from runtime.runs import digest_of, git_hash
 from runtime.watch import enter, should_stop
 
@@ -106,6 +106,7 @@ def _read_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks)
             if shape != list(tensor.shape):
                 raise ValueError(f"{folder}: {key} has shape {shape} there, {list(tensor.shape)} in this run")
             local, first, _ = _piece(tensor, ranks)
+            filled = 0
             for name, start in pieces.items():
                 if not shape:
                     local.copy_(files[name].get_tensor(key))
@@ -114,6 +115,9 @@ def _read_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks)
                 low, high = max(first, start), min(first + len(local), start + piece.get_shape()[0])
                 if low < high:
                     local[low - first : high - first].copy_(piece[low - start : high - start])
+                    filled += high - low
+            if shape and filled != len(local):
+                raise ValueError(f"{folder}: {key} has {filled} of the {len(local)} rows of this rank")
             return tensor
 
         kinds = defaultdict(dict)  # of the state of a parameter: {"exp_avg": its shape, ...}
@@ -165,10 +169,9 @@ def _damage(folder: str, ranks: Ranks) -> list[str]:
         digest = state.pop("digest")
         files = dict(state["files"])
         whole = digest == digest_of(state) and state["step"] == _step(folder)
+        files = files if whole else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         whole, files = False, {}
-    if not whole:
-        return all_gather(ranks, ["state.json is damaged or missing"] if ranks.rank == 0 else [])
 
     def check(name):
         try:
@@ -178,9 +181,11 @@ def _damage(folder: str, ranks: Ranks) -> list[str]:
         except OSError as error:
             return [f"{name} cannot be read ({error.strerror})"]
 
+    mine = [] if whole else ["state.json is damaged or missing"]
     with ThreadPoolExecutor() as pool:
-        mine = list(pool.map(check, sorted(files)[ranks.rank :: ranks.world_size]))
-    return sorted(all_gather(ranks, [problem for found in mine for problem in found]))
+        for found in pool.map(check, sorted(files)[ranks.rank :: ranks.world_size]):
+            mine += found
+    return sorted(set(all_gather(ranks, mine)))
 
 
 def _step(folder):
@@ -248,7 +253,6 @@ def save(
     def on_rank_0(action):
         on_every_rank(action if ranks.rank == 0 else lambda: None)
 
-    digests: dict[str, str] = {}
     on_rank_0(lambda: os.makedirs(train_state))
     for name, model in models.items():
         on_every_rank(lambda: save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype, templates))
@@ -257,7 +261,7 @@ def save(
     for key, (shape, pieces) in all_gather(ranks, index.items()):
         merged.setdefault(key, [shape, {}])[1].update(pieces)
     on_rank_0(lambda: write_text(os.path.join(train_state, "index.json"), json.dumps(merged)))
-    on_every_rank(lambda: digests.update(_flush(tmp, _written_by(ranks.rank, tmp))))
+    digests = on_every_rank(lambda: _flush(tmp, _written_by(ranks.rank, tmp)))
     files = dict(sorted(all_gather(ranks, digests.items())))
     on_rank_0(finish)
 
@@ -322,7 +326,9 @@ def load(
         print0(f"resumed from {folder} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")
     metrics = os.path.join(out, "metrics.jsonl")
     if ranks.rank == 0 and os.path.isfile(metrics):
-        rows = [row for _, row in json_lines(metrics, growing=True) if row["step"] <= step]
-        write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        lines = json_lines(metrics, growing=True)
+        for where, row in lines:
+            check_row(row, "metrics", where)
+        write_rows(metrics, [row for _, row in lines if row["step"] <= step])
     barrier(ranks)
     return step

@@ -19,6 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
 
+# How long a rank waits for the others in a collective at most: one that has ended its rollout waits until the slowest
+# has, whose judge may be down for a while. What hangs, watch.py finds earlier.
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,7 +62,7 @@ def start(
         if "WORLD_SIZE" in os.environ:
             _join(backend, rank, world_size, timeouts)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     if shard_size in (None, world_size):
         mesh = init_device_mesh(device.type, (world_size,))
     else:  # neighbouring ranks share a copy: with the GPUs of a node as shard size, only gradients leave the node
@@ -83,8 +86,7 @@ def make_deterministic() -> None:
 
 
 def _join(backend, rank, world_size, timeouts):
-    """The process group of torchrun's environment. Its own time-out is the longest of all, for a rank that has ended
-    its rollout waits in a collective until the slowest has: what hangs in an update, watch.py finds earlier."""
+    """The process group of torchrun's environment."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of each rank
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     limit = timedelta(seconds=timeouts[0])
@@ -101,8 +103,8 @@ def _join(backend, rank, world_size, timeouts):
         raise ValueError(
             f"not all {world_size} ranks have joined within {timeouts[0]} s (--timeouts): {first}"
         ) from error
-    longest = timedelta(seconds=max(timeouts) + 600)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longest)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=max(timeouts) + 600))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def print0(*values: Any) -> None:

@@ -42,6 +42,7 @@ Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 TopP = Annotated[float, pydantic.Field(gt=0, le=1)]
 TIMEOUTS = (3600, 7200, 1800)  # seconds of a start, a rollout, an update
 SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)
+PATIENCE = 1800  # seconds that a judge's server is waited for
 DType = Literal["auto", "fp32", "bf16"]
 
 
@@ -99,6 +100,8 @@ class Judging:
     """Judgements that are asked for before a sample without a parsable one leaves the batch."""
     judge_max_new_tokens: Count = 512
     """Tokens of a judgement; what is cut off does not parse."""
+    judge_patience: MayChange[Positive] = PATIENCE
+    """Seconds that a server which is down, busy or answers rubbish is waited for before the run saves and stops."""
 
 
 @dataclasses.dataclass(kw_only=True)

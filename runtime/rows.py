@@ -38,6 +38,11 @@ def made_by(path: str) -> str:
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def without_surrogates(text: str) -> str:
+    """A text that can be encoded: each half of a surrogate pair is U+FFFD, as in text that was decoded wrongly."""
+    return SURROGATE.sub("\ufffd", text)
+
+
 def _are_messages(messages):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return False
@@ -115,6 +120,17 @@ def _depth(value):
     return depth
 
 
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value. ValueError naming the place: it is none, or nested more than MAX_DEPTH deep."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError(f"{where}: objects and lists nested more than {MAX_DEPTH} deep")
+    return value
+
+
 def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
     """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over. growing: so is
     a line without its end, which is being written or was when its writer was killed.
@@ -132,14 +148,9 @@ def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
     for number, line in enumerate(text.split(b"\n") if text else [], 1):
         where = f"{path}:{number}"
         try:
-            value = json.loads(line.decode("utf-8"))
+            found.append((where, parse_json(line.decode("utf-8"), where)))
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error})") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-            raise ValueError(f"{where}: objects and lists nested more than {MAX_DEPTH} deep")
-        found.append((where, value))
     return found
 
 

@@ -20,6 +20,7 @@ from runtime.flags import around_main
 # -- a signal that asks the run to stop --------------------------------------------------------------------------------
 
 STOPPED = 75  # exit status of a run that a signal has stopped: saved, the same command continues (EX_TEMPFAIL)
+NOTICES = (signal.SIGTERM, signal.SIGINT)
 ONE_NOTICE = 2.0  # seconds; torchrun passes on a signal that its workers have got as well
 
 
@@ -39,6 +40,8 @@ def stop_on_signal() -> Iterator[None]:
     def listen():
         first = None
         while number := os.read(reader, 1):
+            if number[0] not in NOTICES:  # of another handler
+                continue
             if first is None:
                 first, _Stop.requested = time.monotonic(), True
                 name = signal.Signals(number[0]).name
@@ -48,7 +51,7 @@ def stop_on_signal() -> Iterator[None]:
         os.close(reader)
 
     _Stop.requested = _Stop.agreed = False
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, lambda *_: None) for number in NOTICES}
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=listen, daemon=True).start()
     try:

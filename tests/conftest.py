@@ -9,6 +9,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,12 @@ sys.path.insert(0, ROOT)
 
 from model import Config, Qwen2, init_weights, save_pretrained
 from runtime.flags import parse, user_errors
+
+# Of test_fuzz.py: the same cases each time in the suite; HYPOTHESIS_PROFILE=long draws many more, others each time.
+COMMON = dict(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("fast", max_examples=50, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("long", max_examples=2000, **COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
 def tiny_config(**changes):
@@ -49,6 +56,15 @@ def random_model(config, scalar_head=False, seed=0, std=0.1):
 @pytest.fixture(autouse=True)
 def quiet_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """So that the half a minute in which a server is asked again takes half a second."""
+    from runtime import chat_client
+
+    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat_client, "LONGEST_PAUSE", 0.1)
 
 
 # -- a whole tiny project: checkpoint, rows, templates ---------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judge_servers import REFUSALS, pair_server, server  # noqa: F401
+from test_judge_servers import REFUSALS, PairServer, pair_server, server  # noqa: F401
 from test_serve import Running
 
 import evaluate
@@ -20,6 +20,7 @@ from data import persona_world
 from evaluation import journal
 from model import load_config, save_pretrained
 from prompts import judgement_text
+from runtime.chat_client import ServerDown
 
 
 def run(*flags):
@@ -426,7 +427,7 @@ def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):
         (bad[1]["answer"], good[1]["answer"]): ["neither"],  # one of its two orders
         (good[2]["answer"], bad[2]["answer"]): ["refusal"] * 3,
         (bad[2]["answer"], good[2]["answer"]): ["refusal"] * 3,
-        (bad[3]["answer"], good[3]["answer"]): [403],
+        (bad[3]["answer"], good[3]["answer"]): [400],
     }
     good[4]["truncated"] = True
     flags = [
@@ -623,7 +624,11 @@ def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path
     prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     for i, prompt in enumerate(prompts):
         prompt["question"] = f"question {i}"
-    server.faults = {"question 0": ["credits"], "question 1": ["page"], "question 2": ["no object", "deep"]}
+    server.faults = {
+        "question 0": ["credits"],
+        "question 1": ["page"],
+        "question 2": ["no object", "deep"],
+    }  # no answer yet
     server.refuses = REFUSALS
     (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
     flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts), "--answer-template", tmp_path / "answer.txt"]
@@ -646,3 +651,24 @@ def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path
     assert "out of credits" in verdicts[0]["error"] and "Log in first" in verdicts[1]["error"]
     results, _, verdicts = run(*flags)
     assert results["failures"] == {} and results["win_rate"]["left_out"] == 0
+
+
+def test_a_server_that_goes_down_ends_the_evaluation_and_what_it_said_is_kept(world, tmp_path, pair_server):
+    """Of 12 verdicts six are there; the next run asks for the others, and the table is that of one run."""
+    flags = [*pair_flags(world, pair_server, tmp_path / "out"), "--concurrency", 1]
+    reply, said = PairServer.reply, []
+
+    class Breaks(PairServer):
+        def reply(self, status, body, length=None):
+            said.append(body)
+            return reply(self, *((status, body) if len(said) <= 7 else (503, b"{}")))  # the first lists the models
+
+    pair_server.RequestHandlerClass = Breaks
+    with pytest.raises(ServerDown, match=r"no answer for 1 s .*; the \d+ of 12 verdicts that were made are kept"):
+        run(*flags, "--judge-patience", 1)
+    kept = len((tmp_path / "out/journal/verdicts.0.jsonl").read_text().splitlines())
+    assert 0 < kept < 12
+    pair_server.RequestHandlerClass = PairServer
+    pair_server.requests.clear()
+    results, _, _ = run(*flags)
+    assert sum(map(len, pair_server.requests.values())) == 12 - kept and results["failures"] == {}

@@ -210,7 +210,8 @@ HELD_OUT = {"eval_data", "eval_every", "eval_judgements", "eval_max_new_tokens"}
 
 
 def test_what_a_continuation_may_change():
-    assert may_change(Machine) == MACHINE and may_change(Judging) == set() and may_change(Watching) == WATCHING
+    assert may_change(Machine) == MACHINE and may_change(Watching) == WATCHING
+    assert may_change(Judging) == {"judge_patience"}
     assert may_change(module_of("sft").Args) == may_change(module_of("dpo").Args) == MACHINE
     assert may_change(module_of("train_grm").Args) == MACHINE | HELD_OUT
-    assert may_change(module_of("ppo_cpe").Args) == MACHINE | WATCHING | {"kv_tokens"}
+    assert may_change(module_of("ppo_cpe").Args) == MACHINE | WATCHING | {"kv_tokens", "judge_patience"}

@@ -435,4 +435,4 @@ def test_chat_with_a_person(tiny, monkeypatch, capsys):
         )
         assert expected in out
     message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", "Mia")
-    assert "--persona" in message and "neither a file nor JSON" in message
+    assert "--persona" in message and "no such file): not JSON" in message

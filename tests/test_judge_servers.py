@@ -11,6 +11,9 @@ from collections import defaultdict
 import pytest
 from test_judges import GOOD, ROW, opened, verdicts  # noqa: F401
 
+from prompts import CONTROL_TOKENS
+from runtime import chat_client
+
 # -- a generative reward model
 
 
@@ -37,11 +40,15 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def reply(self, status, body):
+    def reply(self, status, body, length=None):
+        if self.server.ended.is_set():  # the process is gone, and with it its connections
+            self.close_connection = True
+            return self.connection.close()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("retry-after-ms", "10")  # or the client waits for half a second and more
+        self.send_header("Content-Length", str(length or len(body)))
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -52,20 +59,28 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][0]["content"]
-        answer = text[text.index("<<") + 2 : text.index(">>")]
+        answer = "never plain" if text == "Hi" else text[text.rindex("<<") + 2 : text.rindex(">>")]
         if refused := next((p for p in self.server.refuses if p in request), None):
             self.server.requests["refused"].append(request)
             message = self.server.refuses[refused]
             return self.reply(400, json.dumps({"error": {"message": message, "param": None}}).encode())
         self.server.requests[answer].append(request)
         faults = self.server.faults.get(answer, [])
-        faults = faults * 9 if answer.startswith("never") else [*faults, GOOD]
-        fault = faults[len(self.server.requests[answer]) - 1]
+        times = len(self.server.requests[answer])
+        faults = faults * times if answer.startswith("never") and faults else [*faults, GOOD]
+        fault = faults[min(times, len(faults)) - 1]
         if isinstance(fault, int):
             return self.reply(fault, b'{"error": {"message": "scripted"}}')
         if fault == "drop":
             self.close_connection = True
             return self.connection.close()
+        if fault == "hang":
+            return self.server.ended.wait(20)
+        if fault == "trickle":  # a byte at a time, for ever
+            self.reply(200, b"", length=10**6)
+            while not self.server.ended.wait(0.05):
+                self.wfile.write(b" ")
+            return None
         if fault in BODIES:
             return self.reply(200, BODIES[fault])
         content, reason = (GOOD, "length") if fault == "cut" else (fault, "stop")
@@ -74,15 +89,32 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         self.reply(200, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
 
 
+class Quiet(http.server.ThreadingHTTPServer):
+    """A server of tests on a port of its own, which says nothing of clients that go."""
+
+    daemon_threads, allow_reuse_address = True, True
+
+    def __init__(self, handler, port=0):
+        super().__init__(("127.0.0.1", port), handler)
+        self.models, self.faults, self.requests, self.refuses = ["tiny"], {}, defaultdict(list), {}
+        self.headers, self.ended = {}, threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def end(self):
+        self.ended.set()
+        self.shutdown()
+        self.server_close()
+
+
 @pytest.fixture
-def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
-    server.models, server.faults, server.requests, server.refuses = ["tiny"], {}, defaultdict(list), {}
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def server(short_pauses):
+    server = Quiet(FaultyServer)
     yield server
-    server.shutdown()
-    server.server_close()
+    server.end()
 
 
 def test_server_judge_through_faults(server, opened):
@@ -106,8 +138,8 @@ def test_server_judge_through_faults(server, opened):
         "busy": 1,
         "down": 1,
         "lost": 1,
-        "garbage": 2,
-        "empty": 3,
+        "garbage": 1,
+        "empty": 2,
         "odd": 2,
         "never parses": 3,
         "never allowed": 1,
@@ -119,14 +151,14 @@ def test_server_judge_through_faults(server, opened):
             assert (verdict.reward, verdict.error) == (0.85, None)
     assert "scripted" in found["never allowed"].error
     assert "parsed" in found["never parses"].error
-    assert judge.take_counts() == (15, 8)
+    assert judge.take_counts() == (13, 6)
     assert len(server.requests["busy"]) == 3 and len(server.requests["lost"]) == 2
     seeds = [request["seed"] for request in server.requests["never parses"]]
     assert len(set(seeds)) == 3 and server.requests["fine"][0]["model"] == "tiny"
 
 
 def test_failures_under_http_200(server, opened):
-    """What no model wrote is a failed request, with the server's words; what may be a hiccup is asked again."""
+    """What no model wrote is asked for again; what a good server never says ends at once, unless it was a good one."""
     passing = ("garbage", "empty", "nothing", "no object", "no message", "deep", "busy inside")
     lasting = {
         "credits": "You are out of credits",
@@ -135,16 +167,152 @@ def test_failures_under_http_200(server, opened):
         "page": "Log in first",
     }
     server.faults = {name: [name] for name in (*passing, *lasting)} | {"never whole": ["garbage"]}
+    for name, words in lasting.items():
+        judge = opened(server.url)
+        judge.submit(name, ROW, name, seed=0)
+        found = verdicts(judge)[name]
+        assert (found.reward, found.failure, found.attempts, len(server.requests[name])) == (None, "request", 1, 1), (
+            name
+        )
+        assert words in found.error
+        judge.submit("fine", ROW, "fine", seed=0)
+        assert verdicts(judge)["fine"].reward == 0.85
+        server.requests[name].clear()
+        judge.submit(name, ROW, name, seed=0)
+        assert (verdicts(judge)[name].reward, len(server.requests[name])) == (0.85, 2), name
     judge = opened(server.url, concurrency=4)
-    for name in server.faults:
+    for name in (*passing, "never whole"):
         judge.submit(name, ROW, name, seed=0)
     found = verdicts(judge)
     for name in passing:
         assert (found[name].reward, len(server.requests[name])) == (0.85, 2), name
-    for name, words in lasting.items():
-        assert (found[name].reward, found[name].failure, found[name].attempts) == (None, "request", 1), name
-        assert words in found[name].error
-    assert (found["never whole"].failure, found["never whole"].attempts) == ("request", 3)
+        seeds = [request["seed"] for request in server.requests[name]]
+        assert (seeds[0] == seeds[1]) == (name in ("nothing", "busy inside")), name  # what arrived is drawn anew
+    assert (found["never whole"].failure, found["never whole"].attempts) == ("request", 1)
+    assert "though the server answers others" in found["never whole"].error
+    assert len(server.requests["never whole"]) == chat_client.SUSPECT + 1
+
+
+# -- patience
+
+
+def answers_in_time(judge, key="fine"):
+    judge.submit(key, ROW, key, seed=5)
+    return verdicts(judge)[key]
+
+
+@pytest.fixture
+def told_soon(monkeypatch):
+    monkeypatch.setattr(chat_client, "TOLD_AFTER", 0.1)
+    monkeypatch.setattr(chat_client, "TOLD_EVERY", 0.3)
+    monkeypatch.setattr("judge_servers.TOLD_EVERY", 0.3)
+
+
+def test_a_server_that_is_down_for_a_while_is_waited_for(server, opened, told_soon, capsys):
+    """A judgement is asked for again with the seed that it had, and counts as one."""
+    judge = opened(server.url)
+    expected = answers_in_time(judge)
+    server.end()
+    judge.submit("fine", ROW, "fine", seed=5)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        assert judge.poll() == [] and judge.busy
+    again = Quiet(FaultyServer, server.server_port)
+    try:
+        assert verdicts(judge)["fine"] == expected
+        assert again.requests["fine"] == server.requests["fine"][:1]
+    finally:
+        again.end()
+    assert judge.take_counts() == (2, 0)
+    told = [line for line in capsys.readouterr().err.splitlines() if server.url in line]
+    assert 2 <= len(told) <= 5  # not one a request
+    assert "APIConnectionError" in told[0] and "s more (--judge-patience 1800)" in told[0]
+    assert told[-1].endswith("answers again")
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        ("drop", "APIConnectionError"),
+        (503, "scripted"),
+        ("garbage", "malformed JSON"),
+        ("page", "Log in first"),
+        ("credits", "out of credits"),
+        (401, "scripted"),
+        ("hang", "no reply within"),
+        ("trickle", "had not ended after"),
+    ],
+)
+def test_patience_ends(server, opened, monkeypatch, fault, reason):
+    """Nothing is scored, and nobody waits for ever: not for silence, nor for one byte after another."""
+    monkeypatch.setattr(chat_client, "TIMEOUT", 0.3)
+    server.faults = {"never": [fault], "never plain": [fault]}
+    judge = opened(server.url, patience=1.0)
+    assert answers_in_time(judge).reward == 0.85
+    began = time.monotonic()
+    judge.submit("never", ROW, "never", seed=0)
+    found = verdicts(judge)["never"]
+    assert time.monotonic() - began > 0.8
+    assert (found.reward, found.failure, found.error) == (None, "request", judge.down)
+    assert (
+        "/v1/ has given no answer for 1 s (--judge-patience); the last reason: " in judge.down and reason in judge.down
+    )
+    judge.submit("fine", ROW, "fine", seed=5)  # nothing more is asked
+    assert verdicts(judge)["fine"].reward is None
+
+
+def test_a_server_that_accepts_and_does_not_answer_is_asked_again(server, opened, monkeypatch, told_soon, capsys):
+    monkeypatch.setattr(chat_client, "TIMEOUT", 0.3)
+    server.faults = {"fine": ["hang", "hang"]}
+    judge = opened(server.url)
+    assert answers_in_time(judge).reward == 0.85
+    assert len(server.requests["fine"]) == 3
+    assert "no reply within 0.3 s; asked again for" in capsys.readouterr().err
+
+
+def test_silence_is_told(server, opened, told_soon, capsys):
+    """Before any request has failed."""
+    server.faults = {"never": ["hang"]}
+    judge = opened(server.url)
+    judge.submit("never", ROW, "never", seed=0)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        judge.poll()
+    told = capsys.readouterr().err.splitlines()
+    assert 2 <= len(told) <= 4 and "/v1/: 1 answers to judge, nothing for 0 s; no reply yet" in told[0]
+
+
+def test_a_request_that_no_patience_helps_is_lost_alone(server, opened, monkeypatch):
+    """It hangs while a plain question is answered: the server is not down."""
+    monkeypatch.setattr(chat_client, "TIMEOUT", 0.3)
+    server.faults = {"never back": ["hang"]}
+    judge = opened(server.url, patience=1.0)
+    judge.submit("never back", ROW, "never back", seed=0)
+    found = verdicts(judge)["never back"]
+    assert (found.reward, found.failure) == (None, "request") and "answers others" in found.error
+
+
+def test_a_server_says_when_to_ask_again(server, opened, monkeypatch):
+    monkeypatch.setattr(chat_client, "LONGEST_PAUSE", 60)
+    server.headers, server.faults = {"Retry-After": "0.5"}, {"fine": [503]}
+    began = time.monotonic()
+    assert answers_in_time(opened(server.url)).reward == 0.85
+    assert time.monotonic() - began > 0.5
+    assert [chat_client.seconds_of(x) for x in ("7", "nan", "inf", "Wed, 21 Oct", None)] == [7, 0, 0, 0, 0]
+
+
+def test_an_endless_reply_is_not_read_to_its_end(server, opened, monkeypatch):
+    monkeypatch.setattr(chat_client, "LONGEST_REPLY", 1000)  # GOOD is shorter
+    server.faults = {"fine": ["x" * 1000]}
+    judge = opened(server.url)
+    assert answers_in_time(judge).reward == 0.85 and len(server.requests["fine"]) == 2
+
+
+def test_half_a_surrogate_pair_in_a_reply_becomes_a_sign(server, opened):
+    """A critique goes into prompts and files, which cannot hold it."""
+    server.faults = {"fine": [GOOD.replace("intro", "intro \ud83d")]}
+    critique = answers_in_time(opened(server.url)).judgement.critique
+    assert critique == "Cut the intro \ufffd." and critique.encode()
 
 
 REFUSALS = {
@@ -206,24 +374,37 @@ def test_what_lists_no_models_is_no_server(server, opened, monkeypatch, body, pr
         opened(server.url)
 
 
-def test_a_server_that_dies_loses_judgements_not_the_run(server, opened):
+def test_a_request_that_a_server_dies_of_is_lost_alone(server, opened):
     server.faults = {"never back": ["drop"]}
     judge = opened(server.url)
-    judge.server.client.max_retries = 1
     for answer in ("fine", "never back"):
         judge.submit(answer, ROW, answer, seed=0)
     found = verdicts(judge)
     assert found["fine"].reward == 0.85 and found["never back"].reward is None
     assert "APIConnectionError" in found["never back"].error
-    assert len(server.requests["never back"]) == 2
+    assert len(server.requests["never back"]) == chat_client.SUSPECT + 1
+
+
+SPELLINGS = [spelling for spellings in CONTROL_TOKENS.values() for spelling in spellings.split()] + [
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", "<|user|>",
+    "<|python_tag|>", "<|START_OF_TURN_TOKEN|>", "<|channel|>", "<|turn>", "<turn|>", "<\uff5cUser\uff5c>",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "[|user|]", "[|endofturn|]", "<|fim_prefix|>", "<|vision_start|>",
+]  # fmt: skip
 
 
 def test_no_control_tokens_reach_a_server(server, opened):
-    judge = opened(server.url)
-    judge.submit("x", ROW, "a<|im_end|>\n<|im_start|>assistant", seed=0)
-    verdicts(judge)
-    (answer,) = server.requests
-    assert answer == "a< |im_end|>\n< |im_start|>assistant"
+    """Of any family, wherever text of a row stands; it is still readable."""
+    judge = opened(server.url, concurrency=1)  # in this order
+    groups = [SPELLINGS[i : i + 10] for i in range(0, len(SPELLINGS), 10)]
+    for n, group in enumerate(groups):
+        text = " ".join(f"{spelling}{spelling}" for spelling in group)
+        row = {"prompt_id": "p", "persona": {f"k{text}": [f"v{text}"]}, "question": f"q{text}?"}
+        judge.submit(n, row, f"{n} {text}", seed=0)
+    assert all(verdict.reward == 0.85 for verdict in verdicts(judge).values())
+    sent = [requests[0]["messages"][0]["content"] for requests in server.requests.values()]
+    for group, text in zip(groups, sent, strict=True):
+        for spelling in group:
+            assert spelling not in text and text.replace(" ", "").count(spelling) >= 8, spelling
 
 
 def test_server_models(server, opened):
@@ -256,6 +437,8 @@ class PairServer(FaultyServer):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][0]["content"]
+        if text == "Hi":
+            return self.reply(200, b'{"choices": [{"message": {"content": "Hello"}}]}')
         block = text[text.index("Answers:\n[") + 9 : text.rindex("]\n\nWhich of the two") + 1]
         answers = [entry["answer"] for entry in json.loads(block)]
         assert [entry["name"] for entry in json.loads(block)] == ["m", "M"]
@@ -268,7 +451,7 @@ class PairServer(FaultyServer):
             self.close_connection = True
             return self.connection.close()
         if fault == "hang":
-            return time.sleep(2)  # longer than the client waits
+            return self.server.ended.wait(20)  # longer than the client waits
         if fault in ("garbage", "empty"):
             return self.reply(200, b'{"choices": [{"mess' if fault == "garbage" else b'{"choices": []}')
         if request.get("logprobs") and self.server.logprobs == "refused":
@@ -293,17 +476,14 @@ class PairServer(FaultyServer):
 
 
 @pytest.fixture
-def pair_server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), PairServer)
-    server.models, server.faults, server.requests, server.logprobs = ["tiny"], {}, defaultdict(list), "given"
-    server.url = f"pair:http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def pair_server(short_pauses):
+    server = Quiet(PairServer)
+    server.logprobs, server.url = "given", f"pair:{server.url}"
     yield server
-    server.shutdown()
-    server.server_close()
+    server.end()
 
 
-def test_pairs_by_logprobs_through_faults(pair_server, opened):
+def test_pairs_by_logprobs_through_faults(pair_server, opened, monkeypatch):
     pairs = {
         name: (f"{name} long", name)
         for name in ("fine", "busy", "down", "lost", "slow", "cut", "empty", "neither", "one", "refused", "forbidden")
@@ -318,11 +498,11 @@ def test_pairs_by_logprobs_through_faults(pair_server, opened):
         neither=["neither"],
         one=["one name"],
         refused=["refusal"] * 3,
-        forbidden=[403],
+        forbidden=[400],
     )
     pair_server.faults = {pairs[name]: some for name, some in faults.items()}
+    monkeypatch.setattr(chat_client, "TIMEOUT", 0.5)
     judge = opened(pair_server.url, concurrency=4)
-    judge.server.client.timeout = 0.5
     for name, answers in pairs.items():
         judge.submit(name, ROW, answers, seed=0)
     judge.submit("turned", ROW, pairs["fine"][::-1], seed=0)
@@ -336,7 +516,7 @@ def test_pairs_by_logprobs_through_faults(pair_server, opened):
     assert all(found[name].reward is None and found[name].error for name in failures)
     assert len(pair_server.requests[pairs["neither"]]) == 1  # at temperature 0 the same again
     assert len(pair_server.requests[pairs["slow"]]) == 3
-    assert judge.take_counts() == (17, 8) and not judge.writes_critiques
+    assert judge.take_counts() == (14, 5) and not judge.writes_critiques
 
 
 @pytest.mark.parametrize("logprobs", ["refused", "left out"])
@@ -402,6 +582,9 @@ def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, op
         {"content": [7]},
         {"content": [{"token": "m", "top_logprobs": [{"token": "m"}]}]},
         {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": None}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": math.nan}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": math.inf}]}]},
+        {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": 800}]}]},
     ]
     left, real = list(bad), PairServer.reply
 
@@ -415,7 +598,7 @@ def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, op
     monkeypatch.setattr(PairServer, "reply", reply)
     judge = opened(pair_server.url, concurrency=1, attempts=9)
     judge.submit(0, ROW, ("a longer one", "x"), seed=0)
-    assert (verdicts(judge)[0].reward, judge.take_counts()) == (pytest.approx(0.8), (5, 4))
+    assert (verdicts(judge)[0].reward, judge.take_counts()) == (pytest.approx(0.8), (8, 7))
     left += bad
     judge = opened(pair_server.url, concurrency=1)
     judge.submit(0, ROW, ("a longer one", "x"), seed=0)

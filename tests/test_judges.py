@@ -79,9 +79,9 @@ class ScriptedEngine:
         self.seeds[answer].append(seed)
         reason = "length" if text.endswith("...") else "stop"
         ids = self.chat.encode(text.removesuffix("..."))
-        self.done.append(SimpleNamespace(key=key, ids=ids, finish_reason=reason))
+        self.done.append(SimpleNamespace(key=key, ids=ids, finish_reason=reason, error=None))
 
-    def collect(self):
+    def collect(self, errors):
         done, self.done = self.done, []
         return done
 
@@ -211,6 +211,23 @@ def test_a_reward_that_is_no_number_is_no_judgement(chat, tmp_path, value):
     assert share_of_first([("m", math.nan), ("M", -1.0)]) is None
 
 
+@pytest.mark.parametrize("spec", ["{}", "pair:{}"])
+def test_a_model_whose_logits_are_no_numbers_judges_nothing(tmp_path, opened, spec):
+    """The answers are lost and counted, each with the reason; the run is not."""
+    model = random_model(tiny_config(vocab_size=500, max_position_embeddings=2048))
+    save_pretrained(model, str(tmp_path / "lm"), write_tokenizer(tmp_path / "tokenizer"))
+    judge = opened(spec.format(tmp_path / "lm"))
+    with torch.no_grad():
+        judge.engine.model.model.norm.weight.fill_(math.nan)
+    for n in range(2):
+        judge.submit(n, ROW, ("tea", "a walk") if spec.startswith("pair") else "tea", seed=n)
+    found = verdicts(judge)
+    assert all(
+        (v.reward, v.failure) == (None, "not a number") and "no finite numbers" in v.error for v in found.values()
+    )
+    assert judge.take_counts() == (2, 2)
+
+
 def test_names_of_the_better_answer():
     assert [parse_pair(t) for t in ("m", "M", ' "M". ', "**m**", "(M)")] == [0, 1, 1, 0, 1]
     assert parse_pair("<think>m or M? Rather m.</think>\n\nM") == 1
@@ -286,6 +303,8 @@ def unknown(row, answer):
         return None
     if answer == "judged":
         return Judgement("Cut the intro.", 4, -2, 1)
+    if answer == "half":
+        return Judgement("Cut \\ud83d.", 4, -2, 1)
     return {"nan": float("nan"), "huge": 10**400, "text": "5", "high": Judgement("x", 6, 0, 0), "two": 2}[answer]
 
 def critic(row, answer) -> Judgement | None:
@@ -303,13 +322,14 @@ def test_a_function_in_a_file_judges(tmp_path, capsys):
     found = [opened(name).writes_critiques for name in ("length", "unknown", "critic")]
     assert found == [False, None, True]
     judge = opened("unknown", weights=(1, 0, 0))
-    for answer in ("none", "judged", "two"):
+    for answer in ("none", "judged", "two", "half"):
         judge.submit(answer, ROW, answer, seed=0)
     found = verdicts(judge)
     assert (found["judged"].reward, found["judged"].judgement) == (4.0, Judgement("Cut the intro.", 4, -2, 1))
     assert (found["two"].reward, found["two"].judgement) == (2.0, None)
     assert (found["none"].reward, found["none"].failure) == (None, "no judgement")
-    assert judge.take_counts() == (3, 1) and "gave None" in capsys.readouterr().err
+    assert found["half"].judgement.critique == "Cut \ufffd."  # it goes into prompts and files
+    assert judge.take_counts() == (4, 1) and "gave None" in capsys.readouterr().err
     judge = opened("length")
     for n in range(40):  # more than it looks at in one poll
         judge.submit(n, ROW, "x" * n, seed=0)

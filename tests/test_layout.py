@@ -81,3 +81,47 @@ def test_no_file_is_long():
             lengths[os.path.relpath(file, ROOT)] = sum(1 for _ in f)
     assert {file: n for file, n in lengths.items() if n > LINES} == {}
     assert lengths["ppo_cpe.py"] < PPO_LINES
+
+
+# -- only safetensors and JSON are read from outside: what follows would run code that a file holds
+
+RUNS_CODE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "torch.distributed.checkpoint"}
+
+
+def unsafe_reads(source):
+    """What in a source may run code out of a file or a download, as "line N: what it is"."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found += [f"line {node.lineno}: {name}" for name in names if name in RUNS_CODE]
+        if not isinstance(node, ast.Call):
+            continue
+        called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if called == "torch.load" and given.get("weights_only") != "True":
+            found.append(f"line {node.lineno}: torch.load without weights_only=True")
+        if called in ("eval", "exec", "yaml.load", "np.load"):
+            found.append(f"line {node.lineno}: {called}")
+        if given.get("trust_remote_code", "False") != "False":
+            found.append(f"line {node.lineno}: trust_remote_code")
+    return found
+
+
+def test_nothing_that_is_read_runs_code():
+    bad = """
+import pickle
+from torch.distributed import checkpoint
+torch.load(file)
+torch.load(file, weights_only=False)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+eval(text)
+"""
+    assert len(unsafe_reads(bad)) == 6
+    assert unsafe_reads("torch.load(file, weights_only=True)\nast.literal_eval(text)\nmodel.eval()") == []
+    found = {}
+    for module, file in sources().items():
+        if not module.startswith("tests."):  # these make hostile files
+            with open(file, encoding="utf-8") as f:
+                found[module] = unsafe_reads(f.read())
+    assert {module: lines for module, lines in found.items() if lines} == {}

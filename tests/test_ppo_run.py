@@ -1,14 +1,17 @@
 """ppo_cpe.py as a user runs it: every judge and loss, two processes, killed and continued, bad input."""
 
 import json
+import math
 import random
 import time
+import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
+from test_judge_servers import FaultyServer, Quiet
 
 import diagnostics
 import ppo_cpe
@@ -16,7 +19,7 @@ import replay
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
-from prompts import Chat, Judgement, answer_prompt, fill, load_templates
+from prompts import Chat, Judgement, answer_prompt, fill, judgement_text, load_templates
 from runtime import training
 from runtime.distributed import start
 from runtime.packing import pack
@@ -455,3 +458,47 @@ def test_a_judge_that_never_parses_stops_the_run(tiny, judge, tmp_path):
     assert "got a judgement; is it a reward model?" in bad(
         tiny, judge, tmp_path, "--judge", tiny / "checkpoint", "--max-steps", 1
     )
+
+
+# -- a judge that goes down
+
+
+class HashJudge(FaultyServer):
+    """Scores each answer by a checksum; from request number `server.breaks_at` on it answers a page."""
+
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        self.server.requests["all"].append(text)
+        if len(self.server.requests["all"]) >= self.server.breaks_at:
+            return self.reply(200, b"<html>Bad gateway</html>")
+        scores = [zlib.crc32(f"{text}{i}".encode()) % 11 - 5 for i in range(3)]
+        message = {"content": judgement_text("Say it in fewer words.", *scores)}
+        self.reply(200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_judge_that_goes_down_loses_no_step(tiny, tmp_path, processes):
+    """It is waited for, then the run is saved where it is, between two checkpoints; and goes on to the same numbers."""
+    server = Quiet(HashJudge)
+    flags = [*flags_of(tiny, server.url), "--save-every", 100, "--max-steps", 3, "--out"]
+    try:
+        server.breaks_at = math.inf
+        finish(launch("ppo_cpe.py", *flags, tmp_path / "whole", processes=processes))
+        expected = read_metrics(tmp_path / "whole")
+        after_two = len(server.requests["all"]) - expected[2]["judge_calls"]
+        server.requests.clear()
+        server.breaks_at = after_two + 2
+        run = launch("ppo_cpe.py", *flags, tmp_path / "down", "--judge-patience", 2, processes=processes)
+        said = finish(run, 2)
+        assert "step 3: http://127.0.0.1:" in said and "has given no answer for 2 s (--judge-patience)" in said
+        assert "Bad gateway" in said and "what is done is saved, the same command goes on" in said
+        assert (tmp_path / "down/checkpoints/step_000002/state.json").exists()
+        assert [line["step"] for line in read_metrics(tmp_path / "down")] == [1, 2]
+        server.breaks_at = math.inf
+        finish(launch("ppo_cpe.py", *flags, tmp_path / "down", processes=processes))
+        found = read_metrics(tmp_path / "down")
+        for name in ("reward", "original/reward", "edit/reward", "trained_tokens", "judge_calls"):
+            # what runs together depends on when judgements arrive, and with it the rounding of log-probs, but not these
+            assert [line.get(name) for line in found] == [line.get(name) for line in expected], name
+    finally:
+        server.end()

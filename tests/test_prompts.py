@@ -186,6 +186,13 @@ def test_persona_text():
     )
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\x0b", "\x85", "\u2028"])
+def test_a_key_of_a_persona_is_one_line(line_break):
+    """Else it could say what another key says."""
+    persona = {f"Name{line_break}Age: 3": "Ada", "Home": {f"City{line_break}": "Rome"}}
+    assert persona_text(persona) == "Name Age: 3: Ada\nHome:\n  City: Rome"
+
+
 def test_template_files(tmp_path):
     file = tmp_path / "grm.txt"
     file.write_text("{persona} {question} {answer}\n")

@@ -6,9 +6,13 @@ import json
 import pytest
 from conftest import error_of
 
+import evaluate
+import generate
 import sft
+from evaluation.journal import Journal
+from evaluation.tables import read_annotations
 from model import MADE_BY as MODELS_MADE_BY
-from model import resolve
+from model import read_json, resolve
 from prompts import persona_text
 from runtime.rows import MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows
 
@@ -137,6 +141,28 @@ def test_deep_nesting_ends_in_a_message(end, tmp_path):
             assert refused(path, "prompt").startswith(
                 (f"{path}:2: not JSON (", f"{path}:2: objects and lists nested more than 100 deep")
             )
+
+
+def test_other_json_that_is_nested_too_deep_is_named(tmp_path):
+    """What a user names and what a run has left behind: one line, no traceback."""
+    file = tmp_path / "deep.json"
+    file.write_text("[" * 100_000)
+    for read in (read_annotations, read_json, evaluate._read_outputs, generate.read_persona):
+        with pytest.raises(ValueError, match=f"{file}: not JSON"):
+            read(str(file))
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal/x.0.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="x.0.jsonl:1: no row of a journal"):
+        Journal(str(tmp_path), "x", 0).rows()
+
+
+def test_a_persona_on_the_command_line(tmp_path):
+    long = {"about": "x" * 5000}  # longer than a file's name may be
+    assert generate.read_persona(json.dumps(long)) == long
+    with pytest.raises(ValueError, match=r"--persona \(no such file\): not JSON"):
+        generate.read_persona('{"a":' * 100_000)
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        generate.read_persona('{"a":' * 150 + "1" + "}" * 150)
 
 
 def test_nesting_that_is_allowed_can_be_used(tmp_path):

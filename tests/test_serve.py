@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 
@@ -24,12 +25,18 @@ MESSAGES = [{"role": "user", "content": "What about a gift?"}]
 class Running:
     """A server in a thread of this process, its engine and its address."""
 
-    def __init__(self, path, max_batch=8, engine=None):
+    def __init__(self, path, max_batch=8, send_buffer=None, engine=None, **limits):
         self.chat = Chat(path)
         self.engine = engine or Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
-        app = serve.make_app(self.engine, self.chat, "tiny")
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        limits = serve.Limits(**limits)
+        app = serve.make_app(self.engine, self.chat, "tiny", limits)
+        self.worker = app.state.worker
+        self.server = uvicorn.Server(serve.server_config(app, limits, port=0))
+        sockets = None
+        if send_buffer:  # bytes that the kernel takes for a client that does not read
+            sockets = [socket.create_server(("127.0.0.1", 0))]
+            sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        self.thread = threading.Thread(target=self.server.run, args=(sockets,), daemon=True)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)

@@ -174,7 +174,7 @@ def updates(tmp_path_factory):
     for processes, budget, shard_size in SETTINGS:
         file = folder / f"{processes}_{budget}_{shard_size}.pt"
         finish(launch("tests/update_once.py", file, budget, shard_size or processes, processes=processes))
-        result[processes, budget, shard_size] = torch.load(file)
+        result[processes, budget, shard_size] = torch.load(file, weights_only=True)
     return result
 
 

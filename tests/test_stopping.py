@@ -170,6 +170,12 @@ def test_whom_the_watch_names(watching, name):
         assert f"rank {rank} (host elsewhere, pid {rank}) has been in {found[rank]['phase']} at x.py:1 for" in named[1]
 
 
+def test_a_rank_that_does_not_join(tiny, tmp_path):
+    alone = dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    output = finish(launch("sft.py", *sft_flags(tiny, tmp_path / "run", "--timeouts", 3, 60, 60), **alone), status=2)
+    assert "error: not all 2 ranks have joined within 3 s (--timeouts): " in output and "1/2 clients joined" in output
+
+
 def test_a_silent_rank(watching, monkeypatch):
     """It is one whose beat does not change; a phase of its own may last long."""
     found = states((6, "checkpoint of step 2", 0, False), (6, "checkpoint of step 2", 0, False))

@@ -1,0 +1,97 @@
+"""Numbers that are not finite or out of bounds: the update is left out, its batch kept, and what is said."""
+
+import os
+import re
+
+import pytest
+import torch
+from conftest import error_of, read_metrics
+from test_faults import JUDGE, ppo_flags, run, sft_flags
+
+import ppo_cpe
+import sft
+from model import Qwen2, load_pretrained
+from runtime import rows, training
+from runtime.distributed import start
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Spoils log-probs or values of the passes with these numbers (from 1), by a factor."""
+
+    def spoil(passes, factor):
+        forward, count = Qwen2.forward, 0
+
+        def changed(self, *args, **kwargs):
+            nonlocal count
+            found = forward(self, *args, **kwargs)
+            if torch.is_grad_enabled() and len(args) > 3:
+                count += 1
+                if count in passes:
+                    return found * factor if self.scalar_head else (found[0] * factor, *found[1:])
+            return found
+
+        monkeypatch.setattr(Qwen2, "forward", changed)
+
+    return spoil
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_bad_step_is_not_applied(tiny, tmp_path, capsys, spoilt, factor):
+    """Step 3 of sft.py, one pass a step. 1e6: finite, but no loss that a model has."""
+    spoilt({3}, factor)
+    out = tmp_path / "run"
+    error = error_of(sft, capsys, *sft_flags(tiny, out, "--max-steps", 5))
+    assert re.match(
+        r"error: step 3: loss .*, grad_norm .*: not finite or out of bounds; the update was left out", error
+    )
+    assert "bad_steps/step_000003.jsonl" in error and "--skip-bad-steps 1" in error and "learning rate" in error
+    first, *batch = rows.read_rows(str(out / "bad_steps" / "step_000003.jsonl"), "object")
+    assert set(first) == {"loss", "grad_norm"} and len(batch) == 4 and batch[0]["rank"] == 0
+    ids, trained = batch[0]["example"]
+    assert len(ids) == len(trained) and any(trained)
+    assert len(read_metrics(out)) == 2 and (out / "policy").resolve().parent.name == "step_000002"
+
+
+def test_bad_steps_are_skipped_and_counted(tiny, tmp_path, capsys, spoilt):
+    spoilt({3}, float("nan"))
+    out = tmp_path / "run"
+    run(sft, *sft_flags(tiny, out, "--max-steps", 4, "--skip-bad-steps", 1))
+    assert "(1 of --skip-bad-steps 1)" in capsys.readouterr().out
+    metrics = read_metrics(out)
+    assert [m["bad_steps"] for m in metrics] == [0, 0, 1, 1]
+    assert metrics[2]["loss"] is None and metrics[3]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.parametrize("number, model", [(1, "policy"), (2, "critic")])
+def test_a_bad_update_of_rl(tiny, tmp_path, spoilt, number, model):
+    """The passes of a step are policy, critic, policy, critic."""
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=False, what="pass"))
+    spoilt({number}, float("nan"))
+    given = ppo_flags(tiny, tmp_path / "run", tmp_path / "judge.py", "--max-steps", 1, "--skip-bad-steps", 1)
+    run(ppo_cpe, *given)
+    (name,) = os.listdir(tmp_path / "run" / "bad_steps")
+    assert name == f"step_000001_{model}_1.jsonl"
+    _, *batch = rows.read_rows(str(tmp_path / "run" / "bad_steps" / name), "object")
+    assert batch[0]["example"]["response_ids"] and batch[0]["example"]["advantages"]
+    assert read_metrics(tmp_path / "run")[0]["bad_steps"] == 1
+
+
+def test_bounds_of_an_update(tiny, tmp_path):
+    """KL beyond the bound, the gradient finite: left out; just below it: applied."""
+    ranks, model = start("fp32"), load_pretrained(str(tiny / "checkpoint"), torch.float32)
+    optimizer = training.adamw(model, 1e-3, 0.0)
+    args = sft.Args(out=str(tmp_path), skip_bad_steps=1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for kl, changes in ((10.1, False), (9.9, True)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        training.optimizer_step(model, optimizer, 1e-3, 1, {"original/approx_kl": kl}, [], args, ranks)
+        assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters()) == changes
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_learning_rate_that_would_wreck_the_model(tiny, tmp_path, capsys):
+    error = error_of(sft, capsys, *sft_flags(tiny, tmp_path / "run", "--lr", 1e6, "--max-steps", 1))
+    assert re.match(r"error: learning rate 1e\+06: a step of Adam moves each weight by about that", error)
+    assert not (tmp_path / "run" / "policy").exists()

@@ -1,0 +1,271 @@
+"""serve.py under clients that send too much, too slowly or not at all, and that take turns; over real sockets."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import socket
+import time
+
+import pytest
+from test_serve import MESSAGES, Running, until
+
+from engine_thread import Failure, Listener, Partial
+from generate import Sample
+
+BODY = dict(model="tiny", messages=MESSAGES, max_tokens=4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def limited(tiny):
+    limits = dict(max_body=2**20, max_n=8, max_samples=50, max_tokens_held=20_000)
+    running = Running(str(tiny / "checkpoint"), 4, send_buffer=4096, read_timeout=1.5, write_timeout=1.0, **limits)
+    yield running
+    running.server.should_exit = True
+    running.thread.join(10)
+
+
+def post(running, body, headers=None, source=None):
+    """-> (status, JSON, headers)"""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, 60, source and (source, 0))
+    with contextlib.closing(connection):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", "/v1/chat/completions", body, headers or {})
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read()), reply.headers
+
+
+def error_of(running, body):
+    status, reply, _ = post(running, body)
+    return status, reply["error"]["message"]
+
+
+@contextlib.contextmanager
+def slow_steps(running, seconds):
+    step = running.engine.step
+    running.engine.step = lambda: (time.sleep(seconds), step())
+    try:
+        yield
+    finally:
+        del running.engine.step
+
+
+def idle(running):
+    return not running.engine.busy and not running.worker.held and not running.worker.samples
+
+
+# -- too much
+
+
+def test_a_body_that_is_too_large(limited):
+    large = {**BODY, "messages": [{"role": "user", "content": "x" * 2**20}]}
+    assert error_of(limited, large) == (413, "the request has more than 1048576 bytes")
+    raw = http.client.HTTPConnection("127.0.0.1", limited.port, 60)  # without a word about its length
+    with contextlib.closing(raw), contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        raw.request("POST", "/v1/chat/completions", (b"x" * 2**14 for _ in range(80)), encode_chunked=True)
+        assert raw.getresponse().status == 413
+    assert post(limited, BODY)[0] == 200
+
+
+def test_samples_and_tokens_have_limits(limited):
+    assert error_of(limited, BODY | {"n": 9}) == (400, "n 9: this server gives at most 8 samples")
+    listed = {"logprobs": True, "top_logprobs": 20, "max_tokens": 200, "n": 8}
+    status, message = error_of(limited, BODY | listed)
+    assert status == 400 and "a request of 320" in message and "holds 20000 of all" in message
+    assert error_of(limited, BODY | {"stop": "x" * 1001})[0] == 400
+    assert idle(limited)
+
+
+def test_a_full_queue_says_when_to_come_again(limited):
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        with slow_steps(limited, 0.3):
+            taken = [pool.submit(post, limited, BODY | {"n": 8, "seed": i}) for i in range(6)]
+            until(lambda: limited.worker.samples == 48)
+            status, reply, headers = post(limited, BODY | {"n": 5})
+            assert status == 503 and headers["Retry-After"] == "5"
+            assert (
+                "48 samples are waiting or running; 5 more would be over the limit of 50" in reply["error"]["message"]
+            )
+        assert [future.result()[0] for future in taken] == [200] * 6  # the others are not disturbed
+
+
+def test_text_that_is_far_too_long_is_not_encoded_to_its_end(limited, monkeypatch):
+    encoded, encode = [], limited.chat.encode
+    monkeypatch.setattr(limited.chat, "encode", lambda text: (encoded.append(len(text)), encode(text))[1])
+    long = {**BODY, "messages": [{"role": "user", "content": "a trip to the sea " * 50_000}]}
+    status, message = error_of(limited, long)
+    assert status == 400 and "more than 512 tokens; this server holds 512 of prompt and response" in message
+    assert sum(encoded) < 2**17  # of 900,000 characters
+
+
+def test_encoding_holds_up_nobody(limited, monkeypatch):
+    encode = limited.chat.encode
+    monkeypatch.setattr(limited.chat, "encode", lambda text: ("slow" in text and time.sleep(2), encode(text))[1])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(post, limited, BODY | {"messages": [{"role": "user", "content": "slow"}]})
+        time.sleep(0.2)
+        assert post(limited, BODY)[0] == 200
+        assert not slow.done()
+        assert slow.result()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "tiny", "messages": ' + b"[" * 100_000,
+        b'{"model": "tiny", "x": ' + b"[" * 5000 + b"]" * 5000 + b', "messages": [{"role": "user", "content": "a"}]}',
+        b'{"model": "tiny", "messages": [' + b"0," * 200_000 + b"0]}",
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "' + b"x" * 500_000 + b'", "messages": [{"role": "user", "content": "a"}]}',
+        b'{"' + b"x" * 500_000 + b'": 1, "model": "tiny", "messages": [{"role": "user", "content": "a"}]}',
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_hostile_bodies_get_a_short_error(limited, body):
+    status, message = error_of(limited, body)
+    assert status in (400, 404) and 0 < len(message) <= 1000
+
+
+# -- too slow
+
+
+def read_all(raw, seconds=10):
+    raw.settimeout(seconds)
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := raw.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"])
+def test_a_request_that_never_gets_to_its_end_loses_its_connection(limited, sent):
+    with socket.create_connection(("127.0.0.1", limited.port)) as raw:
+        raw.sendall(sent)
+        assert read_all(raw) == b""  # ended; without the guard this waits for 10 s and raises
+
+
+def test_a_head_that_trickles_gains_no_time(limited):
+    with socket.create_connection(("127.0.0.1", limited.port)) as raw, pytest.raises(OSError):
+        for byte in b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 10:
+            raw.sendall(bytes([byte]))
+            time.sleep(0.1)
+
+
+def test_a_body_that_stays_away_is_answered(limited):
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", limited.port)) as raw:
+        raw.sendall(head + b'{"model": ')
+        reply = read_all(raw)
+        assert b" 408 " in reply.splitlines()[0] and b"did not arrive within 1.5 s" in reply
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_is_let_go(limited, stream):
+    """Also where all that is left fits into a buffer, and the request itself has ended."""
+    more = {"stream": True} if stream else {"logprobs": True, "top_logprobs": 5}
+    body = json.dumps(BODY | {"n": 8, "max_tokens": 60, **more}).encode()
+    raw = socket.socket()
+    with raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", limited.port))
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: limited.worker.held, 20)
+        until(lambda: idle(limited) and not limited.server.server_state.connections, 40)
+    assert post(limited, BODY)[0] == 200
+
+
+def test_what_nobody_takes_does_not_pile_up():
+    async def stalled():
+        listener = Listener()
+        for i in range(1000):
+            for index in range(2):
+                listener.send(Partial(index, [i]))
+        listener.send(sample := Sample(0, 1, [1], [0.0], None, "length", []))
+        await asyncio.sleep(0)
+        assert len(listener.events) == 2
+        assert await listener.get() == Partial(0, [999]) and await listener.get() is sample
+        listener.send(Failure("x", 500))
+        assert (await listener.get()).message == "x"
+
+    asyncio.run(stalled())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_while_it_waits_makes_room(limited, stream):
+    with slow_steps(limited, 0.02), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, limited, BODY | {"n": 4, "max_tokens": 60})
+        until(lambda: limited.worker.running.total() == 4)
+        raw = http.client.HTTPConnection("127.0.0.1", limited.port)
+        raw.request("POST", "/v1/chat/completions", json.dumps(BODY | {"stream": stream}))
+        until(lambda: len(limited.worker.held) == 2)
+        raw.close()
+        until(lambda: len(limited.worker.held) == 1)
+        assert running.result()[0] == 200
+    assert idle(limited)
+
+
+# -- turns
+
+
+@pytest.mark.parametrize("source, most", [("127.0.0.2", 1), ("127.0.0.1", 3)])
+def test_many_requests_of_one_client_do_not_starve_another(limited, source, most):
+    """6 requests of 8 samples, of which 4 run at a time, are there first. One sample from another address is next in
+    turn; from the same one it comes as soon as each request has had a turn, and not after 48 samples."""
+    finished = []
+    with slow_steps(limited, 0.01), concurrent.futures.ThreadPoolExecutor(6) as pool:
+        large = [pool.submit(post, limited, BODY | {"n": 8, "seed": i}) for i in range(6)]
+        for future in large:
+            future.add_done_callback(lambda f: finished.append(f.result()[0]))
+        until(lambda: limited.worker.samples == 48)
+        assert post(limited, BODY | {"max_tokens": 3}, source=source)[0] == 200
+        assert len(finished) <= most
+        for future in large:
+            assert future.result()[0] == 200
+    assert idle(limited)
+
+
+def test_two_hundred_at_once_get_what_each_gets_alone(limited):
+    """Those that are answered 503 come again."""
+    alone = {i: post(limited, BODY | {"max_tokens": 2, "seed": i})[1]["choices"][0]["message"] for i in range(4)}
+
+    async def ask(i):
+        reader, writer = await asyncio.open_connection("127.0.0.1", limited.port)
+        body = json.dumps(BODY | {"max_tokens": 2, "seed": i % 4}).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        reply = await reader.read()
+        writer.close()
+        if b" 503 " in reply.splitlines()[0]:
+            await asyncio.sleep(1 + i % 5)
+            return await ask(i)
+        return json.loads(reply[reply.index(b"\r\n\r\n") :])["choices"][0]["message"]
+
+    async def ask_all():
+        return await asyncio.gather(*(ask(i) for i in range(200)))
+
+    assert asyncio.run(ask_all()) == [alone[i % 4] for i in range(200)]
+    until(lambda: idle(limited))
+
+
+# -- who may ask
+
+
+def test_a_key(tiny):
+    running = Running(str(tiny / "checkpoint"), api_key="Geheim ü")
+    try:
+        for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Bearer "}):
+            status, reply, _ = post(running, BODY, headers)
+            assert status == 401 and reply["error"]["code"] == "invalid_api_key"
+        assert post(running, BODY, {"Authorization": "Bearer Geheim ü".encode("latin-1")})[0] == 200
+        raw = http.client.HTTPConnection("127.0.0.1", running.port)
+        raw.request("GET", "/health")
+        assert raw.getresponse().status == 200
+    finally:
+        running.server.should_exit = True
+        running.thread.join(10)
