@@ -88,7 +88,8 @@ def without_range(hint):
     if get_origin(hint) is Annotated:
         base, *metadata = hint.__origin__, *hint.__metadata__
         bounds = [m for info in metadata if isinstance(info, FieldInfo) for m in info.metadata]
-        return without_range(base) and not any(isinstance(m, (Ge, Gt, Le, Lt)) for m in bounds)
+        finite = any(getattr(m, "allow_inf_nan", None) is False for m in bounds)  # a reward of the user's own scale
+        return without_range(base) and not finite and not any(isinstance(m, (Ge, Gt, Le, Lt)) for m in bounds)
     if get_origin(hint) in (Union, types.UnionType, tuple):
         return any(map(without_range, get_args(hint)))
     return hint in (int, float)  # bool is neither
