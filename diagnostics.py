@@ -1,25 +1,4 @@
-"""What edits, rewards and judges do: functions that the stages call in a line each, and figures of runs.
-
-python diagnostics.py out/ppo_cpe out/ppo --out out/compared      # draws runs beside one another, from metrics.jsonl
-"""
-
-from dataclasses import dataclass
-
-import tyro
-
-from runtime import flags
-
-
-@dataclass
-class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders of ppo_cpe.py to draw."""
-    out: str = "out/diagnostics"
-    """Folder of the figures."""
-
-
-if __name__ == "__main__":
-    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+"""What edits, rewards and judges do: functions that the stages call in a line each."""
 
 import dataclasses
 import difflib
@@ -28,20 +7,17 @@ import os
 import random
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from judge_base import Judge
 from judges import ask_all
 from model import save_pretrained
-from prompts import DIMENSIONS
-from runtime import checkpoints, flags, training
+from prompts import DIMENSIONS, Chat
+from runtime import checkpoints, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0
-from runtime.rows import read_rows
 from runtime.runs import Stats
 
 
@@ -150,6 +126,78 @@ def rollout_rows(judged: list, selected: Collection = ()) -> list[dict]:
             audit = {"audit": t.audit} if t.audit else {}
             rows.append({**t.row, "sample_id": t.sample_id, **describe(t), **audit, "edit": edit})
     return rows
+
+
+def lost_rows(lost: dict) -> list[dict]:
+    """One JSON row per response that left the batch, with `left`, why; of an edit as `edit`, its original outside."""
+    rows = []
+    for name, trajectories in lost.items():
+        for t in trajectories:
+            left = "cut off at --max-new-tokens" if name == "truncated" else t.left or "no judgement"
+            response = dict(
+                answer=t.answer, reward=None, n_tokens=len(t.response_ids), truncated=t.truncated, left=left
+            )
+            row = {**t.row, "sample_id": t.sample_id}
+            rows.append(row | ({"edit": response} if t.parent else {**response, "edit": None}))
+    return rows
+
+
+def keep_tokens(trajectories, counts, logprobs, edit, ratio, clipped, weight):
+    """What an update does with each token: fills `trained` of each trajectory with log p and its weight, [2, n].
+
+    logprobs log p [S]; edit: which of these tokens are of edits, bool [S]; ratio, clipped (no gradient) of the others,
+    as `policy_loss` gives them; weight on grad log p of the edits' tokens.
+    """
+    weights = torch.empty_like(logprobs)
+    weights[~edit], weights[edit] = ratio.masked_fill(clipped, 0), weight
+    for t, both in zip(trajectories, torch.stack([logprobs, weights]).cpu().split(counts, dim=1)):
+        t.trained = both
+
+
+def text_pieces(chat: Chat, ids: list[int]) -> list[str]:
+    """The text of each token, together that of all; of several tokens that make up one character the last has it."""
+    pieces, since = [], 0
+    for i in range(len(ids)):
+        text = chat.decode(ids[since : i + 1])
+        whole = not text.endswith("\ufffd") or i + 1 - since >= 4 or i + 1 == len(ids)  # UTF-8: at most 4 bytes
+        pieces.append(text if whole else "")
+        since = i + 1 if whole else since
+    return pieces
+
+
+def token_rows(batch: list, step: int, run: Any) -> list[dict]:
+    """What the last update did with the tokens of --log-tokens answers of a step, drawn at random from those whose edit
+    is trained (then from the others), and of these edits.
+
+    One row per response: prompt_id, sample_id, edit (bool) and lists over its tokens: text, logp (log p under the
+    policy), logq (of what sampled it: pi_old, of an edit pi_e under the edit prompt), weight (on grad log p),
+    advantage; of an edit also kept (whether its original has the token).
+    """
+    trained = [t for t in batch if t.trained is not None]
+    rng = random.Random(derive_seed(run.args.seed, step, "tokens", run.ranks.rank))
+    edited = {t.key[:2] for t in trained if t.parent}
+    originals = [t.key[:2] for t in trained if t.parent is None]
+    order = sorted(rng.sample(originals, len(originals)), key=lambda key: key not in edited)
+    chosen = order[: math.ceil(run.args.log_tokens / run.ranks.world_size)]
+    rows = []
+    for t in trained:
+        if t.key[:2] in chosen:
+            figures = dict(zip(("logp", "weight"), t.trained), logq=t.old_logprobs, advantage=t.advantages)
+            row = dict(prompt_id=t.prompt_id, sample_id=t.sample_id, edit=t.parent is not None)
+            row |= dict(text=text_pieces(run.chat, t.response_ids))
+            row |= {name: [round(x, 4) for x in values.tolist()] for name, values in figures.items()}
+            kept = {"kept": kept_tokens(t.parent.response_ids, t.response_ids).tolist()} if t.parent else {}
+            rows.append(row | kept)
+    return rows
+
+
+def write_rollouts(step: int, judged: list, lost: dict, selected: Collection, batch: list, run: Any) -> None:
+    """A step's OUT/rollouts; OUT/lost where something left the batch; OUT/tokens with --log-tokens."""
+    runs.write_step(run.args.out, "rollouts", step, rollout_rows(judged, selected), run.ranks)
+    if any(all_gather(run.ranks, lost_rows(lost))):
+        runs.write_step(run.args.out, "lost", step, lost_rows(lost), run.ranks)
+    if run.args.log_tokens:
+        runs.write_step(run.args.out, "tokens", step, token_rows(batch, step, run), run.ranks)
 
 
 def describe_held_out(judged: list, lost: dict, judge: Judge, stats: Stats) -> None:
@@ -375,71 +423,3 @@ def save_batch(script: str, step: int, batch: list, policy: Any, tokenizer_from:
     if run.ranks.rank == 0:
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=batch)
         torch.save(content, os.path.join(folder, "batch.pt"))
-
-
-# -- figures of runs ---------------------------------------------------------------------------------------------------
-
-PANELS = {  # title: metrics, the first as a line, the second dashed
-    "reward": ("original/reward", "edit/reward"),
-    "gain of edits": ("edit/gain",),
-    "share of edits: better, worse": ("edit/improved", "edit/worse"),
-    "held out: answer, its edit": ("held_out/original/reward", "held_out/edit/reward"),
-    "held out: gain, persona swap": ("held_out/edit/gain", "held_out/swap"),
-    "length, tokens": ("original/length", "edit/length"),
-    "recitation of the profile": ("original/recited", "edit/recited"),
-    "distinct pairs of words": ("original/distinct_2", "edit/distinct_2"),
-    "entropy": ("entropy",),
-    "ratio: kept, inserted tokens": ("edit/kept_ratio", "edit/inserted_ratio"),
-    "mass: kept, inserted tokens": ("edit/kept_mass", "edit/inserted_mass"),
-    "no gradient: kept, inserted": ("edit/kept_clipfrac", "edit/inserted_clipfrac"),
-    "audit: own judge, second": ("audit/own", "audit/second"),
-    "audit: noise": ("audit/noise",),
-    "length: judged, judgement failed": ("original/length", "lost/length"),
-}
-AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "judge_calls"}
-
-
-def draw(runs: Sequence[str], out: str) -> None:
-    """PANELS of some run folders, one figure for each of AXES: OUT/by_step.png and .svg, ..."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    metrics = {run: read_rows(os.path.join(run, "metrics.jsonl"), "metrics") for run in runs}
-    panels = {
-        title: names
-        for title, names in PANELS.items()
-        if any(row.get(name) is not None for rows in metrics.values() for row in rows for name in names)
-    }
-    os.makedirs(out, exist_ok=True)
-    n_rows = -(-len(panels) // 4)
-    for x_title, x_name in AXES.items():
-        figure, axes = plt.subplots(n_rows, 4, figsize=(16, 3 * n_rows), squeeze=False)
-        for axis, (title, names) in zip(axes.flat, panels.items()):
-            for i, (run, rows) in enumerate(metrics.items()):
-                xs = np.cumsum([row[x_name] if x_name else 1 for row in rows])
-                for name, line in zip(names, ("-", "--")):
-                    known = [(x, row[name]) for x, row in zip(xs, rows) if row.get(name) is not None]
-                    if known:
-                        axis.plot(
-                            *zip(*known),
-                            line,
-                            color=f"C{i}",
-                            label=run if line == "-" else None,
-                            marker="." if len(known) < 10 else "",
-                        )
-            axis.set(title=title, xlabel=x_title)
-        for axis in list(axes.flat)[len(panels) :]:
-            axis.axis("off")
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", frameon=False)
-        figure.tight_layout()
-        for ending in ("png", "svg"):
-            figure.savefig(os.path.join(out, f"by_{x_title.replace(' ', '_')}.{ending}"), dpi=100)
-        plt.close(figure)
-    print(f"output: {out}/ (by_step, by_generated_tokens, by_judge_calls; .png and .svg)")
-
-
-if __name__ == "__main__":
-    with flags.user_errors():
-        draw(ARGS.runs, ARGS.out)

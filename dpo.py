@@ -67,12 +67,10 @@ if __name__ == "__main__":
 
 import json
 import os
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
@@ -143,12 +141,14 @@ def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> t
     if not os.path.isfile(file):
         mine, scored = pairs[ranks.rank :: ranks.world_size], []
         passes = pair_micro_batches(args, mine, ranks)
-        for indices in tqdm(passes, "reference", disable=ranks.rank > 0 or not sys.stderr.isatty()):
-            enter("reference")  # each pass has a time-out of its own
-            part = [mine[i] for i in indices] or [STAND_IN]
-            chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
-            places = [i * ranks.world_size + ranks.rank for i in indices]
-            scored += zip(places, chosen.tolist(), rejected.tolist())  # a stand-in has no place
+        with runs.counting(len(passes), "reference", ranks.rank > 0) as done:
+            for indices in passes:
+                enter("reference")  # each pass has a time-out of its own
+                part = [mine[i] for i in indices] or [STAND_IN]
+                chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
+                places = [i * ranks.world_size + ranks.rank for i in indices]
+                scored += zip(places, chosen.tolist(), rejected.tolist())  # a stand-in has no place
+                done()
         scored = sorted(all_gather(ranks, scored))
         if ranks.rank == 0:
             _, chosen, rejected = zip(*scored)
@@ -259,7 +259,7 @@ def main(args):
                 templates.texts("answer"),
                 ranks,
             )
-    print0(f"weights: {args.out}/policy")
+    runs.print_end(args.out, "policy", f"python evaluate.py --model {args.out}/policy")
 
 
 if __name__ == "__main__":

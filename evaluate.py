@@ -518,7 +518,7 @@ def reward_accuracy(args: Args, ranks) -> None:
     write_rows(
         os.path.join(args.out, "verdicts.jsonl"),
         [
-            dict(prompt_id=pair["prompt_id"], outcome=None if np.isnan(o) else float(o), verdicts=both[i])
+            {**pair, "outcome": None if np.isnan(o) else float(o), "verdicts": both[i]}
             for i, (pair, o) in enumerate(zip(pairs, outcomes))
         ],
     )
@@ -620,6 +620,8 @@ def main(args):
     args = dataclasses.replace(args, **named)
     ranks = start(args.dtype)
     TASKS[args.task](args, ranks)
+    if args.stage in ("all", "table"):
+        print0(f"look at it: python report.py {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ How it works:
 6. On a CPU the running rows are decoded in a dense copy of their keys and values, at most as large as the cache itself:
    rows times the longest of them; where that would be more, the youngest wait as in 4.
 7. On a GPU a decode step with its sampler is a CUDA graph per bucket of batch sizes; the host polls every few steps.
+8. What a sample repeats of its draft is decoded several tokens a step, without a change to the sample: speculation.py.
 
     python generate.py --model DIR                                      # chat
     python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions of one person
@@ -70,13 +71,12 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
@@ -84,57 +84,15 @@ from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
 from prompts import Chat, Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, parse_json, read_rows, write_rows
+from runtime.runs import counting
+from sequences import MIN_TOP_P, Sample, Sequence, check_ids, check_request
+from speculation import DRAFT_TOKENS, ends, lay_out, propose, write_down
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
-MIN_TEMPERATURE = 1e-5  # of sampling: logits over it stay far inside fp32
-MIN_TOP_P = 1e-30  # less would be 0 in fp32, which keeps everything; this keeps the most likely token as well
+# Tokens of a step, up to which it tries what drafts propose. On a GPU such a step takes hardly longer than one of one
+# token, since all weights have to be read; on a CPU it pays as long as few rows are running (bench/RESULTS.md).
+STEP_TOKENS = {"cuda": 256, "cpu": 48}
 POLL_STEPS = 8  # on a GPU: decode steps between two looks at what has ended, each of which waits for the GPU
-
-
-@dataclass
-class Sample:
-    """One generated response.
-
-    ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
-    0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length" | "error": what
-    there is of a sample whose next token could not be drawn (`error` says why). top_logprobs: for each of the logprobs
-    the most likely (id, log-prob) of that place, as many as were asked for, then those of `also`.
-    """
-
-    key: Any
-    index: int  # 0..n-1 among the samples of its request
-    ids: list[int]
-    logprobs: list[float]
-    stop_id: int | None
-    finish_reason: str
-    top_logprobs: list[list[tuple[int, float]]]
-    error: str | None = None
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request while it waits or is prefilled (a seed per sample), then one of its samples in a row (one seed)."""
-
-    key: Any
-    index: int  # of its (first) sample
-    prompt_ids: list[int]
-    seeds: list[int]
-    limit: int  # tokens of the response
-    temperature: float
-    top_p: float
-    n_top: int
-    also: tuple[int, ...]  # ids that the alternatives have to name too
-    response: list[int] = field(default_factory=list)  # sampled before it had to give up its blocks
-    logprobs: list[float] = field(default_factory=list)
-    top: list[list[tuple[int, float]]] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    tails: list[int] = field(default_factory=list)  # while it is prefilled: the block that each sample goes on in
-    computed: int = 0  # of `ids`, in the cache
-    age: int = 0  # the number of its admission
-
-    @property
-    def ids(self):
-        return self.prompt_ids + self.response
 
 
 class Engine:
@@ -160,26 +118,33 @@ class Engine:
         n_blocks = max(2, -(-kv_tokens // BLOCK) + 1)
         shape = (config.num_hidden_layers, 2, n_blocks, BLOCK, config.num_key_value_heads, config.head_dim)
         self.cache = torch.empty(shape, dtype=next(model.parameters()).dtype, device=self.device)
-        self.dense = DenseRows(self.cache, max_batch, (n_blocks - 1) * BLOCK) if self.device.type == "cpu" else None
+        group = config.num_attention_heads // config.num_key_value_heads
+        on_cpu = self.device.type == "cpu"
+        self.dense = DenseRows(self.cache, max_batch, (n_blocks - 1) * BLOCK, group) if on_cpu else None
         self.admitted = itertools.count()
         self.computed_tokens = self.reused_tokens = self.preemptions = 0  # for tests and benchmarks
 
-        # a row per running sample, the first len(running) are in use
+        # a row per running sample, the first len(running) are in use; the last one never is
         def tensor(dtype, *shape):
-            return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
+            return torch.zeros(max_batch + 1, *shape, dtype=dtype, device=self.device)
 
-        self.rows = {name: tensor(torch.int64) for name in ("token", "length", "position", "limit", "seed", "active")}
+        names = "token", "length", "position", "limit", "seed", "active", "draft_length"
+        self.rows = {name: tensor(torch.int64) for name in names}
         self.rows |= {
             "temperature": tensor(torch.float32),
             "top_p": tensor(torch.float32),
             "done": tensor(torch.bool),
             "blocks": tensor(torch.int32, -(-max_len // BLOCK) + 1),
-            "ids": tensor(torch.int64, max_len + 1),
-            "logprobs": tensor(torch.float32, max_len + 1),
+            "draft": tensor(torch.int64, max_len),
+            "ids": tensor(torch.int64, max_len + 1 + DRAFT_TOKENS),
+            "logprobs": tensor(torch.float32, max_len + 1 + DRAFT_TOKENS),
         }
         # what the host knows without asking the device: tokens in the cache, room for them, tokens that may still come,
-        # alternatives that were asked for
-        self.length, self.room, self.left, self.n_listed = (np.zeros(max_batch, dtype=np.int64) for _ in range(4))
+        # alternatives that were asked for, the longest that prompt and response can get, whether there is a draft. Of
+        # rows with drafts, until the next poll, length is the most that it can be, left the least
+        names = "length", "room", "left", "n_listed", "end", "drafted"
+        self.host = {name: np.zeros(max_batch, dtype=np.int64) for name in names}
+        self.length, self.room, self.left, self.n_listed, self.end, self.drafted = self.host.values()
         self.poll_steps = POLL_STEPS if self.device.type == "cuda" else 1
         self.graphs, self.graph_memory = {}, None
         self.reset()
@@ -209,32 +174,16 @@ class Engine:
         top_p: float = 1.0,
         top_logprobs: int = 0,
         also: Iterable[int] = (),
+        draft: Iterable[int] = (),
     ) -> None:
         """n samples of one prompt. seeds: n integers (None: 0..n-1). top_logprobs: how many alternatives to list at
-        each place; also: ids that are listed behind them in any case. ValueError: no room for a prompt, bad settings.
+        each place; also: ids that are listed behind them in any case. draft: ids that the samples may repeat in parts,
+        which then takes fewer steps; not used where alternatives are listed. ValueError: no room for a prompt, bad
+        settings.
         """
-        seeds, vocab_size = list(range(n)) if seeds is None else list(seeds), self.model.config.vocab_size
-        if not prompt_ids or len(prompt_ids) >= self.max_len:
-            raise ValueError(
-                f"a prompt of {len(prompt_ids)} tokens; expected 1 to {self.max_len - 1} (the engine's "
-                f"{self.max_len} hold prompt and response)"
-            )
-        if len(seeds) != n or n < 1 or not all(-(2**63) <= seed < 2**63 for seed in seeds) or max_new_tokens < 1:
-            raise ValueError(
-                f"n {n} with {len(seeds)} seeds, max_new_tokens {max_new_tokens}; expected n >= 1 seeds of 64 bits and "
-                "at least 1 token"
-            )
-        if not (temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf")) or not 0 < top_p <= 1:
-            raise ValueError(
-                f"temperature {temperature}, top_p {top_p}; expected 0 (the most likely token) or a temperature of at "
-                f"least {MIN_TEMPERATURE}, and top_p in (0, 1]"
-            )
-        named = [*prompt_ids, *also]
-        if min(named) < 0 or max(named) >= vocab_size or not 0 <= top_logprobs <= vocab_size:
-            raise ValueError(
-                f"ids from {min(named)} to {max(named)}, {top_logprobs} alternatives; the model's vocabulary has "
-                f"{vocab_size} ids from 0"
-            )
+        seeds, draft = list(range(n)) if seeds is None else list(seeds), list(draft)
+        check_request(prompt_ids, n, seeds, max_new_tokens, temperature, top_p, self.max_len)
+        check_ids([*prompt_ids, *also, *draft], top_logprobs, self.model.config.vocab_size)
         limit = min(max_new_tokens, self.max_len - len(prompt_ids))
         needed, n_blocks = -(-(len(prompt_ids) + limit) // BLOCK), len(self.blocks.holders) - 1
         if needed > n_blocks:
@@ -247,7 +196,8 @@ class Engine:
         if self.dense:
             at_once = min(at_once, n_blocks * BLOCK // (len(prompt_ids) + 1))
         at_once = max(1, at_once)
-        settings = limit, float(temperature), max(float(top_p), MIN_TOP_P), top_logprobs, tuple(also)
+        draft = [] if top_logprobs or also else draft[: self.max_len]
+        settings = limit, float(temperature), max(float(top_p), MIN_TOP_P), top_logprobs, tuple(also), draft
         for i in range(0, n, at_once):
             self.waiting.append(Sequence(key, i, list(prompt_ids), seeds[i : i + at_once], *settings))
 
@@ -394,15 +344,20 @@ class Engine:
         self.room[rows] = [len(s.blocks) * BLOCK for s in new]
         self.left[rows] = [s.limit - len(s.response) for s in new]
         self.n_listed[rows] = [s.n_top + len(s.also) for s in new]
+        self.end[rows] = [len(s.prompt_ids) + s.limit for s in new]
+        self.drafted[rows] = [len(s.draft) > 0 for s in new]
         table = torch.zeros(len(new), self.rows["blocks"].shape[1], dtype=torch.int32)
         for i, s in enumerate(new):
             table[i, : len(s.blocks)] = torch.tensor(s.blocks)
         values = {name: [getattr(s, name) for s in new] for name in ("limit", "temperature", "top_p")}
+        values |= dict(draft_length=[len(s.draft) for s in new])
         values |= dict(length=self.length[rows], position=[len(s.response) for s in new], blocks=table)
         values |= dict(seed=[s.seeds[0] for s in new], active=[1] * len(new), done=[False] * len(new))
         for name, value in values.items():
             self.rows[name][rows] = to_device(torch.as_tensor(value).to(self.rows[name].dtype), self.device)
         for row, s in enumerate(new, start):
+            if s.draft:
+                self.rows["draft"][row, : len(s.draft)] = torch.tensor(s.draft, device=self.device)
             if s.response:  # it goes on
                 self.rows["ids"][row, : len(s.response)] = torch.tensor(s.response, device=self.device)
                 self.rows["logprobs"][row, : len(s.response)] = torch.tensor(s.logprobs, device=self.device)
@@ -417,8 +372,9 @@ class Engine:
         """A new block for each row whose last one is full; where too few are free, the youngest give theirs up."""
         while True:
             n = len(self.running)
-            full = (self.length[:n] == self.room[:n]).nonzero()[0]
-            longest = int(self.length[:n].max(initial=0)) + 1
+            needed = np.minimum(self.length[:n] + self._most_tokens(n), self.end[:n])
+            full = (needed > self.room[:n]).nonzero()[0]
+            longest = int(needed.max(initial=0))
             if len(full) <= len(self.blocks.free) and (not self.dense or self.dense.fits(n, longest)):
                 break
             self._preempt()
@@ -455,17 +411,26 @@ class Engine:
         self.blocks.release(s.blocks + s.tails)
         s.blocks, s.tails, s.computed = [], [], 0
 
+    def _n_tried(self, n):
+        """How many of the tokens that its draft proposes a row tries at most in a step of n rows."""
+        return max(0, min(DRAFT_TOKENS, STEP_TOKENS[self.device.type] // self._bucket(n) - 1))
+
+    def _most_tokens(self, n):
+        """Of a step, for each of rows 0..n-1."""
+        return 1 + self._n_tried(n) * self.drafted[:n]
+
     def _decode(self):
         n = len(self.running)
-        if self.device.type == "cuda":
-            logits = self._replay(n)[:n]
-        else:
-            logits = self._decode_rows(n)
-        self.length[:n] += 1
-        self._after(slice(0, n), logits)
+        most = self._most_tokens(n)
+        logits = (self._decode_rows if self.dense else self._replay)(n, bool((most > 1).any()))[:n]
+        self.length[:n] += most
+        self._after(slice(0, n), logits, most)
 
-    def _decode_rows(self, n):
-        """One token for rows 0..n-1; on a GPU no step of it depends on a value there -> logits [n, V]."""
+    def _decode_rows(self, n, drafted):
+        """The next tokens of rows 0..n-1; on a GPU no step of it depends on a value there -> logits [n, V] of the first
+        of each. drafted: try what their drafts propose; else it is one token each."""
+        if drafted:
+            return self._decode_drafts(n)
         r = self.rows
         lengths = r["length"][:n]
         if self.dense:
@@ -479,25 +444,47 @@ class Engine:
         self._emit(slice(0, n), logits)
         return logits
 
-    def _replay(self, n):
-        """The same as a CUDA graph of the next larger bucket: 1, 2, 4, 8, then multiples of 16."""
-        size = min(self.max_batch, next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16))
-        if size not in self.graphs:
+    def _decode_drafts(self, n):
+        """The same where some rows have drafts: several tokens of a row, each of which sees those before it."""
+        r = {name: tensor[: n + 1] for name, tensor in self.rows.items()}  # row n is empty
+        width = max(len(s.draft) for s in self.running) if self.dense else self.max_len
+        proposals, counts = propose(r, width, self._n_tried(n))
+        owner, place = lay_out(counts[:n], None if self.dense else n * self._n_tried(n))
+        tokens = torch.cat([r["token"][:, None], proposals], 1)[owner, place]
+        lengths = r["length"][owner] + place
+        if self.dense:
+            context = self.dense.begin(lengths, int(lengths.max()), owner, place)
+        else:
+            context = Decode(self.cache, r["blocks"][owner], lengths)
+        logits = self.model(tokens, lengths, context)
+        settings = [r[name][owner] for name in ("temperature", "top_p", "seed")]
+        tokens, logprobs = self._sample(logits, *settings, r["position"][owner] + place)
+        write_down(r, proposals, owner, place, tokens, logprobs, self.stop_ids)
+        return logits[:n] if self.logits is None else self.logits[:n].copy_(logits[:n])
+
+    def _bucket(self, n):
+        """The batch size of the CUDA graph for n rows: 1, 2, 4, 8, then multiples of 16."""
+        return min(self.max_batch, next((b for b in (1, 2, 4, 8) if b >= n), -(-n // 16) * 16))
+
+    def _replay(self, n, drafted):
+        """`_decode_rows` as a CUDA graph of the next larger bucket."""
+        key = size, drafted = self._bucket(n), drafted
+        if key not in self.graphs:
             before = {name: tensor.clone() for name, tensor in self.rows.items()}
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles the kernels; writes keys and values that the replay writes again
-                self._decode_rows(size)
+                self._decode_rows(size, drafted)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # one for all: they never run together
             self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.graph_memory):
-                self._decode_rows(size)
+                self._decode_rows(size, drafted)
             for name, tensor in before.items():
                 self.rows[name].copy_(tensor)
-            self.graphs[size] = graph
-        self.graphs[size].replay()
+            self.graphs[key] = graph
+        self.graphs[key].replay()
         return self.logits
 
     def _emit(self, rows, logits):
@@ -509,8 +496,7 @@ class Engine:
         r["logprobs"].scatter_(1, r["position"][:, None], logprobs[:, None])
         r["token"].copy_(tokens)
         r["position"] += ~r["done"]
-        stopped = (tokens[:, None] == self.stop_ids).any(1)
-        r["done"] |= stopped | (r["position"] >= r["limit"]) | logprobs.isnan()
+        r["done"] |= ends(tokens, logprobs, r["position"], r["limit"], self.stop_ids)
 
     def _sample(self, logits, temperature, *settings):
         """`sample`; where the logits of a row are no finite numbers, its log-prob is NaN, as it is on a GPU anyway."""
@@ -522,15 +508,16 @@ class Engine:
             tokens, logprobs = sample(logits.masked_fill(failed[:, None], 0), temperature, *settings)
             return tokens, logprobs.masked_fill(failed, float("nan"))
 
-    def _after(self, rows, logits):
-        """Host's part after a token: alternatives that were asked for, a look at what has ended."""
+    def _after(self, rows, logits, most=1):
+        """Host's part after a step: alternatives that were asked for, a look at what has ended. most: tokens that it
+        has added to a row."""
         for i in self.n_listed[rows].nonzero()[0]:
             s = self.running[rows.start + i]
             logprobs = torch.log_softmax(logits[i] / (s.temperature or 1.0), -1)
             ids = logprobs.topk(s.n_top).indices.tolist()
             ids += [token for token in s.also if token not in ids]
             s.top.append(list(zip(ids, logprobs[ids].tolist())))
-        self.left[rows] -= 1
+        self.left[rows] -= most
         self.steps_since_poll += 1
         if self.steps_since_poll >= self.poll_steps or (self.left[rows] <= 0).any():
             self._poll()
@@ -538,6 +525,9 @@ class Engine:
     def _poll(self):
         """Collects the samples that are done and frees their rows."""
         self.steps_since_poll, n = 0, len(self.running)
+        if self.drafted[:n].any():
+            self.left[:n] = np.array([s.limit for s in self.running]) - self.rows["position"][:n].cpu().numpy()
+            self.length[:n] = self.end[:n] - self.left[:n] - 1
         done = self.rows["done"][:n].nonzero()[:, 0]
         if not len(done):
             return
@@ -565,7 +555,9 @@ class Engine:
         stay known, but for those of failed rows, which may hold NaN."""
         for row, response in gone.items():
             s = self.running[row]
-            in_cache = int(self.length[row])  # the newest token is not: its keys come with the next step
+            in_cache = (
+                len(s.prompt_ids) + len(response) - 1
+            )  # the newest token is not: its keys come with the next step
             if row in failed:
                 self.blocks.forget(s.blocks)
                 if self.dense:
@@ -583,13 +575,19 @@ class Engine:
             to, source = to_device(torch.tensor([holes, movers]), self.device)
             for tensor in self.rows.values():
                 tensor[to] = tensor[source]
-            for array in (self.length, self.room, self.left, self.n_listed):
+            for array in self.host.values():
                 array[holes] = array[movers]
             if self.dense:
                 self.dense.move(to, source, int(self.length[holes].max()))
         for hole, mover in zip(holes, movers):
             self.running[hole] = self.running[mover]
-        for name in ("active", "length", "blocks", "done"):  # padding rows of a CUDA graph: they write into block 0
+        for name in (
+            "active",
+            "length",
+            "blocks",
+            "done",
+            "draft_length",
+        ):  # padding rows of a CUDA graph: they write into block 0
             self.rows[name][n_left : len(self.running)] = 0
         del self.running[n_left:]
 
@@ -623,12 +621,12 @@ def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) 
         except ValueError as error:
             raise ValueError(f"{args.input}:{i + 1}: {error}") from error
     results = {}
-    with tqdm(total=len(rows) * args.n, unit="sample") as progress:
+    with counting(len(rows) * args.n, "samples") as done:
         while engine.busy:
             engine.step()
             for s in engine.collect():
                 results[s.key, s.index] = s
-                progress.update()
+                done()
     written = []
     for (i, k), s in sorted(results.items()):
         found = dict(sample=k, text=chat.decode(s.ids), token_ids=s.ids, logprobs=s.logprobs[: len(s.ids)])

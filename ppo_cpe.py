@@ -70,7 +70,7 @@ class Args(flags.Judging, flags.Sampling, flags.Watching, flags.Machine):
     """Share r_e of the edits that joins the batch; 0 is plain PPO."""
     edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
     """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
-    edit_below: float | None = None
+    edit_below: flags.Finite | None = None
     """Only answers with a lower reward are edited, which saves the tokens of edits that change little; none: all."""
     edit_ratio: Literal[*EDIT_LOSSES, "sdpo"] = "unclipped"
     """The loss on edits: see `edit_loss`. sdpo: nothing is edited, the critique gives each token a credit instead."""
@@ -136,7 +136,7 @@ from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_m
 from model import Qwen2, load_pretrained, resolve
 from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
 from runtime import checkpoints, packing, plan, runs, training
-from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0, start
+from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
 from runtime.watch import enter
 
 
@@ -157,13 +157,14 @@ class Trajectory:
     truncated: bool = False
     judgement: Judgement | None = None
     reward: float | None = None
+    left: str | None = None  # the batch, and why
     audit: dict | None = None  # {"again": reward, "second": reward}
-    # filled before the update, fp32 [len(response_ids)] each
-    old_logprobs: torch.Tensor | None = None  # pi_old(y | x); of an edit pi_e(y_e | edit prompt)
+    old_logprobs: torch.Tensor | None = None  # fp32 [n], as all below: pi_old(y | x), pi_e(y_e | edit prompt)
     values: torch.Tensor | None = None
     credit: torch.Tensor | None = None  # sdpo
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    trained: torch.Tensor | None = None  # [2, n]: log p in the last update, the weight on its gradient
 
     @property
     def key(self):
@@ -317,23 +318,21 @@ def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> t
             judge.submit(t.key, t.row, t.answer, derive_seed(args.seed, step, *t.key, "judge"))
         for verdict in judge.poll():
             t = in_judge.pop(verdict.key)
+            t.judgement, t.reward, t.left = verdict.judgement, verdict.reward, verdict.error
             if verdict.reward is None:
                 lost["edits" if t.parent else "originals"].append(t)
                 continue
-            t.judgement, t.reward = verdict.judgement, verdict.reward
             if t.truncated and args.truncated == "floor":
                 t.reward = -5.0 * sum(args.score_weights)
             judged.append(t)
             if needs_critique and t.parent is None and not (t.judgement and t.judgement.critique.strip()):
-                raise ValueError(
-                    f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}, for edits or sdpo"
-                )
+                raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}")
             if editing and t.parent is None and (args.edit_below is None or t.reward < args.edit_below):
                 under = edit_prompt(run.chat, run.templates, t.prompt_ids, t.response_ids, t.judgement.critique)
                 edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
                 in_engine[edit.key, 0] = edit
                 seed = derive_seed(args.seed, step, t.prompt_id, t.sample_id, "edit")
-                engine.submit(under, key=edit.key, seeds=[seed], **sampling)
+                engine.submit(under, key=edit.key, seeds=[seed], draft=t.response_ids, **sampling)
             progress.set_postfix_str(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
     judged.sort(key=lambda t: (t.place, t.key))  # not in the order in which a server happened to answer
     return judged, lost
@@ -439,10 +438,11 @@ def policy_pass(policy: Qwen2, packed: packing.Batch, trajectories: list[Traject
     edit = torch.cat([torch.full((n,), t.parent is not None) for t, n in zip(trajectories, packed.counts)]).to(device)
     bounds = (args.eps_low, args.eps_high)
     loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old[~edit], advantages[~edit], *bounds)
-    kind, of_edits = args.edit_ratio, (logprobs[edit], old[edit], advantages[edit])
-    loss_e, ratio_e, weight = edit_loss(kind, *of_edits, *bounds, cap, args.luffy_gamma)
+    of_edits = (logprobs[edit], old[edit], advantages[edit])
+    loss_e, ratio_e, weight = edit_loss(args.edit_ratio, *of_edits, *bounds, cap, args.luffy_gamma)
     stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
     stats.add("entropy", entropy)
+    diagnostics.keep_tokens(trajectories, packed.counts, logprobs.detach(), edit, ratio_o, clipped, weight)
     diagnostics.describe_originals(ratio_o, clipped, stats)
     diagnostics.describe_edits(trajectories, logprobs[edit].detach(), ratio_e, weight, advantages[edit], args, stats)
     return loss_o.sum() + loss_e.sum()
@@ -638,11 +638,11 @@ def main(args):
         figures = dict(explained_variance=explained, refresh_gap=gap, batch=int(n_batch))
         metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
         runs.log_metrics(args.out, metrics, ranks)
-        runs.write_step(args.out, "rollouts", step + 1, diagnostics.rollout_rows(judged, selected), ranks)
+        diagnostics.write_rollouts(step + 1, judged, lost, selected, batch, run)
         runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
         if checkpoints.due(step + 1, last_step, args, ranks):
             checkpoints.save(args, step + 1, *state)
-    print0(f"weights: {args.out}/policy (and critic)")
+    runs.print_end(args.out, "policy", f"python evaluate.py --model {args.out}/policy")
 
 
 if __name__ == "__main__":

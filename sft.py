@@ -213,7 +213,8 @@ def main(args):
                 templates.texts("answer"),
                 ranks,
             )
-    print0(f"weights: {args.out}/policy")
+    after = f"sft.py --model {args.out}/policy" if args.from_scratch else f"train_grm.py --model {args.model}"
+    runs.print_end(args.out, "policy", f"python {after}")
 
 
 if __name__ == "__main__":

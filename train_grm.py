@@ -106,7 +106,7 @@ from prompts import (
 )
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
-from runtime.rows import read_rows, write_text
+from runtime.rows import read_rows, write_rows, write_text
 from runtime.watch import enter
 
 
@@ -229,7 +229,10 @@ def over_examples(
 
 
 def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -> dict[str, float | None]:
-    """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels."""
+    """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels.
+
+    OUT/held_out.jsonl gets the rows, each with `judged`: what the model said, or null where that does not parse.
+    """
     rows = read_rows(args.eval_data, "judgement")[: args.eval_judgements]
     mine = rows[ranks.rank :: ranks.world_size]
     prompts = [grm_prompt(chat, templates, row, row["answer"]) for row in mine]
@@ -240,8 +243,12 @@ def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -
         samples = engine.generate(prompts, temperature=0.0, max_new_tokens=args.eval_max_new_tokens)
         found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
     labels = [Judgement(row["critique"], *(row[d] for d in DIMENSIONS)) for row in mine]
-    both = all_gather(ranks, zip(labels, found, strict=True))
-    return agreement(*zip(*both))
+    both = all_gather(ranks, zip(mine, labels, found, strict=True))
+    rows, labels, found = zip(*both)
+    if ranks.rank == 0:
+        judged = [row | {"judged": own and dataclasses.asdict(own)} for row, own in zip(rows, found)]
+        write_rows(os.path.join(args.out, "held_out.jsonl"), judged)
+    return agreement(labels, found)
 
 
 def main(args):
@@ -314,14 +321,14 @@ def main(args):
             checkpoints.save(
                 args, step + 1, {"model": model}, {"model": optimizer}, tokenizer_from, trained_with, ranks
             )
-    print0(f"weights: {args.out}/model")
-
     if args.objective == "grm" and held_out:
         del model, optimizer  # the engine needs their memory
         result = judge_held_out(args, chat, templates, ranks)
         print0("held-out judgements:", result)
         if ranks.rank == 0:
             write_text(os.path.join(args.out, "held_out.json"), json.dumps(result, indent=2))
+    judge = f"{args.out}/model" if args.objective == "grm" else f"bt:{args.out}/model --edit-rate 0"
+    runs.print_end(args.out, "model", f"python ppo_cpe.py --judge {judge}")
 
 
 if __name__ == "__main__":

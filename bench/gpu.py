@@ -175,7 +175,7 @@ def gaps(run: str, bound: str) -> bool:
 
 
 def updates(*files: str) -> bool:
-    one, *others = (torch.load(file, map_location="cpu") for file in files)
+    one, *others = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
     checks = []
     for file, other in zip(files[1:], others):
         for model in ("policy", "critic"):

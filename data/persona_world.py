@@ -689,6 +689,7 @@ def main(args: Args) -> None:
     for name, rows in files.items():
         write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
         print(f"{args.out}/{name}.jsonl: {len(rows)} rows")
+    print(f"next: python sft.py --from-scratch {args.out}/tokenizer --data {args.out}/base_corpus.jsonl --out out/base")
 
 
 if __name__ == "__main__":

@@ -585,6 +585,8 @@ def main(args: Args) -> None:
     write(outputs, args)
     for what, count in sorted(dropped.items()):
         print(f"{count:7d} dropped: {what}")
+    if outputs.get("pairs"):
+        print(f"next: python sft.py --data {args.out}/pairs.jsonl")
 
 
 if __name__ == "__main__":

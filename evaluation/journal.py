@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
 from generate import Engine
 from judge_base import weights_fingerprint
@@ -27,7 +26,7 @@ from prompts import DIMENSIONS, Chat, Judgement
 from runtime.chat_client import ChatServer, Failure, ServerDown, is_url
 from runtime.distributed import all_gather, barrier, derive_seed, print0
 from runtime.rows import read_rows
-from runtime.runs import digest_of
+from runtime.runs import counting, digest_of
 
 
 def draw_rows(args, kind: str = "prompt") -> list[dict]:
@@ -100,12 +99,12 @@ def made_once(name: str, stage: str, digests: list[str], make: Callable, args, r
     print0(f"{name}: {len(missing)} to make, {n_kept} kept")
     mine, made = missing[ranks.rank :: ranks.world_size], {}
     if mine:
-        with journal.writing(), tqdm(total=len(mine), desc=name, disable=ranks.rank > 0) as bar:
+        with journal.writing(), counting(len(mine), name, ranks.rank > 0) as done:
 
             def record(i, row):
                 made[digests[i]] = row | {"made_by": digests[i]}
                 journal.append(made[digests[i]])
-                bar.update()
+                done()
 
             try:
                 make(mine, record)

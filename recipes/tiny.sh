@@ -76,6 +76,8 @@ stage "done; $EVAL_PROMPTS questions"
 python recipes/draw.py tiny --gates "$OUT/gates" --edits-of "$OUT/cpe" --runs "base=$OUT/eval/base" \
     "SFT=$OUT/eval/sft" "PPO (BT)=$OUT/eval/ppo_bt" "PPO (GRM)=$OUT/eval/ppo_grm" "CPE=$OUT/eval/cpe" |
     tee "$OUT/table.txt"
+python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/eval/cpe" "$OUT/eval/ppo_grm" "$OUT/grm" \
+    --out "$OUT/report.html"
 cat << END
 
 All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What the corpus almost
@@ -83,6 +85,7 @@ never says (a topic's last step, advice that suits the person) PPO can only lear
 critiques name it and edits write it, so CPE is expected to say it, for some 40 % more generated tokens and a third
 more judgements. BT's reward is expected to be hacked.
 
+CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
 A conversation with it:  python generate.py --model $OUT/cpe/policy
 Rollouts as rows:        $OUT/cpe/rollouts/step_*.jsonl (answer, critique, scores, edit)
 END

@@ -36,6 +36,7 @@ MayChange = Annotated[T, MAY_CHANGE]
 Count = Annotated[int, pydantic.Field(ge=1)]
 Natural = Annotated[int, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65535)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -81,6 +82,12 @@ class Machine:
     """Updates with a loss or gradient that is not finite or out of bounds that are left out before the run ends."""
     timeouts: MayChange[tuple[Count, Count, Count]] = TIMEOUTS
     """Seconds that a rank may take to start, for a rollout (or an evaluation, a checkpoint), for an update."""
+
+    # -- where metrics and rollouts go besides OUT (`python report.py OUT` needs neither)
+    wandb: MayChange[str | None] = None
+    """Project of Weights & Biases (pip install wandb)."""
+    tensorboard: MayChange[bool] = False
+    """Event files in OUT/tensorboard (pip install tensorboard)."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -130,6 +137,8 @@ class Watching:
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
     """Another judge (as --judge) that scores these too."""
+    log_tokens: MayChange[Natural] = 4
+    """Answers a step, with their trained edits, whose tokens' log-probs, weights, advantages go into OUT/tokens."""
     save_batch: MayChange[Count | None] = None
     """Step whose batch and weights are kept in OUT/batch_*, for `python replay.py`."""
 

@@ -1,4 +1,5 @@
-"""`--plan`: what a run will hold in memory, by rank and part, before it is started. Needs a config.json and no GPU.
+"""`--plan`: what a run will hold in memory, by rank and part, before it is started, and of an RL step on GPUs about how
+long it will take (roofline.py). Needs a config.json and no GPU.
 
 Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by
 running two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves
@@ -16,9 +17,12 @@ import torch
 from kernels.rope_kv import apply_rope
 from kv_cache import likely_tokens
 from model import GIB, Packed, Qwen2, load_config, resolve
+from runtime import roofline
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
+# mean lengths over their limits, for the time of a step: the paper's 800 and 400 of 2,048, judgements of 200 tokens
+PROMPT_SHARE, RESPONSE_SHARE, JUDGEMENT_SHARE = 0.4, 0.2, 0.4
 
 
 class _Attention(torch.autograd.Function):
@@ -203,6 +207,35 @@ def one_model(args, config, scalar_head=False):
     )
 
 
+def expected_seconds(args, machine, policy, critic, judges, sampled, per_prompt):
+    """Lines of a table: seconds of a step by phase, for each GPU that roofline.py knows. Arguments: as of `rl`."""
+    on_gpu = [name for name in judges if name.startswith("judge: ")]  # of a server nothing is known
+    judge = config_of(args.judge.removeprefix("pair:").removeprefix("bt:")) if on_gpu else None
+    work = roofline.Work(
+        prompts=args.prompts_per_step / machine.world_size,
+        originals=args.n_samples,
+        edits=sampled - args.n_samples,
+        trained=per_prompt,
+        prompt_tokens=PROMPT_SHARE * args.max_prompt_length,
+        response_tokens=RESPONSE_SHARE * args.max_new_tokens,
+        critique_tokens=JUDGEMENT_SHARE * args.judge_max_new_tokens,
+        max_batch=args.max_batch,
+    )
+    rows = []
+    for name in roofline.PEAKS:
+        rates, writes = roofline.Rates.of_gpu(name), "judge: KV cache" in on_gpu
+        found = roofline.phases(work, policy, critic, judge, writes, args.checkpoint_activations, rates)
+        rows.append((name, {**found, "together": sum(found.values())}))
+    return [
+        f"seconds of a step on {machine.world_size} GPUs, roughly: for prompts of {work.prompt_tokens:.0f}, responses "
+        f"of {work.response_tokens:.0f} and judgements of {work.critique_tokens:.0f} tokens",
+        f"in the mean, at {roofline.COMPUTE_SHARE:.0%} of the peak in bf16 and {roofline.BANDWIDTH_SHARE:.0%} of the "
+        "memory's bandwidth",
+        f"{'':12}" + "".join(f"{phase:>10}" for phase in rows[0][1]),
+        *(f"  {name:10}" + "".join(f"{seconds:10.1f}" for seconds in found.values()) for name, found in rows),
+    ]
+
+
 def rl(
     args, max_len: int, trained: dict[str, tuple[str, bool]], judges: dict[str, int], sampled: int, per_prompt: float
 ) -> float:
@@ -237,6 +270,10 @@ def rl(
     }
     prompts, tokens = args.prompts_per_step, args.max_new_tokens
     computed = int(prompts * (args.max_prompt_length + per_prompt * tokens))
+    critic = next((configs[name] for name, (_, scalar_head) in trained.items() if scalar_head), None)
+    seconds = []
+    if machine.device == "cuda" and machine.dtype == torch.bfloat16:
+        seconds = expected_seconds(args, machine, policy_config, critic, judges, sampled, per_prompt)
     sizes = ", ".join(f"{name} {model.n_parameters / 1e9:.2f}" for name, model in models.items())
     return report(
         args,
@@ -246,5 +283,6 @@ def rl(
             f"{sizes} billion parameters; at most {budget} tokens a pass and rank",
             f"a step, at most: {prompts * sampled} responses, {prompts * sampled * tokens:,} tokens sampled; "
             f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
+            *seconds,
         ],
     )

@@ -1,5 +1,6 @@
 """A run folder: flags and inputs, metrics, and rows of steps. Its checkpoints are in checkpoints.py."""
 
+import contextlib
 import dataclasses
 import fcntl
 import glob
@@ -11,13 +12,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from runtime import trackers
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.flags import flag, may_change
 from runtime.rows import append_line, write_rows, write_text
@@ -85,6 +89,7 @@ def open_run(args: Any, ranks: Ranks, inputs: dict[str, str]) -> None:
         _remove_unfinished(args.out)
         content = {**dataclasses.asdict(args), "inputs": inputs, "git": git_hash()}
         write_text(file, json.dumps(content, indent=2))
+        trackers.open_trackers(args)
     barrier(ranks)
     watch_ranks(ranks, args.timeouts)
     print0(f"output: {args.out}/ (args.json, metrics.jsonl, checkpoints/)")
@@ -189,6 +194,30 @@ def progress(first_step: int, last_step: int, ranks: Ranks, begins_with: str = "
     return tqdm(steps(), initial=first_step, total=last_step, disable=quiet)
 
 
+LINE_EVERY = 30  # seconds
+
+
+@contextlib.contextmanager
+def counting(total: int, what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """-> done(), called for each of `total`: a bar on a terminal, in a log file a line now and then and at the end."""
+    if quiet or sys.stderr.isatty():
+        with tqdm(total=total, desc=what, disable=quiet) as bar:
+            yield lambda: bar.update()
+        return
+    count, started = 0, time.monotonic()
+    said = started
+
+    def done():
+        nonlocal count, said
+        count, now = count + 1, time.monotonic()
+        if count == total or now - said > LINE_EVERY:
+            said = now
+            left = (now - started) / count * (total - count)
+            print(f"{what}: {count} of {total}" + (f", {left:.0f} s left" if left else ""), file=sys.stderr, flush=True)
+
+    yield done
+
+
 def print_step(bar: tqdm, step: int, last_step: int, figures: dict[str, float | None]) -> None:
     """One readable line a step: "step 12/40  reward 3.21  seconds 2.4"."""
     known = {name: value for name, value in figures.items() if value is not None}
@@ -204,6 +233,9 @@ def log_metrics(out: str, metrics: dict, ranks: Ranks) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         clean["bad_steps"] = count_bad_steps(out, metrics["step"])
         append_line(os.path.join(out, "metrics.jsonl"), json.dumps(clean))
+        known = {k: v for k, v in clean.items() if v is not None}
+        for tracker in trackers.opened:
+            tracker.figures(known)
 
 
 def count_bad_steps(out: str, step: int) -> int:
@@ -216,4 +248,13 @@ def write_step(out: str, kind: str, step: int, rows: list[dict], ranks: Ranks) -
     """The rows of all ranks as OUT/KIND/step_NNNNNN.jsonl."""
     rows = all_gather(ranks, rows)
     if ranks.rank == 0:
-        write_rows(os.path.join(out, kind, f"step_{step:06d}.jsonl"), rows)
+        path = os.path.join(out, kind, f"step_{step:06d}.jsonl")
+        write_rows(path, rows)
+        for tracker in trackers.opened:
+            tracker.rows(kind, step, rows, path)
+
+
+def print_end(out: str, weights: str, next_command: str) -> None:
+    """The last lines of a stage: where everything lies, and what to run next."""
+    print0(f"done: {out}/{weights} (weights), {out}/metrics.jsonl (a line a step), {out}/args.json (flags)")
+    print0(f"  look at it: python report.py {out}\n  next:       {next_command}")

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: bounded passes, no warm-up inside the clock."""
 
 import importlib
+import importlib.metadata
 import sys
 
 import pytest
@@ -56,3 +57,19 @@ def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypa
     sizes.clear()
     bench_generate.warmed_up(run, requests, short, torch.device("cpu"))  # a CPU has no graphs: two tokens per answer
     assert len(sizes) == 1
+
+
+def test_the_plans_seconds_are_measured_by_phase(bench, capsys):
+    plan = bench("plan")
+    plan.main(plan.Args(width=64, layers=1, vocabulary=300, prompts=2, repeats=1))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["prefill", "decode", "score", "update"]
+    for _, expected, measured, ratio, *_ in lines:  # width 64 is bound by calls: of the ratio nothing is asked
+        assert float(expected) >= 0 and float(measured) > 0 and float(ratio) > 0
+
+
+def test_without_trl_the_bench_says_what_it_needs(bench, monkeypatch):
+    peers = bench("peers")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: importlib.metadata.distribution("no-such-package"))
+    with pytest.raises(ValueError, match="TRL is not installed; expected: pip install trl==1.16.0"):
+        peers.main(peers.Args())

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 STAGES = {"sft", "train_grm", "dpo", "ppo_cpe", "evaluate"}
 MAY_IMPORT_STAGES = ("replay", "bench.", "tests.")
-FOLDERS = ("", "bench", "data", "evaluation", "kernels", "recipes", "runtime", "tests")
+FOLDERS = ("", "bench", "data", "evaluation", "kernels", "recipes", "reporting", "runtime", "tests")
 LINES, PPO_LINES = 700, 650
 
 

@@ -13,9 +13,9 @@ from conftest import finish, launch, read_metrics
 from safetensors.torch import load_file
 from test_judge_servers import FaultyServer, Quiet
 
-import diagnostics
 import ppo_cpe
 import replay
+import report
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
@@ -139,6 +139,28 @@ def test_a_step_does_what_the_method_says(whole):
     assert all(first[name] is not None for name in [*kinds, "value_clipfrac", "explained_variance"])
 
 
+def test_tokens_of_a_few_answers_are_kept(whole):
+    """--log-tokens is 4 by default: of as many answers a step, and of their trained edits, what the update did."""
+    found = [json.loads(line) for line in (whole / "tokens" / "step_000001.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (whole / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    rows = {(row["prompt_id"], row["sample_id"]): row for row in rows}
+    assert len({(t["prompt_id"], t["sample_id"]) for t in found}) == sum(not t["edit"] for t in found) == 4
+    trained = [key for key, row in rows.items() if row["edit"] and row["edit"]["selected"]]
+    assert sum(t["edit"] for t in found) == min(4, len(trained)) > 0  # these come first
+    for tokens in found:
+        row = rows[tokens["prompt_id"], tokens["sample_id"]]
+        response = row["edit"] if tokens["edit"] else row
+        lists = {name: tokens[name] for name in ("text", "logp", "logq", "weight", "advantage")}
+        assert {len(values) for values in lists.values()} == {response["n_tokens"]}
+        assert "".join(tokens["text"]).removesuffix("<|im_end|>") == response["answer"]
+        assert all(logp <= 0 for logp in tokens["logp"]) and ("kept" in tokens) == tokens["edit"]
+        if tokens["edit"]:  # unclipped, far below the cap: the weight is r
+            ratio = [math.exp(p - q) for p, q in zip(tokens["logp"], tokens["logq"])]
+            assert tokens["weight"] == pytest.approx(ratio, rel=1e-2, abs=1e-4)  # four digits were kept
+    first = [t for t in found if not t["edit"] and t["logp"] == t["logq"]]  # of the first mini-batch: r is 1
+    assert first and all(set(t["weight"]) == {1.0} for t in first)
+
+
 def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):
     flags = [*flags_of(tiny, judge), "--max-steps", 1, "--out", tmp_path / "run", "--peak-tflops", 0.05, "--offload"]
     finish(launch("ppo_cpe.py", *flags))
@@ -259,10 +281,10 @@ def test_replay_gives_the_gradients_of_the_update(watched, capsys):
 
 
 def test_figures_of_runs(whole, watched, tmp_path, capsys):
-    diagnostics.draw([str(whole), str(watched)], str(tmp_path))
+    report.draw(report.read_runs([str(whole), str(watched)], 20), str(tmp_path))
     names = {f"by_{x}.{ending}" for x in ("step", "generated_tokens", "judge_calls") for ending in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert "held out: answer, its edit" in (tmp_path / "by_step.svg").read_text()
+    assert "Held-out reward: answers, edits" in (tmp_path / "by_step.svg").read_text()
 
 
 def test_policy_and_critic_are_saved_for_others(whole, tiny):

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import socket
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,3 +299,102 @@ def test_a_plan_without_a_critic(here, capsys):
     table = finish(launch(script, *flags))
     assert "policy" in table and "critic" not in table
     assert not (here / "run").exists()
+
+
+# -- what goes elsewhere, and to the terminal --------------------------------------------------------------------------
+
+
+class FakeWandb:
+    """As much of wandb as is called; `log` and `saved` are what a run was given."""
+
+    def __init__(self, log, saved):
+        self.logged, self.saved, self.opened = log, saved, []
+
+    def init(self, **settings):
+        self.opened.append(settings)
+        log = lambda values, step: self.logged.append((step, values))  # noqa: E731
+        save = lambda path, base_path, policy: self.saved.append(os.path.relpath(path, base_path))  # noqa: E731
+        return SimpleNamespace(id=settings["id"] or "abc", log=log, save=save)
+
+    def Table(self, columns, data):
+        return [dict(zip(columns, cells)) for cells in data]
+
+
+def test_wandb_gets_metrics_and_rollouts_of_every_step(here, monkeypatch):
+    fake = FakeWandb([], [])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    flags = [*flags_of(ppo_cpe, here, "--wandb", "cpe"), "--max-steps", 2]
+    run(ppo_cpe, *flags)
+    assert fake.opened[0]["project"] == "cpe" and fake.opened[0]["id"] is None and fake.opened[0]["name"] == "run"
+    assert [step for step, values in fake.logged if "original/reward" in values] == [1, 2]
+    tables = [(step, values["rollouts"]) for step, values in fake.logged if "rollouts" in values]
+    assert [step for step, _ in tables] == [1, 2] and len(tables[0][1]) == 2
+    first = json.loads((here / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert tables[0][1][0]["answer"] == first["answer"] and json.loads(tables[0][1][0]["persona"]) == first["persona"]
+    assert {"rollouts/step_000001.jsonl", "rollouts/step_000002.jsonl"} <= set(fake.saved)
+    run(ppo_cpe, *flags)  # continued: the same run there
+    assert fake.opened[1]["id"] == "abc" and fake.opened[1]["resume"] == "allow"
+
+
+def test_tensorboard_gets_metrics_and_rollouts_of_every_step(here, monkeypatch):
+    opened, scalars, texts = [], [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, step))
+
+        def add_text(self, name, text, step):
+            texts.append((name, step, text))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(ppo_cpe, *flags_of(ppo_cpe, here, "--tensorboard"), "--max-steps", 2)
+    assert opened == [(f"{here}/run/tensorboard", 1)]
+    assert [step for name, step in scalars if name == "original/reward"] == [1, 2]
+    assert [(name, step) for name, step, _ in texts if name == "rollouts"] == [("rollouts", 1), ("rollouts", 2)]
+    assert '    "answer": ' in texts[0][2] and all(line.startswith("    ") for line in texts[0][2].splitlines())
+
+
+@pytest.mark.parametrize("module", [sft, train_grm, dpo, ppo_cpe])
+@pytest.mark.parametrize(
+    "flags, names", [(["--wandb", "cpe"], ["wandb"]), (["--tensorboard"], ["tensorboard", "torch.utils.tensorboard"])]
+)
+def test_a_tracker_that_is_not_installed_is_named(module, flags, names, here, capsys, monkeypatch):
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    line = error_of(module, capsys, *flags_of(module, here, *flags))
+    assert f"pip install {names[0]}" in line and flags[0] in line
+
+
+def test_counting_in_a_log_file_and_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(runs, "LINE_EVERY", 1000)
+    with runs.counting(3, "answers") as done:
+        for _ in range(3):
+            done()
+    assert capsys.readouterr().err == "answers: 3 of 3\n"  # a line at the end, none of a bar
+    monkeypatch.setattr(runs, "LINE_EVERY", -1)
+    with runs.counting(2, "answers") as done:
+        done()
+        assert re.fullmatch(r"answers: 1 of 2(, 0 s left)?\n", capsys.readouterr().err)
+    with runs.counting(3, "answers", quiet=True) as done:
+        done()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with runs.counting(2, "answers") as done:
+        done()
+    assert "answers:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [sft, train_grm, dpo, ppo_cpe])
+def test_the_end_of_a_stage_says_where_everything_is(module, here, capsys):
+    run(module, *flags_of(module, here))
+    output = capsys.readouterr()
+    assert "\r" not in output.out + output.err
+    weights = f"{here}/run/{'model' if module is train_grm else 'policy'}"
+    assert f"done: {weights} (weights), {here}/run/metrics.jsonl" in output.out and os.path.isdir(weights)
+    assert f"python report.py {here}/run" in output.out and "next:       python " in output.out

@@ -1,0 +1,111 @@
+"""What the phases of an RL step have to compute and to read, over the rates of a machine: `--plan`'s seconds.
+
+A phase takes the longer of its two times: floating-point operations over the rate of matrix products, and bytes that
+have to be read (in decoding the weights once per step, and the keys and values of every running sequence) over the
+bandwidth. Phases are added up, though sampling and judging overlap in part; on the other hand nothing is counted for
+collectives, launches and the longest responses of a batch. Prompts and answers that are known are computed once, as the
+engine and the packed passes do. bench/plan.py holds all this against real steps on a CPU.
+"""
+
+from dataclasses import dataclass
+
+from model import Config
+
+# dense bf16 TFLOP/s and memory TB/s of data sheets (SXM where there are several)
+PEAKS = {"A100": (312, 2.04), "H100": (989, 3.35), "H200": (989, 4.8), "L40S": (362, 0.864)}
+# what is reached of them. FSDP runs of 7B models report 0.33 to 0.57 of the peak; decoding with vLLM about half of the
+# bandwidth, gpt-fast 0.7 at batch 1
+COMPUTE_SHARE, BANDWIDTH_SHARE = 0.45, 0.6
+RUBRIC_TOKENS, REQUEST_TOKENS = 400, 40  # of a judge's prompt; of an edit's beside the critique
+
+
+@dataclass
+class Rates:
+    """What a device reaches: FLOP/s of matrix products, bytes/s of reading; bytes of a weight, a key or a value."""
+
+    flops: float
+    bandwidth: float
+    itemsize: int
+
+    @classmethod
+    def of_gpu(cls, name: str) -> "Rates":
+        tflops, terabytes = PEAKS[name]
+        return cls(COMPUTE_SHARE * tflops * 1e12, BANDWIDTH_SHARE * terabytes * 1e12, 2)
+
+
+@dataclass
+class Work:
+    """An RL step on one device; lengths in tokens are means."""
+
+    prompts: float
+    originals: float  # per prompt
+    edits: float  # per prompt
+    trained: float  # per prompt: originals, and the edits that are selected
+    prompt_tokens: float
+    response_tokens: float
+    critique_tokens: float
+    max_batch: int  # sequences that are decoded at once
+
+
+def matrices(config: Config) -> tuple[int, int]:
+    """Weights of all layers' matrices, and of the LM head."""
+    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    layer = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size
+    return config.num_hidden_layers * layer, d * config.vocab_size
+
+
+def forward_seconds(config: Config, n_tokens: float, context: float, n_logits: float, rates: Rates) -> float:
+    """A packed pass without gradients. context: tokens that one sees, on average; n_logits: rows of the LM head."""
+    body, head = matrices(config)
+    attention = 4 * config.hidden_size * context * config.num_hidden_layers  # FLOPs of a token
+    return (n_tokens * (2 * body + attention) + 2 * head * n_logits) / rates.flops
+
+
+def decode_seconds(config: Config, n_rows: float, length: float, context: float, max_batch: int, rates: Rates) -> float:
+    """n_rows responses of that length, at most max_batch at once, that see `context` tokens on average."""
+    if n_rows == 0:
+        return 0.0
+    (body, head), rows = matrices(config), min(n_rows, max_batch)
+    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rates.itemsize
+    attention = 4 * config.hidden_size * context * config.num_hidden_layers
+    read = (body + head) * rates.itemsize + rows * context * kv_bytes
+    computed = rows * (2 * (body + head) + attention)
+    return length * n_rows / rows * max(read / rates.bandwidth, computed / rates.flops)
+
+
+def phases(
+    work: Work, policy: Config, critic: Config | None, judge: Config | None, writes: bool, recompute: bool, rates: Rates
+) -> dict[str, float]:
+    """{phase: seconds}. critic None: there is none; judge: that of a model on the same device; writes: it generates
+    critiques, else it is a Bradley-Terry model. recompute: activations are computed again in the backward pass."""
+    w, answer = work, work.prompt_tokens + work.response_tokens
+    originals, edits, answers = w.prompts * w.originals, w.prompts * w.edits, w.prompts * (w.originals + w.edits)
+    added = w.critique_tokens + REQUEST_TOKENS  # of an edit's prompt: what comes before is in the cache
+    prefill = forward_seconds(policy, w.prompts * w.prompt_tokens, w.prompt_tokens / 2, w.prompts, rates)
+    prefill += forward_seconds(policy, edits * added, answer + added / 2, edits, rates)
+    half = w.response_tokens / 2
+    decode = decode_seconds(policy, originals, w.response_tokens, w.prompt_tokens + half, w.max_batch, rates)
+    decode += decode_seconds(policy, edits, w.response_tokens, answer + added + half, w.max_batch, rates)
+    found = {"prefill": prefill, "decode": decode, "judge": 0.0}
+    if judge and writes:
+        context = RUBRIC_TOKENS + answer
+        n_tokens = w.prompts * w.prompt_tokens + answers * w.response_tokens  # the rubric is known after the first
+        found["judge"] = forward_seconds(judge, n_tokens, context / 2, answers, rates)
+        found["judge"] += decode_seconds(judge, answers, w.critique_tokens, context, w.max_batch, rates)
+    elif judge:
+        found["judge"] = forward_seconds(judge, answers * answer, answer / 2, 0, rates)
+
+    n_trained = w.prompts * w.trained * w.response_tokens
+    n_tokens, context = w.prompts * w.prompt_tokens + n_trained, answer / 2
+    selected = w.prompts * (w.trained - w.originals)  # edits: their old log-probs are those under the edit prompt
+    n_old = w.prompts * w.prompt_tokens + originals * w.response_tokens + selected * (added + w.response_tokens)
+    n_scored = (
+        originals / 2 + selected
+    ) * w.response_tokens  # in the first of two mini-batches an original's ratio is 1
+    found["score"] = forward_seconds(policy, n_old * n_scored / max(1, n_trained), context, n_scored, rates)
+    passes = 4 if recompute else 3  # a backward pass costs two forward ones
+    found["update"] = passes * forward_seconds(policy, n_tokens, context, n_trained, rates)
+    if critic:
+        found["score"] += forward_seconds(critic, n_tokens, context, 0, rates)
+        found["update"] += passes * forward_seconds(critic, n_tokens, context, 0, rates)
+    return found

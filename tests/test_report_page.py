@@ -1,0 +1,265 @@
+"""The page of report.py in a browser: filter, search, diff, tokens, comparison, a click on a step, hostile text."""
+
+import json
+import time
+
+import pytest
+from browser import MISSING, Browser
+from test_report import HOSTILE, made, rl_run, write_lines
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as b:
+        yield b
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Two runs, one of them with hostile text, and an evaluation."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [rl_run(folder / "cpe", hostile=HOSTILE), rl_run(folder / "ppo", answer="An answer of the other run.")]
+    evaluation = folder / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "results.json").write_text(json.dumps({"args": {"task": "win-rate"}}))
+    shared = dict(instruction="Kim\n\nWhat to eat?", output_1="Bread.", output_2="Fresh bread.", failure=None)
+    rows = [shared | dict(prompt_id=f"e{i}", group="ab"[i % 2], preference=1.0 + (i % 3) / 2) for i in range(6)]
+    (evaluation / "annotations.json").write_text(json.dumps(rows))
+    made([*runs, evaluation], folder / "page.html")
+    return folder / "page.html"
+
+
+@pytest.fixture
+def at(browser, page):
+    """Opens the page at an address; nothing on it may have failed at the end of a test."""
+
+    def go(address=""):
+        browser.open("/dev/null")
+        browser.open(page, address)
+        return browser
+
+    browser.errors()
+    yield go
+    assert browser.errors() == []
+
+
+def set_value(b, selector, value):
+    b.run(
+        "const e = document.querySelector(arguments[0]); e.value = arguments[1]; "
+        "e.dispatchEvent(new Event('change')); e.dispatchEvent(new Event('input'));",
+        selector,
+        value,
+    )
+
+
+def test_overview(at):
+    b = at()
+    assert b.text("#header .status").startswith(
+        "PPO with critique-post-editstep 12"
+    )  # a dot between them is the style sheet's
+    assert b.count(".light") == 9 and b.count(".light.warn") == 1
+    b.until("return document.querySelectorAll('.chart canvas').length >= 4")
+    assert b.text('.chart[data-title="Reward"] .values').split() == ["answers", "2.20", "edits", "2"]
+    set_value(b, "#x", "generated tokens")
+    set_value(b, "#smooth", "2")
+    b.until("return location.hash === '#x=generated+tokens&smooth=2'")
+    b.until("return document.querySelectorAll('.chart canvas').length >= 4")
+    # the last value smoothed over what there is of five steps: those of 10, 11 and 12
+    assert b.text('.chart[data-title="Reward"] .values').split()[1] == "2.10"
+
+
+def test_a_click_on_a_step_shows_its_rollouts(at):
+    b = at()
+    b.until("return document.querySelector('.chart canvas')")
+    box = b.run(
+        "const r = document.querySelector('.chart .u-over').getBoundingClientRect();"
+        "return [r.x, r.y, r.width, r.height]"
+    )
+    x, y = int(box[0] + box[2] * 4 / 11), int(box[1] + box[3] / 2)  # of 12 steps the fifth
+    moves = [{"type": "pointerMove", "x": x + d, "y": y} for d in (9, 0)]
+    clicks = [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
+    b.ask("POST", f"{b.session}/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": moves + clicks}]})
+    b.until("return document.querySelector('.detail') !== null")
+    assert b.run("return [document.querySelector('#from').value, document.querySelector('#to').value]") == ["5", "5"]
+    assert b.count(".item") == 6 and set(
+        b.run("return run().rows.filter((_, i) => matching().rows.includes(i)).map(r => r.step)")
+    ) == {5}
+    b.ask("POST", f"{b.session}/back")  # the address holds the state: back to the curves
+    b.until("return document.querySelector('.lights') !== null && state.from === ''")
+
+
+def test_a_light_shows_the_rollouts_behind_it(at):
+    b = at()
+    b.click(".light.warn .go")
+    b.until("return document.querySelector('#sort')?.value === 'worsened'")
+    assert b.run("return [state.view, state.from, state.to]") == ["rollouts", "10", "12"]
+
+
+def test_filter_and_search(at):
+    b = at("#view=rollouts")
+    assert b.text("#count") == "73 rollouts of 73"
+    for show, n in (("left", 2), ("cut", 1), ("tokens", 1), ("clipped", 1), ("trained", 36), ("heldout", 0)):
+        set_value(b, "#show", show)
+        b.until("return document.querySelector('#count').innerText.startsWith(arguments[0] + ' rollout')", str(n))
+        assert b.count(".item") == n
+    b.click("#clear")
+    b.type("#q", "step 7 VEGAN")  # all words, whatever their case
+    b.until("return document.querySelectorAll('.item').length === 5")  # its sixth answer is the hostile one
+    set_value(b, "#q", "")
+    b.until("return document.querySelector('#count').innerText === '73 rollouts of 73'")
+    set_value(b, "#sort", "improved")
+    b.until("return document.querySelector('.item .delta').innerText === '+0.50'")
+    set_value(b, "#topic", "other")
+    b.until("return document.querySelectorAll('.item').length === 1")
+    assert "Left the batch: unparsable" in b.text(".badges")
+    b.click("#clear")
+    b.click('.item[data-row="3"]')
+    b.until("return document.querySelector('#same-prompt') !== null && state.row === '3'")
+    b.click("#same-prompt")
+    b.until("return document.querySelector('#only .chip') !== null")
+    assert b.text("#count").startswith("24 rollouts") and b.run("return state.prompt") == "p1"
+
+
+def test_diff_and_tokens(at):
+    b = at("#view=rollouts&show=tokens")
+    assert b.text(".diff ins").strip() == "It is new." and b.count(".diff del") == 0
+    scores = b.run("return [...document.querySelectorAll('.scores tr.reward td')].map(x => x.innerText)")
+    assert scores == ["0.50", "0", "−0.50"]
+    b.click('#text [data-value="plain"]')
+    b.until("return document.querySelector('.diff') === null")
+    b.click('#color [data-value="ratio"]')
+    b.until("return document.querySelectorAll('.token').length === 6")
+    assert b.count(".token.none") == 2 and b.count(".token.inserted") == 1
+    b.click(".block:nth-of-type(3) .token.inserted")
+    assert b.text(".readout code") == "wer"
+    figures = b.text(".readout:not(.muted)").replace("\n", " ")
+    assert "r 0.368" in figures and "weight 0" in figures and "advantage −0.500" in figures and "inserted" in figures
+    b.keys("\ue014")  # the right arrow
+    b.until("return document.querySelector('.readout code').innerText === '<|im_end|>'")
+
+
+def test_words_of_a_diff(at):
+    b = at()
+    kept = b.run("return changes('Go by bus. Eat bread. Sleep well.', 'Go by bike. Eat bread. Sleep well. Rest.')")
+    assert kept[:5] == [
+        ["same", "Go by "],
+        ["del", "bus"],
+        ["ins", "bike"],
+        ["same", "."],
+        ["same", " Eat bread. Sleep well."],
+    ]
+    assert "".join(text for kind, text in kept if kind != "ins") == "Go by bus. Eat bread. Sleep well."
+    assert "".join(text for kind, text in kept if kind != "del") == "Go by bike. Eat bread. Sleep well. Rest."
+    assert b.run("return changes('', 'new')") == [["ins", "new"]] and b.run("return changes('a', 'a')") == [
+        ["same", "a"]
+    ]
+    assert ["ins", "喝茶"] in b.run("return changes('我喜欢喝水', '我喜欢喝茶')")  # without spaces between words
+
+
+def test_keyboard(at):
+    b = at()
+    b.keys("r")
+    b.until("return state.view === 'rollouts'")
+    b.keys("j")
+    b.until("return state.row !== ''")
+    first = b.run("return state.row")
+    b.keys("j")
+    b.until("return state.row !== arguments[0]", first)
+    b.keys("k")
+    b.until("return state.row === arguments[0]", first)
+    b.keys("n")
+    b.until("return state.from === '1' && state.to === '1'")
+    b.keys("n")
+    b.until("return state.from === '2'")
+    b.keys("x")
+    b.until("return state.from === ''")
+    b.keys("/")
+    assert b.run("return document.activeElement.id") == "q"
+    b.keys("\ue00c")  # Escape
+    b.keys("?")
+    assert b.run("return document.getElementById('help').open") is True
+
+
+def test_comparison(at):
+    b = at("#view=compare")
+    assert b.text(".legend").split("\n")[:2] == ["cpe", "ppo"]
+    assert b.text(".by-prompt h2").endswith("4 prompts in at least two of the runs")
+    b.click('.item[data-row="p1"]')
+    b.until("return state.prompt === 'p1' && document.querySelectorAll('.column').length === 2")
+    assert b.text(".column:nth-child(1) .said").startswith("Answer 0 of step 12")
+    assert b.text(".column:nth-child(2) .said") == "An answer of the other run."
+    b.click('#pair [data-value="diff"]')
+    b.until("return document.querySelector('.column:nth-child(2) .diff ins') !== null")
+    b.click("#next-sample")
+    b.until("return document.querySelector('.column h3').innerText.includes('2 of 2')")
+    b.click('#at [data-value="first"]')
+    b.until("return document.querySelector('.column h3').innerText.includes('step 1,')")
+
+
+def test_evaluation(at):
+    b = at("#run=2&view=rows")
+    assert b.text("#count") == "6 rows of 6"
+    set_value(b, "#verdict", "win")
+    b.until("return document.querySelectorAll('.item').length === 2")
+    assert "model wins" in b.text(".badge.verdict") and b.count(".sides .said") == 2
+    set_value(b, "#group", "a")
+    b.until("return document.querySelectorAll('.item').length === 1")
+    b.click('#pair [data-value="diff"]')
+    b.until("return document.querySelector('.sides .diff del') !== null")
+
+
+def test_hostile_text_is_shown_as_text(at):
+    b = at("#view=rollouts&from=1&to=1&row=0")
+    assert b.run("return window.hacked ?? null") is None
+    assert b.count("main script") == b.count("main img") == b.count("main .said b") == 0
+    shown = b.text(".block .said")
+    assert "</script><script>window.hacked = 1</script> <!-- <img src=x" in shown and "&lt;b&gt;" in shown
+    assert (
+        "null⟨U+0000⟩ line⟨U+2028⟩sep⟨U+2029⟩ ⟨U+202E⟩drow⟨U+202C⟩ ⟨U+2066⟩isolate⟨U+2069⟩".translate({0x27E8: "⟨"})
+        or True
+    )
+    for mark in ("0000", "D800", "2028", "2029", "202E", "202C", "2066", "2069"):
+        assert f"\u27e8U+{mark}\u27e9" in shown  # what can't be seen is written out
+    assert not set(shown) & set("\x00\u2028\u2029\u202e\u202c\u2066\u2069")
+    assert "עברית" in b.text(".question") and b.text(".persona dt") == b.text(".persona dd") == b.text(".question")
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_nothing_is_wider_than_the_window(page, phone):
+    size = dict(width=390, height=844) if phone else dict(width=1280, height=800)
+    with Browser(**size, phone=phone) as b:
+        for address in ("", "#view=rollouts&row=4", "#view=compare&prompt=p1", "#view=settings", "#run=2&view=rows"):
+            b.open("/dev/null")
+            b.open(page, address)
+            b.until("return document.querySelector('main').children.length > 0")
+            assert b.run("return document.documentElement.scrollWidth - innerWidth") <= 0, address
+        paper = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+        assert min(b.run(paper)) > 240
+        b.media(dark=True)
+        assert max(b.run(paper)) < 60
+        b.media(dark=True, kind="print")  # on paper always light
+        assert b.run(paper) == [255, 255, 255]
+        assert b.errors() == []
+
+
+def test_a_large_page_opens_quickly(tmp_path, browser):
+    """1,000 steps with as many rollouts as a page takes: drawn within two seconds (some 0.5 s on a quiet machine)."""
+    run = rl_run(tmp_path / "run", steps=1, prompts=8, answer="A word of it. " * 60)
+    rows = [json.loads(line) for line in (run / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    (line,) = (run / "metrics.jsonl").read_text().splitlines()
+    figures = {f"figure/{i}": 0.5 for i in range(60)}
+    write_lines(run / "metrics.jsonl", [json.loads(line) | figures | {"step": step} for step in range(1, 1001)])
+    for step in range(1, 1001):
+        write_lines(run / "rollouts" / f"step_{step:06d}.jsonl", rows)
+    html = made([run], tmp_path / "page.html")
+    assert 10e6 < len(html) < 30e6
+    seconds = []
+    for _ in range(3):
+        browser.open("/dev/null")
+        began = time.perf_counter()
+        browser.open(tmp_path / "page.html")
+        browser.until("return document.querySelectorAll('.chart canvas').length >= 4")
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 2
