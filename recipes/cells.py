@@ -249,7 +249,8 @@ def run(cells: list[Cell], out: str, jobs: int) -> None:
     todo = {cell.name: cell for cell in cells if not is_done(out, cell)}
     running = {}  # name: (cell, process, when it started)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell", desc=out)
+    quiet = not sys.stderr.isatty()  # a log file gets a line a cell
+    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell", desc=out, disable=quiet)
     try:
         while todo or running:
             for name, cell in list(todo.items()):
@@ -278,6 +279,7 @@ def run(cells: list[Cell], out: str, jobs: int) -> None:
                 write_text(f"{out}/{name}/done.json", json.dumps(done, indent=2))
                 bar.update()
                 bar.set_postfix_str(", ".join(running))
+                bar.write(f"{name}: {done['seconds']:.0f} s, {len(todo) + len(running)} cells to go")
     finally:
         for _, process, _ in running.values():
             os.killpg(process.pid, 15)
