@@ -1,10 +1,17 @@
 """The documentation follows the code: quoted lines exist, links lead somewhere."""
 
 import glob
+import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
+
+from recipes import one_step
+from runtime.rows import write_rows
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
@@ -28,3 +35,80 @@ def test_links_lead_somewhere(page):
     local = [link for link in found if not link.startswith(("http://", "https://"))]
     folder = os.path.dirname(os.path.join(ROOT, page))
     assert [link for link in local if not os.path.exists(os.path.join(folder, link))] == []
+
+
+def test_one_step_is_told_from_a_run(tmp_path):
+    """The edit that gained most, of those whose tokens were kept; what it inserted has p, q and r beside it."""
+    scores = dict(helpfulness=1, personalization=1, naturalness=1)
+
+    def rollout(name, gain):
+        edit = dict(answer="Drink tea now.", reward=1.0 + gain, **scores)
+        row = dict(
+            prompt_id=name, sample_id=0, persona={"drink": "tea"}, question="What to drink?", critique="Say tea."
+        )
+        return row | dict(answer="Drink now.", reward=1.0, edit=edit, **scores)
+
+    def tokens(name, edit):
+        text = ["Drink", " tea", " |now", "."] if edit else ["Drink", " now", "."]
+        figures = dict(
+            logp=[-0.5] * len(text), logq=[-0.25] * len(text), weight=[0.8] * len(text), advantage=[1.5] * len(text)
+        )
+        row = dict(prompt_id=name, sample_id=0, edit=edit, text=text, **figures)
+        return row | ({"kept": [True, False, False, True]} if edit else {})
+
+    names = ("a", "b", "c")
+    write_rows(
+        str(tmp_path / "rollouts" / "step_000002.jsonl"), [rollout(n, g) for n, g in zip(names, (0.5, 2.0, 3.0))]
+    )
+    write_rows(str(tmp_path / "tokens" / "step_000002.jsonl"), [tokens(n, e) for n in "ab" for e in (False, True)])
+    settings = dict(edit_ratio="unclipped", edit_baseline="batch", n_samples=4)
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    text = one_step.page(one_step.Args(run=str(tmp_path)))
+    assert "step 2, prompt b" in text and "Drink **tea** now." in text and "+1.50 on the first token" in text
+    assert "|  tea | 0.6065 | 0.7788 | 0.7788 | 0.8000 | +1.50 |" in text and r"\|now" in text
+    with pytest.raises(ValueError, match="no edit from step 3 on"):
+        one_step.page(one_step.Args(run=str(tmp_path), step=3))
+
+
+# -- commands: each `python SCRIPT.py ...` of the pages is one that the script takes ----------------------------------
+
+
+def commands(page):
+    """The commands of indented and fenced lines and of table cells, without comments, with what they continue on."""
+    text = re.sub(r"\\\n\s*", " ", read(page))
+    found = re.findall(r"^(?:    |\$ )((?:[A-Z_]+=\S+ )*(?:python|torchrun|bash) .*)$", text, re.MULTILINE)
+    found += re.findall(r"`((?:[A-Z_]+=\S+ )*(?:python|bash) [^`]*)`", text)
+    return [re.split(r"\s+#|\s[>|]\s", command)[0].strip() for command in found]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+
+
+def test_commands_are_found():
+    assert "bash recipes/tiny.sh" in COMMANDS and any(c.startswith("torchrun") for c in COMMANDS) and len(COMMANDS) > 25
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_that_its_script_takes(command):
+    """The script exists and has the flags that are named. What a page runs with data of the reader's own cannot be run
+    here; recipes/tiny.sh, which .ci/run runs, has every stage with real data."""
+    words = [w for w in shlex.split(command) if not re.match(r"^[A-Z_]+=", w)]
+    script = next((w for w in words if w.endswith((".py", ".sh"))), None)
+    if script is None or script in ("SCRIPT.py", "ppo_loss.py", "ppo_grpo.py"):  # tests/test_forks.py runs the forks
+        assert words[0] in ("python", "torchrun") and ("-m" in words or script)
+        return
+    assert os.path.isfile(os.path.join(ROOT, script)), command
+    if script.endswith(".py"):
+        shown = help_of(script)
+        named = {w.split("=")[0] for w in words[words.index(script) + 1 :] if w.startswith("--") and w != "--help"}
+        assert [flag for flag in sorted(named) if not re.search(rf"{flag}\b", shown)] == []
+
+
+HELP = {}
+
+
+def help_of(script):
+    if script not in HELP:
+        run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        HELP[script] = run.stdout + run.stderr
+    return HELP[script]
