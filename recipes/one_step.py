@@ -109,8 +109,8 @@ are struck through, inserted ones bold:
 **5. PPO trains on both, under the prompt alone.** The answer's tokens have PPO's clipped loss; its advantage here is
 {original["advantage"][0]:+.2f} on the first token. Of the edit's {n} tokens {n_kept} stood in the answer already.
 The others are what can be learned from it: p is their probability under the prompt alone, q under the edit prompt,
-which holds answer and critique. The gradient of a token is -weight x advantage x grad log p (`edit_loss` in `ppo_cpe.py`;
-[method.md](method.md) 2 has the weights of the other losses).
+which holds answer and critique. The gradient of a token is -weight x advantage x grad log p (`edit_loss` in
+`ppo_cpe.py`; [method.md](method.md) 2 has the weights of the other losses).
 
 {token_table(edit)}
 """
