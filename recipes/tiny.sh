@@ -7,7 +7,7 @@
 #   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for its table to mean anything
 #
 # RARITY is how often answers of the corpus hold what critiques ask for. At .003 sampling hardly ever finds it, and
-# edits are what brings it in; where samples have it anyway, plain PPO finds it as fast (results/rarity/rarity.md).
+# edits are what brings it in; where samples have it anyway, plain PPO finds it as fast (docs/results.md).
 set -euo pipefail
 set -m # a job is a process group, so that all of it can be stopped
 cd "$(dirname "$0")/.."
@@ -56,7 +56,7 @@ rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS
     --max-steps "$(scaled 40 2)" --seed "$SEED")
 marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
     marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &
-marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${CPE_FLAGS[@]}" --out "$OUT/cpe" &
+marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --out "$OUT/cpe" &
 all_done
 
 stage "evaluation: answers to unseen people's questions, scored by the exact judge, against those of SFT"

@@ -11,5 +11,3 @@ RL_FLAGS=(--prompts-per-step 16 --mini-batch-prompts 8 --max-new-tokens 96 --jud
 # PPO without edits, n = 6: as many trained responses per prompt as CPE's 4 answers and 2 edits (docs/method.md 1.9)
 PPO_FLAGS=(--edit-rate 0 --n-samples 6)
 EVALUATION_FLAGS=(--judge world --max-new-tokens 96 --temperature 1 --top-p 1)
-# CPE where what critiques ask for is rare in samples: the loss that results/rarity/rarity.md recommends there
-CPE_FLAGS=(--edit-ratio none)
