@@ -1,0 +1,113 @@
+"""recipes/rarity.py and what it stands on: rates of rare content, critics, the world's --rarity, cells and tables."""
+
+import json
+import random
+import shlex
+
+import pytest
+from test_tables import write, write_cell
+
+from data.persona_world import TOPICS, judge, sample_prompt, say, write_answer
+from recipes import critics, rarity
+from recipes.rates import carried_out, rates
+
+PERSONA = dict(name="Ada Novak", food="vegan", drink="tea", sport="yoga", transport="bus", music="jazz", pet="cat")
+PERSONA |= dict(budget="low", job="nurse")
+ROW = dict(prompt_id="p", persona=PERSONA, question="How do I host a dinner?")
+LAST = TOPICS["host a dinner"][2][-1]
+
+
+def test_rates_by_hand():
+    """food: suitable advice; drink: a true value without advice. Then advice that is another person's, and nothing."""
+    answers = (
+        f"Your food is vegan, so choose lentil curry. Your drink is tea. First {LAST}.",
+        "Your food is vegan, so choose lamb kebab. First plan the menu.",
+        "First plan the menu.",
+    )
+    found = rates([ROW | {"answer": answer} for answer in answers])
+    assert found == dict(last_step=1 / 3, advice=1 / 6, advice_right=1 / 2, wrong=1 / 3)
+    assert rates([ROW | {"answer": "First plan the menu."}])["advice_right"] is None
+
+
+def test_what_an_edit_carries_out():
+    row = ROW | {"answer": "First plan the menu. Then set the table. Then send the invitations."}
+    dictated = judge(PERSONA, row["question"], row["answer"]).critique
+    assert dictated.startswith("Say your food is vegan, so choose lentil curry. Say your drink is tea")
+    assert f"Add: {LAST}." in dictated
+    edit = f"Your food is vegan, so choose lentil curry. Your drink is tea. First {LAST}."
+    assert carried_out([row], [edit]) == dict(edit_step=1.0, edit_advice=0.5)
+
+
+@pytest.mark.parametrize("rarity_of, said", [((0.0, 0.0), 0.0), ((1.0, 1.0), 1.0)])
+def test_the_world_is_as_rare_as_asked(rarity_of, said):
+    rng, rows = random.Random(0), []
+    for _ in range(200):
+        persona, question = sample_prompt(rng, "train")
+        answer = write_answer(rng, persona, question, 1.0, rarity_of)
+        rows.append(dict(persona=persona, question=question, answer=answer))
+    found = rates(rows)
+    assert found["last_step"] == said
+    assert (
+        found["advice"] == 0 if said == 0 else found["advice"] > 0.7
+    )  # an attribute may be left out, or advice be off
+
+
+def test_critics_judge_alike_and_say_different_things():
+    answer = "First plan the menu. Then set the table."
+    said = {name: getattr(critics, name)(ROW, answer) for name in rarity.CRITICS}
+    assert len({(j.helpfulness, j.personalization, j.naturalness) for j in said.values()}) == 1
+    assert "lentil curry" in said["exact"].critique
+    for name in ("kind", "vague", "silent"):
+        assert "lentil curry" not in said[name].critique
+    assert (
+        said["kind"].critique.startswith("Say more of the person.")
+        and said["vague"].critique == "Something is missing."
+    )
+
+
+def test_wrong_critics_are_wrong_as_often_as_they_say():
+    answers = [f"First plan the menu. {say('food', 'vegan')} {'Then set the table. ' * n}" for n in range(300)]
+    true = [critics.exact(ROW, answer).critique for answer in answers]
+    for name, share in (("wrong10", 0.1), ("wrong50", 0.5)):
+        critic = getattr(critics, name)
+        first = [critic(ROW, answer).critique.split(".")[0] == t.split(".")[0] for answer, t in zip(answers, true)]
+        assert sum(first) / len(first) == pytest.approx(1 - share, abs=0.08)
+        assert critic(ROW, answers[0]) == critic(ROW, answers[0])
+
+
+def test_the_cells_of_the_diagram():
+    full = {cell.name: cell for cell in rarity.cells_of(rarity.Args(), "out")}
+    assert all(need in full for cell in full.values() for need in cell.needs)
+    for rate in rarity.RATES:
+        for name in (*rarity.METHODS, "ppo_tokens", "sft", "gates"):
+            assert {f"seed{s}/rate{rate:g}/{name}" for s in range(3)} <= set(full)
+    for name in rarity.CRITICS:
+        assert f"--judge recipes/critics.py:{name}" in full[f"seed0/rate0.003/critic_{name}"].commands[0]
+    search = rarity.cells_of(rarity.Args(search=True), "out")
+    assert not {cell.name for cell in search} & set(full) - {"world", "base", *(f"rate{r:g}" for r in rarity.RATES)}
+    tried = [cell.name for cell in search if "_lr" in cell.name and "rate0.003" in cell.name]
+    assert len(tried) == len(rarity.METHODS) * len(rarity.LRS)
+    for plain, spaced in zip(rarity.cells_of(rarity.Args(), "a_b"), rarity.cells_of(rarity.Args(), "a b"), strict=True):
+        for command, other in zip(plain.commands, spaced.commands, strict=True):
+            assert [word.replace("a b/", "a_b/") for word in shlex.split(other)] == shlex.split(command)
+
+
+def test_finished_cells_become_the_diagram(tmp_path):
+    rng, out, finished = random.Random(0), tmp_path / "runs", []
+    for seed in (0, 1):
+        for rate in ("0.3", "0.003", "0"):
+            for name in ("sft", "ppo", "none"):
+                write_cell(out / f"seed{seed}/rate{rate}/{name}", rng)
+                finished.append(f"seed{seed}/rate{rate}/{name}")
+            measured = dict(last_step=float(rate), advice=float(rate) / 2, missed=[], nearly=[])
+            write(out / f"seed{seed}/rate{rate}/gates/gates.json", measured)
+            finished.append(f"seed{seed}/rate{rate}/gates")
+    finished.append("seed100/rate0.003/ppo")  # of the search: not read
+    rarity.write_results(str(out), finished, str(tmp_path / "drawn"))
+    text = (tmp_path / "drawn/rarity.md").read_text()
+    assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, tis" not in text
+    assert "|  | 30.00 ± 0.00 % | 0.30 ± 0.00 % | 0.00 ± 0.00 % |" in text  # the measured rates head the columns
+    assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in text
+    assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"rarity.png", "rarity_curves.png"}
+    found = json.loads((tmp_path / "drawn/rarity.json").read_text())
+    assert set(found["cells"]["0.003/none"]) == {"0", "1"}
