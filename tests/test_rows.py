@@ -24,6 +24,7 @@ ROWS = {
     "judgement": PROMPT
     | {"answer": "Yes.", "critique": "Fine.", "helpfulness": 1, "personalization": 0, "naturalness": -5},
     "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    "metrics": {"step": 1},
     "object": {"anything": 1},
 }
 HALF = "\ud83d"  # of a surrogate pair; json writes it as an escape, which is legal JSON
