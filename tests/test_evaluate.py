@@ -523,7 +523,7 @@ def test_the_journal(tmp_path):
     assert list(book.rows()) == ["a", "c"] and book.rows()["a"]["text"] == "é\n"
     with open(book.path, "ab") as f:
         f.write(b"{broken}\n")
-    with pytest.raises(ValueError, match="verdicts.0.jsonl:3: not JSON"):
+    with pytest.raises(ValueError, match="verdicts.0.jsonl:3: no row of a journal"):
         book.rows()
 
 
