@@ -48,7 +48,7 @@ from typing import Any
 from reporting.evaluations import VERDICTS, evaluation_run, judgement_pair
 from reporting.folders import DIMENSIONS, read_lines, read_object, rows_of
 from reporting.lights import held_out_light, lights
-from runtime.rows import SURROGATE, write_text
+from runtime.rows import SURROGATE, step_files, write_text
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reporting", "page")
 
@@ -163,12 +163,6 @@ AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "ju
 
 
 # -- reading a run folder ----------------------------------------------------------------------------------------------
-
-
-def step_files(folder: str, kind: str) -> list[tuple[int, str]]:
-    """(step, file) of OUT/KIND/step_NNNNNN.jsonl, by step."""
-    names = sorted(glob.glob(os.path.join(glob.escape(folder), kind, "step_*.jsonl")))
-    return [(int(match[1]), name) for name in names if (match := re.search(r"step_(\d+)\.jsonl$", name))]
 
 
 def kind_of(folder: str) -> str:

@@ -30,7 +30,7 @@ from evaluation.tables import markdown_row, write_json
 from prompts import DIMENSIONS
 from recipes.rates import rates
 from runtime.flags import user_errors
-from runtime.rows import read_rows, write_text
+from runtime.rows import read_rows, step_files, write_text
 
 
 @dataclass
@@ -143,6 +143,12 @@ def claims_right(rows: list[dict]) -> float | None:
     return 100 * sum(right) / len(right) if right else None
 
 
+EDIT_FIGURES = (  # of metrics.jsonl, edit/*
+    *("gain", "ratio", "ratio_low", "weight", "kept_mass", "inserted_mass", "inserted_weight", "inserted_clipfrac"),
+    *("branch", "branch_ratio", "branch_weight", "branch_clipfrac"),
+)
+
+
 def evaluated(run: str) -> Quantities:
     """{quantity: number} of a finished cell: exact scores, rates in percent, cost of the run."""
     found = read_json(f"{run}/eval/results.json")
@@ -158,7 +164,7 @@ def evaluated(run: str) -> Quantities:
         steps = read_rows(f"{run}/metrics.jsonl", "metrics")
         for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
             numbers[name] = sum(step[key] for step in steps)
-        for key in ("gain", "ratio", "ratio_low", "weight", "kept_mass", "inserted_mass"):
+        for key in EDIT_FIGURES:
             known = [step[f"edit/{key}"] for step in steps if step.get(f"edit/{key}") is not None]
             if known:
                 numbers[f"edit/{key}"] = float(np.mean(known))
@@ -172,7 +178,7 @@ def exact_curves(run: str) -> Curves:
     """What the policy sampled in training, step by step, by the exact judge and (`own`) by the judge of the run."""
     curves = defaultdict(list)
     steps = read_rows(f"{run}/metrics.jsonl", "metrics")
-    for path, step in zip(sorted(glob.glob(f"{glob.escape(run)}/rollouts/step_*.jsonl")), steps, strict=True):
+    for (_, path), step in zip(step_files(run, "rollouts"), steps, strict=True):
         rows = read_rows(path, "object")
         judged = [judge(row["persona"], row["question"], row["answer"]) for row in rows]
         curves["exact"].append(np.mean([j.score() for j in judged]))
@@ -200,13 +206,13 @@ def exact_curves(run: str) -> Curves:
 def held_out_curves(run: str) -> Curves:
     """{"step", "answer", "edit", "gap"}: exact scores over training on prompts that are not trained on."""
     curves = defaultdict(list)
-    for path in sorted(glob.glob(f"{glob.escape(run)}/held_out/step_*.jsonl")):
+    for step, path in step_files(run, "held_out"):
         rows = read_rows(path, "object")
         scores = [exact_score(row, row["answer"]) for row in rows]
         edited = [
             (exact_score(row, row["edit"]["answer"]), before) for row, before in zip(rows, scores) if row.get("edit")
         ]
-        curves["step"].append(int(path[-12:-6]) - 1)  # steps trained before it
+        curves["step"].append(step - 1)  # steps trained before it
         curves["answer"].append(np.mean(scores))
         if edited:
             curves["edit"].append(np.mean([after for after, _ in edited]))
@@ -607,7 +613,7 @@ def tiny_gates(folder: str) -> list[str]:
 
 def tiny_edits(folder: str) -> list[str]:
     """Lines of text: gain of edits over originals by the run's judge and by the exact one, for parts of the run."""
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "rollouts", "step_*.jsonl")))
+    files = [path for _, path in step_files(folder, "rollouts")]
     third = len(files) // 3
     parts = {"first third": files[:third], "last third": files[len(files) - third :], "all": files}
     titles = f"{'run judge':>12}{'exact judge':>14}{'better, %':>12}{'worse, %':>12}{'edits':>8}"

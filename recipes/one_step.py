@@ -8,7 +8,6 @@ grad log p and the advantage.
 """
 
 import difflib
-import glob
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from prompts import DIMENSIONS
 from recipes.draw import markdown_table, read_json
 from runtime import flags
-from runtime.rows import read_rows
+from runtime.rows import read_rows, step_files
 
 
 @dataclass
@@ -32,8 +31,7 @@ class Args:
 
 def find(run: str, first: int) -> tuple[int, dict, dict, dict]:
     """-> step, rollout row, its edit's token row, its original's. ValueError: no edit's tokens were kept."""
-    for path in sorted(glob.glob(f"{glob.escape(run)}/tokens/step_*.jsonl")):
-        step = int(path[-12:-6])
+    for step, path in step_files(run, "tokens"):
         kept = {(row["prompt_id"], row["sample_id"], row["edit"]): row for row in read_rows(path, "object")}
         rollouts = read_rows(f"{run}/rollouts/step_{step:06d}.jsonl", "object")
         edited = [row for row in rollouts if (row["prompt_id"], row["sample_id"], True) in kept]

@@ -17,7 +17,6 @@ the exact judge's score, on unseen people's questions. Learning rates are chosen
 seed that no table reports. A finished cell is not run again; a cell's folder is OUT/seedN/rateR/NAME.
 """
 
-import glob
 import os
 import shlex
 import sys
@@ -32,7 +31,7 @@ from recipes import cells, draw
 from recipes.cells import FLAGS, Cell
 from recipes.rates import rates
 from runtime import flags
-from runtime.rows import read_rows, write_text
+from runtime.rows import read_rows, step_files, write_text
 
 
 @dataclass
@@ -181,20 +180,8 @@ def read_cells(out: str, finished: list[str]) -> tuple[Found, dict[float, dict[i
                 gates[rate][seed] = draw.read_json(f"{run}/gates.json")
             else:
                 said = rates(read_rows(f"{run}/eval/answers_model.jsonl", "object"))
-                found[rate, parts[2]][seed] = draw.evaluated(run) | said | branches(run)
+                found[rate, parts[2]][seed] = draw.evaluated(run) | said
     return found, gates
-
-
-def branches(run: str) -> draw.Quantities:
-    """Means over the steps of what the loss did with branch tokens and with the other inserted ones."""
-    if not os.path.exists(f"{run}/rollouts"):
-        return {}
-    steps, means = read_rows(f"{run}/metrics.jsonl", "object"), {}
-    for key in ("branch", "branch_ratio", "branch_weight", "branch_clipfrac", "inserted_weight", "inserted_clipfrac"):
-        known = [step[f"edit/{key}"] for step in steps if step.get(f"edit/{key}") is not None]
-        if known:
-            means[key] = float(np.mean(known))
-    return means
 
 
 def percent(values, digits=1) -> str:
@@ -245,11 +232,11 @@ def branch_table(found: Found) -> str:
     rows = []
     for rate in RATES:
         for name, (label, _) in METHODS.items():
-            if of(found, rate, name, "branch"):
-                row = [label, f"{rate:g}", percent(of(found, rate, name, "branch"))]
+            if of(found, rate, name, "edit/branch"):
+                row = [label, f"{rate:g}", percent(of(found, rate, name, "edit/branch"))]
                 for kind in ("branch", "inserted"):
-                    row += [draw.spread(of(found, rate, name, f"{kind}_weight"), 3)]
-                    row += [percent(of(found, rate, name, f"{kind}_clipfrac"))]
+                    row += [draw.spread(of(found, rate, name, f"edit/{kind}_weight"), 3)]
+                    row += [percent(of(found, rate, name, f"edit/{kind}_clipfrac"))]
                 rows.append(row)
     header = ("", "R", "branches, % of edit tokens", "weight on a branch", "without gradient, %")
     return draw.markdown_table([*header, "weight on inserted", "without gradient, %"], rows)
@@ -287,7 +274,7 @@ def curve_figure(out: str, finished: list[str], folder: str) -> None:
             runs = [c for c in finished if c.endswith(f"/rate{rate:g}/{name}") and f"seed{SEARCH_SEED}" not in c]
             curves = []
             for cell in runs:
-                paths = sorted(glob.glob(f"{glob.escape(out)}/{cell}/rollouts/step_*.jsonl"))
+                paths = [path for _, path in step_files(f"{out}/{cell}", "rollouts")]
                 curves.append([100 * rates(read_rows(path, "object"))["advice"] for path in paths])
             if curves:
                 n = min(map(len, curves))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
@@ -172,6 +173,12 @@ def read_rows(path: str, kind: str) -> list[dict]:
     if not rows:
         raise ValueError(f"{path}: empty, expected {kind} rows")
     return rows
+
+
+def step_files(folder: str, kind: str) -> list[tuple[int, str]]:
+    """(step, file) of OUT/KIND/step_NNNNNN.jsonl (`runs.write_step`), by step."""
+    names = sorted(glob.glob(os.path.join(glob.escape(folder), kind, "step_*.jsonl")))
+    return [(int(match[1]), name) for name in names if (match := re.search(r"step_(\d+)\.jsonl$", name))]
 
 
 def write_rows(path: str, rows: list[dict]) -> None:
