@@ -3,6 +3,7 @@
 tests/faults.sh does the kills at length; here a few of them.
 """
 
+import contextlib
 import os
 import re
 import resource
@@ -192,22 +193,26 @@ def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(three, tiny, monkey
 # -- disks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_files():
-    """No file may grow beyond so many bytes: what a full disk does to a write, a part of it first."""
+@contextlib.contextmanager
+def small_files(size):
+    """No file may grow beyond size bytes: what a full disk does to a write, a part of it first.
+
+    The whole process is so limited, pytest's own output in a file too: left before a test ends.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_half_a_line_is_taken_back(tmp_path, small_files):
+def test_half_a_line_is_taken_back(tmp_path):
     file = str(tmp_path / "metrics.jsonl")
     rows.append_line(file, '{"step": 1}')
-    small_files(20)
-    with pytest.raises(OSError, match="metrics.jsonl") as error:
+    with small_files(20), pytest.raises(OSError, match="metrics.jsonl") as error:
         rows.append_line(file, '{"step": 2, "loss": 0.5}')
     assert "what was finished is kept" in str(error.value)
-    small_files(1000)
     rows.append_line(file, '{"step": 2}')
     assert [row["step"] for row in rows.read_rows(file, "metrics")] == [1, 2]
     with open(file, "a") as f:
@@ -215,10 +220,9 @@ def test_half_a_line_is_taken_back(tmp_path, small_files):
     assert [row["step"] for row in rows.read_rows(file, "metrics")] == [1, 2]
 
 
-def test_a_full_disk_loses_nothing(three, whole, tiny, capsys, small_files):
-    small_files(50_000)  # the weights are larger
-    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 5))
-    small_files(resource.RLIM_INFINITY)
+def test_a_full_disk_loses_nothing(three, whole, tiny, capsys):
+    with small_files(50_000):  # the weights are larger
+        error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 5))
     assert re.search(r"checkpoints/step_000004 could not be written: .*File too large.*whole: make room", error)
     assert sorted(os.listdir(three / "checkpoints")) == ["step_000002", "step_000003"]
     run(sft, *sft_flags(tiny, three, "--max-steps", 5))
