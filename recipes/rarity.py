@@ -14,10 +14,13 @@ is the same words for everybody; advice depends on the person and is worth less)
 Figures use the rate that is *measured* in samples of the SFT policy (recipes/gates.py), not R: SFT on chosen answers
 raises it. What is reported is the rate at which the final policy says the content with no critique in its context, and
 the exact judge's score, on unseen people's questions. Learning rates are chosen per method, with equal effort, on a
-seed that no table reports. A finished cell is not run again; a cell's folder is OUT/seedN/rateR/NAME.
+seed that no table reports. A cell's folder is OUT/seedN/rateR/NAME; its figures go into RESULTS/rarity.json. A cell
+that is finished there or in OUT is not run again, so that runs can be spread over days and machines; with another
+`--results` all of them are run anew.
 """
 
 import os
+import re
 import shlex
 import sys
 from collections import defaultdict
@@ -39,7 +42,7 @@ class Args:
     out: str = "out/rarity"
     """Folder of all runs; a quick run uses OUT_quick."""
     results: str | None = None
-    """Folder of tables and figures; None: results/rarity, or OUT/results for a quick run."""
+    """Folder of rarity.json, tables and figures; None: results/rarity, or OUT/results for a quick run."""
     quick: bool = False
     """One seed, half the RL steps, fewer cells."""
     search: bool = False
@@ -146,9 +149,8 @@ def cells_of(args: Args, out: str) -> list[Cell]:
 
     if args.search:
         add(preparation(out, SEARCH_SEED, (RARE, 0.0, 0.3)))
-        runs = [(RARE, name, 5e-5) for name in METHODS]
+        runs = [(RARE, name, lr) for lr in LRS for name in METHODS]
         runs += [(rate, name, LR[name]) for rate in (0.0, 0.3) for name in METHODS]  # by which the default is decided
-        runs += [(RARE, name, lr) for lr in LRS for name in METHODS]
         for rate, name, lr in runs:
             add([rl_cell(out, SEARCH_SEED, rate, f"{name}_lr{lr:g}", lr, METHODS[name][1], STEPS, "dev")])
         return list(found.values())
@@ -167,20 +169,57 @@ def cells_of(args: Args, out: str) -> list[Cell]:
 # -- tables and figures ------------------------------------------------------------------------------------------------
 
 Found = dict[tuple[float, str], dict[int, draw.Quantities]]  # by rate and cell, then seed
+Gates = dict[float, dict[int, dict]]  # by rate and seed
 
 
-def read_cells(out: str, finished: list[str]) -> tuple[Found, dict[float, dict[int, dict]]]:
-    """-> figures of the trained cells, and the gates' by rate and seed."""
+def figures_of(run: str) -> dict:
+    """What is kept of one finished cell, the gates' or a trained model's; rewards as the exact judge gives them."""
+    if os.path.exists(f"{run}/gates.json"):
+        return draw.read_json(f"{run}/gates.json")
+    sampled = [rates(read_rows(path, "object"))["advice"] for _, path in step_files(run, "rollouts")]
+    return draw.evaluated(run) | rates(read_rows(f"{run}/eval/answers_model.jsonl", "object")) | {"curve": sampled}
+
+
+def parts_of(cell: str) -> tuple[int, float, str] | None:
+    """-> seed, rate, name; None for a cell of no rate (world, base, a seed's GRM)."""
+    found = re.fullmatch(r"seed(\d+)/rate([^/]+)/(\w[^/]*)", cell)
+    return (int(found[1]), float(found[2]), found[3]) if found else None
+
+
+def read_results(folder: str, commands: dict[str, list[str]]) -> dict[str, dict]:
+    """{cell: its commands and figures} of rarity.json. ValueError: a cell has other commands now."""
+    path = f"{folder}/rarity.json"
+    known = draw.read_json(path) if os.path.exists(path) else {}
+    for cell, found in known.items():
+        if cell in commands and commands[cell] != found["commands"]:
+            raise ValueError(f"{path}: {cell} was run with other commands; give another --results, or take it out")
+    return known
+
+
+def missing(wanted: list[Cell], known: dict[str, dict]) -> list[Cell]:
+    """The cells without figures, and what they stand on."""
+    cells, needed = {cell.name: cell for cell in wanted}, set()
+
+    def need(name: str):
+        if name not in needed:
+            needed.add(name)
+            for other in cells[name].needs:
+                need(other)
+
+    for cell in wanted:
+        if parts_of(cell.name) and cell.name not in known:
+            need(cell.name)
+    return [cell for cell in wanted if cell.name in needed]
+
+
+def by_rate(known: dict[str, dict], search: bool) -> tuple[Found, Gates]:
+    """-> figures of the trained cells, and the gates', of the search's seed or of all others."""
     found, gates = defaultdict(dict), defaultdict(dict)
-    for cell in finished:
-        parts = cell.split("/")
-        if len(parts) == 3:
-            seed, rate, run = int(parts[0].removeprefix("seed")), float(parts[1].removeprefix("rate")), f"{out}/{cell}"
-            if parts[2] == "gates":
-                gates[rate][seed] = draw.read_json(f"{run}/gates.json")
-            else:
-                said = rates(read_rows(f"{run}/eval/answers_model.jsonl", "object"))
-                found[rate, parts[2]][seed] = draw.evaluated(run) | said
+    for cell, kept in known.items():
+        seed, rate, name = parts_of(cell)
+        if (seed == SEARCH_SEED) == search:
+            to = gates[rate] if name == "gates" else found[rate, name]
+            to[seed] = {key: value for key, value in kept.items() if key != "commands"}
     return found, gates
 
 
@@ -265,30 +304,25 @@ def diagram_figure(found: Found, measured: dict[str, dict[float, list[float]]], 
     draw.save_figure(figure, folder, "rarity")
 
 
-def curve_figure(out: str, finished: list[str], folder: str) -> None:
+def curve_figure(found: Found, folder: str) -> None:
     """What is sampled in training, step by step, at three rates: the share with suitable advice."""
     shown = (0.3, RARE, 0.0)
     figure, axes = draw.new_figure(len(shown))
     for axis, rate in zip(axes, shown):
         for name, (label, _) in METHODS.items():
-            runs = [c for c in finished if c.endswith(f"/rate{rate:g}/{name}") and f"seed{SEARCH_SEED}" not in c]
-            curves = []
-            for cell in runs:
-                paths = [path for _, path in step_files(f"{out}/{cell}", "rollouts")]
-                curves.append([100 * rates(read_rows(path, "object"))["advice"] for path in paths])
+            curves = of(found, rate, name, "curve")
             if curves:
                 n = min(map(len, curves))
-                ys = np.array([curve[:n] for curve in curves])
+                ys = 100 * np.array([curve[:n] for curve in curves])
                 draw.plot_range(axis, np.arange(1, n + 1), ys, COLORS[name], label=label)
         axis.set(xlabel="step", ylabel="samples with suitable advice, %", title=f"R = {rate:g}")
     axes[-1].legend(frameon=False, fontsize=7)
     draw.save_figure(figure, folder, "rarity_curves")
 
 
-def write_results(out: str, finished: list[str], folder: str) -> None:
-    """rarity.md, rarity.json and the figures of the finished cells into `folder`."""
-    reported = [cell for cell in finished if not cell.startswith(f"seed{SEARCH_SEED}/")]
-    found, gates = read_cells(out, reported)
+def write_results(known: dict[str, dict], folder: str) -> None:
+    """rarity.md and the figures of the cells in rarity.json into `folder`."""
+    found, gates = by_rate(known, search=False)
     names = ("last_step", "advice")
     measured = {key: {rate: [g[key] for g in seeds.values()] for rate, seeds in gates.items()} for key in names}
     said = {
@@ -346,17 +380,15 @@ def write_results(out: str, finished: list[str], folder: str) -> None:
         "critique in the context, on unseen people's questions, scored by the exact judge."
     )
     write_text(f"{folder}/rarity.md", f"# Rarity against the loss on edits\n\n{note}\n\n{text}\n")
-    table = {f"{rate:g}/{name}": seeds for (rate, name), seeds in found.items()}
-    draw.write_json(f"{folder}/rarity.json", dict(cells=table, gates={f"{r:g}": seeds for r, seeds in gates.items()}))
     if found:
         diagram_figure(found, measured, samples=6 * 16 * STEPS, folder=folder)
-        curve_figure(out, reported, folder)
-    print(f"{text}\n\nwritten: {folder}/ (rarity.md, rarity.json, figures)")
+        curve_figure(found, folder)
+    print(f"{text}\n\nwritten: {folder}/ (rarity.md, figures)")
 
 
-def write_search(out: str, finished: list[str], folder: str) -> None:
+def write_search(known: dict[str, dict], folder: str) -> None:
     """search.md: every learning rate that was tried, each method's best in bold."""
-    found, _ = read_cells(out, [cell for cell in finished if cell.startswith(f"seed{SEARCH_SEED}/")])
+    found, _ = by_rate(known, search=True)
     rows, others = [], []
     for name, (label, _) in METHODS.items():
         tried = {lr: of(found, RARE, f"{name}_lr{lr:g}", "reward") for lr in LRS}
@@ -382,13 +414,20 @@ def write_search(out: str, finished: list[str], folder: str) -> None:
 
 def main(args: Args) -> None:
     out = f"{args.out}_quick" if args.quick else args.out
-    wanted = cells_of(args, out)
-    if not args.only_draw:
-        cells.run(wanted, out, args.jobs)
-    finished = [cell.name for cell in wanted if cells.is_done(out, cell)]
-    print(f"{len(finished)} of {len(wanted)} cells are finished")
     folder = args.results or (f"{out}/results" if args.quick else "results/rarity")
-    (write_search if args.search else write_results)(out, finished, folder)
+    wanted = cells_of(args, out)
+    commands = {cell.name: cell.commands for cell in cells_of(args, "OUT")}
+    known = read_results(folder, commands)
+    try:
+        if not args.only_draw:
+            cells.run(missing(wanted, known), out, args.jobs)
+    finally:  # a run that is stopped keeps the figures of what it finished
+        new = [c.name for c in wanted if parts_of(c.name) and c.name not in known and cells.is_done(out, c)]
+        known |= {name: dict(commands=commands[name]) | figures_of(f"{out}/{name}") for name in new}
+        draw.write_json(f"{folder}/rarity.json", known)
+    counted = [name in known for name in commands if parts_of(name)]
+    print(f"{sum(counted)} of {len(counted)} cells are finished")
+    (write_search if args.search else write_results)(known, folder)
 
 
 if __name__ == "__main__":

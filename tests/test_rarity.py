@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 
 import pytest
 from test_tables import write, write_cell
@@ -92,22 +93,52 @@ def test_the_cells_of_the_diagram():
             assert [word.replace("a b/", "a_b/") for word in shlex.split(other)] == shlex.split(command)
 
 
-def test_finished_cells_become_the_diagram(tmp_path):
-    rng, out, finished = random.Random(0), tmp_path / "runs", []
-    for seed in (0, 1):
-        for rate in ("0.3", "0.003", "0"):
-            for name in ("sft", "ppo", "none"):
-                write_cell(out / f"seed{seed}/rate{rate}/{name}", rng)
-                finished.append(f"seed{seed}/rate{rate}/{name}")
-            measured = dict(last_step=float(rate), advice=float(rate) / 2, missed=[], nearly=[])
-            write(out / f"seed{seed}/rate{rate}/gates/gates.json", measured)
-            finished.append(f"seed{seed}/rate{rate}/gates")
-    finished.append("seed100/rate0.003/ppo")  # of the search: not read
-    rarity.write_results(str(out), finished, str(tmp_path / "drawn"))
+def finished_cells(tmp_path, seeds):
+    rng, out = random.Random(0), tmp_path / "runs"
+    for cell in rarity.cells_of(rarity.Args(seeds=2), str(out)):
+        seed, rate, name = rarity.parts_of(cell.name) or (None, None, None)
+        if seed in seeds and rate in (0.3, 0.003, 0.0) and name in ("sft", "ppo", "none", "gates"):
+            run = out / cell.name
+            if name == "gates":
+                write(run / "gates.json", dict(last_step=rate, advice=rate / 2, missed=[], nearly=[]))
+            else:
+                write_cell(run, rng)
+            write(run / "done.json", dict(commands=cell.commands, seconds=1))
+    return rarity.Args(out=str(out), results=str(tmp_path / "drawn"), seeds=2, only_draw=True)
+
+
+def test_finished_cells_become_the_diagram(tmp_path, capsys):
+    args = finished_cells(tmp_path, (0, 1))
+    rarity.main(args)
+    assert "24 of 146 cells are finished" in capsys.readouterr().out
     text = (tmp_path / "drawn/rarity.md").read_text()
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, tis" not in text
     assert "|  | 30.00 ± 0.00 % | 0.30 ± 0.00 % | 0.00 ± 0.00 % |" in text  # the measured rates head the columns
     assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in text
     assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"rarity.png", "rarity_curves.png"}
-    found = json.loads((tmp_path / "drawn/rarity.json").read_text())
-    assert set(found["cells"]["0.003/none"]) == {"0", "1"}
+    shutil.rmtree(tmp_path / "runs")  # another machine: the tables are drawn from rarity.json
+    rarity.main(args)
+    assert (tmp_path / "drawn/rarity.md").read_text() == text
+
+
+def test_cells_of_two_machines_come_together(tmp_path):
+    for seed in (0, 1):
+        args = finished_cells(tmp_path, (seed,))
+        rarity.main(args)
+        shutil.rmtree(tmp_path / "runs")
+    assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in (tmp_path / "drawn/rarity.md").read_text()
+    known = json.loads((tmp_path / "drawn/rarity.json").read_text())
+    todo = {cell.name for cell in rarity.missing(rarity.cells_of(args, "OUT"), known)}
+    assert not todo & set(known) - {
+        f"seed{s}/rate{r}/{n}" for s in (0, 1) for r in ("0.3", "0.003", "0") for n in ("sft", "gates")
+    }
+    assert {"world", "base", "seed1/grm", "seed1/rate0.3/tis"} <= todo
+    known["seed0/rate0.3/none"]["commands"] = ["other"]
+    (tmp_path / "drawn/rarity.json").write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"rarity.json: seed0/rate0.3/none was run with other commands"):
+        rarity.main(args)
+
+
+def test_nothing_runs_where_all_is_known(tmp_path):
+    wanted = rarity.cells_of(rarity.Args(seeds=1), "OUT")
+    assert rarity.missing(wanted, {cell.name: {} for cell in wanted}) == []
