@@ -141,18 +141,20 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "runtime.runs", "tyro", "tqdm", "transformers.utils.chat_template_utils"])
 
 
-def _as_script(script, flags, environment, log):
+def _as_script(script, flags, environment, log, folder):
     os.environ.update(environment)
+    os.chdir(folder)
     with open(log, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(1)
     sys.argv = [script, *flags]
-    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    path = os.path.join(folder, script)
+    runpy.run_path(path if os.path.exists(path) else os.path.join(ROOT, script), run_name="__main__")
 
 
-def launch(script, *flags, processes=1, **environment):
-    """Starts `python script flags`, or that many ranks of it as torchrun would -> what `finish` takes."""
+def launch(script, *flags, processes=1, folder=".", **environment):
+    """Starts `python script flags` in folder, or that many ranks as torchrun would -> what `finish` takes."""
     handle, log = tempfile.mkstemp(suffix=".log")
     os.close(handle)
     with socket.socket() as s:
@@ -162,7 +164,7 @@ def launch(script, *flags, processes=1, **environment):
     for rank in range(processes):
         place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         env = {**environment, **(place if processes > 1 else {}), "CUDA_VISIBLE_DEVICES": ""}
-        args = (script, list(map(str, flags)), {k: str(v) for k, v in env.items()}, log)
+        args = (script, list(map(str, flags)), {k: str(v) for k, v in env.items()}, log, os.path.abspath(folder))
         ranks.append(FORKS.Process(target=_as_script, args=args))
         ranks[-1].start()
     return SimpleNamespace(ranks=ranks, log=log)

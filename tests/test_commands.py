@@ -1,0 +1,123 @@
+"""The commands of README and docs, run as they stand there, in a folder as a reader has it after the stages before.
+
+Only sizes are added to them (SMALL). What is not run here says why (ELSEWHERE): it needs a GPU or hours, or another
+test runs it.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, finish, launch
+from test_docs import PAGES, commands, read
+from test_evaluate_tasks import made_annotations
+
+ELSEWHERE = {
+    r"bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
+    r"python SCRIPT\.py": "any of the scripts",
+    r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
+    r".*https?://": "needs a server; tests/test_judge_servers.py",
+    r"bash recipes/tables\.sh|bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
+    r"bash recipes/(real_cpu|own_data)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
+}
+PPO = "--prompts-per-step 4 --mini-batch-prompts 2 --n-samples 2 --max-new-tokens 24 --judge-max-new-tokens 64 "
+PPO += "--tokens-per-microbatch 300 --max-steps 5 --answer-template answer.txt --edit-template edit.txt"
+SMALL = {  # script: what is added to its command
+    "sft.py": "--epochs 30 --batch-size 16 --lr 5e-3 --answer-template answer.txt",  # answers that a GRM has seen
+    "ppo_cpe.py": PPO,
+    "ppo_loss.py": PPO,
+    "ppo_grpo.py": PPO,
+    "evaluate.py": "--max-new-tokens 24 --bootstrap-draws 20",
+}
+NAMED = {"FOLDER": "out/sft/policy", "out/NAME": "out/ppo_cpe", "out/tiny/cpe": "out/ppo_cpe"}
+RUN_HERE = {page: [c for c in commands(page) if not any(re.match(e, c) for e in ELSEWHERE)] for page in PAGES}
+
+
+def run(folder, command):
+    """The command, with what SMALL adds and a folder of its own unless it names one -> what it printed."""
+    for placeholder, name in NAMED.items():
+        command = command.replace(placeholder, name)
+    words = shlex.split(command)
+    script = words[words.index("python") + 1]
+    if script in SMALL and "--plan" not in words:
+        words += shlex.split(SMALL[script])
+        words += [] if "--out" in words else ["--out", f"out/fresh/{len(os.listdir(folder / 'out/fresh'))}"]
+    return finish(launch(script, *words[words.index(script) + 1 :], folder=folder))
+
+
+@pytest.fixture(scope="module")
+def reader(tiny, tiny_grm, tmp_path_factory):
+    """A checkout whose out/ has rows, SFT policy, GRM, RL runs and an evaluation, by their default names."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in os.listdir(ROOT):
+        if name.endswith(".py"):  # `patch` follows no link
+            shutil.copy(os.path.join(ROOT, name), folder)
+        elif name not in ("out", ".git"):
+            os.symlink(os.path.join(ROOT, name), folder / name)
+    data = folder / "out/data"
+    data.mkdir(parents=True)
+    (folder / "out/fresh").mkdir()
+    for name in ("answer", "edit"):
+        shutil.copy(tiny / f"{name}.txt", folder)
+    prompts = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()]
+    for name, some in dict(prompts_train=prompts, prompts_eval=prompts[:6]).items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    for name, source in dict(pairs="pairs", pairs_eval="pairs", judgements="judgements").items():
+        shutil.copy(tiny / f"{source}.jsonl", data / f"{name}.jsonl")
+    write_personamem(data)
+    for name in ("a", "b", "people"):
+        made = [r | {"generator_2": name, "annotator": name} for r in made_annotations("mixed", 340)]
+        if name == "people":  # whole verdicts, of the first model's answers
+            made = [r | {"generator_2": "a", "preference": r["preference"] and round(r["preference"])} for r in made]
+        (folder / f"{name}.json").write_text(json.dumps(made))
+    (folder / "out/grm").symlink_to(tiny_grm)
+    run(folder, f"python sft.py --model {tiny / 'checkpoint'} --out out/sft")
+    run(folder, "python ppo_cpe.py --save-batch 5 --edit-rate 1 --log-tokens 4 --out out/ppo_cpe")
+    (folder / "out/ppo_cpe/batch_000020").symlink_to("batch_000005")
+    (folder / "out/ppo").symlink_to("ppo_cpe")
+    run(folder, "python evaluate.py --judge out/grm/model --out out/evaluate")
+    for page, kind in (("README.md", "reward"), ("docs/forking.md", "brief")):
+        save_code(folder, page, kind)
+    return folder
+
+
+def write_personamem(data):
+    row = dict(persona="Kim likes tea.", question="What now?", context_id="c", end_index=1, question_type="facts")
+    row |= dict(options=["Tea.", "Jazz.", "A trip.", "Go."], correct="a", version="v1 32k", user_id="1")
+    rows = [row | dict(prompt_id=f"q{i}") for i in range(4)]
+    (data / "personamem_32k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = dict(context_id="c", messages=[dict(role="system", content="Kim likes tea.")])
+    (data / "personamem_32k_contexts.jsonl").write_text(json.dumps(context) + "\n")
+
+
+def save_code(folder, page, kind):
+    """The page's reward function and its diffs of ppo_cpe.py become the files that its commands name."""
+    text = read(page)
+    if kind == "reward":
+        (code,) = re.findall(r"^    def reward\(.*\n(?:    .*\n)+", text, re.MULTILINE)
+        (folder / "my_reward.py").write_text(re.sub(r"^    ", "", code, flags=re.MULTILINE))
+        return
+    (code,) = re.findall(r"```python\n(.*?def brief.*?)```", text, re.DOTALL)
+    (folder / "brief.py").write_text(code)
+    for diff in re.findall(r"```diff\n(.*?)```", text, re.DOTALL):
+        name = re.search(r"\+\+\+ (ppo_\w+\.py)", diff)[1]
+        patch = ["patch", "--silent", "--fuzz=0", "-o", name, "ppo_cpe.py"]
+        subprocess.run(patch, input=diff, text=True, check=True, cwd=folder)
+
+
+def test_what_is_not_run_is_on_a_page():
+    every = [command for page in PAGES for command in commands(page)]
+    assert [e for e in ELSEWHERE if not any(re.match(e, c) for c in every)] == []
+    assert sum(map(len, RUN_HERE.values())) >= 20
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if RUN_HERE[page]])
+def test_the_commands_of_a_page_run_as_written(reader, page):
+    """In their order: some stand on what those before them wrote."""
+    for command in RUN_HERE[page]:
+        print(command)
+        assert run(reader, command).strip(), command
