@@ -233,7 +233,8 @@ def questions(args: Args, asker: Asker, model: Model) -> None:
             else:
                 seen.add(key)
                 rows.append(row)
-    done.write(args, rows, asker)
+    written = len(rows) + sum(row["why"] == "discarded" for row in done.dropped)
+    done.write(args, rows, asker, len(requests), written)
 
 
 def answers(args: Args, asker: Asker, models: list[Model]) -> None:
@@ -251,7 +252,7 @@ def answers(args: Args, asker: Asker, models: list[Model]) -> None:
         else:
             seen.add((row["prompt_id"], normal(row["answer"])))
             rows.append(row)
-    done.write(args, rows, asker)
+    done.write(args, rows, asker, len(requests), len(requests))
 
 
 def pairs(args: Args, asker: Asker, model: Model) -> None:
@@ -280,7 +281,7 @@ def pairs(args: Args, asker: Asker, model: Model) -> None:
             for side, row in sides:
                 prompt |= {side: row["answer"], f"{side}_score": row["score"], f"{side}_model": row["model"]}
             found.append(dict(prompt))
-    done.write(args, found, asker)
+    done.write(args, found, asker, len(requests), len(of_prompt))
 
 
 def judgements(args: Args, asker: Asker, model: Model, others: list[Model]) -> None:
@@ -314,7 +315,7 @@ def judgements(args: Args, asker: Asker, model: Model, others: list[Model]) -> N
                 done.discard(row, *(("tie", tie) if len(scores) == 2 else ("alone", alone)))
     found = [row | dataclasses.asdict(judged[key]) | {"judge": model.name} for key, row in rows.items() if key in kept]
     audit(args, asker, [model, *others], found)
-    done.write(args, found, asker)
+    done.write(args, found, asker, len(rows), len(rows))
 
 
 def audit(args: Args, asker: Asker, judges: list[Model], rows: list[dict]) -> None:
@@ -398,10 +399,10 @@ class Done:
     def drop(self, why: str, cause: str, reason: str, row: dict) -> None:
         self.dropped.append(dict(step=self.step, why=why, cause=cause, reason=reason) | row)
 
-    def write(self, args: Args, rows: list[dict], asker: Asker) -> None:
+    def write(self, args: Args, rows: list[dict], asker: Asker, requests: int, discarded_of: int) -> None:
         """annotate/STEP.jsonl, this step's part of annotate/dropped.jsonl and of annotation.json.
 
-        ValueError: nothing is left.
+        requests: what failures are a share of; discarded_of: what discards are one of. ValueError: nothing is left.
         """
         file, before = step_file(args, "dropped"), []
         if os.path.isfile(file) and os.path.getsize(file):
@@ -417,7 +418,8 @@ class Done:
             with open(file, encoding="utf-8") as f:
                 summary = json.load(f)
         summary["args"] = dataclasses.asdict(args)
-        summary["steps"][self.step] = dict(rows=len(rows), dropped=dict(sorted(counts.items())))
+        shares_of = dict(failed=requests, discarded=discarded_of)
+        summary["steps"][self.step] = dict(rows=len(rows), dropped=dict(sorted(counts.items())), of=shares_of)
         summary["models"] = spent_by_model(asker)
         write_text(file, json.dumps(summary, ensure_ascii=False, indent=1))
         if not rows:
@@ -475,33 +477,35 @@ def plan(args: Args, asker: Asker, models: list[Model], writer: Model, scorer: M
 
 
 def print_plan(args: Args, asker: Asker, steps: list[tuple], n_models: int) -> None:
-    print(
-        f"\n{'step':12}{'requests':>12}{'tokens in':>20}{'tokens out':>20}{'dollars':>18}{'minutes':>18}{'failed':>9}"
-    )
-    total = defaultdict(lambda: [0.0, 0.0])  # figure: sum of means, sum of squared half widths
+    figures = {"prompt_tokens": "tokens in", "completion_tokens": "tokens out", "cost": "dollars", "seconds": "minutes"}
+    table = [["step", "requests", *figures.values(), "failed"]]
+    means, squares = Counter(), Counter()  # of half widths, over the steps
     for step, n, replies in steps:
         cells = []
-        for name in COUNTS[1:]:
+        for name in figures:
             scale = n
-            if name == "seconds":  # of servers: so many at a time
+            if name == "seconds":  # of requests that are made side by side
                 scale = n / 60 / (args.concurrency * (n_models if step == "answers" else 1))
             mean, half = interval([row[name] for row in replies])
             cells.append(between(scale * mean, scale * half))
-            total[name][0] += scale * mean
-            total[name][1] += (scale * half) ** 2
+            means[name] += scale * mean
+            squares[name] += (scale * half) ** 2
         failed = sum(row["failure"] is not None for row in replies)
         bound = "at most " if step == "judgements" else ""
-        print(f"{step:12}{bound + format(n, ','):>12}" + columns(cells) + f"{f'{failed} of {len(replies)}':>9}")
-    cells = [between(mean, math.sqrt(squares)) for mean, squares in total.values()]
-    print(f"{'all':12}{sum(n for _, n, _ in steps):>12,}" + columns(cells))
-    audits = args.audit_answers * ((1 + len(args.audit_judges)) * args.audit_repeats - 1)
-    made = sum(len(replies) for *_, replies in steps)
+        table.append([step, f"{bound}{n:,}", *cells, f"{failed} of {len(replies)}"])
+    cells = [between(means[name], math.sqrt(squares[name])) for name in figures]
+    table.append(["all", f"{sum(n for _, n, _ in steps):,}", *cells, ""])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print()
+    for row in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+    made, audits = sum(len(r) for *_, r in steps), (1 + len(args.audit_judges)) * args.audit_repeats - 1
     print(f"\n{made} requests were made for this, and are kept; ${asker.spent:.4f} are spent in {args.out}")
     print(
         f"minutes: as fast as these, --concurrency {args.concurrency} at a time; limits and a busier server add to it"
     )
-    if audits:
-        print(f"the audit adds {audits} judgements")
+    if args.audit_answers:
+        print(f"the audit adds {args.audit_answers * audits} judgements")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -515,14 +519,13 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def between(mean: float, half: float) -> str:
+    """ "120 (90-150)"; of what is next to nothing only that."""
+
     def short(x):
-        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.01 or x == 0 else "<0.01"
 
-    return short(mean) + (f" ({short(max(0, mean - half))}-{short(mean + half)})" if half else "")
-
-
-def columns(cells: list[str]) -> str:
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, (20, 20, 18, 18)))
+    low, high = short(max(0, mean - half)), short(mean + half)
+    return short(mean) if low == high else f"{short(mean)} ({low}-{high})"
 
 
 # -- main --------------------------------------------------------------------------------------------------------------

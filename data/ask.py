@@ -312,7 +312,7 @@ class Asker:
 
     async def ask_one(self, server: "AsyncServer", key: str, request: Request, limiter: AsyncLimiter | None) -> None:
         """At most `attempts` replies to a request, the first of which may be asked for now, and its row."""
-        counts, failure = defaultdict(float), None
+        counts, failure = defaultdict(int), None
         for n, attempt in enumerate(self.attempts(key, request)):
             if n and limiter:
                 await limiter.acquire()
@@ -403,7 +403,7 @@ class Asker:
             return
         max_len = max(len(ids) + request.settings["max_tokens"] for request, ids in inputs.values())
         engine = Engine(model, chat.stop_ids, max_len, self.limits.max_batch)
-        counts = {key: defaultdict(float) for key in inputs}
+        counts = {key: defaultdict(int) for key in inputs}
         attempts = {key: iter(self.attempts(key, request)) for key, (request, _) in inputs.items()}
 
         def submit(key) -> bool:
