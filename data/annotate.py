@@ -53,8 +53,8 @@ class Args:
     """Files of prompt rows; none: prompts_train and prompts_eval of OUT, as data/prepare.py leaves them."""
     personas: str | None = None
     """Personas to write questions for: a .csv, .jsonl or .parquet file, or a source, as for data/prepare.py."""
-    persona_column: str | None = None
-    """Column of the personas; none: "persona" if there is one, else the whole row is the persona."""
+    persona_column: tuple[str, ...] = ()
+    """Column of the personas, or several; none: "persona" if there is one, else the whole row is the persona."""
     id_column: str = "user_id"
     """Column that names a persona, if there is one."""
 
