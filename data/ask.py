@@ -317,9 +317,7 @@ class Asker:
             if n and limiter:
                 await limiter.acquire()
             if not await self.may_send(key, request):
-                if n:
-                    self.record(key, request, None, counts, Failure("between two attempts", STOPPED_HERE, retry=True))
-                return
+                return self.cut_short(key, request, counts)
             began, reply, usage = time.monotonic(), None, None
             try:
                 settings = {**request.settings, "seed": request.seed(attempt) % 2**31}
@@ -328,6 +326,9 @@ class Asker:
                 reply, failure = usable(request, choice), None
             except Failure as error:
                 failure = error
+            except ServerDown:
+                self.cut_short(key, request, counts)
+                raise
             finally:
                 del self.reserved[key]
                 self.freed.set()
@@ -336,6 +337,11 @@ class Asker:
             if failure is None or not failure.retry:
                 break
         self.record(key, request, reply, counts, failure)
+
+    def cut_short(self, key: str, request: Request, counts: dict) -> None:
+        """A row for attempts that have failed where no other is made: they are paid."""
+        if counts:
+            self.record(key, request, None, counts, Failure("between two attempts", STOPPED_HERE, retry=True))
 
     def attempts(self, key: str, request: Request) -> range:
         """The numbers of the attempts to come; a failure that is asked again goes on with other seeds."""

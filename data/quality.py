@@ -156,7 +156,7 @@ def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
     return found
 
 
-def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[float]]:
+def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[int]]:
     """{of whom: [number, 10 %, median, 90 %] of the characters of answers}."""
     groups = defaultdict(list)
     for row in answers:
@@ -164,7 +164,7 @@ def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[float]]:
     for pair in pairs:
         for side in ("chosen", "rejected"):
             groups[side].append(len(pair[side]))
-    return {name: [len(n), *np.quantile(n, (0.1, 0.5, 0.9)).tolist()] for name, n in groups.items()}
+    return {name: [len(n), *np.quantile(n, (0.1, 0.5, 0.9)).round().astype(int).tolist()] for name, n in groups.items()}
 
 
 # -- the sheet ---------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import error_of, finish, launch, parse
+from conftest import ROOT, error_of, finish, launch, parse
 from test_judge_servers import Quiet
 
-from data import annotate, ask, persona_world
+from data import annotate, ask, persona_world, prepare
 from runtime.rows import read_rows, write_rows
 
 PERSONAS = [{"name": f"Kim {i}", "likes": ["tea", "jazz", "chess"][i % 3]} for i in range(12)]
@@ -410,6 +410,51 @@ def test_the_generated_world(tmp_path):
     assert len(asked) + len(dropped(tmp_path / "out", "questions")) == 8 * 2 * 2
     audit = read_rows(str(tmp_path / "out" / "annotate" / "audit.jsonl"), "object")
     assert len(audit) == 6 * 3 and len({(row["answer"], row["repeat"]) for row in audit}) == 18
+
+
+TEN_ROWS = """name,job,likes,question
+Mia,nurse,spicy vegan food,What could I cook after a late shift?
+Ben,teacher,chess and jazz,How do I spend a rainy Sunday?
+Aisha,farmer,old tractors,What should I read this winter?
+Tom,pilot,mountain bikes,How do I stay fit on long trips?
+Lena,student,cheap travel,Where could I go in May?
+Omar,chef,his two cats,What gift suits my sister?
+Ines,retired,roses and tea,How do I start with a small balcony?
+Raj,programmer,board games,How can I sleep better?
+Eva,architect,swimming,What hobby could I begin at forty?
+Paul,bus driver,history podcasts,How do I learn some Spanish?
+"""
+
+
+def test_ten_rows_of_a_table_feed_every_stage(server, tiny, tmp_path):
+    """What docs/own-data.md shows, to the first step of each stage that reads the rows."""
+    with open(os.path.join(ROOT, "docs", "own-data.md"), encoding="utf-8") as f:
+        assert TEN_ROWS.replace("\n", "\n    ").rstrip() in f.read()
+    (tmp_path / "asked.csv").write_text(TEN_ROWS)
+    out = tmp_path / "out"
+    columns = ("--persona-column", "name", "job", "likes")
+    prepare.main(parse(prepare.Args, "", ["--questions", str(tmp_path / "asked.csv"), *columns, "--out", str(out)]))
+    a, b = f"a={server.url}#a", f"b={server.url}#b"
+    run("--out", out, "--models", a, b, "--scorer", a, "--judge", b, "--answers-per-model", 3)
+    small = ["--tokens-per-microbatch", 2000, "--max-steps", 1]
+    model = ["--model", tiny / "checkpoint", "--answer-template", tiny / "answer.txt"]
+    pairs = [*model, "--data", out / "pairs.jsonl", "--batch-size", 2, *small]
+    grm = ["--model", tiny / "checkpoint", "--data", out / "judgements.jsonl", "--grm-template", tiny / "grm.txt"]
+    rl = [
+        *model,
+        "--prompts",
+        out / "prompts_train.jsonl",
+        "--judge",
+        f"{server.url}#b",
+        "--edit-template",
+        tiny / "edit.txt",
+    ]
+    rl += ["--prompts-per-step", 2, "--mini-batch-prompts", 1, "--n-samples", 2, "--max-new-tokens", 8, *small]
+    stages = {"sft.py": pairs, "dpo.py": pairs, "train_grm.py": [*grm, "--batch-size", 2, *small], "ppo_cpe.py": rl}
+    running = {script: launch(script, *flags, "--out", tmp_path / script) for script, flags in stages.items()}
+    for script, process in running.items():
+        finish(process)
+        assert len(read_rows(str(tmp_path / script / "metrics.jsonl"), "metrics")) == 1
 
 
 @pytest.mark.parametrize(
