@@ -1,11 +1,15 @@
 """data/quality.py: figures of the quality sheet by hand; report.py draws it."""
 
 import json
+from random import Random
 
 import pytest
+from browser import MISSING, Browser
+from test_annotate import run
 from test_report import data_of, made
 
-from data import quality
+from data import persona_world, quality
+from runtime.rows import write_rows
 
 WEIGHTS = (0.35, 0.40, 0.25)
 
@@ -60,22 +64,22 @@ def test_copies_and_leaks():
     assert quality.copies(train, [])["personas_on_both_sides"] == 0
 
 
-def test_report_draws_the_sheet(tmp_path):
-    """Of a folder of the generated world, as data/annotate.py leaves it: tables, and pairs with their critiques."""
-    from random import Random
-
-    from test_annotate import run
-
-    from data import persona_world
-    from runtime.rows import write_rows
-
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of the generated world, as data/annotate.py leaves it."""
+    out = tmp_path_factory.mktemp("annotated")
     people = [dict(persona=persona_world.sample_persona(Random(i))) for i in range(6)]
-    write_rows(str(tmp_path / "people.jsonl"), people)
-    out, more = tmp_path / "out", ("--answers-per-model", 5, "--min-gap", 0.6, "--audit-answers", 5)
-    run("--personas", tmp_path / "people.jsonl", "--out", out, *more, "--questions-per-persona", 2, "--eval-share", 0.4)
-    (found,) = data_of(made([out], tmp_path / "report.html"))["runs"]
+    write_rows(str(out / "people.jsonl"), people)
+    more = ("--answers-per-model", 5, "--min-gap", 0.6, "--audit-answers", 5, "--eval-share", 0.4)
+    run("--personas", out / "people.jsonl", "--out", out, *more, "--questions-per-persona", 2)
+    return out
+
+
+def test_report_draws_the_sheet(folder, tmp_path):
+    """Tables, and pairs with their critiques."""
+    (found,) = data_of(made([folder], tmp_path / "report.html"))["runs"]
     assert found["label"] == "Annotated data"
-    summary = json.loads((out / "annotation.json").read_text())
+    summary = json.loads((folder / "annotation.json").read_text())
     kept = summary["steps"]["judgements"]["rows"]
     lines = found["table"].splitlines()
     assert f"| judgements | kept | {kept} |  |" in lines
@@ -84,3 +88,15 @@ def test_report_draws_the_sheet(tmp_path):
     assert len(found["rows"]) == 10 and {row["verdict"] for row in found["rows"]} == {"win"}  # by the same exact judge
     side = found["rows"][0]["sides"][0]
     assert side["critique"] and side["answer"] and side["title"].startswith("chosen, by world: ")
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_the_page_shows_sheet_and_pairs(folder, tmp_path):
+    made([folder], tmp_path / "report.html")
+    with Browser() as b:
+        b.open(tmp_path / "report.html")
+        assert "Stability of judgements" in b.text("#main") and "personas on both sides" in b.text("#main")
+        b.open("/dev/null")
+        b.open(tmp_path / "report.html", "#view=rows")
+        assert "10 rows of 10" in b.text("#count") and "Critique" in b.text("#reader")
+        assert b.errors() == []
