@@ -504,6 +504,10 @@ def print_plan(args: Args, asker: Asker, steps: list[tuple], n_models: int) -> N
     print(
         f"minutes: as fast as these, --concurrency {args.concurrency} at a time; limits and a busier server add to it"
     )
+    for step, _, replies in steps:
+        reasons = [row["reason"] for row in replies if row["failure"]]
+        if reasons:
+            print(f"{step}: {len(reasons)} of {len(replies)} failed, the first: {reasons[0]}")
     if args.audit_answers:
         print(f"the audit adds {args.audit_answers * audits} judgements")
 

@@ -364,6 +364,12 @@ def test_plan_makes_a_few_requests_and_keeps_them(server, prompts, tmp_path, cap
     assert low <= real <= high and low < mean < high
 
 
+def test_plan_shows_why_requests_fail(server, prompts, tmp_path, capsys):
+    server.fault = lambda request, text: (200, {"content": "Fine."}) if FORM.search(text) else None
+    run(*flags_for(server, prompts, tmp_path / "out"), "--plan", "--attempts", 1)
+    assert "scores: 6 of 6 failed, the first: in no readable form: Fine." in capsys.readouterr().out
+
+
 # -- models in this process, errors ------------------------------------------------------------------------------------
 
 
