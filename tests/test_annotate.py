@@ -375,22 +375,22 @@ def test_plan_shows_why_requests_fail(server, prompts, tmp_path, capsys):
 
 def test_checkpoints_and_servers_side_by_side(server, tiny, tiny_grm, tmp_path):
     """A checkpoint answers and a GRM judges, each with the template it was trained with; a resumed run is the same."""
-    flags = ["--prompts", tiny / "prompts.jsonl", "--max-new-tokens", 16, "--answer-template", tiny / "answer.txt"]
+    write_rows(str(tmp_path / "prompts.jsonl"), read_rows(str(tiny / "prompts.jsonl"), "prompt")[:8])
+    flags = ["--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 16, "--answer-template", tiny / "answer.txt"]
     flags += ["--models", f"tiny={tiny / 'checkpoint'}", f"{server.url}#a", "--scorer", f"{server.url}#a"]
     flags += ["--judge", f"grm={tiny_grm / 'model'}", "--judge-max-new-tokens", 64, "--answers-per-model", 2]
     kinds = ("Plan a trip with tea.", "There are many options for a trip, it depends.")  # as the GRM knows them
     server.fault = lambda r, text: None if FORM.search(text) else (200, {"content": kinds[r["seed"] % 2]})
-    run("answers", *flags, "--out", tmp_path / "one", "--attempts", 2)
+    run(*flags, "--out", tmp_path / "one", "--attempts", 2)
     rows = [json.loads(line) for line in (tmp_path / "one" / "annotate" / "answers.jsonl").read_text().splitlines()]
     lost = dropped(tmp_path / "one", "answers")  # random weights seldom end by themselves
-    assert len(rows) + len(lost) == 32 * 4 and {row["cause"] for row in lost} <= {"unparsable", "duplicate"}
-    assert Counter(row["model"] for row in rows)["a"] > 32  # two of each prompt, where they differ
-    run(*flags, "--out", tmp_path / "one", "--attempts", 2)
+    assert len(rows) + len(lost) == 8 * 4 and {row["cause"] for row in lost} <= {"unparsable", "duplicate"}
+    assert Counter(row["model"] for row in rows)["a"] > 8  # two of each prompt, where they differ
     judged = read_rows(str(tmp_path / "one" / "judgements.jsonl"), "judgement")
     assert {row["judge"] for row in judged} == {"grm"} and {row["critique"] for row in judged}
     kept = journal(tmp_path / "one")
     (tmp_path / "two" / "journal").mkdir(parents=True)
-    half = "".join(json.dumps(row) + "\n" for row in kept[:100])
+    half = "".join(json.dumps(row) + "\n" for row in kept[: len(kept) // 2])
     (tmp_path / "two" / "journal" / "replies.0.jsonl").write_text(half + '{"made_by": "torn')
     run(*flags, "--out", tmp_path / "two", "--attempts", 2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
