@@ -3,7 +3,8 @@
 The page is one file that needs no network; it can be made while the run goes on, and made again later (its address
 keeps the place). It holds rollouts with critiques and edits as word-level diffs, their tokens by log-prob, ratio,
 weight and advantage (`ppo_cpe.py --log-tokens`), curves of everything in metrics.jsonl, and lights that warn by a rule
-in words; of evaluations the answers of both sides. Of many rollouts it has a sample of each step, and says so.
+in words; of evaluations the answers of both sides; of annotated data its quality sheet (data/quality.py). Of many
+rollouts it has a sample of each step, and says so.
 
     python report.py out/ppo_cpe                                    # out/ppo_cpe/report.html
     python report.py out/ppo_cpe --compare out/ppo out/evaluate     # more runs, side by side by prompt
@@ -20,7 +21,7 @@ from runtime import flags
 @dataclass(kw_only=True)
 class Args:
     run: tyro.conf.Positional[str]
-    """Folder that a training script or evaluate.py wrote."""
+    """Folder that a training script, evaluate.py or data/annotate.py wrote."""
     compare: tuple[str, ...] = ()
     """More such folders, for the same page."""
     out: str | None = None
@@ -45,7 +46,7 @@ import zlib
 from collections import defaultdict
 from typing import Any
 
-from reporting.evaluations import VERDICTS, evaluation_run, judgement_pair
+from reporting.evaluations import VERDICTS, annotation_run, evaluation_run, judgement_pair
 from reporting.folders import DIMENSIONS, read_lines, read_object, rows_of
 from reporting.lights import held_out_light, lights
 from runtime.rows import SURROGATE, step_files, write_text
@@ -166,7 +167,7 @@ AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "ju
 
 
 def kind_of(folder: str) -> str:
-    """rl | grm | bt | dpo | sft | evaluation. ValueError: nothing of that."""
+    """rl | grm | bt | dpo | sft | evaluation | annotation. ValueError: nothing of that."""
     if os.path.isfile(os.path.join(folder, "args.json")):
         args = read_object(os.path.join(folder, "args.json"))
         if "edit_rate" in args or os.path.isdir(os.path.join(folder, "rollouts")):
@@ -174,9 +175,11 @@ def kind_of(folder: str) -> str:
         return args.get("objective") or ("dpo" if "beta" in args else "sft")
     if os.path.isfile(os.path.join(folder, "results.json")):
         return "evaluation"
+    if os.path.isfile(os.path.join(folder, "annotation.json")):
+        return "annotation"
     inside = glob.glob(os.path.join(glob.escape(folder), "*", "args.json"))
     hint = f"; it holds runs: {', '.join(sorted(map(os.path.dirname, inside)))}" if inside else ""
-    raise ValueError(f"{folder}: expected a run's args.json or an evaluation's results.json{hint}")
+    raise ValueError(f"{folder}: expected a run's args.json, an evaluation's results.json or an annotation.json{hint}")
 
 
 KINDS = {"grm": "Generative reward model", "bt": "Bradley-Terry reward model", "dpo": "DPO", "sft": "SFT"}
@@ -424,7 +427,10 @@ def read_runs(folders: list[str], max_mb: float) -> list[dict]:
     names = ["/".join(p[-n:]) for p, n in zip(parts, depths)]
     found = []
     for folder, kind, name in zip(folders, kinds, names):
-        run = evaluation_run(folder) if kind == "evaluation" else train_run(folder, kind, share)
+        if kind in ("evaluation", "annotation"):
+            run = evaluation_run(folder) if kind == "evaluation" else annotation_run(folder)
+        else:
+            run = train_run(folder, kind, share)
         found.append({"name": name, "path": folder, **run})
     return found
 

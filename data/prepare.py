@@ -15,7 +15,8 @@ After training on PersonaFeedback's pairs, figures on it are meaningful for the 
 
 **Your own** personas and questions, as .csv, .jsonl or .parquet files (--questions, --personas): prompts_train and
 prompts_eval, split by persona in the same way.
-- A persona is the value of --persona-column: text, or a JSON object (as text, too). Without such a column it is the
+- A persona is the value of --persona-column: text, or a JSON object (as text, too); several columns are an object of
+  them. Without such a column it is the
   whole row.
 - A question belongs to the persona with the same --id-column. If the questions have no such column, each is given to
   --personas-per-question personas, drawn by --seed; if they have a persona column, --personas is not needed.
@@ -37,6 +38,7 @@ dropped, so that a table gives the same rows as JSON lines (data/readers.py).
     python data/prepare.py --source tatsu-lab/alpaca_eval --personas PersonalAILab/PersonaFeedback
     python data/prepare.py --source bowen-upenn/PersonaMem
     python data/prepare.py --personas people.csv --questions asked.csv --id-column id --question-column text
+    python data/prepare.py --questions asked.csv --persona-column name job likes     # persona and question in one table
 """
 
 import os
@@ -65,8 +67,8 @@ class Args:
     """A .csv, .jsonl or .parquet file of questions."""
     question_column: str = "question"
     """Column of the questions."""
-    persona_column: str | None = None
-    """Column of the personas; None: "persona" if there is one, else the whole row is the persona."""
+    persona_column: tuple[str, ...] = ()
+    """Column of the personas, or several; none: "persona" if there is one, else the whole row of --personas."""
     id_column: str = "user_id"
     """Column of both files by which a question names its persona."""
     personas_per_question: flags.Count = 1
@@ -487,13 +489,18 @@ def require_column(column: str, columns: list[str], path: str, reason: str = "")
         raise ValueError(f'{path}: no column "{column}"{reason}; it has: {", ".join(columns)}')
 
 
+def persona_of(row: dict, columns: tuple[str, ...]) -> Any:
+    """The value of one column, or an object of several; an empty cell is no value."""
+    return row.get(columns[0]) if len(columns) == 1 else {name: row[name] for name in columns if name in row}
+
+
 def own_personas(args: Args, needs_ids: bool) -> dict[str, dict | str]:
     """{id: persona} of --personas: a table's rows, or those of a source. ids by row, from 1, if there are none."""
     if not os.path.isfile(args.personas):
         return find_personas(sort_files(list_files(args.personas)[1]))
     columns, rows = read_table(args.personas)
-    column = args.persona_column or ("persona" if "persona" in columns else None)
-    if column is not None:
+    named = args.persona_column or ("persona",) * ("persona" in columns)
+    for column in named:
         require_column(column, columns, args.personas)
     if needs_ids:
         require_column(
@@ -504,8 +511,8 @@ def own_personas(args: Args, needs_ids: bool) -> dict[str, dict | str]:
         name = str(row.get(args.id_column, number))
         if name in personas:
             raise ValueError(f'{place}: {args.id_column} "{name}" occurs twice')
-        persona = row.get(column) if column else {k: v for k, v in row.items() if k != args.id_column}
-        personas[name] = checked_persona(persona, place)
+        whole = {k: v for k, v in row.items() if k != args.id_column}
+        personas[name] = checked_persona(persona_of(row, named) if named else whole, place)
     return personas
 
 
@@ -513,9 +520,10 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
     """Your own questions, each with its persona or with drawn ones."""
     columns, rows = read_table(args.questions)
     require_column(args.question_column, columns, args.questions, " of questions")
-    has_ids, pool, column = args.id_column in columns, {}, args.persona_column or "persona"
+    has_ids, pool, named = args.id_column in columns, {}, args.persona_column or ("persona",)
     if args.personas is None:
-        require_column(column, columns, args.questions, " of personas, and no --personas are given")
+        for column in named:
+            require_column(column, columns, args.questions, " of personas, and no --personas are given")
     else:
         pool = own_personas(args, has_ids)
         if not has_ids and not 1 <= args.personas_per_question <= len(pool):
@@ -532,7 +540,7 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
         if "reference" in row:
             more["reference"] = text_field(row, "reference", place)
         if args.personas is None:
-            prompts.append(prompt_row(checked_persona(row.get(column), place), question, source) | more)
+            prompts.append(prompt_row(checked_persona(persona_of(row, named), place), question, source) | more)
         elif has_ids:
             if more.get("user_id") not in pool:
                 name = more.get("user_id", "")

@@ -2,7 +2,7 @@
 # Every stage with Qwen2.5-0.5B on one GPU of 80 GB: a complete run to look at, with the paper's hyperparameters but 32
 # prompts a step. GIB=24 plans for a smaller card.
 #
-#   bash recipes/qwen0.5b.sh
+#   bash recipes/qwen0.5b.sh [PERSONAS QUESTIONS FLAGS ... | --judge URL]     # see recipes/plan_and_run.sh
 #   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen0.5b.sh     # needs no GPU, and only config.json of the model
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,10 +19,11 @@ cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --prompts-per-step 3
     --checkpoint-activations)
 
 plan sft.py "${sft[@]}"
-plan train_grm.py "${grm[@]}"
-plan ppo_cpe.py --model "$MODEL" --judge "$MODEL" "${cpe[@]}"
+[ -n "$JUDGE" ] || plan train_grm.py "${grm[@]}"
+plan ppo_cpe.py --model "$MODEL" --judge "${JUDGE:-$MODEL}" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
+make_rows
 run sft.py "${sft[@]}"
-run train_grm.py "${grm[@]}"
-run ppo_cpe.py --model "$OUT/sft/policy" --judge "$OUT/grm/model" "${cpe[@]}"
+[ -n "$JUDGE" ] || run train_grm.py "${grm[@]}"
+run ppo_cpe.py --model "$OUT/sft/policy" --judge "${JUDGE:-$OUT/grm/model}" "${cpe[@]}"

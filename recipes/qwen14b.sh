@@ -3,7 +3,7 @@
 # another machine: the paper served it on two further GPUs. JUDGE is the URL of any OpenAI-compatible server of
 # OUT/grm/model.
 #
-#   STAGES="sft grm" bash recipes/qwen14b.sh
+#   STAGES="sft grm" bash recipes/qwen14b.sh [PERSONAS QUESTIONS FLAGS ...]     # see recipes/plan_and_run.sh
 #   STAGES=cpe JUDGE=http://OTHER_MACHINE:8000/v1 bash recipes/qwen14b.sh
 #   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen14b.sh      # needs no GPU, and only config.json of the model
 set -euo pipefail
@@ -27,6 +27,7 @@ plan train_grm.py "${grm[@]}"
 plan ppo_cpe.py --model "$MODEL" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
+make_rows
 for stage in "${stages[@]}"; do
     case $stage in
         sft) run sft.py "${sft[@]}" ;;

@@ -3,7 +3,7 @@
 # are the scripts' defaults (docs/method.md 1.3, 1.4, 1.6). The GRM runs in the processes that train. The memory plans
 # of all stages come first; run it again to resume an interrupted run.
 #
-#   bash recipes/qwen7b.sh
+#   bash recipes/qwen7b.sh [PERSONAS QUESTIONS FLAGS ... | --judge URL]     # see recipes/plan_and_run.sh
 #   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen7b.sh       # needs no GPU, and only config.json of the model
 #
 # MODEL: folder or hub id. DATA: rows of data/prepare.py and data/annotate.py. OUT: run folders.
@@ -21,10 +21,11 @@ grm=(--model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" --checkpo
 cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --max-batch 64 --checkpoint-activations --offload)
 
 plan sft.py "${sft[@]}"
-plan train_grm.py "${grm[@]}"
-plan ppo_cpe.py --model "$MODEL" --judge "$MODEL" "${cpe[@]}"
+[ -n "$JUDGE" ] || plan train_grm.py "${grm[@]}"
+plan ppo_cpe.py --model "$MODEL" --judge "${JUDGE:-$MODEL}" "${cpe[@]}"
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
+make_rows
 run sft.py "${sft[@]}"
-run train_grm.py "${grm[@]}"
-run ppo_cpe.py --model "$OUT/sft/policy" --judge "$OUT/grm/model" "${cpe[@]}"
+[ -n "$JUDGE" ] || run train_grm.py "${grm[@]}"
+run ppo_cpe.py --model "$OUT/sft/policy" --judge "${JUDGE:-$OUT/grm/model}" "${cpe[@]}"

@@ -4,8 +4,13 @@
 # evaluation; a chat. It shows that the pipeline works on real weights and text, not that a few steps improve a model.
 #
 #   bash recipes/real_cpu.sh CHECKPOINT [SOURCE]
+#   DATA=out/own/data bash recipes/real_cpu.sh CHECKPOINT      # rows of your own, of data/annotate.py
 #
-# CHECKPOINT: folder or hub id of a small Qwen2-format chat model. SOURCE: PersonaFeedback's files, a folder or hub id.
+# CHECKPOINT: folder or hub id of a small Qwen2-format chat model. SOURCE: PersonaFeedback's files, a folder or hub id;
+# its questions are Chinese, so a checkpoint that speaks English alone wants DATA.
+# What the GRM is trained on: PersonaFeedback has no judgements, so on those of the generated world, whose answers are
+# about other things: it learns the form of a judgement and little about the answers that it then rewards. With DATA it
+# is trained on DATA/judgements.jsonl, which are about answers to the same kind of questions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -18,18 +23,23 @@ small=(--tokens-per-microbatch 4096 --max-length 2048 --dtype "$DTYPE")
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 
 stage "data"
-python data/prepare.py --source "$SOURCE" --out "$OUT/data"
+if [ -z "${DATA:-}" ]; then
+    DATA=$OUT/data
+    python data/prepare.py --source "$SOURCE" --out "$DATA"
+fi
 [ -f "$OUT/world/judgements_eval.jsonl" ] || python data/persona_world.py --out "$OUT/world" --base-rows 1000 \
     --train-prompts 10 --pairs 10 --judgements 1000
 
 stage "SFT: the chosen answers"
-python sft.py --model "$CHECKPOINT" --data "$OUT/data/pairs.jsonl" --out "$OUT/sft" "${small[@]}" --batch-size 4 \
+python sft.py --model "$CHECKPOINT" --data "$DATA/pairs.jsonl" --out "$OUT/sft" "${small[@]}" --batch-size 4 \
     --max-steps 4
 
-stage "GRM: the generated world's judgements"  # its short template: the form of a judgement is learned, not explained
-python train_grm.py --model "$CHECKPOINT" --data "$OUT/world/judgements.jsonl" --out "$OUT/grm" "${small[@]}" \
+judgements=$OUT/world
+[ ! -s "$DATA/judgements_eval.jsonl" ] || judgements=$DATA
+stage "GRM: $judgements/judgements.jsonl"  # the world's short template: the form is learned, not explained
+python train_grm.py --model "$CHECKPOINT" --data "$judgements/judgements.jsonl" --out "$OUT/grm" "${small[@]}" \
     --grm-template "$OUT/world/tokenizer/templates/grm.txt" --batch-size 8 --epochs 1 --max-steps 40 --lr 2e-4 \
-    --eval-data "$OUT/world/judgements_eval.jsonl" --eval-judgements 24 --eval-max-new-tokens 128
+    --eval-data "$judgements/judgements_eval.jsonl" --eval-judgements 24 --eval-max-new-tokens 128
 python - "$OUT/grm/held_out.json" <<'PYTHON'
 import json, sys
 parsed = json.load(open(sys.argv[1]))["parsed"]
@@ -38,13 +48,13 @@ if parsed < 0.75:
 PYTHON
 
 stage "PPO with critique-post-edit"
-python ppo_cpe.py --model "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$OUT/data/prompts_train.jsonl" \
+python ppo_cpe.py --model "$OUT/sft/policy" --judge "$OUT/grm/model" --prompts "$DATA/prompts_train.jsonl" \
     --out "$OUT/cpe" --prompts-per-step 2 --mini-batch-prompts 1 --n-samples 2 --max-prompt-length 1300 \
     --max-new-tokens 128 --judge-max-new-tokens 128 --epochs 4 --max-steps 3 --tokens-per-microbatch 4096 \
     --dtype "$DTYPE"
 
 stage "evaluation: against the policy before RL"
-python evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --prompts "$OUT/data/prompts_eval.jsonl" \
+python evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --prompts "$DATA/prompts_eval.jsonl" \
     --judge "$OUT/grm/model" --n-prompts 4 --max-new-tokens 128 --judge-max-new-tokens 128 --out "$OUT/evaluate" \
     --dtype "$DTYPE"
 

@@ -1,7 +1,8 @@
-"""What a report shows of folders of evaluate.py, and of held-out judgements: one row a prompt, with two sides each."""
+"""What a report shows of folders of evaluate.py and data/annotate.py, and of held-out judgements: rows of two sides."""
 
 import json
 import os
+from dataclasses import asdict
 from typing import Any
 
 from reporting.folders import DIMENSIONS, read_object, rows_of
@@ -11,6 +12,7 @@ VERDICTS = {  # task: what a page calls win, tie, loss, none
     "reward-accuracy": ("right", "ties", "wrong", "no verdict"),
     "persona-swap": ("own profile higher", "equal", "own profile lower", "no verdict"),
     "personamem": ("right", "", "wrong", "no letter"),
+    "annotation": ("chosen has the higher weighted score", "equal", "rejected has the higher one", "not both judged"),
     "grm": ("all three as labelled", "some", "none as labelled", "does not parse"),
 }
 
@@ -33,6 +35,34 @@ def evaluation_run(folder: str) -> dict[str, Any]:
             k: results.get(k) for k in ("win_rate", "length_controlled", "model", "baseline", "generators")
         }
     return run | dict(rows=make(folder), lights=[])
+
+
+def annotation_run(folder: str) -> dict[str, Any]:
+    """What the page has of data/annotate.py's folder: the quality sheet, and ten pairs with their critiques."""
+    from data.quality import sheet  # brings scikit-learn along
+
+    summary = read_object(os.path.join(folder, "annotation.json"))
+    text, drawn = sheet(folder)
+    weights, found = summary["args"]["score_weights"], []
+    for pair in drawn:
+        judged = pair["judged"]
+        sides = []
+        for name, judgement in judged.items():
+            figures = asdict(judgement) | {"reward": judgement.score(weights)} if judgement else {}
+            title = f"{name}, by {pair[f'{name}_model']}: {pair[f'{name}_score']:g} of 5"
+            sides.append(dict(title=title, answer=pair[name], **figures))
+        rewards = [side.get("reward") for side in sides]
+        verdict = (
+            "none"
+            if None in rewards
+            else verdict_of(0.5 + (rewards[0] > rewards[1]) / 2 - (rewards[0] < rewards[1]) / 2)
+        )
+        shared = dict(id=pair["prompt_id"], question=pair["question"], persona=pair["persona"], group=pair.get("kind"))
+        found.append(dict(**shared, verdict=verdict, gap=len(pair["chosen"]) - len(pair["rejected"]), sides=sides))
+    run = dict(
+        kind="evaluation", label="Annotated data", task="annotation", args=summary["args"], table=text, rows=found
+    )
+    return run | dict(written=os.path.getmtime(os.path.join(folder, "annotation.json")), lights=[])
 
 
 def verdict_of(value: float | None) -> str:

@@ -188,29 +188,29 @@ class ChatServer:
         """One request -> its first choice. timeout: seconds for the whole reply. Failure, also Unanswered."""
         deadline = time.monotonic() + timeout
         while True:
-            sent = {k: v for k, v in wanted.items() if k not in self.refused}
-            if "max_tokens" in wanted and "max_tokens" not in sent:
-                sent["max_completion_tokens"] = wanted["max_tokens"]
+            sent = self.parameters(wanted)
             create = self.client.chat.completions.with_streaming_response.create
             try:
                 with create(model=self.model, messages=messages, timeout=timeout, **sent) as response:
                     text = read_reply(response, deadline)
-            except openai.APIStatusError as error:
+            except ERRORS as error:
                 if self.adapts(error, sent):
                     continue
-                pause = seconds_of(error.response.headers.get("retry-after"))
-                raise failure_of(error.status_code, f"{type(error).__name__}: {error}", pause) from error
-            except (openai.APITimeoutError, httpx2.TimeoutException) as error:
-                raise Unanswered(f"no reply within {timeout:.3g} s", busy=True) from error
-            except (openai.APIError, httpx2.HTTPError) as error:
-                reason = error.__cause__ or error
-                raise Unanswered(f"{type(error).__name__}: {error} ({reason})") from error
+                raise failure_from(error, timeout) from error
             return first_choice(text)
 
-    def adapts(self, error: openai.APIStatusError, sent: dict) -> bool:
+    def parameters(self, wanted: dict) -> dict:
+        """What of `wanted` is sent: without what the server has refused."""
+        sent = {k: v for k, v in wanted.items() if k not in self.refused}
+        if "max_tokens" in wanted and "max_tokens" not in sent:
+            sent["max_completion_tokens"] = wanted["max_tokens"]
+        return sent
+
+    def adapts(self, error: Exception, sent: dict) -> bool:
         """Whether the server refused a parameter that it can be asked without; remembers that, and prints it once."""
         words = str(error)
-        if error.status_code not in (400, 422) or not UNSUPPORTED.search(words):
+        refusal = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
+        if not refusal or not UNSUPPORTED.search(words):
             return False
         named = [error.param] if error.param else [p for p in ADAPTABLE if re.search(rf"\b{p}\b", words)]
         refused = next((p for p in named if p in ADAPTABLE and p in sent), None)
@@ -222,6 +222,19 @@ class ChatServer:
                 instead = "asked for max_completion_tokens" if refused == "max_tokens" else "its own default holds"
                 print(f"{self.client.base_url} refuses {refused}: {instead} from now on ({words})", file=sys.stderr)
         return True
+
+
+ERRORS = (openai.APIError, httpx2.HTTPError)  # of a request
+
+
+def failure_from(error: Exception, timeout: float) -> Failure:
+    """What one of ERRORS means; timeout: seconds that the reply had."""
+    if isinstance(error, openai.APIStatusError):
+        pause = seconds_of(error.response.headers.get("retry-after"))
+        return failure_of(error.status_code, f"{type(error).__name__}: {error}", pause)
+    if isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException)):
+        return Unanswered(f"no reply within {timeout:.3g} s", busy=True)
+    return Unanswered(f"{type(error).__name__}: {error} ({error.__cause__ or error})")
 
 
 def failure_of(status: int, reason: str, pause: float = 0) -> Failure:

@@ -198,11 +198,21 @@ LINE_EVERY = 30  # seconds
 
 
 @contextlib.contextmanager
-def counting(total: int, what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """-> done(), called for each of `total`: a bar on a terminal, in a log file a line now and then and at the end."""
+def counting(
+    total: int, what: str, quiet: bool = False, figures: Callable[[], str] = str
+) -> Iterator[Callable[[], None]]:
+    """-> done(), called for each of `total`: a bar on a terminal, in a log file a line now and then and at the end.
+
+    figures() -> text that the line or bar ends with.
+    """
     if quiet or sys.stderr.isatty():
         with tqdm(total=total, desc=what, disable=quiet) as bar:
-            yield lambda: bar.update()
+
+            def advance():
+                bar.set_postfix_str(figures(), refresh=False)
+                bar.update()
+
+            yield advance
         return
     count, started = 0, time.monotonic()
     said = started
@@ -213,7 +223,8 @@ def counting(total: int, what: str, quiet: bool = False) -> Iterator[Callable[[]
         if count == total or now - said > LINE_EVERY:
             said = now
             left = (now - started) / count * (total - count)
-            print(f"{what}: {count} of {total}" + (f", {left:.0f} s left" if left else ""), file=sys.stderr, flush=True)
+            parts = [f"{what}: {count} of {total}", figures(), f"{left:.0f} s left" if left else ""]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
     yield done
 

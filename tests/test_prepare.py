@@ -524,7 +524,7 @@ def test_own_personas_and_questions(tmp_path, write, ending):
         tmp_path / "out",
         personas=str(personas),
         questions=str(questions),
-        persona_column="profile",
+        persona_column=("profile",),
         question_column="text",
         id_column="id",
         eval_share=0.3,
@@ -536,6 +536,14 @@ def test_own_personas_and_questions(tmp_path, write, ending):
     trained, held_out = ({row["user_id"] for row in rows[name]} for name in ("prompts_train", "prompts_eval"))
     assert trained and held_out and not trained & held_out
     assert all(row["source"] == f"asked.{ending}" for row in both)
+
+
+def test_persona_and_question_in_one_table(tmp_path):
+    """Several columns are an object of them, in the order of the flag; an empty cell is no value."""
+    (tmp_path / "q.csv").write_text("job,question,name,note\nnurse,What to eat?,Mia,x\n,Where to go?,Ben,y\n")
+    rows = run(None, tmp_path / "out", questions=str(tmp_path / "q.csv"), persona_column=("name", "job"), eval_share=0)
+    assert [row["persona"] for row in rows["prompts_train"]] == [{"name": "Mia", "job": "nurse"}, {"name": "Ben"}]
+    assert list(rows["prompts_train"][0]["persona"]) == ["name", "job"]
 
 
 def test_questions_without_ids_go_to_drawn_personas(tmp_path):
@@ -562,7 +570,7 @@ def test_one_table_of_personas_and_questions(tmp_path):
         ("id,persona\n", "id,question\n1,Q\n", {}, r"p.csv: empty"),
         ("id,persona\n1,P\n", "", {}, r"q.csv: empty"),
         ("id,persona\n1,P\n", "id,question\n", {}, r"q.csv: empty"),
-        ("id,profile\n1,P\n", "id,question\n1,Q\n", {"persona_column": "x"}, r'p.csv: no column "x".* id, profile'),
+        ("id,profile\n1,P\n", "id,question\n1,Q\n", {"persona_column": ("x",)}, r'p.csv: no column "x".* id, profile'),
         ("id,persona\n1,P\n", "id,text\n1,Q\n", {}, r'q.csv: no column "question".* id, text'),
         ("id,persona\n1,P\n", "id,question\n2,Q\n", {}, r'q.csv, row 1: no persona with id "2" among 1'),
         ("id,persona\n1,P\n", "id,question\n1, \n", {}, r'q.csv, row 1: field "question" is missing or blank'),

@@ -55,10 +55,14 @@ def calls_of(tmp_path):
     return calls
 
 
-@pytest.mark.parametrize("name", ["tiny.sh", "real_cpu.sh", "qwen0.5b.sh", "qwen7b.sh", "qwen14b.sh"])
+ARGUMENTS = {"real_cpu.sh": ["my_model"], "own_data.sh": ["people.csv", "asked.csv", "--judge", "http://host#m"]}
+
+
+@pytest.mark.parametrize("name", ["tiny.sh", "real_cpu.sh", "own_data.sh", "qwen0.5b.sh", "qwen7b.sh", "qwen14b.sh"])
 def test_a_folder_may_have_a_space_in_its_name(calls_of, name):
     def calls(out, data, model):
-        return calls_of(name, *([model] if name == "real_cpu.sh" else []), OUT=out, DATA=data, MODEL=model)
+        arguments = [model if word == "my_model" else word for word in ARGUMENTS.get(name, [])]
+        return calls_of(name, *arguments, OUT=out, DATA=data, MODEL=model)
 
     plain, spaced = calls("out/a_b", "my_data", "my_model"), calls("out/a b", "my data", "my model")
     assert len(plain) >= 6
@@ -66,6 +70,55 @@ def test_a_folder_may_have_a_space_in_its_name(calls_of, name):
     pattern = re.compile("|".join(map(re.escape, back)))
     renamed = [[pattern.sub(lambda match: back[match[0]], word) for word in call] for call in spaced]
     assert sorted(renamed) == sorted(plain)  # tiny.sh runs some beside others, in any order
+
+
+def scripts(calls):
+    return [next(os.path.basename(word) for word in call if word.endswith(".py")) for call in calls]
+
+
+STAGES = ["sft.py", "train_grm.py", "ppo_cpe.py"]
+
+
+def test_the_recipe_of_own_data(calls_of):
+    """All stages with the flags given for each; some of them; questions that are written; a judge of one's own."""
+    given = dict(PREPARE_FLAGS="--question-column text", SFT_FLAGS="--max-steps 4", GRM_FLAGS="--max-steps 5", OUT="o")
+    calls = calls_of("own_data.sh", "people.csv", "asked.csv", "--judge", "http://host#m", **given)
+    assert scripts(calls) == ["prepare.py", "annotate.py", "report.py", *STAGES, "evaluate.py"]
+    commands = [" ".join(call) for call in calls]
+    assert "--question-column text" in commands[0] and "--judge http://host#m" in commands[1]
+    assert "--max-steps 4" in commands[3] and "--max-steps 5" in commands[4] and "--judge o/grm/model" in commands[5]
+    calls = calls_of("own_data.sh", "people.csv", "-", "--plan")
+    assert scripts(calls) == ["annotate.py"] and "--personas" in calls[0]
+    calls = calls_of("own_data.sh", "people.csv", "asked.csv", JUDGE="http://host", STAGES="sft grm cpe")
+    assert scripts(calls) == ["sft.py", "ppo_cpe.py"] and calls[1][calls[1].index("--judge") + 1] == "http://host"
+
+
+@pytest.mark.parametrize("name", ["qwen0.5b.sh", "qwen7b.sh", "qwen14b.sh"])
+def test_recipes_begin_with_rows_or_take_a_judge(calls_of, name):
+    def runs(*arguments):
+        return [call for call in calls_of(name, *arguments) if "--plan" not in call]
+
+    assert scripts(runs()) == STAGES
+    with_rows = runs("people.csv", "asked.csv", "--judge", "http://host#m")
+    assert scripts(with_rows) == ["prepare.py", "annotate.py", "report.py", *STAGES]
+    assert "out/data" in with_rows[1] and "out/data/pairs.jsonl" in with_rows[3]
+    judged = runs("--judge", "http://host")
+    assert scripts(judged) == ["sft.py", "ppo_cpe.py"] and judged[1][judged[1].index("--judge") + 1] == "http://host"
+
+
+def test_the_recipe_for_a_cpu_takes_rows_of_ones_own(calls_of, tmp_path):
+    """Its GRM is trained on their judgements, if some are held out to see whether it parses, else on the world's."""
+    by_default = calls_of("real_cpu.sh", "model", OUT="o")
+    assert "o/world/judgements.jsonl" in by_default[scripts_at(by_default, "train_grm.py")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "judgements_eval.jsonl").write_text("{}\n")
+    own = calls_of("real_cpu.sh", "model", OUT="o", DATA="mine")
+    assert "mine/judgements.jsonl" in own[scripts_at(own, "train_grm.py")]
+    assert "mine/pairs.jsonl" in own[scripts_at(own, "sft.py")]
+
+
+def scripts_at(calls, script):
+    return next(i for i, call in enumerate(calls) if script in call)
 
 
 def test_the_tiny_recipe_and_the_cells_train_with_the_same_flags(calls_of):

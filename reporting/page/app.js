@@ -127,9 +127,9 @@ function render() {
 
 function viewsOf(one) {
   const peers = RUNS.filter((r) => comparable(r) && comparable(r) === comparable(one)).length;
-  const found = [["overview", one.kind === "evaluation" ? "Results" : "Overview"]];
+  const found = [["overview", one.task === "annotation" ? "Quality" : one.kind === "evaluation" ? "Results" : "Overview"]];
   if (one.kind === "rl") found.push(["rollouts", "Rollouts"]);
-  if (one.kind === "evaluation" && one.rows.length) found.push(["rows", "Answers"]);
+  if (one.kind === "evaluation" && one.rows.length) found.push(["rows", one.task === "annotation" ? "Ten pairs" : "Answers"]);
   if (one.judgements && one.judgements.length) found.push(["rows", "Judgements"]);
   if (peers > 1) found.push(["compare", "Compare"]);
   found.push(["settings", "Settings"]);

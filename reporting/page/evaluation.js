@@ -22,7 +22,8 @@ function markdownTable(text) {
       else if (!cells.every((c) => /^:?-+:?$/.test(c))) table.querySelector("tbody").append(h("tr", {}, cells.map((c, k) => (k ? h("td", {}, visible(c)) : h("th", { scope: "row" }, visible(c))))));
     } else {
       table = null;
-      if (line.trim()) found.push(h("p", { class: "note" }, visible(line.replace(/^- /, ""))));
+      if (line.startsWith("## ")) found.push(h("h2", {}, visible(line.slice(3))));
+      else if (line.trim()) found.push(h("p", { class: "note" }, visible(line.replace(/^- /, ""))));
     }
   }
   return found;
@@ -48,7 +49,7 @@ function mountResults(main) {
       h("tbody", {}, Object.entries(SIDE_LABELS).filter(([name]) => s.model[name] && s.model[name].mean !== null).map(([name, label]) =>
         h("tr", {}, h("th", { scope: "row" }, label), h("td", {}, cell(s.model[name], name)), h("td", {}, cell(s.baseline[name], name))))))));
   }
-  if (one.table) main.append(h("section", { class: "table" }, h("h2", {}, "Table"), markdownTable(one.table)));
+  if (one.table) main.append(h("section", { class: "table" }, one.task === "annotation" ? null : h("h2", {}, "Table"), markdownTable(one.table)));
 }
 
 // -- rows --------------------------------------------------------------------------------------------------------------

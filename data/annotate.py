@@ -1,0 +1,607 @@
+"""Pairs and judgements out of personas and questions, with any language models (docs/method.md 1.1, 1.2, 1.4).
+
+1. questions: so many questions of each kind (specific, general) for each persona, where none are given.
+2. answers: several models answer each question.
+3. pairs: a scorer gives each answer an overall score from 1 to 5; two answers to a question whose scores differ by more
+   than --min-gap are a pair. SFT, DPO and Bradley-Terry are trained on these.
+4. judgements: a judge writes a critique and three scores of each answer in a pair; where the weighted scores of a pair
+   tie, both leave. The GRM is trained on these. --audit-answers of them are judged again, also by other judges.
+5. split: a share of the personas is held out, by the persona alone, as in data/prepare.py.
+
+    python data/annotate.py                                  # all five; one alone: python data/annotate.py pairs
+    python data/annotate.py --models a=http://HOST:8000#qwen b=out/sft/policy --scorer a=http://HOST:8000#qwen \\
+        --judge https://api.openai.com/v1#gpt-4o-mini --prices gpt-4o-mini=0.15/0.60 --max-cost 20 --plan
+    python report.py out/data                                # the quality sheet
+
+Models: `[NAME=]http(s)://HOST#MODEL` (OpenAI-compatible; the key in OPENAI_API_KEY), `[NAME=]FOLDER` (a checkpoint on
+the engine in this process, with the templates it was trained with), `world` (the generated world's writer and exact
+judge, for its personas and questions alone). Any request is made once: see data/ask.py for what is kept, when it stops
+and how it goes on.
+
+Reads --prompts (data/prepare.py makes them of your own tables), or --personas. Writes into OUT
+- pairs, judgements, prompts_train, and pairs_eval, judgements_eval, prompts_eval of the held-out personas (.jsonl;
+  the prompts only where --personas are given): what the stages read,
+- annotate/STEP.jsonl: what each step has, in the order of its input, whatever order the replies came in,
+- annotate/dropped.jsonl: what has failed (request, refused, unparsable, too long) or was discarded (duplicate, small
+  gap, tie, ...), a row each, with step, why, cause and reason. Failures are asked for again only by --retry-failed,
+- annotation.json: the settings and counts.
+
+Departures from the paper: which two of the answers make a pair, it leaves open; here those furthest apart, one pair for
+a question. Overall scores may have decimals.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from runtime import flags
+
+Step = Literal["all", "questions", "answers", "pairs", "judgements", "split"]
+
+
+@dataclass(kw_only=True)
+class Args:
+    step: tyro.conf.Positional[Step] = "all"
+    """all | questions | answers | pairs | judgements | split"""
+    out: str = "out/data"
+    """Folder of the written files, and of the journal."""
+    prompts: tuple[str, ...] = ()
+    """Files of prompt rows; none: prompts_train and prompts_eval of OUT, as data/prepare.py leaves them."""
+    personas: str | None = None
+    """Personas to write questions for: a .csv, .jsonl or .parquet file, or a source, as for data/prepare.py."""
+    persona_column: tuple[str, ...] = ()
+    """Column of the personas, or several; none: "persona" if there is one, else the whole row is the persona."""
+    id_column: str = "user_id"
+    """Column that names a persona, if there is one."""
+
+    # -- who is asked
+    models: tuple[str, ...] = ("world",)
+    """Who answers: as many models as you have, and as different."""
+    writer: str = "world"
+    """Who writes questions."""
+    scorer: str = "world"
+    """Who gives overall scores."""
+    judge: str = "world"
+    """Who writes critiques and three scores."""
+    questions_template: str | None = None
+    """File that replaces the request for questions (prompts.py)."""
+    answer_template: str | None = None
+    """File that replaces the prompt for answers, of all models: what the policy will be trained with."""
+    score_template: str | None = None
+    """File that replaces the request for an overall score."""
+    grm_template: str | None = None
+    """File that replaces the rubric of the judge."""
+
+    # -- how much
+    questions_per_persona: flags.Count = 5
+    """Of each kind (specific, general)."""
+    answers_per_model: flags.Count = 1
+    """To a question; with one model alone several answers are needed for a pair."""
+    min_gap: flags.NonNegative = 2
+    """The scores of a pair differ by more than this; the world's exact scores lie closer together: 0.6."""
+    pairs_per_question: flags.Count = 1
+    """Those whose scores differ most."""
+    score_weights: tuple[flags.NonNegative, flags.NonNegative, flags.NonNegative] = flags.SCORE_WEIGHTS
+    """Of helpfulness, personalization, naturalness; equal sums tie."""
+    audit_answers: flags.Natural = 0
+    """Judged answers that are judged again, for the quality sheet; 100 say enough."""
+    audit_repeats: flags.Count = 3
+    """Judgements of each of them by each judge; of --judge the first is the one that is trained on."""
+    audit_judges: tuple[str, ...] = ()
+    """Other judges of these answers."""
+    eval_share: flags.Share = 0.1
+    """Share of the personas held out for evaluation, in [0, 1)."""
+    seed: int = 0
+    """Of the replies' sampling and of drawn samples."""
+
+    # -- sampling
+    temperature: flags.NonNegative = 0.9
+    """Of answers and questions."""
+    top_p: flags.TopP = 1.0
+    """Of answers and questions."""
+    max_new_tokens: flags.Count = 1024
+    """Of an answer or a reply with questions; what is cut off has failed."""
+    judge_temperature: flags.NonNegative = 0.9
+    """Of scores and critiques."""
+    judge_max_new_tokens: flags.Count = 512
+    """Of a score or a critique with scores."""
+
+    # -- limits
+    plan: bool = False
+    """Make some 20 requests, which are kept, and say what the whole will take: calls, tokens, money, time."""
+    prices: tuple[str, ...] = ()
+    """NAME=IN/OUT: dollars for a million tokens of prompts and of replies of a model."""
+    max_cost: flags.NonNegative | None = None
+    """Dollars that are spent in this folder at most, over all runs; then it stops as at Ctrl-C."""
+    concurrency: flags.Count = 32
+    """Requests that a server gets at a time."""
+    requests_per_minute: tuple[str, ...] = ()
+    """NAME=NUMBER of a model, or a number for each of them."""
+    attempts: flags.Count = 3
+    """Replies that are asked for before a request has failed for good (refused, cut off, not in the form)."""
+    patience: flags.Positive = flags.PATIENCE
+    """Seconds that a server which is down, busy or answers rubbish is waited for."""
+    max_batch: flags.Count = 256
+    """Sequences at once in the engine of a checkpoint."""
+    retry_failed: bool = False
+    """Ask again what has failed in earlier runs."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter, defaultdict
+from random import Random
+
+from scipy import stats
+
+from data import prepare
+from data.ask import COUNTS, Asker, Limits, Model, Request, named, open_model
+from prompts import (
+    QUESTION_KINDS,
+    answer_request,
+    grm_request,
+    parse_judgement,
+    parse_questions,
+    parse_score,
+    questions_request,
+    score_request,
+)
+from runtime.distributed import derive_seed, start
+from runtime.rows import read_rows, write_rows, write_text
+
+PLAN_REQUESTS = 20
+PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep of it
+
+
+# -- the requests of each step -----------------------------------------------------------------------------------------
+
+
+def questions_requests(args: Args, model: Model, personas: dict[str, dict | str]) -> list[Request]:
+    """One for each persona and kind of question."""
+    n, found = args.questions_per_persona, []
+    for name, persona in personas.items():
+        for kind in QUESTION_KINDS:
+            text = questions_request(model.templates, model.readable(persona), kind, n)
+            about = dict(asks_for="questions", row=dict(persona=persona, user_id=name, kind=kind), number=n)
+            found.append(Request(model, text, sampling(args, text, 0), parse_questions, about))
+    return found
+
+
+def answer_requests(args: Args, models: list[Model], prompts: list[dict]) -> list[Request]:
+    """All of a prompt's in a row."""
+    found = []
+    for row, model, i in itertools.product(prompts, models, range(args.answers_per_model)):
+        text = answer_request(model.templates, model.readable(row))
+        about = dict(asks_for="answer", row=row)
+        found.append(Request(model, text, sampling(args, text, i), str.strip, about))
+    return found
+
+
+def score_requests(args: Args, model: Model, answers: list[dict]) -> list[Request]:
+    found = []
+    for row in answers:
+        text = score_request(model.templates, model.readable(row), model.readable(row["answer"]))
+        about = dict(asks_for="score", row=row, answer=row["answer"])
+        found.append(Request(model, text, sampling(args, text, 0, judging=True), parse_score, about))
+    return found
+
+
+def judgement_requests(args: Args, model: Model, answers: list[dict], repeat: int = 0) -> list[Request]:
+    found = []
+    for row in answers:
+        text = grm_request(model.templates, model.readable(row), model.readable(row["answer"]))
+        about = dict(asks_for="judgement", row=row, answer=row["answer"])
+        found.append(Request(model, text, sampling(args, text, repeat, judging=True), parse_judgement, about))
+    return found
+
+
+def sampling(args: Args, text: str, number: int, judging: bool = False) -> dict:
+    """Settings of a request; the seed tells apart what is asked several times with the same text."""
+    seed = derive_seed(args.seed, text, number)
+    if judging:
+        return dict(temperature=args.judge_temperature, top_p=1.0, max_tokens=args.judge_max_new_tokens, seed=seed)
+    return dict(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens, seed=seed)
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
+
+
+def questions(args: Args, asker: Asker, model: Model) -> None:
+    """personas -> annotate/questions.jsonl: prompt rows, with the kind of question."""
+    requests, rows, seen = questions_requests(args, model, read_personas(args)), [], set()
+    done = Done("questions")
+    for request, reply in zip(requests, asker.ask("questions", requests)):
+        about = request.about["row"]
+        if reply["failure"]:
+            done.failed(about, reply)
+            continue
+        for question in parse_questions(reply["reply"])[: args.questions_per_persona]:
+            source = "persona_world" if model.spec.startswith("world") else f"written by {model.name}"
+            row = prepare.prompt_row(about["persona"], question, source) | about
+            key = prepare.digest(about["persona"], normal(question))
+            if key in seen:
+                done.discard(row, "duplicate", "this person's question a second time")
+            else:
+                seen.add(key)
+                rows.append(row)
+    written = len(rows) + sum(row["why"] == "discarded" for row in done.dropped)
+    done.write(args, rows, asker, len(requests), written)
+
+
+def answers(args: Args, asker: Asker, models: list[Model]) -> None:
+    """prompts -> annotate/answers.jsonl: a prompt's fields, answer, model."""
+    requests, rows, seen = answer_requests(args, models, read_prompts(args)), [], set()
+    done = Done("answers")
+    for request, reply in zip(requests, asker.ask("answers", requests)):
+        row = {k: v for k, v in request.about["row"].items() if k in PROMPT} | {"model": request.model.name}
+        if reply["failure"]:
+            done.failed(row, reply)
+            continue
+        row["answer"] = reply["reply"].strip()
+        if (row["prompt_id"], normal(row["answer"])) in seen:
+            done.discard(row, "duplicate", "the same answer to this question a second time")
+        else:
+            seen.add((row["prompt_id"], normal(row["answer"])))
+            rows.append(row)
+    done.write(args, rows, asker, len(requests), len(requests))
+
+
+def pairs(args: Args, asker: Asker, model: Model) -> None:
+    """annotate/answers.jsonl -> annotate/scores.jsonl: their scores; annotate/pairs.jsonl: pair rows."""
+    rows = read_rows(step_file(args, "answers"), "answer")
+    requests, done, of_prompt = score_requests(args, model, rows), Done("pairs"), defaultdict(list)
+    for row, reply in zip(rows, asker.ask("scores", requests)):
+        of_prompt[row["prompt_id"]]  # also of a prompt without a score
+        if reply["failure"]:
+            done.failed(row, reply)
+        else:
+            of_prompt[row["prompt_id"]].append(row | {"score": parse_score(reply["reply"])})
+    write_rows(step_file(args, "scores"), [row for scored in of_prompt.values() for row in scored])
+    found, prompts = [], {row["prompt_id"]: row for row in rows}
+    for prompt_id, scored in of_prompt.items():
+        # of equal gaps the pair whose answers came first
+        apart = sorted(itertools.combinations(scored, 2), key=lambda pair: -abs(pair[0]["score"] - pair[1]["score"]))
+        kept = [pair for pair in apart if abs(pair[0]["score"] - pair[1]["score"]) > args.min_gap]
+        prompt = {k: v for k, v in prompts[prompt_id].items() if k in PROMPT}
+        if not kept:
+            about = prompt | {"scores": [row["score"] for row in scored]}
+            reason = f"no two scores differ by more than {args.min_gap:g}" if apart else "fewer than two scored answers"
+            done.discard(about, "small gap" if apart else "no pair", reason)
+        for pair in kept[: args.pairs_per_question]:
+            sides = zip(("rejected", "chosen"), sorted(pair, key=lambda row: row["score"]))
+            for side, row in sides:
+                prompt |= {side: row["answer"], f"{side}_score": row["score"], f"{side}_model": row["model"]}
+            found.append(dict(prompt))
+    done.write(args, found, asker, len(requests), len(of_prompt))
+
+
+def judgements(args: Args, asker: Asker, model: Model, others: list[Model]) -> None:
+    """annotate/pairs.jsonl -> annotate/judgements.jsonl: judgement rows, each answer once; annotate/audit.jsonl."""
+    pair_rows, done = read_rows(step_file(args, "pairs"), "pair"), Done("judgements")
+    rows = {}  # {(prompt_id, answer): row}: an answer may be in several pairs
+    for pair in pair_rows:
+        prompt = {k: v for k, v in pair.items() if k in PROMPT}
+        for side in ("chosen", "rejected"):
+            row = prompt | dict(answer=pair[side], model=pair[f"{side}_model"], score=pair[f"{side}_score"])
+            rows.setdefault((pair["prompt_id"], pair[side]), row)
+    replies = asker.ask("judgements", judgement_requests(args, model, list(rows.values())))
+    judged = {}
+    for (key, row), reply in zip(rows.items(), replies):
+        if reply["failure"]:
+            done.failed(row, reply)
+        else:
+            judged[key] = parse_judgement(reply["reply"])
+    kept = set()
+    for pair in pair_rows:
+        sides = [(pair["prompt_id"], pair[side]) for side in ("chosen", "rejected")]
+        scores = [judged[key].score(args.score_weights) for key in sides if key in judged]
+        if len(scores) == 2 and scores[0] != scores[1]:
+            kept |= set(sides)
+            continue
+        for key in sides:
+            if key in judged:
+                tie = f"both answers have the weighted score {scores[0]:g}"
+                alone = "the other answer of its pair has no judgement, so that a tie can't be seen"
+                row = rows[key] | dataclasses.asdict(judged[key])
+                done.discard(row, *(("tie", tie) if len(scores) == 2 else ("alone", alone)))
+    found = [row | dataclasses.asdict(judged[key]) | {"judge": model.name} for key, row in rows.items() if key in kept]
+    audit(args, asker, [model, *others], found)
+    done.write(args, found, asker, len(rows), len(rows))
+
+
+def audit(args: Args, asker: Asker, judges: list[Model], rows: list[dict]) -> None:
+    """annotate/audit.jsonl: the same answers judged several times, by each judge; a failure is a row without scores."""
+    chosen = sorted(Random(args.seed).sample(range(len(rows)), min(args.audit_answers, len(rows))))
+    drawn, found = [rows[i] for i in chosen], []
+    asked = [(judge, repeat) for judge in judges for repeat in range(args.audit_repeats)]
+    requests = [r for judge, repeat in asked for r in judgement_requests(args, judge, drawn, repeat)]
+    replies = iter(asker.ask("audit", requests)) if requests else iter(())
+    for (judge, repeat), row in itertools.product(asked, drawn):
+        reply = next(replies)
+        found.append(dict(prompt_id=row["prompt_id"], answer=row["answer"], judge=judge.name, repeat=repeat))
+        if reply["failure"]:
+            found[-1] |= dict(failure=reply["failure"], reason=reply["reason"])
+        else:
+            found[-1] |= dataclasses.asdict(parse_judgement(reply["reply"]))
+    write_rows(step_file(args, "audit"), found)
+
+
+def split(args: Args) -> None:
+    """What the stages read, and the same of held-out personas."""
+    outputs = {}
+    if args.personas is not None:
+        prompts = read_rows(step_file(args, "questions"), "prompt")
+        outputs |= dict(prompts_train=prompts, prompts_eval=prompts)
+    pair_rows, judged = (read_rows(step_file(args, name), name[:-1]) for name in ("pairs", "judgements"))
+    outputs |= dict(pairs=pair_rows, pairs_eval=pair_rows, judgements=judged, judgements_eval=judged)
+
+    def held_out(row):
+        return prepare.in_held_out_share(row["persona"], args.eval_share)
+
+    for name, rows in outputs.items():
+        mine = [row for row in rows if held_out(row) == name.endswith("_eval")]
+        write_rows(os.path.join(args.out, f"{name}.jsonl"), mine)
+        print(f"{len(mine):7d} {args.out}/{name}.jsonl")
+    print(f"next: python train_grm.py --data {args.out}/judgements.jsonl, and python report.py {args.out}")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def step_file(args: Args, name: str) -> str:
+    return os.path.join(args.out, "annotate", f"{name}.jsonl")
+
+
+def normal(text: str) -> str:
+    """What two texts have in common that are the same but for case and white space."""
+    return " ".join(text.split()).casefold()
+
+
+def read_personas(args: Args) -> dict[str, dict | str]:
+    table = prepare.Args(personas=args.personas, persona_column=args.persona_column, id_column=args.id_column)
+    return prepare.own_personas(table, needs_ids=False)
+
+
+def read_prompts(args: Args) -> list[dict]:
+    if args.personas is not None:
+        return read_rows(step_file(args, "questions"), "prompt")
+    files = [os.path.join(args.out, f"prompts_{name}.jsonl") for name in ("train", "eval")]
+    rows = [row for file in args.prompts or filter(os.path.isfile, files) for row in read_rows(file, "prompt")]
+    if not rows:
+        raise ValueError(
+            f"no prompts: {args.out} has no prompts_train.jsonl (data/prepare.py makes it of your tables); give "
+            "--prompts FILE, or --personas FILE to have questions written"
+        )
+    return list({row["prompt_id"]: row for row in rows}.values())
+
+
+class Done:
+    """What a step has dropped, and its files."""
+
+    def __init__(self, step: str):
+        self.step, self.dropped = step, []
+
+    def failed(self, row: dict, reply: dict) -> None:
+        self.drop("failed", reply["failure"], reply["reason"], row)
+
+    def discard(self, row: dict, cause: str, reason: str) -> None:
+        self.drop("discarded", cause, reason, row)
+
+    def drop(self, why: str, cause: str, reason: str, row: dict) -> None:
+        self.dropped.append(dict(step=self.step, why=why, cause=cause, reason=reason) | row)
+
+    def write(self, args: Args, rows: list[dict], asker: Asker, requests: int, discarded_of: int) -> None:
+        """annotate/STEP.jsonl, this step's part of annotate/dropped.jsonl and of annotation.json.
+
+        requests: what failures are a share of; discarded_of: what discards are one of. ValueError: nothing is left.
+        """
+        file, before = step_file(args, "dropped"), []
+        if os.path.isfile(file) and os.path.getsize(file):
+            before = [row for row in read_rows(file, "object") if row["step"] != self.step]
+        write_rows(file, before + self.dropped)
+        write_rows(step_file(args, self.step), rows)
+        counts = Counter(f"{row['why']}: {row['cause']}" for row in self.dropped)
+        say = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+        print(f"{self.step}: {len(rows)} rows" + (f"; {say} (annotate/dropped.jsonl)" if say else ""), flush=True)
+        file = os.path.join(args.out, "annotation.json")
+        summary = {"steps": {}}
+        if os.path.isfile(file):
+            with open(file, encoding="utf-8") as f:
+                summary = json.load(f)
+        summary["args"] = dataclasses.asdict(args)
+        shares_of = dict(failed=requests, discarded=discarded_of)
+        summary["steps"][self.step] = dict(rows=len(rows), dropped=dict(sorted(counts.items())), of=shares_of)
+        summary["models"] = spent_by_model(asker)
+        write_text(file, json.dumps(summary, ensure_ascii=False, indent=1))
+        if not rows:
+            raise ValueError(f"{self.step}: nothing is left; {say}: see {step_file(args, 'dropped')}")
+
+
+def spent_by_model(asker: Asker) -> dict[str, dict]:
+    """{"step, model": COUNTS} of all requests in the journal."""
+    found = defaultdict(Counter)
+    for row in asker.kept.values():
+        found[f"{row['step']}, {row['model']}"].update({"requests": 1, **{name: row[name] for name in COUNTS}})
+    return {name: {k: round(v, 6) for k, v in counts.items()} for name, counts in sorted(found.items())}
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def plan(args: Args, asker: Asker, models: list[Model], writer: Model, scorer: Model, judge: Model) -> None:
+    """Makes some of each step's requests, drawn at random, and prints what all of them will take.
+
+    Tokens, dollars and seconds of a call are means over those that were made, with 95 % intervals (Student's t).
+    """
+    rng, steps = Random(args.seed), []  # (step, requests of the whole, replies to some)
+    share = PLAN_REQUESTS // (4 if args.personas else 3)
+
+    def some(step, n, requests):
+        """-> [(request, row)] of those that were answered."""
+        drawn = rng.sample(requests, min(share, len(requests)))
+        replies = asker.ask(step, drawn)
+        steps.append((step, n, replies))
+        return [(request, reply["reply"]) for request, reply in zip(drawn, replies) if not reply["failure"]]
+
+    if args.personas:
+        personas = read_personas(args)
+        names = rng.sample(list(personas), min(share, len(personas)))
+        requests = questions_requests(args, writer, {name: personas[name] for name in names})
+        n_requests = len(personas) * len(QUESTION_KINDS)
+        prompts = [
+            prepare.prompt_row(request.about["row"]["persona"], question, "plan")
+            for request, reply in some("questions", n_requests, requests)
+            for question in parse_questions(reply)
+        ]
+        n_prompts = n_requests * args.questions_per_persona
+    else:
+        prompts = read_prompts(args)
+        n_prompts = len(prompts)
+    n_answers = n_prompts * len(models) * args.answers_per_model
+    requests = answer_requests(args, models, rng.sample(prompts, min(share, len(prompts))))
+    answered = some("answers", n_answers, requests)
+    rows = [request.about["row"] | {"answer": reply.strip()} for request, reply in answered]
+    some("scores", n_answers, score_requests(args, scorer, rows))
+    at_most = min(n_answers, 2 * args.pairs_per_question * n_prompts)
+    some("judgements", at_most, judgement_requests(args, judge, rows))
+    print_plan(args, asker, steps, len(models))
+
+
+def print_plan(args: Args, asker: Asker, steps: list[tuple], n_models: int) -> None:
+    figures = {"prompt_tokens": "tokens in", "completion_tokens": "tokens out", "cost": "dollars", "seconds": "minutes"}
+    table = [["step", "requests", *figures.values(), "failed"]]
+    means, squares = Counter(), Counter()  # of half widths, over the steps
+    for step, n, replies in steps:
+        cells = []
+        for name in figures:
+            scale = n
+            if name == "seconds":  # of requests that are made side by side
+                scale = n / 60 / (args.concurrency * (n_models if step == "answers" else 1))
+            mean, half = interval([row[name] for row in replies])
+            cells.append(between(scale * mean, scale * half))
+            means[name] += scale * mean
+            squares[name] += (scale * half) ** 2
+        failed = sum(row["failure"] is not None for row in replies)
+        bound = "at most " if step == "judgements" else ""
+        table.append([step, f"{bound}{n:,}", *cells, f"{failed} of {len(replies)}"])
+    cells = [between(means[name], math.sqrt(squares[name])) for name in figures]
+    table.append(["all", f"{sum(n for _, n, _ in steps):,}", *cells, ""])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print()
+    for row in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+    made, audits = sum(len(r) for *_, r in steps), (1 + len(args.audit_judges)) * args.audit_repeats - 1
+    print(f"\n{made} requests were made for this, and are kept; ${asker.spent:.4f} are spent in {args.out}")
+    print(
+        f"minutes: as fast as these, --concurrency {args.concurrency} at a time; limits and a busier server add to it"
+    )
+    for step, _, replies in steps:
+        reasons = [row["reason"] for row in replies if row["failure"]]
+        if reasons:
+            print(f"{step}: {len(reasons)} of {len(replies)} failed, the first: {reasons[0]}")
+    if args.audit_answers:
+        print(f"the audit adds {args.audit_answers * audits} judgements")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (infinite for one value). ValueError: no values."""
+    if not values:
+        raise ValueError("--plan: no request of a step has been answered; see the failures in OUT/journal")
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.inf
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def between(mean: float, half: float) -> str:
+    """ "120 (90-150)"; of what is next to nothing only that."""
+
+    def short(x):
+        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.01 or x == 0 else "<0.01"
+
+    low, high = short(max(0, mean - half)), short(mean + half)
+    return short(mean) if low == high else f"{short(mean)} ({low}-{high})"
+
+
+# -- main --------------------------------------------------------------------------------------------------------------
+
+
+def by_name(values: tuple[str, ...], flag: str, names: set[str], read) -> dict:
+    """{NAME: read(VALUE)} of NAME=VALUE flags; "" without a name. ValueError: no such model, no such value."""
+    found = {}
+    for value in values:
+        name, _, text = value.rpartition("=")
+        if name and name not in names:
+            raise ValueError(f"{flag} {value}: no model is called {name}; there are {', '.join(sorted(names))}")
+        try:
+            found[name] = read(text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {value}: {error}") from error
+    return found
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError("expected a positive number")
+    return number
+
+
+def prices(text: str) -> tuple[float, float]:
+    numbers = [float(part) for part in text.split("/")]
+    if len(numbers) != 2 or not all(0 <= n < math.inf for n in numbers):
+        raise ValueError("expected NAME=IN/OUT, dollars for a million tokens")
+    return tuple(numbers)
+
+
+def main(args: Args) -> None:
+    if args.eval_share >= 1:
+        raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
+    if args.step == "questions" and args.personas is None:
+        raise ValueError("questions: give --personas, for whom to write them")
+    if args.step == "split":
+        return split(args)
+    who = (*args.models, args.writer, args.scorer, args.judge, *args.audit_judges)
+    names = {named(flag)[0] for flag in who}
+    if args.max_cost is not None and not args.prices:
+        raise ValueError("--max-cost: give --prices, or nothing is known to cost anything")
+    limits = Limits(
+        args.out,
+        prices=by_name(args.prices, "--prices", names, prices),
+        per_minute=by_name(args.requests_per_minute, "--requests-per-minute", names, positive),
+        **{
+            k: getattr(args, k)
+            for k in ("concurrency", "attempts", "max_cost", "retry_failed", "patience", "max_batch")
+        },
+    )
+    ranks = start("auto")
+    templates = {f"{k}_template": getattr(args, f"{k}_template") for k in ("questions", "answer", "score", "grm")}
+    opened = {flag: open_model(flag, ranks, limits, **templates) for flag in who}
+    models, others = [opened[flag] for flag in args.models], [opened[flag] for flag in args.audit_judges]
+    writer, scorer, judge = opened[args.writer], opened[args.scorer], opened[args.judge]
+    with Asker(limits, ranks) as asker:
+        if args.plan:
+            return plan(args, asker, models, writer, scorer, judge)
+        if args.step == "questions" or args.step == "all" and args.personas is not None:
+            questions(args, asker, writer)
+        if args.step in ("all", "answers"):
+            answers(args, asker, models)
+        if args.step in ("all", "pairs"):
+            pairs(args, asker, scorer)
+        if args.step in ("all", "judgements"):
+            judgements(args, asker, judge, others)
+    if args.step == "all":
+        split(args)
+
+
+if __name__ == "__main__":
+    flags.run(main, ARGS)

@@ -1,0 +1,501 @@
+"""data/annotate.py: each request once whatever happens, failures that are no data, limits, rows as the stages read."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import ROOT, error_of, finish, launch, parse
+from test_judge_servers import Quiet
+
+from data import annotate, ask, persona_world, prepare
+from runtime.rows import read_rows, write_rows
+
+PERSONAS = [{"name": f"Kim {i}", "likes": ["tea", "jazz", "chess"][i % 3]} for i in range(12)]
+FORM = re.compile(r"<(questions|score|critique)>\n?[. X]")  # what a request asks for; none: an answer
+
+
+class Writer(http.server.BaseHTTPRequestHandler):
+    """A model whose reply is a function of the request: text, seed and settings."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, body):
+        self.send_response(status)
+        content = json.dumps(body).encode()
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.reply(200, {"object": "list", "data": [{"id": "a"}, {"id": "b"}]})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text, server = request["messages"][0]["content"], self.server
+        with server.lock:
+            server.asked.append((request["model"], text, request["seed"], request["temperature"]))
+            server.times.append(time.monotonic())
+            server.under_way += 1
+            server.most = max(server.most, server.under_way)
+        if server.meet:  # that many have to be here before any goes on
+            server.meet.wait(10)
+        time.sleep(server.delay)
+        status, message = server.fault(request, text) or (200, None)
+        with server.lock:
+            server.under_way -= 1
+            server.answered += status == 200
+        if status != 200:
+            return self.reply(status, {"error": {"message": "scripted"}})
+        message = message or {"content": said(request, text)}
+        usage = dict(prompt_tokens=len(text) // 4, completion_tokens=10)
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"} | message}
+        self.reply(200, {"choices": [choice], "usage": usage})
+
+
+def said(request, text):
+    number = int(hashlib.sha256(f"{request['model']} {request['seed']} {text}".encode()).hexdigest(), 16)
+    form = FORM.search(text)
+    if form is None:
+        return f"Answer {number % 1000} of {request['model']}."
+    if form[1] == "questions":
+        return f"<questions>\n1. What about {number % 97}?\n2. And {number % 89}, please?\n</questions>"
+    if form[1] == "score":
+        return f"<score> {1 + number % 5} </score>"
+    scores = [number // 11**i % 11 - 5 for i in range(3)]
+    return (
+        "<critique> Say less. </critique>\n<scores> Helpfulness: {} Personalization: {} Natural: {} </scores>".format(
+            *scores
+        )
+    )
+
+
+@pytest.fixture
+def server(short_pauses):
+    found = Quiet(Writer)
+    found.lock, found.asked, found.times, found.under_way, found.most = threading.Lock(), [], [], 0, 0
+    found.meet, found.delay, found.answered, found.fault = None, 0, 0, lambda request, text: None
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [
+        dict(prompt_id=f"p{i}", persona=persona, question=f"What about {i}?", user_id=str(i))
+        for i, persona in enumerate(PERSONAS)
+    ]
+    write_rows(str(tmp_path / "prompts.jsonl"), rows)
+    return tmp_path / "prompts.jsonl"
+
+
+def flags_for(server, prompts, out, *more, who=("a", "b")):
+    a, b = (f"{server.url}#{name}" for name in who)
+    return [
+        "--prompts",
+        prompts,
+        "--out",
+        out,
+        "--models",
+        a,
+        b,
+        "--scorer",
+        a,
+        "--judge",
+        b,
+        "--eval-share",
+        0.3,
+        *more,
+    ]
+
+
+def run(*flags):
+    annotate.main(parse(annotate.Args, annotate.__doc__, [str(flag) for flag in flags]))
+
+
+def stopped(*flags):
+    """Runs until it stops by itself: exit status 75, the same command goes on."""
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == 75
+
+
+def journal(out):
+    file = os.path.join(out, "journal", "replies.0.jsonl")
+    with open(file, "rb") as f:
+        return [json.loads(line) for line in f if line.endswith(b"\n")]
+
+
+FILES = ("pairs", "pairs_eval", "judgements", "judgements_eval", "annotate/answers", "annotate/dropped")
+
+
+def contents(out):
+    return {name: (out / f"{name}.jsonl").read_text() for name in FILES}
+
+
+def dropped(out, step):
+    return [row for row in read_rows(str(out / "annotate" / "dropped.jsonl"), "object") if row["step"] == step]
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_steps(server, prompts, tmp_path):
+    """Scores of a pair differ by more than 2, of weighted scores that tie none is kept, no persona is on both sides."""
+    out = tmp_path / "out"
+    run(*flags_for(server, prompts, out, "--answers-per-model", 3))
+    answers = read_rows(str(out / "annotate" / "answers.jsonl"), "answer")
+    assert [row["prompt_id"] for row in answers] == sorted((r["prompt_id"] for r in answers), key=lambda p: int(p[1:]))
+    assert len(answers) + len(dropped(out, "answers")) == 12 * 2 * 3
+    train, held_out = (read_rows(str(out / f"pairs{end}.jsonl"), "pair") for end in ("", "_eval"))
+    assert all(row["chosen_score"] - row["rejected_score"] > 2 for row in train + held_out)
+    assert {row["persona"]["name"] for row in train}.isdisjoint(row["persona"]["name"] for row in held_out)
+    small = [row for row in dropped(out, "pairs") if row["cause"] == "small gap"]
+    assert all(max(row["scores"]) - min(row["scores"]) <= 2 for row in small)
+    assert len(train) + len(held_out) + len(small) == 12
+    judged = [row for end in ("", "_eval") for row in read_rows(str(out / f"judgements{end}.jsonl"), "judgement")]
+    ties = [row for row in dropped(out, "judgements") if row["cause"] == "tie"]
+    assert len(judged) + len(ties) == 2 * (len(train) + len(held_out)) and {r["judge"] for r in judged} == {"b"}
+    by_prompt = {}
+    for row in judged:
+        score = 0.35 * row["helpfulness"] + 0.40 * row["personalization"] + 0.25 * row["naturalness"]
+        by_prompt.setdefault(row["prompt_id"], []).append(round(score, 6))
+    assert all(len(set(scores)) == 2 for scores in by_prompt.values())
+
+
+def test_questions_for_personas(server, tmp_path):
+    people = tmp_path / "people.csv"
+    people.write_text("user_id,name,likes\n" + "".join(f"{i},Kim {i},tea\n" for i in range(3)))
+    who = f"{server.url}#a"
+    flags = ["--personas", people, "--out", tmp_path / "out", "--writer", who, "--models", who, "--scorer", who]
+    run("questions", *flags, "--questions-per-persona", 2)
+    rows = read_rows(str(tmp_path / "out" / "annotate" / "questions.jsonl"), "prompt")
+    assert Counter((row["user_id"], row["kind"]) for row in rows) == {
+        (u, k): 2 for u in "012" for k in ("specific", "general")
+    }
+    assert all(re.fullmatch(r"(What about|And) \d+.*\?", row["question"]) for row in rows)  # the numbers are gone
+    run("answers", *flags)
+    assert len(read_rows(str(tmp_path / "out" / "annotate" / "answers.jsonl"), "answer")) == 12
+
+
+def test_text_of_rows_is_no_control_token_to_a_server(server, tmp_path):
+    row = dict(prompt_id="p", persona="likes <|im_end|>", question="And [INST]?")
+    write_rows(str(tmp_path / "prompts.jsonl"), [row])
+    run("answers", *flags_for(server, tmp_path / "prompts.jsonl", tmp_path / "out"))
+    assert all("< |im_end|>" in text and "[ INST]" in text for _, text, *_ in server.asked)
+
+
+# -- once, and at the same time ----------------------------------------------------------------------------------------
+
+
+def test_requests_are_made_at_the_same_time(server, prompts, tmp_path):
+    """Eight have to be under way before the first is answered; never more than the limit allows."""
+    server.meet = threading.Barrier(8)
+    flags = flags_for(server, prompts, tmp_path / "out", "--answers-per-model", 2)
+    run("answers", *flags, "--concurrency", 4)  # of each of two models, 24 requests each
+    assert server.most == 8
+
+
+def test_requests_a_minute(server, prompts, tmp_path):
+    run("answers", *flags_for(server, prompts, tmp_path / "out", "--requests-per-minute", "a=1200", "b=100000"))
+    times = sorted(t for t, (model, *_) in zip(server.times, server.asked) if model == "a")
+    assert len(times) == 12 and times[-1] - times[0] > 0.9 * 11 * 60 / 1200  # 0.9: clocks; without a limit it is 0.02
+
+
+def test_nothing_is_asked_twice(server, prompts, tmp_path):
+    """Neither what was kept nor what was discarded; and what has changed for one step is asked for that step alone."""
+    out = tmp_path / "out"
+    flags = flags_for(server, prompts, out, "--answers-per-model", 3)
+    run(*flags)
+    first, n = contents(out), len(server.asked)
+    assert len(set(server.asked)) == n and "small gap" in first["annotate/dropped"]  # paid, and of no use
+    run(*flags)
+    assert len(server.asked) == n and contents(out) == first
+    (tmp_path / "rubric.txt").write_text("<critique> X\n{persona} {question} {answer}")
+    run(*flags, "--grm-template", tmp_path / "rubric.txt")
+    assert server.asked[n:] and all(text.startswith("<critique> X") for _, text, *_ in server.asked[n:])
+    n = len(server.asked)
+    run(*flags, "--min-gap", 3, "--concurrency", 2, "--eval-share", 0.5)  # fewer pairs of the same answers
+    assert len(server.asked) == n
+    run(*flags)
+    assert len(server.asked) == n and contents(out) == first
+
+
+def test_killed_twice(server, prompts, tmp_path):
+    """kill -9 loses no more than what is under way; what comes out is what an uninterrupted run gives."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    more = ("--concurrency", 3, "--answers-per-model", 2)
+    run(*flags_for(server, prompts, whole, *more))
+    expected, server.asked[:], server.delay = len(server.asked), [], 0.05
+    flags, kept = flags_for(server, prompts, out, *more), []
+    for target in (15, 60):  # among the answers, among the scores
+        process = launch("data/annotate.py", *flags)
+        while len(server.asked) < target:
+            time.sleep(0.01)
+        process.ranks[0].kill()
+        finish(process, status=-signal.SIGKILL)
+        time.sleep(0.2)  # the server answers what was under way, to nobody
+        kept.append((len(server.asked), {row["made_by"] for row in journal(out)}))
+    finish(launch("data/annotate.py", *flags))
+    assert contents(out) == contents(whole)
+    assert 0 < len(kept[0][1]) < len(kept[1][1])
+    repeats = len(server.asked) - len(set(server.asked))
+    assert len(server.asked) - repeats == expected and repeats <= 2 * 2 * 3  # of two models, three at a time, two kills
+    keys = [row["made_by"] for row in journal(out)]
+    assert len(set(keys)) == len(keys)  # no finished request was made again
+
+
+def test_ctrl_c_keeps_what_is_under_way(server, prompts, tmp_path):
+    out, server.delay = tmp_path / "out", 0.3
+    process = launch("data/annotate.py", *flags_for(server, prompts, out, "--concurrency", 4))
+    while len(server.asked) < 10:
+        time.sleep(0.01)
+    os.kill(process.ranks[0].pid, signal.SIGINT)
+    text = finish(process, status=75)
+    assert "the same command goes on" in text
+    assert len(journal(out)) == len(server.asked) == server.answered
+    server.delay = 0
+    run(*flags_for(server, prompts, out))
+    assert len(set(server.asked)) == len(server.asked)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_failures_are_rows_with_reasons(server, prompts, tmp_path):
+    """A refusal, an error and a reply in no form are no data; they are asked again only if that is wanted."""
+    out, flags = tmp_path / "out", flags_for(server, prompts, tmp_path / "out", "--attempts", 2)
+
+    def faults(request, text):
+        if "What about 1?" in text and FORM.search(text) is None:
+            return 200, {"content": None, "refusal": "no"}
+        if "What about 2?" in text and FORM.search(text) is None and request["model"] == "a":
+            return 400, None
+        if "What about 3?" in text and FORM.search(text):
+            return 200, {"content": "I would say <score> 4 </score>, or 5."}
+
+    server.fault = faults
+    run(*flags)
+    failed = [(row["prompt_id"], row["cause"]) for row in dropped(out, "answers")]
+    assert failed == [("p1", "refused")] * 2 + [("p2", "request")]
+    asked = Counter((model, text) for model, text, *_ in server.asked)
+    assert all(asked[m, t] == 2 for m, t in asked if "What about 1?" in t)  # the attempts, with two seeds
+    assert [row["cause"] for row in dropped(out, "pairs") if row["prompt_id"] == "p3"] == ["unparsable"] * 2 + [
+        "no pair"
+    ]
+    assert all("reason" in row and row["why"] == "failed" for row in dropped(out, "answers"))
+    first, n = contents(out), len(server.asked)
+    server.fault = lambda request, text: None
+    run(*flags)
+    assert len(server.asked) == n and contents(out) == first
+    run(*flags, "--retry-failed")
+    again = server.asked[n:]
+    assert len(set(server.asked)) == len(server.asked)  # with seeds that have not failed
+    assert {re.search(r"What about (\d+)\?", text)[1] for _, text, *_ in again if not FORM.search(text)} == {"1", "2"}
+    assert not dropped(out, "answers") and len(read_rows(str(out / "annotate" / "answers.jsonl"), "answer")) == 24
+
+
+def test_a_server_that_is_busy_is_no_failure(server, prompts, tmp_path):
+    seen = Counter()
+
+    def faults(request, text):
+        key = request["model"], text, request["seed"]
+        seen[key] += 1
+        return (503, None) if seen[key] <= 2 else None
+
+    server.fault = faults
+    run("answers", *flags_for(server, prompts, tmp_path / "out"))
+    assert not any(row["failure"] for row in journal(tmp_path / "out")) and len(server.asked) == 3 * 24
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_server_that_is_down_makes_no_failures(server, prompts, tmp_path, status, capsys):
+    """A wrong key, or nothing but errors for as long as it is waited for: the run ends, and goes on later."""
+    out = tmp_path / "out"
+    server.fault = lambda request, text: (status, None)
+    flags = ["answers", *flags_for(server, prompts, out)]
+    assert "the same command goes on" in error_of(annotate, capsys, *flags, "--patience", 0.3)
+    assert journal(out) == []
+    server.fault = lambda request, text: None
+    run(*flags)
+    assert len(journal(out)) == 24
+
+
+# -- money and the plan ------------------------------------------------------------------------------------------------
+
+
+def test_max_cost_is_never_passed(server, prompts, tmp_path, capsys):
+    """It stops before a request that might cost too much, with everything kept, and goes on with more money."""
+    out, prices = tmp_path / "out", ("--prices", "a=1000/2000", "b=500/1000")
+    more = (*prices, "--max-new-tokens", 20, "--judge-max-new-tokens", 40)
+    stopped(*flags_for(server, prompts, out, *more, "--max-cost", 6))
+    paid = sum(row["cost"] for row in journal(out))
+    rows = [(model, len(text) // 4) for model, text, *_ in server.asked]
+    by_hand = sum((n * (1000 if m == "a" else 500) + 10 * (2000 if m == "a" else 1000)) / 1e6 for m, n in rows)
+    assert paid == pytest.approx(by_hand) and 2 < paid <= 6 and "--max-cost 6" in capsys.readouterr().err
+    stopped(*flags_for(server, prompts, out, *more, "--max-cost", 6))  # what earlier runs have paid counts
+    n = len(server.asked)
+    assert sum(row["cost"] for row in journal(out)) <= 6
+    run(*flags_for(server, prompts, out, *more, "--max-cost", 1000))
+    assert len(set(server.asked)) == len(server.asked) > n
+
+
+def test_plan_makes_a_few_requests_and_keeps_them(server, prompts, tmp_path, capsys):
+    out, more = tmp_path / "out", ("--prices", "a=1/2", "b=1/2", "--answers-per-model", 3)
+    run(*flags_for(server, prompts, out, *more), "--plan")
+    planned, text = len(server.asked), capsys.readouterr().out
+    assert 15 <= planned <= 20
+    table = {words[0]: words for line in text.splitlines() if len(words := re.split(r"  +", line.strip())) > 5}
+    assert [table[step][1] for step in ("answers", "scores", "judgements")] == ["72", "72", "at most 24"]
+    tokens = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", table["answers"][2])]
+    mean, low, high = tokens
+    run(*flags_for(server, prompts, out, *more))
+    assert len(set(server.asked)) == len(server.asked)  # those of the plan are not paid again
+    real = sum(len(t) // 4 for _, t, *_ in server.asked if FORM.search(t) is None)
+    assert low <= real <= high and low < mean < high
+
+
+def test_plan_shows_why_requests_fail(server, prompts, tmp_path, capsys):
+    server.fault = lambda request, text: (200, {"content": "Fine."}) if FORM.search(text) else None
+    run(*flags_for(server, prompts, tmp_path / "out"), "--plan", "--attempts", 1)
+    assert "scores: 6 of 6 failed, the first: in no readable form: Fine." in capsys.readouterr().out
+
+
+# -- models in this process, errors ------------------------------------------------------------------------------------
+
+
+def test_checkpoints_and_servers_side_by_side(server, tiny, tiny_grm, tmp_path):
+    """A checkpoint answers and a GRM judges, each with the template it was trained with; a resumed run is the same."""
+    write_rows(str(tmp_path / "prompts.jsonl"), read_rows(str(tiny / "prompts.jsonl"), "prompt")[:8])
+    flags = ["--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 16, "--answer-template", tiny / "answer.txt"]
+    flags += ["--models", f"tiny={tiny / 'checkpoint'}", f"{server.url}#a", "--scorer", f"{server.url}#a"]
+    flags += ["--judge", f"grm={tiny_grm / 'model'}", "--judge-max-new-tokens", 64, "--answers-per-model", 2]
+    kinds = ("Plan a trip with tea.", "There are many options for a trip, it depends.")  # as the GRM knows them
+    server.fault = lambda r, text: None if FORM.search(text) else (200, {"content": kinds[r["seed"] % 2]})
+    run(*flags, "--out", tmp_path / "one", "--attempts", 2)
+    rows = [json.loads(line) for line in (tmp_path / "one" / "annotate" / "answers.jsonl").read_text().splitlines()]
+    lost = dropped(tmp_path / "one", "answers")  # random weights seldom end by themselves
+    assert len(rows) + len(lost) == 8 * 4 and {row["cause"] for row in lost} <= {"unparsable", "duplicate"}
+    assert Counter(row["model"] for row in rows)["a"] > 8  # two of each prompt, where they differ
+    judged = read_rows(str(tmp_path / "one" / "judgements.jsonl"), "judgement")
+    assert {row["judge"] for row in judged} == {"grm"} and {row["critique"] for row in judged}
+    kept = journal(tmp_path / "one")
+    (tmp_path / "two" / "journal").mkdir(parents=True)
+    half = "".join(json.dumps(row) + "\n" for row in kept[: len(kept) // 2])
+    (tmp_path / "two" / "journal" / "replies.0.jsonl").write_text(half + '{"made_by": "torn')
+    run(*flags, "--out", tmp_path / "two", "--attempts", 2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_the_generated_world(tmp_path):
+    """Without a server: the world's people, questions, answers of mixed quality, exact scores; an audit of them."""
+    from random import Random
+
+    people = [dict(persona=persona_world.sample_persona(Random(i))) for i in range(8)]
+    write_rows(str(tmp_path / "people.jsonl"), people)
+    more = ("--answers-per-model", 5, "--min-gap", 0.6, "--questions-per-persona", 2, "--audit-answers", 6)
+    run("--personas", tmp_path / "people.jsonl", "--out", tmp_path / "out", *more, "--eval-share", 0.4)
+    for name in ("judgements", "judgements_eval"):
+        for row in read_rows(str(tmp_path / "out" / f"{name}.jsonl"), "judgement"):
+            exact = persona_world.judge(row["persona"], row["question"], row["answer"])
+            assert row["critique"] == exact.critique and row["score"] == pytest.approx(
+                3 + 0.4 * exact.score(), abs=0.006
+            )
+    asked = [
+        row for n in ("train", "eval") for row in read_rows(str(tmp_path / "out" / f"prompts_{n}.jsonl"), "prompt")
+    ]
+    assert len(asked) + len(dropped(tmp_path / "out", "questions")) == 8 * 2 * 2
+    audit = read_rows(str(tmp_path / "out" / "annotate" / "audit.jsonl"), "object")
+    assert len(audit) == 6 * 3 and len({(row["answer"], row["repeat"]) for row in audit}) == 18
+
+
+TEN_ROWS = """name,job,likes,question
+Mia,nurse,spicy vegan food,What could I cook after a late shift?
+Ben,teacher,chess and jazz,How do I spend a rainy Sunday?
+Aisha,farmer,old tractors,What should I read this winter?
+Tom,pilot,mountain bikes,How do I stay fit on long trips?
+Lena,student,cheap travel,Where could I go in May?
+Omar,chef,his two cats,What gift suits my sister?
+Ines,retired,roses and tea,How do I start with a small balcony?
+Raj,programmer,board games,How can I sleep better?
+Eva,architect,swimming,What hobby could I begin at forty?
+Paul,bus driver,history podcasts,How do I learn some Spanish?
+"""
+
+
+def test_ten_rows_of_a_table_feed_every_stage(server, tiny, tmp_path):
+    """What docs/own-data.md shows, to the first step of each stage that reads the rows."""
+    with open(os.path.join(ROOT, "docs", "own-data.md"), encoding="utf-8") as f:
+        assert TEN_ROWS.replace("\n", "\n    ").rstrip() in f.read()
+    (tmp_path / "asked.csv").write_text(TEN_ROWS)
+    out = tmp_path / "out"
+    columns = ("--persona-column", "name", "job", "likes")
+    prepare.main(parse(prepare.Args, "", ["--questions", str(tmp_path / "asked.csv"), *columns, "--out", str(out)]))
+    a, b = f"a={server.url}#a", f"b={server.url}#b"
+    run("--out", out, "--models", a, b, "--scorer", a, "--judge", b, "--answers-per-model", 3)
+    small = ["--tokens-per-microbatch", 2000, "--max-steps", 1]
+    model = ["--model", tiny / "checkpoint", "--answer-template", tiny / "answer.txt"]
+    pairs = [*model, "--data", out / "pairs.jsonl", "--batch-size", 2, *small]
+    grm = ["--model", tiny / "checkpoint", "--data", out / "judgements.jsonl", "--grm-template", tiny / "grm.txt"]
+    rl = [
+        *model,
+        "--prompts",
+        out / "prompts_train.jsonl",
+        "--judge",
+        f"{server.url}#b",
+        "--edit-template",
+        tiny / "edit.txt",
+    ]
+    rl += ["--prompts-per-step", 2, "--mini-batch-prompts", 1, "--n-samples", 2, "--max-new-tokens", 8, *small]
+    stages = {"sft.py": pairs, "dpo.py": pairs, "train_grm.py": [*grm, "--batch-size", 2, *small], "ppo_cpe.py": rl}
+    running = {script: launch(script, *flags, "--out", tmp_path / script) for script, flags in stages.items()}
+    for script, process in running.items():
+        finish(process)
+        assert len(read_rows(str(tmp_path / script / "metrics.jsonl"), "metrics")) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prices", "c=1/2"], "--prices c=1/2: no model is called c; there are a, b, world"),
+        (["--prices", "a=1"], "--prices a=1: expected NAME=IN/OUT, dollars for a million tokens"),
+        (["--max-cost", "5"], "--max-cost: give --prices, or nothing is known to cost anything"),
+        (["--requests-per-minute", "a=0"], "--requests-per-minute a=0: expected a positive number"),
+        (["--models", "world:2"], "world:2: expected world or world:RARITY, a share from 0 to 1"),
+        (["--models", "nowhere"], "nowhere"),
+        (["--eval-share", "1"], "--eval-share 1.0: expected a share in [0, 1)"),
+        (["questions"], "questions: give --personas, for whom to write them"),
+    ],
+)
+def test_wrong_flags(server, prompts, tmp_path, capsys, flags, message):
+    assert message in error_of(annotate, capsys, *flags_for(server, prompts, tmp_path / "out"), *flags)
+    assert server.asked == []
+
+
+def test_no_prompts(tmp_path, capsys):
+    assert "no prompts: " in error_of(annotate, capsys, "--out", tmp_path)
+
+
+def test_the_world_knows_only_itself(prompts, tmp_path, capsys):
+    message = error_of(annotate, capsys, "--prompts", prompts, "--out", tmp_path / "out")
+    assert "world knows only the generated world: " in message
+
+
+def test_a_digest_is_of_the_request_alone():
+    """Not of who asks, when, or what a server is called: another address or another name goes on with the journal."""
+    model = ask.Model("x", "http://one#m", "m", None, (1.0, 2.0))
+    other = ask.Model("y", "http://two#m", "m", None)
+    settings = dict(temperature=0.9, top_p=1.0, max_tokens=5, seed=1)
+    key = ask.Request(model, "text", settings, str, {}).key
+    assert key == ask.Request(other, "text", settings, len, {"row": 1}).key
+    assert key != ask.Request(other, "text", settings | {"seed": 2}, str, {}).key
+    assert len(key) == 64  # sha256
