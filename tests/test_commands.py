@@ -22,7 +22,8 @@ ELSEWHERE = {
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
     r".*https?://": "needs a server; tests/test_judge_servers.py",
     r"bash recipes/tables\.sh|bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
-    r"bash recipes/(real_cpu|own_data)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
+    r".*recipes/(real_cpu|own_data|real_curve)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
+    r"python data/annotate\.py|python (report|train_grm)\.py .*out/own": "needs models; tests/test_annotate.py",
 }
 PPO = "--prompts-per-step 4 --mini-batch-prompts 2 --n-samples 2 --max-new-tokens 24 --judge-max-new-tokens 64 "
 PPO += "--tokens-per-microbatch 300 --max-steps 5 --answer-template answer.txt --edit-template edit.txt"
@@ -80,8 +81,7 @@ def reader(tiny, tiny_grm, tmp_path_factory):
     (folder / "out/ppo_cpe/batch_000020").symlink_to("batch_000005")
     (folder / "out/ppo").symlink_to("ppo_cpe")
     run(folder, "python evaluate.py --judge out/grm/model --out out/evaluate")
-    for page, kind in (("README.md", "reward"), ("docs/forking.md", "brief")):
-        save_code(folder, page, kind)
+    save_what_pages_hold(folder)
     return folder
 
 
@@ -94,16 +94,16 @@ def write_personamem(data):
     (data / "personamem_32k_contexts.jsonl").write_text(json.dumps(context) + "\n")
 
 
-def save_code(folder, page, kind):
-    """The page's reward function and its diffs of ppo_cpe.py become the files that its commands name."""
-    text = read(page)
-    if kind == "reward":
-        (code,) = re.findall(r"^    def reward\(.*\n(?:    .*\n)+", text, re.MULTILINE)
-        (folder / "my_reward.py").write_text(re.sub(r"^    ", "", code, flags=re.MULTILINE))
-        return
-    (code,) = re.findall(r"```python\n(.*?def brief.*?)```", text, re.DOTALL)
+def save_what_pages_hold(folder):
+    """Their reward functions, diffs of ppo_cpe.py and table become the files that their commands name."""
+    (code,) = re.findall(r"^    def reward\(.*\n(?:    .*\n)+", read("README.md"), re.MULTILINE)
+    (folder / "my_reward.py").write_text(re.sub(r"^    ", "", code, flags=re.MULTILINE))
+    (table,) = re.findall(r"(?:^    .*,.*\n){11}", read("docs/own-data.md"), re.MULTILINE)
+    (folder / "asked.csv").write_text(re.sub(r"^    ", "", table, flags=re.MULTILINE))
+    forks = read("docs/forking.md")
+    (code,) = re.findall(r"```python\n(.*?def brief.*?)```", forks, re.DOTALL)
     (folder / "brief.py").write_text(code)
-    for diff in re.findall(r"```diff\n(.*?)```", text, re.DOTALL):
+    for diff in re.findall(r"```diff\n(.*?)```", forks, re.DOTALL):
         name = re.search(r"\+\+\+ (ppo_\w+\.py)", diff)[1]
         patch = ["patch", "--silent", "--fuzz=0", "-o", name, "ppo_cpe.py"]
         subprocess.run(patch, input=diff, text=True, check=True, cwd=folder)
