@@ -1,9 +1,11 @@
-"""Qwen2.5, by hand: config, weights in and out, and one forward for training, scoring and decoding.
+"""Qwen2.5, Qwen3 (dense) and Llama, by hand: one forward for training, scoring and decoding, and weights in and out.
 
 Tokens are packed: sequences of different lengths lie behind one another in one [T] tensor, without padding. What a
 token may attend to is decided by the `context` that is passed in: `Packed` or `SharedPrefix` here (training, scoring),
 the KV cache in generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict
-comparison of names and shapes, and what is saved loads in `transformers` and vLLM.
+comparison of names and shapes, and what is saved loads in `transformers` and vLLM. The families differ in two places:
+`Attention` (which projections have biases; Qwen3 normalises each query and key) and the frequencies of RoPE
+(model_config.py).
 
 The critic and the Bradley-Terry reward model are the same trunk with a scalar head (`score.weight`, as in
 Qwen2ForSequenceClassification with one label).
@@ -14,7 +16,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
 from kernels.varlen_attention import say_once, varlen_attention
+from model_config import FAMILIES, Config, rope_frequencies
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
@@ -44,72 +46,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """The fields of a Qwen2 `config.json` that the computation depends on; `raw` is the whole file."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 32768
-    raw: dict | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @staticmethod
-    def from_dict(raw: dict, where: str = "config.json") -> "Config":
-        """From a parsed HF config; ValueError names the field where it is not a plain Qwen2 model."""
-
-        def expect(field, wanted, value):
-            if value != wanted:
-                raise ValueError(f"{where}: {field} is {value!r}, this code needs {wanted!r}")
-
-        def positive(field, default=None, kinds=(int,)):
-            value = default if raw.get(field) is None else raw[field]
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-                what = "a positive integer" if kinds == (int,) else "a positive number"
-                raise ValueError(f"{where}: {field} is {value!r}, expected {what}")
-            return value
-
-        expect("model_type", "qwen2", raw.get("model_type"))
-        expect("hidden_act", "silu", raw.get("hidden_act", "silu"))
-        expect("use_sliding_window", False, bool(raw.get("use_sliding_window")))
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | 4
-        if not isinstance(rope, dict):
-            raise ValueError(f"{where}: rope parameters are {rope!r}, expected an object")
-        expect("rope type", "default", rope.get("rope_type", rope.get("type", "default")))
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        fields = {name: positive(name) for name in names}
-        fields["num_key_value_heads"] = positive("num_key_value_heads", fields["num_attention_heads"])
-        for name, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-            if fields[whole] % fields[name]:
-                raise ValueError(f"{where}: {name} = {fields[name]} does not divide {fields[whole]}")
-        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-        expect("head_dim", head_dim, raw.get("head_dim") or head_dim)
-        return Config(
-            **fields,
-            rms_norm_eps=positive("rms_norm_eps", 1e-6, (int, float)),
-            rope_theta=float(positive("rope_theta", rope.get("rope_theta") or 10000.0, (int, float))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=positive("max_position_embeddings", 32768),
-            raw=raw,
-        )
-
-    def to_dict(self) -> dict:
-        """What goes into config.json: the file that was read, or a new one with HF's field names."""
-        own = {k: v for k, v in self.__dict__.items() if k != "raw"}
-        extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
-        return {**extra, **own} if self.raw is None else dict(self.raw)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -223,10 +159,10 @@ class RMSNorm(nn.Module):
 
 def rope_tables(config: Config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary embedding, [T, 1, D], computed in fp32 (RoFormer, the half-split layout of HF)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    angles = position_ids[:, None].float() * (1 / config.rope_theta**exponents)  # [T, D / 2], rounded as in HF
+    turns, scale = rope_frequencies(config, position_ids.device)
+    angles = position_ids[:, None].float() * turns  # [T, D / 2]
     angles = torch.cat([angles, angles], -1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 class Linear(nn.Linear):
@@ -246,11 +182,15 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(d, d, bias=True)
-        self.k_proj = Linear(d, kv, bias=True)
-        self.v_proj = Linear(d, kv, bias=True)
-        self.o_proj = Linear(d, d, bias=False)
+        heads, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        d, bias = config.hidden_size, config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = Linear(d, heads, bias)
+        self.k_proj = Linear(d, kv, bias)
+        self.v_proj = Linear(d, kv, bias)
+        self.o_proj = Linear(heads, d, config.attention_bias)
+        self.q_norm = self.k_norm = None
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, context):
         if self.qkv is None or torch.is_grad_enabled():
@@ -258,8 +198,10 @@ class Attention(nn.Module):
         else:
             heads = self.qkv(x).split([self.q_proj.out_features, *[self.k_proj.out_features] * 2], 1)
         q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in heads)
+        if self.q_norm is not None:
+            q, k = (norm(h.flatten(0, 1), None)[0].view(h.shape) for norm, h in ((self.q_norm, q), (self.k_norm, k)))
         out = context.attend(self.layer, q, k, v, cos, sin)
-        return self.o_proj(out.reshape(x.shape))
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -360,7 +302,7 @@ def pack_weights(model: Qwen2) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.qkv = Product([(p.weight, p.bias) for p in (module.q_proj, module.k_proj, module.v_proj)])
-            module.o_proj.product = Product([(module.o_proj.weight, None)])
+            module.o_proj.product = Product([(module.o_proj.weight, module.o_proj.bias)])
         elif isinstance(module, MLP):
             module.gate_up = Product([(module.gate_proj.weight, None), (module.up_proj.weight, None)])
             module.down_proj.product = Product([(module.down_proj.weight, None)])
@@ -461,10 +403,10 @@ def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
 
 
 def load_config(path: str) -> Config:
-    """Config of a checkpoint folder; ValueError where there is none or it is not Qwen2."""
+    """Config of a checkpoint folder; ValueError where there is none or this code does not compute it."""
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
-        raise ValueError(f"{path}: no config.json; expected a Qwen2 checkpoint folder")
+        raise ValueError(f"{path}: no config.json; expected a checkpoint folder")
     return Config.from_dict(read_json(file), file)
 
 
@@ -517,8 +459,8 @@ def load_pretrained(
 
     dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it
     at zero on the folder's trunk. `shard(model)`, if given, applies FSDP before any memory is taken, so that a rank
-    holds one whole tensor at a time. ValueError: not Qwen2; a file that cannot be read; a missing, superfluous or
-    misshapen tensor; a head of its own where config.json ties it (each named).
+    holds one whole tensor at a time. ValueError: another architecture; a file that cannot be read; a missing,
+    superfluous or misshapen tensor; a head of its own where config.json ties it (each named).
     """
     path = resolve(path)
     config = load_config(path)
@@ -617,7 +559,8 @@ def save_pretrained(
         with open(os.path.join(tmp, "model.safetensors.index.json"), "w") as f:
             json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f, indent=2)
     config = model.config.to_dict()
-    config["architectures"] = ["Qwen2ForSequenceClassification" if model.scalar_head else "Qwen2ForCausalLM"]
+    kind = "ForSequenceClassification" if model.scalar_head else "ForCausalLM"
+    config["architectures"] = [FAMILIES[model.config.model_type] + kind]
     # two names of one thing: transformers 5 reads the first, what is older the second
     config["dtype"] = config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
     if model.scalar_head:

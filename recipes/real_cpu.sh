@@ -5,7 +5,7 @@
 #
 #   bash recipes/real_cpu.sh CHECKPOINT [SOURCE]
 #
-# CHECKPOINT: folder or hub id of a small Qwen2-format chat model. SOURCE: PersonaFeedback's files, a folder or hub id.
+# CHECKPOINT: folder or hub id of a small chat model (Qwen2.5, Qwen3 or Llama format, ChatML). SOURCE: PersonaFeedback's files, a folder or hub id.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh

@@ -103,7 +103,7 @@ class Machine:
 
 
 def config_of(path):
-    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or it is not Qwen2."""
+    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or not one of ours."""
     return load_config(resolve(path, ["config.json"]))
 
 

@@ -49,15 +49,21 @@ class Work:
 
 def matrices(config: Config) -> tuple[int, int]:
     """Weights of all layers' matrices, and of the LM head."""
-    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    layer = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size
+    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size
     return config.num_hidden_layers * layer, d * config.vocab_size
+
+
+def attention_flops(config: Config, context: float) -> float:
+    """Of a token that sees so many."""
+    return 4 * config.num_attention_heads * config.head_dim * context * config.num_hidden_layers
 
 
 def forward_seconds(config: Config, n_tokens: float, context: float, n_logits: float, rates: Rates) -> float:
     """A packed pass without gradients. context: tokens that one sees, on average; n_logits: rows of the LM head."""
     body, head = matrices(config)
-    attention = 4 * config.hidden_size * context * config.num_hidden_layers  # FLOPs of a token
+    attention = attention_flops(config, context)
     return (n_tokens * (2 * body + attention) + 2 * head * n_logits) / rates.flops
 
 
@@ -67,7 +73,7 @@ def decode_seconds(config: Config, n_rows: float, length: float, context: float,
         return 0.0
     (body, head), rows = matrices(config), min(n_rows, max_batch)
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rates.itemsize
-    attention = 4 * config.hidden_size * context * config.num_hidden_layers
+    attention = attention_flops(config, context)
     read = (body + head) * rates.itemsize + rows * context * kv_bytes
     computed = rows * (2 * (body + head) + attention)
     return length * n_rows / rows * max(read / rates.bandwidth, computed / rates.flops)

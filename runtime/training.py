@@ -195,11 +195,11 @@ def peak_flops(ranks: Ranks, tflops: float | None) -> float | None:
 
 
 def forward_flops(model: Qwen2, batch: Batch) -> int:
-    """FLOPs of a forward pass over a Batch: two per weight and token, four d per pair of query and key and layer."""
+    """FLOPs of a forward pass over a Batch: two per weight and token, four H D per pair of query and key and layer."""
     c = model.config
-    d, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
-    weights = 2 * d * d + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
-    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * d * batch.context.pairs)
+    d, heads, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    weights = 2 * d * heads + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
+    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * heads * batch.context.pairs)
     return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
 
 
