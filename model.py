@@ -12,6 +12,7 @@ Qwen2ForSequenceClassification with one label).
 """
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
 from kernels.varlen_attention import say_once, varlen_attention
-from model_config import FAMILIES, Config, rope_frequencies
+from model_config import FAMILIES, Config, Lora, rope_frequencies
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
@@ -166,14 +167,32 @@ def rope_tables(config: Config, position_ids: torch.Tensor, dtype: torch.dtype) 
 
 
 class Linear(nn.Linear):
-    """nn.Linear; after `pack_weights` passes without gradients use `product`."""
+    """nn.Linear; after `pack_weights` passes without gradients use `product`. With an adapter (`add_adapters`) it is
+    W x + b + scale B A x, with A [rank, in] and B [out, rank], in the dtype of x."""
 
     product = None
 
+    def __init__(self, n_in, n_out, bias):
+        super().__init__(n_in, n_out, bias)
+        self.lora_A = self.lora_B = None
+
     def forward(self, x):
-        if self.product is None or torch.is_grad_enabled():
-            return super().forward(x)
-        return self.product(x)
+        if self.product is not None and not torch.is_grad_enabled():
+            return self.product(x)
+        y = super().forward(x)
+        if self.lora_A is None:
+            return y
+        return torch.addmm(y, F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale)
+
+    def merged(self, gather=lambda parameter: parameter):
+        """W + scale B A, [out, in], in fp32 where there is an adapter. gather: of a sharded parameter the whole."""
+        weight = gather(self.weight)
+        if self.lora_A is None:
+            return weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.addmm(
+            weight.to(wide), gather(self.lora_B).to(wide), gather(self.lora_A).to(wide), alpha=self.scale
+        )
 
 
 class Attention(nn.Module):
@@ -248,7 +267,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: Config, scalar_head: bool = False):
         super().__init__()
-        self.config, self.scalar_head = config, scalar_head
+        self.config, self.scalar_head, self.lora = config, scalar_head, None
         self.head_product = None  # of the LM head, see `pack_weights`
         self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more time
         self.model = nn.ModuleDict(
@@ -295,17 +314,27 @@ class Qwen2(nn.Module):
         return logits(x, self.head_weight)
 
 
+@torch.no_grad()
 def pack_weights(model: Qwen2) -> None:
-    """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights."""
-    if model.model.embed_tokens.weight.device.type != "cpu":
+    """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights.
+
+    In fp32 adapters are merged into what is packed. In bf16, as on a GPU, they are applied beside the shared base: the
+    sum would be rounded to steps of 1/256 of a weight, and the first hundred updates of an adapter are smaller.
+    """
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cpu" or (model.lora and weight.dtype == torch.bfloat16):
         return
+
+    def product(*projections):
+        return Product([(p.merged(), p.bias) for p in projections])
+
     for module in model.modules():
         if isinstance(module, Attention):
-            module.qkv = Product([(p.weight, p.bias) for p in (module.q_proj, module.k_proj, module.v_proj)])
-            module.o_proj.product = Product([(module.o_proj.weight, module.o_proj.bias)])
+            module.qkv = product(module.q_proj, module.k_proj, module.v_proj)
+            module.o_proj.product = product(module.o_proj)
         elif isinstance(module, MLP):
-            module.gate_up = Product([(module.gate_proj.weight, None), (module.up_proj.weight, None)])
-            module.down_proj.product = Product([(module.down_proj.weight, None)])
+            module.gate_up = product(module.gate_proj, module.up_proj)
+            module.down_proj.product = product(module.down_proj)
     if not model.scalar_head:
         model.head_product = Product([(model.head_weight, None)])
 
@@ -327,6 +356,63 @@ def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
         else:
             values = torch.randn(parameter.shape, generator=generator) * scale
         copy_into(parameter, values)
+
+
+# -- low-rank adapters -------------------------------------------------------------------------------------------------
+
+
+def add_adapters(model: Qwen2, lora: Lora) -> None:
+    """Freezes a model and gives each projection of attention and MLP an adapter in fp32, without values yet
+    (`init_adapters`); a scalar head is trained whole. ValueError: a rank beyond the width."""
+    if lora.rank > model.config.hidden_size:
+        raise ValueError(f"--lora-rank {lora.rank}: expected at most the model's width, {model.config.hidden_size}")
+    model.lora = lora
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            shapes = (lora.rank, module.in_features), (module.out_features, lora.rank)
+            parameters = (torch.empty(shape, dtype=torch.float32, device=module.weight.device) for shape in shapes)
+            module.lora_A, module.lora_B = map(nn.Parameter, parameters)
+            module.scale = lora.alpha / lora.rank
+    if model.scalar_head:
+        model.score.requires_grad_(True)
+
+
+def init_adapters(model: Qwen2) -> None:
+    """B is zero, so that the first pass is the base's; A is uniform with variance 1 / (3 in), as in PEFT."""
+    generator = torch.Generator().manual_seed(model.lora.seed)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            uniform = torch.rand(module.lora_A.shape, generator=generator) * 2 - 1
+            copy_into(module.lora_A, uniform * module.in_features**-0.5)
+            copy_into(module.lora_B, torch.zeros(module.lora_B.shape))
+
+
+def beside(model: Qwen2, scalar_head: bool = False) -> Qwen2:
+    """A model with adapters of its own, equal at first, on the very frozen parameters of another, which memory holds
+    once. scalar_head: with a scalar head of zeros instead of the LM head. Not for sharded models."""
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    if scalar_head:
+        other.scalar_head, weight = True, model.model.norm.weight
+        other.score = ScalarHead(len(weight), 1, bias=False, device=weight.device)
+        nn.init.zeros_(other.score.weight)
+        if not model.config.tie_word_embeddings:
+            del other.lm_head
+    return other
+
+
+def save_adapter(tensors: dict[str, torch.Tensor], model: Qwen2, path: str) -> None:
+    """Writes the folder that `peft` loads onto the base. tensors: those that are trained, by parameter name."""
+    os.makedirs(path)
+    kind = dict(task_type="SEQ_CLS", modules_to_save=["score"]) if model.scalar_head else dict(task_type="CAUSAL_LM")
+    projections = sorted({name.split(".")[-2] for name in tensors if "lora_" in name})
+    config = dict(peft_type="LORA", base_model_name_or_path=model.lora.base, r=model.lora.rank, bias="none")
+    config |= dict(lora_alpha=model.lora.alpha, lora_dropout=0.0, target_modules=projections, inference_mode=True)
+    with open(os.path.join(path, "adapter_config.json"), "w") as f:
+        json.dump(config | kind, f, indent=2)
+    names = {name: f"{name}.weight" if "lora_" in name else name for name in tensors}
+    tensors = {f"base_model.model.{names[name]}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, os.path.join(path, "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 # -- weights in and out ------------------------------------------------------------------------------------------------
@@ -454,8 +540,9 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     scalar_head: bool = False,
     shard: Callable[[Qwen2], Any] | None = None,
+    lora: Lora | None = None,
 ) -> Qwen2:
-    """A model from a checkpoint folder or hub id.
+    """A model from a checkpoint folder or hub id; with `lora` frozen, under new adapters.
 
     dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it
     at zero on the folder's trunk. `shard(model)`, if given, applies FSDP before any memory is taken, so that a rank
@@ -506,10 +593,16 @@ def load_pretrained(
         model.to(dtype)
         if scalar_head:
             model.score.to(torch.promote_types(dtype, torch.float32))
+        if lora:
+            add_adapters(model, lora)
         if shard is not None:
             shard(model)
         model.to_empty(device=device)
+        if lora:
+            init_adapters(model)
         for name, parameter in model.named_parameters():
+            if name not in wanted:  # adapters
+                continue
             full = files[file_of[name]].get_tensor(name) if name in file_of else torch.zeros(wanted[name])
             copy_into(parameter, full.to(device=device, dtype=parameter.dtype))
     return model
@@ -522,7 +615,8 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     templates: dict[str, str] | None = None,
 ) -> None:
-    """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
+    """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files. Adapters
+    are merged into the weights, and stand by themselves in PATH/adapter, in PEFT's format.
 
     Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's,
     which a scalar head keeps in any case.
@@ -531,12 +625,22 @@ def save_pretrained(
     The folder appears whole or not at all.
     """
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    shards, shard_bytes = [{}], 0
+    shards, shard_bytes, adapter = [{}], 0, {}
+
+    def gather(parameter):
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
     for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        module = model.get_submodule(name.rpartition(".")[0])
+        weight = isinstance(module, Linear) and parameter is module.weight
+        full = module.merged(gather) if weight else gather(parameter)
         if not writes:
             continue
-        stored = full.dtype if dtype is None or name == "score.weight" else dtype
+        if model.lora and parameter.requires_grad:
+            adapter[name] = full.detach().to(dtype=torch.float32, device="cpu", copy=True).contiguous()
+        if "lora_" in name:
+            continue
+        stored = parameter.dtype if dtype is None or name == "score.weight" else dtype
         full = full.detach().to(dtype=stored, device="cpu", copy=True).contiguous()
         if shards[-1] and shard_bytes + full.nbytes > SHARD_BYTES:
             shards.append({})
@@ -553,6 +657,8 @@ def save_pretrained(
     names = ["model.safetensors"] if len(shards) == 1 else names
     for name, tensors in zip(names, shards):
         save_file(tensors, os.path.join(tmp, name), metadata={"format": "pt"})
+    if adapter:
+        save_adapter(adapter, model, os.path.join(tmp, "adapter"))
     if len(shards) > 1:
         total = sum(t.nbytes for tensors in shards for t in tensors.values())
         weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}

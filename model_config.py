@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -110,6 +111,21 @@ class Config:
         own = {k: v for k, v in self.__dict__.items() if k != "raw"}
         extra = dict(hidden_act="silu", use_sliding_window=False)
         return {**extra, **own} if self.raw is None else dict(self.raw)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of a model (arXiv 2106.09685): alpha / rank times B A is added to each projection."""
+
+    rank: int
+    alpha: float
+    base: str  # folder or hub id of the model that they belong to
+    seed: int = 0  # of the first A; the first B is zero
+
+
+def lora_of(args: Any, base: str) -> Lora | None:
+    """Of a training script's flags; None: all weights are trained."""
+    return args.lora_rank and Lora(args.lora_rank, args.lora_alpha or 2.0 * args.lora_rank, base, args.seed)
 
 
 def rope_frequencies(config: Config, device: torch.device) -> tuple[torch.Tensor, float]:

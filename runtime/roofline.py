@@ -80,10 +80,11 @@ def decode_seconds(config: Config, n_rows: float, length: float, context: float,
 
 
 def phases(
-    work: Work, policy: Config, critic: Config | None, judge: Config | None, writes: bool, recompute: bool, rates: Rates
+    work: Work, policy: Config, critic: Config | None, judge: Config | None, writes: bool, passes: int, rates: Rates
 ) -> dict[str, float]:
     """{phase: seconds}. critic None: there is none; judge: that of a model on the same device; writes: it generates
-    critiques, else it is a Bradley-Terry model. recompute: activations are computed again in the backward pass."""
+    critiques, else it is a Bradley-Terry model. passes: forward ones that an update costs: 3, one more where
+    activations are recomputed, one less where weights are frozen."""
     w, answer = work, work.prompt_tokens + work.response_tokens
     originals, edits, answers = w.prompts * w.originals, w.prompts * w.edits, w.prompts * (w.originals + w.edits)
     added = w.critique_tokens + REQUEST_TOKENS  # of an edit's prompt: what comes before is in the cache
@@ -109,7 +110,6 @@ def phases(
         originals / 2 + selected
     ) * w.response_tokens  # in the first of two mini-batches an original's ratio is 1
     found["score"] = forward_seconds(policy, n_old * n_scored / max(1, n_trained), context, n_scored, rates)
-    passes = 4 if recompute else 3  # a backward pass costs two forward ones
     found["update"] = passes * forward_seconds(policy, n_tokens, context, n_trained, rates)
     if critic:
         found["score"] += forward_seconds(critic, n_tokens, context, 0, rates)
