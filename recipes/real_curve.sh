@@ -29,7 +29,7 @@ echo "Answer the question of the person below in a few sentences.
 {question}" > "$OUT/answer.txt"
 echo "{critique} Rewrite the answer so that this is done. Output only the new answer." > "$OUT/edit.txt"
 rl=(--model "$CHECKPOINT" --judge "$JUDGE" --prompts "$ROWS/prompts_train.jsonl" --eval-data "$ROWS/prompts_dev.jsonl"
-    --eval-every "${EVAL_EVERY:-5}" --eval-n 16 --answer-template "$OUT/answer.txt" --edit-template "$OUT/edit.txt"
+    --eval-every "${EVAL_EVERY:-5}" --eval-n "${EVAL_N:-16}" --answer-template "$OUT/answer.txt" --edit-template "$OUT/edit.txt"
     --prompts-per-step "${PROMPTS:-8}" --mini-batch-prompts 4 --max-prompt-length 256 --max-new-tokens 96
     --judge-max-new-tokens 64 --temperature 1 --top-p 1 --epochs 1000 --tokens-per-microbatch 4096 --save-every 10
     --lr "${RL_LR:-2e-4}" --critic-lr "${CRITIC_LR:-1e-3}" --dtype fp32 --seed "$SEED")
