@@ -319,7 +319,7 @@ def pack_weights(model: Qwen2) -> None:
     """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights.
 
     In fp32 adapters are merged into what is packed. In bf16, as on a GPU, they are applied beside the shared base: the
-    sum would be rounded to steps of 1/256 of a weight, and the first hundred updates of an adapter are smaller.
+    sum would be rounded to steps of 1/256 of a weight, and the first tens of updates of an adapter are smaller.
     """
     weight = model.model.embed_tokens.weight
     if weight.device.type != "cpu" or (model.lora and weight.dtype == torch.bfloat16):
