@@ -419,7 +419,7 @@ def save_batch(script: str, step: int, batch: list, policy: Any, tokenizer_from:
     folder = os.path.join(run.args.out, f"batch_{step:06d}")
     batch = all_gather(run.ranks, [dataclasses.asdict(t) for t in batch])
     templates = run.templates.texts("answer", "edit")
-    save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from, templates=templates)
+    save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from, torch.float32, templates)
     if run.ranks.rank == 0:
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=batch)
         torch.save(content, os.path.join(folder, "batch.pt"))

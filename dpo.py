@@ -72,7 +72,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from model import Qwen2, load_pretrained, resolve
+from model import Qwen2, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
@@ -180,10 +180,9 @@ def main(args):
             "--answer-template": runs.digest_of(templates.answer),
         },
     )
-    model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
-    model.checkpoint_activations = args.checkpoint_activations
+    model = training.open_model(args.model, args, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    # before the checkpoint is loaded: here the model is still the reference
+    # before the checkpoint is loaded: here the model is still the reference (an adapter's B is zero)
     reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
     first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
 
@@ -201,7 +200,7 @@ def main(args):
             at = [rows[i] for i in indices] or [0]
             part = [mine[i] for i in indices] or [STAND_IN]
             batch = pair_batch(part, ranks.device)
-            flops += 3 * training.forward_flops(model, batch)  # backward costs two forward passes
+            flops += training.update_flops(model, batch)
             chosen, rejected = pair_logprobs(model, batch)
             preference_loss, margin = dpo_loss(
                 chosen,

@@ -260,7 +260,8 @@ class Engine:
         return results
 
     def refresh(self, model: Qwen2) -> None:
-        """Copies the weights of another model of the same shape (sharded: every rank calls). Nothing may be running."""
+        """Copies the weights of another model of the same shape (sharded: every rank calls), or its adapters, on a base
+        that is this one's. Nothing may be running."""
         if self.busy:
             raise RuntimeError("refresh while samples are running: their cache belongs to the old weights")
         self.blocks.forget_all()
@@ -269,7 +270,8 @@ class Engine:
                 self.model.named_parameters(), model.named_parameters(), strict=True
             ):
                 assert name == other, (name, other)
-                ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+                if model.lora is None or theirs.requires_grad:
+                    ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
         pack_weights(self.model)
 
     # -- admission and prefill -----------------------------------------------------------------------------------------

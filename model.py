@@ -1,20 +1,22 @@
-"""Qwen2.5, by hand: config, weights in and out, and one forward for training, scoring and decoding.
+"""Qwen2.5, Qwen3 (dense) and Llama, by hand: one forward for training, scoring and decoding, and weights in and out.
 
 Tokens are packed: sequences of different lengths lie behind one another in one [T] tensor, without padding. What a
 token may attend to is decided by the `context` that is passed in: `Packed` or `SharedPrefix` here (training, scoring),
 the KV cache in generate.py (decoding). Parameter names are those of the checkpoints on the hub, so loading is a strict
-comparison of names and shapes, and what is saved loads in `transformers` and vLLM.
+comparison of names and shapes, and what is saved loads in `transformers` and vLLM. The families differ in two places:
+`Attention` (which projections have biases; Qwen3 normalises each query and key) and the frequencies of RoPE
+(model_config.py).
 
 The critic and the Bradley-Terry reward model are the same trunk with a scalar head (`score.weight`, as in
 Qwen2ForSequenceClassification with one label).
 """
 
 import contextlib
+import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
 from kernels.varlen_attention import say_once, varlen_attention
+from model_config import FAMILIES, Config, Lora, rope_frequencies
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, the size that the hub's own tools use
@@ -44,72 +47,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """The fields of a Qwen2 `config.json` that the computation depends on; `raw` is the whole file."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 32768
-    raw: dict | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @staticmethod
-    def from_dict(raw: dict, where: str = "config.json") -> "Config":
-        """From a parsed HF config; ValueError names the field where it is not a plain Qwen2 model."""
-
-        def expect(field, wanted, value):
-            if value != wanted:
-                raise ValueError(f"{where}: {field} is {value!r}, this code needs {wanted!r}")
-
-        def positive(field, default=None, kinds=(int,)):
-            value = default if raw.get(field) is None else raw[field]
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-                what = "a positive integer" if kinds == (int,) else "a positive number"
-                raise ValueError(f"{where}: {field} is {value!r}, expected {what}")
-            return value
-
-        expect("model_type", "qwen2", raw.get("model_type"))
-        expect("hidden_act", "silu", raw.get("hidden_act", "silu"))
-        expect("use_sliding_window", False, bool(raw.get("use_sliding_window")))
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | 4
-        if not isinstance(rope, dict):
-            raise ValueError(f"{where}: rope parameters are {rope!r}, expected an object")
-        expect("rope type", "default", rope.get("rope_type", rope.get("type", "default")))
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        fields = {name: positive(name) for name in names}
-        fields["num_key_value_heads"] = positive("num_key_value_heads", fields["num_attention_heads"])
-        for name, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-            if fields[whole] % fields[name]:
-                raise ValueError(f"{where}: {name} = {fields[name]} does not divide {fields[whole]}")
-        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-        expect("head_dim", head_dim, raw.get("head_dim") or head_dim)
-        return Config(
-            **fields,
-            rms_norm_eps=positive("rms_norm_eps", 1e-6, (int, float)),
-            rope_theta=float(positive("rope_theta", rope.get("rope_theta") or 10000.0, (int, float))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=positive("max_position_embeddings", 32768),
-            raw=raw,
-        )
-
-    def to_dict(self) -> dict:
-        """What goes into config.json: the file that was read, or a new one with HF's field names."""
-        own = {k: v for k, v in self.__dict__.items() if k != "raw"}
-        extra = dict(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
-        return {**extra, **own} if self.raw is None else dict(self.raw)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -223,21 +160,39 @@ class RMSNorm(nn.Module):
 
 def rope_tables(config: Config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary embedding, [T, 1, D], computed in fp32 (RoFormer, the half-split layout of HF)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    angles = position_ids[:, None].float() * (1 / config.rope_theta**exponents)  # [T, D / 2], rounded as in HF
+    turns, scale = rope_frequencies(config, position_ids.device)
+    angles = position_ids[:, None].float() * turns  # [T, D / 2]
     angles = torch.cat([angles, angles], -1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 class Linear(nn.Linear):
-    """nn.Linear; after `pack_weights` passes without gradients use `product`."""
+    """nn.Linear; after `pack_weights` passes without gradients use `product`. With an adapter (`add_adapters`) it is
+    W x + b + scale B A x, with A [rank, in] and B [out, rank], in the dtype of x."""
 
     product = None
 
+    def __init__(self, n_in, n_out, bias):
+        super().__init__(n_in, n_out, bias)
+        self.lora_A = self.lora_B = None
+
     def forward(self, x):
-        if self.product is None or torch.is_grad_enabled():
-            return super().forward(x)
-        return self.product(x)
+        if self.product is not None and not torch.is_grad_enabled():
+            return self.product(x)
+        y = super().forward(x)
+        if self.lora_A is None:
+            return y
+        return torch.addmm(y, F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale)
+
+    def merged(self, gather=lambda parameter: parameter):
+        """W + scale B A, [out, in], in fp32 where there is an adapter. gather: of a sharded parameter the whole."""
+        weight = gather(self.weight)
+        if self.lora_A is None:
+            return weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.addmm(
+            weight.to(wide), gather(self.lora_B).to(wide), gather(self.lora_A).to(wide), alpha=self.scale
+        )
 
 
 class Attention(nn.Module):
@@ -246,11 +201,15 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(d, d, bias=True)
-        self.k_proj = Linear(d, kv, bias=True)
-        self.v_proj = Linear(d, kv, bias=True)
-        self.o_proj = Linear(d, d, bias=False)
+        heads, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        d, bias = config.hidden_size, config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = Linear(d, heads, bias)
+        self.k_proj = Linear(d, kv, bias)
+        self.v_proj = Linear(d, kv, bias)
+        self.o_proj = Linear(heads, d, config.attention_bias)
+        self.q_norm = self.k_norm = None
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, context):
         if self.qkv is None or torch.is_grad_enabled():
@@ -258,8 +217,10 @@ class Attention(nn.Module):
         else:
             heads = self.qkv(x).split([self.q_proj.out_features, *[self.k_proj.out_features] * 2], 1)
         q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in heads)
+        if self.q_norm is not None:
+            q, k = (norm(h.flatten(0, 1), None)[0].view(h.shape) for norm, h in ((self.q_norm, q), (self.k_norm, k)))
         out = context.attend(self.layer, q, k, v, cos, sin)
-        return self.o_proj(out.reshape(x.shape))
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -306,7 +267,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: Config, scalar_head: bool = False):
         super().__init__()
-        self.config, self.scalar_head = config, scalar_head
+        self.config, self.scalar_head, self.lora = config, scalar_head, None
         self.head_product = None  # of the LM head, see `pack_weights`
         self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more time
         self.model = nn.ModuleDict(
@@ -353,17 +314,27 @@ class Qwen2(nn.Module):
         return logits(x, self.head_weight)
 
 
+@torch.no_grad()
 def pack_weights(model: Qwen2) -> None:
-    """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights."""
-    if model.model.embed_tokens.weight.device.type != "cpu":
+    """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights.
+
+    In fp32 adapters are merged into what is packed. In bf16, as on a GPU, they are applied beside the shared base: the
+    sum would be rounded to steps of 1/256 of a weight, and the first tens of updates of an adapter are smaller.
+    """
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cpu" or (model.lora and weight.dtype == torch.bfloat16):
         return
+
+    def product(*projections):
+        return Product([(p.merged(), p.bias) for p in projections])
+
     for module in model.modules():
         if isinstance(module, Attention):
-            module.qkv = Product([(p.weight, p.bias) for p in (module.q_proj, module.k_proj, module.v_proj)])
-            module.o_proj.product = Product([(module.o_proj.weight, None)])
+            module.qkv = product(module.q_proj, module.k_proj, module.v_proj)
+            module.o_proj.product = product(module.o_proj)
         elif isinstance(module, MLP):
-            module.gate_up = Product([(module.gate_proj.weight, None), (module.up_proj.weight, None)])
-            module.down_proj.product = Product([(module.down_proj.weight, None)])
+            module.gate_up = product(module.gate_proj, module.up_proj)
+            module.down_proj.product = product(module.down_proj)
     if not model.scalar_head:
         model.head_product = Product([(model.head_weight, None)])
 
@@ -385,6 +356,63 @@ def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
         else:
             values = torch.randn(parameter.shape, generator=generator) * scale
         copy_into(parameter, values)
+
+
+# -- low-rank adapters -------------------------------------------------------------------------------------------------
+
+
+def add_adapters(model: Qwen2, lora: Lora) -> None:
+    """Freezes a model and gives each projection of attention and MLP an adapter in fp32, without values yet
+    (`init_adapters`); a scalar head is trained whole. ValueError: a rank beyond the width."""
+    if lora.rank > model.config.hidden_size:
+        raise ValueError(f"--lora-rank {lora.rank}: expected at most the model's width, {model.config.hidden_size}")
+    model.lora = lora
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            shapes = (lora.rank, module.in_features), (module.out_features, lora.rank)
+            parameters = (torch.empty(shape, dtype=torch.float32, device=module.weight.device) for shape in shapes)
+            module.lora_A, module.lora_B = map(nn.Parameter, parameters)
+            module.scale = lora.alpha / lora.rank
+    if model.scalar_head:
+        model.score.requires_grad_(True)
+
+
+def init_adapters(model: Qwen2) -> None:
+    """B is zero, so that the first pass is the base's; A is uniform with variance 1 / (3 in), as in PEFT."""
+    generator = torch.Generator().manual_seed(model.lora.seed)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            uniform = torch.rand(module.lora_A.shape, generator=generator) * 2 - 1
+            copy_into(module.lora_A, uniform * module.in_features**-0.5)
+            copy_into(module.lora_B, torch.zeros(module.lora_B.shape))
+
+
+def beside(model: Qwen2, scalar_head: bool = False) -> Qwen2:
+    """A model with adapters of its own, equal at first, on the very frozen parameters of another, which memory holds
+    once. scalar_head: with a scalar head of zeros instead of the LM head. Not for sharded models."""
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    if scalar_head:
+        other.scalar_head, weight = True, model.model.norm.weight
+        other.score = ScalarHead(len(weight), 1, bias=False, device=weight.device)
+        nn.init.zeros_(other.score.weight)
+        if not model.config.tie_word_embeddings:
+            del other.lm_head
+    return other
+
+
+def save_adapter(tensors: dict[str, torch.Tensor], model: Qwen2, path: str) -> None:
+    """Writes the folder that `peft` loads onto the base. tensors: those that are trained, by parameter name."""
+    os.makedirs(path)
+    kind = dict(task_type="SEQ_CLS", modules_to_save=["score"]) if model.scalar_head else dict(task_type="CAUSAL_LM")
+    projections = sorted({name.split(".")[-2] for name in tensors if "lora_" in name})
+    config = dict(peft_type="LORA", base_model_name_or_path=model.lora.base, r=model.lora.rank, bias="none")
+    config |= dict(lora_alpha=model.lora.alpha, lora_dropout=0.0, target_modules=projections, inference_mode=True)
+    with open(os.path.join(path, "adapter_config.json"), "w") as f:
+        json.dump(config | kind, f, indent=2)
+    names = {name: f"{name}.weight" if "lora_" in name else name for name in tensors}
+    tensors = {f"base_model.model.{names[name]}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, os.path.join(path, "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 # -- weights in and out ------------------------------------------------------------------------------------------------
@@ -461,10 +489,10 @@ def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
 
 
 def load_config(path: str) -> Config:
-    """Config of a checkpoint folder; ValueError where there is none or it is not Qwen2."""
+    """Config of a checkpoint folder; ValueError where there is none or this code does not compute it."""
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
-        raise ValueError(f"{path}: no config.json; expected a Qwen2 checkpoint folder")
+        raise ValueError(f"{path}: no config.json; expected a checkpoint folder")
     return Config.from_dict(read_json(file), file)
 
 
@@ -512,13 +540,14 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     scalar_head: bool = False,
     shard: Callable[[Qwen2], Any] | None = None,
+    lora: Lora | None = None,
 ) -> Qwen2:
-    """A model from a checkpoint folder or hub id.
+    """A model from a checkpoint folder or hub id; with `lora` frozen, under new adapters.
 
     dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it
     at zero on the folder's trunk. `shard(model)`, if given, applies FSDP before any memory is taken, so that a rank
-    holds one whole tensor at a time. ValueError: not Qwen2; a file that cannot be read; a missing, superfluous or
-    misshapen tensor; a head of its own where config.json ties it (each named).
+    holds one whole tensor at a time. ValueError: another architecture; a file that cannot be read; a missing,
+    superfluous or misshapen tensor; a head of its own where config.json ties it (each named).
     """
     path = resolve(path)
     config = load_config(path)
@@ -564,10 +593,16 @@ def load_pretrained(
         model.to(dtype)
         if scalar_head:
             model.score.to(torch.promote_types(dtype, torch.float32))
+        if lora:
+            add_adapters(model, lora)
         if shard is not None:
             shard(model)
         model.to_empty(device=device)
+        if lora:
+            init_adapters(model)
         for name, parameter in model.named_parameters():
+            if name not in wanted:  # adapters
+                continue
             full = files[file_of[name]].get_tensor(name) if name in file_of else torch.zeros(wanted[name])
             copy_into(parameter, full.to(device=device, dtype=parameter.dtype))
     return model
@@ -580,7 +615,8 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     templates: dict[str, str] | None = None,
 ) -> None:
-    """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files.
+    """Writes a folder that `transformers` and vLLM load: config, safetensors shards, the tokenizer's files. Adapters
+    are merged into the weights, and stand by themselves in PATH/adapter, in PEFT's format.
 
     Every rank calls it (sharded parameters are gathered one at a time); rank 0 writes. dtype None keeps the model's,
     which a scalar head keeps in any case.
@@ -589,12 +625,22 @@ def save_pretrained(
     The folder appears whole or not at all.
     """
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    shards, shard_bytes = [{}], 0
+    shards, shard_bytes, adapter = [{}], 0, {}
+
+    def gather(parameter):
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
     for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        module = model.get_submodule(name.rpartition(".")[0])
+        weight = isinstance(module, Linear) and parameter is module.weight
+        full = module.merged(gather) if weight else gather(parameter)
         if not writes:
             continue
-        stored = full.dtype if dtype is None or name == "score.weight" else dtype
+        if model.lora and parameter.requires_grad:
+            adapter[name] = full.detach().to(dtype=torch.float32, device="cpu", copy=True).contiguous()
+        if "lora_" in name:
+            continue
+        stored = parameter.dtype if dtype is None or name == "score.weight" else dtype
         full = full.detach().to(dtype=stored, device="cpu", copy=True).contiguous()
         if shards[-1] and shard_bytes + full.nbytes > SHARD_BYTES:
             shards.append({})
@@ -611,13 +657,16 @@ def save_pretrained(
     names = ["model.safetensors"] if len(shards) == 1 else names
     for name, tensors in zip(names, shards):
         save_file(tensors, os.path.join(tmp, name), metadata={"format": "pt"})
+    if adapter:
+        save_adapter(adapter, model, os.path.join(tmp, "adapter"))
     if len(shards) > 1:
         total = sum(t.nbytes for tensors in shards for t in tensors.values())
         weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
         with open(os.path.join(tmp, "model.safetensors.index.json"), "w") as f:
             json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f, indent=2)
     config = model.config.to_dict()
-    config["architectures"] = ["Qwen2ForSequenceClassification" if model.scalar_head else "Qwen2ForCausalLM"]
+    kind = "ForSequenceClassification" if model.scalar_head else "ForCausalLM"
+    config["architectures"] = [FAMILIES[model.config.model_type] + kind]
     # two names of one thing: transformers 5 reads the first, what is older the second
     config["dtype"] = config["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
     if model.scalar_head:

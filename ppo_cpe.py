@@ -133,7 +133,7 @@ from torch.nn.utils.rnn import pad_sequence
 import diagnostics
 from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
-from model import Qwen2, load_pretrained, resolve
+from model import Qwen2, resolve
 from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
@@ -487,7 +487,7 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
                 if not trajectories:
                     training.idle_pass(model, run)
                     continue
-                stats.flops += 3 * training.forward_flops(model, packed)  # the backward pass costs two forward ones
+                stats.flops += training.update_flops(model, packed)
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
                 (loss_of(model, packed, trajectories, run) * ranks.world_size / n_tokens).backward()
             shares = {n: stats.recent[n] / n_tokens for n in ("policy_loss", "value_loss", "original/approx_kl")}
@@ -523,15 +523,11 @@ def print_plan(args, max_len):
 
 
 def open_models(run: Run) -> tuple[dict[str, Qwen2], dict[str, torch.optim.Optimizer]]:
-    """Policy and critic as fp32 masters, sharded, and their optimizers."""
-    args, device = run.args, run.ranks.device
-    shard = functools.partial(training.shard, ranks=run.ranks)
-    models = {
-        "policy": load_pretrained(args.model, torch.float32, device, shard=shard),
-        "critic": load_pretrained(args.critic or args.model, torch.float32, device, scalar_head=True, shard=shard),
-    }
-    for model in models.values():
-        model.checkpoint_activations = args.checkpoint_activations
+    """Policy and critic, sharded, and their optimizers."""
+    args, ranks = run.args, run.ranks
+    models = {"policy": training.open_model(args.model, args, ranks)}
+    same = None if args.critic else models["policy"]
+    models["critic"] = training.open_model(args.critic or args.model, args, ranks, scalar_head=True, other=same)
     lrs = {"policy": args.lr, "critic": args.critic_lr}
     return models, {name: training.adamw(model, lrs[name], args.weight_decay) for name, model in models.items()}
 
@@ -580,7 +576,7 @@ def main(args):
     runs.open_run(args, ranks, inputs)
     models, optimizers = open_models(run)
     first_step = checkpoints.load(args.out, models, optimizers, ranks)
-    sampler = load_pretrained(args.model, ranks.dtype, ranks.device)  # whole on every rank, in the compute dtype
+    sampler = training.open_sampler(args.model, models["policy"], ranks)
     engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
 
     state = (models, optimizers, tokenizer_from, templates.texts("answer", "edit"), ranks)

@@ -3,7 +3,7 @@
 Control tokens (`<|im_start|>`, `<|im_end|>`, ...) are inserted by id. Text goes through a copy of
 the tokenizer that has none, so nothing in a persona, question, answer or critique can become one.
 For ordinary text the ids equal those of the checkpoint's own chat template; a template that is not
-ChatML is refused.
+ChatML is refused. Models that can reason first (Qwen3) are told not to: see `Chat`.
 
     answer_prompt   persona + question -> what the policy answers (x)
     edit_prompt     x + its answer + a critique, as a dialogue -> what it rewrites (docs/method.md 1.6c)
@@ -327,6 +327,9 @@ class Chat:
 
     im_start, im_end: control ids. stop_ids: ids that end a response, `<|im_end|>` first. system:
     the system message that the checkpoint's chat template inserts where none is given, or None.
+    header: what a response follows on. Where the template has `enable_thinking` (Qwen3), the header is that of false,
+    with the empty <think> block: it is part of the prompt, so that no response holds one, to be trained or judged. In
+    an edit prompt the block stays in the earlier turn, unlike in the template, since prompts have to be continued.
     ValueError: no tokenizer, no ChatML tokens, a chat template that is not ChatML.
     """
 
@@ -355,9 +358,10 @@ class Chat:
         self.text_ids = set(self.plain.get_vocab().values())
         self.im_start, self.im_end = self.control["<|im_start|>"], self.control["<|im_end|>"]
         self.newline = self.encode("\n")
-        self.header = [self.im_start, *self.encode("assistant\n")]
         self.stop_ids = stop_ids(folder, self.control)
-        self.system = _default_system(reference, path)
+        self.system, unthinking = _read_template(reference, path)
+        block = self.tokenizer.encode(unthinking, add_special_tokens=False).ids  # <think> is a control token
+        self.header = [self.im_start, *self.encode("assistant\n"), *block]
 
     def encode(self, text: str) -> list[int]:
         """Ids of text; no text gives a control id."""
@@ -413,15 +417,16 @@ def _text(file):
         return f.read()
 
 
-def _default_system(reference, path):
-    """What the checkpoint's chat template inserts as the system message; checks it to be ChatML."""
+def _read_template(reference, path):
+    """-> the system message that the checkpoint's chat template inserts, or None, and what it puts behind the header of
+    a response that shall not reason first, or nothing; checks the template to be ChatML."""
     if reference.chat_template is None:
-        return None
+        return None, ""
 
-    def render(turns):
+    def render(turns, **settings):
         talk = [{"role": role, "content": content} for role, content in turns]
         try:
-            return reference.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+            return reference.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **settings)
         except TemplateError as error:
             raise ValueError(f"{path}: its chat template fails on a plain talk: {error}") from error
 
@@ -435,7 +440,10 @@ def _default_system(reference, path):
     inserted = [("system", match[1])] if match else []
     if text != chatml([*inserted, *talk]) or render(own) != chatml(own):
         raise ValueError(f"{path}: its chat template is not plain ChatML; a talk gives {text!r}")
-    return match[1] if match else None
+    unthinking = render(talk, enable_thinking=False)
+    if not unthinking.startswith(text):
+        raise ValueError(f"{path}: with enable_thinking=False its chat template is not plain ChatML: {unthinking!r}")
+    return match[1] if match else None, unthinking[len(text) :]
 
 
 def answer_request(templates, row):
@@ -482,14 +490,19 @@ def grm_request(templates: Templates, row: dict, answer: str) -> str:
     Tags of a judgement's form inside the answer are broken, so that a judge that quotes it can't write them; so is the
     closing tag of the template, if it puts the answer between <answer> tags. Ordinary text stays as it is.
     """
+    answer = EMPTY_THOUGHT.sub("", answer)
     tags = "critique|scores|answer" if "</answer>" in templates.grm else "critique|scores"
     answer = re.sub(rf"<(?=/?(?:{tags})>)", "< ", answer)
     return fill(templates.grm, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
 
 
+# What a model that was told not to reason leaves in rows that were made with it: no part of an answer
+EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+
+
 def response_ids(chat, text):
     """A training target: what the assistant's header is followed by."""
-    return [*chat.encode(text), chat.im_end]
+    return [*chat.encode(EMPTY_THOUGHT.sub("", text)), chat.im_end]
 
 
 def bt_ids(chat, templates, row, answer):
@@ -501,7 +514,9 @@ def pair_request(templates, row, first, second):
     """The request to name the better of two answers. They are JSON strings in a list, so that no text in
     one can end it, add an entry or pass for the other.
     """
-    entries = [{"name": name, "answer": answer} for name, answer in zip(PAIR_NAMES, (first, second))]
+    entries = [
+        {"name": name, "answer": EMPTY_THOUGHT.sub("", answer)} for name, answer in zip(PAIR_NAMES, (first, second))
+    ]
     return fill(
         templates.pair,
         persona=persona_text(row["persona"]),

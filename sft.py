@@ -68,9 +68,7 @@ if __name__ == "__main__":
 
 import time
 
-import torch
-
-from model import Config, Qwen2, init_weights, load_pretrained, resolve
+from model import Config, Qwen2, init_weights, resolve
 from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_sum, print0, start
@@ -128,17 +126,18 @@ def scratch_config(args: Args, chat: Chat) -> Config:
 
 
 def open_model(args: Args, chat: Chat, ranks: Ranks) -> Qwen2:
-    """The model that is trained, fp32 masters, sharded."""
+    """The model that is trained, sharded."""
     if not args.from_scratch:
-        model = load_pretrained(args.model, torch.float32, ranks.device, shard=lambda m: training.shard(m, ranks))
-    else:
-        model = training.shard(Qwen2(scratch_config(args, chat)).to(ranks.device), ranks)
-        init_weights(model, args.seed)
+        return training.open_model(args.model, args, ranks)
+    model = training.shard(Qwen2(scratch_config(args, chat)).to(ranks.device), ranks)
+    init_weights(model, args.seed)
     model.checkpoint_activations = args.checkpoint_activations
     return model
 
 
 def main(args):
+    if args.from_scratch and args.lora_rank:
+        raise ValueError(f"--lora-rank {args.lora_rank}: random weights (--from-scratch) are trained whole")
     if args.plan:
         scratch = args.from_scratch
         return plan.one_model(args, scratch_config(args, Chat(scratch)) if scratch else plan.config_of(args.model))
@@ -174,7 +173,7 @@ def main(args):
             chosen = [mine[i] for i in indices] or [packing.EMPTY]
             batch = packing.pack(*zip(*chosen), ranks.device)
             logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-            flops += 3 * training.forward_flops(model, batch)  # the backward pass costs two forward ones
+            flops += training.update_flops(model, batch)
             loss = -logprobs.sum() * (len(indices) > 0)
             # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * ranks.world_size / n_trained).backward()

@@ -148,14 +148,16 @@ def bt_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
-def grm_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.Tensor, dict[str, float], int]:
-    """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, FLOPs)."""
+def grm_sums(
+    model: Qwen2, examples: list, device: torch.device
+) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
+    """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, what was computed)."""
     batch = packing.pack(*zip(*examples), device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-    return -logprobs.sum(), {}, training.forward_flops(model, batch)
+    return -logprobs.sum(), {}, batch
 
 
-def bt_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.Tensor, dict[str, float], int]:
+def bt_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
     """The same for pairs; what both answers begin with, the prompt at least, is computed once."""
     input_ids, groups = [], []
     for chosen, rejected in examples:
@@ -176,11 +178,7 @@ def bt_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.T
         chosen_reward=chosen.sum(),
         rejected_reward=rejected.sum(),
     )
-    return (
-        bt_loss(chosen, rejected).sum(),
-        {name: value.item() for name, value in sums.items()},
-        training.forward_flops(model, batch),
-    )
+    return (bt_loss(chosen, rejected).sum(), {name: value.item() for name, value in sums.items()}, batch)
 
 
 def size(example: tuple[list, list]) -> int:
@@ -207,22 +205,23 @@ def over_examples(
     # the mean is over all ranks and micro-batches: the count must be known before any backward pass
     n_trained, n_tokens = all_sum(ranks, n_trained, sum(lengths))
 
-    totals, all_flops = {}, 0
+    totals, flops = {}, 0
     for indices in packing.micro_batches(lengths, args.tokens_per_microbatch, ranks):
         chosen = [examples[i] for i in indices] or [stand_in]
         with torch.set_grad_enabled(train):
-            loss, sums, flops = sums_of(model, chosen, ranks.device)
-        all_flops += (3 if train else 1) * flops  # backward costs two forward passes
+            loss, sums, batch = sums_of(model, chosen, ranks.device)
+        flops += (training.update_flops if train else training.forward_flops)(model, batch)
         weight = float(len(indices) > 0)
         if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * weight * ranks.world_size / n_trained).backward()
         for name, value in dict(loss=loss.item(), **sums).items():
             totals[name] = totals.get(name, 0.0) + value * weight
+    training.reshard(model)  # passes without gradients leave the root gathered, which has no optimizer state
     metrics = {k: v / n_trained for k, v in zip(totals, all_sum(ranks, *totals.values()))}
     if args.objective == "bt":  # a tie is neither right nor wrong
         correct, decided = metrics.pop("correct"), 1 - metrics["ties"]
         metrics["accuracy"] = correct / decided if decided else float("nan")
-    return metrics, int(n_tokens), int(n_trained), all_flops
+    return metrics, int(n_tokens), int(n_trained), flops
 
 
 # -- judgements of held-out answers ----------------------------------------------------------------
@@ -276,10 +275,7 @@ def main(args):
         },
     )
     scalar_head = args.objective == "bt"
-    model = load_pretrained(
-        args.model, torch.float32, ranks.device, scalar_head, shard=lambda m: training.shard(m, ranks)
-    )
-    model.checkpoint_activations = args.checkpoint_activations
+    model = training.open_model(args.model, args, ranks, scalar_head)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     first_step = checkpoints.load(args.out, {"model": model}, {"model": optimizer}, ranks)
 

@@ -134,7 +134,7 @@ def main(args: Args) -> None:
         rates.append(measured_rates(args.width))
         measured.append(measure(engine, models, optimizers, trajectories, flags, ranks))
     flops, bandwidth = (statistics.median(getattr(r, name) for r in rates) for name in ("flops", "bandwidth"))
-    expected = roofline.phases(work, config, config, None, False, False, roofline.Rates(flops, bandwidth, 4))
+    expected = roofline.phases(work, config, config, None, False, 3, roofline.Rates(flops, bandwidth, 4))
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flops / 1e9:.0f} GFLOP/s, "
         f"{bandwidth / 1e9:.0f} GB/s; {sum(p.numel() for p in models['policy'].parameters()) / 1e6:.0f}M parameters"

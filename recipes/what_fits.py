@@ -4,7 +4,8 @@
 
 CPE with all that saves memory and leaves the method as it is: activations recomputed, moments and idle models in host
 memory (--offload), 8,192 tokens a pass, 32 sequences at a time; prompts and responses of at most 2,048 tokens. The GRM
-has the size of the policy. A cell is the room left on each GPU in GiB, after 3 that are set aside, or what is lacking.
+has the size of the policy; adapters have rank 32. A cell is the room left on each GPU in GiB, after those that are set
+aside, or what is lacking.
 """
 
 import json
@@ -13,11 +14,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from itertools import product
 
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from runtime import flags
+from runtime.plan import RESERVED_GIB
+
 SIZES = {  # hidden size, layers, heads, key and value heads, MLP, vocabulary, tied embeddings: the hub's config.json
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -26,8 +32,15 @@ SIZES = {  # hidden size, layers, heads, key and value heads, MLP, vocabulary, t
     "14B": (5120, 48, 40, 8, 13824, 152064, False),
 }
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-MACHINES = ((1, 24), (1, 48), (1, 80), (8, 24), (8, 48), (8, 80))  # GPUs, GiB of each
+GPUS, GIB = (1, 8), (24, 48, 80)  # how many, and the memory of each
 FLAGS = ["--plan", "--checkpoint-activations", "--offload", "--tokens-per-microbatch", "8192", "--max-batch", "32"]
+TRAINED = {"all weights": [], "LoRA": ["--lora-rank", "32"]}
+
+
+@dataclass
+class Args:
+    sizes: tuple[str, ...] = tuple(SIZES)
+    """Of the models."""
 
 
 def write_config(folder: str, size: str) -> None:
@@ -38,30 +51,33 @@ def write_config(folder: str, size: str) -> None:
         json.dump(config, f)
 
 
-def room(folder: str, n_gpus: int, gib: int, in_process: bool) -> str:
-    """The last line of a plan as a cell: "7.1", or "-12.3" where so many GiB are lacking."""
+def needed(folder: str, n_gpus: int, in_process: bool, flags: list[str]) -> float:
+    """GiB of the largest phase of a plan on each GPU, which does not depend on its memory."""
     judge = folder if in_process else "http://localhost:8000/v1"
-    command = [sys.executable, "ppo_cpe.py", "--model", folder, "--judge", judge, *FLAGS]
-    command += ["--world-size", str(n_gpus), "--gpu-gib", str(gib)]
+    command = [sys.executable, "ppo_cpe.py", "--model", folder, "--judge", judge, *FLAGS, *flags]
+    command += ["--world-size", str(n_gpus)]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    found = re.search(r"^fits: (yes|NO), ([\d.]+) GiB", output.stdout, re.MULTILINE)
+    found = re.search(r"^together((?: +[\d.]+)+)$", output.stdout, re.MULTILINE)
     if not found:
         raise ValueError(f"{' '.join(command)}: no plan ({output.stderr.strip()[-500:]})")
-    return found[2] if found[1] == "yes" else f"-{found[2]}"
+    return max(map(float, found[1].split()))
 
 
-def main() -> None:
-    print("| policy, critic and | " + " | ".join(f"{n} x {gib} GB" for n, gib in MACHINES) + " |")
-    print("|---|" + "--:|" * len(MACHINES))
+def main(args: Args) -> None:
+    header = [f"{n} x {gib} GB" for n, gib in product(GPUS, GIB)]
+    print("| policy, critic and | trained | " + " | ".join(header) + " |")
+    print("|---|---|" + "--:|" * len(header))
+    rows = list(product(args.sizes, (True, False), TRAINED))
     with tempfile.TemporaryDirectory() as folder:
-        for size, in_process in tqdm(list(product(SIZES, (True, False))), disable=not sys.stderr.isatty()):
+        for size, in_process, trained in tqdm(rows, disable=not sys.stderr.isatty()):
             path = os.path.join(folder, size)
             if not os.path.isdir(path):
                 write_config(path, size)
-            cells = [room(path, n, gib, in_process) for n, gib in MACHINES]
+            sizes = [needed(path, n, in_process, TRAINED[trained]) for n in GPUS]
+            cells = [f"{gib - RESERVED_GIB - size:.1f}" for size in sizes for gib in GIB]
             where = "GRM in the same processes" if in_process else "GRM on a server"
-            print(f"| {size}, {where} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {size}, {where} | {trained} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main, flags.parse(Args, __doc__))

@@ -2,7 +2,7 @@
 
     OUT/checkpoints/step_000100/
         NAME/         each model in the compute dtype, as a folder that other tools load; OUT/NAME links to the newest
-        train_state/  fp32 masters and the optimizers' state: of each rank its shards (safetensors), and index.json
+        train_state/  what is trained (fp32), the optimizers' state: of each rank its shards (safetensors), index.json
         state.json    the step, the commit, and the digest of every file, which is compared before any is read
 
 A checkpoint is written under another name (.tmp), its files and folders are flushed to the disk, then it is renamed.
@@ -46,10 +46,15 @@ def due(step: int, last_step: int, args: Any, ranks: Ranks) -> bool:
 # -- trainer state: what each rank holds of each tensor ----------------------------------------------------------------
 
 
+def _trained(model):
+    """(name, parameter) of what the optimizer has, in its order; what is frozen comes from the folder of the model."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def _tensors(models, optimizers) -> Iterator[tuple[str, torch.Tensor]]:
     """("policy/model.norm.weight", masters) and ("policy/model.norm.weight/exp_avg", state of its optimizer), ..."""
     for name, model in models.items():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in _trained(model):
             yield f"{name}/{parameter_name}", parameter.detach()
             for kind, value in optimizers[name].state.get(parameter, {}).items():
                 yield f"{name}/{parameter_name}/{kind}", value
@@ -127,7 +132,7 @@ def _read_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks)
                 kinds[name, parameter_name][kind[0]] = shape
         for name, model in models.items():
             state = {}
-            for i, (parameter_name, parameter) in enumerate(model.named_parameters()):
+            for i, (parameter_name, parameter) in enumerate(_trained(model)):
                 fill(f"{name}/{parameter_name}", parameter.detach())
                 for kind, shape in kinds[name, parameter_name].items():
                     alike = shape == list(parameter.shape)  # moments; the other is a count of steps

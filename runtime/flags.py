@@ -83,6 +83,12 @@ class Machine:
     timeouts: MayChange[tuple[Count, Count, Count]] = TIMEOUTS
     """Seconds that a rank may take to start, for a rollout (or an evaluation, a checkpoint), for an update."""
 
+    # -- low-rank adapters (LoRA, docs/gpus.md)
+    lora_rank: Count | None = None
+    """Train adapters of this rank on the frozen model; none: all weights. Needs some ten times the learning rate."""
+    lora_alpha: Positive | None = None
+    """An adapter counts alpha / rank times; none: alpha is twice the rank."""
+
     # -- where metrics and rollouts go besides OUT (`python report.py OUT` needs neither)
     wandb: MayChange[str | None] = None
     """Project of Weights & Biases (pip install wandb)."""
@@ -193,6 +199,8 @@ def parse(args_class: type[T], doc: str, argv: list[str] | None = None) -> T:
 
 def check_ranges(args: Any) -> None:
     """ValueError naming the flag, its value and its range, unless every field is within its type's."""
+    if getattr(args, "lora_alpha", None) is not None and args.lora_rank is None:
+        raise ValueError(f"--lora-alpha {args.lora_alpha}: expected a --lora-rank beside it")
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         try:

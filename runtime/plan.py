@@ -16,7 +16,8 @@ import torch
 
 from kernels.rope_kv import apply_rope
 from kv_cache import likely_tokens
-from model import GIB, Packed, Qwen2, load_config, resolve
+from model import GIB, Linear, Packed, Qwen2, add_adapters, load_config, resolve
+from model_config import lora_of
 from runtime import roofline
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
@@ -52,10 +53,18 @@ class _Context(Packed):
         return _Attention.apply(q, k, v, self.stored_twice)
 
 
-def saved_bytes(config, n_layers, dtype, scalar_head, device, key_copies):
-    """-> bytes per token that a forward pass of that many layers saves, and of what enters the last layer."""
+def meta_model(config, scalar_head=False, lora=None):
+    """A model without memory."""
     with torch.device("meta"):
-        model = Qwen2(dataclasses.replace(config, num_hidden_layers=n_layers), scalar_head).to(dtype)
+        model = Qwen2(config, scalar_head)
+    if lora:
+        add_adapters(model, lora)
+    return model
+
+
+def saved_bytes(config, n_layers, dtype, scalar_head, device, key_copies, lora=None):
+    """-> bytes per token that a forward pass of that many layers saves, and of what enters the last layer."""
+    model = meta_model(dataclasses.replace(config, num_hidden_layers=n_layers), scalar_head, lora).to(dtype)
     known = {p.untyped_storage()._cdata for p in model.parameters()}
     kept, entering = {}, 0
 
@@ -77,10 +86,10 @@ def saved_bytes(config, n_layers, dtype, scalar_head, device, key_copies):
     return sum(x.untyped_storage().nbytes() for x in kept.values()) / PROBE_TOKENS, entering / PROBE_TOKENS
 
 
-def activations(config, n_tokens, dtype, scalar_head, recompute, device, key_copies=1):
+def activations(config, n_tokens, dtype, scalar_head, recompute, device, key_copies=1, lora=None):
     """Bytes of a micro-batch at the turn from forward to backward, with what one layer's backward pass adds."""
-    one, entering = saved_bytes(config, 1, dtype, scalar_head, device, key_copies)
-    two, _ = saved_bytes(config, 2, dtype, scalar_head, device, key_copies)
+    one, entering = saved_bytes(config, 1, dtype, scalar_head, device, key_copies, lora)
+    two, _ = saved_bytes(config, 2, dtype, scalar_head, device, key_copies, lora)
     layer = two - one
     working = 3 * config.intermediate_size * dtype.itemsize  # gradients of the MLP's three wide tensors
     layers = config.num_hidden_layers * (entering if recompute else layer) + (layer if recompute else 0)
@@ -97,49 +106,72 @@ class Machine:
     device: str  # cuda | cpu
     offload: bool
 
-    @property
-    def sharded(self):
-        return self.world_size > 1 or self.dtype != torch.float32  # as training.shard
+    def sharded(self, lora):
+        return self.world_size > 1 or not lora and self.dtype != torch.float32  # as training.shard
 
 
 def config_of(path):
-    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or it is not Qwen2."""
+    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or not one of ours."""
     return load_config(resolve(path, ["config.json"]))
 
 
 class Trained:
-    """Bytes per rank of a model that is trained, by part."""
+    """Bytes per rank of a model that is trained, by part. lora: on frozen weights, in the compute dtype."""
 
-    def __init__(self, config, scalar_head, machine, n_tokens, recompute, key_copies=1):
-        with torch.device("meta"):
-            model = Qwen2(config, scalar_head)
+    def __init__(self, config, scalar_head, machine, n_tokens, recompute, key_copies=1, lora=None):
+        model, sharded = meta_model(config, scalar_head, lora), machine.sharded(lora)
         total = sum(p.numel() for p in model.parameters())
         of_layer = sum(p.numel() for p in model.model.layers[0].parameters())
         root, itemsize = total - config.num_hidden_layers * of_layer, machine.dtype.itemsize
-        ranks = (machine.shard_size or machine.world_size) if machine.sharded else 1
-        self.n_parameters = total
-        self.masters, self.gradients, self.moments = (n * total / ranks for n in (4, 4, 8))
+        ranks = (machine.shard_size or machine.world_size) if sharded else 1
+        self.n_parameters, self.n_trained = total, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.masters, self.gradients, self.moments = (n * self.n_trained / ranks for n in (4, 4, 8))
+        self.frozen = itemsize * (total - self.n_trained) / ranks
         self.activations = activations(
-            config, n_tokens, machine.dtype, scalar_head, recompute, machine.device, key_copies
+            config, n_tokens, machine.dtype, scalar_head, recompute, machine.device, key_copies, lora
         )
         # sharded: root and two layers whole, the root's gradient, and its fp32 copy on the way to the other ranks;
-        # else: the gradient of the LM head, before it is added to the others
+        # else: the gradient of the LM head, before it is added to the others. What is frozen has no gradients, and one
+        # process casts the adapters for each pass
         head = config.vocab_size * config.hidden_size * (not scalar_head)
-        self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if machine.sharded else 4 * head
+        if lora:
+            cast = self.n_trained * itemsize if machine.dtype != torch.float32 else 0
+            self.whole = (root + 2 * of_layer) * itemsize if sharded else cast
+        else:
+            self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if sharded else 4 * head
+
+    def held(self, name=""):
+        """What stays in memory all the time, and what is beside it in training."""
+        if not self.frozen:
+            return {f"{name}fp32 masters": self.masters}
+        return {f"{name}frozen weights": self.frozen, f"{name}fp32 adapters": self.masters}
 
 
 def inference(config, machine, kv_tokens, scalar_head=False):
     """-> bytes of a model that only computes, whole on every rank, and of its KV cache; on a CPU with the packed copies
     of matrices (kernels/packed_linear.py) and the dense rows (kv_cache.py)."""
     dtype, on_cpu = machine.dtype, machine.device == "cpu"
-    with torch.device("meta"):
-        parameters = list(Qwen2(config, scalar_head).parameters())
+    parameters = list(meta_model(config, scalar_head).parameters())
     packs = on_cpu and dtype == torch.float32 and not scalar_head  # only an engine does
     copied = sum(p.numel() for p in parameters if p.dim() == 2) if packs else 0
     weights = (sum(p.numel() for p in parameters) + copied) * dtype.itemsize
     kv_tokens *= 2 if on_cpu else 1
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return weights, kv_tokens * per_token
+
+
+def sampler(config, machine, kv_tokens, lora):
+    """The same for the engine of a policy. Under adapters the frozen weights are the policy's where one process has
+    both; on a CPU in fp32 adapters are merged into copies of the matrices (`model.pack_weights`)."""
+    weights, cache = inference(config, machine, kv_tokens)
+    if lora:
+        model = meta_model(config, lora=lora)
+        weights += machine.dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if machine.world_size == 1:
+            kept = model.modules() if machine.device == "cpu" and machine.dtype == torch.float32 else []
+            merged = sum(module.weight.numel() for module in kept if isinstance(module, Linear))
+            weights -= machine.dtype.itemsize * (sum(p.numel() for p in meta_model(config).parameters()) - merged)
+    return weights, cache
 
 
 def machine_of(args):
@@ -184,11 +216,20 @@ def report(args, machine, phases, expected):
     return max(totals)
 
 
+def sizes(models):
+    """{name: Trained} -> "policy 7.62 (0.040 trained), critic ..."."""
+    lines = []
+    for name, t in models.items():
+        some = f" ({t.n_trained / 1e9:.3f} trained)" if t.n_trained < t.n_parameters else ""
+        lines.append(f"{name} {t.n_parameters / 1e9:.2f}{some}".strip())
+    return ", ".join(lines)
+
+
 def one_model(args, config, scalar_head=False):
     """The plan of sft.py, train_grm.py and dpo.py."""
-    machine = machine_of(args)
-    t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations)
-    state = {"fp32 masters": t.masters, "gradients": t.gradients}
+    machine, lora = machine_of(args), lora_of(args, args.model)
+    t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations, lora=lora)
+    state = {**t.held(), "gradients": t.gradients}
     moments = {"Adam moments": t.moments}
     phases = {
         "passes": {
@@ -203,7 +244,7 @@ def one_model(args, config, scalar_head=False):
         args,
         machine,
         phases,
-        [f"{t.n_parameters / 1e9:.2f} billion parameters; at most {args.tokens_per_microbatch} tokens a pass and rank"],
+        [f"{sizes({'': t})} billion parameters; at most {args.tokens_per_microbatch} tokens a pass and rank"],
     )
 
 
@@ -224,7 +265,8 @@ def expected_seconds(args, machine, policy, critic, judges, sampled, per_prompt)
     rows = []
     for name in roofline.PEAKS:
         rates, writes = roofline.Rates.of_gpu(name), "judge: KV cache" in on_gpu
-        found = roofline.phases(work, policy, critic, judge, writes, args.checkpoint_activations, rates)
+        passes = (4 if args.checkpoint_activations else 3) - (args.lora_rank is not None)
+        found = roofline.phases(work, policy, critic, judge, writes, passes, rates)
         rows.append((name, {**found, "together": sum(found.values())}))
     return [
         f"seconds of a step on {machine.world_size} GPUs, roughly: for prompts of {work.prompt_tokens:.0f}, responses "
@@ -247,15 +289,18 @@ def rl(
     """
     machine = machine_of(args)
     configs = {name: config_of(path) for name, (path, _) in trained.items()}
-    budget, recompute = args.tokens_per_microbatch, args.checkpoint_activations
+    budget, recompute, lora = args.tokens_per_microbatch, args.checkpoint_activations, lora_of(args, args.model)
     models = {
-        name: Trained(configs[name], scalar_head, machine, budget, recompute, key_copies=2)
+        name: Trained(configs[name], scalar_head, machine, budget, recompute, key_copies=2, lora=lora)
         for name, (_, scalar_head) in trained.items()
     }
     policy_config = next(iter(configs.values()))
-    weights, cache = inference(policy_config, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch))
+    weights, cache = sampler(policy_config, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch), lora)
     resident = {"engine: weights": weights, "engine: KV cache": cache, **judges}
-    masters = {f"{name}: fp32 masters": model.masters for name, model in models.items()}
+    masters = {part: size for name, model in models.items() for part, size in model.held(f"{name}: ").items()}
+    if lora and machine.world_size == 1 and len({path for path, _ in trained.values()}) == 1:  # held once
+        for name in list(models)[1:]:
+            del masters[f"{name}: frozen weights"]
     moments = {f"{name}: Adam moments": model.moments for name, model in models.items()}
     larger = max(models.values(), key=lambda t: t.gradients + t.whole + t.activations)
     on_host = machine.offload and machine.device == "cuda"
@@ -264,7 +309,12 @@ def rl(
     passes = {"gathered weights and gradients": larger.whole, "activations": larger.activations}
     one_by_one = dict([max(moments.items(), key=lambda part: part[1])]) if on_host else moments
     phases = {
-        "sampling": {**resident, "logits of a step": logits, **({} if on_host else masters | moments)},
+        "sampling": {
+            **resident,
+            "logits of a step": logits,
+            **({} if on_host and not lora else masters),  # a frozen base stays (training.to_host)
+            **({} if on_host else moments),
+        },
         "passes": {**resident, **masters, **({} if on_host else moments), **gradients, **passes},
         "optimizer": {**resident, **masters, **gradients, **one_by_one},
     }
@@ -274,13 +324,12 @@ def rl(
     seconds = []
     if machine.device == "cuda" and machine.dtype == torch.bfloat16:
         seconds = expected_seconds(args, machine, policy_config, critic, judges, sampled, per_prompt)
-    sizes = ", ".join(f"{name} {model.n_parameters / 1e9:.2f}" for name, model in models.items())
     return report(
         args,
         machine,
         phases,
         [
-            f"{sizes} billion parameters; at most {budget} tokens a pass and rank",
+            f"{sizes(models)} billion parameters; at most {budget} tokens a pass and rank",
             f"a step, at most: {prompts * sampled} responses, {prompts * sampled * tokens:,} tokens sampled; "
             f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
             *seconds,

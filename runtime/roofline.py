@@ -49,15 +49,21 @@ class Work:
 
 def matrices(config: Config) -> tuple[int, int]:
     """Weights of all layers' matrices, and of the LM head."""
-    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    layer = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size
+    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size
     return config.num_hidden_layers * layer, d * config.vocab_size
+
+
+def attention_flops(config: Config, context: float) -> float:
+    """Of a token that sees so many."""
+    return 4 * config.num_attention_heads * config.head_dim * context * config.num_hidden_layers
 
 
 def forward_seconds(config: Config, n_tokens: float, context: float, n_logits: float, rates: Rates) -> float:
     """A packed pass without gradients. context: tokens that one sees, on average; n_logits: rows of the LM head."""
     body, head = matrices(config)
-    attention = 4 * config.hidden_size * context * config.num_hidden_layers  # FLOPs of a token
+    attention = attention_flops(config, context)
     return (n_tokens * (2 * body + attention) + 2 * head * n_logits) / rates.flops
 
 
@@ -67,17 +73,18 @@ def decode_seconds(config: Config, n_rows: float, length: float, context: float,
         return 0.0
     (body, head), rows = matrices(config), min(n_rows, max_batch)
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rates.itemsize
-    attention = 4 * config.hidden_size * context * config.num_hidden_layers
+    attention = attention_flops(config, context)
     read = (body + head) * rates.itemsize + rows * context * kv_bytes
     computed = rows * (2 * (body + head) + attention)
     return length * n_rows / rows * max(read / rates.bandwidth, computed / rates.flops)
 
 
 def phases(
-    work: Work, policy: Config, critic: Config | None, judge: Config | None, writes: bool, recompute: bool, rates: Rates
+    work: Work, policy: Config, critic: Config | None, judge: Config | None, writes: bool, passes: int, rates: Rates
 ) -> dict[str, float]:
     """{phase: seconds}. critic None: there is none; judge: that of a model on the same device; writes: it generates
-    critiques, else it is a Bradley-Terry model. recompute: activations are computed again in the backward pass."""
+    critiques, else it is a Bradley-Terry model. passes: forward ones that an update costs: 3, one more where
+    activations are recomputed, one less where weights are frozen."""
     w, answer = work, work.prompt_tokens + work.response_tokens
     originals, edits, answers = w.prompts * w.originals, w.prompts * w.edits, w.prompts * (w.originals + w.edits)
     added = w.critique_tokens + REQUEST_TOKENS  # of an edit's prompt: what comes before is in the cache
@@ -103,7 +110,6 @@ def phases(
         originals / 2 + selected
     ) * w.response_tokens  # in the first of two mini-batches an original's ratio is 1
     found["score"] = forward_seconds(policy, n_old * n_scored / max(1, n_trained), context, n_scored, rates)
-    passes = 4 if recompute else 3  # a backward pass costs two forward ones
     found["update"] = passes * forward_seconds(policy, n_tokens, context, n_trained, rates)
     if critic:
         found["score"] += forward_seconds(critic, n_tokens, context, 0, rates)

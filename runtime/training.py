@@ -1,4 +1,4 @@
-"""What an update stands on: FSDP2, AdamW, the schedule, offloading, and figures of the machine."""
+"""What an update stands on: models, FSDP2, AdamW, the schedule, offloading, and figures of the machine."""
 
 import dataclasses
 import json
@@ -11,11 +11,41 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import GIB, Qwen2
+from model import GIB, Qwen2, beside, load_pretrained
+from model_config import lora_of
 from runtime import runs
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.packing import EMPTY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
+
+
+def open_model(path: str, args: Any, ranks: Ranks, scalar_head: bool = False, other: Qwen2 | None = None) -> Qwen2:
+    """A model to be trained, sharded: fp32 masters, or with --lora-rank fp32 adapters on weights that are frozen in the
+    compute dtype. other: a model of the same folder; one process holds the frozen weights of both once."""
+    lora = lora_of(args, path)
+    if lora and other and ranks.world_size == 1:
+        model = beside(other, scalar_head)
+    else:
+        dtype = ranks.dtype if lora else torch.float32
+        model = load_pretrained(path, dtype, ranks.device, scalar_head, lambda m: shard(m, ranks), lora)
+    model.checkpoint_activations = args.checkpoint_activations
+    return model
+
+
+def open_sampler(path: str, policy: Qwen2, ranks: Ranks) -> Qwen2:
+    """What the engine of a policy computes with: whole on every rank, in the compute dtype. Adapters are applied, not
+    merged (why: `pack_weights`; and memory holds no second copy of the base where the policy is not sharded)."""
+    if policy.lora and ranks.world_size == 1:
+        model = beside(policy)
+    else:
+        model = load_pretrained(path, ranks.dtype, ranks.device, lora=policy.lora)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(ranks.dtype)  # adapters: once, instead of in every pass
+    return model
+
+
+def trained(model: Qwen2) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def shard(model: Qwen2, ranks: Ranks) -> Qwen2:
@@ -23,9 +53,9 @@ def shard(model: Qwen2, ranks: Ranks) -> Qwen2:
 
     The rest (embedding, last norm, LM head) is the root: it is gathered at the start of a pass and kept until its
     backward pass is through, so that the log-probs, which walk over the head in chunks, never gather it again.
-    One process in fp32 has nothing to shard or cast and keeps plain parameters.
+    One process in fp32, or with adapters on frozen weights, has nothing to shard or cast and keeps plain parameters.
     """
-    if ranks.world_size == 1 and ranks.dtype == torch.float32:
+    if ranks.world_size == 1 and (model.lora or ranks.dtype == torch.float32):
         return model
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
@@ -44,17 +74,16 @@ def reshard(model: Qwen2) -> None:
 
 def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """ValueError: steps as large as the weights, which would be lost in the first."""
-    norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+    parameters = trained(model)
+    norm = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    rms = norm / sum(p.numel() for p in model.parameters()) ** 0.5
+    rms = norm / sum(p.numel() for p in parameters) ** 0.5
     if lr > rms:
         raise ValueError(
             f"learning rate {lr:g}: a step of Adam moves each weight by about that, and weights are about {rms:.2g}"
         )
     fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
-    return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
-    )
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused)
 
 
 def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -73,9 +102,11 @@ def move_moments(optimizer: torch.optim.Optimizer, device: torch.device | str) -
 
 
 def to_host(models: dict[str, Qwen2], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint."""
+    """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint. A frozen
+    base stays, since the engine may be using it; the adapters on it are small."""
     for name, model in models.items():
-        model.to("cpu")
+        if model.lora is None:
+            model.to("cpu")
         move_moments(optimizers[name], "cpu")
 
 
@@ -195,12 +226,17 @@ def peak_flops(ranks: Ranks, tflops: float | None) -> float | None:
 
 
 def forward_flops(model: Qwen2, batch: Batch) -> int:
-    """FLOPs of a forward pass over a Batch: two per weight and token, four d per pair of query and key and layer."""
+    """FLOPs of a forward pass over a Batch: two per weight and token, four H D per pair of query and key and layer."""
     c = model.config
-    d, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
-    weights = 2 * d * d + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
-    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * d * batch.context.pairs)
+    d, heads, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    weights = 2 * d * heads + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
+    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * heads * batch.context.pairs)
     return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
+
+
+def update_flops(model: Qwen2, batch: Batch) -> int:
+    """FLOPs of a forward and a backward pass, which costs two forward ones, but one where weights are frozen."""
+    return (2 if model.lora else 3) * forward_flops(model, batch)
 
 
 def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | None) -> dict[str, float | None]:

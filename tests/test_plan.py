@@ -15,7 +15,8 @@ from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 
 import ppo_cpe
 import sft
-from model import GIB, Packed, save_pretrained
+from model import GIB, Packed, add_adapters, save_pretrained
+from model_config import Lora
 from runtime import plan, training
 from runtime.packing import Batch
 
@@ -112,6 +113,34 @@ def test_seven_billion_by_hand(tmp_path, capsys):
     assert spread["policy: fp32 masters"] == parts["policy: fp32 masters"]  # four copies of eight ranks each
 
 
+def test_adapters_by_hand(tmp_path, capsys):
+    """7B at rank 32: one frozen base in bf16, of the policy, the critic and the engine; 14 matrices more a layer."""
+    config_folder(tmp_path / "m", "7b")
+    lora = ("--lora-rank", 32, "--checkpoint-activations", "--tokens-per-microbatch", 8192, "--max-batch", 32)
+    status, parts = ppo_plan(tmp_path, capsys, "--world-size", 1, "--judge", tmp_path / "m", *lora)
+    n = 7_615_616_512
+    # rank x (in + out) of q, k and v, o, gate and up, down
+    adapters = 28 * 32 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert parts["policy: frozen weights"] == pytest.approx(2 * n / GIB, abs=0.01)
+    assert "critic: frozen weights" not in parts
+    assert parts["engine: weights"] == pytest.approx(2 * adapters / GIB, abs=0.01)
+    for name in ("policy", "critic"):
+        assert parts[f"{name}: fp32 adapters"] == pytest.approx(4 * adapters / GIB, abs=0.01)
+        assert parts[f"{name}: Adam moments"] == pytest.approx(8 * adapters / GIB, abs=0.01)
+    assert status == 0 and parts["together"] < 77  # on one GPU of 80 GB, with a judge of 7B
+    _, whole = ppo_plan(tmp_path, capsys, "--world-size", 1, *lora[2:])
+    assert whole["together"] > 200
+    # several ranks shard a base each, and an engine has the whole of it on every rank
+    _, eight = ppo_plan(tmp_path, capsys, "--world-size", 8, *lora)
+    for name, size in (("policy", n), ("critic", n - 152064 * 3584)):
+        assert eight[f"{name}: frozen weights"] == pytest.approx(2 * size / 8 / GIB, abs=0.01)
+        assert eight[f"{name}: fp32 adapters"] == pytest.approx(4 * adapters / 8 / GIB, abs=0.01)
+    assert eight["engine: weights"] == pytest.approx(2 * (n + adapters) / GIB, abs=0.01)
+    other = config_folder(tmp_path / "other", "7b")  # a critic of its own has its own base
+    _, two = ppo_plan(tmp_path, capsys, "--world-size", 1, "--critic", other, *lora)
+    assert two["critic: frozen weights"] > 13
+
+
 def test_judges_in_the_plan(tmp_path, capsys):
     config_folder(tmp_path / "m", "0.5b")
     (tmp_path / "my.py").write_text("def f(row, answer): return 1")
@@ -132,9 +161,12 @@ def test_judges_in_the_plan(tmp_path, capsys):
         judge_parts("--judge", f"{tmp_path}/my.py:g")
 
 
-def test_what_the_plan_counts_is_what_autograd_saves():
+@pytest.mark.parametrize("lora", [None, Lora(4, 8.0, "m")])
+def test_what_the_plan_counts_is_what_autograd_saves(lora):
     config = tiny_config(num_hidden_layers=3)
     model, n = random_model(config), plan.PROBE_TOKENS
+    if lora:
+        add_adapters(model, lora)
     known, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def save(x):
@@ -147,10 +179,11 @@ def test_what_the_plan_counts_is_what_autograd_saves():
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         training.forward(model, batch, 1.0)
     found = sum(x.untyped_storage().nbytes() for x in kept.values())
-    assert found == n * plan.saved_bytes(config, 3, torch.float32, False, "cpu", 1)[0]
+    assert found == n * plan.saved_bytes(config, 3, torch.float32, False, "cpu", 1, lora)[0]
 
 
-def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys):
+@pytest.mark.parametrize("lora", [(), ("--lora-rank", "32")])
+def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys, lora):
     """SFT of 17 million parameters, two micro-batches of some 1,000 tokens: the process's memory within 15 %."""
     rng = random.Random(0)
     words = [f"w{i}" for i in range(200)]
@@ -189,10 +222,11 @@ def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys):
             3,
             "--tokens-per-microbatch",
             2000,
+            *lora,
         )
     ]
     # blocks of their own for all tensors: else the C library keeps freed ones, a third more than what is in use
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [sys.executable, f"{ROOT}/tests/peak_of.py", "sft.py", *flags], capture_output=True, text=True, env=environment
     )
@@ -202,7 +236,8 @@ def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys):
     parts = -(-tokens // 2000)
     flags[flags.index("2000")] = str(tokens // parts)  # the plan is for a full micro-batch: for as many as there were
     planned = sft.main(tyro.cli(sft.Args, args=[*flags, "--plan", "--gpu-gib", "0"]))
-    assert tokens > 2000 and measured > 0.3 * GIB
+    print(f"planned {planned / GIB:.3f} GiB, measured {measured / GIB:.3f}")
+    assert tokens > 2000 and measured > (0.15 if lora else 0.3) * GIB
     assert planned == pytest.approx(measured, rel=0.15)
 
 

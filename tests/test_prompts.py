@@ -66,7 +66,8 @@ def write_tokenizer(folder, template=TEMPLATE, words_hold_control_tokens=False):
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    words = ("<tool_call>", "<think>", "</think>")
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
@@ -144,6 +145,68 @@ def test_stop_ids(path):
     chat = Chat(path)
     assert chat.stop_ids[0] == chat.im_end
     assert set(chat.stop_ids) == {chat.im_end, chat.control["<|endoftext|>"], 1}  # 1: config.json
+
+
+# Qwen3's, without tools: a response can reason first; with enable_thinking=False the header holds an empty block
+QWEN3 = """{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] if message.role == 'user' %}
+    {%- if loop.first %}{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last %}
+        {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message.content + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
+def test_a_model_that_can_reason_is_told_not_to(tmp_path):
+    """The empty <think> block is the prompt's, by the ids of the template, and in no target and no judged answer."""
+    path = write_tokenizer(tmp_path / "qwen3", QWEN3)
+    chat, reference, templates = (
+        Chat(path),
+        AutoTokenizer.from_pretrained(path),
+        Templates(answer="{persona}|{question}"),
+    )
+    think = chat.control["<think>"], chat.control["</think>"]
+    talk = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    talk += [{"role": "user", "content": "Hills?"}]
+    settings = dict(add_generation_prompt=True, enable_thinking=False, return_dict=False)
+    assert chat.messages(talk) == reference.apply_chat_template(talk, **settings)
+    prompt = answer_prompt(chat, templates, ROW)
+    assert [prompt.count(i) for i in think] == [1, 1] and chat.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    # rows that such a model has written hold the block as text
+    for text in ("<think>\n\n</think>\n\nTo the hills.", "\n<think> </think>To the hills.", "To the hills."):
+        assert response_ids(chat, text) == [*chat.encode("To the hills."), chat.im_end]
+        assert bt_ids(chat, templates, ROW, text) == prompt + response_ids(chat, "To the hills.")
+        assert grm_request(Templates(), ROW, text) == grm_request(Templates(), ROW, "To the hills.")
+    kept = "<think>hills</think> To the hills."  # somebody's reasoning is text like any other
+    assert chat.decode(response_ids(chat, kept)) == kept + "<|im_end|>"
+    # an edit goes on from the ids that were sampled: the earlier turn keeps its block, the new one has its own
+    edit = edit_prompt(chat, templates, prompt, response_ids(chat, "To the hills."), "shorter")
+    assert edit[: len(prompt)] == prompt and [edit.count(i) for i in think] == [2, 2]
+    assert edit[-len(chat.header) :] == chat.header
+
+
+def test_models_that_always_reason_are_refused(tmp_path):
+    always = QWEN3.replace(
+        "'<|im_start|>assistant\\n' }}\n    {%- if", "'<|im_start|>assistant\\n<think>\\n' }}\n    {%- if"
+    )
+    assert always != QWEN3
+    with pytest.raises(ValueError, match="not plain ChatML"):
+        Chat(write_tokenizer(tmp_path / "always", always))
+    other = QWEN3.replace("{{- '<think>\\n\\n</think>\\n\\n' }}", "{{- 'x' }}").replace(
+        "assistant\\n' }}", "assistant' }}"
+    )
+    with pytest.raises(ValueError, match="not plain ChatML"):
+        Chat(write_tokenizer(tmp_path / "other", other))
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):

@@ -40,18 +40,18 @@ def test_decoding_reads_weights_once_a_step_and_keys_once_a_row():
 def test_phases_of_the_papers_step():
     """7B on eight H100 as if they reached their data sheets, against a count by hand."""
     work = Work(128 / 8, 4, 4, 6, 800, 400, 200, max_batch=64)
-    found = phases(work, SEVEN, SEVEN, SEVEN, True, False, H100)
+    found = phases(work, SEVEN, SEVEN, SEVEN, True, 3, H100)
     step = 2 * 7.07e9 / 3.35e12  # of decoding, the weights alone
     assert 2 * 400 * step < found["decode"] < 2 * 400 * step * 1.5
     assert found["update"] > 6 * 2 * 6.5e9 * 16 * (800 + 6 * 400) / 989e12  # two models, three passes
     assert found["update"] == pytest.approx(6 * 2 * 6.5e9 * 16 * (800 + 6 * 400) / 989e12, rel=0.15)
     assert found["prefill"] == pytest.approx(2 * 6.5e9 * 16 * (800 + 4 * 240) / 989e12, rel=0.15)
-    apart = phases(work, SEVEN, None, None, False, True, H100)
+    apart = phases(work, SEVEN, None, None, False, 4, H100)
     assert apart["judge"] == 0 and apart["decode"] == found["decode"]
     assert apart["update"] / found["update"] == pytest.approx(4 / 6, rel=0.05)  # no critic, but recomputed
-    scored = phases(work, SEVEN, SEVEN, SEVEN, False, False, H100)["judge"]  # Bradley-Terry: one pass, nothing shared
+    scored = phases(work, SEVEN, SEVEN, SEVEN, False, 3, H100)["judge"]  # Bradley-Terry: one pass, nothing shared
     assert scored == pytest.approx(2 * 6.5e9 * 16 * 8 * 1200 / 989e12, rel=0.15)
-    plain = phases(Work(16, 6, 0, 6, 800, 400, 200, 64), SEVEN, SEVEN, None, False, False, H100)
+    plain = phases(Work(16, 6, 0, 6, 800, 400, 200, 64), SEVEN, SEVEN, None, False, 3, H100)
     assert plain["decode"] < found["decode"] and plain["prefill"] < found["prefill"]
 
 

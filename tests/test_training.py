@@ -106,6 +106,15 @@ def test_losses_fall_and_the_weights_load(runs, name):
     load_pretrained(str(out / WEIGHTS[name]), scalar_head=name == "bt")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_checkpoint_of_two_ranks_has_all_moments(runs, name):
+    """Also behind an evaluation, which leaves the root of FSDP gathered."""
+    _, two = runs(name)
+    (file,) = two.glob("checkpoints/step_000003/train_state/index.json")
+    keys = json.loads(file.read_text()).keys()
+    assert {key for key in keys if key.count("/") == 1 and f"{key}/exp_avg" not in keys} == set()
+
+
 # -- resume ----------------------------------------------------------------------------------------
 
 

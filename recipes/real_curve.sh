@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# PPO beside critique-post-edit from one real pretrained chat model, on a CPU: two runs of half an hour each with an exact
+# rule judge that writes critiques, on English rows (recipes/real_curve.py), and a learning curve of both as they came.
+#
+#   bash recipes/real_curve.sh CHECKPOINT                  # an hour with a model of 135M
+#   MINUTES=1 bash recipes/real_curve.sh CHECKPOINT        # does it run?
+#   JUDGE=my.py:reward ROWS=FOLDER bash recipes/real_curve.sh CHECKPOINT      # prompts_train.jsonl and prompts_dev.jsonl
+#
+# CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format, ChatML). LORA="" trains all
+# weights. A run that is over its time saves and ends; the same command with more MINUTES goes on from there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source recipes/environment.sh
+
+CHECKPOINT=${1:?usage: bash recipes/real_curve.sh CHECKPOINT}
+OUT=${OUT:-out/real_curve}
+MINUTES=${MINUTES:-30}
+SEED=${SEED:-0}
+JUDGE=${JUDGE:-recipes/real_curve.py:judge}
+LORA=${LORA---lora-rank 16}
+ROWS=${ROWS:-$OUT/data}
+[ -f "$ROWS/prompts_dev.jsonl" ] || python recipes/real_curve.py rows --out "$ROWS" --seed "$SEED"
+
+mkdir -p "$OUT"
+echo "Answer the question of the person below in a few sentences.
+
+{persona}
+
+{question}" > "$OUT/answer.txt"
+echo "{critique} Rewrite the answer so that this is done. Output only the new answer." > "$OUT/edit.txt"
+rl=(--model "$CHECKPOINT" --judge "$JUDGE" --prompts "$ROWS/prompts_train.jsonl" --eval-data "$ROWS/prompts_dev.jsonl"
+    --eval-every "${EVAL_EVERY:-5}" --eval-n "${EVAL_N:-16}" --answer-template "$OUT/answer.txt" --edit-template "$OUT/edit.txt"
+    --prompts-per-step "${PROMPTS:-8}" --mini-batch-prompts 4 --max-prompt-length 256 --max-new-tokens 96
+    --judge-max-new-tokens 64 --temperature 1 --top-p 1 --epochs 1000 --tokens-per-microbatch 4096 --save-every 10
+    --lr "${RL_LR:-2e-4}" --critic-lr "${CRITIC_LR:-1e-3}" --dtype fp32 --seed "$SEED")
+read -ra lora <<< "$LORA"
+
+run() { # run NAME FLAGS...: for MINUTES; exit status 75 says that it has saved and can go on
+    printf '\n== %s, %s minutes\n' "$1" "$MINUTES"
+    timeout --signal TERM "$((MINUTES * 60))" python ppo_cpe.py "${rl[@]}" "${lora[@]}" "${@:2}" --out "$OUT/$1" ||
+        [ $? = 124 ] # of timeout, whatever the run ended with
+}
+run ppo --edit-rate 0 --n-samples 6
+run cpe
+python recipes/real_curve.py curve --runs "PPO=$OUT/ppo" "CPE=$OUT/cpe" --out "$OUT"
