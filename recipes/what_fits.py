@@ -51,10 +51,10 @@ def write_config(folder: str, size: str) -> None:
         json.dump(config, f)
 
 
-def needed(folder: str, n_gpus: int, in_process: bool, flags: list[str]) -> float:
+def needed(folder: str, n_gpus: int, in_process: bool, trained: list[str]) -> float:
     """GiB of the largest phase of a plan on each GPU, which does not depend on its memory."""
     judge = folder if in_process else "http://localhost:8000/v1"
-    command = [sys.executable, "ppo_cpe.py", "--model", folder, "--judge", judge, *FLAGS, *flags]
+    command = [sys.executable, "ppo_cpe.py", "--model", folder, "--judge", judge, *FLAGS, *trained]
     command += ["--world-size", str(n_gpus)]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = re.search(r"^together((?: +[\d.]+)+)$", output.stdout, re.MULTILINE)

@@ -21,6 +21,7 @@ ELSEWHERE = {
     r"python SCRIPT\.py": "any of the scripts",
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
     r".*https?://": "needs a server; tests/test_judge_servers.py",
+    r"python recipes/(what_fits|lora)\.py": "minutes to hours; tests/test_lora_recipes.py",
     r"bash recipes/tables\.sh|bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
     r".*recipes/(real_cpu|own_data|real_curve)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
     r"python data/annotate\.py|python (report|train_grm)\.py .*out/own": "needs models; tests/test_annotate.py",
@@ -34,7 +35,12 @@ SMALL = {  # script: what is added to its command
     "ppo_grpo.py": PPO,
     "evaluate.py": "--max-new-tokens 24 --bootstrap-draws 20",
 }
-NAMED = {"FOLDER": "out/sft/policy", "out/NAME": "out/ppo_cpe", "out/tiny/cpe": "out/ppo_cpe"}
+NAMED = {
+    "--judge FOLDER": "--judge out/grm/model",
+    "FOLDER": "out/sft/policy",
+    "out/NAME": "out/ppo_cpe",
+    "out/tiny/cpe": "out/ppo_cpe",
+}
 RUN_HERE = {page: [c for c in commands(page) if not any(re.match(e, c) for e in ELSEWHERE)] for page in PAGES}
 
 
