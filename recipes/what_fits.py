@@ -4,8 +4,8 @@
 
 CPE with all that saves memory and leaves the method as it is: activations recomputed, moments and idle models in host
 memory (--offload), 8,192 tokens a pass, 32 sequences at a time; prompts and responses of at most 2,048 tokens. The GRM
-has the size of the policy; adapters have rank 32. A cell is the room left on each GPU in GiB, after those that are set
-aside, or what is lacking.
+has the size of the policy. A cell is the room left on each GPU in GiB, after those that are set aside, or what is
+lacking.
 """
 
 import json
@@ -14,12 +14,25 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from itertools import product
 
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from runtime import flags
+
+
+@dataclass
+class Args:
+    lora_rank: flags.Count = 32
+    """Of the adapters."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the import below, which takes seconds
+
 from runtime.plan import RESERVED_GIB
 
 SIZES = {  # hidden size, layers, heads, key and value heads, MLP, vocabulary, tied embeddings: the hub's config.json
@@ -32,7 +45,6 @@ SIZES = {  # hidden size, layers, heads, key and value heads, MLP, vocabulary, t
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 GPUS, GIB = (1, 8), (24, 48, 80)  # how many, and the memory of each
 FLAGS = ["--plan", "--checkpoint-activations", "--offload", "--tokens-per-microbatch", "8192", "--max-batch", "32"]
-TRAINED = {"all weights": [], "LoRA": ["--lora-rank", "32"]}
 
 
 def write_config(folder: str, size: str) -> None:
@@ -55,21 +67,22 @@ def needed(folder: str, n_gpus: int, in_process: bool, flags: list[str]) -> floa
     return max(map(float, found[1].split()))
 
 
-def main() -> None:
+def main(args: Args) -> None:
+    ways = {"all weights": [], "LoRA": ["--lora-rank", str(args.lora_rank)]}
     header = [f"{n} x {gib} GB" for n, gib in product(GPUS, GIB)]
     print("| policy, critic and | trained | " + " | ".join(header) + " |")
     print("|---|---|" + "--:|" * len(header))
-    rows = list(product(SIZES, (True, False), TRAINED))
+    rows = list(product(SIZES, (True, False), ways))
     with tempfile.TemporaryDirectory() as folder:
         for size, in_process, trained in tqdm(rows, disable=not sys.stderr.isatty()):
             path = os.path.join(folder, size)
             if not os.path.isdir(path):
                 write_config(path, size)
-            sizes = [needed(path, n, in_process, TRAINED[trained]) for n in GPUS]
+            sizes = [needed(path, n, in_process, ways[trained]) for n in GPUS]
             cells = [f"{gib - RESERVED_GIB - size:.1f}" for size in sizes for gib in GIB]
             where = "GRM in the same processes" if in_process else "GRM on a server"
             print(f"| {size}, {where} | {trained} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main, ARGS)
