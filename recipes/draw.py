@@ -598,7 +598,7 @@ def tiny_table(runs: Iterable[str]) -> list[str]:
     return [
         *lines,
         "score: by the exact judge, -5 to 4.75, mean ± standard error over the questions; last step, advice: how often",
-        "answers say what the corpus almost never says and critiques ask for; win rate: against SFT, 95 % interval",
+        "answers say what critiques ask for and answers of the corpus lack; win rate: against SFT, 95 % interval",
     ]
 
 

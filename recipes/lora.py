@@ -45,7 +45,7 @@ class Args:
 RATE = rarity.RARE
 METHODS = ("ppo", "unclipped")  # of rarity.METHODS; unclipped is CPE with its default loss
 RANKS = (4, 32)  # of a model of width 128
-LRS = (1e-4, 3e-4, 1e-3)  # full training's is 5e-5
+LRS = (1e-4, 3e-4, 1e-3)  # full training's is 1e-4 (rarity.LR)
 LR = dict.fromkeys(METHODS, 3e-4)  # to be chosen by --search, like rarity.LR
 
 

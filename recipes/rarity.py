@@ -74,7 +74,7 @@ COLORS = dict(
 )
 LRS, SEARCH_SEED = (2e-5, 5e-5, 1e-4), 100
 # The best of LRS by the exact score on dev prompts at the rate RARE (results/rarity/search.md)
-LR = dict.fromkeys(METHODS, 5e-5)
+LR = dict.fromkeys(METHODS, 5e-5) | dict(ppo=1e-4, unclipped=1e-4, none_original=1e-4, sdpo=2e-5)
 CHOSEN = "none"  # the loss of the questions below
 CRITICS = ("exact", "kind", "vague", "silent", "wrong10", "wrong30", "wrong50")
 QUICK = ("ppo", "paper", CHOSEN)

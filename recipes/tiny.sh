@@ -6,8 +6,8 @@
 #   bash recipes/tiny.sh                             # 15 to 20 minutes
 #   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for its table to mean anything
 #
-# RARITY is how often answers of the corpus hold what critiques ask for. At .003 sampling hardly ever finds it, and
-# edits are what brings it in; where samples have it anyway, plain PPO finds it as fast (docs/results.md).
+# RARITY is how often answers of the corpus hold what critiques ask for. By default none does: only critiques name it, and
+# edits are what brings it in. Where samples have it anyway, plain PPO finds it as fast (docs/results.md): RARITY=0.1.
 set -euo pipefail
 set -m # a job is a process group, so that all of it can be stopped
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ source recipes/world_flags.sh
 OUT=${OUT:-out/tiny}
 SCALE=${SCALE:-1}
 SEED=${SEED:-0}
-RARITY=${RARITY:-0.003}
+RARITY=${RARITY:-0}
 export OMP_NUM_THREADS=1 # two processes of one thread do more than one of two, and no thread spins for another
 
 WORLD=$OUT/world
@@ -52,7 +52,7 @@ python recipes/gates.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/
     --tolerant || [ "$SCALE" != 1 ]
 
 stage "RL from the SFT policy: PPO rewarded by BT, then PPO rewarded by the GRM; beside them critique-post-edit"
-rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
+rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 1e-4
     --max-steps "$(scaled 40 2)" --seed "$SEED")
 marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
     marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &
@@ -80,8 +80,8 @@ python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/eval/cp
     --out "$OUT/report.html"
 cat << END
 
-All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What the corpus almost
-never says (a topic's last step, advice that suits the person) PPO can only learn once a sample happens to hold it;
+All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What no answer of the
+corpus says (a topic's last step, advice that suits the person) PPO can only learn once a sample happens to hold it;
 critiques name it and edits write it, so CPE is expected to say it, for some 40 % more generated tokens and a third
 more judgements. BT's reward is expected to be hacked.
 
