@@ -52,7 +52,7 @@ python recipes/gates.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/
     --tolerant || [ "$SCALE" != 1 ]
 
 stage "RL from the SFT policy: PPO rewarded by BT, then PPO rewarded by the GRM; beside them critique-post-edit"
-rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 1e-4
+rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
     --max-steps "$(scaled 40 2)" --seed "$SEED")
 marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
     marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &
