@@ -145,6 +145,7 @@ from scipy import stats
 
 from data import prepare
 from data.ask import COUNTS, Asker, Limits, Model, Request, named, open_model
+from data.readers import normal
 from prompts import (
     QUESTION_KINDS,
     answer_request,
@@ -359,11 +360,6 @@ def split(args: Args) -> None:
 
 def step_file(args: Args, name: str) -> str:
     return os.path.join(args.out, "annotate", f"{name}.jsonl")
-
-
-def normal(text: str) -> str:
-    """What two texts have in common that are the same but for case and white space."""
-    return " ".join(text.split()).casefold()
 
 
 def read_personas(args: Args) -> dict[str, dict | str]:

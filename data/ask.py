@@ -20,7 +20,6 @@ SIGTERM and the end of the money wait for the replies that are under way, keep t
 
 import asyncio
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -44,16 +43,12 @@ from model import load_pretrained, resolve
 from prompts import Chat, Templates, judgement_text, load_templates, without_control_tokens
 from runtime.chat_client import (
     ERRORS,
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
     PLAIN_TIMEOUT,
-    SUSPECT,
-    TIMEOUT,
-    TOLD_AFTER,
     ChatServer,
     Failure,
     ServerDown,
     Unanswered,
+    Waiting,
     failure_from,
     first_choice,
     is_url,
@@ -468,34 +463,28 @@ class AsyncServer(ChatServer):
         Waits as ChatServer.complete does; each time that it is sent again counts for the limiter. Failure: this request
         gets no choice. ServerDown: none does, also where the server never was one (a wrong key, a wrong address).
         """
-        began, others_are_answered = time.monotonic(), False
-        for failures in itertools.count(1):
+        waiting = Waiting(self.patience)
+        while True:
             if self.down:
                 raise ServerDown(self.down)
-            left = max(began + self.patience - time.monotonic(), min(PLAIN_TIMEOUT, self.patience))
             try:
-                found = await self.reply(messages, min(TIMEOUT * 2 ** (failures - 1), left), wanted)
+                found = await self.reply(messages, waiting.timeout(), wanted)
                 self.answered()
                 return found
             except Unanswered as failure:
-                pause = min(max(FIRST_PAUSE * 2 ** (failures - 1), failure.pause), LONGEST_PAUSE)
-                left = began + self.patience - time.monotonic()
+                waiting.failed(failure)
                 if not failure.passing and not self.has_answered:
                     self.down = str(failure)
-                elif (failures >= SUSPECT and not failure.busy or left < pause) and await self.answers_others():
-                    if others_are_answered:  # before this try too: it is no server that has just come up
-                        reason = f"{failure}; {failures} times, though the server answers others"
-                        raise Failure(reason, "request", retry=False) from failure
-                    others_are_answered = True
-                elif left < pause:
+                elif waiting.in_doubt and await self.answers_others():
+                    waiting.others_are_answered(failure)
+                elif waiting.is_over:
                     self.down = f"{self.client.base_url} has given no answer for {self.patience:g} s: {failure}"
                 else:
-                    others_are_answered = False
                     if failure.malformed:
                         wanted["seed"] += 1
-                    if time.monotonic() - began > TOLD_AFTER:
-                        self.tell(f"{failure}; asked again for {left:.0f} s more")
-                    await asyncio.sleep(pause * random.uniform(0.75, 1))  # not all at the same moment
+                    if waiting.is_long:
+                        self.tell(f"{failure}; asked again for {waiting.left:.0f} s more")
+                    await asyncio.sleep(waiting.pause * random.uniform(0.75, 1))  # not all at the same moment
                     if limiter:
                         await limiter.acquire()
 

@@ -20,6 +20,7 @@ from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import cohen_kappa_score
 
+from data.readers import normal
 from prompts import DIMENSIONS, Judgement, persona_text
 from reporting.folders import read_object, rows_of
 
@@ -133,7 +134,7 @@ def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
         texts = list(dict.fromkeys(texts))
         return Random(seed).sample(texts, DRAWN) if len(texts) > DRAWN else texts
 
-    questions = [[" ".join(row["question"].split()).casefold() for row in rows] for rows in (train, held_out)]
+    questions = [[normal(row["question"]) for row in rows] for rows in (train, held_out)]
     personas = [[persona_text(row["persona"]) for row in rows] for rows in (train, held_out)]
     distinct = list(dict.fromkeys(questions[0] + questions[1]))
     found = dict(

@@ -16,6 +16,12 @@ from typing import Any
 
 from runtime.rows import first_lone_surrogate
 
+
+def normal(text: str) -> str:
+    """What two texts have in common that are the same but for case and white space."""
+    return " ".join(text.split()).casefold()
+
+
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"

@@ -19,7 +19,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from recipes import cells, draw, rarity
 from recipes.cells import Cell
-from recipes.rates import rates
 from runtime import flags
 from runtime.rows import read_rows, write_text
 
@@ -76,7 +75,7 @@ def cells_of(args: Args) -> list[Cell]:
 
 def figures(run: str) -> draw.Quantities:
     """Score, rates of rare content, and seconds of a step by phase, of a finished cell."""
-    found = draw.evaluated(run) | rates(read_rows(f"{run}/eval/answers_model.jsonl", "object"))
+    found = rarity.figures_of(run)
     steps = read_rows(f"{run}/metrics.jsonl", "metrics")
     for phase in ("rollout", "score", "update"):
         found[phase] = sum(step[f"seconds/{phase}"] for step in steps) / len(steps)

@@ -11,7 +11,6 @@ A parameter that the server refuses (`max_tokens`, `seed`, `top_p`, `temperature
 printed once and left out (or renamed) from then on.
 """
 
-import itertools
 import json
 import math
 import os
@@ -77,6 +76,40 @@ def is_url(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
 
+class Waiting:
+    """How long one request is waited for, and when its server or the request itself is to be doubted."""
+
+    def __init__(self, patience: float):
+        self.patience, self.began = patience, time.monotonic()
+        self.failures, self.stumbled = 0, False  # stumbled: the server answered others after the last failure
+
+    def timeout(self) -> float:
+        """Seconds for the next reply."""
+        left = max(self.began + self.patience - time.monotonic(), min(PLAIN_TIMEOUT, self.patience))
+        return min(TIMEOUT * 2**self.failures, left)
+
+    def failed(self, failure: Unanswered) -> None:
+        """Sets the seconds until it is sent again, what is left of patience, and what to do: is the server in doubt
+        (ask it something else), is patience over, is it long enough to be told?"""
+        self.pause = min(max(FIRST_PAUSE * 2**self.failures, failure.pause), LONGEST_PAUSE)
+        self.failures += 1
+        self.left = self.began + self.patience - time.monotonic()
+        self.is_over = self.left < self.pause
+        self.in_doubt = self.is_over or self.failures >= SUSPECT and not failure.busy
+        self.before, self.stumbled = self.stumbled, False
+
+    def others_are_answered(self, failure: Unanswered) -> None:
+        """The server has answered something else. Failure: before this try too, so it has not just come up."""
+        if self.before:
+            reason = f"{failure}; {self.failures} times, though the server answers others"
+            raise Failure(reason, "request", retry=False) from failure
+        self.stumbled = True
+
+    @property
+    def is_long(self) -> bool:
+        return time.monotonic() - self.began > TOLD_AFTER
+
+
 class ChatServer:
     """http(s)://HOST[/PATH][#MODEL]; the path defaults to /v1. The key in OPENAI_API_KEY is sent, if set.
 
@@ -124,38 +157,32 @@ class ChatServer:
         max_tokens, temperature, top_p, seed, logprobs, ...; what the server has refused is left out. Failure: this
         request gets no choice. ServerDown: none does.
         """
-        began, others_are_answered = time.monotonic(), False
-        for failures in itertools.count(1):
+        waiting = Waiting(self.patience)
+        while True:
             if self.down:
                 raise ServerDown(self.down)
-            left = max(began + self.patience - time.monotonic(), min(PLAIN_TIMEOUT, self.patience))
             try:
-                choice = self.ask(messages, min(TIMEOUT * 2 ** (failures - 1), left), wanted)
+                choice = self.ask(messages, waiting.timeout(), wanted)
             except Unanswered as failure:
                 if not failure.passing and not self.has_answered:
                     raise
                 if failure.malformed and "seed" in wanted:
                     wanted["seed"] += 1
-                pause = min(max(FIRST_PAUSE * 2 ** (failures - 1), failure.pause), LONGEST_PAUSE)
-                left = began + self.patience - time.monotonic()
-                suspect = failures >= SUSPECT and not failure.busy
-                if (suspect or left < pause) and self.is_up():
-                    if others_are_answered:  # before this try too: it is no server that has just come up
-                        reason = f"{failure}; {failures} times, though the server answers others"
-                        raise Failure(reason, "request", retry=False) from failure
-                    others_are_answered = True
-                    continue
-                others_are_answered = False
-                if left < pause:
+                waiting.failed(failure)
+                if waiting.in_doubt and self.is_up():
+                    waiting.others_are_answered(failure)
+                elif waiting.is_over:
                     self.down = (
                         f"{self.client.base_url} has given no answer for {self.patience:g} s (--judge-patience); the "
                         f"last reason: {failure}"
                     )
-                    continue
-                self.trouble = f"{failure}; asked again for {left:.0f} s more (--judge-patience {self.patience:g})"
-                if time.monotonic() - began > TOLD_AFTER:
-                    self.tell(self.trouble)
-                time.sleep(pause)
+                else:
+                    self.trouble = (
+                        f"{failure}; asked again for {waiting.left:.0f} s more (--judge-patience {self.patience:g})"
+                    )
+                    if waiting.is_long:
+                        self.tell(self.trouble)
+                    time.sleep(waiting.pause)
             else:
                 self.answered()
                 return choice
