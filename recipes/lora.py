@@ -66,7 +66,7 @@ def cells_of(args: Args) -> list[Cell]:
     for seed in range(args.seeds):
         found += rarity.preparation(out, seed, (RATE,))
         for method in METHODS:
-            lr, further = rarity.LR[method], rarity.METHODS[method][1]
+            lr, further = rarity.lr_of(RATE, method), rarity.METHODS[method][1]
             found.append(rarity.rl_cell(out, seed, RATE, method, lr, further, args.steps))
             for rank in RANKS:
                 found.append(lora_cell(out, seed, method, rank, LR[method], args.steps, f"{method}_lora{rank}"))
@@ -111,7 +111,7 @@ def main(args: Args) -> None:
     note = (
         f"Made by `python recipes/lora.py{' --search' if args.search else ''}`: rate of rare content R = {RATE:g}, "
         f"{args.steps} steps, unseen people's questions, exact judge. Learning rates: all weights "
-        f"{rarity.LR[METHODS[0]]:g}, adapters {LR[METHODS[0]]:g}. Seconds of a step: means."
+        f"{rarity.lr_of(RATE, METHODS[0]):g}, adapters {LR[METHODS[0]]:g}. Seconds of a step: means."
     )
     text = table(args.out, finished)
     write_text(f"{args.results}/{name}.md", f"# LoRA against full fine-tuning\n\n{note}\n\n{text}\n")

@@ -73,11 +73,28 @@ COLORS = dict(
     zip(METHODS, ("#2f6db3", "#8a6bbf", "#2e8b57", "#7fb069", "#c9a227", "#d2762b", "#b5442e", "#7a2233", draw.GREY))
 )
 LRS, SEARCH_SEED = (2e-5, 5e-5, 1e-4), 100
-# The best of LRS by the exact score on dev prompts at the rate RARE (results/rarity/search.md)
-LR = dict.fromkeys(METHODS, 5e-5) | dict(ppo=1e-4, unclipped=1e-4, none_original=1e-4, sdpo=2e-5)
+# All of LRS are tried at the rate RARE, each method's two best there at two other rates.
+TRIED = {RARE: dict.fromkeys(METHODS, LRS)}
+TRIED |= dict.fromkeys((0.3, 0.0), dict.fromkeys(METHODS, (5e-5, 1e-4)) | dict(sdpo=(2e-5, 5e-5)))
+# The best of them by the exact score on dev prompts (results/rarity/search.md)
+LR = {
+    0.3: dict.fromkeys(METHODS, 5e-5) | dict(sdpo=2e-5),
+    RARE: dict.fromkeys(METHODS, 5e-5) | dict(ppo=1e-4, unclipped=1e-4, none_original=1e-4, sdpo=2e-5),
+    0.0: dict.fromkeys(METHODS, 5e-5) | dict(sdpo=2e-5),
+}
+SEARCHED_AT = {0.3: 0.3, 0.03: 0.3, 0.003: RARE, 0.0003: RARE, 0.0: 0.0}  # whose learning rates each of RATES has
 CHOSEN = "none"  # the loss of the questions below
 CRITICS = ("exact", "kind", "vague", "silent", "wrong10", "wrong30", "wrong50")
 QUICK = ("ppo", "paper", CHOSEN)
+
+
+def searched() -> list[tuple[float, str, float]]:
+    """-> rate, method and learning rate of every cell of the search."""
+    return [(rate, name, lr) for rate, lrs in TRIED.items() for name in METHODS for lr in lrs[name]]
+
+
+def lr_of(rate: float, name: str) -> float:
+    return LR[SEARCHED_AT[rate]][name]
 
 
 def questions() -> dict[tuple[float, str], tuple[str, str]]:
@@ -149,9 +166,7 @@ def cells_of(args: Args, out: str) -> list[Cell]:
 
     if args.search:
         add(preparation(out, SEARCH_SEED, (RARE, 0.0, 0.3)))
-        runs = [(RARE, name, lr) for lr in LRS for name in METHODS]
-        runs += [(rate, name, LR[name]) for rate in (0.0, 0.3) for name in METHODS]  # by which the default is decided
-        for rate, name, lr in runs:
+        for rate, name, lr in searched():
             add([rl_cell(out, SEARCH_SEED, rate, f"{name}_lr{lr:g}", lr, METHODS[name][1], STEPS, "dev")])
         return list(found.values())
     wanted, steps = ((0.3, RARE, 0.0), QUICK_STEPS) if args.quick else (RATES, STEPS)
@@ -159,10 +174,10 @@ def cells_of(args: Args, out: str) -> list[Cell]:
         add(preparation(out, seed, wanted))
         for rate in sorted(wanted, key=lambda rate: rate != RARE):
             for name in QUICK if args.quick else METHODS:
-                add([rl_cell(out, seed, rate, name, LR[name], METHODS[name][1], steps)])
+                add([rl_cell(out, seed, rate, name, lr_of(rate, name), METHODS[name][1], steps)])
     for seed in range(0 if args.quick else args.seeds):
         for (rate, name), (like, further) in questions().items():
-            add([rl_cell(out, seed, rate, name, LR[like], further, steps)])
+            add([rl_cell(out, seed, rate, name, lr_of(rate, like), further, steps)])
     return list(found.values())
 
 
@@ -389,27 +404,26 @@ def write_results(known: dict[str, dict], folder: str) -> None:
 def write_search(known: dict[str, dict], folder: str) -> None:
     """search.md: every learning rate that was tried, each method's best in bold."""
     found, _ = by_rate(known, search=True)
-    rows, others = [], []
-    for name, (label, _) in METHODS.items():
-        tried = {lr: of(found, RARE, f"{name}_lr{lr:g}", "reward") for lr in LRS}
-        best = max((lr for lr in LRS if tried[lr]), key=lambda lr: tried[lr], default=None)
-        for lr in LRS:
-            if tried[lr]:
-                mark, cell = "**" if lr == best else "", (RARE, f"{name}_lr{lr:g}")
-                shown = [percent(of(found, *cell, key)) for key in ("last_step", "advice")]
+    sections = []
+    for rate, lrs in TRIED.items():
+        rows = []
+        for name, (label, _) in METHODS.items():
+            tried = {lr: of(found, rate, f"{name}_lr{lr:g}", "reward") for lr in lrs[name]}
+            best = max((lr for lr in tried if tried[lr]), key=lambda lr: tried[lr], default=None)
+            for lr in (lr for lr in tried if tried[lr]):
+                mark, cell = "**" if lr == best else "", (rate, f"{name}_lr{lr:g}")
+                shown = [percent(of(found, *cell, key)) for key in ("last_step", "advice", "wrong")]
                 rows.append([label, f"{mark}{lr:g}{mark}", draw.spread(tried[lr]), *shown])
-        others.append([label])
-        for rate in (0.3, RARE, 0.0):
-            cell = (rate, f"{name}_lr{LR[name]:g}")
-            others[-1] += [draw.spread(of(found, *cell, "reward")), percent(of(found, *cell, "advice"))]
-    table = draw.markdown_table(["", "lr", "score", "last step, %", "advice, %"], rows)
+        table = draw.markdown_table(["", "lr", "score", "last step, %", "advice, %", "wrong fact, %"], rows)
+        sections.append(f"## R = {rate:g}\n\n{table}")
+    text = "\n\n".join(sections)
     note = (
-        f"R = {RARE:g}, seed {SEARCH_SEED}, dev prompts, exact score, {STEPS} steps; the same effort for each method."
+        f"Seed {SEARCH_SEED}, dev prompts, exact score, {STEPS} steps; the same effort for each method: three learning "
+        f"rates at R = {RARE:g}, the two better ones of them at two other rates. A cell of the diagram has the best "
+        "one (bold) of the nearest R."
     )
-    header = ["", *(f"{what}, R = {rate:g}" for rate in (0.3, RARE, 0.0) for what in ("score", "advice, %"))]
-    decided = f"## At three rates, with the learning rate of the diagram\n\n{draw.markdown_table(header, others)}"
-    write_text(f"{folder}/search.md", f"# Learning rates\n\n{note}\n\n{table}\n\n{decided}\n")
-    print(f"{table}\n\nwritten: {folder}/search.md")
+    write_text(f"{folder}/search.md", f"# Learning rates\n\n{note}\n\n{text}\n")
+    print(f"{text}\n\nwritten: {folder}/search.md")
 
 
 def main(args: Args) -> None:
