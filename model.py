@@ -455,12 +455,15 @@ def read_json(file: str) -> dict:
     return found
 
 
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")  # of ChatML and Llama 3
+
+
 def stop_ids(folder: str, control: dict[str, int]) -> list[int]:
-    """Ids that end a response: `<|im_end|>`, `<|endoftext|>`, then what the folder's own files name.
+    """Ids that end a response: the end of a turn, `<|endoftext|>`, then what the folder's own files name.
 
     control: {text: id} of the tokenizer's added tokens.
     """
-    stops = [control[token] for token in ("<|im_end|>", "<|endoftext|>") if token in control]
+    stops = [control[token] for token in (*TURN_ENDS, "<|endoftext|>") if token in control]
     for name in ("generation_config.json", "config.json"):
         file = os.path.join(folder, name)
         eos = read_json(file).get("eos_token_id") if os.path.isfile(file) else None
@@ -481,8 +484,8 @@ def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
     if os.path.isfile(file):
         pad = read_json(file).get("pad_token")
         pad = pad["content"] if isinstance(pad, dict) else pad
-    if pad not in control or pad == "<|im_end|>":  # a response's end is no padding
-        pad = "<|endoftext|>"
+    if pad not in control or pad in TURN_ENDS:  # a response's end is no padding
+        pad = next((token for token in ("<|endoftext|>", "<|finetune_right_pad_id|>") if token in control), None)
     stops = [i for i in stop_ids(folder, control) if i < vocab_size]  # an id that has no embedding loads nowhere
     found = {"eos_token_id": stops} if stops else {}
     return found | ({"pad_token_id": control[pad]} if control.get(pad, vocab_size) < vocab_size else {})

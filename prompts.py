@@ -1,9 +1,9 @@
-"""Every prompt of the pipeline: ChatML built from ids, the templates, the format of a judgement.
+"""Every prompt of the pipeline: a chat's turns built from ids, the templates, the format of a judgement.
 
 Control tokens (`<|im_start|>`, `<|im_end|>`, ...) are inserted by id. Text goes through a copy of
 the tokenizer that has none, so nothing in a persona, question, answer or critique can become one.
-For ordinary text the ids equal those of the checkpoint's own chat template; a template that is not
-ChatML is refused. Models that can reason first (Qwen3) are told not to: see `Chat`.
+For ordinary text the ids equal those of the checkpoint's own chat template; one that is neither
+ChatML nor Llama 3's is refused. Models that can reason first (Qwen3) are told not to: see `Chat`.
 
     answer_prompt   persona + question -> what the policy answers (x)
     edit_prompt     x + its answer + a critique, as a dialogue -> what it rewrites (docs/method.md 1.6c)
@@ -322,15 +322,36 @@ def without_control_tokens(value):
     return value
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a chat template writes a turn: `start` role `role_end` content `end` `after_turn`.
+
+    start, end: control tokens; role_end may begin with one. strips: white space around a content is cut off.
+    """
+
+    name: str
+    start: str
+    role_end: str
+    end: str
+    after_turn: str
+    strips: bool
+
+
+FORMS = (
+    Form("ChatML", "<|im_start|>", "\n", "<|im_end|>", "\n", strips=False),
+    Form("Llama 3", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "", strips=True),
+)
+
+
 class Chat:
     """Text to ids and back for one checkpoint: a folder or hub id with tokenizer.json.
 
-    im_start, im_end: control ids. stop_ids: ids that end a response, `<|im_end|>` first. system:
-    the system message that the checkpoint's chat template inserts where none is given, or None.
+    turn_start, turn_end: control ids. stop_ids: ids that end a response, turn_end first. system: the system message
+    that the checkpoint's chat template inserts where none is given, or None.
     header: what a response follows on. Where the template has `enable_thinking` (Qwen3), the header is that of false,
     with the empty <think> block: it is part of the prompt, so that no response holds one, to be trained or judged. In
     an edit prompt the block stays in the earlier turn, unlike in the template, since prompts have to be continued.
-    ValueError: no tokenizer, no ChatML tokens, a chat template that is not ChatML.
+    ValueError: no tokenizer, neither ChatML's nor Llama 3's tokens, a chat template of another form.
     """
 
     def __init__(self, path: str):
@@ -351,17 +372,20 @@ class Chat:
             raise ValueError(f"{file}: not a tokenizer ({type(error).__name__}: {error})") from error
         raw = json.loads(reference.backend_tokenizer.to_str())
         self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        if not {"<|im_start|>", "<|im_end|>"} <= set(self.control):
-            raise ValueError(f"{path}: the tokenizer lacks <|im_start|> or <|im_end|> (ChatML)")
+        self.form = next((form for form in FORMS if {form.start, form.end} <= set(self.control)), None)
+        if self.form is None:
+            expected = " nor ".join(f"{form.start} and {form.end} ({form.name})" for form in FORMS)
+            raise ValueError(f"{path}: the tokenizer has neither {expected}")
         self.tokenizer = Tokenizer.from_str(json.dumps(raw))
         self.plain = _plain_tokenizer(raw, self.control, path)
         self.text_ids = set(self.plain.get_vocab().values())
-        self.im_start, self.im_end = self.control["<|im_start|>"], self.control["<|im_end|>"]
-        self.newline = self.encode("\n")
+        self.turn_start, self.turn_end = self.control[self.form.start], self.control[self.form.end]
+        self.after_turn = self.encode(self.form.after_turn)
         self.stop_ids = stop_ids(folder, self.control)
-        self.system, unthinking = _read_template(reference, path)
-        block = self.tokenizer.encode(unthinking, add_special_tokens=False).ids  # <think> is a control token
-        self.header = [self.im_start, *self.encode("assistant\n"), *block]
+        found = _read_template(reference, self.form, path)
+        self.system = found.system
+        self._before, self._preamble = self._control_ids(found.before), found.preamble
+        self.header = [*self._role("assistant", ""), *self._control_ids(found.unthinking)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of text; no text gives a control id."""
@@ -372,11 +396,11 @@ class Chat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def turn(self, role: str, content: str) -> list[int]:
-        # encoded as one text, as in the template: a leading line break may merge with the role's
-        return [self.im_start, *self.encode(f"{role}\n{content}"), self.im_end, *self.newline]
+        content = content.strip() if self.form.strips else content
+        return [*self._role(role, content), self.turn_end, *self.after_turn]
 
     def messages(self, messages: list[dict]) -> list[int]:
-        """ChatML ids of [{"role", "content"}, ...] and the assistant's header.
+        """Ids of [{"role", "content"}, ...] and the assistant's header.
 
         The default system message comes first where the first message is no system message.
         ValueError: nothing to answer, an unknown role, a content that is not text.
@@ -395,9 +419,27 @@ class Chat:
                     f"messages[{n}]: expected a role (system, user, assistant) and a "
                     f"text as content; got {role!r} and {type(content).__name__}"
                 )
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        return [i for m in messages for i in self.turn(m["role"], m["content"])] + self.header
+        ids = list(self._before)
+        if messages[0]["role"] == "system":
+            own, messages = messages[0]["content"], messages[1:]
+            system = self._preamble + (own.strip() if self.form.strips else own)
+        else:
+            system = self.system
+        if system is not None:
+            ids += [*self._role("system", system), self.turn_end, *self.after_turn]
+        return ids + [i for m in messages for i in self.turn(m["role"], m["content"])] + self.header
+
+    def _role(self, role: str, content: str) -> list[int]:
+        """A turn up to its content's end. What is text between two control tokens is encoded as one, as in the
+        template: a leading line break of the content may merge with the form's."""
+        control, text = re.fullmatch(r"(<\|.*?\|>)?(.*)", self.form.role_end, re.DOTALL).groups()
+        if control is None:
+            return [self.turn_start, *self.encode(role + text + content)]
+        return [self.turn_start, *self.encode(role), self.control[control], *self.encode(text + content)]
+
+    def _control_ids(self, text: str) -> list[int]:
+        """Ids of a template's own text, in which control tokens are what they look like."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _plain_tokenizer(raw, control, path):
@@ -417,33 +459,55 @@ def _text(file):
         return f.read()
 
 
-def _read_template(reference, path):
-    """-> the system message that the checkpoint's chat template inserts, or None, and what it puts behind the header of
-    a response that shall not reason first, or nothing; checks the template to be ChatML."""
+@dataclass(frozen=True)
+class Template:
+    """What a checkpoint's chat template adds to a talk."""
+
+    before: str  # the first turn: a token that begins every text, or nothing
+    system: str | None  # the system message where none is given
+    preamble: str  # what a given system message is preceded by, in its turn
+    unthinking: str  # behind the header of a response that shall not reason first, or nothing
+
+
+LLAMA_DATE = (
+    "26 Jul 2024"  # what Llama 3's template names as today where no clock is at hand; prompts of a run are equal
+)
+
+
+def _read_template(reference, form: Form, path: str) -> Template:
+    """Reads the checkpoint's chat template by what it makes of talks. ValueError: it is not of the form."""
     if reference.chat_template is None:
-        return None, ""
+        return Template("", None, "", "")
 
     def render(turns, **settings):
         talk = [{"role": role, "content": content} for role, content in turns]
+        settings = dict(tokenize=False, add_generation_prompt=True, date_string=LLAMA_DATE) | settings
         try:
-            return reference.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **settings)
+            return reference.apply_chat_template(talk, **settings)
         except TemplateError as error:
             raise ValueError(f"{path}: its chat template fails on a plain talk: {error}") from error
 
-    def chatml(turns):
-        turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-        return turns + "<|im_start|>assistant\n"
+    def expected(turns):
+        turns = "".join(f"{form.start}{role}{form.role_end}{text}{form.end}{form.after_turn}" for role, text in turns)
+        return f"{before}{turns}{form.start}assistant{form.role_end}"
 
     talk = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
-    text, own = render(talk), [("system", "S"), *talk]
-    match = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", text, re.DOTALL)
-    inserted = [("system", match[1])] if match else []
-    if text != chatml([*inserted, *talk]) or render(own) != chatml(own):
-        raise ValueError(f"{path}: its chat template is not plain ChatML; a talk gives {text!r}")
+    text, own = render(talk), render([("system", "S"), *talk])
+    before = text[: max(0, text.find(form.start))]
+    system_turn = re.compile(
+        re.escape(f"{before}{form.start}system{form.role_end}") + "(.*?)" + re.escape(form.end), re.DOTALL
+    )
+    inserted, given = system_turn.match(text), system_turn.match(own)
+    preamble = given[1].removesuffix("S") if given else ""
+    turns = [("system", inserted[1])] if inserted else []
+    if text != expected([*turns, *talk]) or own != expected([("system", f"{preamble}S"), *talk]):
+        raise ValueError(f"{path}: its chat template is not plain {form.name}; a talk gives {text!r}")
     unthinking = render(talk, enable_thinking=False)
     if not unthinking.startswith(text):
-        raise ValueError(f"{path}: with enable_thinking=False its chat template is not plain ChatML: {unthinking!r}")
-    return match[1] if match else None, unthinking[len(text) :]
+        raise ValueError(
+            f"{path}: with enable_thinking=False its chat template is not plain {form.name}: {unthinking!r}"
+        )
+    return Template(before, inserted[1] if inserted else None, preamble, unthinking[len(text) :])
 
 
 def answer_request(templates, row):
@@ -476,7 +540,7 @@ def edit_prompt(chat, templates, prompt_ids, response_ids, critique):
     if not chat.text_ids.issuperset(ids):
         ids = chat.encode(chat.decode(ids))
     request = chat.turn("user", fill(templates.edit, critique=critique))
-    return [*prompt_ids, *ids, chat.im_end, *chat.newline, *request, *chat.header]
+    return [*prompt_ids, *ids, chat.turn_end, *chat.after_turn, *request, *chat.header]
 
 
 def grm_prompt(chat, templates, row, answer):
@@ -502,7 +566,7 @@ EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 
 def response_ids(chat, text):
     """A training target: what the assistant's header is followed by."""
-    return [*chat.encode(EMPTY_THOUGHT.sub("", text)), chat.im_end]
+    return [*chat.encode(EMPTY_THOUGHT.sub("", text)), chat.turn_end]
 
 
 def bt_ids(chat, templates, row, answer):

@@ -90,7 +90,7 @@ def read_examples(args: Args, chat: Chat, templates: Templates) -> list[tuple[li
                     continue
                 # later turns go on from the ids of the earlier ones, as an edit does in RL
                 turns = [i for m in before for i in chat.turn(m["role"], m["content"])]
-                prompt = ids + chat.newline + turns + chat.header if ids else chat.messages(before)
+                prompt = ids + chat.after_turn + turns + chat.header if ids else chat.messages(before)
                 answer = response_ids(chat, message["content"])
                 trained += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
                 ids, before = prompt + answer, []

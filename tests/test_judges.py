@@ -184,7 +184,7 @@ def test_pairs_in_process(tmp_path, opened):
     found, chat = verdicts(judge), Chat(str(tmp_path / "lm"))
     for n, pair in enumerate(answers):
         ids = chat.messages([{"role": "user", "content": pair_request(Templates(), ROW, *pair)}])
-        assert ids.count(chat.im_end) == 1 + (chat.system is not None)
+        assert ids.count(chat.turn_end) == 1 + (chat.system is not None)
         context = Packed([len(ids)])
         logits = model(torch.tensor(ids), context.position_ids, context, index=torch.tensor([len(ids) - 1]))[0]
         first, second = logits[[chat.encode("m")[0], chat.encode("M")[0]]].tolist()

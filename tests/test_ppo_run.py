@@ -371,8 +371,8 @@ def test_sdpo_credit_is_what_the_critique_adds(tiny):
     for t in batch:
         told = [
             *x,
-            chat.im_end,
-            *chat.newline,
+            chat.turn_end,
+            *chat.after_turn,
             *chat.turn("user", fill(templates.edit, critique=t.judgement.critique)),
             *chat.header,
         ]

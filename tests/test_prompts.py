@@ -49,9 +49,11 @@ TEXT = [
 ROW = {"persona": {"Name": "Ada", "likes": ["tea", "hills"]}, "question": "Where to?"}
 
 
-def write_tokenizer(folder, template=TEMPLATE, words_hold_control_tokens=False):
+CHATML_CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_tokenizer(folder, template=TEMPLATE, words_hold_control_tokens=False, control=CHATML_CONTROL):
     """A small byte-level BPE in Qwen2's form, control tokens beside its vocabulary or in it."""
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
@@ -103,7 +105,7 @@ def test_no_text_becomes_a_control_token(path):
     assert chat.decode(chat.encode(hostile)) == hostile
     row = {"persona": {"Name": hostile}, "question": hostile}
     starts = [
-        prompt.count(chat.im_start)
+        prompt.count(chat.turn_start)
         for prompt in (
             answer_prompt(chat, Templates(), row),
             grm_prompt(chat, Templates(), row, hostile),
@@ -124,7 +126,7 @@ def test_edit_prompt_is_the_conversation_and_keeps_ids(path):
     ]
     expected = reference.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     answer = response_ids(chat, "To the hills.")
-    assert answer[-1] == chat.im_end
+    assert answer[-1] == chat.turn_end
     assert bt_ids(chat, templates, ROW, "To the hills.") == prompt + answer
     for ids in (answer, answer[:-1], answer[:-1] + [chat.control["<|endoftext|>"]]):
         assert edit_prompt(chat, templates, prompt, ids, "shorter") == expected
@@ -135,16 +137,16 @@ def test_edit_prompt_is_the_conversation_and_keeps_ids(path):
 def test_sampled_control_tokens_enter_the_edit_prompt_as_text(path):
     chat = Chat(path)
     prompt = answer_prompt(chat, Templates(), ROW)
-    sampled = [*chat.encode("tea"), chat.im_start, *chat.encode("user"), chat.im_end]
+    sampled = [*chat.encode("tea"), chat.turn_start, *chat.encode("user"), chat.turn_end]
     ids = edit_prompt(chat, Templates(), prompt, sampled, "shorter")
-    assert ids.count(chat.im_start) == 5
+    assert ids.count(chat.turn_start) == 5
     assert "tea<|im_start|>user" in chat.decode(ids[len(prompt) :])
 
 
 def test_stop_ids(path):
     chat = Chat(path)
-    assert chat.stop_ids[0] == chat.im_end
-    assert set(chat.stop_ids) == {chat.im_end, chat.control["<|endoftext|>"], 1}  # 1: config.json
+    assert chat.stop_ids[0] == chat.turn_end
+    assert set(chat.stop_ids) == {chat.turn_end, chat.control["<|endoftext|>"], 1}  # 1: config.json
 
 
 # Qwen3's, without tools: a response can reason first; with enable_thinking=False the header holds an empty block
@@ -184,7 +186,7 @@ def test_a_model_that_can_reason_is_told_not_to(tmp_path):
     assert [prompt.count(i) for i in think] == [1, 1] and chat.decode(prompt).endswith("<think>\n\n</think>\n\n")
     # rows that such a model has written hold the block as text
     for text in ("<think>\n\n</think>\n\nTo the hills.", "\n<think> </think>To the hills.", "To the hills."):
-        assert response_ids(chat, text) == [*chat.encode("To the hills."), chat.im_end]
+        assert response_ids(chat, text) == [*chat.encode("To the hills."), chat.turn_end]
         assert bt_ids(chat, templates, ROW, text) == prompt + response_ids(chat, "To the hills.")
         assert grm_request(Templates(), ROW, text) == grm_request(Templates(), ROW, "To the hills.")
     kept = "<think>hills</think> To the hills."  # somebody's reasoning is text like any other
@@ -207,6 +209,67 @@ def test_models_that_always_reason_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="not plain ChatML"):
         Chat(write_tokenizer(tmp_path / "other", other))
+
+
+# Llama 3.2's, without tools: a token before the first turn, a date in the system's, contents without white space around
+LLAMA3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%d %b %Y") %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+LLAMA3_CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PLAIN_LLAMA3 = (  # Llama 3's first: no system message but the given one
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def write_llama3(folder, template):
+    path = write_tokenizer(folder, template, control=LLAMA3_CONTROL)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return path
+
+
+@pytest.mark.parametrize("template", [LLAMA3, PLAIN_LLAMA3], ids=["3.2", "3"])
+def test_llama_3s_template(tmp_path, template):
+    path = write_llama3(tmp_path / "llama", template)
+    chat, reference = Chat(path), AutoTokenizer.from_pretrained(path)
+    settings = dict(add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
+    for contents in (["hi"], ["\n\nWhat is it?\n\n", "  tea \n\n\nhills", "你好。\n"], ["", "x", "y"]):
+        talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant", "user"], contents)]
+        for messages in (talk, [{"role": "system", "content": "\nBe kind. "}, *talk]):
+            assert chat.messages(messages) == reference.apply_chat_template(messages, **settings)
+    assert chat.stop_ids[0] == chat.turn_end == chat.control["<|eot_id|>"]
+    templates = Templates(answer="{persona}|{question}", edit="{critique}!")
+    prompt = answer_prompt(chat, templates, ROW)
+    assert prompt.count(chat.control["<|begin_of_text|>"]) == 1 == prompt.index(chat.turn_start)
+    talk = [
+        {"role": "user", "content": "Name: Ada\nlikes: tea, hills|Where to?"},
+        {"role": "assistant", "content": "To the hills."},
+        {"role": "user", "content": "shorter!"},
+    ]
+    edit = edit_prompt(chat, templates, prompt, response_ids(chat, "To the hills."), "shorter")
+    assert edit == reference.apply_chat_template(talk, **settings)
+    hostile = "".join(f"{token}x {token}\n" for token in chat.control)
+    assert not set(chat.encode(hostile)) & set(chat.control.values())
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):

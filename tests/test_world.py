@@ -299,7 +299,7 @@ def test_eval_personas_are_new_and_half_of_the_combinations(world):
 def test_tokenizer(world):
     chat = Chat(str(world / "tokenizer"))
     templates = load_templates(str(world / "tokenizer"))
-    assert chat.system is None and chat.stop_ids[0] == chat.im_end
+    assert chat.system is None and chat.stop_ids[0] == chat.turn_end
     reference = AutoTokenizer.from_pretrained(str(world / "tokenizer"))
     for row in read_rows(str(world / "pairs.jsonl"), "pair"):
         prompt = answer_prompt(chat, templates, row)
