@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from chat import Chat
 from judge_base import Judge
 from judges import ask_all
 from model import save_pretrained
-from prompts import DIMENSIONS, Chat
+from prompts import DIMENSIONS
 from runtime import checkpoints, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0
 from runtime.runs import Stats

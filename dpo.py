@@ -72,8 +72,9 @@ import time
 import torch
 import torch.nn.functional as F
 
+from chat import Chat
 from model import Qwen2, resolve
-from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
+from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.rows import read_rows, write_text

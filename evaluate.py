@@ -122,6 +122,7 @@ from typing import Literal
 
 import numpy as np
 
+from chat import Chat, without_control_tokens
 from data import persona_world
 from evaluation import personamem, tables, winrate
 from evaluation.accuracy import accuracy_by_tier, accuracy_table
@@ -129,7 +130,7 @@ from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
 from judges import WorldJudge, named_server, parse_spec
 from model import resolve
-from prompts import DIMENSIONS, Chat, answer_request, load_templates, persona_text, without_control_tokens
+from prompts import DIMENSIONS, answer_request, load_templates, persona_text
 from runtime.chat_client import is_url
 from runtime.distributed import derive_seed, print0, start
 from runtime.rows import read_rows, write_rows, write_text

@@ -78,10 +78,11 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from chat import Chat
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
 from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
-from prompts import Chat, Templates, answer_prompt, load_templates
+from prompts import Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, parse_json, read_rows, write_rows
 from runtime.runs import counting

@@ -41,22 +41,13 @@ from typing import Any
 
 import torch
 
+from chat import Chat
 from generate import Engine
 from judge_base import Judge, JudgeSettings, Verdict, share_of_first
 from judge_servers import PairServerJudge, ServerJudge
 from kv_cache import likely_tokens
 from model import Packed, load_pretrained
-from prompts import (
-    DIMENSIONS,
-    PAIR_NAMES,
-    Chat,
-    Judgement,
-    Templates,
-    bt_ids,
-    grm_prompt,
-    pair_request,
-    parse_judgement,
-)
+from prompts import DIMENSIONS, PAIR_NAMES, Judgement, Templates, bt_ids, grm_prompt, pair_request, parse_judgement
 from runtime import plan
 from runtime.chat_client import ChatServer, is_url
 from runtime.distributed import derive_seed

@@ -131,10 +131,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import diagnostics
+from chat import Chat
 from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
 from model import Qwen2, resolve
-from prompts import Chat, Judgement, Templates, edit_prompt, load_templates, read_prompts
+from prompts import Judgement, Templates, edit_prompt, load_templates, read_prompts
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
 from runtime.watch import enter

@@ -32,8 +32,9 @@ from dataclasses import fields, replace
 
 import torch
 
+from chat import Chat
 from model import load_pretrained
-from prompts import Chat, Judgement, load_templates
+from prompts import Judgement, load_templates
 from runtime import packing
 from runtime.distributed import start
 

@@ -92,10 +92,10 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from chat import Chat
 from engine_thread import Busy, Failure, Listener, Partial, Worker
 from generate import Engine, Sample
 from model import load_pretrained
-from prompts import Chat
 from runtime.distributed import derive_seed, start
 
 # -- what a request may hold -------------------------------------------------------------------------------------------

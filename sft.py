@@ -68,8 +68,9 @@ if __name__ == "__main__":
 
 import time
 
+from chat import Chat
 from model import Config, Qwen2, init_weights, resolve
-from prompts import Chat, Templates, answer_prompt, load_templates, response_ids
+from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows

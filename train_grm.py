@@ -89,12 +89,12 @@ import time
 import torch
 import torch.nn.functional as F
 
+from chat import Chat
 from diagnostics import agreement
 from generate import Engine
 from model import Qwen2, SharedPrefix, load_pretrained, resolve
 from prompts import (
     DIMENSIONS,
-    Chat,
     Judgement,
     Templates,
     bt_ids,

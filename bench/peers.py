@@ -28,11 +28,12 @@ import tyro
 from datasets import Dataset
 
 import ppo_cpe
+from chat import Chat
 from data import persona_world
 from generate import Engine
 from judges import JudgeSettings, open_judge
 from model import load_pretrained
-from prompts import Chat, load_templates, read_prompts
+from prompts import load_templates, read_prompts
 from runtime import packing, runs, training
 from runtime.distributed import start
 from runtime.flags import user_errors

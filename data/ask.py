@@ -34,13 +34,14 @@ from typing import Any
 import openai
 from aiolimiter import AsyncLimiter
 
+from chat import Chat, without_control_tokens
 from data import persona_world
 from evaluation.journal import Journal
 from generate import Engine
 from judge_base import weights_fingerprint
 from judge_servers import text_of
 from model import load_pretrained, resolve
-from prompts import Chat, Templates, judgement_text, load_templates, without_control_tokens
+from prompts import Templates, judgement_text, load_templates
 from runtime.chat_client import (
     ERRORS,
     PLAIN_TIMEOUT,

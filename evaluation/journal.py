@@ -18,11 +18,12 @@ from collections.abc import Callable
 
 import torch
 
+from chat import Chat
 from generate import Engine
 from judge_base import weights_fingerprint
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec
 from model import load_config, load_pretrained, resolve
-from prompts import DIMENSIONS, Chat, Judgement
+from prompts import DIMENSIONS, Judgement
 from runtime.chat_client import ChatServer, Failure, ServerDown, is_url
 from runtime.distributed import all_gather, barrier, derive_seed, print0
 from runtime.rows import read_rows

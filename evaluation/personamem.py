@@ -20,11 +20,12 @@ import sys
 import numpy as np
 import torch
 
+from chat import Chat, without_control_tokens
 from evaluation import tables, winrate
 from evaluation.journal import draw_rows, made_once, replies
 from judge_base import weights_fingerprint
 from model import load_pretrained
-from prompts import Chat, without_control_tokens, without_reasoning
+from prompts import without_reasoning
 from runtime import packing
 from runtime.chat_client import is_url
 from runtime.rows import read_rows, write_rows, write_text

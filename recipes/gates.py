@@ -24,13 +24,14 @@ import sys
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from chat import Chat
 from data.persona_world import claims
 from data.persona_world import judge as exact
 from diagnostics import agreement
 from generate import Engine, Sample
 from judges import JudgeSettings, ask_all, open_judge
 from model import load_pretrained
-from prompts import DIMENSIONS, Chat, Judgement, Templates, answer_prompt, edit_prompt, load_templates
+from prompts import DIMENSIONS, Judgement, Templates, answer_prompt, edit_prompt, load_templates
 from recipes import rates
 from runtime import flags
 from runtime.distributed import Ranks, derive_seed, start

@@ -10,7 +10,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import tyro
-from transformers import AutoTokenizer  # noqa: F401 - what prompts.Chat would load later
+from transformers import AutoTokenizer  # noqa: F401 - what chat.Chat would load later
 
 
 def status(field):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from chat import Chat
 from generate import Engine
 from model import Packed, load_pretrained, save_pretrained
-from prompts import Chat
 
 CHECKPOINT = os.environ.get("CHECKPOINT")
 pytestmark = pytest.mark.skipif(CHECKPOINT is None, reason="CHECKPOINT is not set")

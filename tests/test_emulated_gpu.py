@@ -27,9 +27,9 @@ from test_ppo_run import REWARDS, flags_of
 import evaluate
 import ppo_cpe
 import train_grm
+from chat import Chat
 from generate import Engine
 from model import load_pretrained
-from prompts import Chat
 from runtime.flags import parse
 from runtime.rows import write_rows
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from test_judge_servers import SPELLINGS
 from test_prompts import write_tokenizer
 
+from chat import Chat, without_control_tokens
 from data import readers
 from judge_base import share_of_first
 from judge_servers import first_token, text_of
 from prompts import (
     DIMENSIONS,
     PAIR_NAMES,
-    Chat,
     Judgement,
     Templates,
     answer_prompt,
@@ -32,7 +32,6 @@ from prompts import (
     parse_judgement,
     parse_pair,
     persona_text,
-    without_control_tokens,
 )
 from runtime.chat_client import Failure, first_choice
 from runtime.rows import ROW_FIELDS, read_rows

@@ -10,10 +10,10 @@ from conftest import error_of, finish, launch, random_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 import generate
+from chat import Chat
 from generate import Engine
 from kernels.sampling import sample, uniform
 from model import Packed, load_pretrained, save_pretrained
-from prompts import Chat
 
 RAGGED = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8, 8, 8]]
 

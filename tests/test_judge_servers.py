@@ -11,7 +11,7 @@ from collections import defaultdict
 import pytest
 from test_judges import GOOD, ROW, opened, verdicts  # noqa: F401
 
-from prompts import CONTROL_TOKENS
+from chat import CONTROL_TOKENS
 from runtime import chat_client
 
 # -- a generative reward model

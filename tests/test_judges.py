@@ -12,6 +12,7 @@ import torch
 from conftest import random_model, tiny_config
 from test_prompts import write_tokenizer
 
+from chat import Chat
 from data import persona_world
 from judges import (
     BradleyTerryJudge,
@@ -23,7 +24,7 @@ from judges import (
     share_of_first,
 )
 from model import Packed, save_pretrained
-from prompts import Chat, Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
+from prompts import Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
 
 WEIGHTS = (0.35, 0.40, 0.25)
 TEMPLATES = Templates(answer="{persona} {question}", grm="judge {persona} {question} <<{answer}>>")

@@ -12,9 +12,9 @@ from conftest import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from chat import Chat
 from kernels import varlen_attention
 from model import Config, Packed, Segments, load_pretrained, save_pretrained
-from prompts import Chat
 
 CONFIGS = [
     dict(),

@@ -9,9 +9,9 @@ import tyro
 from conftest import error_of, random_model, tiny_config
 
 import evaluate
+from chat import Chat
 from evaluation import personamem
 from model import Packed
-from prompts import Chat
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from test_judge_servers import FaultyServer, Quiet
 import ppo_cpe
 import replay
 import report
+from chat import Chat
 from generate import Engine
 from judges import Verdict
 from model import load_pretrained
-from prompts import Chat, Judgement, answer_prompt, fill, judgement_text, load_templates
+from prompts import Judgement, answer_prompt, fill, judgement_text, load_templates
 from runtime import training
 from runtime.distributed import start
 from runtime.packing import pack

@@ -1,4 +1,4 @@
-"""prompts.py: ids equal the chat template's, text cannot become control, hostile judgements."""
+"""prompts.py and chat.py: ids equal the chat template's, text cannot become control, hostile judgements."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from chat import Chat
 from prompts import (
-    Chat,
     Judgement,
     Templates,
     answer_prompt,

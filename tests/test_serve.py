@@ -14,9 +14,9 @@ import torch
 import uvicorn
 
 import serve
+from chat import Chat
 from generate import Engine
 from model import load_pretrained
-from prompts import Chat
 from runtime.distributed import derive_seed
 
 MESSAGES = [{"role": "user", "content": "What about a gift?"}]

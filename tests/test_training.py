@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import dpo
 import sft
 import train_grm
+from chat import Chat
 from model import Packed, load_pretrained
-from prompts import Chat, Judgement, answer_prompt, load_templates, response_ids
+from prompts import Judgement, answer_prompt, load_templates, response_ids
 from runtime import packing
 from runtime.flags import parse
 from runtime.rows import read_rows

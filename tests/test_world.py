@@ -7,6 +7,7 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from chat import Chat
 from data.persona_world import (
     ADVICE,
     ATTRIBUTES,
@@ -27,7 +28,7 @@ from data.persona_world import (
     words_of,
     write_answer,
 )
-from prompts import Chat, answer_prompt, judgement_text, load_templates, parse_judgement
+from prompts import answer_prompt, judgement_text, load_templates, parse_judgement
 from runtime.rows import read_rows
 
 PERSONA = {
