@@ -73,7 +73,7 @@ import torch
 import torch.nn.functional as F
 
 from chat import Chat
-from model import Qwen2, resolve
+from model import Transformer, resolve
 from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
@@ -124,7 +124,7 @@ def pair_batch(pairs: list, device: torch.device) -> packing.Batch:
     return packing.pack_shared(prompts, answers, [[True] * len(a) for a in answers], device)
 
 
-def pair_logprobs(model: Qwen2, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_logprobs(model: Transformer, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass -> log-probs of whole answers, chosen [P] and rejected [P]."""
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     sums = torch.stack([part.sum() for part in logprobs.split(batch.counts)])
@@ -132,7 +132,7 @@ def pair_logprobs(model: Qwen2, batch: packing.Batch) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def reference_logprobs(args: Args, model: Qwen2, pairs: list, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_logprobs(args: Args, model: Transformer, pairs: list, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs under the start model, fp32: chosen [N], rejected [N]; kept in OUT/reference.json.
 
     ValueError where that file is of other pairs: the data changed under an unfinished run.

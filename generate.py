@@ -81,7 +81,7 @@ from torch.distributed.tensor import DTensor
 from chat import Chat
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
-from model import Qwen2, load_pretrained, pack_weights, resolve, to_device
+from model import Transformer, load_pretrained, pack_weights, resolve, to_device
 from prompts import Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, parse_json, read_rows, write_rows
@@ -104,7 +104,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Qwen2, stop_ids: Iterable[int], max_len: int, max_batch: int = 256, kv_tokens: int | None = None
+        self, model: Transformer, stop_ids: Iterable[int], max_len: int, max_batch=256, kv_tokens: int | None = None
     ):
         self.model, self.max_len, self.max_batch = model.eval(), max_len, max_batch
         pack_weights(model)
@@ -260,7 +260,7 @@ class Engine:
                 results[s.key][s.index] = s
         return results
 
-    def refresh(self, model: Qwen2) -> None:
+    def refresh(self, model: Transformer) -> None:
         """Copies the weights of another model of the same shape (sharded: every rank calls), or its adapters, on a base
         that is this one's. Nothing may be running."""
         if self.busy:

@@ -16,7 +16,7 @@ from kernels.dense_attention import dense_attention, length_mask
 from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
 from kernels.varlen_attention import varlen_attention
-from model import Qwen2, Segments, to_device
+from model import Segments, Transformer, to_device
 
 BLOCK = 16  # tokens
 # of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again
@@ -224,7 +224,7 @@ def likely_tokens(max_len: int, max_batch: int) -> int:
     return max(max_len, max_len * max_batch // 4)
 
 
-def kv_tokens_of(model: Qwen2, max_len: int, max_batch: int) -> int:
+def kv_tokens_of(model: Transformer, max_len: int, max_batch: int) -> int:
     """The size of a cache for which none is given, if a share of the free memory has room for it: `likely_tokens` on a
     GPU; on a CPU, where memory counts only once it is written, the most that there can be."""
     device, config = next(model.parameters()).device, model.config

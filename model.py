@@ -262,7 +262,7 @@ class ScalarHead(nn.Linear):
         return F.linear(x.to(wide), self.weight.to(wide))
 
 
-class Qwen2(nn.Module):
+class Transformer(nn.Module):
     """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
 
     def __init__(self, config: Config, scalar_head: bool = False):
@@ -315,7 +315,7 @@ class Qwen2(nn.Module):
 
 
 @torch.no_grad()
-def pack_weights(model: Qwen2) -> None:
+def pack_weights(model: Transformer) -> None:
     """Prepares fast passes without gradients on a CPU (elsewhere: nothing); to be called again for new weights.
 
     In fp32 adapters are merged into what is packed. In bf16, as on a GPU, they are applied beside the shared base: the
@@ -339,7 +339,7 @@ def pack_weights(model: Qwen2) -> None:
         model.head_product = Product([(model.head_weight, None)])
 
 
-def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
+def init_weights(model: Transformer, seed: int, std: float | None = None) -> None:
     """Random weights for a model that is trained from scratch (GPT-2's scheme: residual outputs scaled by depth).
 
     std None: d^-1/2, so that a product with a normalised vector has variance 1. At the usual 0.02, which is right for
@@ -361,7 +361,7 @@ def init_weights(model: Qwen2, seed: int, std: float | None = None) -> None:
 # -- low-rank adapters -------------------------------------------------------------------------------------------------
 
 
-def add_adapters(model: Qwen2, lora: Lora) -> None:
+def add_adapters(model: Transformer, lora: Lora) -> None:
     """Freezes a model and gives each projection of attention and MLP an adapter in fp32, without values yet
     (`init_adapters`); a scalar head is trained whole. ValueError: a rank beyond the width."""
     if lora.rank > model.config.hidden_size:
@@ -378,7 +378,7 @@ def add_adapters(model: Qwen2, lora: Lora) -> None:
         model.score.requires_grad_(True)
 
 
-def init_adapters(model: Qwen2) -> None:
+def init_adapters(model: Transformer) -> None:
     """B is zero, so that the first pass is the base's; A is uniform with variance 1 / (3 in), as in PEFT."""
     generator = torch.Generator().manual_seed(model.lora.seed)
     for module in model.modules():
@@ -388,7 +388,7 @@ def init_adapters(model: Qwen2) -> None:
             copy_into(module.lora_B, torch.zeros(module.lora_B.shape))
 
 
-def beside(model: Qwen2, scalar_head: bool = False) -> Qwen2:
+def beside(model: Transformer, scalar_head: bool = False) -> Transformer:
     """A model with adapters of its own, equal at first, on the very frozen parameters of another, which memory holds
     once. scalar_head: with a scalar head of zeros instead of the LM head. Not for sharded models."""
     other = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
@@ -401,7 +401,7 @@ def beside(model: Qwen2, scalar_head: bool = False) -> Qwen2:
     return other
 
 
-def save_adapter(tensors: dict[str, torch.Tensor], model: Qwen2, path: str) -> None:
+def save_adapter(tensors: dict[str, torch.Tensor], model: Transformer, path: str) -> None:
     """Writes the folder that `peft` loads onto the base. tensors: those that are trained, by parameter name."""
     os.makedirs(path)
     kind = dict(task_type="SEQ_CLS", modules_to_save=["score"]) if model.scalar_head else dict(task_type="CAUSAL_LM")
@@ -542,9 +542,9 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     scalar_head: bool = False,
-    shard: Callable[[Qwen2], Any] | None = None,
+    shard: Callable[[Transformer], Any] | None = None,
     lora: Lora | None = None,
-) -> Qwen2:
+) -> Transformer:
     """A model from a checkpoint folder or hub id; with `lora` frozen, under new adapters.
 
     dtype None keeps that of the files. scalar_head=True reads `score.weight` where the folder has one, else starts it
@@ -555,7 +555,7 @@ def load_pretrained(
     path = resolve(path)
     config = load_config(path)
     with torch.device("meta"):
-        model = Qwen2(config, scalar_head)
+        model = Transformer(config, scalar_head)
 
     file_of = weight_files(path)
     wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -612,7 +612,7 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: Qwen2,
+    model: Transformer,
     path: str,
     tokenizer_from: str | None,
     dtype: torch.dtype | None = None,

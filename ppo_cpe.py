@@ -134,7 +134,7 @@ import diagnostics
 from chat import Chat
 from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
-from model import Qwen2, resolve
+from model import Transformer, resolve
 from prompts import Judgement, Templates, edit_prompt, load_templates, read_prompts
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
@@ -339,7 +339,7 @@ def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> t
     return judged, lost
 
 
-def fill_old_logprobs(batch: list[Trajectory], policy: Qwen2, run: Run) -> None:
+def fill_old_logprobs(batch: list[Trajectory], policy: Transformer, run: Run) -> None:
     """Fills old_logprobs: of an edit pi_e(y_e | edit prompt), of an original pi_old(y_o | x).
 
     The first mini-batch is trained with the weights that sampled it, so there an original's ratio is 1, and `update`
@@ -366,7 +366,7 @@ def fill_old_logprobs(batch: list[Trajectory], policy: Qwen2, run: Run) -> None:
             diagnostics.add_gap(t, run.stats)
 
 
-def fill_credit(batch: list[Trajectory], policy: Qwen2, run: Run) -> None:
+def fill_credit(batch: list[Trajectory], policy: Transformer, run: Run) -> None:
     """SDPO's credit of each token (arXiv 2601.20802): log pi(y_t | x, critique, y_<t) - log pi(y_t | x, y_<t).
 
     The critique is said as in an edit prompt, after an empty answer: y_o itself must not be in the context.
@@ -422,7 +422,7 @@ def compute_advantages(batch: list[Trajectory], run: Run) -> None:
             t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
 
 
-def policy_pass(policy: Qwen2, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
+def policy_pass(policy: Transformer, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
     """One micro-batch -> the sum of its tokens' losses, with the graph."""
     args, stats = run.args, run.stats
     device, cap = packed.input_ids.device, args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
@@ -449,7 +449,7 @@ def policy_pass(policy: Qwen2, packed: packing.Batch, trajectories: list[Traject
     return loss_o.sum() + loss_e.sum()
 
 
-def critic_pass(critic: Qwen2, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
+def critic_pass(critic: Transformer, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
     """The same for the critic."""
     values = training.forward(critic, packed, run.args.temperature)
     old_values, returns = (
@@ -523,7 +523,7 @@ def print_plan(args, max_len):
     return plan.rl(args, max_len, trained, resident, sampled, args.n_samples * (1 + args.edit_rate))
 
 
-def open_models(run: Run) -> tuple[dict[str, Qwen2], dict[str, torch.optim.Optimizer]]:
+def open_models(run: Run) -> tuple[dict[str, Transformer], dict[str, torch.optim.Optimizer]]:
     """Policy and critic, sharded, and their optimizers."""
     args, ranks = run.args, run.ranks
     models = {"policy": training.open_model(args.model, args, ranks)}

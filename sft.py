@@ -69,7 +69,7 @@ if __name__ == "__main__":
 import time
 
 from chat import Chat
-from model import Config, Qwen2, init_weights, resolve
+from model import Config, Transformer, init_weights, resolve
 from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import checkpoints, packing, plan, runs, training
 from runtime.distributed import Ranks, all_sum, print0, start
@@ -126,11 +126,11 @@ def scratch_config(args: Args, chat: Chat) -> Config:
     )
 
 
-def open_model(args: Args, chat: Chat, ranks: Ranks) -> Qwen2:
+def open_model(args: Args, chat: Chat, ranks: Ranks) -> Transformer:
     """The model that is trained, sharded."""
     if not args.from_scratch:
         return training.open_model(args.model, args, ranks)
-    model = training.shard(Qwen2(scratch_config(args, chat)).to(ranks.device), ranks)
+    model = training.shard(Transformer(scratch_config(args, chat)).to(ranks.device), ranks)
     init_weights(model, args.seed)
     model.checkpoint_activations = args.checkpoint_activations
     return model

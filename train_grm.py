@@ -92,7 +92,7 @@ import torch.nn.functional as F
 from chat import Chat
 from diagnostics import agreement
 from generate import Engine
-from model import Qwen2, SharedPrefix, load_pretrained, resolve
+from model import SharedPrefix, Transformer, load_pretrained, resolve
 from prompts import (
     DIMENSIONS,
     Judgement,
@@ -149,7 +149,7 @@ def bt_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 def grm_sums(
-    model: Qwen2, examples: list, device: torch.device
+    model: Transformer, examples: list, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
     """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, what was computed)."""
     batch = packing.pack(*zip(*examples), device)
@@ -157,7 +157,9 @@ def grm_sums(
     return -logprobs.sum(), {}, batch
 
 
-def bt_sums(model: Qwen2, examples: list, device: torch.device) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
+def bt_sums(
+    model: Transformer, examples: list, device: torch.device
+) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
     """The same for pairs; what both answers begin with, the prompt at least, is computed once."""
     input_ids, groups = [], []
     for chosen, rejected in examples:
@@ -188,7 +190,7 @@ def size(example: tuple[list, list]) -> int:
 
 
 def over_examples(
-    args: Args, model: Qwen2, examples: list, ranks: Ranks, train: bool
+    args: Args, model: Transformer, examples: list, ranks: Ranks, train: bool
 ) -> tuple[dict[str, float], int, int, int]:
     """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained, FLOPs).
 

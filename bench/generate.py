@@ -30,7 +30,7 @@ import tyro
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 import generate
-from model import Config, Qwen2, init_weights
+from model import Config, Transformer, init_weights
 from runtime.distributed import start
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary (Qwen2.5's; the tiny recipe's)
@@ -189,7 +189,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     return large.nbytes / seconds(large.sum), 2 * n**3 / seconds(lambda: a @ b)
 
 
-def limit_seconds(model: Qwen2, requests: list[Request], known: int, rates: tuple[float, float]) -> float:
+def limit_seconds(model: Transformer, requests: list[Request], known: int, rates: tuple[float, float]) -> float:
     """The least time that the requests can take: see the top of the file."""
     bandwidth, flops = rates
     c, itemsize = model.config, next(model.parameters()).element_size()
@@ -232,7 +232,7 @@ def main(args: Args) -> None:
     for shape in args.shapes:
         hidden, intermediate, layers, heads, kv_heads, vocab_size = SHAPES[shape]
         config = Config(vocab_size, hidden, intermediate, layers, heads, kv_heads, tie_word_embeddings=True)
-        model = Qwen2(config)
+        model = Transformer(config)
         init_weights(model, SEED)
         model.to(device=device, dtype=dtype)
         peer = None

@@ -86,10 +86,10 @@ def versions() -> bool:
 def engine() -> bool:
     """Forked, preempted and refreshed samples of a small random model, fp32, with the same seeds on both."""
     from generate import Engine
-    from model import Config, Qwen2, init_weights
+    from model import Config, Transformer, init_weights
 
     def model(device, seed):
-        made = Qwen2(Config(1000, 128, 256, 2, 4, 2))
+        made = Transformer(Config(1000, 128, 256, 2, 4, 2))
         init_weights(made, seed, std=0.2)
         return made.to(device)
 

@@ -24,7 +24,7 @@ import tyro
 import ppo_cpe
 from bench import train
 from generate import Engine
-from model import Config, Qwen2, init_weights
+from model import Config, Transformer, init_weights
 from runtime import packing, roofline, training
 from runtime.distributed import start
 
@@ -112,7 +112,11 @@ def main(args: Args) -> None:
     config = Config(args.vocabulary, args.width, 4 * args.width, args.layers, heads, max(1, heads // 4))
     flags = ppo_cpe.Args(prompts_per_step=args.prompts, mini_batch_prompts=args.prompts // 2, temperature=1.0)
     trajectories = train.made_up(args.prompts, PROMPT, RESPONSE, CRITIQUE, args.vocabulary)
-    models = {"policy": Qwen2(config), "critic": Qwen2(config, scalar_head=True), "engine": Qwen2(config)}
+    models = {
+        "policy": Transformer(config),
+        "critic": Transformer(config, scalar_head=True),
+        "engine": Transformer(config),
+    }
     for model in models.values():
         init_weights(model, 0)
     optimizers = {name: training.adamw(models[name], 1e-6, 0.01) for name in ("policy", "critic")}

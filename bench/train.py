@@ -31,7 +31,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 
 import ppo_cpe
 from kernels.linear_logprob import linear_logprob
-from model import Config, Qwen2, init_weights
+from model import Config, Transformer, init_weights
 from runtime import packing, runs, training
 from runtime.distributed import Ranks, start
 from runtime.flags import user_errors
@@ -166,8 +166,8 @@ def peer_step(
 
 
 def ours_step(
-    policy: Qwen2,
-    critic: Qwen2,
+    policy: Transformer,
+    critic: Transformer,
     optimizers: dict[str, torch.optim.Optimizer],
     trajectories: list[ppo_cpe.Trajectory],
     args: ppo_cpe.Args,
@@ -355,7 +355,7 @@ def bench_shared(args: Args, dtype: torch.dtype) -> None:
         f"{config.hidden_size}"
     )
     for name, scalar_head in (("actor", False), ("critic", True)):
-        model = Qwen2(config, scalar_head)
+        model = Transformer(config, scalar_head)
         init_weights(model, 0)
         model.to(args.device, dtype)
 
@@ -384,7 +384,7 @@ def bench_step(args: Args, ranks: Ranks, dtype: torch.dtype) -> None:
         edit_rate=0.5,
     )
     trajectories = made_up(n_prompts, *lengths, config.vocab_size)
-    models = {"policy": Qwen2(config), "critic": Qwen2(config, scalar_head=True)}
+    models = {"policy": Transformer(config), "critic": Transformer(config, scalar_head=True)}
     for model in models.values():
         init_weights(model, 0)
         model.to(args.device)

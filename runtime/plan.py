@@ -16,7 +16,7 @@ import torch
 
 from kernels.rope_kv import apply_rope
 from kv_cache import likely_tokens
-from model import GIB, Linear, Packed, Qwen2, add_adapters, load_config, resolve
+from model import GIB, Linear, Packed, Transformer, add_adapters, load_config, resolve
 from model_config import lora_of
 from runtime import roofline
 
@@ -56,7 +56,7 @@ class _Context(Packed):
 def meta_model(config, scalar_head=False, lora=None):
     """A model without memory."""
     with torch.device("meta"):
-        model = Qwen2(config, scalar_head)
+        model = Transformer(config, scalar_head)
     if lora:
         add_adapters(model, lora)
     return model

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import GIB, Qwen2, beside, load_pretrained
+from model import GIB, Transformer, beside, load_pretrained
 from model_config import lora_of
 from runtime import runs
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
@@ -19,7 +19,9 @@ from runtime.packing import EMPTY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
 
 
-def open_model(path: str, args: Any, ranks: Ranks, scalar_head: bool = False, other: Qwen2 | None = None) -> Qwen2:
+def open_model(
+    path: str, args: Any, ranks: Ranks, scalar_head: bool = False, other: Transformer | None = None
+) -> Transformer:
     """A model to be trained, sharded: fp32 masters, or with --lora-rank fp32 adapters on weights that are frozen in the
     compute dtype. other: a model of the same folder; one process holds the frozen weights of both once."""
     lora = lora_of(args, path)
@@ -32,7 +34,7 @@ def open_model(path: str, args: Any, ranks: Ranks, scalar_head: bool = False, ot
     return model
 
 
-def open_sampler(path: str, policy: Qwen2, ranks: Ranks) -> Qwen2:
+def open_sampler(path: str, policy: Transformer, ranks: Ranks) -> Transformer:
     """What the engine of a policy computes with: whole on every rank, in the compute dtype. Adapters are applied, not
     merged (why: `pack_weights`; and memory holds no second copy of the base where the policy is not sharded)."""
     if policy.lora and ranks.world_size == 1:
@@ -44,11 +46,11 @@ def open_sampler(path: str, policy: Qwen2, ranks: Ranks) -> Qwen2:
     return model
 
 
-def trained(model: Qwen2) -> list[torch.nn.Parameter]:
+def trained(model: Transformer) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def shard(model: Qwen2, ranks: Ranks) -> Qwen2:
+def shard(model: Transformer, ranks: Ranks) -> Transformer:
     """FSDP2: each layer and the rest are gathered as they are needed; masters fp32, compute in ranks.dtype, fp32 sums.
 
     The rest (embedding, last norm, LM head) is the root: it is gathered at the start of a pass and kept until its
@@ -66,13 +68,13 @@ def shard(model: Qwen2, ranks: Ranks) -> Qwen2:
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def reshard(model: Qwen2) -> None:
+def reshard(model: Transformer) -> None:
     """Frees what passes without a backward pass have left gathered: the root of `shard`."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def adamw(model: Qwen2, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """ValueError: steps as large as the weights, which would be lost in the first."""
     parameters = trained(model)
     norm = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
@@ -101,7 +103,7 @@ def move_moments(optimizer: torch.optim.Optimizer, device: torch.device | str) -
             state[name] = state[name].to(device)
 
 
-def to_host(models: dict[str, Qwen2], optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def to_host(models: dict[str, Transformer], optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint. A frozen
     base stays, since the engine may be using it; the adapters on it are small."""
     for name, model in models.items():
@@ -116,7 +118,7 @@ BOUNDS = {"loss": 1e3, "policy_loss": 1e3, "value_loss": 1e6, "original/approx_k
 
 
 def optimizer_step(
-    model: Qwen2,
+    model: Transformer,
     optimizer: torch.optim.Optimizer,
     lr: float,
     step: int,
@@ -180,7 +182,7 @@ def list_of(tensor: torch.Tensor) -> list:
 
 
 @torch.no_grad()
-def per_token(model: Qwen2, prefixes: list, suffixes: list, trained: list | None, run: Any) -> list[torch.Tensor]:
+def per_token(model: Transformer, prefixes: list, suffixes: list, trained: list | None, run: Any) -> list[torch.Tensor]:
     """Log-probs of each suffix's trained tokens (None: all), or the critic's values before them -> fp32 [L_i] each."""
     results, budget = [None] * len(suffixes), run.args.tokens_per_microbatch
     for indices, batch in packed_micro_batches(prefixes, suffixes, trained, budget, run.ranks):
@@ -194,14 +196,14 @@ def per_token(model: Qwen2, prefixes: list, suffixes: list, trained: list | None
     return results
 
 
-def idle_pass(model: Qwen2, run: Any) -> None:
+def idle_pass(model: Transformer, run: Any) -> None:
     """What a rank without work runs, since FSDP needs every rank in every pass; adds zero to all gradients."""
     result = forward(model, pack([EMPTY[0]], [EMPTY[1]], run.ranks.device), run.args.temperature)
     if torch.is_grad_enabled():
         (0 * result.sum()).backward()
 
 
-def forward(model: Qwen2, batch: Batch, temperature: float) -> torch.Tensor:
+def forward(model: Transformer, batch: Batch, temperature: float) -> torch.Tensor:
     """Log-probs of the batch's targets [S], or values before them [S]."""
     ids, context = batch.input_ids, batch.context
     if model.scalar_head:
@@ -225,7 +227,7 @@ def peak_flops(ranks: Ranks, tflops: float | None) -> float | None:
     return next((known * 1e12 for part, known in PEAK_TFLOPS.items() if part in name), None)
 
 
-def forward_flops(model: Qwen2, batch: Batch) -> int:
+def forward_flops(model: Transformer, batch: Batch) -> int:
     """FLOPs of a forward pass over a Batch: two per weight and token, four H D per pair of query and key and layer."""
     c = model.config
     d, heads, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -234,7 +236,7 @@ def forward_flops(model: Qwen2, batch: Batch) -> int:
     return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
 
 
-def update_flops(model: Qwen2, batch: Batch) -> int:
+def update_flops(model: Transformer, batch: Batch) -> int:
     """FLOPs of a forward and a backward pass, which costs two forward ones, but one where weights are frozen."""
     return (2 if model.lora else 3) * forward_flops(model, batch)
 
@@ -257,7 +259,7 @@ def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | 
 
 
 @torch.no_grad()
-def refresh_gap(own: Qwen2, trained: Qwen2, ids: list[int], ranks: Ranks) -> float:
+def refresh_gap(own: Transformer, trained: Transformer, ids: list[int], ranks: Ranks) -> float:
     """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has
     just taken over, over all ranks: stale or broken weights show before anything is sampled."""
     batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)

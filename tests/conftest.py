@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from model import Config, Qwen2, init_weights, save_pretrained
+from model import Config, Transformer, init_weights, save_pretrained
 from runtime.flags import parse, user_errors
 
 # Of test_fuzz.py: the same cases each time in the suite; HYPOTHESIS_PROFILE=long draws many more, others each time.
@@ -43,7 +43,7 @@ def tiny_config(**changes):
 
 
 def random_model(config, scalar_head=False, seed=0, std=0.1):
-    model = Qwen2(config, scalar_head)
+    model = Transformer(config, scalar_head)
     init_weights(model, seed, std)
     with torch.no_grad():  # biases and norms away from their neutral values, so that a forgotten one shows
         generator = torch.Generator().manual_seed(seed + 1)

@@ -10,7 +10,7 @@ from test_faults import JUDGE, ppo_flags, run, sft_flags
 
 import ppo_cpe
 import sft
-from model import Qwen2, load_pretrained
+from model import Transformer, load_pretrained
 from runtime import rows, training
 from runtime.distributed import start
 
@@ -20,7 +20,7 @@ def spoilt(monkeypatch):
     """Spoils log-probs or values of the passes with these numbers (from 1), by a factor."""
 
     def spoil(passes, factor):
-        forward, count = Qwen2.forward, 0
+        forward, count = Transformer.forward, 0
 
         def changed(self, *args, **kwargs):
             nonlocal count
@@ -31,7 +31,7 @@ def spoilt(monkeypatch):
                     return found * factor if self.scalar_head else (found[0] * factor, *found[1:])
             return found
 
-        monkeypatch.setattr(Qwen2, "forward", changed)
+        monkeypatch.setattr(Transformer, "forward", changed)
 
     return spoil
 
