@@ -45,7 +45,7 @@ RATE = rarity.RARE
 METHODS = ("ppo", "unclipped")  # of rarity.METHODS; unclipped is CPE with its default loss
 RANKS = (4, 32)  # of a model of width 128
 LRS = (1e-4, 3e-4, 1e-3)  # full training's is 1e-4 (rarity.LR)
-LR = dict.fromkeys(METHODS, 3e-4)  # to be chosen by --search, like rarity.LR
+LR = dict(ppo=1e-3, unclipped=3e-4)  # the best of them (results/lora/search.md)
 
 
 def lora_cell(out: str, seed: int, method: str, rank: int, lr: float, steps: int, name: str, split="eval") -> Cell:
@@ -108,10 +108,14 @@ def main(args: Args) -> None:
     finished = [cell.name for cell in wanted if cells.is_done(args.out, cell)]
     print(f"{len(finished)} of {len(wanted)} cells are finished")
     name = "search" if args.search else "lora"
+    lrs = ", ".join(
+        f"{rarity.METHODS[m][0]} {rarity.lr_of(RATE, m):g} (all weights) and {LR[m]:g} (adapters)" for m in METHODS
+    )
     note = (
         f"Made by `python recipes/lora.py{' --search' if args.search else ''}`: rate of rare content R = {RATE:g}, "
-        f"{args.steps} steps, unseen people's questions, exact judge. Learning rates: all weights "
-        f"{rarity.lr_of(RATE, METHODS[0]):g}, adapters {LR[METHODS[0]]:g}. Seconds of a step: means."
+        f"{args.steps} steps, unseen people's questions, exact judge. "
+        + ("" if args.search else f"Learning rates: {lrs}. ")
+        + "Seconds of a step: means."
     )
     text = table(args.out, finished)
     write_text(f"{args.results}/{name}.md", f"# LoRA against full fine-tuning\n\n{note}\n\n{text}\n")

@@ -6,7 +6,7 @@
 #   bash recipes/real_cpu.sh CHECKPOINT [SOURCE]
 #   DATA=out/own/data bash recipes/real_cpu.sh CHECKPOINT      # rows of your own, of data/annotate.py
 #
-# CHECKPOINT: folder or hub id of a small chat model (Qwen2.5, Qwen3 or Llama format, ChatML). SOURCE: PersonaFeedback's
+# CHECKPOINT: folder or hub id of a small chat model (Qwen2.5, Qwen3 or Llama format). SOURCE: PersonaFeedback's
 # files, a folder or hub id; its questions are Chinese, so a checkpoint that speaks English alone wants DATA.
 # What the GRM is trained on: PersonaFeedback has no judgements, so on those of the generated world, whose answers are
 # about other things: it learns the form of a judgement and little about the answers that it then rewards. With DATA it

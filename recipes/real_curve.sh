@@ -6,7 +6,7 @@
 #   MINUTES=1 bash recipes/real_curve.sh CHECKPOINT        # does it run?
 #   JUDGE=my.py:reward ROWS=FOLDER bash recipes/real_curve.sh CHECKPOINT      # prompts_train.jsonl and prompts_dev.jsonl
 #
-# CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format, ChatML). LORA="" trains all
+# CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format). LORA="" trains all
 # weights. A run that is over its time saves and ends; the same command with more MINUTES goes on from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
