@@ -5,6 +5,7 @@
 #
 #   bash recipes/tiny.sh                             # 15 to 20 minutes
 #   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for its table to mean anything
+#   UNTIL=gates SEED=1 OUT=out/tiny1 bash recipes/tiny.sh    # the models that RL starts from, and what the gates say
 #
 # RARITY is how often answers of the corpus hold what critiques ask for. By default none does: only critiques name it, and
 # edits are what brings it in. Where samples have it anyway, plain PPO finds it as fast (docs/results.md): RARITY=0.1.
@@ -50,6 +51,7 @@ all_done
 stage "gates: what does the policy say and read, does the GRM judge well?" # a shortened run misses them and goes on
 python recipes/gates.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/grm/model" --out "$OUT/gates" \
     --tolerant || [ "$SCALE" != 1 ]
+[ "${UNTIL:-}" != gates ] || exit 0
 
 stage "RL from the SFT policy: PPO rewarded by BT, then PPO rewarded by the GRM; beside them critique-post-edit"
 rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
