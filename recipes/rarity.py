@@ -258,11 +258,13 @@ def diagram_table(found: Found, quantity: str, measured: dict[float, list[float]
     """A row per method, a column per rate."""
     shown = [rate for rate in RATES if rate in measured]
     header = ["", *(f"{percent(measured[rate], 2)} %" for rate in shown)]
-    rows = [[label, *(text(of(found, rate, name, quantity)) for rate in shown)] for name, label in LABELS.items()]
-    if quantity == "reward":
-        header.append("common (results/tables.md)")
-        rows = [[*row, text(values)] for row, values in zip(rows, common_scores())]
-    return draw.markdown_table(header, [row for row in rows if set(row[1:]) != {"-"}])
+    header += ["common (results/tables.md)"] if quantity == "reward" else []
+    rows = []
+    for (name, label), common in zip(LABELS.items(), common_scores()):
+        row = [text(of(found, rate, name, quantity)) for rate in shown]
+        if set(row) != {"-"}:
+            rows.append([label, *row, *([text(common)] if quantity == "reward" else [])])
+    return draw.markdown_table(header, rows)
 
 
 def common_scores() -> list[list[float]]:
