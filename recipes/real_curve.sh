@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# PPO beside critique-post-edit from one real pretrained chat model, on a CPU: two runs of half an hour each with an exact
-# rule judge that writes critiques, on English rows (recipes/real_curve.py), and a learning curve of both as they came.
+# PPO beside critique-post-edit from one real pretrained chat model, on two CPU cores: a run on each with an exact rule
+# judge that writes critiques, on English rows (recipes/real_curve.py), and a learning curve of both as they came.
 #
-#   bash recipes/real_curve.sh CHECKPOINT                  # an hour with a model of 135M
+#   bash recipes/real_curve.sh CHECKPOINT                  # an hour
 #   MINUTES=1 bash recipes/real_curve.sh CHECKPOINT        # does it run?
 #   JUDGE=my.py:reward ROWS=FOLDER bash recipes/real_curve.sh CHECKPOINT      # prompts_train.jsonl and prompts_dev.jsonl
 #
 # CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format). LORA="" trains all
-# weights. A run that is over its time saves and ends; the same command with more MINUTES goes on from there.
+# weights. A run that is over its time saves and ends; the same command goes on from there.
 set -euo pipefail
+set -m # a job is a process group, so that all of it can be stopped
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
 
 CHECKPOINT=${1:?usage: bash recipes/real_curve.sh CHECKPOINT}
 OUT=${OUT:-out/real_curve}
-MINUTES=${MINUTES:-30}
+MINUTES=${MINUTES:-60}
 SEED=${SEED:-0}
 JUDGE=${JUDGE:-recipes/real_curve.py:judge}
 LORA=${LORA---lora-rank 16}
@@ -31,15 +32,18 @@ echo "{critique} Rewrite the answer so that this is done. Output only the new an
 rl=(--model "$CHECKPOINT" --judge "$JUDGE" --prompts "$ROWS/prompts_train.jsonl" --eval-data "$ROWS/prompts_dev.jsonl"
     --eval-every "${EVAL_EVERY:-5}" --eval-n "${EVAL_N:-16}" --answer-template "$OUT/answer.txt" --edit-template "$OUT/edit.txt"
     --prompts-per-step "${PROMPTS:-8}" --mini-batch-prompts 4 --max-prompt-length 256 --max-new-tokens 96
-    --judge-max-new-tokens 64 --temperature 1 --top-p 1 --epochs 1000 --tokens-per-microbatch 4096 --save-every 10
-    --lr "${RL_LR:-2e-4}" --critic-lr "${CRITIC_LR:-1e-3}" --dtype fp32 --seed "$SEED")
+    --judge-max-new-tokens 64 --temperature "${TEMPERATURE:-0.7}" --top-p 1 --epochs 1000 --tokens-per-microbatch 4096 --save-every 10
+    --lr "${RL_LR:-5e-4}" --critic-lr "${CRITIC_LR:-1e-3}" --dtype fp32 --seed "$SEED")
 read -ra lora <<< "$LORA"
 
-run() { # run NAME FLAGS...: for MINUTES; exit status 75 says that it has saved and can go on
-    printf '\n== %s, %s minutes\n' "$1" "$MINUTES"
-    timeout --signal TERM "$((MINUTES * 60))" python ppo_cpe.py "${rl[@]}" "${lora[@]}" "${@:2}" --out "$OUT/$1" ||
-        [ $? = 124 ] # of timeout, whatever the run ended with
+export OMP_NUM_THREADS=1 # two processes of one thread do more than one of two
+
+run() { # run NAME FLAGS...: for MINUTES; then it saves and ends with status 75
+    timeout --foreground --signal TERM "$((MINUTES * 60))" python ppo_cpe.py "${rl[@]}" "${lora[@]}" "${@:2}" --out "$OUT/$1" 2>&1 |
+        sed -u "s/^/[$1] /" || [ "${PIPESTATUS[0]}" = 124 ] # of timeout, whatever the run ended with
 }
-run ppo --edit-rate 0 --n-samples 6
-run cpe
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
+run ppo --edit-rate 0 --n-samples 6 &
+run cpe &
+for job in $(jobs -p); do wait "$job"; done
 python recipes/real_curve.py curve --runs "PPO=$OUT/ppo" "CPE=$OUT/cpe" --out "$OUT"
