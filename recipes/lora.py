@@ -113,8 +113,8 @@ def main(args: Args) -> None:
     )
     note = (
         f"Made by `python recipes/lora.py{' --search' if args.search else ''}`: rate of rare content R = {RATE:g}, "
-        f"{args.steps} steps, unseen people's questions, exact judge. "
-        + ("" if args.search else f"Learning rates: {lrs}. ")
+        f"{args.steps} steps, exact judge. "
+        + (f"Seed {rarity.SEARCH_SEED}, dev prompts. " if args.search else f"Learning rates: {lrs}. ")
         + "Seconds of a step: means."
     )
     text = table(args.out, finished)
