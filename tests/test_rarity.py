@@ -1,6 +1,7 @@
 """recipes/rarity.py and what it stands on: rates of rare content, critics, the world's --rarity, cells and tables."""
 
 import json
+import os
 import random
 import shlex
 import shutil
@@ -105,6 +106,16 @@ def finished_cells(tmp_path, seeds):
                 write_cell(run, rng)
             write(run / "done.json", dict(commands=cell.commands, seconds=1))
     return rarity.Args(out=str(out), results=str(tmp_path / "drawn"), seeds=2, only_draw=True)
+
+
+def test_learning_rates_are_the_best_of_the_search():
+    """As results/rarity/rarity.json has it: by the exact score, each method at each of three rates."""
+    found, _ = rarity.by_rate(rarity.read_results(os.path.join(rarity.HERE, "../results/rarity"), {}), search=True)
+    for rate, tried in rarity.TRIED.items():
+        for name, lrs in tried.items():
+            scores = {lr: rarity.of(found, rate, f"{name}_lr{lr:g}", "reward")[0] for lr in lrs}
+            assert rarity.LR[rate][name] == max(scores, key=scores.get), (rate, name, scores)
+    assert {rarity.SEARCHED_AT[rate] for rate in rarity.RATES} == set(rarity.LR)
 
 
 def test_finished_cells_become_the_diagram(tmp_path, capsys):
