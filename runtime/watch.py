@@ -252,7 +252,8 @@ def failures_are_told() -> Iterator[None]:
         watch = _State.watch
         if isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN):
             time.sleep(watch.silence + 30)  # until the watch has found who is gone, and ends this process
-        watch.report(watch.rank, f"rank {watch.rank} failed in {_State.phase}: {type(error).__name__}: {error}")
+        with contextlib.suppress(dist.DistNetworkError):  # the store has gone with its rank, which has said why
+            watch.report(watch.rank, f"rank {watch.rank} failed in {_State.phase}: {type(error).__name__}: {error}")
         raise
     finally:
         _State.watch.ended.set()
