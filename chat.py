@@ -61,22 +61,23 @@ def without_control_tokens(value):
 
 @dataclass(frozen=True)
 class Form:
-    """How a chat template writes a turn: `start` role `role_end` content `end` `after_turn`.
+    """How a chat template writes a turn: `start` role `role_end` `gap` content `end` `after_turn`.
 
-    start, end: control tokens; role_end may begin with one. strips: white space around a content is cut off.
+    start, role_end (if any), end: control tokens; the others are text. strips: white space around a content is cut off.
     """
 
     name: str
     start: str
     role_end: str
+    gap: str
     end: str
     after_turn: str
     strips: bool
 
 
 FORMS = (
-    Form("ChatML", "<|im_start|>", "\n", "<|im_end|>", "\n", strips=False),
-    Form("Llama 3", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "", strips=True),
+    Form("ChatML", "<|im_start|>", "", "\n", "<|im_end|>", "\n", strips=False),
+    Form("Llama 3", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", strips=True),
 )
 
 
@@ -109,7 +110,9 @@ class Chat:
             raise ValueError(f"{file}: not a tokenizer ({type(error).__name__}: {error})") from error
         raw = json.loads(reference.backend_tokenizer.to_str())
         self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        self.form = next((form for form in FORMS if {form.start, form.end} <= set(self.control)), None)
+        self.form = next(
+            (form for form in FORMS if {form.start, form.role_end, form.end} - {""} <= set(self.control)), None
+        )
         if self.form is None:
             expected = " nor ".join(f"{form.start} and {form.end} ({form.name})" for form in FORMS)
             raise ValueError(f"{path}: the tokenizer has neither {expected}")
@@ -132,9 +135,10 @@ class Chat:
         """Text of ids, control tokens as text; the tail of a padded vocabulary has none."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def turn(self, role: str, content: str) -> list[int]:
+    def turn(self, role: str, content: str, before: str = "") -> list[int]:
+        """before: text of the template's own in front of the content."""
         content = content.strip() if self.form.strips else content
-        return [*self._role(role, content), self.turn_end, *self.after_turn]
+        return [*self._role(role, before + content), self.turn_end, *self.after_turn]
 
     def messages(self, messages: list[dict]) -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header.
@@ -158,21 +162,19 @@ class Chat:
                 )
         ids = list(self._before)
         if messages[0]["role"] == "system":
-            own, messages = messages[0]["content"], messages[1:]
-            system = self._preamble + (own.strip() if self.form.strips else own)
-        else:
-            system = self.system
-        if system is not None:
-            ids += [*self._role("system", system), self.turn_end, *self.after_turn]
+            ids += self.turn("system", messages[0]["content"], before=self._preamble)
+            messages = messages[1:]
+        elif self.system is not None:
+            ids += self.turn("system", "", before=self.system)
         return ids + [i for m in messages for i in self.turn(m["role"], m["content"])] + self.header
 
     def _role(self, role: str, content: str) -> list[int]:
         """A turn up to its content's end. What is text between two control tokens is encoded as one, as in the
         template: a leading line break of the content may merge with the form's."""
-        control, text = re.fullmatch(r"(<\|.*?\|>)?(.*)", self.form.role_end, re.DOTALL).groups()
-        if control is None:
-            return [self.turn_start, *self.encode(role + text + content)]
-        return [self.turn_start, *self.encode(role), self.control[control], *self.encode(text + content)]
+        if not self.form.role_end:
+            return [self.turn_start, *self.encode(role + self.form.gap + content)]
+        role_end = self.control[self.form.role_end]
+        return [self.turn_start, *self.encode(role), role_end, *self.encode(self.form.gap + content)]
 
     def _control_ids(self, text: str) -> list[int]:
         """Ids of a template's own text, in which control tokens are what they look like."""
@@ -201,9 +203,8 @@ class Template:
     unthinking: str  # behind the header of a response that shall not reason first, or nothing
 
 
-LLAMA_DATE = (
-    "26 Jul 2024"  # what Llama 3's template names as today where no clock is at hand; prompts of a run are equal
-)
+# What Llama 3's template names as today where no clock is at hand, so that prompts do not change at midnight
+LLAMA_DATE = "26 Jul 2024"
 
 
 def _read_template(reference, form: Form, path: str) -> Template:
@@ -219,16 +220,18 @@ def _read_template(reference, form: Form, path: str) -> Template:
         except TemplateError as error:
             raise ValueError(f"{path}: its chat template fails on a plain talk: {error}") from error
 
+    def opened(role):
+        return f"{form.start}{role}{form.role_end}{form.gap}"
+
     def expected(turns):
-        turns = "".join(f"{form.start}{role}{form.role_end}{text}{form.end}{form.after_turn}" for role, text in turns)
-        return f"{before}{turns}{form.start}assistant{form.role_end}"
+        return (
+            before + "".join(f"{opened(r)}{text}{form.end}{form.after_turn}" for r, text in turns) + opened("assistant")
+        )
 
     talk = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
     text, own = render(talk), render([("system", "S"), *talk])
     before = text[: max(0, text.find(form.start))]
-    system_turn = re.compile(
-        re.escape(f"{before}{form.start}system{form.role_end}") + "(.*?)" + re.escape(form.end), re.DOTALL
-    )
+    system_turn = re.compile(re.escape(before + opened("system")) + "(.*?)" + re.escape(form.end), re.DOTALL)
     inserted, given = system_turn.match(text), system_turn.match(own)
     preamble = given[1].removesuffix("S") if given else ""
     turns = [("system", inserted[1])] if inserted else []

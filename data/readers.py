@@ -16,15 +16,14 @@ from typing import Any
 
 from runtime.rows import first_lone_surrogate
 
+ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+
 
 def normal(text: str) -> str:
     """What two texts have in common that are the same but for case and white space."""
     return " ".join(text.split()).casefold()
-
-
-ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-GZIP = b"\x1f\x8b"
 
 
 def check_text(value: Any, place: str) -> None:

@@ -88,11 +88,6 @@ CRITICS = ("exact", "kind", "vague", "silent", "wrong10", "wrong30", "wrong50")
 QUICK = ("ppo", "paper", CHOSEN)
 
 
-def searched() -> list[tuple[float, str, float]]:
-    """-> rate, method and learning rate of every cell of the search."""
-    return [(rate, name, lr) for rate, lrs in TRIED.items() for name in METHODS for lr in lrs[name]]
-
-
 def lr_of(rate: float, name: str) -> float:
     return LR[SEARCHED_AT[rate]][name]
 
@@ -165,9 +160,12 @@ def cells_of(args: Args, out: str) -> list[Cell]:
         found.update((cell.name, cell) for cell in new)
 
     if args.search:
-        add(preparation(out, SEARCH_SEED, (RARE, 0.0, 0.3)))
-        for rate, name, lr in searched():
-            add([rl_cell(out, SEARCH_SEED, rate, f"{name}_lr{lr:g}", lr, METHODS[name][1], STEPS, "dev")])
+        add(preparation(out, SEARCH_SEED, tuple(TRIED)))
+        for rate, lrs in TRIED.items():
+            for name in METHODS:
+                for lr in lrs[name]:
+                    cell = f"{name}_lr{lr:g}"
+                    add([rl_cell(out, SEARCH_SEED, rate, cell, lr, METHODS[name][1], STEPS, "dev")])
         return list(found.values())
     wanted, steps = ((0.3, RARE, 0.0), QUICK_STEPS) if args.quick else (RATES, STEPS)
     for seed in range(1 if args.quick else args.seeds):
@@ -254,26 +252,26 @@ LABELS = {
 }
 
 
-def diagram_table(found: Found, quantity: str, measured: dict[float, list[float]], text) -> str:
-    """A row per method, a column per rate."""
+def diagram_table(found: Found, quantity: str, measured: dict[float, list[float]], text, common=None) -> str:
+    """A row per method, a column per rate. common: values of a further column, by method."""
     shown = [rate for rate in RATES if rate in measured]
     header = ["", *(f"{percent(measured[rate], 2)} %" for rate in shown)]
-    header += ["common (results/tables.md)"] if quantity == "reward" else []
+    header += ["common (results/tables.md)"] if common else []
     rows = []
-    for (name, label), common in zip(LABELS.items(), common_scores()):
+    for name, label in LABELS.items():
         row = [text(of(found, rate, name, quantity)) for rate in shown]
         if set(row) != {"-"}:
-            rows.append([label, *row, *([text(common)] if quantity == "reward" else [])])
+            rows.append([label, *row, *([text(common.get(name, []))] if common else [])])
     return draw.markdown_table(header, rows)
 
 
-def common_scores() -> list[list[float]]:
-    """Per row of LABELS the scores of recipes/cells.py over its seeds: another base model, in whose world samples have
-    the last step and the advice in 8 to 15 % of cases."""
+def common_scores() -> dict[str, list[float]]:
+    """By method the scores of recipes/cells.py over its seeds: another base model, in whose world samples have the last
+    step and the advice in 8 to 15 % of cases."""
     cells = draw.read_json(os.path.join(os.path.dirname(HERE), "results/results.json"))["cells"]
     names = {"sft": "sft", "ppo": "ppo_grm", "none_original": draw.loss_cell("none", "original"), "sdpo": "loss_sdpo"}
     names |= {ratio: draw.loss_cell(ratio, "batch") for ratio in draw.RATIOS}
-    return [[seed["reward"] for seed in cells.get(names.get(name), {}).values()] for name in LABELS]
+    return {name: [seed["reward"] for seed in cells[cell].values()] for name, cell in names.items()}
 
 
 def differences(found: Found, quantity: str) -> list[list]:
@@ -382,7 +380,7 @@ def write_results(known: dict[str, dict], folder: str) -> None:
         ),
     }
     sections = {
-        "Exact score (ceiling 4.75)": diagram_table(found, "reward", measured["advice"], draw.spread),
+        "Exact score (ceiling 4.75)": diagram_table(found, "reward", measured["advice"], draw.spread, common_scores()),
         "Says the topic's last step, %": diagram_table(found, "last_step", measured["last_step"], percent),
         "Gives suitable advice, %": diagram_table(found, "advice", measured["advice"], percent),
     }
@@ -420,12 +418,12 @@ def write_search(known: dict[str, dict], folder: str) -> None:
     for rate, lrs in TRIED.items():
         rows = []
         for name, (label, _) in METHODS.items():
-            tried = {lr: of(found, rate, f"{name}_lr{lr:g}", "reward") for lr in lrs[name]}
-            best = max((lr for lr in tried if tried[lr]), key=lambda lr: tried[lr], default=None)
-            for lr in (lr for lr in tried if tried[lr]):
-                mark, cell = "**" if lr == best else "", (rate, f"{name}_lr{lr:g}")
+            scores = {lr: of(found, rate, f"{name}_lr{lr:g}", "reward") for lr in lrs[name]}
+            scores = {lr: score for lr, score in scores.items() if score}
+            for lr, score in scores.items():
+                mark, cell = "**" if lr == max(scores, key=scores.get) else "", (rate, f"{name}_lr{lr:g}")
                 shown = [percent(of(found, *cell, key)) for key in ("last_step", "advice", "wrong")]
-                rows.append([label, f"{mark}{lr:g}{mark}", draw.spread(tried[lr]), *shown])
+                rows.append([label, f"{mark}{lr:g}{mark}", draw.spread(score), *shown])
         table = draw.markdown_table(["", "lr", "score", "last step, %", "advice, %", "wrong fact, %"], rows)
         sections.append(f"## R = {rate:g}\n\n{table}")
     text = "\n\n".join(sections)

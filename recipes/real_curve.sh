@@ -9,9 +9,9 @@
 # CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format). LORA="" trains all
 # weights. A run that is over its time saves and ends; the same command goes on from there.
 set -euo pipefail
-set -m # a job is a process group, so that all of it can be stopped
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+source recipes/jobs.sh
 
 CHECKPOINT=${1:?usage: bash recipes/real_curve.sh CHECKPOINT}
 OUT=${OUT:-out/real_curve}
@@ -36,14 +36,11 @@ rl=(--model "$CHECKPOINT" --judge "$JUDGE" --prompts "$ROWS/prompts_train.jsonl"
     --lr "${RL_LR:-5e-4}" --critic-lr "${CRITIC_LR:-1e-3}" --dtype fp32 --seed "$SEED")
 read -ra lora <<< "$LORA"
 
-export OMP_NUM_THREADS=1 # two processes of one thread do more than one of two
-
 run() { # run NAME FLAGS...: for MINUTES; then it saves and ends with status 75
-    timeout --foreground --signal TERM "$((MINUTES * 60))" python ppo_cpe.py "${rl[@]}" "${lora[@]}" "${@:2}" --out "$OUT/$1" 2>&1 |
-        sed -u "s/^/[$1] /" || [ "${PIPESTATUS[0]}" = 124 ] # of timeout, whatever the run ended with
+    timeout --foreground --signal TERM "$((MINUTES * 60))" \
+        python ppo_cpe.py "${rl[@]}" "${lora[@]}" "${@:2}" --out "$OUT/$1" || [ $? = 124 ] # of timeout, not of the run
 }
-trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
-run ppo --edit-rate 0 --n-samples 6 &
-run cpe &
-for job in $(jobs -p); do wait "$job"; done
+marked PPO run ppo --edit-rate 0 --n-samples 6 &
+marked CPE run cpe &
+all_done
 python recipes/real_curve.py curve --runs "PPO=$OUT/ppo" "CPE=$OUT/cpe" --out "$OUT"

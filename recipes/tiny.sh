@@ -10,24 +10,20 @@
 # RARITY is how often answers of the corpus hold what critiques ask for. By default none does: only critiques name it, and
 # edits are what brings it in. Where samples have it anyway, plain PPO finds it as fast (docs/results.md): RARITY=0.1.
 set -euo pipefail
-set -m # a job is a process group, so that all of it can be stopped
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+source recipes/jobs.sh
 source recipes/world_flags.sh
 
 OUT=${OUT:-out/tiny}
 SCALE=${SCALE:-1}
 SEED=${SEED:-0}
 RARITY=${RARITY:-0}
-export OMP_NUM_THREADS=1 # two processes of one thread do more than one of two, and no thread spins for another
 
 WORLD=$OUT/world
 scaled() { python -c "print(max($2, round($1 * $SCALE)))"; } # scaled STEPS_OF_THE_FULL_RECIPE AT_LEAST
 EVAL_PROMPTS=$(scaled 200 20)
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
-marked() { "${@:2}" 2>&1 | sed -u "s/^/[$1] /"; } # marked NAME COMMAND...
-all_done() { for job in $(jobs -p); do wait "$job"; done; }
-trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
 
 stage "the generated world"
 [ -f "$WORLD/judgements_eval.jsonl" ] ||
