@@ -19,6 +19,7 @@ that is finished there or in OUT is not run again, so that runs can be spread ov
 `--results` all of them are run anew.
 """
 
+import json
 import os
 import re
 import shlex
@@ -181,6 +182,7 @@ def cells_of(args: Args, out: str) -> list[Cell]:
 
 # -- tables and figures ------------------------------------------------------------------------------------------------
 
+LEDGER = {"ratio": "r = p / q", "weight": "weight on grad log p", "clipfrac": "without gradient, share"}
 Found = dict[tuple[float, str], dict[int, draw.Quantities]]  # by rate and cell, then seed
 Gates = dict[float, dict[int, dict]]  # by rate and seed
 
@@ -190,7 +192,26 @@ def figures_of(run: str) -> dict:
     if os.path.exists(f"{run}/gates.json"):
         return draw.read_json(f"{run}/gates.json")
     sampled = [rates(read_rows(path, "object"))["advice"] for _, path in step_files(run, "rollouts")]
-    return draw.evaluated(run) | rates(read_rows(f"{run}/eval/answers_model.jsonl", "object")) | {"curve": sampled}
+    found = draw.evaluated(run) | rates(read_rows(f"{run}/eval/answers_model.jsonl", "object")) | {"curve": sampled}
+    return found | (edit_curves(run) if os.path.isdir(f"{run}/rollouts") else {})
+
+
+def edit_curves(run: str) -> dict[str, list[float | None]]:
+    """{"branch_ratio", "followed_ratio", ...}: step by step, what the loss did with the tokens that an edit inserted:
+    its branches (p < .1), and apart the others, which follow from them. None at a step without such tokens; empty for
+    a run without edits."""
+    curves = defaultdict(list)
+    for step in read_rows(f"{run}/metrics.jsonl", "metrics"):
+        branches = step.get("edit/branch", 0)  # shares of the edits' tokens
+        others = 1 - step.get("edit/kept", 1) - branches
+        for quantity in LEDGER:
+            branch, inserted = (step.get(f"edit/{kind}_{quantity}") for kind in ("branch", "inserted"))
+            followed = None
+            if others > 1e-6:
+                followed = ((branches + others) * inserted - branches * (branch or 0)) / others
+            for kind, value in (("branch", branch), ("followed", followed)):
+                curves[f"{kind}_{quantity}"].append(None if value is None else float(f"{value:.4g}"))
+    return {name: values for name, values in curves.items() if any(value is not None for value in values)}
 
 
 def parts_of(cell: str) -> tuple[int, float, str] | None:
@@ -352,6 +373,23 @@ def curve_figure(found: Found, folder: str) -> None:
     draw.save_figure(figure, folder, "rarity_curves")
 
 
+def branch_figure(found: Found, folder: str) -> None:
+    """Ratio, weight and share without gradient of edits' branches (lines) and of what follows from them (dotted)."""
+    figure, axes = draw.new_figure(len(LEDGER))
+    for axis, (quantity, title) in zip(axes, LEDGER.items()):
+        for name, (label, _) in METHODS.items():
+            for kind, style in (("branch", dict(label=label)), ("followed", dict(ls=":"))):
+                curves = of(found, RARE, name, f"{kind}_{quantity}")
+                if curves:
+                    n = min(map(len, curves))
+                    ys = np.array([curve[:n] for curve in curves], dtype=float)
+                    draw.plot_range(axis, np.arange(1, n + 1), ys, COLORS[name], **style)
+        axis.set(xlabel="step", ylabel=title)
+    axes[1].legend(frameon=False, fontsize=7)
+    axes[0].set_title(f"tokens that an edit inserts, R = {RARE:g}", fontsize=9)
+    draw.save_figure(figure, folder, "rarity_branches")
+
+
 def write_results(known: dict[str, dict], folder: str) -> None:
     """rarity.md and the figures of the cells in rarity.json into `folder`."""
     found, gates = by_rate(known, search=False)
@@ -408,6 +446,7 @@ def write_results(known: dict[str, dict], folder: str) -> None:
     if found:
         diagram_figure(found, measured, samples=6 * 16 * STEPS, folder=folder)
         curve_figure(found, folder)
+        branch_figure(found, folder)
     print(f"{text}\n\nwritten: {folder}/ (rarity.md, figures)")
 
 
@@ -448,7 +487,8 @@ def main(args: Args) -> None:
     finally:  # a run that is stopped keeps the figures of what it finished
         new = [c.name for c in wanted if parts_of(c.name) and c.name not in known and cells.is_done(out, c)]
         known |= {name: dict(commands=commands[name]) | figures_of(f"{out}/{name}") for name in new}
-        draw.write_json(f"{folder}/rarity.json", known)
+        lines = [f"{json.dumps(name)}: {json.dumps(kept)}" for name, kept in known.items()]  # a line a cell
+        write_text(f"{folder}/rarity.json", "{\n" + ",\n".join(lines) + "\n}\n")
     counted = [name in known for name in commands if parts_of(name)]
     print(f"{sum(counted)} of {len(counted)} cells are finished")
     (write_search if args.search else write_results)(known, folder)

@@ -126,10 +126,24 @@ def test_finished_cells_become_the_diagram(tmp_path, capsys):
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, tis" not in text
     assert "|  | 30.00 ± 0.00 % | 0.30 ± 0.00 % | 0.00 ± 0.00 % |" in text  # the measured rates head the columns
     assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in text
-    assert {path.name for path in (tmp_path / "drawn").glob("*.png")} == {"rarity.png", "rarity_curves.png"}
+    drawn = {path.stem for path in (tmp_path / "drawn").glob("*.png")}
+    assert drawn == {"rarity", "rarity_curves", "rarity_branches"}
     shutil.rmtree(tmp_path / "runs")  # another machine: the tables are drawn from rarity.json
     rarity.main(args)
     assert (tmp_path / "drawn/rarity.md").read_text() == text
+
+
+def test_branches_are_told_from_what_follows_them(tmp_path):
+    ledger = {"edit/kept": 0.6, "edit/branch": 0.1, "edit/branch_weight": 0.2, "edit/inserted_weight": 0.8}
+    no_branch = {"edit/kept": 0.6, "edit/branch": 0.0, "edit/inserted_weight": 0.8}
+    quantities = {f"edit/inserted_{q}": 1.0 for q in ("ratio", "clipfrac")}
+    steps = [quantities | ledger, {}, quantities | no_branch]
+    write(tmp_path / "metrics.jsonl", [dict(step=i) | step for i, step in enumerate(steps, 1)])
+    curves = rarity.edit_curves(str(tmp_path))
+    assert curves["branch_weight"] == [0.2, None, None]
+    assert curves["followed_weight"] == [1.0, None, 0.8]  # (.4 x .8 - .1 x .2) / .3
+    write(tmp_path / "metrics.jsonl", [{"step": 1}])
+    assert rarity.edit_curves(str(tmp_path)) == {}
 
 
 def test_cells_of_two_machines_come_together(tmp_path):
