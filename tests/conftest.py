@@ -55,7 +55,7 @@ def random_model(config, scalar_head=False, seed=0, std=0.1):
 
 @pytest.fixture(autouse=True)
 def quiet_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

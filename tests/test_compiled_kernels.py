@@ -1,7 +1,7 @@
 """Every Triton kernel, compiled ahead of time for real GPUs on a machine without one, as the launchers would.
 
-    bash tests/run.sh -k compiled -s                   # 7B for sm_80 and sm_90, and what differs at other sizes
-    COMPILE_ALL=1 bash tests/run.sh -k compiled -s     # all of Qwen2.5 0.5B to 14B, also fp32, sm_89 and odd sizes
+    bash tests/run.sh -n 0 -k compiled -s               # 7B for sm_80 and sm_90, and what differs at other sizes
+    COMPILE_ALL=1 bash tests/run.sh -n 0 -k compiled -s # all of Qwen2.5 0.5B to 14B, also fp32, sm_89 and odd sizes
 
 The project's launchers run on tensors of the meta device, under a driver that names a GPU and has none: Triton compiles
 what they would launch, with the ptxas of its wheel. So tiles, warps and stages are those of the code. -s prints, for
