@@ -346,7 +346,7 @@ def diagram_figure(found: Found, measured: dict[float, list[float]], samples: in
         "reward": ("exact score", 1, (1, 4.75)),  # SDPO leaves the panel where it fails: the table has it
     }
     figure, axes = draw.new_figure(len(panels))
-    floor = 1e-4  # a rate of zero has no logarithm: it stands at the left edge
+    floor = 1e-5  # a rate of zero has no logarithm: it stands at the left edge
     at = {rate: max(floor, float(np.mean(values))) for rate, values in measured.items() if rate in RATES}
     for axis, (quantity, (title, scale, limits)) in zip(axes, panels.items()):
         for name, (label, _) in METHODS.items():

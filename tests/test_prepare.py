@@ -512,7 +512,9 @@ OWN = {f"u{n}": {"name": f"Ann {n}", "likes": [f"tea {n}"]} for n in range(30)}
 
 
 @pytest.mark.parametrize(
-    "write, ending", [(write_lines, "jsonl"), (write_parquet, "parquet"), (write_csv, "csv")], ids=lambda x: str(x)[-7:]
+    "write, ending",
+    [(write_lines, "jsonl"), (write_parquet, "parquet"), (write_csv, "csv")],
+    ids=["jsonl", "parquet", "csv"],
 )
 def test_own_personas_and_questions(tmp_path, write, ending):
     personas, questions = tmp_path / f"people.{ending}", tmp_path / f"asked.{ending}"
