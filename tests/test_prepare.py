@@ -439,7 +439,7 @@ LINE = json.dumps({"user_id": "X", "persona": {"Name": "Zoë"}}, ensure_ascii=Fa
     [
         (f'{{"persona": "x"}}\n{LINE}'.encode("latin-1"), r"personas.jsonl:2: not UTF-8"),
         (LINE.encode("utf-16"), r"personas.jsonl:1: not UTF-8"),
-        (gzip.compress(LINE.encode()), r"personas.jsonl: compressed with gzip"),
+        (gzip.compress(LINE.encode(), mtime=0), r"personas.jsonl: compressed with gzip"),
         (f"{LINE}\n\n{LINE}\n".encode(), r"personas.jsonl:2: a blank line"),
         (b"\n\n", r"personas.jsonl: empty"),
         (b"", r"personas.jsonl: empty"),
