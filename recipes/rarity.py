@@ -19,12 +19,14 @@ that is finished there or in OUT is not run again, so that runs can be spread ov
 `--results` all of them are run anew.
 """
 
+import itertools
 import json
 import os
 import re
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +87,8 @@ LR = {
 }
 SEARCHED_AT = {0.3: 0.3, 0.03: 0.3, 0.003: RARE, 0.0003: RARE, 0.0: 0.0}  # whose learning rates each of RATES has
 CHOSEN = "unclipped"  # the loss of the questions below: the default (docs/results.md)
+# What the diagram says of R = 0, once more on seeds that chose nothing
+CONFIRM_SEEDS, CONFIRMED = (101, 102, 103), ("ppo", "unclipped", "none")
 CRITICS = ("exact", "kind", "vague", "silent", "wrong10", "wrong30", "wrong50")
 QUICK = ("ppo", "paper", CHOSEN)
 
@@ -174,6 +178,10 @@ def cells_of(args: Args, out: str) -> list[Cell]:
         for rate in sorted(wanted, key=lambda rate: rate != RARE):
             for name in QUICK if args.quick else METHODS:
                 add([rl_cell(out, seed, rate, name, lr_of(rate, name), METHODS[name][1], steps)])
+    for seed in () if args.quick else CONFIRM_SEEDS:
+        add(preparation(out, seed, (0.0,)))
+        for name in CONFIRMED:
+            add([rl_cell(out, seed, 0.0, name, lr_of(0.0, name), METHODS[name][1], steps)])
     for seed in range(0 if args.quick else args.seeds):
         for (rate, name), (like, further) in questions().items():
             add([rl_cell(out, seed, rate, name, lr_of(rate, like), further, steps)])
@@ -246,12 +254,12 @@ def missing(wanted: list[Cell], known: dict[str, dict]) -> list[Cell]:
     return [cell for cell in wanted if cell.name in needed]
 
 
-def by_rate(known: dict[str, dict], search: bool) -> tuple[Found, Gates]:
-    """-> figures of the trained cells, and the gates', of the search's seed or of all others."""
+def by_rate(known: dict[str, dict], seeds: Container[int]) -> tuple[Found, Gates]:
+    """-> figures of the trained cells of these seeds, and the gates'."""
     found, gates = defaultdict(dict), defaultdict(dict)
     for cell, kept in known.items():
         seed, rate, name = parts_of(cell)
-        if (seed == SEARCH_SEED) == search:
+        if seed in seeds:
             to = gates[rate] if name == "gates" else found[rate, name]
             to[seed] = {key: value for key, value in kept.items() if key != "commands"}
     return found, gates
@@ -295,17 +303,18 @@ def common_scores() -> dict[str, list[float]]:
     return {name: [seed["reward"] for seed in cells[cell].values()] for name, cell in names.items()}
 
 
-def differences(found: Found, quantity: str) -> list[list]:
-    """Each method less PPO at each rate, paired over seeds, with its 95 % interval (Student's t)."""
+def difference_table(found: Found, compared: Iterable[tuple[float, str, str]]) -> str | None:
+    """compared: rate, method, other. Scores paired over seeds, 95 % interval by Student's t; None without two seeds."""
     rows = []
-    for rate in RATES:
-        numbers = {name: seeds for (r, name), seeds in found.items() if r == rate}
-        for name, (label, _) in METHODS.items():
-            d = draw.difference(numbers, name, "ppo", quantity) if name != "ppo" else None
-            if d:
-                interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
-                rows.append([label, f"{rate:g}", f"{d['mean']:+.2f}", interval, d["seeds"]])
-    return rows
+    for rate, name, other in compared:
+        numbers = {cell: seeds for (r, cell), seeds in found.items() if r == rate}
+        d = draw.difference(numbers, name, other, "reward")
+        if d:
+            interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
+            label = f"{METHODS[name][0]} less {METHODS[other][0]}"
+            rows.append([label, f"{rate:g}", f"{d['mean']:+.2f}", interval, d["seeds"]])
+    header = ("", "R", "difference of scores", "95 % interval over seeds", "seeds")
+    return draw.markdown_table(header, rows) if rows else None
 
 
 def question_table(found: Found, names: dict[tuple[float, str], str]) -> str:
@@ -398,7 +407,8 @@ def branch_figure(found: Found, folder: str) -> None:
 
 def write_results(known: dict[str, dict], folder: str) -> None:
     """rarity.md and the figures of the cells in rarity.json into `folder`."""
-    found, gates = by_rate(known, search=False)
+    found, gates = by_rate(known, range(SEARCH_SEED))
+    confirmed, _ = by_rate(known, CONFIRM_SEEDS)
     names = ("last_step", "advice")
     measured = {key: {rate: [g[key] for g in seeds.values()] for rate, seeds in gates.items()} for key in names}
     said = {(rate, name): label for rate in RATES for name, label in LABELS.items()}
@@ -428,10 +438,14 @@ def write_results(known: dict[str, dict], folder: str) -> None:
         "Says the topic's last step, %": diagram_table(found, "last_step", measured["last_step"], percent),
         "Gives suitable advice, %": diagram_table(found, "advice", measured["advice"], percent),
     }
-    rows = differences(found, "reward")
-    if rows:
-        header = ["", "R", "score less PPO's", "95 % interval over seeds", "seeds"]
-        sections["Score against PPO with n = 6"] = draw.markdown_table(header, rows)
+    against_ppo = difference_table(found, ((r, name, "ppo") for r in RATES for name in METHODS if name != "ppo"))
+    if against_ppo:
+        sections["Score against PPO with n = 6"] = against_ppo
+    if confirmed:
+        title = f"R = 0 on seeds that chose nothing ({', '.join(map(str, CONFIRM_SEEDS))})"
+        table = question_table(confirmed, {(0.0, name): LABELS[name] for name in ("sft", *CONFIRMED)})
+        pairs = difference_table(confirmed, ((0.0, b, a) for a, b in itertools.combinations(CONFIRMED, 2)))
+        sections[title] = table + (f"\n\n{pairs}" if pairs else "")
     sections["All cells"] = question_table(found, said)
     sections |= {title: table for title, table in asked.items() if table.count("\n") > 1}
     known = sorted({key for seeds in gates.values() for g in seeds.values() for key in g} - {"missed", "nearly"})
@@ -458,7 +472,7 @@ def write_results(known: dict[str, dict], folder: str) -> None:
 
 def write_search(known: dict[str, dict], folder: str) -> None:
     """search.md: every learning rate that was tried, each method's best in bold."""
-    found, _ = by_rate(known, search=True)
+    found, _ = by_rate(known, (SEARCH_SEED,))
     sections = []
     for rate, lrs in TRIED.items():
         rows = []

@@ -110,7 +110,9 @@ def finished_cells(tmp_path, seeds):
 
 def test_learning_rates_are_the_best_of_the_search():
     """As results/rarity/rarity.json has it: by the exact score, each method at each of three rates."""
-    found, _ = rarity.by_rate(rarity.read_results(os.path.join(rarity.HERE, "../results/rarity"), {}), search=True)
+    found, _ = rarity.by_rate(
+        rarity.read_results(os.path.join(rarity.HERE, "../results/rarity"), {}), (rarity.SEARCH_SEED,)
+    )
     for rate, tried in rarity.TRIED.items():
         for name, lrs in tried.items():
             scores = {lr: rarity.of(found, rate, f"{name}_lr{lr:g}", "reward")[0] for lr in lrs}
@@ -119,13 +121,17 @@ def test_learning_rates_are_the_best_of_the_search():
 
 
 def test_finished_cells_become_the_diagram(tmp_path, capsys):
-    args = finished_cells(tmp_path, (0, 1))
+    args = finished_cells(tmp_path, (0, 1, *rarity.CONFIRM_SEEDS[:2]))
     rarity.main(args)
-    assert "24 of 146 cells are finished" in capsys.readouterr().out
+    assert "32 of 161 cells are finished" in capsys.readouterr().out
     text = (tmp_path / "drawn/rarity.md").read_text()
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, tis" not in text
     assert "|  | 30.00 ± 0.00 % | 0.30 ± 0.00 % | 0.00 ± 0.00 % |" in text  # the measured rates head the columns
-    assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in text
+    assert "| CPE, none less PPO, n = 6 | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in text
+    confirmed = text.split("## R = 0 on seeds that chose nothing (101, 102, 103)")[1].split("\n## ")[0]
+    assert (
+        "| PPO, n = 6 | 0 | 2 | 1.00 ± 0.00 |" in confirmed and "| CPE, none less PPO, n = 6 | 0 | +0.00 |" in confirmed
+    )
     drawn = {path.stem for path in (tmp_path / "drawn").glob("*.png")}
     assert drawn == {"rarity", "rarity_curves", "rarity_branches"}
     shutil.rmtree(tmp_path / "runs")  # another machine: the tables are drawn from rarity.json
@@ -151,7 +157,9 @@ def test_cells_of_two_machines_come_together(tmp_path):
         args = finished_cells(tmp_path, (seed,))
         rarity.main(args)
         shutil.rmtree(tmp_path / "runs")
-    assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in (tmp_path / "drawn/rarity.md").read_text()
+    assert (
+        "| CPE, none less PPO, n = 6 | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in (tmp_path / "drawn/rarity.md").read_text()
+    )
     known = json.loads((tmp_path / "drawn/rarity.json").read_text())
     todo = {cell.name for cell in rarity.missing(rarity.cells_of(args, "OUT"), known)}
     assert not todo & set(known) - {
