@@ -15,6 +15,7 @@ DATA=${DATA:-out/data}
 OUT=${OUT:-out/qwen0.5b}
 sft=(--model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" --checkpoint-activations)
 grm=(--model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" --checkpoint-activations)
+# Where critiques ask for what the policy's samples hardly ever have, add --edit-ratio none (docs/results.md)
 cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --prompts-per-step 32 --mini-batch-prompts 16
     --checkpoint-activations)
 

@@ -19,6 +19,7 @@ read -r -a stages <<< "${STAGES:-sft grm cpe}"
 sft=(--model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" --checkpoint-activations)
 grm=(--model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" --checkpoint-activations)
 # --max-batch and --tokens-per-microbatch are lower than at 7B because of memory; they do not change the method
+# Where critiques ask for what the policy's samples hardly ever have, add --edit-ratio none (docs/results.md)
 cpe=(--judge "$JUDGE" --prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --max-batch 24
     --tokens-per-microbatch 8192 --checkpoint-activations --offload)
 

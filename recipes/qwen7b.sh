@@ -18,6 +18,7 @@ OUT=${OUT:-out/qwen7b}
 sft=(--model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" --checkpoint-activations)
 grm=(--model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" --checkpoint-activations)
 # 64 sequences at a time on each rank: all originals of a step
+# Where critiques ask for what the policy's samples hardly ever have, add --edit-ratio none (docs/results.md)
 cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --max-batch 64 --checkpoint-activations --offload)
 
 plan sft.py "${sft[@]}"

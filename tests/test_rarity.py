@@ -123,7 +123,7 @@ def test_learning_rates_are_the_best_of_the_search():
 def test_finished_cells_become_the_diagram(tmp_path, capsys):
     args = finished_cells(tmp_path, (0, 1, *rarity.CONFIRM_SEEDS[:2]))
     rarity.main(args)
-    assert "32 of 161 cells are finished" in capsys.readouterr().out
+    assert "32 of 175 cells are finished" in capsys.readouterr().out
     text = (tmp_path / "drawn/rarity.md").read_text()
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, tis" not in text
     assert "|  | 30.00 ± 0.00 % | 0.30 ± 0.00 % | 0.00 ± 0.00 % |" in text  # the measured rates head the columns
