@@ -379,8 +379,12 @@ def save_figure(figure: Figure, folder: str, name: str) -> None:
         figure.savefig(f"{folder}/{name}.{ending}", dpi=110, metadata={"Date": None} if ending == "svg" else None)
 
 
-def plot_range(axis: Axes, xs: Sequence[float], ys: np.ndarray, color: str, **style) -> None:
-    """Mean over seeds and, shaded, their range. ys: [seeds, points]"""
+def plot_range(axis: Axes, ys: Sequence[Sequence], color: str, xs: Sequence[float] | None = None, **style) -> None:
+    """Mean over seeds and, shaded, their range. ys: a curve per seed, cut to the shortest; a None in one is a gap.
+    xs: where their points are; None: at steps from 1 on."""
+    n = min(map(len, ys))
+    ys = np.array([y[:n] for y in ys], dtype=float)
+    xs = np.arange(1, n + 1) if xs is None else xs[:n]
     axis.plot(xs, ys.mean(0), color=color, **style)
     axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15, lw=0)
 
@@ -388,13 +392,11 @@ def plot_range(axis: Axes, xs: Sequence[float], ys: np.ndarray, color: str, **st
 def plot_curves(
     axis: Axes, curves: dict[str, list[Curves]], name: str, y: str, x: str | None = None, label=None, color=None, ls="-"
 ) -> None:
-    """One method's y over steps (or over x); nothing where it has no such curve. Seeds are cut to the shortest."""
+    """One method's y over steps (or over x); nothing where it has no such curve."""
     runs = [run for run in curves.get(name, []) if run[y]]
     if runs:
-        n = min(len(run[y]) for run in runs)
-        xs = np.arange(1, n + 1) if x is None else np.mean([run[x][:n] for run in curves[name]], axis=0)
-        ys = np.array([run[y][:n] for run in runs])
-        plot_range(axis, xs, ys, color or COLORS[name], label=label or METHODS[name], ls=ls)
+        xs = None if x is None else np.mean([*zip(*(run[x] for run in curves[name]))], axis=1)
+        plot_range(axis, [run[y] for run in runs], color or COLORS[name], xs, label=label or METHODS[name], ls=ls)
 
 
 def training_figures(curves: dict[str, list[Curves]], folder: str) -> None:
@@ -456,7 +458,7 @@ def internalisation_figure(out: str, seeds: dict[str, list[int]], folder: str) -
             ys = np.array([run[y] for run in runs if run[y]])
             if len(ys):
                 label = f"{METHODS[name]}: {y}"
-                plot_range(axis, runs[0]["step"], ys, COLORS[name], ls=line, label=label, marker=".")
+                plot_range(axis, ys, COLORS[name], runs[0]["step"], ls=line, label=label, marker=".")
     axes[0].set(xlabel="steps trained", ylabel="exact score, held-out prompts")
     axes[1].set(xlabel="steps trained", ylabel="edits less answers")
     axes[1].axhline(0, color="black", lw=0.5)

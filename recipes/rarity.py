@@ -59,7 +59,7 @@ class Args:
 
 
 RATES = (0.3, 0.03, 0.003, 0.0003, 0.0)
-RARE, STEPS, QUICK_STEPS = 0.003, 30, 15  # where the learning rates are searched and the questions below are asked
+RARE, STEPS, QUICK_STEPS = 0.003, 30, 15  # where all learning rates are searched, and questions asked
 PLAIN = FLAGS["ppo"]  # no edits, n = 6
 METHODS = {  # name: (label, flags of ppo_cpe.py)
     "ppo": ("PPO, n = 6", PLAIN),
@@ -381,9 +381,8 @@ def curve_figure(found: Found, folder: str) -> None:
         for name, (label, _) in METHODS.items():
             curves = of(found, rate, name, "curve")
             if curves:
-                n = min(map(len, curves))
-                ys = 100 * np.array([curve[:n] for curve in curves])
-                draw.plot_range(axis, np.arange(1, n + 1), ys, COLORS[name], label=label)
+                ys = [100 * np.array(curve) for curve in curves]
+                draw.plot_range(axis, ys, COLORS[name], label=label)
         axis.set(xlabel="step", ylabel="samples with suitable advice, %", title=f"R = {rate:g}")
     axes[-1].legend(frameon=False, fontsize=7)
     draw.save_figure(figure, folder, "rarity_curves")
@@ -397,9 +396,7 @@ def branch_figure(found: Found, folder: str) -> None:
             for kind, style in (("branch", dict(label=label)), ("followed", dict(ls=":"))):
                 curves = of(found, RARE, name, f"{kind}_{quantity}")
                 if curves:
-                    n = min(map(len, curves))
-                    ys = np.array([curve[:n] for curve in curves], dtype=float)
-                    draw.plot_range(axis, np.arange(1, n + 1), ys, COLORS[name], **style)
+                    draw.plot_range(axis, curves, COLORS[name], **style)
         axis.set(xlabel="step", ylabel=title)
         axis.set_title(f"tokens that edits insert, R = {RARE:g}", fontsize=9)
     axes[-1].legend(frameon=False, fontsize=7, loc="center right", title="dotted: no branch", title_fontsize=7)
