@@ -304,30 +304,36 @@ def common_scores() -> dict[str, list[float]]:
     return {name: [seed["reward"] for seed in cells[cell].values()] for name, cell in names.items()}
 
 
-def difference_table(found: Found, compared: Iterable[tuple[float, str, str]]) -> str | None:
-    """compared: rate, method, other. Scores paired over seeds, 95 % interval by Student's t; None without two seeds."""
+Labels = dict[tuple[float, str], str]  # by rate and cell
+
+
+def difference_table(found: Found, labels: Labels, compared: Iterable[tuple[float, str, str]]) -> str | None:
+    """compared: rate, cell, other. Scores paired over seeds, 95 % interval by Student's t; None without two seeds."""
     rows = []
     for rate, name, other in compared:
         numbers = {cell: seeds for (r, cell), seeds in found.items() if r == rate}
         d = draw.difference(numbers, name, other, "reward")
         if d:
             interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
-            label = f"{METHODS[name][0]} less {METHODS[other][0]}"
+            label = f"{labels[rate, name]} less {labels[rate, other]}"
             rows.append([label, f"{rate:g}", f"{d['mean']:+.2f}", interval, d["seeds"]])
     header = ("", "R", "difference of scores", "95 % interval over seeds", "seeds")
     return draw.markdown_table(header, rows) if rows else None
 
 
-def question_table(found: Found, names: dict[tuple[float, str], str]) -> str:
+def question_table(found: Found, labels: Labels, compared: Iterable[tuple[float, str, str]] = ()) -> str:
+    """A row per cell, then the differences that are asked for."""
     rows = []
-    for (rate, name), label in names.items():
+    for (rate, name), label in labels.items():
         if found.get((rate, name)):
             row = [label, f"{rate:g}", len(found[rate, name]), draw.spread(of(found, rate, name, "reward"))]
             row += [percent(of(found, rate, name, key)) for key in ("last_step", "advice", "advice_right", "wrong")]
             row += [draw.spread(of(found, rate, name, key), 0) for key in ("generated", "judge_calls")]
             rows.append(row)
     header = ("", "R", "seeds", "score", "last step, %", "advice, %", "advice right, %", "wrong fact, %")
-    return draw.markdown_table([*header, "generated tokens", "judge calls"], rows)
+    table = draw.markdown_table([*header, "generated tokens", "judge calls"], rows)
+    differences = difference_table(found, labels, compared)
+    return table + (f"\n\n{differences}" if differences else "")
 
 
 def branch_table(found: Found) -> str:
@@ -410,43 +416,42 @@ def write_results(known: dict[str, dict], folder: str) -> None:
     names = ("last_step", "advice")
     measured = {key: {rate: [g[key] for g in seeds.values()] for rate, seeds in gates.items()} for key in names}
     said = {(rate, name): label for rate in RATES for name, label in LABELS.items()}
-    asked = {
-        "What the loss did with edits' tokens": branch_table(found),
-        "The quality of critiques": question_table(
-            found, {(rate, f"critic_{n}"): f"critic: {n}" for rate in (RARE, 0.0) for n in CRITICS}
-        ),
-        "Top-p": question_table(
-            found,
-            {
-                (rate, cell): f"{METHODS[name][0]}, top-p {p}"
-                for rate in (0.03, RARE)
-                for name in ("ppo", CHOSEN)
-                for cell, p in ((name, 1), (f"{name}_top_p", 0.9))
-            },
-        ),
-        "Edits only below a reward of 4.7": question_table(
-            found,
-            {
-                (r, cell): text
-                for r in (0.03, RARE)
-                for cell, text in ((CHOSEN, "all edited"), ("edit_below", "below 4.7"))
-            },
-        ),
-    }
     sections = {
         "Exact score (ceiling 4.75)": diagram_table(found, "reward", measured["advice"], draw.spread, common_scores()),
         "Says the topic's last step, %": diagram_table(found, "last_step", measured["last_step"], percent),
         "Gives suitable advice, %": diagram_table(found, "advice", measured["advice"], percent),
     }
-    against_ppo = difference_table(found, ((r, name, "ppo") for r in RATES for name in METHODS if name != "ppo"))
+    against_ppo = difference_table(found, said, ((r, name, "ppo") for r, name in said if name not in ("sft", "ppo")))
     if against_ppo:
         sections["Score against PPO with n = 6"] = against_ppo
     if confirmed:
-        title = f"R = 0 on seeds that chose nothing ({', '.join(map(str, CONFIRM_SEEDS))})"
-        table = question_table(confirmed, {(0.0, name): LABELS[name] for name in ("sft", *CONFIRMED)})
-        pairs = difference_table(confirmed, ((0.0, b, a) for a, b in itertools.combinations(CONFIRMED, 2)))
-        sections[title] = table + (f"\n\n{pairs}" if pairs else "")
+        pairs = [(0.0, name, other) for other, name in itertools.combinations(CONFIRMED, 2)]
+        sections[f"R = 0 on seeds that chose nothing ({', '.join(map(str, CONFIRM_SEEDS))})"] = question_table(
+            confirmed, {(0.0, name): LABELS[name] for name in ("sft", *CONFIRMED)}, pairs
+        )
     sections["All cells"] = question_table(found, said)
+    asked = {"What the loss did with edits' tokens": branch_table(found)}
+    asked["The quality of critiques"] = question_table(
+        found,
+        {(r, f"critic_{name}"): f"critic: {name}" for r in (RARE, 0.0) for name in CRITICS},
+        [(r, f"critic_{name}", "critic_exact") for r in (RARE, 0.0) for name in CRITICS if name != "exact"],
+    )
+    both, top_p = (0.03, RARE), {"": 1, "_top_p": 0.9}
+    asked["Top-p"] = question_table(
+        found,
+        {
+            (r, name + cell): f"{METHODS[name][0]}, top-p {p}"
+            for r in both
+            for name in ("ppo", CHOSEN)
+            for cell, p in top_p.items()
+        },
+        [(r, CHOSEN + cell, "ppo" + cell) for r in both for cell in top_p],
+    )
+    asked["Edits only below a reward of 4.7"] = question_table(
+        found,
+        {(r, cell): text for r in both for cell, text in ((CHOSEN, "all edited"), ("edit_below", "below 4.7"))},
+        [(r, "edit_below", CHOSEN) for r in both],
+    )
     sections |= {title: table for title, table in asked.items() if table.count("\n") > 1}
     known = sorted({key for seeds in gates.values() for g in seeds.values() for key in g} - {"missed", "nearly"})
     lines = [
