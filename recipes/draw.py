@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import tyro
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
@@ -375,8 +376,9 @@ def new_figure(n: int) -> tuple[Figure, Sequence[Axes]]:
 
 def save_figure(figure: Figure, folder: str, name: str) -> None:
     figure.tight_layout()
-    for ending in ("png", "svg"):
-        figure.savefig(f"{folder}/{name}.{ending}", dpi=110, metadata={"Date": None} if ending == "svg" else None)
+    figure.savefig(f"{folder}/{name}.png", dpi=110)
+    with rc_context({"svg.hashsalt": name}):  # the same figure is the same file: its ids are not random
+        figure.savefig(f"{folder}/{name}.svg", metadata={"Date": None})
 
 
 def plot_range(axis: Axes, ys: Sequence[Sequence], color: str, xs: Sequence[float] | None = None, **style) -> None:
