@@ -14,7 +14,7 @@ Reported, not gated:
   is the rarity that a method meets: SFT on chosen answers may have raised what the corpus has.
 - edit_step, edit_advice: of what an exact critique dictates, the share that the policy's edit has.
 Writes OUT/gates.json. A gate that is missed ends in exit status 2; --tolerant goes on where it is missed by at most
-its margin, about the spread over base models of different seeds.
+its margin.
 """
 
 import json
@@ -38,10 +38,12 @@ from runtime.distributed import Ranks, derive_seed, start
 from runtime.flags import Count
 from runtime.rows import read_rows, write_text
 
+# Limits are four standard deviations or more from what five base seeds have (docs/results.md), so that neither another
+# seed nor another processor's rounding stops a run; a margin is about three.
 GATES = {  # name: (at least or at most, limit, margin)
     "mentions_right": ("at least", 0.90, 0.05),
     "score_correlation": ("at least", 0.85, 0.05),
-    "same_first_edit": ("at least", 0.85, 0.05),
+    "same_first_edit": ("at least", 0.80, 0.05),
     "unparsable": ("at most", 0.01, 0.01),
 }
 

@@ -82,8 +82,8 @@ cat << END
 
 All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What no answer of the
 corpus says (a topic's last step, advice that suits the person) PPO can only learn once a sample happens to hold it;
-critiques name it and edits write it, so CPE is expected to say it, for some 40 % more generated tokens and a third
-more judgements. BT's reward is expected to be hacked.
+critiques name it and edits write it, so CPE is expected to say it, for a third more judgements and up to twice the
+generated tokens (its answers grow by what it learned). BT's reward is expected to be hacked.
 
 CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
 A conversation with it:  python generate.py --model $OUT/cpe/policy
