@@ -3,7 +3,7 @@
 # -> evaluation by the exact judge. It ends in one table. Everything is under OUT; run it again to resume an
 # interrupted run. Stages that do not need each other run side by side, their lines marked [NAME].
 #
-#   bash recipes/tiny.sh                             # 15 to 20 minutes
+#   bash recipes/tiny.sh                             # 12 to 20 minutes
 #   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for its table to mean anything
 #   UNTIL=gates SEED=1 OUT=out/tiny1 bash recipes/tiny.sh    # the models that RL starts from, and what the gates say
 #
@@ -82,8 +82,9 @@ cat << END
 
 All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What no answer of the
 corpus says (a topic's last step, advice that suits the person) PPO can only learn once a sample happens to hold it;
-critiques name it and edits write it, so CPE is expected to say it, for a third more judgements and up to twice the
-generated tokens (its answers grow by what it learned). BT's reward is expected to be hacked.
+critiques name it and edits write it, so CPE is expected to say it, for a third more judgements and some 70 % more
+generated tokens. BT's reward is expected to be hacked. (The base has read rewrites under critiques, so that it says
+now and then what plain answers lack; SFT on plain answers takes that away.)
 
 CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
 A conversation with it:  python generate.py --model $OUT/cpe/policy
