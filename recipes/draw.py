@@ -325,13 +325,17 @@ def difference(numbers: Numbers, name: str, other: str, column: str) -> dict | N
     )
 
 
+def with_interval(d: dict) -> list[str]:
+    """A `difference` as two columns: mean, 95 % interval."""
+    return [f"{d['mean']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}"]
+
+
 def difference_table(differences: list[dict]) -> str:
     rows = [
         [
             " - ".join(METHODS.get(cell, cell) for cell in d["cells"]),
             COLUMNS[d["column"]][0],
-            f"{d['mean']:+.2f}",
-            f"{d['low']:+.2f} to {d['high']:+.2f}",
+            *with_interval(d),
             "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}",
             d["seeds"],
         ]

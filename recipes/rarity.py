@@ -90,6 +90,8 @@ CHOSEN = "none"  # the loss of the questions below: the surest where samples lac
 # What the diagram says of R = 0, once more on seeds that chose nothing
 CONFIRM_SEEDS, CONFIRMED = (101, 102, 103), ("ppo", "unclipped", "none")
 CRITICS = ("exact", "kind", "vague", "silent", "wrong10", "wrong30", "wrong50")
+CRITIC_RATES, SAMPLED_RATES = (RARE, 0.0), (0.03, RARE)  # where questions are asked: of critics; of what samples hold
+EDIT_BELOW = 4.7
 QUICK = ("ppo", "paper", CHOSEN)
 
 
@@ -102,13 +104,13 @@ def questions() -> dict[tuple[float, str], tuple[str, str]]:
     found = {}
     for rate in RATES:  # edits cost generated tokens: PPO with as many of them
         found[rate, "ppo_tokens"] = ("ppo", f"{PLAIN} --max-steps {round(STEPS * 1.4)}")
-    for rate in (RARE, 0.0):
+    for rate in CRITIC_RATES:
         for name in CRITICS:
             found[rate, f"critic_{name}"] = (CHOSEN, f"{METHODS[CHOSEN][1]} --judge recipes/critics.py:{name}")
-    for rate in (0.03, RARE):
+    for rate in SAMPLED_RATES:
         for name in ("ppo", CHOSEN):
             found[rate, f"{name}_top_p"] = (name, f"{METHODS[name][1]} --top-p 0.9")
-        found[rate, "edit_below"] = (CHOSEN, f"{METHODS[CHOSEN][1]} --edit-below 4.7")
+        found[rate, "edit_below"] = (CHOSEN, f"{METHODS[CHOSEN][1]} --edit-below {EDIT_BELOW:g}")
     return found
 
 
@@ -174,15 +176,13 @@ def cells_of(args: Args, out: str) -> list[Cell]:
                     add([rl_cell(out, SEARCH_SEED, rate, cell, lr, METHODS[name][1], STEPS, "dev")])
         return list(found.values())
     wanted, steps = ((0.3, RARE, 0.0), QUICK_STEPS) if args.quick else (RATES, STEPS)
-    for seed in range(1 if args.quick else args.seeds):
-        add(preparation(out, seed, wanted))
-        for rate in sorted(wanted, key=lambda rate: rate != RARE):
-            for name in QUICK if args.quick else METHODS:
+    diagram = [(seed, wanted, QUICK if args.quick else METHODS) for seed in range(1 if args.quick else args.seeds)]
+    confirmation = [(seed, (0.0,), CONFIRMED) for seed in (() if args.quick else CONFIRM_SEEDS)]
+    for seed, some_rates, names in diagram + confirmation:
+        add(preparation(out, seed, some_rates))
+        for rate in sorted(some_rates, key=lambda rate: rate != RARE):
+            for name in names:
                 add([rl_cell(out, seed, rate, name, lr_of(rate, name), METHODS[name][1], steps)])
-    for seed in () if args.quick else CONFIRM_SEEDS:
-        add(preparation(out, seed, (0.0,)))
-        for name in CONFIRMED:
-            add([rl_cell(out, seed, 0.0, name, lr_of(0.0, name), METHODS[name][1], steps)])
     for seed in range(0 if args.quick else args.seeds):
         for (rate, name), (like, further) in questions().items():
             add([rl_cell(out, seed, rate, name, lr_of(rate, like), further, steps)])
@@ -314,9 +314,8 @@ def difference_table(found: Found, labels: Labels, compared: Iterable[tuple[floa
         numbers = {cell: seeds for (r, cell), seeds in found.items() if r == rate}
         d = draw.difference(numbers, name, other, "reward")
         if d:
-            interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
             label = f"{labels[rate, name]} less {labels[rate, other]}"
-            rows.append([label, f"{rate:g}", f"{d['mean']:+.2f}", interval, d["seeds"]])
+            rows.append([label, f"{rate:g}", *draw.with_interval(d), d["seeds"]])
     header = ("", "R", "difference of scores", "95 % interval over seeds", "seeds")
     return draw.markdown_table(header, rows) if rows else None
 
@@ -411,7 +410,7 @@ def branch_figure(found: Found, folder: str) -> None:
 
 def write_results(known: dict[str, dict], folder: str) -> None:
     """rarity.md and the figures of the cells in rarity.json into `folder`."""
-    found, gates = by_rate(known, range(SEARCH_SEED))
+    found, gates = by_rate(known, range(SEARCH_SEED))  # the diagram's seeds are below the search's
     confirmed, _ = by_rate(known, CONFIRM_SEEDS)
     names = ("last_step", "advice")
     measured = {key: {rate: [g[key] for g in seeds.values()] for rate, seeds in gates.items()} for key in names}
@@ -433,24 +432,25 @@ def write_results(known: dict[str, dict], folder: str) -> None:
     asked = {"What the loss did with edits' tokens": branch_table(found)}
     asked["The quality of critiques"] = question_table(
         found,
-        {(r, f"critic_{name}"): f"critic: {name}" for r in (RARE, 0.0) for name in CRITICS},
-        [(r, f"critic_{name}", "critic_exact") for r in (RARE, 0.0) for name in CRITICS if name != "exact"],
+        {(r, f"critic_{name}"): f"critic: {name}" for r in CRITIC_RATES for name in CRITICS},
+        [(r, f"critic_{name}", "critic_exact") for r in CRITIC_RATES for name in CRITICS if name != "exact"],
     )
-    both, top_p = (0.03, RARE), {"": 1, "_top_p": 0.9}
+    top_p = {"": 1, "_top_p": 0.9}
     asked["Top-p"] = question_table(
         found,
         {
             (r, name + cell): f"{METHODS[name][0]}, top-p {p}"
-            for r in both
+            for r in SAMPLED_RATES
             for name in ("ppo", CHOSEN)
             for cell, p in top_p.items()
         },
-        [(r, CHOSEN + cell, "ppo" + cell) for r in both for cell in top_p],
+        [(r, CHOSEN + cell, "ppo" + cell) for r in SAMPLED_RATES for cell in top_p],
     )
-    asked["Edits only below a reward of 4.7"] = question_table(
+    edited = {CHOSEN: "all edited", "edit_below": f"below {EDIT_BELOW:g}"}
+    asked[f"Edits only below a reward of {EDIT_BELOW:g}"] = question_table(
         found,
-        {(r, cell): text for r in both for cell, text in ((CHOSEN, "all edited"), ("edit_below", "below 4.7"))},
-        [(r, "edit_below", CHOSEN) for r in both],
+        {(r, cell): text for r in SAMPLED_RATES for cell, text in edited.items()},
+        [(r, "edit_below", CHOSEN) for r in SAMPLED_RATES],
     )
     sections |= {title: table for title, table in asked.items() if table.count("\n") > 1}
     known = sorted({key for seeds in gates.values() for g in seeds.values() for key in g} - {"missed", "nearly"})

@@ -17,7 +17,7 @@ from test_docs import PAGES, commands, read
 from test_evaluate_tasks import made_annotations
 
 ELSEWHERE = {
-    r"([A-Z]+=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
+    r"((RARITY|UNTIL|SEED|OUT)=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
     r"python SCRIPT\.py": "any of the scripts",
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
     r".*https?://": "needs a server; tests/test_judge_servers.py",
