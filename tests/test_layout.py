@@ -1,30 +1,33 @@
-"""What keeps the project readable: no circle of imports, stages that do not import one another, files of a size."""
+"""What keeps the project readable: imports point one way, no stage imports another, nothing that is read runs code."""
 
 import ast
 import os
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 STAGES = {"sft", "train_grm", "dpo", "ppo_cpe", "evaluate"}
-MAY_IMPORT_STAGES = ("replay", "bench.", "tests.")
-FOLDERS = ("", "bench", "data", "evaluation", "kernels", "recipes", "reporting", "runtime", "tests")
-LINES, PPO_LINES = 700, 650
+MAY_IMPORT_STAGES = {"replay", "bench", "tests"}  # they measure or test what a stage does
+
+# Each layer may import those before it. What is not named (data/, recipes/, tools, ...) is on top or between two.
+LAYERS = [{"kernels"}, {"model"}, {"engine", "prompts", "runtime"}, {"judges"}, {"diagnostics", "evaluation"}, STAGES]
 
 
 def sources():
-    """{module: file} of the project's own modules."""
-    found = {}
-    for folder in FOLDERS:
-        for name in sorted(os.listdir(os.path.join(ROOT, folder))):
+    """{module: file} of all Python files in the project's folders. exp/ and out/ hold what users write."""
+    modules = {}
+    for folder, subfolders, names in os.walk(ROOT):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "_")) and name not in ("exp", "out")]
+        for name in names:
             if name.endswith(".py"):
-                module = f"{folder}.{name[:-3]}" if folder else name[:-3]
-                found[module] = os.path.join(ROOT, folder, name)
-    return found
+                file = Path(folder, name)
+                modules[".".join(file.relative_to(ROOT).with_suffix("").parts)] = file
+    return modules
 
 
 def imported_by(source, modules):
-    """Which of the modules a source imports, at its top or inside of functions."""
+    """Which of the modules a source imports, at its top or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -35,52 +38,88 @@ def imported_by(source, modules):
     return names & set(modules)
 
 
+def unit(module):
+    """The folder that a module is in, or the module itself at the root."""
+    return module.partition(".")[0]
+
+
 @pytest.fixture(scope="module")
 def imports():
     """{module: the project's modules that it imports}."""
     modules = sources()
-    found = {}
-    for module, file in modules.items():
-        with open(file, encoding="utf-8") as f:
-            found[module] = imported_by(f.read(), modules)
-    return found
+    return {module: imported_by(file.read_text(encoding="utf-8"), modules) for module, file in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def unit_imports(imports):
+    """{unit: the other units that it imports}."""
+    units = {unit(module): set() for module in imports}
+    for module, names in imports.items():
+        units[unit(module)] |= {unit(name) for name in names} - {unit(module)}
+    return units
 
 
 def circle(imports):
-    """Modules that import one another in a circle, [] where there is none."""
+    """Names that import one another in a circle, [] where there is none."""
     done = set()
 
-    def visit(module, path):
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module in done:
+    def visit(name, path):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
             return []
-        found = next((c for m in sorted(imports[module]) if (c := visit(m, [*path, module]))), [])
-        done.add(module)
-        return found
+        for imported in sorted(imports[name]):
+            if found := visit(imported, [*path, name]):
+                return found
+        done.add(name)
+        return []
 
-    return next((c for module in sorted(imports) if (c := visit(module, []))), [])
+    for name in sorted(imports):
+        if found := visit(name, []):
+            return found
+    return []
+
+
+def reachable(imports, name):
+    """All that is imported when `name` is, however indirectly."""
+    seen = set()
+    waiting = [name]
+    while waiting:
+        new = imports[waiting.pop()] - seen
+        seen |= new
+        waiting.extend(new)
+    return seen
+
+
+def upward_imports(imports):
+    """Imports against the layers, as "unit -> unit of a higher layer"."""
+    found = []
+    for height, layer in enumerate(LAYERS):
+        higher = set().union(*LAYERS[height + 1 :])
+        for name in sorted(layer & set(imports)):
+            found += [f"{name} -> {other}" for other in sorted(reachable(imports, name) & higher)]
+    return found
+
+
+def test_the_checks_find_what_they_look_for():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert imported_by("def f():\n    from runtime import flags", ["runtime.flags"]) == {"runtime.flags"}
+    through_another = {"runtime": {"helpers"}, "helpers": {"judges"}, "judges": {"model"}, "model": set()}
+    assert upward_imports(through_another) == ["runtime -> judges"]
 
 
 def test_no_modules_import_one_another_in_a_circle(imports):
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]  # what would be found
-    assert imported_by("def f():\n    from runtime import flags", ["runtime.flags"]) == {"runtime.flags"}
     assert imports["sft"] > {"runtime.flags", "model"}
     assert circle(imports) == []
 
 
+def test_imports_point_from_the_stages_down_to_the_kernels(unit_imports):
+    assert set(upward_imports(unit_imports)) <= {"judges -> evaluation"}  # by way of data.persona_world
+
+
 def test_stages_do_not_import_one_another(imports):
-    found = {m: imports[m] & STAGES for m in imports if not m.startswith(MAY_IMPORT_STAGES)}
+    found = {m: imports[m] & STAGES for m in imports if unit(m) not in MAY_IMPORT_STAGES}
     assert {module: names for module, names in found.items() if names} == {}
-
-
-def test_no_file_is_long():
-    lengths = {}
-    for file in sources().values():
-        with open(file, encoding="utf-8") as f:
-            lengths[os.path.relpath(file, ROOT)] = sum(1 for _ in f)
-    assert {file: n for file, n in lengths.items() if n > LINES} == {}
-    assert lengths["ppo_cpe.py"] < PPO_LINES
 
 
 # -- only safetensors and JSON are read from outside: what follows would run code that a file holds
@@ -121,7 +160,6 @@ eval(text)
     assert unsafe_reads("torch.load(file, weights_only=True)\nast.literal_eval(text)\nmodel.eval()") == []
     found = {}
     for module, file in sources().items():
-        if not module.startswith("tests."):  # these make hostile files
-            with open(file, encoding="utf-8") as f:
-                found[module] = unsafe_reads(f.read())
+        if unit(module) != "tests":  # these make hostile files
+            found[module] = unsafe_reads(file.read_text(encoding="utf-8"))
     assert {module: lines for module, lines in found.items() if lines} == {}
