@@ -49,6 +49,7 @@ from typing import Any
 from reporting.evaluations import VERDICTS, annotation_run, evaluation_run, judgement_pair
 from reporting.folders import DIMENSIONS, read_lines, read_object, rows_of
 from reporting.lights import held_out_light, lights
+from reporting.old_names import FLAG_NAMES, METRIC_NAMES, renamed
 from runtime.rows import SURROGATE, step_files, write_text
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reporting", "page")
@@ -189,7 +190,7 @@ def kind_text(kind: str, args: dict) -> str:
     if kind == "rl":
         if not args.get("edit_rate"):
             return "PPO"
-        return "PPO with critique credit" if args.get("edit_ratio") == "sdpo" else "PPO with critique-post-edit"
+        return "PPO with critique credit" if args.get("edit_loss") == "sdpo" else "PPO with critique-post-edit"
     return "Pretraining from scratch" if args.get("from_scratch") else KINDS.get(kind, kind)
 
 
@@ -234,6 +235,13 @@ def by_interest(rows: list[dict]) -> list[int]:
     return list(dict.fromkeys(firsts + rest))
 
 
+def renamed_rollout(row: dict) -> dict:
+    row = renamed(row, METRIC_NAMES)
+    if row.get("edit"):
+        row["edit"] = renamed(row["edit"], METRIC_NAMES)
+    return row
+
+
 SAMPLE = ("prompt_id", "sample_id")  # what a response belongs to
 
 
@@ -261,7 +269,8 @@ def add_tokens(file: str, rows: list[dict], places: dict[tuple, int], budget: Bu
 
 def add_lost(file: str, rows: list[dict], sizes: list[int], places: dict[tuple, int]) -> None:
     """Puts OUT/lost of a step into its rows: an answer as a row of its own, an edit into that of its answer."""
-    for line, row in read_lines(file, SAMPLE):
+    for line, lost in read_lines(file, SAMPLE):
+        row = renamed_rollout(lost)
         i = places.get(tuple(row[name] for name in SAMPLE))
         if i is None:
             rows.append(row)
@@ -287,7 +296,7 @@ def read_rollouts(folder: str, last_step: int, max_bytes: float) -> tuple[list[d
     for kind in ("rollouts", "held_out"):
         for step, file in files[kind].items():
             lines = list(read_lines(file, (*SAMPLE, "answer")))
-            sizes, found = [len(line) for line, _ in lines], [row for _, row in lines]
+            sizes, found = [len(line) for line, _ in lines], [renamed_rollout(row) for _, row in lines]
             if kind == "rollouts":
                 firsts[step] = found[:64]
                 places = {tuple(row[name] for name in SAMPLE): i for i, row in enumerate(found)}
@@ -392,8 +401,8 @@ def columns(metrics: list[dict]) -> dict[str, list]:
 
 def train_run(folder: str, kind: str, max_bytes: float) -> dict[str, Any]:
     """What the page has of a training run."""
-    args = read_object(os.path.join(folder, "args.json"))
-    metrics = rows_of(folder, "metrics.jsonl")
+    args = renamed(read_object(os.path.join(folder, "args.json")), FLAG_NAMES)
+    metrics = [renamed(row, METRIC_NAMES) for row in rows_of(folder, "metrics.jsonl")]
     for place, row in enumerate(metrics, 1):
         if type(row.get("step")) is not int:
             raise ValueError(f'{folder}/metrics.jsonl:{place}: expected a number as "step"')

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, error_of
 
 import report
+from reporting import old_names
 from reporting.evaluations import evaluation_run
 from reporting.lights import lights
 
@@ -331,3 +332,19 @@ def test_exact_scores_of_the_generated_world(tmp_path):
     rows, prompts = report.rollouts_for_page([row | dict(step=1, held_out=False)])
     assert rows[0]["exact"] == round(metrics[0]["exact/original"], 2) and prompts["w"]["topic"] == "cook for a week"
     assert SimpleNamespace(**rows[0]).answer == "Your food is vegan."
+
+
+def test_a_folder_with_names_of_an_earlier_version(tmp_path, monkeypatch):
+    """Metrics, rollouts (their edits too) and flags are shown under today's names."""
+    monkeypatch.setitem(old_names.METRIC_NAMES, "old_reward", "original/reward")
+    monkeypatch.setitem(old_names.METRIC_NAMES, "points", "reward")
+    run = rl_run(tmp_path / "run", steps=2)
+    for file, now, then in (
+        ("metrics.jsonl", "original/reward", "old_reward"),
+        ("rollouts/step_000001.jsonl", "reward", "points"),
+    ):
+        (run / file).write_text((run / file).read_text().replace(f'"{now}"', f'"{then}"'))
+    (found,) = data_of(made([run], tmp_path / "page.html"))["runs"]
+    assert found["metrics"]["original/reward"] == [1.1, 1.2] and "old_reward" not in found["metrics"]
+    assert found["rows"][0]["reward"] == 0.5 and found["rows"][0]["edit"]["reward"] == 0.0
+    assert found["args"]["edit_loss"] == "unclipped"
