@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from chat import Chat
-from judge_base import Judge
 from judges import ask_all
+from judges.base import Judge
 from model import save_pretrained
 from prompts import DIMENSIONS
 from runtime import checkpoints, runs, training

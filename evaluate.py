@@ -3,7 +3,7 @@
 `--task win-rate` compares a model with a baseline:
 1. Draw `n_prompts` of the prompts and get both sides' answers: sampled from a model by the engine or by a server, read
    from a file (--answers, --baseline-answers), or the prompts' own references (--baseline reference).
-2. A judge decides. `--judge pair:...` names the better of the two answers, asked in both orders (judges.py). Any other
+2. A judge decides. `--judge pair:...` names the better of the two answers, asked in both orders (judges/). Any other
    judge (a generative reward model, a Bradley-Terry model, the exact judge of the generated world, a function of your
    own) scores each answer by itself, and the higher score wins. Equal texts are a draw without a question.
 3. Tables: win rate and length-controlled win rate with 95 % intervals, by group, position bias, what is missing.
@@ -85,7 +85,7 @@ class Args(flags.Judging, flags.Sampling):
     # -- the judge
     judge: str = "out/grm/model"
     """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION | pair:PATH | pair:http...
-    (judges.py)."""
+    (judges/)."""
     orders: Literal["both", "drawn"] = "both"
     """A judge that compares sees both orders, or one that AlpacaEval's rule draws from the instruction."""
     judge_temperature: flags.NonNegative = 0.0

@@ -38,8 +38,8 @@ from chat import Chat, without_control_tokens
 from data import persona_world
 from evaluation.journal import Journal
 from generate import Engine
-from judge_base import weights_fingerprint
-from judge_servers import text_of
+from judges.base import weights_fingerprint
+from judges.servers import text_of
 from model import load_pretrained, resolve
 from prompts import Templates, judgement_text, load_templates
 from runtime.chat_client import (

@@ -1,7 +1,7 @@
 """What is asked of models and judges once, and kept: replies and verdicts, appended to disk as they come.
 
     replies(name, spec, requests, ...)   a model's replies to messages, by the engine or by a chat server
-    verdicts_on(items, ...)              a judge's verdicts on answers (judges.py)
+    verdicts_on(items, ...)              a judge's verdicts on answers (judges/)
 
 Each row carries `made_by`, a digest of all that it depends on, and stands in OUT/journal/. A row that is there is not
 asked for again, whenever the run was killed. `args` are those of evaluate.py.
@@ -20,8 +20,8 @@ import torch
 
 from chat import Chat
 from generate import Engine
-from judge_base import weights_fingerprint
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec
+from judges.base import weights_fingerprint
 from model import load_config, load_pretrained, resolve
 from prompts import DIMENSIONS, Judgement
 from runtime.chat_client import ChatServer, Failure, ServerDown, is_url

@@ -23,7 +23,7 @@ import torch
 from chat import Chat, without_control_tokens
 from evaluation import tables, winrate
 from evaluation.journal import draw_rows, made_once, replies
-from judge_base import weights_fingerprint
+from judges.base import weights_fingerprint
 from model import load_pretrained
 from prompts import without_reasoning
 from runtime import packing

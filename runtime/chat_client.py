@@ -46,7 +46,7 @@ OF_THE_SERVER = (401, 402, 403, 404)  # a key that has expired, credits that are
 class Failure(Exception):
     """A request that gave nothing to read; the message says why.
 
-    kind, as of judge_base.Verdict.failure: request (nothing that the model said arrived; may work another time) |
+    kind, as of judges.Verdict.failure: request (nothing that the model said arrived; may work another time) |
     refused | unparsable. retry: whether it helps to ask for another judgement.
     """
 

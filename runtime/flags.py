@@ -102,7 +102,7 @@ class Judging:
 
     # -- the judge
     judge: str = "out/grm/model"
-    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges.py)."""
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges/)."""
     grm_template: str | None = None
     """File that replaces the rubric that the judge was trained with."""
     score_weights: tuple[NonNegative, NonNegative, NonNegative] = SCORE_WEIGHTS

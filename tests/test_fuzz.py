@@ -16,8 +16,8 @@ from test_prompts import write_tokenizer
 
 from chat import Chat, without_control_tokens
 from data import readers
-from judge_base import share_of_first
-from judge_servers import first_token, text_of
+from judges.base import share_of_first
+from judges.servers import first_token, text_of
 from prompts import (
     DIMENSIONS,
     PAIR_NAMES,

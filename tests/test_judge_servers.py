@@ -1,4 +1,4 @@
-"""judge_servers.py: verdicts through a server's faults; nothing lost, nothing made up."""
+"""judges/servers.py: verdicts through a server's faults; nothing lost, nothing made up."""
 
 import http.server
 import json
@@ -205,7 +205,7 @@ def answers_in_time(judge, key="fine"):
 def told_soon(monkeypatch):
     monkeypatch.setattr(chat_client, "TOLD_AFTER", 0.1)
     monkeypatch.setattr(chat_client, "TOLD_EVERY", 0.3)
-    monkeypatch.setattr("judge_servers.TOLD_EVERY", 0.3)
+    monkeypatch.setattr("judges.servers.TOLD_EVERY", 0.3)
 
 
 def test_a_server_that_is_down_for_a_while_is_waited_for(server, opened, told_soon, capsys):

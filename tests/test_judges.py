@@ -1,4 +1,4 @@
-"""judges.py: verdicts of models in this process and of functions; nothing lost, nothing made up."""
+"""judges: verdicts of models in this process and of functions; nothing lost, nothing made up."""
 
 import json
 import math

@@ -43,8 +43,8 @@ import torch
 
 from chat import Chat
 from generate import Engine
-from judge_base import Judge, JudgeSettings, Verdict, share_of_first
-from judge_servers import PairServerJudge, ServerJudge
+from judges.base import Judge, JudgeSettings, Verdict, share_of_first
+from judges.servers import PairServerJudge, ServerJudge
 from kv_cache import likely_tokens
 from model import Packed, load_pretrained
 from prompts import DIMENSIONS, PAIR_NAMES, Judgement, Templates, bt_ids, grm_prompt, pair_request, parse_judgement

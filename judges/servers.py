@@ -8,7 +8,7 @@ import threading
 import time
 
 from chat import without_control_tokens
-from judge_base import Judge, JudgeSettings, share_of_first
+from judges.base import Judge, JudgeSettings, share_of_first
 from prompts import Templates, grm_request, pair_request, parse_judgement, parse_pair
 from runtime.chat_client import TOLD_EVERY, ChatServer, Failure, ServerDown
 from runtime.distributed import derive_seed

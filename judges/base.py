@@ -1,4 +1,4 @@
-"""What every judge has (judges.py): its verdicts, its settings, the base class, P(first) of a judge that compares."""
+"""What every judge has (judges/): its verdicts, its settings, the base class, P(first) of a judge that compares."""
 
 import glob
 import math
