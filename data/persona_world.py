@@ -455,6 +455,11 @@ def judge(persona: dict, question: str, answer: str) -> Judgement:
     return review(persona, question, answer)[0]
 
 
+def exact_judge(row: dict, answer: str) -> Judgement:
+    """The exact judge in the form of a judge function: `--judge data/persona_world.py:exact_judge`."""
+    return judge(row["persona"], row["question"], answer)
+
+
 def edit_text(persona: dict, edit: tuple[str, ...]) -> str:
     """An edit in the words of a critique."""
     kind, *what = edit

@@ -22,7 +22,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from data.readers import normal
 from prompts import DIMENSIONS, Judgement, persona_text
-from reporting.folders import read_object, rows_of
+from runtime.rows import logged_rows, read_json
 
 SIMILAR = 0.9  # cosine from which two texts count as copies of one another
 DRAWN = 3000  # texts that are compared with one another; of more so many are drawn
@@ -174,17 +174,17 @@ def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[int]]:
 def read(folder: str) -> dict[str, list[dict]]:
     """{name: rows} of OUT/annotate, and prompts of both sides; [] where a step has not been made."""
     names = ("answers", "scores", "pairs", "judgements", "audit", "dropped")
-    found = {name: rows_of(folder, "annotate", f"{name}.jsonl") for name in names}
+    found = {name: logged_rows(os.path.join(folder, "annotate", f"{name}.jsonl")) for name in names}
     for side in ("train", "eval"):
-        found[side] = rows_of(folder, f"prompts_{side}.jsonl")
+        found[side] = logged_rows(os.path.join(folder, f"prompts_{side}.jsonl"))
         if not found[side]:  # prompts that were named by --prompts: those that came to a pair
-            found[side] = rows_of(folder, "pairs.jsonl" if side == "train" else "pairs_eval.jsonl")
+            found[side] = logged_rows(os.path.join(folder, "pairs.jsonl" if side == "train" else "pairs_eval.jsonl"))
     return found
 
 
 def sheet(folder: str) -> tuple[str, list[dict]]:
     """-> (the sheet as Markdown, ten pairs at random: pair rows with the judgements of both sides)."""
-    summary, rows = read_object(os.path.join(folder, "annotation.json")), read(folder)
+    summary, rows = read_json(os.path.join(folder, "annotation.json")), read(folder)
     args = summary["args"]
     weights = args["score_weights"]
     judged = {(row["prompt_id"], row["answer"]): judgement_of(row) for row in rows["judgements"]}

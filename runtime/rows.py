@@ -6,10 +6,12 @@ import glob
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
-SCORES = dict.fromkeys(("helpfulness", "personalization", "naturalness"), "score")
+DIMENSIONS = ("helpfulness", "personalization", "naturalness")  # of a judgement
+SCORES = dict.fromkeys(DIMENSIONS, "score")
 ROW_FIELDS = {
     "prompt": PROMPT,
     "pair": {**PROMPT, "chosen": "text", "rejected": "text"},
@@ -23,8 +25,13 @@ ROW_FIELDS = {
 # Nesting of objects and lists in a row: what walks through a row by recursion, the text of a persona, say, can do it.
 MAX_DEPTH = 100
 
-# What makes the files that the scripts read by default: said where one is missing.
+# What makes the files and folders that the scripts read by default: said where one is missing.
 MADE_BY = {
+    "out/sft/": "run sft.py first",
+    "out/grm/": "run train_grm.py first",
+    "out/bt/": "run train_grm.py --objective bt first",
+    "out/dpo/": "run dpo.py first",
+    "out/ppo_cpe/": "run ppo_cpe.py first",
     "out/data/judgements": "make judgements with data/annotate.py, or train on --data of your own",
     "out/data/": "make rows with data/prepare.py, or name a file of your own",
     "out/world/": "run data/persona_world.py first",
@@ -132,6 +139,18 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
+def read_json(file: str) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ValueError with its name where it does not."""
+    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
+        try:
+            content = json.load(f)
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
+            raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
 def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
     """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over. growing: so is
     a line without its end, which is being written or was when its writer was killed.
@@ -172,6 +191,24 @@ def read_rows(path: str, kind: str) -> list[dict]:
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: empty, expected {kind} rows")
+    return rows
+
+
+def logged_rows(path: str, fields: Sequence[str] = ()) -> list[dict]:
+    """Rows of a file that a run writes or wrote; [] where there is none. Half a line at its end is left out.
+
+    ValueError: a line is not a JSON object or lacks one of the fields.
+    """
+    if not os.path.isfile(path):
+        return []
+    rows = []
+    for where, row in json_lines(path, growing=True):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        for field in fields:
+            if field not in row:
+                raise ValueError(f'{where}: field "{field}" is missing')
+        rows.append(row)
     return rows
 
 

@@ -1,10 +1,8 @@
-"""report.py: what a page holds of each kind of run, how it is embedded, its lights, its samples, its figures."""
+"""report.py: what a page holds of each kind of run, how it is embedded, its warnings, its samples, its figures."""
 
 import json
 import os
 import re
-from random import Random
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, error_of
@@ -12,7 +10,7 @@ from conftest import ROOT, error_of
 import report
 from reporting import old_names
 from reporting.evaluations import evaluation_run
-from reporting.lights import lights
+from reporting.warnings import rl_warnings
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script> <!-- <img src=x onerror='window.hacked = 1'> &lt;b&gt; "
@@ -33,9 +31,7 @@ def write_lines(path, rows):
 
 def rl_run(folder, steps=12, hostile=None, samples=2, prompts=3, answer=None):
     """A run of PPO with critique-post-edit as ppo_cpe.py leaves it, without weights."""
-    args = dict(
-        edit_rate=0.5, edit_ratio="unclipped", max_steps=steps, judge="out/grm/model", inputs={"--model": "f00"}
-    )
+    args = dict(edit_rate=0.5, edit_loss="unclipped", max_steps=steps, judge="out/grm/model", inputs={"--model": "f00"})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(args))
     lines = []
@@ -96,7 +92,7 @@ def test_a_page_holds_what_the_run_left(tmp_path, capsys):
     assert tokens["edit"]["tokens"]["kept"] == [True, False, True]
     assert rows[0]["recited"] == 0.5  # "vegan", not the name
     panels = {p["title"]: p for p in found["panels"]}
-    assert panels["Reward"]["series"] == [["original/reward", "answers"], ["edit/reward", "edits"]]
+    assert panels["Reward"]["series"] == [["original/reward", "originals"], ["edit/reward", "edits"]]
     assert panels["own/figure"]["section"] == "Other metrics"  # a fork's own metrics get a curve
     assert found["metrics"]["original/length"][:2] == [21, 22]
 
@@ -164,36 +160,36 @@ def steady(**changes):
         ("Reward hacking", dict(original__reward=lambda s: s, exact__original=lambda s: -abs(s - 10))),
         ("Edits no better", dict(edit__gain=lambda s: 1 - s / 18)),
         ("Judge failures", dict(judge_unparsed=lambda s: s)),
-        ("Trainer against engine", dict(logprob_gap=lambda s: s / 100)),
+        ("Train-inference mismatch", dict(logprob_gap=lambda s: s / 100)),
         ("Ratio on inserted tokens", dict(edit__inserted_ratio=lambda s: s / 2)),
         ("Value loss", dict(value_loss=lambda s: 1 + s, explained_variance=lambda s: 0.5 - s / 10)),
         ("Entropy", dict(entropy=lambda s: 1 / s)),
         ("Recitation", dict(original__recited=lambda s: 0.1 + s / 100)),
     ],
 )
-def test_each_light_has_its_rule(name, changes):
-    assert {light["state"] for light in lights(steady())} == {"ok"}
+def test_each_warning_has_its_rule(name, changes):
+    assert {warning["state"] for warning in rl_warnings(steady())} == {"ok"}
     metrics = steady(**changes)
-    found = {light["name"]: light for light in lights(metrics)}
-    assert [n for n, light in found.items() if light["state"] == "warn"] == [name]
+    found = {warning["name"]: warning for warning in rl_warnings(metrics)}
+    assert [n for n, warning in found.items() if warning["state"] == "warn"] == [name]
     assert found[name]["rule"].endswith(".") and found[name]["found"] and found[name]["link"]["steps"] == [17, 20]
 
 
-def test_a_light_by_held_out_rewards_that_are_few():
+def test_a_warning_by_held_out_rewards_that_are_few():
     """Held-out prompts are judged in some steps: the fifths without them are left out."""
     held_out = {2: 1.0, 7: 2.0, 17: 1.2}  # nothing in two of the fifths
     metrics = [{k: v for k, v in row.items() if k != "exact/original"} for row in steady(original__reward=lambda s: s)]
     for step, reward in held_out.items():
         metrics[step - 1]["held_out/original/reward"] = reward
-    (light,) = [light for light in lights(metrics) if light["name"] == "Reward hacking"]
-    assert light["state"] == "warn" and "held-out reward 1.00, best 2.00, last 1.20" in light["found"]
+    (warning,) = [warning for warning in rl_warnings(metrics) if warning["name"] == "Reward hacking"]
+    assert warning["state"] == "warn" and "held-out reward 1.00, best 2.00, last 1.20" in warning["found"]
 
 
-def test_lights_of_what_was_not_measured_or_is_short():
+def test_warnings_of_what_was_not_measured_or_is_short():
     metrics = [{k: v for k, v in row.items() if not k.startswith(("edit/", "exact/"))} for row in steady()]
-    states = {light["name"]: light["state"] for light in lights(metrics)}
+    states = {warning["name"]: warning["state"] for warning in rl_warnings(metrics)}
     assert states["Edits no better"] == states["Reward hacking"] == "none" and states["Length"] == "ok"
-    assert lights(steady()[:9]) == []
+    assert rl_warnings(steady()[:9]) == []
 
 
 def test_supervised_runs(tmp_path):
@@ -215,7 +211,7 @@ def test_supervised_runs(tmp_path):
     assert found["label"] == "Generative reward model" and [p["title"] for p in found["panels"]] == ["Loss"]
     assert [j["verdict"] for j in found["judgements"]] == ["win", "tie", "loss", "none"]
     assert [side["title"] for side in found["judgements"][0]["sides"]] == ["label", "this model"]
-    assert [(light["name"], light["state"]) for light in found["lights"]] == [("Overfitting", "warn")]
+    assert [(warning["name"], warning["state"]) for warning in found["warnings"]] == [("Overfitting", "warn")]
     for args, label in ((dict(beta=0.2), "DPO"), (dict(objective="bt"), "Bradley-Terry reward model")):
         (run / "args.json").write_text(json.dumps(args))
         assert data_of(made([run], tmp_path / "page.html"))["runs"][0]["label"] == label
@@ -321,17 +317,22 @@ def test_names_tell_runs_apart(tmp_path):
     assert [r["name"] for r in found] == ["x/cpe", "y/cpe", "ppo"]
 
 
-def test_exact_scores_of_the_generated_world(tmp_path):
-    from data.persona_world import judge, sample_persona
-
-    row = dict(prompt_id="w", persona=sample_persona(Random(0)), question="How do I cook for a week?")
-    row |= dict(source="persona_world", sample_id=0, answer="Your food is vegan.", edit=None, reward=1.0, n_tokens=4)
-    metrics = [{"step": 1}]
-    report.add_exact(metrics, {1: [row]})
-    assert metrics == [{"step": 1, "exact/original": judge(row["persona"], row["question"], row["answer"]).score()}]
-    rows, prompts = report.rollouts_for_page([row | dict(step=1, held_out=False)])
-    assert rows[0]["exact"] == round(metrics[0]["exact/original"], 2) and prompts["w"]["topic"] == "cook for a week"
-    assert SimpleNamespace(**rows[0]).answer == "Your food is vegan."
+def test_exact_scores(tmp_path):
+    """--exact-judge: a function of row and answer, whose score or Judgement stands beside the rewards."""
+    (tmp_path / "truth.py").write_text(
+        "from prompts import Judgement\n"
+        "def score(row, answer):\n    return len(answer) + len(row['question'])\n"
+        "def judgement(row, answer):\n    return Judgement('Fine.', 1, 2, 3)\n"
+    )
+    run = rl_run(tmp_path / "run", steps=2)
+    html = made([run], tmp_path / "page.html", exact_judge=f"{tmp_path}/truth.py:score")
+    (found,) = data_of(html)["runs"]
+    row = found["rows"][0]
+    assert row["exact"] == len(row["answer"]) + len(found["prompts"][row["prompt"]]["question"])
+    assert found["metrics"]["exact/gain"] == [len(" It is new.")] * 2 and row["edit"]["exact"] == row["exact"] + 11
+    (found,) = report.read_runs([str(run)], 20, f"{tmp_path}/truth.py:judgement")
+    assert found["metrics"]["exact/original"] == [0.35 + 0.8 + 0.75] * 2
+    assert "exact/original" not in report.read_runs([str(run)], 20)[0]["metrics"]
 
 
 def test_a_folder_with_names_of_an_earlier_version(tmp_path, monkeypatch):

@@ -59,9 +59,9 @@ def test_overview(at):
     assert b.text("#header .status").startswith(
         "PPO with critique-post-editstep 12"
     )  # a dot between them is the style sheet's
-    assert b.count(".light") == 9 and b.count(".light.warn") == 1
+    assert b.count(".warning") == 9 and b.count(".warning.warn") == 1
     b.until("return document.querySelectorAll('.chart canvas').length >= 4")
-    assert b.text('.chart[data-title="Reward"] .values').split() == ["answers", "2.20", "edits", "2"]
+    assert b.text('.chart[data-title="Reward"] .values').split() == ["originals", "2.20", "edits", "2"]
     set_value(b, "#x", "generated tokens")
     set_value(b, "#smooth", "2")
     b.until("return location.hash === '#x=generated+tokens&smooth=2'")
@@ -87,12 +87,12 @@ def test_a_click_on_a_step_shows_its_rollouts(at):
         b.run("return run().rows.filter((_, i) => matching().rows.includes(i)).map(r => r.step)")
     ) == {5}
     b.ask("POST", f"{b.session}/back")  # the address holds the state: back to the curves
-    b.until("return document.querySelector('.lights') !== null && state.from === ''")
+    b.until("return document.querySelector('.warnings') !== null && state.from === ''")
 
 
-def test_a_light_shows_the_rollouts_behind_it(at):
+def test_a_warning_shows_the_rollouts_behind_it(at):
     b = at()
-    b.click(".light.warn .go")
+    b.click(".warning.warn .go")
     b.until("return document.querySelector('#sort')?.value === 'worsened'")
     assert b.run("return [state.view, state.from, state.to]") == ["rollouts", "10", "12"]
 

@@ -1,15 +1,15 @@
 "use strict";
-// The state of the page, which stands in its address; helpers that all views use; header, filters, keyboard.
-// A view is {mount(main), update(changed)}: mount builds it anew, update follows a change of the state.
+// The state of the page, which its address holds. Helpers for all views. Header, filters, keyboard.
+// A view is {mount(main), update(changed)}: mount builds it, update follows a change of the state.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const DIMENSIONS = ["helpfulness", "personalization", "naturalness"];
 
 const DEFAULTS = {
-  run: 0, view: "overview", x: "step", smooth: 0, // what is looked at
+  run: 0, view: "overview", x: "step", smooth: 0, // the view
   from: "", to: "", q: "", show: "all", sort: "step", topic: "", prompt: "", // the filter
-  row: "", text: "diff", color: "off", // a rollout
+  row: "", text: "diff", color: "off", // the rollout
   verdict: "all", order: "file", group: "", pair: "plain", // rows of evaluations
   at: "last", nth: 0, // the comparison
 };
@@ -34,13 +34,13 @@ function h(tag, attributes, ...children) {
   return element;
 }
 
-// What can't be seen, or would turn the text around it, is written out: control characters, marks of direction, half of a pair of surrogates.
+// Characters that are invisible or change the text around them are written out: control characters, direction marks, lone surrogates.
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 function visible(text) {
   return String(text ?? "").replace(UNSEEN, (c) => `\u27e8U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
 }
 
-// Text of a run, as it is: each in its own direction, never as markup.
+// Text from a run: shown as it is, in its own direction, never as markup.
 function said(text, className = "said") {
   return h("div", { class: className, dir: "auto" }, visible(text));
 }
@@ -92,7 +92,7 @@ function writeAddress(replace) {
   history[replace ? "replaceState" : "pushState"](null, "", address);
 }
 
-let shown = {}; // the state that is on the page
+let shown = {}; // the state that the page shows now
 function set(changes, replace = false) {
   Object.assign(state, changes);
   if ("run" in changes && changes.run !== shown.run) {
@@ -159,28 +159,28 @@ function renderHeader() {
 
 const KEYS = [
   ["o  r  c  s", "overview, rollouts or answers, comparison, settings"], ["/", "search"], ["j  k", "next, previous row"],
-  ["n  p", "next, previous step"], ["d", "edit as diff or as text"],
-  ["t", "colour tokens: log-prob, ratio, weight, advantage, off"], ["\u2190 \u2192", "walk through coloured tokens, once clicked"],
-  ["x", "clear the filter"], ["?", "this list"], ["Esc", "close, back to the list"],
+  ["n  p", "next, previous step"], ["d", "show the edit as diff or as text"],
+  ["t", "colour tokens by log-prob, ratio, weight, advantage, or not"], ["\u2190 \u2192", "move through coloured tokens after a click on one"],
+  ["x", "clear the filter"], ["?", "show this list"], ["Esc", "close, go back to the list"],
 ];
 function toggleHelp() {
   const dialog = document.getElementById("help");
   if (dialog.open) return dialog.close();
   dialog.replaceChildren(
     h("h2", {}, "Keys"), h("dl", {}, KEYS.map(([key, text]) => [h("dt", {}, key.split("  ").map((k) => h("kbd", {}, k))), h("dd", {}, text)])),
-    h("h2", {}, "Mouse"), h("p", {}, "A click on a curve shows the rollouts of that step; dragging over one selects steps."),
+    h("h2", {}, "Mouse"), h("p", {}, "Click a curve to see the rollouts of that step. Drag over it to select steps."),
     h("form", { method: "dialog" }, h("button", {}, "Close")));
   dialog.showModal();
 }
 
-// -- the filter: one for curves and rollouts ---------------------------------------------------------------------------
+// -- the filter, shared by curves and rollouts ---------------------------------------------------------------------------
 
 const SHOW = {
   all: ["All rollouts", () => true],
-  trained: ["Edit trained", (r) => r.edit && r.edit.selected],
+  trained: ["Edit in the batch", (r) => r.edit && r.edit.selected],
   left: ["Left the batch", (r) => r.left || (r.edit && r.edit.left)],
   cut: ["Cut off at the limit", (r) => r.truncated || (r.edit && r.edit.truncated)],
-  clipped: ["With clipped tokens", (r) => clippedShare(r) > 0],
+  clipped: ["With clipped tokens", (r) => clippedFraction(r) > 0],
   tokens: ["With token figures", (r) => r.tokens || (r.edit && r.edit.tokens)],
   heldout: ["Held-out prompts", (r) => r.held_out],
 };
@@ -193,11 +193,11 @@ const SORT = {
   longest: ["Longest", (r) => r.n_tokens ?? null],
   best: ["Highest reward", (r) => r.reward ?? null],
   worst: ["Lowest reward", (r) => (r.reward === undefined ? null : -r.reward)],
-  clipped: ["Most clipped tokens", (r) => clippedShare(r)],
-  recites: ["Recites the profile most", (r) => r.recited ?? null],
+  clipped: ["Most clipped tokens", (r) => clippedFraction(r)],
+  recites: ["Recites the persona most", (r) => r.recited ?? null],
 };
 
-function clippedShare(r) {
+function clippedFraction(r) {
   let none = 0, n = 0;
   for (const part of [r, r.edit]) {
     for (const weight of (part && part.tokens && part.tokens.weight) || []) [none, n] = [none + (weight === 0), n + 1];
@@ -206,17 +206,17 @@ function clippedShare(r) {
 }
 
 const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-function haystack(one, r) {
-  if (r.hay === undefined) {
+function searchText(one, r) {
+  if (r.searchText === undefined) {
     const p = one.prompts[r.prompt];
     const parts = [r.prompt, p.question, asText(p.persona), p.topic, r.answer, r.critique, r.left, r.edit && r.edit.answer, r.edit && r.edit.critique];
-    Object.defineProperty(r, "hay", { value: parts.filter(Boolean).join("\n").toLowerCase() });
+    Object.defineProperty(r, "searchText", { value: parts.filter(Boolean).join("\n").toLowerCase() });
   }
-  return r.hay;
+  return r.searchText;
 }
 
 let cache = { key: null };
-// Indices of the rows that the filter lets through, in its order; `anyStep`: whatever the step.
+// Indices of the rows that pass the filter, in its order. `anyStep` ignores the range of steps.
 function matching() {
   const key = JSON.stringify([state.run, ...FILTER.map((name) => state[name])]);
   if (cache.key === key) return cache;
@@ -226,7 +226,7 @@ function matching() {
   one.rows.forEach((r, i) => {
     if (state.prompt && r.prompt !== state.prompt) return;
     if (state.topic && one.prompts[r.prompt].topic !== state.topic) return;
-    if (!show(r) || !words.every((w) => haystack(one, r).includes(w))) return;
+    if (!show(r) || !words.every((w) => searchText(one, r).includes(w))) return;
     anyStep.push(i);
     if (r.step >= low && r.step <= high) rows.push(i);
   });
@@ -273,7 +273,7 @@ function renderFilters(anew, changed) {
       "Only prompt ", h("b", {}, visible(state.prompt)), " \u00d7")] : []));
   const found = matching(), { shown: kept, of } = one.sampled;
   document.getElementById("count").replaceChildren(`${plural(found.rows.length, "rollout")} of ${one.rows.length.toLocaleString("en")}`,
-    kept < of ? h("span", { class: "sampled" }, ` \u2014 a sample: ${kept.toLocaleString("en")} of the ${of.toLocaleString("en")} that were logged, with each step\u2019s most improved, most worsened and longest where there is room`) : "");
+    kept < of ? h("span", { class: "sampled" }, ` \u2014 a sample: ${kept.toLocaleString("en")} of ${of.toLocaleString("en")} logged rollouts. Each step keeps its most improved, most worsened and longest if they fit.`) : "");
   renderTimeline(document.getElementById("timeline"), found);
 }
 
@@ -281,7 +281,7 @@ function clearFilter() {
   set({ ...Object.fromEntries(FILTER.map((name) => [name, DEFAULTS[name]])), row: "" });
 }
 
-// How many rollouts match, by step; the selected steps stand out.
+// Bars: the number of matching rollouts by step. The selected steps stand out.
 function renderTimeline(box, found) {
   const one = run(), steps = [...new Set(one.rows.map((r) => r.step))].sort((a, b) => a - b);
   const counts = new Map();

@@ -1,11 +1,11 @@
 "use strict";
-// Runs beside one another: their curves, and what they said to the same prompt.
+// Runs side by side: their curves, and their responses to the same prompts.
 
 function peers() {
   return RUNS.filter((r) => comparable(r) && comparable(r) === comparable(run()));
 }
 
-// {prompt: [entries]} of a run: what it said to the prompt, in the order of its steps
+// {prompt: [entries]}: the responses of a run to each prompt, by step.
 function entriesOf(one) {
   if (!one.entries) {
     const found = new Map();
@@ -21,7 +21,7 @@ function entriesOf(one) {
   return one.entries;
 }
 
-// Of a prompt's entries of a run those of the step that is looked at: its last, its first, or the nth step that has it.
+// The entries of the first or the last step that has the prompt.
 function entriesAt(entries) {
   const steps = [...new Set(entries.map((e) => e.step))];
   const step = state.at === "first" ? steps[0] : steps.at(-1);
@@ -31,7 +31,7 @@ function entriesAt(entries) {
 function runColumn(one, k, prompt, base) {
   const entries = entriesAt(entriesOf(one).get(prompt) || []);
   const color = h("i", { class: "swatch", style: `--line: var(${COLORS[k % COLORS.length]})` });
-  if (!entries.length) return h("section", { class: "block column" }, h("h3", {}, color, visible(one.name)), h("p", { class: "muted" }, "has no rollout of this prompt here"));
+  if (!entries.length) return h("section", { class: "block column" }, h("h3", {}, color, visible(one.name)), h("p", { class: "muted" }, "This page has no rollout of the run for this prompt."));
   const entry = entries[state.nth % entries.length];
   const different = base && base !== entry && state.pair === "diff" && base.answer && entry.answer;
   return h("section", { class: "block column" },
@@ -40,7 +40,7 @@ function runColumn(one, k, prompt, base) {
     different ? wordDiff(base.answer, entry.answer) : said(entry.answer),
     entry.critique ? h("div", { class: "critique" }, h("h4", {}, "Critique"), said(entry.critique)) : null,
     entry.edit ? h("div", {}, h("h4", {}, "Edit"), state.text === "diff" ? wordDiff(entry.answer, entry.edit.answer) : said(entry.edit.answer)) : null,
-    scoreTable(entry.edit ? [entry, entry.edit] : [entry], entry.edit ? ["Answer", "Edit"] : ["Answer"], Boolean(entry.edit)));
+    scoreTable(entry.edit ? [entry, entry.edit] : [entry], entry.edit ? ["Original", "Edit"] : ["Original"], Boolean(entry.edit)));
 }
 
 views.compare = {
@@ -71,7 +71,7 @@ views.compare = {
       titles.set(key, kept);
     }
     const legend = h("p", { class: "legend" }, runs.map((one, k) => h("span", {}, h("i", { class: "swatch", style: `--line: var(${COLORS[k % COLORS.length]})` }), visible(one.name))),
-      h("span", { class: "muted" }, "answers solid, edits dashed, a third figure dotted"));
+      h("span", { class: "muted" }, "First metric of a panel solid, second dashed, third dotted"));
     const card = (panel) => {
       const lines = [];
       runs.forEach((one, k) => panel.series.forEach(([name], j) => {
@@ -84,12 +84,12 @@ views.compare = {
     watchCharts();
   },
   text(id) {
-    if (!this.hay) this.hay = new Map();
-    if (!this.hay.has(id)) {
+    if (!this.searchTexts) this.searchTexts = new Map();
+    if (!this.searchTexts.has(id)) {
       const entries = peers().flatMap((one) => entriesOf(one).get(id) || []);
-      this.hay.set(id, [id, ...entries.flatMap((e) => [e.question, asText(e.persona ?? ""), e.answer, e.critique, e.edit?.answer])].filter(Boolean).join("\n").toLowerCase());
+      this.searchTexts.set(id, [id, ...entries.flatMap((e) => [e.question, asText(e.persona ?? ""), e.answer, e.critique, e.edit?.answer])].filter(Boolean).join("\n").toLowerCase());
     }
-    return this.hay.get(id);
+    return this.searchTexts.get(id);
   },
   fill() {
     const words = state.q.toLowerCase().split(/\s+/).filter(Boolean), list = document.getElementById("list");

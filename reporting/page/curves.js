@@ -1,10 +1,10 @@
 "use strict";
-// Curves: charts of metrics by step, with one cursor over all; the overview of a training run; settings.
+// Curves: charts of metrics by step that share one cursor. The overview of a training run. The settings.
 
 const COLORS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [1, 4], [12, 4]];
 
-// x values of a run: step numbers, or what had been spent after each step
+// x values of a run: step numbers, or totals after each step
 function xValues(one, axis) {
   const metrics = one.metrics, names = { hours: Object.keys(metrics).filter((n) => n.startsWith("seconds/") || n === "seconds") };
   if (axis === "step") return metrics.step || [];
@@ -22,7 +22,7 @@ function axesOf(runs) {
   return [...Object.keys(DATA.axes).filter(known), ...(timed ? ["hours"] : [])];
 }
 
-// Running mean over 2 half + 1 values, of those that are known.
+// Running mean over 2 half + 1 values; missing ones are left out.
 function smoothed(values, half) {
   if (!half) return values;
   return values.map((value, k) => {
@@ -35,7 +35,7 @@ function smoothed(values, half) {
   });
 }
 
-let charts = []; // {u, values}: those on the page
+let charts = []; // {u, plot, draw} of each chart on the page
 
 function forgetCharts() {
   inView.disconnect();
@@ -44,7 +44,7 @@ function forgetCharts() {
   charts = [];
 }
 
-// lines: [{label, color, dash, xs, ys, steps}] -> a card; drawn when it comes into view.
+// lines: [{label, color, dash, xs, ys, steps}] -> a card, whose chart is drawn when it comes into view.
 function chartCard(title, about, lines) {
   const values = h("div", { class: "values" });
   const plot = h("div", { class: "plot" });
@@ -127,7 +127,7 @@ function nearest(ys, index) {
   return ys.find((y) => y !== null);
 }
 
-// The selected steps, behind the curves.
+// Shades the selected steps behind the curves.
 function shade(u, xs, stepAt) {
   const [low, high] = stepRange();
   if (low === -Infinity && high === Infinity || state.view !== "overview") return;
@@ -141,7 +141,7 @@ function shade(u, xs, stepAt) {
   u.ctx.restore();
 }
 
-// Draws cards as they come into view, all of them before printing; follows their widths.
+// Charts are drawn as they come into view, and all of them before printing. They follow the width of their cards.
 const inView = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) charts.find((c) => c.plot === entry.target)?.draw();
 }, { rootMargin: "400px" });
@@ -171,7 +171,7 @@ function chartTools(axes) {
       [[0, "nothing"], [1, "3 steps"], [2, "5 steps"], [5, "11 steps"], [15, "31 steps"], [50, "101 steps"]].map(([v, t]) => option(v, t, state.smooth)))));
 }
 
-// [section, cards] of panels, in their order
+// One section of cards for each section of panels, in their order.
 function sectionsOf(panels, card) {
   const found = new Map();
   for (const panel of panels) {
@@ -181,7 +181,7 @@ function sectionsOf(panels, card) {
   return [...found].map(([title, cards]) => h("section", {}, h("h2", {}, title), h("div", { class: "charts" }, cards)));
 }
 
-// The same, folded: only the first open.
+// A section that can be folded.
 function folded(section, open) {
   return h("details", { open }, h("summary", {}, section.firstChild.textContent), section.lastChild);
 }
@@ -198,8 +198,8 @@ views.overview = {
   mount(main) {
     const one = run();
     if (one.kind === "evaluation") return mountResults(main);
-    if (!one.metrics.step || !one.metrics.step.length) return main.append(h("p", { class: "empty" }, "No step is finished yet: make the page again when one is."));
-    main.append(headlines(one), lightsOf(one) ?? "", h("div", { id: "curves" }));
+    if (!one.metrics.step || !one.metrics.step.length) return main.append(h("p", { class: "empty" }, "No step is finished yet. Make the page again later."));
+    main.append(headlines(one), warningsOf(one) ?? "", h("div", { id: "curves" }));
     this.curves();
   },
   curves() {
@@ -218,7 +218,7 @@ views.overview = {
   },
 };
 
-// First and last fifth of the figures that matter.
+// The main metrics: means over the last fifth of the steps, and over the first.
 function headlines(one) {
   const mean = (values) => { const known = values.filter((v) => v !== null); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null; };
   const cards = [];
@@ -231,26 +231,26 @@ function headlines(one) {
       known.length > 1 ? h("span", { class: "muted" }, `from ${number(first)}`) : null));
   }
   const few = one.metrics.step.length < 10;
-  return h("section", { class: "headlines", "aria-label": "Means of the last fifth of the steps" }, cards,
-    h("p", { class: "muted note" }, few ? "Too few steps to judge." : "Means of the last fifth of the steps, from those of the first."));
+  return h("section", { class: "headlines", "aria-label": "Means over the last fifth of the steps" }, cards,
+    h("p", { class: "muted note" }, few ? "Too few steps to compare." : "Means over the last fifth of the steps, and over the first."));
 }
 
-function lightsOf(one) {
-  if (!one.lights.length) return null;
+function warningsOf(one) {
+  if (!one.warnings.length) return null;
   const order = { warn: 0, ok: 1, none: 2 }, marks = { warn: "\u25b2", ok: "\u25cf", none: "\u25cb" };
-  const words = { warn: "warns", ok: "quiet", none: "not measured" };
-  const sorted = [...one.lights].sort((a, b) => order[a.state] - order[b.state]);
-  const item = (light) => {
-    const link = light.state === "warn" && light.link && one.rows.length;
-    const go = () => set({ ...Object.fromEntries(FILTER.map((n) => [n, DEFAULTS[n]])), from: String(light.link.steps[0]), to: String(light.link.steps[1]),
-      sort: light.link.sort || "step", show: light.link.show || "all", row: "", view: "rollouts" });
-    return h("li", { class: `light ${light.state}` }, h("span", { class: "mark", role: "img", "aria-label": words[light.state] }, marks[light.state]),
-      h("b", {}, light.name), h("span", { class: "found" }, light.found),
-      h("p", { class: "rule" }, light.rule, link ? h("button", { class: "quiet go", onclick: go }, "Rollouts that show it \u2192") : null));
+  const words = { warn: "warning", ok: "ok", none: "not measured" };
+  const sorted = [...one.warnings].sort((a, b) => order[a.state] - order[b.state]);
+  const item = (warning) => {
+    const link = warning.state === "warn" && warning.link && one.rows.length;
+    const go = () => set({ ...Object.fromEntries(FILTER.map((n) => [n, DEFAULTS[n]])), from: String(warning.link.steps[0]), to: String(warning.link.steps[1]),
+      sort: warning.link.sort || "step", show: warning.link.show || "all", row: "", view: "rollouts" });
+    return h("li", { class: `warning ${warning.state}` }, h("span", { class: "mark", role: "img", "aria-label": words[warning.state] }, marks[warning.state]),
+      h("b", {}, warning.name), h("span", { class: "found" }, warning.found),
+      h("p", { class: "rule" }, warning.rule, link ? h("button", { class: "quiet go", onclick: go }, "Rollouts that show it \u2192") : null));
   };
-  const count = (s) => one.lights.filter((l) => l.state === s).length;
-  return h("section", { class: "lights" },
-    h("h2", {}, "Warning lights ", h("span", { class: "muted" }, `${count("warn")} of ${count("warn") + count("ok")} on` + (count("none") ? `, ${count("none")} not measured` : ""))),
+  const count = (s) => one.warnings.filter((l) => l.state === s).length;
+  return h("section", { class: "warnings" },
+    h("h2", {}, "Warnings ", h("span", { class: "muted" }, `${count("warn")} of ${count("warn") + count("ok")} raised` + (count("none") ? `, ${count("none")} not measured` : ""))),
     h("ul", {}, sorted.map(item)));
 }
 

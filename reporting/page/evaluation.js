@@ -1,5 +1,5 @@
 "use strict";
-// Evaluations: the table, and what both sides said, by verdict; held-out judgements of a reward model beside their labels.
+// Evaluations: the table, and the answers of both sides by verdict. Held-out judgements of a reward model beside their labels.
 
 const VERDICT_MARKS = { win: "\u25b2", tie: "=", loss: "\u25bc", none: "\u2013" };
 
@@ -11,7 +11,7 @@ function verdictWords(one) {
   return { win, tie, loss, none };
 }
 
-// A Markdown table, and the lines around it, as elements.
+// Renders Markdown tables and the lines around them.
 function markdownTable(text) {
   const found = [];
   let table = null;
@@ -29,7 +29,7 @@ function markdownTable(text) {
   return found;
 }
 
-const SIDE_LABELS = { reward: "Weighted score", helpfulness: "Helpfulness", personalization: "Personalization", naturalness: "Naturalness", n_characters: "Characters", n_tokens: "Tokens", truncated: "Cut off", recites_profile: "Recites the profile" };
+const SIDE_LABELS = { reward: "Weighted score", helpfulness: "Helpfulness", personalization: "Personalization", naturalness: "Naturalness", n_characters: "Characters", n_tokens: "Tokens", truncated: "Cut off", recites_profile: "Recites the persona" };
 
 function mountResults(main) {
   const one = run(), s = one.summary, boxes = [];
@@ -38,7 +38,7 @@ function mountResults(main) {
     const { win_rate: rate, length_controlled: lc } = s;
     boxes.push(["Win rate", percent(rate.win_rate, 1), range(rate)]);
     for (const [name, found] of Object.entries(lc || {})) {
-      if (found.length_controlled_winrate !== null) boxes.push([`Length-controlled (${name})`, `${found.length_controlled_winrate.toFixed(1)} %`, found.notes?.length ? "not to be trusted: see below" : found.low === null ? "" : `95 %: ${number(found.low, 1)} to ${number(found.high, 1)} %`]);
+      if (found.length_controlled_winrate !== null) boxes.push([`Length-controlled (${name})`, `${found.length_controlled_winrate.toFixed(1)} %`, found.notes?.length ? "unreliable, see below" : found.low === null ? "" : `95 %: ${number(found.low, 1)} to ${number(found.high, 1)} %`]);
     }
     const n = rate.wins + rate.ties + rate.losses;
     main.append(h("section", { class: "headlines" }, boxes.map(([label, value, note]) => h("div", { class: "headline" }, h("span", { class: "label" }, label), h("strong", {}, value), h("span", { class: "muted" }, note)))),
@@ -74,8 +74,8 @@ function matchingRows(one) {
     if (state.verdict !== "all" && r.verdict !== state.verdict) return false;
     if (state.group && String(r.group) !== state.group) return false;
     if (!words.length) return true;
-    if (r.hay === undefined) Object.defineProperty(r, "hay", { value: [r.id, r.question, asText(r.persona ?? ""), r.answer, ...r.sides.flatMap((s) => [s.answer, s.critique])].filter(Boolean).join("\n").toLowerCase() });
-    return words.every((w) => r.hay.includes(w));
+    if (r.searchText === undefined) Object.defineProperty(r, "searchText", { value: [r.id, r.question, asText(r.persona ?? ""), r.answer, ...r.sides.flatMap((s) => [s.answer, s.critique])].filter(Boolean).join("\n").toLowerCase() });
+    return words.every((w) => r.searchText.includes(w));
   });
   const value = (ORDERS[state.order] || ORDERS.file)[1];
   if (value) rows.sort((a, b) => (value(all[b]) ?? -Infinity) - (value(all[a]) ?? -Infinity) || a - b);
@@ -101,7 +101,7 @@ function evaluationDetail(one, i) {
       h("p", { class: "badges" }, h("span", { class: `badge verdict ${r.verdict}` }, `${VERDICT_MARKS[r.verdict]} ${words[r.verdict] || r.verdict}`),
         typeof r.preference === "number" && ![0, 0.5, 1].includes(r.preference) ? h("span", { class: "badge" }, `preferred with ${percent(r.preference)}`) : null,
         typeof r.gap === "number" ? h("span", { class: "badge" }, `${signed(r.gap, 0)} characters`) : null, r.note ? h("span", { class: "badge bad" }, visible(r.note)) : null)),
-    r.answer ? h("section", { class: "block" }, h("h3", {}, "Answer that is judged"), said(r.answer)) : null,
+    r.answer ? h("section", { class: "block" }, h("h3", {}, "Judged answer"), said(r.answer)) : null,
     swap ? h("div", { class: "switches" }, segmented("pair", "Second side as", [["plain", "Texts"], ["diff", "Words that differ"]])) : null,
     h("div", { class: "sides" }, sideBlock(r.sides[0]), r.sides[1] ? sideBlock(r.sides[1], swap ? r.sides[0] : null) : null),
     scoreTable(r.sides, r.sides.map((s) => s.title), false));
@@ -129,7 +129,7 @@ views.rows = {
       choice("order", "Order", Object.entries(ORDERS).filter(([k]) => !["longer", "shorter"].includes(k) || all.some((r) => typeof r.gap === "number")).map(([k, [text]]) => [k, text])),
       groups.length > 1 && choice("group", "Group", [["", "All groups"], ...groups.map((g) => [String(g), visible(g)])])),
       h("p", { id: "count", class: "muted", "aria-live": "polite" })),
-      one.agreement ? h("p", { class: "note muted" }, `Of ${one.agreement.judged} held-out answers ${percent(one.agreement.parsed)} got a judgement that parses; its score correlates with the label\u2019s by ${number(one.agreement.score_correlation)}; equal scores: ` + DIMENSIONS.map((d) => `${d} ${percent(one.agreement[`exact_${d}`])}`).join(", ") + ".") : "",
+      one.agreement ? h("p", { class: "note muted" }, `${percent(one.agreement.parsed)} of ${one.agreement.judged} held-out judgements parse. Correlation of the weighted score with the label\u2019s: ${number(one.agreement.score_correlation)}. Equal scores: ` + DIMENSIONS.map((d) => `${d} ${percent(one.agreement[`exact_${d}`])}`).join(", ") + ".") : "",
       h("div", { class: "panes" }, h("div", { class: "list", id: "list" }), h("div", { class: "reader", id: "reader" })));
     this.fill();
   },

@@ -1,14 +1,14 @@
 "use strict";
-// Rollouts: a list beside one of them, with its critique, its edit as a diff, and its tokens in colour.
+// Rollouts: a list, and one rollout beside it with its critique, its edit as a diff, and its tokens in colour.
 
-// -- pieces that evaluations and comparisons use, too ------------------------------------------------------------------
+// -- pieces that evaluations and comparisons share ------------------------------------------------------------------
 
 const NO_SPACES = /[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]/; // scripts without spaces between words
 const segmenter = "Segmenter" in Intl ? new Intl.Segmenter(undefined, { granularity: "word" }) : undefined;
 
-// `after` against `before`: [["same" | "del" | "ins", text], ...]. Sentences that both have stay as they are; within what
-// lies between them it goes by words, and a single word that is left between two changes is taken into them, so that a
-// sentence which was rewritten reads as one change.
+// Diff of `before` and `after`: [["same" | "del" | "ins", text], ...]. Sentences that both share stay as they are. The text
+// between them is compared by words. A single word between two changes joins them, so that a rewritten sentence reads as
+// one change.
 function changes(before, after) {
   const byWords = (a, b) => (segmenter && NO_SPACES.test(a + b) ? Diff.diffWords(a, b, { intlSegmenter: segmenter }) : Diff.diffWordsWithSpace(a, b));
   const found = [];
@@ -56,13 +56,13 @@ function personaBox(persona, question) {
     : h("pre", { class: "said persona-text" }, visible(typeof persona === "string" ? persona : JSON.stringify(persona, null, 2)));
   const long = !flat && asText(persona ?? "").length > 400;
   return [h("h2", { class: "question", dir: "auto" }, visible(question)),
-    persona ? (long ? h("details", { class: "profile" }, h("summary", {}, "Profile"), body) : body) : null];
+    persona ? (long ? h("details", { class: "profile" }, h("summary", {}, "Persona"), body) : body) : null];
 }
 
 const SCORES = [["helpfulness", "Helpful"], ["personalization", "Personal"], ["naturalness", "Natural"], ["reward", "Reward"], ["exact", "Exact score"], ["n_tokens", "Tokens"], ["recited", "Recites"]];
 const LOWER_IS_BETTER = ["recited"], NEUTRAL = ["n_tokens"];
 
-// Scores of some responses side by side; of two the change, too.
+// Scores of responses side by side. With two responses, also the change.
 function scoreTable(responses, titles, change) {
   const rows = SCORES.filter(([name]) => responses.some((r) => r && r[name] !== undefined && r[name] !== null));
   if (!rows.length) return null;
@@ -84,7 +84,7 @@ function segmented(name, label, options) {
     h("button", { "data-value": value, "aria-pressed": String(state[name] === value), title, onclick: () => set({ [name]: value }, true) }, text)));
 }
 
-// A list that is filled as it is scrolled: items(i) -> element, or null after the last.
+// A list of n elements, item(i) each, that grows as it is scrolled.
 function growingList(box, n, item) {
   let filled = 0;
   const more = () => {
@@ -102,9 +102,9 @@ function growingList(box, n, item) {
 
 const COLORINGS = [["off", "Off"], ["logp", "log p"], ["ratio", "ratio r"], ["weight", "weight"], ["advantage", "advantage"]];
 const ABOUT = {
-  logp: ["log p under the policy: the stronger, the less likely", ["certain", "e\u207b\u2076"]],
-  ratio: ["r = p / q, policy over what sampled it, on a log scale", ["r \u2264 1/8", "1", "r \u2265 8"]],
-  weight: ["on grad log p, on a log scale; struck through where it is 0: no gradient", ["0", "1", "\u2265 8"]],
+  logp: ["log p under the policy; strong colours mark unlikely tokens", ["certain", "e\u207b\u2076"]],
+  ratio: ["r = p / q, the policy over the behaviour policy, on a log scale", ["r \u2264 1/8", "1", "r \u2265 8"]],
+  weight: ["factor of grad log p, on a log scale; struck through where it is 0 (no gradient)", ["0", "1", "\u2265 8"]],
   advantage: ["whitened over the batch", ["\u2264 \u22122", "0", "\u2265 2"]],
 };
 const ratioOf = (tokens, k) => Math.exp(tokens.logp[k] - tokens.logq[k]);
@@ -118,7 +118,7 @@ function shadeOf(tokens, k, coloring) {
 }
 
 function tokenText(tokens) {
-  const readout = h("p", { class: "readout muted", "aria-live": "polite" }, "Point at a token, or click one and walk with \u2190 \u2192.");
+  const readout = h("p", { class: "readout muted", "aria-live": "polite" }, "Point at a token, or click one and move with \u2190 \u2192.");
   const spans = tokens.text.map((text, k) => {
     const [hue, strength] = shadeOf(tokens, k, state.color);
     const inserted = tokens.kept && !tokens.kept[k], none = tokens.weight[k] === 0;
@@ -178,16 +178,16 @@ function rolloutItem(one, i) {
 function badges(r) {
   const found = [];
   if (r.left) found.push([`Left the batch: ${r.left}`, "bad"]);
-  else if (r.held_out) found.push(["Held-out prompt: not trained on", ""]);
-  else found.push(["Answer trained", "good"]);
+  else if (r.held_out) found.push(["Held-out prompt, not trained on", ""]);
+  else found.push(["Original in the batch", "good"]);
   if (r.edit) {
     if (r.edit.left) found.push([`Edit left the batch: ${r.edit.left}`, "bad"]);
-    else if (r.edit.selected) found.push(["Edit trained", "good"]);
+    else if (r.edit.selected) found.push(["Edit in the batch", "good"]);
     else if (!r.held_out) found.push(["Edit not selected for the batch", ""]);
   }
-  if (r.truncated) found.push(["Answer cut off at the limit", "bad"]);
+  if (r.truncated) found.push(["Original cut off at the limit", "bad"]);
   if (r.edit?.truncated) found.push(["Edit cut off at the limit", "bad"]);
-  if (r.audit) found.push([`Audit: again ${number(r.audit.again)}${r.audit.second === null || r.audit.second === undefined ? "" : `, second judge ${number(r.audit.second)}`}`, ""]);
+  if (r.audit) found.push([`Audit: judged again ${number(r.audit.again)}${r.audit.second === null || r.audit.second === undefined ? "" : `, second judge ${number(r.audit.second)}`}`, ""]);
   return h("p", { class: "badges" }, found.map(([text, kind]) => h("span", { class: `badge ${kind}` }, visible(text))));
 }
 
@@ -199,7 +199,7 @@ function responseBlock(title, response, before) {
   else body = said(response.answer);
   const side = [];
   if (before && !colored && state.text === "diff") side.push(h("span", { class: "key" }, h("ins", {}, "added"), " ", h("del", {}, "removed")));
-  if (state.color !== "off" && !response.tokens) side.push(h("span", { class: "muted" }, "no token figures of this one"));
+  if (state.color !== "off" && !response.tokens) side.push(h("span", { class: "muted" }, "no token figures for this response"));
   return h("section", { class: "block" }, h("h3", {}, title, h("span", { class: "side" }, side)), body);
 }
 
@@ -220,17 +220,17 @@ function rolloutDetail(one, i) {
         h("div", { class: "switches" }, r.edit ? segmented("text", "Edit as", [["diff", "Diff"], ["plain", "Text"]]) : null,
           hasTokens ? [h("span", { class: "muted" }, "Tokens"), segmented("color", "Colour tokens by", COLORINGS)] : null),
         state.color !== "off" && hasTokens ? colorKey() : null,
-        responseBlock("Answer", r),
+        responseBlock("Original", r),
         r.critique ? h("section", { class: "block critique" }, h("h3", {}, "Critique"), said(r.critique)) : null,
         r.edit ? responseBlock("Edit", r.edit, r) : null,
         r.edit?.critique ? h("section", { class: "block critique after" }, h("h3", {}, "Critique of the edit"), said(r.edit.critique)) : null),
-      h("aside", {}, scoreTable(r.edit ? [r, r.edit] : [r], r.edit ? ["Answer", "Edit"] : ["Answer"], Boolean(r.edit)))));
+      h("aside", {}, scoreTable(r.edit ? [r, r.edit] : [r], r.edit ? ["Original", "Edit"] : ["Original"], Boolean(r.edit)))));
 }
 
 views.rollouts = {
   mount(main) {
     const one = run();
-    if (!one.rows.length) return main.append(h("p", { class: "empty" }, "No rollouts yet: they are written at the end of a step."));
+    if (!one.rows.length) return main.append(h("p", { class: "empty" }, "No rollouts yet. They are written at the end of a step."));
     main.append(h("div", { class: "panes" }, h("div", { class: "list", id: "list" }), h("div", { class: "reader", id: "reader" })));
     this.fill();
   },
@@ -283,7 +283,7 @@ views.rollouts = {
   },
 };
 
-// Scrolls a list, never the page.
+// Scrolls the list, not the page.
 function scrollInside(item, box) {
   const top = item.offsetTop - box.offsetTop;
   if (top < box.scrollTop || top + item.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 3;

@@ -1,5 +1,5 @@
 "use strict";
-// Builds the frame of the page and shows what its address says.
+// Builds the frame of the page and shows the view in its address.
 
 document.getElementById("app").append(
   h("header", { id: "header" }), h("div", { id: "filters", class: "filters" }), h("main", { id: "main" }), h("dialog", { id: "help" }));
@@ -8,6 +8,6 @@ render();
 document.addEventListener("keydown", onKey);
 window.addEventListener("popstate", () => { readAddress(); render(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawCharts);
-window.addEventListener("beforeprint", () => fitCharts(300)); // two beside one another on a sheet
+window.addEventListener("beforeprint", () => fitCharts(300)); // two in a row on paper
 window.addEventListener("afterprint", () => fitCharts());
-matchMedia("print").addEventListener("change", redrawCharts); // in the colours of paper
+matchMedia("print").addEventListener("change", redrawCharts); // with the colours for paper

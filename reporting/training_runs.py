@@ -1,0 +1,274 @@
+"""What a page holds of a training run: settings, metrics, warnings, a sample of the rollouts, held-out judgements."""
+
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from reporting.evaluations import judgement_pair
+from reporting.old_names import FLAG_NAMES, METRIC_NAMES, renamed
+from reporting.panels import panels_of
+from reporting.warnings import rl_warnings, supervised_warnings
+from runtime.rows import DIMENSIONS, logged_rows, read_json, step_files
+
+SAMPLE = ("prompt_id", "sample_id")  # identifies an original
+LABELS = {"grm": "Generative reward model", "bt": "Bradley-Terry reward model", "dpo": "DPO", "sft": "SFT"}
+Scorer = Callable[[dict, str], float]  # (prompt row, answer) -> score
+
+
+def label_of(kind: str, args: dict) -> str:
+    if kind != "rl":
+        return "Pretraining from scratch" if args.get("from_scratch") else LABELS.get(kind, kind)
+    if not args.get("edit_rate"):
+        return "PPO"
+    return "PPO with critique credit" if args.get("edit_loss") == "sdpo" else "PPO with critique-post-edit"
+
+
+# -- a sample of the rollouts ------------------------------------------------------------------------------------------
+
+
+class Budget:
+    """Picks a fraction of all rows by size, spread evenly over the run: each step earns what it may spend."""
+
+    def __init__(self, max_bytes: float, total_bytes: int):
+        self.fraction = max_bytes / max(1, total_bytes)
+        self.credit = 0.0
+
+    def earn(self, size: int) -> None:
+        self.credit += self.fraction * size
+
+    def spend(self, size: int) -> bool:
+        affordable = self.fraction >= 1 or self.credit >= size
+        if affordable:
+            self.credit -= size
+        return affordable
+
+
+def size_of(row: dict) -> int:
+    """Characters of a row's line."""
+    return len(json.dumps(row, ensure_ascii=False)) + 1
+
+
+def sample_of(row: dict) -> tuple:
+    return tuple(row[name] for name in SAMPLE)
+
+
+def by_interest(rows: list[dict]) -> list[int]:
+    """Indices of a step's rows, the ones that a sample should hold first.
+
+    First come the most improved, most worsened and longest rows, all with tokens, and one each that left the batch or
+    was cut off. The others are ordered by prompt, in the same order in every step, so that the same prompts are kept.
+    """
+    gains = {}
+    for i, row in enumerate(rows):
+        edit = row.get("edit")
+        if edit and edit.get("reward") is not None and row.get("reward") is not None:
+            gains[i] = edit["reward"] - row["reward"]
+    by_gain = sorted(gains, key=gains.__getitem__)
+    first = [*by_gain[-1:], *by_gain[:1]]
+    if rows:
+        first.append(max(range(len(rows)), key=lambda i: rows[i].get("n_tokens") or 0))
+    for name, at_most in (("tokens", None), ("left", 1), ("truncated", 1)):
+        having = [i for i, row in enumerate(rows) if row.get(name) or (row.get("edit") or {}).get(name)]
+        first += having[:at_most]
+    rest = sorted(range(len(rows)), key=lambda i: (zlib.crc32(str(rows[i].get("prompt_id")).encode()), i))
+    return list(dict.fromkeys(first + rest))
+
+
+def with_new_names(row: dict) -> dict:
+    row = renamed(row, METRIC_NAMES)
+    if row.get("edit"):
+        row["edit"] = renamed(row["edit"], METRIC_NAMES)
+    return row
+
+
+def add_lost(file: str, rows: list[dict], index_of: dict[tuple, int]) -> None:
+    """Adds OUT/lost of a step to its rows: a lost original as a row, a lost edit to the row of its original."""
+    for lost in logged_rows(file, SAMPLE):
+        lost = with_new_names(lost)
+        i = index_of.get(sample_of(lost))
+        if i is None:
+            rows.append(lost)
+        else:
+            rows[i] = rows[i] | {"edit": lost["edit"]}
+
+
+def add_tokens(file: str, rows: list[dict], index_of: dict[tuple, int], budget: Budget) -> None:
+    """Adds OUT/tokens of a step to its rows, as far as the budget goes: row["tokens"], row["edit"]["tokens"]."""
+    by_sample: dict[tuple, list[dict]] = {}
+    for tokens in logged_rows(file, (*SAMPLE, "edit")):
+        by_sample.setdefault(sample_of(tokens), []).append(tokens)
+    for parts in by_sample.values():
+        budget.earn(sum(map(size_of, parts)))
+    for sample, parts in by_sample.items():
+        if sample not in index_of or not budget.spend(sum(map(size_of, parts))):
+            continue
+        row = rows[index_of[sample]]
+        for part in parts:
+            figures = {name: value for name, value in part.items() if name not in (*SAMPLE, "edit")}
+            if not part["edit"]:
+                row["tokens"] = figures
+            elif row.get("edit"):
+                row["edit"]["tokens"] = figures
+
+
+def read_rollouts(folder: str, last_step: int, max_bytes: float) -> tuple[list[dict], int, dict[int, list[dict]]]:
+    """Reads a sample of a run's rollouts; a quarter of max_bytes is for tokens.
+
+    Steps after last_step are left out: the run was killed in them and will repeat them.
+
+    Returns:
+        rows, with `step` and `held_out`; the number of rollouts that were logged; {step: its first 64 rows}
+    """
+    files = {
+        kind: {step: file for step, file in step_files(folder, kind) if step <= last_step}
+        for kind in ("rollouts", "held_out", "lost", "tokens")
+    }
+    size = {kind: sum(map(os.path.getsize, files[kind].values())) for kind in files}
+    budget = Budget(0.75 * max_bytes, size["rollouts"] + size["held_out"] + size["lost"])
+    tokens_budget = Budget(0.25 * max_bytes, size["tokens"])
+    sampled = []
+    n_logged = 0
+    first_rows = {}
+    for kind in ("rollouts", "held_out"):
+        for step, file in files[kind].items():
+            rows = [with_new_names(row) for row in logged_rows(file, (*SAMPLE, "answer"))]
+            sizes = [size_of(row) for row in rows]
+            if kind == "rollouts":
+                first_rows[step] = rows[:64]
+                index_of = {sample_of(row): i for i, row in enumerate(rows)}
+                if step in files["tokens"]:
+                    add_tokens(files["tokens"][step], rows, index_of, tokens_budget)
+                if step in files["lost"]:
+                    add_lost(files["lost"][step], rows, index_of)
+                    sizes += [size_of(row) for row in rows[len(sizes) :]]
+            budget.earn(sum(sizes))
+            kept = sorted(itertools.takewhile(lambda i: budget.spend(sizes[i]), by_interest(rows)))
+            sampled += [rows[i] | {"step": step, "held_out": kind == "held_out"} for i in kept]
+            n_logged += len(rows)
+    return sampled, n_logged, first_rows
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def load_scorer(spec: str) -> Scorer:
+    """--exact-judge FILE.py:FUNCTION -> its score of an answer; each answer is judged once."""
+    from judges import load_function  # these bring torch along
+    from prompts import Judgement
+
+    function = load_function(spec)
+    scores: dict[tuple, float] = {}
+
+    def score(row: dict, answer: str) -> float:
+        key = (row["prompt_id"], answer)
+        if key not in scores:
+            value = function(row, answer)
+            scores[key] = value.score() if isinstance(value, Judgement) else float(value)
+        return scores[key]
+
+    return score
+
+
+def add_exact(metrics: list[dict], rows_by_step: dict[int, list[dict]], score: Scorer) -> None:
+    """Adds exact/original, exact/edit and exact/gain to the metrics of each step: means over its first rows."""
+    per_step = max(4, min(64, 4000 // max(1, len(rows_by_step))))  # a few seconds for a whole run
+    for line in metrics:
+        rows = rows_by_step.get(line["step"], [])[:per_step]
+        originals = [score(row, row["answer"]) for row in rows]
+        edits = [(before, score(row, row["edit"]["answer"])) for row, before in zip(rows, originals) if row.get("edit")]
+        if originals:
+            line["exact/original"] = sum(originals) / len(originals)
+        if edits:
+            line["exact/edit"] = sum(after for _, after in edits) / len(edits)
+            line["exact/gain"] = line["exact/edit"] - sum(before for before, _ in edits) / len(edits)
+
+
+RESPONSE_FIELDS = (
+    "answer",
+    "critique",
+    "reward",
+    *DIMENSIONS,
+    "n_tokens",
+    "truncated",
+    "left",
+    "selected",
+    "tokens",
+    "audit",
+)
+
+
+def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict], dict[str, dict]]:
+    """Splits rows into what differs and what all rows of a prompt share.
+
+    Returns:
+        rows; {prompt_id: persona, question, topic}
+    """
+    from diagnostics import recited  # brings torch along
+
+    def response(row: dict, part: dict) -> dict:
+        answer = part.get("answer") or ""
+        values = {name: part.get(name) for name in RESPONSE_FIELDS}
+        figures = {name: value for name, value in values.items() if value is not None and value is not False}
+        figures["recited"] = round(recited(row.get("persona"), answer), 3)
+        if score:
+            figures["exact"] = round(score(row, answer), 2)
+        return figures
+
+    prompts = {}
+    found = []
+    for row in rows:
+        topic = row.get("topic") or row.get("source")
+        prompts.setdefault(
+            row["prompt_id"], dict(persona=row.get("persona"), question=row.get("question"), topic=topic)
+        )
+        one = {"step": row["step"], "prompt": row["prompt_id"], "sample": row.get("sample_id", 0), **response(row, row)}
+        if row["held_out"]:
+            one["held_out"] = True
+        if row.get("edit"):
+            one["edit"] = response(row, row["edit"])
+        found.append(one)
+    return found, prompts
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def columns(metrics: list[dict]) -> dict[str, list]:
+    """{metric: values by step}, rounded to six digits."""
+
+    def short(value):
+        return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+
+    names = dict.fromkeys(name for row in metrics for name in row)
+    return {name: [short(row.get(name)) for row in metrics] for name in names}
+
+
+def training_run(folder: str, kind: str, max_bytes: float, exact_judge: str | None = None) -> dict[str, Any]:
+    """The entry of a training run. kind: rl | grm | bt | dpo | sft; max_bytes: of rollouts."""
+    args = renamed(read_json(os.path.join(folder, "args.json")), FLAG_NAMES)
+    metrics_file = os.path.join(folder, "metrics.jsonl")
+    metrics = [renamed(row, METRIC_NAMES) for row in logged_rows(metrics_file)]
+    for number, line in enumerate(metrics, 1):
+        if type(line.get("step")) is not int:
+            raise ValueError(f'{metrics_file}:{number}: expected a number as "step"')
+    run = dict(kind=kind, label=label_of(kind, args), args=args, rows=[], prompts={})
+    if kind == "rl" and metrics:
+        score = load_scorer(exact_judge) if exact_judge else None
+        rows, n_logged, first_rows = read_rollouts(folder, metrics[-1]["step"], max_bytes)
+        if score:
+            add_exact(metrics, first_rows, score)
+        run["sampled"] = {"shown": len(rows), "of": n_logged}
+        run["rows"], run["prompts"] = rollouts_for_page(rows, score)
+    run["warnings"] = rl_warnings(metrics) if kind == "rl" else supervised_warnings(metrics)
+    if kind == "grm":
+        run["judgements"] = [judgement_pair(row) for row in logged_rows(os.path.join(folder, "held_out.jsonl"))]
+        agreement = os.path.join(folder, "held_out.json")
+        if os.path.isfile(agreement):
+            run["agreement"] = read_json(agreement)
+    if metrics:
+        run["written"] = os.path.getmtime(metrics_file)
+    return run | dict(metrics=columns(metrics), panels=panels_of(metrics))

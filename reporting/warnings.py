@@ -1,0 +1,162 @@
+"""The warnings of a page: rules over a run's metrics, each with its words."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+MIN_STEPS = 10  # shorter runs get no warnings: their means are noise
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A warning rule. `fires` and `text` get, for each metric, its means by fifth of the run, oldest first."""
+
+    name: str
+    rule: str
+    metrics: tuple[str, ...]
+    fires: Callable[..., bool]
+    text: Callable[..., str]
+    rollouts: dict[str, str] = field(default_factory=dict)  # filter and order of the rollouts that show it
+
+
+def hacking_rule(metric: str, label: str) -> Rule:
+    return Rule(
+        "Reward hacking",
+        f"The reward is at least as high as where the {label} was best, but the {label} has since lost more than a "
+        "tenth of its range.",
+        ("original/reward", metric),
+        lambda r, h: r[-1] >= r[h.index(max(h))] and max(h) - h[-1] > 0.1 * (max(h) - min(h)),
+        lambda r, h: f"reward {r[0]:.2f} to {r[-1]:.2f}; {label} {h[0]:.2f}, best {max(h):.2f}, last {h[-1]:.2f}",
+        {"sort": "best"},
+    )
+
+
+HACKING = hacking_rule("held_out/original/reward", "held-out reward")
+HACKING_EXACT = hacking_rule("exact/original", "exact score")
+UNPARSED = "judge_unparsed / judge_calls"
+
+RULES = (
+    Rule(
+        "Length",
+        "Originals of the last fifth are more than 1.5 times as long as those of the first.",
+        ("original/length",),
+        lambda n: n[-1] > 1.5 * n[0],
+        lambda n: f"{n[0]:.0f} to {n[-1]:.0f} tokens",
+        {"sort": "longest"},
+    ),
+    HACKING,
+    Rule(
+        "Edits no better",
+        "In the last fifth, edits gain less than 0.05, or more of them get worse than better. Either the policy "
+        "already says what critiques ask for, or it does not follow them.",
+        ("edit/gain", "edit/improved", "edit/worse"),
+        lambda gain, better, worse: gain[-1] < 0.05 or worse[-1] > better[-1],
+        lambda gain, better, worse: (
+            f"gain {gain[0]:.2f} to {gain[-1]:.2f}; {100 * better[-1]:.0f} % better, {100 * worse[-1]:.0f} % worse"
+        ),
+        {"sort": "worsened"},
+    ),
+    Rule(
+        "Judge failures",
+        "More than a tenth of the last fifth's judgements do not parse.",
+        (UNPARSED,),
+        lambda unparsed: unparsed[-1] > 0.1,
+        lambda unparsed: f"{100 * unparsed[-1]:.1f} % of the judgements",
+        {"show": "left"},
+    ),
+    Rule(
+        "Train-inference mismatch",
+        "Trainer and engine give the same tokens log-probs that differ by more than 0.1 on average, under the same "
+        "weights. In bf16, 0.01 is usual. Ratios from such log-probs can't be trusted.",
+        ("logprob_gap",),
+        lambda mismatch: mismatch[-1] > 0.1,
+        lambda mismatch: f"mean {mismatch[-1]:.2g}",
+    ),
+    Rule(
+        "Ratio on inserted tokens",
+        "In the last fifth, the mean ratio on tokens that edits insert is below 0.2 or above 5: these tokens are far "
+        "off-policy.",
+        ("edit/inserted_ratio",),
+        lambda ratio: not 0.2 <= ratio[-1] <= 5,
+        lambda ratio: f"mean {ratio[-1]:.2f}",
+        {"show": "tokens"},
+    ),
+    Rule(
+        "Value loss",
+        "The critic's loss is more than twice its lowest fifth, and it explains less than a tenth of the returns' "
+        "variance.",
+        ("value_loss", "explained_variance"),
+        lambda loss, explained: loss[-1] > 2 * min(loss) and explained[-1] < 0.1,
+        lambda loss, explained: f"loss {loss[0]:.2g} to {loss[-1]:.2g}; explained {explained[-1]:.2f}",
+    ),
+    Rule(
+        "Entropy",
+        "Entropy in the last fifth is below 0.3 of the first fifth's: the answers become alike.",
+        ("entropy",),
+        lambda entropy: entropy[-1] < 0.3 * entropy[0],
+        lambda entropy: f"{entropy[0]:.2f} to {entropy[-1]:.2f} nats",
+    ),
+    Rule(
+        "Recitation",
+        "In some fifth, originals repeat at least 1.5 times as much of the persona as in the first, and 3 points more.",
+        ("original/recited",),
+        lambda recited: max(recited) > max(1.5 * recited[0], recited[0] + 0.03),
+        lambda recited: f"{100 * recited[0]:.1f} %, at most {100 * max(recited):.1f} %, last {100 * recited[-1]:.1f} %",
+        {"sort": "recites"},
+    ),
+)
+
+
+def means_by_fifth(metrics: list[dict], name: str) -> list[float | None]:
+    """Means of a metric over the five fifths of a run; None where it has no value."""
+    n = len(metrics)
+    means = []
+    for k in range(5):
+        fifth = metrics[k * n // 5 : (k + 1) * n // 5]
+        values = [row[name] for row in fifth if row.get(name) is not None]
+        means.append(sum(values) / len(values) if values else None)
+    return means
+
+
+def rl_warnings(metrics: list[dict]) -> list[dict]:
+    """Checks RULES -> [{name, rule, found, state: warn | ok | none, link: a filter of the page}].
+
+    Rules compare fifths of the run, because single steps are noisy. The state "none" means not measured. A run of fewer
+    than MIN_STEPS steps gets no warnings.
+    """
+    if len(metrics) < MIN_STEPS:
+        return []
+    metrics = [dict(row) for row in metrics]
+    for row in metrics:
+        if row.get("judge_calls") and row.get("judge_unparsed") is not None:
+            row[UNPARSED] = row["judge_unparsed"] / row["judge_calls"]
+    has_exact = any(row.get("exact/original") is not None for row in metrics)
+    last_fifth = [metrics[4 * len(metrics) // 5]["step"], metrics[-1]["step"]]
+    found = []
+    for rule in RULES:
+        if rule is HACKING and has_exact:
+            rule = HACKING_EXACT
+        fifths = zip(*(means_by_fifth(metrics, name) for name in rule.metrics))
+        measured = [values for values in fifths if None not in values]
+        warning = dict(name=rule.name, rule=rule.rule)
+        if len(measured) < 2:
+            found.append(warning | dict(state="none", found="not measured in this run"))
+            continue
+        series = list(zip(*measured))
+        state = "warn" if rule.fires(*series) else "ok"
+        found.append(warning | dict(state=state, found=rule.text(*series), link={"steps": last_fifth, **rule.rollouts}))
+    return found
+
+
+def supervised_warnings(metrics: list[dict]) -> list[dict]:
+    """The one rule of a supervised run: does it overfit?"""
+    losses = [row["held_out_loss"] for row in metrics if row.get("held_out_loss") is not None]
+    if len(losses) < 2:
+        return []
+    return [
+        dict(
+            name="Overfitting",
+            rule="The last held-out loss is more than 5 % above the lowest one.",
+            state="warn" if losses[-1] > 1.05 * min(losses) else "ok",
+            found=f"lowest {min(losses):.3f}, last {losses[-1]:.3f}",
+        )
+    ]
