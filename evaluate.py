@@ -116,19 +116,18 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from chat import Chat, without_control_tokens
-from data import persona_world
 from evaluation import personamem, tables, winrate
 from evaluation.accuracy import accuracy_by_tier, accuracy_table
 from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
-from judges import WorldJudge, named_server, parse_spec
+from judges import describing_function, named_server, parse_spec
 from model import resolve
 from prompts import DIMENSIONS, answer_request, load_templates, persona_text
 from runtime.chat_client import is_url
@@ -226,21 +225,25 @@ def reference_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
     return "reference", [{**row, "answer": row["reference"], "truncated": None} for row in rows]
 
 
-def measured(rows: list[dict], chat: Chat | None, judge: str) -> list[dict]:
-    """Answer rows with what is counted in them; None where it is unknown.
+def measured(rows: list[dict], chat: Chat | None, describe: Callable | None) -> tuple[list[dict], list[str]]:
+    """Returns the rows with the figures of each answer, and the names of these.
 
-    Tokens are those of one tokenizer (chat) for both sides; without one, what a row says.
+    The figures are lengths (None where unknown; tokens by `chat` for both sides, without it as a row says), whether it
+    was cut off, and what `describe` in the judge's file gives.
     """
-    result, in_world = [], parse_spec(judge)[0] is WorldJudge
+    result = []
+    names = dict.fromkeys(("n_characters", "n_tokens", "truncated"))
     for row in rows:
-        persona, answer = row["persona"], row["answer"]
-        counts = dict.fromkeys(("n_characters", "n_tokens", "recites_profile"))
+        answer = row["answer"]
+        figures = dict(n_characters=None, n_tokens=None, truncated=row.get("truncated"))
         if answer is not None:
-            recites = persona_world.recites_profile(persona, answer) if in_world else None
-            n_tokens = len(chat.encode(answer)) if chat else row.get("n_tokens")
-            counts = dict(n_characters=len(answer), n_tokens=n_tokens, recites_profile=recites)
-        result.append({**row, "truncated": row.get("truncated"), **counts})
-    return result
+            figures["n_characters"] = len(answer)
+            figures["n_tokens"] = len(chat.encode(answer)) if chat else row.get("n_tokens")
+            if describe is not None:
+                figures |= describe(row, answer)
+        names |= figures
+        result.append(row | figures)
+    return result, list(names)
 
 
 @dataclass
@@ -249,6 +252,7 @@ class Answers:
 
     generator: str
     rows: list[dict]  # in the order of the prompts; `answer` is None where there is none
+    figures: Sequence[str] = ()  # fields of the rows whose means the tables hold
 
 
 def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks) -> dict[str, Answers]:
@@ -277,8 +281,9 @@ def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks) -> dic
         found[side] = Answers(name, [row | (reply or no_reply) for row, reply in zip(rows, replied)])
     local = [specs[side] for side in requests if not is_url(specs[side])]
     chat = Chat(local[0]) if local else None
+    describe = describing_function(args.judge)
     for side, answers in found.items():
-        answers.rows = measured(answers.rows, chat, args.judge)
+        answers.rows, answers.figures = measured(answers.rows, chat, describe)
         if ranks.rank == 0:
             answered = [row for row in answers.rows if row["answer"] is not None]
             write_rows(os.path.join(args.out, f"answers_{side}.jsonl"), answered)
@@ -381,29 +386,31 @@ def annotations_of(rows: list[dict], answers: dict[str, Answers], judged: list[d
     return found
 
 
-def summarize(answers: list[dict], verdicts: list[dict]) -> dict:
+def summarize(answers: Answers, verdicts: list[dict]) -> dict:
     """One side's numbers, from its answer rows (`measured`) and, where the judge scores, its verdict rows."""
     judged = {name: mean_and_error([v[name] for v in verdicts]) for name in (*DIMENSIONS, "reward")}
-    names = ("n_characters", "n_tokens", "truncated", "recites_profile")
-    counted = {name: mean_and_error([a[name] for a in answers]) for name in names}
+    counted = {name: mean_and_error([row.get(name) for row in answers.rows]) for name in answers.figures}
     return (
         judged
         | counted
         | dict(
-            answers=sum(a["answer"] is not None for a in answers), unjudged=sum(v["reward"] is None for v in verdicts)
+            answers=sum(row["answer"] is not None for row in answers.rows),
+            unjudged=sum(v["reward"] is None for v in verdicts),
         )
     )
 
 
 def side_table(results: dict) -> str:
     """Both sides' numbers as text."""
+    known = (*DIMENSIONS, "reward", "n_characters", "n_tokens", "truncated", "answers", "unjudged")
+    described = [name for name in results["model"] if name not in known]
     labels = {
         **{name: name for name in DIMENSIONS},
         "reward": "weighted score",
         "n_characters": "length, characters",
         "n_tokens": "length, tokens",
         "truncated": "truncated, %",
-        "recites_profile": "recites the profile, %",
+        **{name: name.replace("_", " ") for name in described},
         "answers": "answers",
         "unjudged": "without a judgement",
     }
@@ -441,7 +448,7 @@ def compare_sides(args: Args, ranks) -> None:
     annotations = annotations_of(rows, answers, judged, args.judge)
     comparison = tables.compare(annotations, args.seed, gamed, args.bootstrap_draws)
     scored = {side: [] if by_pairs else [v for v in verdicts if v["side"] == side] for side in SIDES}
-    results = {side: summarize(answers[side].rows, scored[side]) for side in SIDES}
+    results = {side: summarize(answers[side], scored[side]) for side in SIDES}
     write_json(os.path.join(args.out, "annotations.json"), annotations)
     write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": dataclasses.asdict(args)})
     text = tables.write_tables(

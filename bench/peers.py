@@ -118,7 +118,7 @@ def trl_trainer(args: Args, ours: Ours, folder: str) -> Any:
     weights = ours.args.score_weights
 
     def reward(completions, number, **_):
-        found = [persona_world.judge(rows[i]["persona"], rows[i]["question"], c) for c, i in zip(completions, number)]
+        found = [persona_world.judge(rows[i], c) for c, i in zip(completions, number)]
         return [judgement.score(weights) for judgement in found]
 
     config = trl.GRPOConfig(

@@ -537,7 +537,7 @@ def world_reply(request: Request) -> str:
         question = about["row"]["question"]
         if about["asks_for"] == "answer":
             return persona_world.improved_answer(rng, persona, question, rarity)
-        j = persona_world.judge(persona, question, about["answer"])
+        j = persona_world.judge(about["row"], about["answer"])
         if about["asks_for"] == "score":
             return f"<score> {3 + 0.4 * j.score():.2f} </score>"
         return judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness)

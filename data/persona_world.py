@@ -450,9 +450,17 @@ def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[t
     return Judgement(text, *scores), edits
 
 
-def judge(persona: dict, question: str, answer: str) -> Judgement:
-    """The exact Judgement of any text. ValueError: the persona or question is not of this world."""
-    return review(persona, question, answer)[0]
+def judge(row: dict, answer: str) -> Judgement:
+    """The exact judgement of any text, for `--judge data/persona_world.py:judge`.
+
+    row: a prompt row, of which persona and question count. ValueError: they are not of this world.
+    """
+    return review(row["persona"], row["question"], answer)[0]
+
+
+def describe(row: dict, answer: str) -> dict[str, float]:
+    """What evaluate.py reports of an answer besides its scores."""
+    return {"recites_profile": recites_profile(row["persona"], answer)}
 
 
 def exact_judge(row: dict, answer: str) -> Judgement:
@@ -563,7 +571,7 @@ def label(rng: Random, persona: dict, question: str, answer: str) -> float:
     The bias is 0.05 per word and 0.7 for each attribute that the answer states.
     """
     bias = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len({attribute for attribute, _ in claims(answer)})
-    return judge(persona, question, answer).score() + bias + rng.gauss(0, 1)
+    return review(persona, question, answer)[0].score() + bias + rng.gauss(0, 1)
 
 
 def label_pair(rng: Random, persona: dict, question: str, first: str, second: str, margin: float = 1.5) -> dict | None:
@@ -589,17 +597,18 @@ def improved_answer(rng: Random, persona: dict, question: str, rarity: tuple[flo
 def base_row(rng: Random, rarity: tuple[float, float] = COMMON) -> dict:
     """One conversation to pretrain on: 35 % answers, 25 % (imperfect) rewriting, 40 % judgements."""
     persona, question = sample_prompt(rng, "train")
+    row = dict(persona=persona, question=question)
     prompt = fill(TEMPLATES.answer, persona=persona_text(persona), question=question)
     task = rng.random()
     if task < 0.35:
         turns = [prompt, write_answer(rng, persona, question, None, rarity)]
     elif task < 0.60:
         answer = improved_answer(rng, persona, question, rarity)
-        request = fill(TEMPLATES.edit, critique=judge(persona, question, answer).critique)
+        request = fill(TEMPLATES.edit, critique=judge(row, answer).critique)
         turns = [prompt, answer, request, rewrite(rng, persona, question, answer, skill=0.85)]
     else:
-        row, answer = dict(persona=persona, question=question), improved_answer(rng, persona, question, rarity)
-        j = judge(persona, question, answer)
+        answer = improved_answer(rng, persona, question, rarity)
+        j = judge(row, answer)
         turns = [
             grm_request(TEMPLATES, row, answer),
             judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness),
@@ -629,9 +638,7 @@ def pair_rows(rng: Random, split: str, n: int, rarity: tuple[float, float] = COM
 
 def exact_pair(pair: dict) -> dict | None:
     """A pair in the exact judge's order, with tier easy, mid or hard by the difference of scores; None: equal."""
-    scored = [
-        (judge(pair["persona"], pair["question"], pair[side]).score(), pair[side]) for side in ("chosen", "rejected")
-    ]
+    scored = [(judge(pair, pair[side]).score(), pair[side]) for side in ("chosen", "rejected")]
     (low, rejected), (high, chosen) = sorted(scored)
     gap = round(high - low, 2)
     if gap == 0:
@@ -653,7 +660,7 @@ def judgement_rows(
     """Answers of all qualities with the exact judge's critique; each score is off by 1 with probability `noise`."""
     for row in prompt_rows(rng, split, n):
         answer = improved_answer(rng, row["persona"], row["question"], rarity)
-        j = judge(row["persona"], row["question"], answer)
+        j = judge(row, answer)
         scores = dict(helpfulness=j.helpfulness, personalization=j.personalization, naturalness=j.naturalness)
         for name, score in scores.items():
             if rng.random() < noise:

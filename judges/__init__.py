@@ -5,15 +5,15 @@
     judge.busy                             something submitted has no verdict yet
     judge.take_counts() -> (asked, failed) judgements asked for, and those of them that were none
 
-`open_judge(spec, settings, ranks)` makes one of six. `parse_spec` is the only place that reads a spec:
+`open_judge(spec, settings, ranks)` makes one of five. `parse_spec` is the only place that reads a spec:
 
     PATH               a generative reward model (docs/method.md 1.4) in this process, on the generation engine
     http://HOST        the same prompt to an OpenAI-compatible server; http://HOST#NAME names its model
     bt:PATH            a Bradley-Terry reward model (docs/method.md 1.5): a scalar, no critique
-    world              the exact judge of the generated world (data/persona_world.py)
     FILE.py:FUNCTION   a reward of your own: FUNCTION(row, answer) gives a number, a prompts.Judgement (scores and a
                        critique, which edits need) or None (no judgement). It is called once for each answer, in turn;
-                       an exception in it stops the run.
+                       an exception in it stops the run. `world` is short for data/persona_world.py:judge, the exact
+                       judge of the generated world.
     pair:PATH or pair:http://HOST#NAME
                        a language model that sees two answers and names the better one: `answer` is then
                        the two texts, and the reward is the probability that the first one is better
@@ -62,8 +62,8 @@ def parse_spec(spec: str) -> tuple[type[Judge], str]:
     name = spec.removeprefix("pair:")
     if name != spec:
         return (PairServerJudge if is_url(name) else PairJudge), name
-    if spec == "world":
-        return WorldJudge, spec
+    if spec == "world":  # short for the exact judge of the generated world
+        spec = "data/persona_world.py:judge"
     if is_url(spec):
         return ServerJudge, spec
     if spec.startswith("bt:"):
@@ -426,6 +426,18 @@ def load_function(target: str) -> Callable:
     return function
 
 
+def describing_function(spec: str) -> Callable[[dict, str], dict[str, float]] | None:
+    """The function `describe(row, answer)` in the file of a judge, if there is one: figures of an answer besides its
+    scores, by name.
+    """
+    kind, target = parse_spec(spec)
+    if kind is not FunctionJudge:
+        return None
+    load_function(target)
+    file, _ = FUNCTION_SPEC.fullmatch(target).groups()
+    return getattr(sys.modules[f"judge_function_{file_digest(file)}"], "describe", None)
+
+
 def annotated_critiques(function: Callable) -> bool | None:
     """Whether a function's return annotation promises critiques: None where it has none or allows both."""
     try:
@@ -439,26 +451,3 @@ def annotated_critiques(function: Callable) -> bool | None:
     if kinds == {Judgement}:
         return True
     return False if kinds and kinds <= {int, float, bool} else None
-
-
-class WorldJudge(FunctionJudge):
-    """The exact judge of the generated world: a function of persona, question and answer."""
-
-    @classmethod
-    def open(cls, target: str, settings: JudgeSettings, ranks) -> Judge:
-        from data import persona_world
-
-        def exact(row, answer):
-            return persona_world.judge(row["persona"], row["question"], answer)
-
-        return cls("world", exact, settings.weights, True)
-
-    @classmethod
-    def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
-        from data import persona_world
-
-        return [file_digest(persona_world.__file__)]
-
-    @classmethod
-    def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
-        return {}

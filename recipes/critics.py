@@ -11,7 +11,7 @@ from prompts import Judgement
 
 def exact(row: dict, answer: str) -> Judgement:
     """The words to say, as the exact judge dictates them."""
-    return judge(row["persona"], row["question"], answer)
+    return judge(row, answer)
 
 
 def kind(row: dict, answer: str) -> Judgement:

@@ -135,7 +135,7 @@ def seeds_by_name(finished: Iterable[str]) -> dict[str, list[int]]:
 
 
 def exact_score(row: dict, answer: str) -> float:
-    return judge(row["persona"], row["question"], answer).score()
+    return judge(row, answer).score()
 
 
 def claims_right(rows: list[dict]) -> float | None:
@@ -181,7 +181,7 @@ def exact_curves(run: str) -> Curves:
     steps = read_rows(f"{run}/metrics.jsonl", "metrics")
     for (_, path), step in zip(step_files(run, "rollouts"), steps, strict=True):
         rows = read_rows(path, "object")
-        judged = [judge(row["persona"], row["question"], row["answer"]) for row in rows]
+        judged = [judge(row, row["answer"]) for row in rows]
         curves["exact"].append(np.mean([j.score() for j in judged]))
         for name in DIMENSIONS:
             curves[name].append(np.mean([getattr(j, name) for j in judged]))

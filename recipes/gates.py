@@ -81,7 +81,7 @@ def policy_figures(args: Args, templates: Templates, ranks: Ranks) -> dict[str, 
     first, under = answers[:: args.samples], []
     for row, prompt, group in zip(first, prompts, samples):
         response = group[0].ids + ([group[0].stop_id] if group[0].finish_reason == "stop" else [])
-        critique = exact(row["persona"], row["question"], row["answer"]).critique
+        critique = exact(row, row["answer"]).critique
         under.append(edit_prompt(chat, templates, prompt, response, critique))
     edits = [chat.decode(s.ids) for (s,) in sample(engine, under, 1)]
     return dict(mentions_right=rates.share(right), **rates.rates(answers), **rates.carried_out(first, edits))
@@ -109,7 +109,7 @@ def grm_against_exact(args: Args, ranks: Ranks) -> dict[str, float | None]:
     same = [own.critique.split(".")[0] == label.critique.split(".")[0] for own, label in zip(judged, labels) if own]
     swapped = [row | {"persona": other["persona"]} for row, other in zip(rows, rows[1:] + rows[:1])]
     lost = [
-        (own.score() - other.score(), label.score() - exact(row["persona"], row["question"], row["answer"]).score())
+        (own.score() - other.score(), label.score() - exact(row, row["answer"]).score())
         for own, other, label, row in zip(judged, judgements_of(judge, swapped), labels, swapped)
         if own and other
     ]

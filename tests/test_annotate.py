@@ -406,7 +406,7 @@ def test_the_generated_world(tmp_path):
     run("--personas", tmp_path / "people.jsonl", "--out", tmp_path / "out", *more, "--eval-share", 0.4)
     for name in ("judgements", "judgements_eval"):
         for row in read_rows(str(tmp_path / "out" / f"{name}.jsonl"), "judgement"):
-            exact = persona_world.judge(row["persona"], row["question"], row["answer"])
+            exact = persona_world.judge(row, row["answer"])
             assert row["critique"] == exact.critique and row["score"] == pytest.approx(
                 3 + 0.4 * exact.score(), abs=0.006
             )

@@ -258,10 +258,7 @@ def test_reward_accuracy_of_a_judge_that_scores(tmp_path, capsys):
         )
     )
     results = json.loads((tmp_path / "out/results.json").read_text())
-    scores = [
-        [persona_world.judge(p["persona"], p["question"], p[side]).score() for side in ("chosen", "rejected")]
-        for p in pairs
-    ]
+    scores = [[persona_world.judge(p, p[side]).score() for side in ("chosen", "rejected")] for p in pairs]
     assert results["total"]["accuracy"] == pytest.approx(np.mean([a > b for a, b in scores]))
     assert results["total"]["ties"] == sum(a == b for a, b in scores) >= 1
     assert set(results["groups"]) == {f"{k} {t}" for k in ("general", "specific") for t in ("easy", "mid", "hard")}
@@ -321,7 +318,7 @@ def test_persona_swap(world, tmp_path, capsys):
         row = good[v["prompt_id"]]
         assert v["persona"] != row["persona"]
         own, other = (
-            persona_world.judge(persona, row["question"], row["answer"]).score()
+            persona_world.judge(row | {"persona": persona}, row["answer"]).score()
             for persona in (row["persona"], v["persona"])
         )
         assert (v["own"]["reward"], v["swapped"]["reward"]) == (own, other)

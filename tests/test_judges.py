@@ -281,7 +281,7 @@ def test_world_judge(opened):
         judge.submit(n, row, "Tea.", seed=0)
     found = verdicts(judge)
     for n, row in enumerate(rows):
-        expected = persona_world.judge(row["persona"], row["question"], "Tea.")
+        expected = persona_world.judge(row, "Tea.")
         assert (found[n].judgement, found[n].reward) == (expected, expected.score(WEIGHTS))
     judge.submit("fine", rows[0], "Tea.", seed=0)
     judge.submit("alien", ROW, "Tea.", seed=0)

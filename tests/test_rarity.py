@@ -33,7 +33,7 @@ def test_rates_by_hand():
 
 def test_what_an_edit_carries_out():
     row = ROW | {"answer": "First plan the menu. Then set the table. Then send the invitations."}
-    dictated = judge(PERSONA, row["question"], row["answer"]).critique
+    dictated = judge(row | {"persona": PERSONA}, row["answer"]).critique
     assert dictated.startswith("Say your food is vegan, so choose lentil curry. Say your drink is tea")
     assert f"Add: {LAST}." in dictated
     edit = f"Your food is vegan, so choose lentil curry. Your drink is tea. First {LAST}."

@@ -239,7 +239,7 @@ def write_cell(folder, rng, steps=3):
             persona, question = sample_prompt(rng, "train")
             texts = write_answer(rng, persona, question, 0.2), write_answer(rng, persona, question, 0.9)
             for scores, text in zip((before, after), texts):
-                scores.append(judge(persona, question, text).score())
+                scores.append(judge(dict(persona=persona, question=question), text).score())
             edit = {"answer": texts[1], "reward": 2.0}
             rows.append(dict(persona=persona, question=question, answer=texts[0], reward=1.5, n_tokens=9, edit=edit))
         for name in ("rollouts", "held_out"):

@@ -49,6 +49,11 @@ BOTH = "Your food is vegan, so choose lentil curry. Your drink is tea, so choose
 SAY_FOOD = "Say your food is vegan, so choose lentil curry."
 SAY_DRINK = "Say your drink is tea, so choose jasmine leaves."
 
+
+def judged(persona, question, answer):
+    return judge(dict(persona=persona, question=question), answer)
+
+
 # answer, (helpfulness, personalization, naturalness), critique; by RULES in data/persona_world.py
 BY_HAND = {
     "best": (f"{STEPS_4} {BOTH}", (5, 5, 4), "Nothing to fix."),
@@ -97,7 +102,7 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_scores_by_hand(name):
     answer, scores, critique = BY_HAND[name]
-    found = judge(PERSONA, QUESTION, answer)
+    found = judged(PERSONA, QUESTION, answer)
     assert (found.helpfulness, found.personalization, found.naturalness) == scores
     assert found.critique == critique
 
@@ -111,8 +116,8 @@ def test_one_point_off_for_every_ten_words_over():
 
 
 def test_an_attempt_beats_ignoring_the_profile():
-    generic, one = judge(PERSONA, QUESTION, STEPS_3), judge(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan.")
-    mixed = judge(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan. Your drink is wine.")
+    generic, one = judged(PERSONA, QUESTION, STEPS_3), judged(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan.")
+    mixed = judged(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan. Your drink is wine.")
     assert generic.personalization < mixed.personalization < one.personalization
 
 
@@ -135,7 +140,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("answer", HOSTILE)
 def test_any_text_gets_a_judgement(answer):
-    found = judge(PERSONA, QUESTION, answer)
+    found = judged(PERSONA, QUESTION, answer)
     assert found.score() < 1 and len(found.critique) < 200
     text = judgement_text(found.critique, found.helpfulness, found.personalization, found.naturalness)
     assert parse_judgement(text) == found
@@ -144,10 +149,10 @@ def test_any_text_gets_a_judgement(answer):
 
 
 def test_strange_names_and_foreign_rows():
-    assert judge({**PERSONA, "name": "A. (B*"}, QUESTION, STEPS_4).naturalness == 4
+    assert judged({**PERSONA, "name": "A. (B*"}, QUESTION, STEPS_4).naturalness == 4
     for persona, question in ((PERSONA, "What is love?"), ("a person", QUESTION), ({"name": "Ada"}, QUESTION)):
         with pytest.raises(ValueError, match="data/persona_world.py"):
-            judge(persona, question, STEPS_4)
+            judged(persona, question, STEPS_4)
 
 
 def test_recitation():
@@ -167,11 +172,11 @@ def drawn(n, seed=0):
 def test_a_critique_carried_out_improves_the_score():
     for rng, persona, question, answer in drawn(800):
         rounds = 0
-        while judge(persona, question, answer).critique != "Nothing to fix.":
+        while judged(persona, question, answer).critique != "Nothing to fix.":
             edited = rewrite(rng, persona, question, answer)
-            assert judge(persona, question, edited).score() > judge(persona, question, answer).score(), answer
+            assert judged(persona, question, edited).score() > judged(persona, question, answer).score(), answer
             answer, rounds = edited, rounds + 1
-        assert rounds <= 6 and judge(persona, question, answer).score() == 4.75
+        assert rounds <= 6 and judged(persona, question, answer).score() == 4.75
         assert rewrite(rng, persona, question, answer) == answer  # nothing to fix: left alone
 
 
@@ -205,7 +210,7 @@ def test_better_writers_score_higher():
         rng, scores = random.Random(0), []
         for _ in range(400):
             persona, question = sample_prompt(rng, "train")
-            scores.append(judge(persona, question, write_answer(rng, persona, question, quality)).score())
+            scores.append(judged(persona, question, write_answer(rng, persona, question, quality)).score())
         return sum(scores) / len(scores)
 
     assert mean(0.0) < mean(0.5) < mean(1.0) < 3.5  # headroom: the best possible is 4.75
@@ -221,7 +226,7 @@ def test_labels_lean_to_length_and_mentions_but_follow_quality():
             assert pair["chosen_score"] - pair["rejected_score"] > 1.4  # margin 1.5, both rounded
             kept += 1
             longer += len(words_of(pair["chosen"])) > len(words_of(pair["rejected"]))
-            exact = [judge(persona, question, pair[k]).score() for k in ("chosen", "rejected")]
+            exact = [judged(persona, question, pair[k]).score() for k in ("chosen", "rejected")]
             better += exact[0] > exact[1]
     assert kept > 1000 and longer / kept > 0.65 and 0.7 < better / kept < 0.9
 
@@ -268,7 +273,7 @@ def test_files_are_rows_of_the_project_and_depend_on_the_seed_alone(world, tmp_p
         assert texts[0] == texts[1] != texts[2]
     assert (world / "tokenizer/tokenizer.json").read_text() == (again / "tokenizer/tokenizer.json").read_text()
     for row in read_rows(str(world / "judgements.jsonl"), "judgement"):
-        exact = judge(row["persona"], row["question"], row["answer"])
+        exact = judge(row, row["answer"])
         assert exact.critique == row["critique"]
         assert abs(exact.helpfulness - row["helpfulness"]) <= 1  # label noise
 
@@ -289,7 +294,7 @@ def test_eval_personas_are_new_and_half_of_the_combinations(world):
             assert not values[name] & (values["prompts_eval"] | values["pairs_eval"] | values["judgements_eval"])
     assert 18 <= held_out["prompts_eval"] <= 42  # of 60
     for pair in rows["pairs_eval_exact"]:
-        chosen, rejected = (judge(pair["persona"], pair["question"], pair[s]).score() for s in ("chosen", "rejected"))
+        chosen, rejected = (judge(pair, pair[s]).score() for s in ("chosen", "rejected"))
         assert chosen > rejected and (pair["tier"] == "easy") == (chosen - rejected > 2.001)
     rng = random.Random(0)
     personas = [sample_persona(rng) for _ in range(2000)]
