@@ -1,20 +1,21 @@
-"""The statistics of pairwise comparisons: win rates, length-controlled win rates, intervals, tests, agreement.
+"""Statistics of pairwise comparisons: win rates, length-controlled win rates, intervals, tests, agreement.
 
-Verdicts are numbers in [0, 1], the share of a win that the *model* gets against the baseline on one prompt: 1 won,
-0 lost, 0.5 a draw, between them the probability that the judge gave it; NaN where there is no verdict. Rates and their
-errors are in percent here, as in AlpacaEval's leaderboards.
+A verdict is a number in [0, 1] for one prompt: the probability that the judge prefers the *model* to the baseline. So 1
+is a win, 0 a loss and 0.5 a draw. NaN means that there is no verdict. Rates and their errors are in percent here, as in
+AlpacaEval's leaderboards.
 
-Length-controlled win rates follow AlpacaEval 0.6.6, all its incidental choices included (solver, tolerance, random
-stream), because the figure moves by up to 1.3 points with them. The folds of its cross-validation are written out
-here: scikit-learn changed theirs at some release, so the same annotations gave two figures. Where the figure means
-little (an L1 penalty that removed the model term, one class only), `notes` says so and `unpenalized` stands beside it.
+Length-controlled win rates follow AlpacaEval 0.6.6 in every incidental choice (solver, tolerance, random stream),
+because these choices move the rate by up to 1.3 points. The folds of its cross-validation are written out, because
+scikit-learn changed its own between releases. Some fits mean little, such as one whose L1 penalty removed the model
+term. Then `notes` says so, and `unpenalized` gives the rate without a penalty.
 """
 
 import contextlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -22,16 +23,17 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from sklearn.linear_model import LogisticRegression
 
-PENALTIES = np.logspace(-4, 4, 10)  # the C's that cross-validation chooses from
+PENALTIES = np.logspace(-4, 4, 10)  # values of C that cross-validation chooses from
 FOLDS = 5
-SEED = 123  # of AlpacaEval's liblinear
-GAMED_WEIGHT = 0.2 / 2  # a regularization of 0.2, shared by the two gamed copies of each answer
+SEED = 123  # AlpacaEval's, for liblinear
+GAMED_WEIGHT = 0.2 / 2  # a regularization of 0.2, divided between the two gamed copies of each answer
 ALPACA_ROWS = 805
 VARIANTS = ("minimal", "v1")
+DRAWS_AT_ONCE = 500  # bounds the memory of a bootstrap
 
 
-def verdicts_from_preferences(preferences: list) -> np.ndarray:
-    """AlpacaEval's preferences (1 baseline, 2 model, 0 or 1.5 draw, None) -> verdicts fp64 [n], NaN without one."""
+def verdicts_from_preferences(preferences: Sequence[float | None]) -> np.ndarray:
+    """AlpacaEval's preferences (1 baseline, 2 model, 0 or 1.5 draw, None) -> verdicts, fp64 [n]."""
     values = np.array([np.nan if p is None else float(p) for p in preferences], dtype=np.float64)
     values[values == 0] = 1.5
     with np.errstate(invalid="ignore"):
@@ -39,15 +41,16 @@ def verdicts_from_preferences(preferences: list) -> np.ndarray:
     return values - 1
 
 
-def plain(verdicts: np.ndarray) -> dict:
-    """The win rate and its counts, by AlpacaEval's names. None where there are too few verdicts."""
+def plain(verdicts: np.ndarray) -> dict[str, Any]:
+    """The win rate and its counts, under AlpacaEval's names. Rates are None where there are too few verdicts."""
     y = verdicts[~np.isnan(verdicts)]
-    draws, wins, losses = int((y == 0.5).sum()), int((y > 0.5).sum()), int((y < 0.5).sum())
+    wins = int((y > 0.5).sum())
+    draws = int((y == 0.5).sum())
     return dict(
         win_rate=100 * float(y.mean()) if len(y) else None,
         standard_error=100 * float(y.std(ddof=1)) / len(y) ** 0.5 if len(y) > 1 else None,
         n_wins=wins,
-        n_wins_base=losses,
+        n_wins_base=int((y < 0.5).sum()),
         n_draws=draws,
         n_total=len(y),
         discrete_win_rate=100 * (wins + draws / 2) / len(y) if len(y) else None,
@@ -57,67 +60,85 @@ def plain(verdicts: np.ndarray) -> dict:
 # -- length control ----------------------------------------------------------------------------------------------------
 
 
-def length_feature(model_lengths: Sequence[int], baseline_lengths: Sequence[int]) -> np.ndarray | None:
-    """tanh of the standardized, not centred, baseline length minus model length (characters), fp64 [n].
+class SoftLabels(NamedTuple):
+    """Rows of a logistic regression whose labels are probabilities."""
 
-    Over all rows, those without a verdict too. None where all differences are equal to 0: nothing to control for.
-    """
-    difference = np.asarray(baseline_lengths, dtype=np.float64) - np.asarray(model_lengths, dtype=np.float64)
-    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
-    if deviation == 0:
-        # a constant gap divides by 0: infinitely many deviations, whose tanh is its sign
-        return np.sign(difference) if difference.any() else None
-    return np.tanh(difference / deviation)
+    x: np.ndarray  # [n, features]
+    y: np.ndarray  # [n], in [0, 1]
+    weight: np.ndarray  # [n]
 
-
-def _fit(x, y, weight, penalty, random):
-    """L1-penalized logistic regression on soft labels: each row once as a win, once as a loss, by its share of each."""
-    model = LogisticRegression(
-        l1_ratio=1, solver="liblinear", C=penalty, fit_intercept=False, tol=1e-4, max_iter=100, random_state=random
-    )
-    labels = np.repeat([1, 0], len(y))
-    with warnings.catch_warnings():  # few iterations are part of the protocol
-        warnings.filterwarnings("ignore", category=UserWarning)
-        model.fit(np.vstack([x, x]), labels, sample_weight=np.concatenate([weight * y, weight * (1 - y)]))
-    return model.coef_[0]
-
-
-@contextlib.contextmanager
-def _without_solver_output():
-    """liblinear writes a line to the process's stderr for every fit that sees one class; `notes` say it once."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+    def select(self, mask: np.ndarray) -> "SoftLabels":
+        return SoftLabels(self.x[mask], self.y[mask], self.weight[mask])
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -z))
 
 
-def _log_likelihood(x, y, weight, coefficients):
+def length_feature(model_lengths: Sequence[int], baseline_lengths: Sequence[int]) -> np.ndarray | None:
+    """tanh of the baseline's length minus the model's (characters), divided by its standard deviation: fp64 [n].
+
+    The deviation is over all rows, including those without a verdict. The difference is not centred. Returns None where
+    every difference is 0, because there is nothing to control for.
+    """
+    difference = np.asarray(baseline_lengths, dtype=np.float64) - np.asarray(model_lengths, dtype=np.float64)
+    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    if deviation == 0:
+        # a constant difference is infinitely many deviations, and the tanh of that is its sign
+        return np.sign(difference) if difference.any() else None
+    return np.tanh(difference / deviation)
+
+
+def _fit(train: SoftLabels, penalty: float, random: np.random.RandomState) -> np.ndarray:
+    """L1-penalized logistic regression: each row counts once as a win and once as a loss, weighted by its label."""
+    x, y, weight = train
+    model = LogisticRegression(
+        l1_ratio=1, solver="liblinear", C=penalty, fit_intercept=False, tol=1e-4, max_iter=100, random_state=random
+    )
+    labels = np.repeat([1, 0], len(y))
+    with warnings.catch_warnings():  # it may not converge: so few iterations are AlpacaEval's protocol
+        warnings.filterwarnings("ignore", category=UserWarning)
+        model.fit(np.vstack([x, x]), labels, sample_weight=np.concatenate([weight * y, weight * (1 - y)]))
+    return model.coef_[0]
+
+
+@contextlib.contextmanager
+def _without_solver_output() -> Iterator[None]:
+    """Silences liblinear, which writes to the process's stderr whenever a fit sees a single class."""
+    saved = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)
+
+
+def _log_likelihood(rows: SoftLabels, coefficients: np.ndarray) -> float:
+    x, y, weight = rows
     p = np.clip(sigmoid(x @ coefficients), 1e-15, 1 - 1e-15)
     return np.mean(weight * (y * np.log(p) + (1 - y) * np.log(1 - p)))
 
 
-def choose_penalty(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
-    """The C with the greatest mean held-out log-likelihood over five folds; of equals the smallest."""
-    fold = (len(y) - 1 - np.arange(len(y))) % FOLDS
+def choose_penalty(train: SoftLabels) -> float:
+    """The C with the greatest mean held-out log-likelihood over five folds; the smallest one among equals."""
+    n = len(train.y)
+    fold = (n - 1 - np.arange(n)) % FOLDS
     scores = np.zeros((FOLDS, len(PENALTIES)))
     for k in range(FOLDS):
-        held_out, random = fold == k, np.random.RandomState(SEED)  # one stream for the ten fits of a fold
+        held_out = fold == k
+        random = np.random.RandomState(SEED)  # one stream for the ten fits of a fold, as upstream
         for i, penalty in enumerate(PENALTIES):
-            coefficients = _fit(x[~held_out], y[~held_out], weight[~held_out], penalty, random)
-            scores[k, i] = _log_likelihood(x[held_out], y[held_out], weight[held_out], coefficients)
+            coefficients = _fit(train.select(~held_out), penalty, random)
+            scores[k, i] = _log_likelihood(train.select(held_out), coefficients)
     return PENALTIES[scores.mean(0).argmax()]
 
 
-def _fit_unpenalized(x, y, weight):
-    """Newton's method on the plain likelihood -> coefficients, or None where it has no finite maximum."""
+def _fit_unpenalized(train: SoftLabels) -> np.ndarray | None:
+    """Coefficients of the greatest likelihood by Newton's method; None where it has no finite maximum."""
+    x, y, weight = train
     coefficients = np.zeros(x.shape[1])
     for _ in range(100):
         p = sigmoid(x @ coefficients)
@@ -134,25 +155,30 @@ def _fit_unpenalized(x, y, weight):
 
 
 def read_gamed(path: str) -> dict[str, np.ndarray]:
-    """AlpacaEval's df_gamed.csv (data set tatsu-lab/alpaca_eval) -> rows of v1's regularization.
+    """Reads AlpacaEval's df_gamed.csv, the extra rows that regularize the variant v1.
 
-    path: the file, or the data set's hub name. -> {"x": length feature and difficulty [1610, 2], "y": [1610],
-    "difficulty": of the 805 instructions}. ValueError: not that file.
+    path: the file, or the data set on the hub (tatsu-lab/alpaca_eval).
+
+    Returns:
+        "x": length feature and difficulty [1610, 2]; "y": verdicts [1610]; "difficulty": of the instructions [805]
+
+    Raises:
+        ValueError: the file is another one, or cannot be fetched.
     """
     if not os.path.isfile(path):
         try:
             path = hf_hub_download(path, "df_gamed.csv", repo_type="dataset")
         except (HFValidationError, OSError) as error:
             raise ValueError(
-                f"--gamed-data {path}: neither a file nor fetched from the hub ({error}); expected "
-                "df_gamed.csv of the data set tatsu-lab/alpaca_eval"
+                f"--gamed-data {path}: not a file, and not fetched from the hub ({error}); expected df_gamed.csv of "
+                "the data set tatsu-lab/alpaca_eval"
             ) from error
     table = pandas.read_csv(path)
-    needed = ["preference", "index", "std_delta_len", "instruction_difficulty"]
-    if len(table) != 2 * ALPACA_ROWS or not set(needed) <= set(table.columns):
+    columns = ["preference", "index", "std_delta_len", "instruction_difficulty"]
+    if len(table) != 2 * ALPACA_ROWS or not set(columns) <= set(table.columns):
         raise ValueError(
-            f"{path}: {len(table)} rows with columns {list(table.columns)}; expected {2 * ALPACA_ROWS} "
-            f"rows with {', '.join(needed)} (df_gamed.csv)"
+            f"{path}: {len(table)} rows with columns {list(table.columns)}; expected {2 * ALPACA_ROWS} rows with "
+            f"{', '.join(columns)} (df_gamed.csv)"
         )
     difficulty = table["instruction_difficulty"].to_numpy(np.float64)
     length = np.tanh(table["std_delta_len"].to_numpy(np.float64))
@@ -163,24 +189,34 @@ def read_gamed(path: str) -> dict[str, np.ndarray]:
     )
 
 
-def _design(verdicts, model_lengths, baseline_lengths, gamed, rows):
-    """Training rows (x, y, weight) and the prediction's x, of these rows. Columns: length, difficulty (v1), model."""
+def _design(
+    verdicts: np.ndarray,
+    model_lengths: Sequence[int],
+    baseline_lengths: Sequence[int],
+    difficulty: np.ndarray | None,
+    gamed: dict[str, np.ndarray] | None,
+) -> tuple[SoftLabels, np.ndarray]:
+    """Training rows, and the features [n, k] for the prediction, whose length term is 0.
+
+    Columns: length (where the lengths differ), difficulty (v1), and the constant 1 of the model term.
+    """
     length = length_feature(model_lengths, baseline_lengths)
-    columns = [] if length is None else [length]
-    if gamed is not None:
-        columns.append(gamed["difficulty"][rows])
+    columns = [column for column in (length, difficulty) if column is not None]
     x = np.stack([*columns, np.ones(len(verdicts))], 1)
     judged = ~np.isnan(verdicts)
-    train, y, weight = x[judged], verdicts[judged], np.ones(judged.sum())
+    train = SoftLabels(x[judged], verdicts[judged], np.ones(judged.sum()))
     if gamed is not None:
         extra = gamed["x"] if length is not None else gamed["x"][:, 1:]
-        train = np.vstack([np.column_stack([extra, np.zeros(len(extra))]), train])
-        y = np.concatenate([gamed["y"], y])
-        weight = np.concatenate([np.full(len(extra), GAMED_WEIGHT), weight])
+        n = len(extra)
+        train = SoftLabels(
+            np.vstack([np.column_stack([extra, np.zeros(n)]), train.x]),
+            np.concatenate([gamed["y"], train.y]),
+            np.concatenate([np.full(n, GAMED_WEIGHT), train.weight]),
+        )
     test = x.copy()
     if length is not None:
         test[:, 0] = 0
-    return train, y, weight, test
+    return train, test
 
 
 def length_controlled(
@@ -190,21 +226,31 @@ def length_controlled(
     variant: str = "minimal",
     gamed: dict[str, np.ndarray] | None = None,
     same: bool = False,
-) -> dict:
-    """AlpacaEval's length-controlled win rate, `length_controlled_minimal` or `_v1` (needs gamed: read_gamed).
+) -> dict[str, Any]:
+    """AlpacaEval's length-controlled win rate, `length_controlled_minimal` or `length_controlled_v1`.
 
-    verdicts [n]; lengths in characters; same: the model is the baseline itself, 50 by construction.
-    -> dict: length_controlled_winrate and lc_standard_error (None where there is no figure), unpenalized, penalty (C),
-    coefficients, predictions [n], notes (what is wrong with the figure; empty if nothing). lc_standard_error is
-    AlpacaEval's: the spread over instructions, without any sampling error. ValueError: v1 on other than the 805 rows.
+    Args:
+        verdicts: [n].
+        model_lengths, baseline_lengths: in characters, [n] each.
+        gamed: from `read_gamed`; the variant v1 needs it.
+        same: the model is the baseline itself, so the rate is 50 by construction.
+
+    Returns:
+        length_controlled_winrate and lc_standard_error (None without a fit), unpenalized, penalty (C), coefficients,
+        predictions [n], and notes: what is wrong with the rate, empty if nothing is. lc_standard_error is AlpacaEval's:
+        the spread over instructions, without sampling error.
+
+    Raises:
+        ValueError: v1 on other than AlpacaEval's 805 rows.
     """
-    n, judged = len(verdicts), int((~np.isnan(verdicts)).sum())
+    n = len(verdicts)
+    n_judged = int((~np.isnan(verdicts)).sum())
     if variant == "v1" and (gamed is None or n != ALPACA_ROWS):
         raise ValueError(
-            f"the variant v1 needs AlpacaEval's {ALPACA_ROWS} rows in their order (null where there is no "
-            f"verdict) and --gamed-data: its difficulties belong to them; got {n} rows"
+            f"the variant v1 needs --gamed-data and AlpacaEval's {ALPACA_ROWS} rows in their order, to which its "
+            f"difficulties belong (null where there is no verdict); got {n} rows"
         )
-    result = dict(
+    result: dict[str, Any] = dict(
         variant=variant,
         length_controlled_winrate=None,
         lc_standard_error=None,
@@ -215,89 +261,110 @@ def length_controlled(
         notes=[],
     )
     if same:
-        notes = ["the model is the baseline: 50 by construction, nothing was fitted"]
         return result | dict(
-            length_controlled_winrate=50.0, lc_standard_error=0.0, predictions=np.full(n, 0.5), notes=notes
+            length_controlled_winrate=50.0,
+            lc_standard_error=0.0,
+            predictions=np.full(n, 0.5),
+            notes=["the model is the baseline: 50 by construction, nothing was fitted"],
         )
-    if judged < FOLDS:
-        return result | dict(notes=[f"no figure: {judged} verdicts, fewer than the {FOLDS} folds of the fit"])
+    if n_judged < FOLDS:
+        return result | dict(notes=[f"no rate: {n_judged} verdicts, fewer than the {FOLDS} folds of the fit"])
 
-    gamed = gamed if variant == "v1" else None
-    train, y, weight, test = _design(verdicts, model_lengths, baseline_lengths, gamed, np.arange(n))
+    if variant != "v1":
+        gamed = None
+    difficulty = None if gamed is None else gamed["difficulty"]
+    train, test = _design(verdicts, model_lengths, baseline_lengths, difficulty, gamed)
     with _without_solver_output():
-        penalty = choose_penalty(train, y, weight)
-        coefficients = _fit(train, y, weight, penalty, np.random.RandomState(SEED))
-    predictions = sigmoid(test @ coefficients)
+        penalty = choose_penalty(train)
+        fitted = _fit(train, penalty, np.random.RandomState(SEED))
+    names = ["length", "model"] if gamed is None else ["length", "difficulty", "model"]
+    coefficients = dict(zip(names[-train.x.shape[1] :], fitted.tolist()))  # without "length" where lengths are equal
+    predictions = sigmoid(test @ fitted)
     rate = 100 * float(predictions.mean())
-    free = _fit_unpenalized(train, y, weight)
+    free = _fit_unpenalized(train)
     unpenalized = None if free is None else 100 * float(sigmoid(test @ free).mean())
-    names = ["length", *(["difficulty"] if gamed is not None else []), "model"][-train.shape[1] :]
-    gaps = np.asarray(baseline_lengths) - np.asarray(model_lengths)
-    notes = _notes(verdicts, (gaps == gaps[0]).all(), rate, unpenalized, dict(zip(names, coefficients)))
+    difference = np.asarray(baseline_lengths) - np.asarray(model_lengths)
+    constant = bool((difference == difference[0]).all())
     return result | dict(
         length_controlled_winrate=rate,
         lc_standard_error=100 * float(predictions.std(ddof=1)) / n**0.5,
         unpenalized=unpenalized,
         penalty=float(penalty),
-        coefficients=dict(zip(names, coefficients.tolist())),
+        coefficients=coefficients,
         predictions=predictions,
-        notes=notes,
+        notes=_notes(verdicts[~np.isnan(verdicts)], constant, rate, unpenalized, coefficients),
     )
 
 
-def _notes(verdicts, constant_gap, rate, unpenalized, coefficients):
-    y = verdicts[~np.isnan(verdicts)]
-    win_rate, notes = 100 * y.mean(), []
-    beside = "; unpenalized it " + ("has no finite fit" if unpenalized is None else f"is {unpenalized:.2f}")
+def _notes(
+    y: np.ndarray, constant_difference: bool, rate: float, unpenalized: float | None, coefficients: dict[str, float]
+) -> list[str]:
+    """Reasons to distrust a length-controlled rate. y: the verdicts that exist."""
+    win_rate = 100 * y.mean()
+    without_penalty = "; unpenalized it " + ("has no finite fit" if unpenalized is None else f"is {unpenalized:.2f}")
+    notes = []
     if "length" not in coefficients:
         notes.append("all answers are as long as the baseline's: the length term was left out")
-    elif constant_gap:
-        notes.append("the gap in length is the same in all rows: length and model cannot be told apart")
+    elif constant_difference:
+        notes.append("the difference of lengths is the same in all rows: length and model cannot be told apart")
     if coefficients["model"] == 0:
-        notes.append(f"the L1 penalty set the model term to 0: the figure is 50.0 whatever the win rate{beside}")
-    if not y.any():
-        notes.append("all verdicts are losses: the solver sees one class, its sign flips, do not use the figure")
-    elif (y > 0).sum() < FOLDS:
+        notes.append(f"the L1 penalty set the model term to 0: the rate is 50.0 at any win rate{without_penalty}")
+    n_not_lost = (y > 0).sum()
+    if n_not_lost == 0:
+        notes.append("all verdicts are losses: the solver sees one class and its sign flips, do not use the rate")
+    elif n_not_lost < FOLDS:
         notes.append(
-            f"only {(y > 0).sum()} verdicts are not clear losses: a fold of the fit may see one class only, "
-            f"do not use the figure{beside}"
+            f"only {n_not_lost} verdicts are not clear losses: a fold of the fit may see a single class, do not use "
+            f"the rate{without_penalty}"
         )
-    low, high = min(win_rate * 3 / 4, win_rate - 10), max(win_rate + (100 - win_rate) / 4, win_rate + 10)
+    low = min(win_rate * 3 / 4, win_rate - 10)
+    high = max(win_rate + (100 - win_rate) / 4, win_rate + 10)
     if not low <= rate <= high:
-        notes.append(f"far from the plain win rate of {win_rate:.1f}: the fit may have failed{beside}")
+        notes.append(f"far from the plain win rate of {win_rate:.1f}: the fit may have failed{without_penalty}")
     return notes
 
 
 # -- intervals and tests -----------------------------------------------------------------------------------------------
 
 
-def _clusters(groups, n):
-    """groups: one label a row, or None (each row by itself) -> list of index arrays."""
-    if groups is None:
-        return [np.array([i]) for i in range(n)]
-    members = {}
-    for i, label in enumerate(groups):
+def _clusters(groups: Sequence | None, n: int) -> list[np.ndarray]:
+    """Row indices by group, in order of appearance. groups: one label a row; None makes each row its own group."""
+    members: dict[Any, list[int]] = {}
+    for i, label in enumerate(range(n) if groups is None else groups):
         members.setdefault(label, []).append(i)
     return [np.array(rows) for rows in members.values()]
 
 
-def bootstrap_mean(
-    values: np.ndarray, seed: int, groups: list | None = None, draws: int = 10_000
-) -> tuple[float | None, float | None]:
-    """95 % percentile interval of the mean of `values` (NaN left out) -> (low, high), or (None, None) without values.
+def _blocks(draws: int) -> Iterator[int]:
+    """Sizes of the blocks in which a bootstrap draws."""
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        yield min(DRAWS_AT_ONCE, draws - start)
 
-    groups: labels of rows that are drawn together, such as the person that several rows belong to.
+
+def _without_nan(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The values that exist, and the clusters of their indices."""
+    exists = ~np.isnan(values)
+    if groups is not None:
+        groups = [label for label, there in zip(groups, exists) if there]
+    return values[exists], _clusters(groups, int(exists.sum()))
+
+
+def bootstrap_mean(
+    values: np.ndarray, seed: int, groups: Sequence | None = None, draws: int = 10_000
+) -> tuple[float | None, float | None]:
+    """95 % percentile interval (low, high) of the mean; NaNs are left out. (None, None) without values.
+
+    groups: a label for each row. Rows of one label, such as the same person's, are drawn together.
     """
-    kept = ~np.isnan(values)
-    clusters = _clusters(None if groups is None else [g for g, k in zip(groups, kept) if k], int(kept.sum()))
+    values, clusters = _without_nan(values, groups)
     if not clusters:
         return None, None
-    values = values[kept]
     sums = np.array([values[rows].sum() for rows in clusters])
     sizes = np.array([len(rows) for rows in clusters])
-    rng, means = np.random.default_rng(seed), []
-    for start in range(0, draws, 500):  # a block of draws at a time: the indices of all would be large
-        drawn = rng.integers(len(clusters), size=(min(500, draws - start), len(clusters)))
+    rng = np.random.default_rng(seed)
+    means = []
+    for size in _blocks(draws):
+        drawn = rng.integers(len(clusters), size=(size, len(clusters)))
         means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
@@ -307,55 +374,74 @@ def bootstrap_length_controlled(
     verdicts: np.ndarray,
     model_lengths: Sequence[int],
     baseline_lengths: Sequence[int],
-    result: dict,
+    result: dict[str, Any],
     seed: int,
     gamed: dict[str, np.ndarray] | None = None,
-    groups: list | None = None,
+    groups: Sequence | None = None,
     draws: int = 1000,
 ) -> tuple[float | None, float | None]:
-    """95 % interval of a length-controlled win rate: rows (or groups) drawn again, lengths standardized and the model
-    fitted again each time, at the C of `result`: cross-validation over rows that were drawn twice would see its own
-    training rows. -> (low, high), or (None, None) where `result` has no fit or sees one class only.
+    """95 % interval (low, high) of a length-controlled win rate. (None, None) where there is no fit, or one class.
+
+    Rows or groups are drawn again, lengths standardized again, and the model fitted again, at the C of `result`.
+    Cross-validation would not work here: over rows that were drawn twice it would test on its training rows.
     """
     judged = verdicts[~np.isnan(verdicts)]
     if result["penalty"] is None or not judged.any() or (judged == 1).all():
         return None, None
-    gamed = gamed if result["variant"] == "v1" else None
-    lengths = np.asarray(model_lengths), np.asarray(baseline_lengths)
-    clusters, rng, rates = _clusters(groups, len(verdicts)), np.random.default_rng(seed), []
+    if result["variant"] != "v1":
+        gamed = None
+    model_lengths = np.asarray(model_lengths)
+    baseline_lengths = np.asarray(baseline_lengths)
+    clusters = _clusters(groups, len(verdicts))
+    rng = np.random.default_rng(seed)
+    rates = []
     for _ in range(draws):
         rows = np.concatenate([clusters[i] for i in rng.integers(len(clusters), size=len(clusters))])
         if np.isnan(verdicts[rows]).all():
             continue
-        train, y, weight, test = _design(verdicts[rows], lengths[0][rows], lengths[1][rows], gamed, rows)
-        if (y == y[0]).all() and y[0] in (0, 1):  # one class has no finite fit: its limit
-            rates.append(100 * y[0])
+        difficulty = None if gamed is None else gamed["difficulty"][rows]
+        train, test = _design(verdicts[rows], model_lengths[rows], baseline_lengths[rows], difficulty, gamed)
+        first = train.y[0]
+        if first in (0, 1) and (train.y == first).all():  # one class has no finite fit; this is its limit
+            rates.append(100 * first)
             continue
-        coefficients = _fit(train, y, weight, result["penalty"], np.random.RandomState(SEED))
-        rates.append(100 * sigmoid(test @ coefficients).mean())
+        fitted = _fit(train, result["penalty"], np.random.RandomState(SEED))
+        rates.append(100 * sigmoid(test @ fitted).mean())
     low, high = np.quantile(rates, [0.025, 0.975])
     return float(low), float(high)
 
 
 def paired_test(
-    first: np.ndarray, second: np.ndarray, seed: int, groups: list | None = None, draws: int = 10_000
-) -> dict:
-    """Two models on the same prompts: verdicts [n] each (or any scores), NaN where missing.
+    first: np.ndarray, second: np.ndarray, seed: int, groups: Sequence | None = None, draws: int = 10_000
+) -> dict[str, Any]:
+    """Compares two models on the same prompts: verdicts or any scores, [n] each, NaN where missing.
 
-    -> dict: difference (mean of first - second), low and high (95 %, bootstrap), p_permutation (two-sided, the signs of
-    the differences flipped at random, those of a group together), better, equal, worse, p_sign (two-sided, exact), n,
-    left_out.
+    Returns:
+        difference (mean of first - second) with its 95 % bootstrap interval low and high; p_permutation (two-sided:
+        the signs of the differences are flipped at random, those of a group together); better, equal and worse, with
+        p_sign (two-sided, exact); n and left_out.
     """
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    kept = ~np.isnan(difference)
-    labels = None if groups is None else [g for g, k in zip(groups, kept) if k]
-    left_out, difference = int((~kept).sum()), difference[kept]
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    result = dict(
-        difference=None,
-        low=None,
-        high=None,
-        p_permutation=None,
+    left_out = int(np.isnan(difference).sum())
+    low, high = bootstrap_mean(difference, seed, groups, draws)
+    difference, clusters = _without_nan(difference, groups)
+    better = int((difference > 0).sum())
+    worse = int((difference < 0).sum())
+    p_permutation = None
+    if clusters:
+        sums = np.array([difference[rows].sum() for rows in clusters])
+        observed = abs(sums.sum())
+        rng = np.random.default_rng(seed)
+        n_extreme = 1  # the observed signs are one of the draws
+        for size in _blocks(draws):
+            signs = rng.choice([-1.0, 1.0], size=(size, len(sums)))
+            n_extreme += int((np.abs(signs @ sums) >= observed - 1e-9).sum())
+        p_permutation = n_extreme / (draws + 1)
+    return dict(
+        difference=float(difference.mean()) if clusters else None,
+        low=low,
+        high=high,
+        p_permutation=p_permutation,
         better=better,
         worse=worse,
         equal=len(difference) - better - worse,
@@ -363,38 +449,32 @@ def paired_test(
         n=len(difference),
         left_out=left_out,
     )
-    if not len(difference):
-        return result
-    sums = np.array([difference[rows].sum() for rows in _clusters(labels, len(difference))])
-    rng, extreme, observed = np.random.default_rng(seed), 0, abs(sums.sum())
-    for start in range(0, draws, 500):
-        signs = rng.choice([-1.0, 1.0], size=(min(500, draws - start), len(sums)))
-        extreme += int((np.abs(signs @ sums) >= observed - 1e-9).sum())
-    low, high = bootstrap_mean(difference, seed, labels, draws)
-    return result | dict(
-        difference=float(difference.mean()), low=low, high=high, p_permutation=(extreme + 1) / (draws + 1)
-    )  # the observed signs are one of the draws
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided exact p-value of so uneven a split or a more uneven one, ties left out, under even odds."""
-    n, few = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)
+    """Two-sided exact p-value of a split at least as uneven, under even odds. Ties are left out."""
+    n = better + worse
+    tail = sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------------
 
 
-def cohens_kappa(first: np.ndarray, second: np.ndarray) -> dict:
-    """Agreement of two raters over win / draw / loss beyond chance (docs/evaluation.md 6). verdicts [n] each.
+def cohens_kappa(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Agreement of two raters over win, draw and loss, beyond chance (docs/evaluation.md 6). Verdicts, [n] each.
 
-    Soft verdicts are rounded, exactly 0.5 is a draw. -> dict: kappa (None where both raters are constant: undefined),
-    agreement (share), n, left_out (rows that either lacks).
+    Soft verdicts are rounded, and exactly 0.5 is a draw.
+
+    Returns:
+        kappa (None where it is undefined: both raters are constant), agreement (a fraction), n, left_out (rows without
+        one of the verdicts)
     """
-    kept = ~(np.isnan(first) | np.isnan(second))
-    a, b = np.sign(first[kept] - 0.5), np.sign(second[kept] - 0.5)
-    n = int(kept.sum())
+    both = ~(np.isnan(first) | np.isnan(second))
+    a = np.sign(first[both] - 0.5)
+    b = np.sign(second[both] - 0.5)
+    n = int(both.sum())
     agreement = float((a == b).mean()) if n else None
     chance = sum((a == c).mean() * (b == c).mean() for c in (-1, 0, 1)) if n else 1.0
     kappa = None if chance == 1 else float((agreement - chance) / (1 - chance))
-    return dict(kappa=kappa, agreement=agreement, n=n, left_out=int((~kept).sum()))
+    return dict(kappa=kappa, agreement=agreement, n=n, left_out=len(both) - n)

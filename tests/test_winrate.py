@@ -234,7 +234,7 @@ def test_all_lost_is_named():
     assert won["length_controlled_winrate"] == pytest.approx(99.99995, abs=1e-4) and won["notes"] == []
 
 
-def test_equal_lengths_and_equal_gaps():
+def test_equal_lengths_and_constant_differences():
     rows = annotations("mixed", 300)
     same = controlled([row | {"output_2": "m" * len(row["output_1"])} for row in rows])
     win_rate = winrate.plain(verdicts(rows))["win_rate"]
@@ -242,7 +242,7 @@ def test_equal_lengths_and_equal_gaps():
     assert same["length_controlled_winrate"] == pytest.approx(win_rate, abs=0.5)
     assert same["unpenalized"] == pytest.approx(win_rate, abs=1e-9) and same["coefficients"].keys() == {"model"}
     shifted = controlled([row | {"output_2": row["output_1"] + "mm"} for row in rows])
-    assert "gap in length is the same" in shifted["notes"][0] and shifted["unpenalized"] is None
+    assert "difference of lengths is the same" in shifted["notes"][0] and shifted["unpenalized"] is None
 
 
 def test_too_few_verdicts_give_no_number():
