@@ -463,11 +463,6 @@ def describe(row: dict, answer: str) -> dict[str, float]:
     return {"recites_profile": recites_profile(row["persona"], answer)}
 
 
-def exact_judge(row: dict, answer: str) -> Judgement:
-    """The exact judge in the form of a judge function: `--judge data/persona_world.py:exact_judge`."""
-    return judge(row["persona"], row["question"], answer)
-
-
 def edit_text(persona: dict, edit: tuple[str, ...]) -> str:
     """An edit in the words of a critique."""
     kind, *what = edit

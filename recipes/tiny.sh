@@ -77,7 +77,7 @@ python recipes/draw.py tiny --gates "$OUT/gates" --edits-of "$OUT/cpe" --runs "b
     "SFT=$OUT/eval/sft" "PPO (BT)=$OUT/eval/ppo_bt" "PPO (GRM)=$OUT/eval/ppo_grm" "CPE=$OUT/eval/cpe" |
     tee "$OUT/table.txt"
 python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/eval/cpe" "$OUT/eval/ppo_grm" "$OUT/grm" \
-    --exact-judge data/persona_world.py:exact_judge --out "$OUT/report.html"
+    --exact-judge data/persona_world.py:judge --out "$OUT/report.html"
 cat << END
 
 All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What no answer of the
