@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from model import read_json, resolve, stop_ids
+from json_files import read_json
+from weights import resolve, stop_ids
 
 # What models of other makers read as control tokens in a message's text, whoever wrote it. Everything of the forms
 # <|...|>, <|...>, <...|> (ChatML, Llama 3 and 4, Phi, GLM, Command R, gpt-oss, Granite, Kimi, Gemma), the same with the

@@ -73,12 +73,13 @@ import torch
 import torch.nn.functional as F
 
 from chat import Chat
-from model import Transformer, resolve
+from model import Transformer
 from prompts import Templates, answer_prompt, load_templates, response_ids
-from runtime import checkpoints, packing, plan, runs, training
+from runtime import checkpoints, packing, plan, roofline, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.rows import read_rows, write_text
 from runtime.watch import enter
+from weights import resolve
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -201,7 +202,7 @@ def main(args):
             at = [rows[i] for i in indices] or [0]
             part = [mine[i] for i in indices] or [STAND_IN]
             batch = pair_batch(part, ranks.device)
-            flops += training.update_flops(model, batch)
+            flops += roofline.update_flops(model, batch)
             chosen, rejected = pair_logprobs(model, batch)
             preference_loss, margin = dpo_loss(
                 chosen,

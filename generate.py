@@ -81,13 +81,14 @@ from torch.distributed.tensor import DTensor
 from chat import Chat
 from kernels.sampling import sample
 from kv_cache import BLOCK, Blocks, Decode, DenseRows, Prefill, kv_tokens_of
-from model import Transformer, load_pretrained, pack_weights, resolve, to_device
+from model import Transformer, load_pretrained, pack_weights, to_device
 from prompts import Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.rows import check_row, parse_json, read_rows, write_rows
 from runtime.runs import counting
 from sequences import MIN_TOP_P, Sample, Sequence, check_ids, check_request
 from speculation import DRAFT_TOKENS, ends, lay_out, propose, write_down
+from weights import resolve
 
 PREFILL_TOKENS = 4096  # of one step, so that a long queue of prompts does not hold up running samples
 # Tokens of a step, up to which it tries what drafts propose. On a GPU such a step takes hardly longer than one of one

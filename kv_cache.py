@@ -16,7 +16,7 @@ from kernels.dense_attention import dense_attention, length_mask
 from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
 from kernels.varlen_attention import varlen_attention
-from model import Segments, Transformer, to_device
+from model import SeqLens, Transformer, to_device
 
 BLOCK = 16  # tokens
 # of the free memory, at most, for a cache whose size is not given; on a CPU `DenseRows` may take as much again
@@ -102,8 +102,8 @@ class Prefill:
             slots = (torch.tensor(blocks)[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:end]
             keys.append(slots)
             new.append(slots[start:])
-        self.queries = Segments([len(slots) for slots in new], device)
-        self.keys = Segments([len(slots) for slots in keys], device)
+        self.queries = SeqLens([len(slots) for slots in new], device)
+        self.keys = SeqLens([len(slots) for slots in keys], device)
         self.key_slots, self.new_slots = to_device(torch.cat(keys), device), to_device(torch.cat(new), device)
         self.position_ids = to_device(torch.cat([torch.arange(start, end) for _, start, end in chunks]), device)
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -74,7 +73,7 @@ class Config:
                 raise ValueError(f"{where}: {name} = {fields[name]} does not divide {fields[whole]}")
         head_dim = positive("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
         if head_dim % 2:
-            raise ValueError(f"{where}: head_dim is {head_dim}, expected an even number: RoPE turns pairs")
+            raise ValueError(f"{where}: head_dim is {head_dim}, expected an even number: RoPE rotates pairs")
         positions = positive("max_position_embeddings", 32768)
 
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | 4
@@ -113,42 +112,37 @@ class Config:
         return {**extra, **own} if self.raw is None else dict(self.raw)
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters of a model (arXiv 2106.09685): alpha / rank times B A is added to each projection."""
+def rope_inv_freq(config: Config, device: torch.device) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies of RoPE, fp32 [D / 2], in radians per position, and the factor that scales cos and sin.
 
-    rank: int
-    alpha: float
-    base: str  # folder or hub id of the model that they belong to
-    seed: int = 0  # of the first A; the first B is zero
-
-
-def lora_of(args: Any, base: str) -> Lora | None:
-    """Of a training script's flags; None: all weights are trained."""
-    return args.lora_rank and Lora(args.lora_rank, args.lora_alpha or 2.0 * args.lora_rank, base, args.seed)
-
-
-def rope_frequencies(config: Config, device: torch.device) -> tuple[torch.Tensor, float]:
-    """-> turns of the D / 2 pairs in radians per position, fp32, rounded as in HF; what cos and sin are multiplied by.
-
-    Both scalings divide slow turns by `factor` and leave fast ones, with a ramp between: over the number of turns
-    within the original context (Llama 3), or over the pairs (YaRN, arXiv 2309.00071).
+    Llama 3 and YaRN (arXiv 2309.00071) divide low frequencies by `factor`, keep high ones, and interpolate between the
+    two. Llama 3 interpolates over the rotations within the original context, YaRN over the index of the pair.
+    Rounding follows transformers.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    turns, scaling = 1 / config.rope_theta**exponents, config.rope_scaling
+    inv_freq = 1 / config.rope_theta**exponents
+    scaling = config.rope_scaling
     if scaling is None:
-        return turns, 1.0
-    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+        return inv_freq, 1.0
+    factor = scaling["factor"]
+    original_context = scaling["original_max_position_embeddings"]
     if scaling["rope_type"] == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = ((context * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return (1 - kept) * turns / factor + kept * turns, 1.0
+        rotations = original_context * inv_freq / (2 * math.pi)
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
 
-    def pair_of(rounds):  # which turns so often within the original context
-        return config.head_dim * math.log(context / (rounds * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    def pair_with(rotations: float) -> float:
+        """Index of the pair that makes so many rotations within the original context."""
+        return (
+            config.head_dim * math.log(original_context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
 
-    low, high = max(math.floor(pair_of(scaling["beta_fast"])), 0), math.ceil(pair_of(scaling["beta_slow"]))
-    high = max(min(high, config.head_dim - 1), low + 0.001)
-    kept = 1 - ((torch.arange(len(turns), device=device) - low) / (high - low)).clamp(0, 1)
-    scale = scaling["attention_factor"] or (1 + 0.1 * math.log(factor) if factor > 1 else 1.0)
-    return turns / factor * (1 - kept) + turns * kept, scale
+    low = max(math.floor(pair_with(scaling["beta_fast"])), 0)
+    high = min(math.ceil(pair_with(scaling["beta_slow"])), config.head_dim - 1)
+    high = max(high, low + 0.001)  # an empty ramp would divide by zero
+    kept = 1 - ((torch.arange(len(inv_freq), device=device) - low) / (high - low)).clamp(0, 1)
+    scale = scaling["attention_factor"]
+    if scale is None:
+        scale = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    return inv_freq / factor * (1 - kept) + inv_freq * kept, scale

@@ -134,11 +134,12 @@ import diagnostics
 from chat import Chat
 from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
-from model import Transformer, resolve
+from model import Transformer
 from prompts import Judgement, Templates, edit_prompt, load_templates, read_prompts
-from runtime import checkpoints, packing, plan, runs, training
+from runtime import checkpoints, packing, plan, roofline, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
 from runtime.watch import enter
+from weights import resolve
 
 
 @dataclass
@@ -488,7 +489,7 @@ def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy
                 if not trajectories:
                     training.idle_pass(model, run)
                     continue
-                stats.flops += training.update_flops(model, packed)
+                stats.flops += roofline.update_flops(model, packed)
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
                 (loss_of(model, packed, trajectories, run) * ranks.world_size / n_tokens).backward()
             shares = {n: stats.recent[n] / n_tokens for n in ("policy_loss", "value_loss", "original/approx_kl")}

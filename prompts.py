@@ -21,7 +21,7 @@ from fractions import Fraction
 from chat import Chat
 from runtime.distributed import print0
 from runtime.flags import SCORE_WEIGHTS
-from runtime.rows import read_rows
+from runtime.rows import DIMENSIONS, read_rows
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -391,9 +391,6 @@ def parse_score(text: str) -> float | None:
     match = re.fullmatch(r"\s*<score>\s*([1-5](?:\.[0-9]+)?)\s*</score>\s*", plain)
     score = float(match[1]) if match else None
     return score if score is not None and score <= 5 else None
-
-
-DIMENSIONS = ("helpfulness", "personalization", "naturalness")
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,11 @@ import glob
 import itertools
 import os
 
+from json_files import read_json
 from reporting.evaluations import annotation_run, evaluation_run
 from reporting.page import html_page
 from reporting.training_runs import training_run
-from runtime.rows import read_json, write_text
+from runtime.rows import write_text
 
 
 def kind_of(folder: str) -> str:

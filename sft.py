@@ -69,11 +69,13 @@ if __name__ == "__main__":
 import time
 
 from chat import Chat
-from model import Config, Transformer, init_weights, resolve
+from model import Transformer, init_weights
+from model_config import Config
 from prompts import Templates, answer_prompt, load_templates, response_ids
-from runtime import checkpoints, packing, plan, runs, training
+from runtime import checkpoints, packing, plan, roofline, runs, training
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows
+from weights import resolve
 
 
 def read_examples(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[int], list[bool]]]:
@@ -174,7 +176,7 @@ def main(args):
             chosen = [mine[i] for i in indices] or [packing.EMPTY]
             batch = packing.pack(*zip(*chosen), ranks.device)
             logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-            flops += training.update_flops(model, batch)
+            flops += roofline.update_flops(model, batch)
             loss = -logprobs.sum() * (len(indices) > 0)
             # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * ranks.world_size / n_trained).backward()

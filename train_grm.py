@@ -92,7 +92,7 @@ import torch.nn.functional as F
 from chat import Chat
 from diagnostics import agreement
 from generate import Engine
-from model import SharedPrefix, Transformer, load_pretrained, resolve
+from model import SharedPrefix, Transformer, load_pretrained
 from prompts import (
     DIMENSIONS,
     Judgement,
@@ -104,10 +104,11 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
-from runtime import checkpoints, packing, plan, runs, training
+from runtime import checkpoints, packing, plan, roofline, runs, training
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows, write_rows, write_text
 from runtime.watch import enter
+from weights import resolve
 
 
 def with_defaults(args: Args) -> Args:
@@ -212,7 +213,7 @@ def over_examples(
         chosen = [examples[i] for i in indices] or [stand_in]
         with torch.set_grad_enabled(train):
             loss, sums, batch = sums_of(model, chosen, ranks.device)
-        flops += (training.update_flops if train else training.forward_flops)(model, batch)
+        flops += (roofline.update_flops if train else roofline.forward_flops)(model, batch)
         weight = float(len(indices) > 0)
         if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
             (loss * weight * ranks.world_size / n_trained).backward()

@@ -30,7 +30,8 @@ import tyro
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 import generate
-from model import Config, Transformer, init_weights
+from model import Transformer, init_weights
+from model_config import Config
 from runtime.distributed import start
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary (Qwen2.5's; the tiny recipe's)

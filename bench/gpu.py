@@ -86,7 +86,8 @@ def versions() -> bool:
 def engine() -> bool:
     """Forked, preempted and refreshed samples of a small random model, fp32, with the same seeds on both."""
     from generate import Engine
-    from model import Config, Transformer, init_weights
+    from model import Transformer, init_weights
+    from model_config import Config
 
     def model(device, seed):
         made = Transformer(Config(1000, 128, 256, 2, 4, 2))
@@ -117,11 +118,11 @@ def engine() -> bool:
 
 def attention() -> bool:
     from kernels.varlen_attention import varlen_attention
-    from model import Segments
+    from model import SeqLens
 
     device, checks = torch.device("cuda", 0), []
     torch.manual_seed(0)
-    queries, keys = (Segments(lengths, device) for lengths in ([1, 5, 17, 128, 77], [1, 5, 64, 128, 300]))
+    queries, keys = (SeqLens(lengths, device) for lengths in ([1, 5, 17, 128, 77], [1, 5, 64, 128, 300]))
     for heads, kv, dim in ((14, 2, 64), (28, 4, 128)):
         shapes = ((sum(queries.lengths), heads, dim), *2 * ((sum(keys.lengths), kv, dim),))
         q, k, v = (torch.randn(shape).to(device, torch.bfloat16).requires_grad_() for shape in shapes)

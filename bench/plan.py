@@ -24,7 +24,8 @@ import tyro
 import ppo_cpe
 from bench import train
 from generate import Engine
-from model import Config, Transformer, init_weights
+from model import Transformer, init_weights
+from model_config import Config
 from runtime import packing, roofline, training
 from runtime.distributed import start
 

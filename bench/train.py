@@ -31,8 +31,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 
 import ppo_cpe
 from kernels.linear_logprob import linear_logprob
-from model import Config, Transformer, init_weights
-from runtime import packing, runs, training
+from model import Transformer, init_weights
+from model_config import Config
+from runtime import packing, roofline, runs, training
 from runtime.distributed import Ranks, start
 from runtime.flags import user_errors
 
@@ -365,7 +366,7 @@ def bench_shared(args: Args, dtype: torch.dtype) -> None:
                 training.forward(model, batch, 1.0).sum().backward()
 
         def flops(batches):
-            return sum(training.forward_flops(model, batch) for batch in batches)
+            return sum(roofline.forward_flops(model, batch) for batch in batches)
 
         times = seconds_of({"apart": lambda: run(apart), "shared": lambda: run(shared)}, args.repeats, args.device)
         limit = flops(apart) / flops(shared)

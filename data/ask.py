@@ -40,7 +40,7 @@ from evaluation.journal import Journal
 from generate import Engine
 from judges.base import weights_fingerprint
 from judges.servers import text_of
-from model import load_pretrained, resolve
+from model import load_pretrained
 from prompts import Templates, judgement_text, load_templates
 from runtime.chat_client import (
     ERRORS,
@@ -59,6 +59,7 @@ from runtime.distributed import Ranks, derive_seed
 from runtime.flags import PATIENCE
 from runtime.runs import counting, file_digest
 from runtime.watch import STOPPED
+from weights import resolve
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cost", "seconds")  # of a row, over all its attempts
 STOPPED_HERE = "stopped"  # failure of a request that a stop has cut short between two attempts: asked again by any run

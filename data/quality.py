@@ -21,8 +21,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import cohen_kappa_score
 
 from data.readers import normal
+from json_files import read_json
 from prompts import DIMENSIONS, Judgement, persona_text
-from runtime.rows import logged_rows, read_json
+from runtime.rows import logged_rows
 
 SIMILAR = 0.9  # cosine from which two texts count as copies of one another
 DRAWN = 3000  # texts that are compared with one another; of more so many are drawn

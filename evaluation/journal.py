@@ -22,12 +22,13 @@ from chat import Chat
 from generate import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec
 from judges.base import weights_fingerprint
-from model import load_config, load_pretrained, resolve
+from model import load_pretrained
 from prompts import DIMENSIONS, Judgement
 from runtime.chat_client import ChatServer, Failure, ServerDown, is_url
 from runtime.distributed import all_gather, barrier, derive_seed, print0
 from runtime.rows import read_rows
 from runtime.runs import counting, digest_of
+from weights import load_config, resolve
 
 
 def draw_rows(args, kind: str = "prompt") -> list[dict]:

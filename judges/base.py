@@ -7,12 +7,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from model import resolve
 from prompts import PAIR_NAMES, SCORE_WEIGHTS, Judgement, Templates, load_templates
 from runtime import plan
 from runtime.chat_client import is_url
 from runtime.flags import PATIENCE
 from runtime.runs import input_digest
+from weights import resolve
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Products with weights that do not change for many passes, on a CPU: matrices that are applied to the same input are
 joined, and large ones are packed for oneDNN once.
 
-    product = Product([(weight, bias), ...])
-    y = product(x)          # F.linear(x, weight, bias) of each, concatenated
+    linear = PackedLinear([(weight, bias), ...])
+    y = linear(x)          # F.linear(x, weight, bias) of each, concatenated
 
 `F.linear` in fp32 calls MKL, which reads a matrix with one thread at batch 1 and runs at half its speed at batches of 2
 to 32. On two cores (AVX-512) at 4864 x 896, packed weights are faster: batch 8 10 -> 25 GB/s, batch 32 96 -> 192
@@ -18,7 +18,7 @@ WORTH_PACKING = (
 )  # weights of a matrix; for smaller ones a call of oneDNN (20 microseconds) costs more than it saves
 
 
-class Product:
+class PackedLinear:
     """x [T, in] -> [T, sum of out]. Not differentiable."""
 
     @torch.no_grad()

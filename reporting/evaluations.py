@@ -9,7 +9,8 @@ import json
 import os
 from typing import Any
 
-from runtime.rows import DIMENSIONS, logged_rows, read_json
+from json_files import read_json
+from runtime.rows import DIMENSIONS, logged_rows
 
 # task: what its page calls a win, a tie, a loss and no verdict
 VERDICTS = {

@@ -8,11 +8,12 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from json_files import read_json
 from reporting.evaluations import judgement_pair
 from reporting.old_names import FLAG_NAMES, METRIC_NAMES, renamed
 from reporting.panels import panels_of
 from reporting.warnings import rl_warnings, supervised_warnings
-from runtime.rows import DIMENSIONS, logged_rows, read_json, step_files
+from runtime.rows import DIMENSIONS, logged_rows, step_files
 
 SAMPLE = ("prompt_id", "sample_id")  # identifies an original
 LABELS = {"grm": "Generative reward model", "bt": "Bradley-Terry reward model", "dpo": "DPO", "sft": "SFT"}

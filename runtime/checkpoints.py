@@ -28,11 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from model import GIB, save_pretrained
+from model import save_pretrained
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.rows import check_row, json_lines, sync, write_rows, write_text
 from runtime.runs import digest_of, git_hash
 from runtime.watch import enter, should_stop
+from weights import GIB
 
 PART_BYTES = 2**31  # of a file of trainer state, so that host memory holds one such part at a time
 

@@ -16,9 +16,10 @@ import torch
 
 from kernels.rope_kv import apply_rope
 from kv_cache import likely_tokens
-from model import GIB, Linear, Packed, Transformer, add_adapters, load_config, resolve
-from model_config import lora_of
+from lora import Linear, add_adapters, lora_settings
+from model import Packed, Transformer
 from runtime import roofline
+from weights import GIB, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
@@ -227,7 +228,8 @@ def sizes(models):
 
 def one_model(args, config, scalar_head=False):
     """The plan of sft.py, train_grm.py and dpo.py."""
-    machine, lora = machine_of(args), lora_of(args, args.model)
+    machine = machine_of(args)
+    lora = lora_settings(args.lora_rank, args.lora_alpha, args.model, args.seed)
     t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations, lora=lora)
     state = {**t.held(), "gradients": t.gradients}
     moments = {"Adam moments": t.moments}
@@ -263,7 +265,7 @@ def expected_seconds(args, machine, policy, critic, judges, sampled, per_prompt)
         max_batch=args.max_batch,
     )
     rows = []
-    for name in roofline.PEAKS:
+    for name in roofline.PLANNED_GPUS:
         rates, writes = roofline.Rates.of_gpu(name), "judge: KV cache" in on_gpu
         passes = (4 if args.checkpoint_activations else 3) - (args.lora_rank is not None)
         found = roofline.phases(work, policy, critic, judge, writes, passes, rates)
@@ -289,7 +291,8 @@ def rl(
     """
     machine = machine_of(args)
     configs = {name: config_of(path) for name, (path, _) in trained.items()}
-    budget, recompute, lora = args.tokens_per_microbatch, args.checkpoint_activations, lora_of(args, args.model)
+    budget, recompute = args.tokens_per_microbatch, args.checkpoint_activations
+    lora = lora_settings(args.lora_rank, args.lora_alpha, args.model, args.seed)
     models = {
         name: Trained(configs[name], scalar_head, machine, budget, recompute, key_copies=2, lora=lora)
         for name, (_, scalar_head) in trained.items()

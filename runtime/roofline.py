@@ -9,10 +9,25 @@ engine and the packed passes do. bench/plan.py holds all this against real steps
 
 from dataclasses import dataclass
 
-from model import Config
+import torch
 
-# dense bf16 TFLOP/s and memory TB/s of data sheets (SXM where there are several)
-PEAKS = {"A100": (312, 2.04), "H100": (989, 3.35), "H200": (989, 4.8), "L40S": (362, 0.864)}
+from model import Transformer
+from model_config import Config
+from runtime.distributed import Ranks
+from runtime.packing import Batch
+
+# Dense bf16 TFLOP/s and memory TB/s from data sheets (SXM where there are several), by a part of the device's name.
+# The longer of two names comes first.
+PEAKS = {
+    "H100 PCIe": (756, 2.0),
+    "H100": (989, 3.35),
+    "H200": (989, 4.8),
+    "H800": (989, 3.35),
+    "A100": (312, 2.04),
+    "A800": (312, 2.04),
+    "L40S": (362, 0.864),
+}
+PLANNED_GPUS = ("A100", "H100", "H200", "L40S")  # that `--plan` prints seconds for
 # what is reached of them. FSDP runs of 7B models report 0.33 to 0.57 of the peak; decoding with vLLM about half of the
 # bandwidth, gpt-fast 0.7 at batch 1
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.45, 0.6
@@ -55,16 +70,42 @@ def matrices(config: Config) -> tuple[int, int]:
     return config.num_hidden_layers * layer, d * config.vocab_size
 
 
-def attention_flops(config: Config, context: float) -> float:
-    """Of a token that sees so many."""
-    return 4 * config.num_attention_heads * config.head_dim * context * config.num_hidden_layers
+def attention_flops(config: Config, n_pairs: float) -> float:
+    """FLOPs of a forward pass's attention over so many pairs of a query and a key that it attends to."""
+    return 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * n_pairs
+
+
+def pass_flops(config: Config, n_tokens: float, n_pairs: float, n_logits: float, scalar_head: bool = False) -> float:
+    """FLOPs of a packed forward pass: two per weight and token, and attention. n_logits: positions of the head."""
+    body, lm_head = matrices(config)
+    head = config.hidden_size if scalar_head else lm_head
+    return 2 * body * n_tokens + attention_flops(config, n_pairs) + 2 * head * n_logits
+
+
+def forward_flops(model: Transformer, batch: Batch) -> float:
+    """FLOPs of a forward pass over a batch."""
+    n_pairs = batch.context.attention_pairs
+    return pass_flops(model.config, len(batch.input_ids), n_pairs, len(batch.index), model.scalar_head)
+
+
+def update_flops(model: Transformer, batch: Batch) -> float:
+    """FLOPs of forward and backward. The backward pass costs two forward passes, or one where weights are frozen."""
+    return (2 if model.lora else 3) * forward_flops(model, batch)
+
+
+def peak_flops(ranks: Ranks, tflops: float | None) -> float | None:
+    """Peak FLOP/s of one device in the compute dtype: --peak-tflops, else from PEAKS, else None. Nothing is guessed."""
+    if tflops is not None:
+        return tflops * 1e12
+    if ranks.device.type != "cuda" or ranks.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(ranks.device)
+    return next((tflops * 1e12 for part, (tflops, _) in PEAKS.items() if part in name), None)
 
 
 def forward_seconds(config: Config, n_tokens: float, context: float, n_logits: float, rates: Rates) -> float:
-    """A packed pass without gradients. context: tokens that one sees, on average; n_logits: rows of the LM head."""
-    body, head = matrices(config)
-    attention = attention_flops(config, context)
-    return (n_tokens * (2 * body + attention) + 2 * head * n_logits) / rates.flops
+    """Seconds of a packed forward pass. context: tokens that a token attends to, on average."""
+    return pass_flops(config, n_tokens, n_tokens * context, n_logits) / rates.flops
 
 
 def decode_seconds(config: Config, n_rows: float, length: float, context: float, max_batch: int, rates: Rates) -> float:

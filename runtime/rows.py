@@ -139,18 +139,6 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def read_json(file: str) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises ValueError with its name where it does not."""
-    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
-        try:
-            content = json.load(f)
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
-            raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
     """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over. growing: so is
     a line without its end, which is being written or was when its writer was killed.

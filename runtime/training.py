@@ -11,12 +11,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import GIB, Transformer, beside, load_pretrained
-from model_config import lora_of
-from runtime import runs
+from lora import lora_settings, share_base_weights
+from model import Transformer, load_pretrained
+from runtime import roofline, runs
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.packing import EMPTY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
+from weights import GIB
 
 
 def open_model(
@@ -24,9 +25,11 @@ def open_model(
 ) -> Transformer:
     """A model to be trained, sharded: fp32 masters, or with --lora-rank fp32 adapters on weights that are frozen in the
     compute dtype. other: a model of the same folder; one process holds the frozen weights of both once."""
-    lora = lora_of(args, path)
+    lora = lora_settings(args.lora_rank, args.lora_alpha, path, args.seed)
     if lora and other and ranks.world_size == 1:
-        model = beside(other, scalar_head)
+        model = share_base_weights(other)
+        if scalar_head:
+            model.replace_lm_head()
     else:
         dtype = ranks.dtype if lora else torch.float32
         model = load_pretrained(path, dtype, ranks.device, scalar_head, lambda m: shard(m, ranks), lora)
@@ -38,7 +41,7 @@ def open_sampler(path: str, policy: Transformer, ranks: Ranks) -> Transformer:
     """What the engine of a policy computes with: whole on every rank, in the compute dtype. Adapters are applied, not
     merged (why: `pack_weights`; and memory holds no second copy of the base where the policy is not sharded)."""
     if policy.lora and ranks.world_size == 1:
-        model = beside(policy)
+        model = share_base_weights(policy)
     else:
         model = load_pretrained(path, ranks.dtype, ranks.device, lora=policy.lora)
     for parameter in model.parameters():
@@ -189,7 +192,7 @@ def per_token(model: Transformer, prefixes: list, suffixes: list, trained: list 
         if not indices:
             idle_pass(model, run)
             continue
-        run.stats.flops += forward_flops(model, batch)
+        run.stats.flops += roofline.forward_flops(model, batch)
         for i, result in zip(indices, forward(model, batch, run.args.temperature).cpu().split(batch.counts)):
             results[i] = result
     reshard(model)
@@ -213,39 +216,12 @@ def forward(model: Transformer, batch: Batch, temperature: float) -> torch.Tenso
 
 # -- figures of the machine -------------------------------------------------------------------------------------------
 
-# Dense bf16 FLOP/s of data sheets, by a part of the device's name.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362}
-
-
-def peak_flops(ranks: Ranks, tflops: float | None) -> float | None:
-    """FLOP/s of one device in the compute dtype: --peak-tflops, else from the table, else None (nothing is guessed)."""
-    if tflops is not None:
-        return tflops * 1e12
-    if ranks.device.type != "cuda" or ranks.dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(ranks.device)
-    return next((known * 1e12 for part, known in PEAK_TFLOPS.items() if part in name), None)
-
-
-def forward_flops(model: Transformer, batch: Batch) -> int:
-    """FLOPs of a forward pass over a Batch: two per weight and token, four H D per pair of query and key and layer."""
-    c = model.config
-    d, heads, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    weights = 2 * d * heads + 2 * d * kv + 3 * d * c.intermediate_size  # of a layer's matrices
-    layers = c.num_hidden_layers * (2 * weights * len(batch.input_ids) + 4 * heads * batch.context.pairs)
-    return layers + 2 * d * (1 if model.scalar_head else c.vocab_size) * len(batch.index)
-
-
-def update_flops(model: Transformer, batch: Batch) -> int:
-    """FLOPs of a forward and a backward pass, which costs two forward ones, but one where weights are frozen."""
-    return (2 if model.lora else 3) * forward_flops(model, batch)
-
 
 def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | None) -> dict[str, float | None]:
     """mfu: model FLOPs (recomputation not counted) of all ranks in these seconds over their peak, None where unknown.
     peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
     """
-    peak = peak_flops(ranks, tflops)
+    peak = roofline.peak_flops(ranks, tflops)
     (flops,) = all_sum(ranks, flops)
     if ranks.device.type == "cuda":
         held = torch.cuda.max_memory_allocated(ranks.device)

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from model import Config, Transformer, init_weights, save_pretrained
+from model import Transformer, init_weights, save_pretrained
+from model_config import Config
 from runtime.flags import parse, user_errors
 
 # Of test_fuzz.py: the same cases each time in the suite; HYPOTHESIS_PROFILE=long draws many more, others each time.

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 
 from kernels import varlen_attention
-from model import Segments
+from model import SeqLens
 from runtime.distributed import make_deterministic
 from runtime.flags import PATIENCE, TIMEOUTS
 
@@ -24,7 +24,7 @@ def test_deterministic_holds_for_torch_and_for_flash_attn(monkeypatch):
     class OnGPU(torch.Tensor):
         is_cuda = True
 
-    q, where = torch.zeros(5, 2, 8, dtype=torch.bfloat16).as_subclass(OnGPU), Segments([5])
+    q, where = torch.zeros(5, 2, 8, dtype=torch.bfloat16).as_subclass(OnGPU), SeqLens([5])
     try:
         for _ in range(2):
             varlen_attention.varlen_attention(q, q, q, where, where)

@@ -158,7 +158,7 @@ def test_packed_weights_change_nothing_but_rounding(model, monkeypatch):
     monkeypatch.setattr(packed_linear, "WORTH_PACKING", 1)
     fresh = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
     engine = Engine(fresh, [], 200)
-    assert fresh.head_product.packed is not None and fresh.model.layers[0].self_attn.qkv.packed is not None
+    assert fresh.packed_head.packed is not None and fresh.model.layers[0].self_attn.packed_qkv.packed is not None
     packed = [engine.generate(prompts, n=2, **SETTINGS)]
     engine.refresh(others[0])
     packed += [engine.generate(prompts, n=2, **SETTINGS), Engine(others[1], [], 200).generate(prompts, n=2, **SETTINGS)]

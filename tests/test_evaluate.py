@@ -18,9 +18,10 @@ from test_serve import Running
 import evaluate
 from data import persona_world
 from evaluation import journal
-from model import load_config, save_pretrained
+from model import save_pretrained
 from prompts import judgement_text
 from runtime.chat_client import ServerDown
+from weights import load_config
 
 
 def run(*flags):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from generate import Engine
 from model import Packed, SharedPrefix, load_pretrained, save_pretrained
-from runtime import plan, training
+from runtime import plan, roofline
 from runtime.packing import pack
 
 SHAPE = dict(
@@ -143,8 +143,10 @@ def test_operations_and_memory_count_the_heads_as_they_are(checkpoint):
         model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
     config = model.config
     # attention on a CPU is none of the operations that torch counts
-    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * batch.context.pairs
-    assert counter.get_total_flops() == training.forward_flops(model, batch) - attention
+    attention = (
+        4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * batch.context.attention_pairs
+    )
+    assert counter.get_total_flops() == roofline.forward_flops(model, batch) - attention
     machine = plan.Machine(1, None, torch.float32, "cpu", False)
     trained = plan.Trained(config, False, machine, 64, False)
     assert trained.n_parameters == sum(p.numel() for p in model.parameters())

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import dpo
 import sft
 from generate import Engine
-from model import Linear, Packed, add_adapters, init_adapters, load_pretrained, pack_weights, save_pretrained
-from model_config import Lora
+from lora import Linear, Lora, add_adapters, init_adapters
+from model import Packed, load_pretrained, pack_weights, save_pretrained
 from runtime import training
 from runtime.distributed import start
 
@@ -34,7 +34,7 @@ def one_thread():
 def with_adapters(model, rank=4, alpha=8.0, std=0.1):
     """Adapters whose B is not zero any more, nor a scalar head."""
     add_adapters(model, Lora(rank, alpha, "base"))
-    init_adapters(model)
+    init_adapters(model, seed=0)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from chat import Chat
 from kernels import varlen_attention
-from model import Config, Packed, Segments, load_pretrained, save_pretrained
+from model import Packed, SeqLens, load_pretrained, save_pretrained
+from model_config import Config
 
 CONFIGS = [
     dict(),
@@ -107,7 +108,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_indexed_shards_load(tmp_path, monkeypatch):
     model = random_model(tiny_config())
-    monkeypatch.setattr("model.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("weights.SHARD_BYTES", 20_000)
     save_pretrained(model, str(tmp_path / "m"), None)
     assert (tmp_path / "m" / "model.safetensors.index.json").exists()
     loaded = load_pretrained(str(tmp_path / "m"))
@@ -249,7 +250,7 @@ def test_a_stale_index_beside_one_file(tmp_path, monkeypatch, capsys):
     """What transformers reads is read, and said once."""
     model = random_model(tiny_config(), seed=5)
     save_pretrained(model, str(tmp_path / "new"), None)
-    monkeypatch.setattr("model.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("weights.SHARD_BYTES", 20_000)
     save_pretrained(random_model(tiny_config()), str(tmp_path / "m"), None)
     shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "m")
     capsys.readouterr()
@@ -296,7 +297,7 @@ def spoil(file, how):
 )
 def test_a_broken_file_is_named_in_one_line(tmp_path, monkeypatch, name, how):
     if name.startswith("model-") or "index" in name:
-        monkeypatch.setattr("model.SHARD_BYTES", 40_000)
+        monkeypatch.setattr("weights.SHARD_BYTES", 40_000)
     save_pretrained(random_model(tiny_config()), str(tmp_path / "m"), None)
     file = tmp_path / "m" / name
     if how == "another":
@@ -409,7 +410,7 @@ def test_keys_are_not_copied_for_each_query_head(monkeypatch, has_flag):
         is_cuda = True
 
     q, k = (torch.zeros(5, heads, 8, dtype=torch.bfloat16).as_subclass(OnGPU) for heads in (4, 2))
-    where = Segments([5])
+    where = SeqLens([5])
     varlen_attention.varlen_attention(q, k, k, where, where)
     ((shape, flags),) = given
     assert tuple(shape) == (5, 2 if has_flag else 4, 8)

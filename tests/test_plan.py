@@ -15,10 +15,11 @@ from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 
 import ppo_cpe
 import sft
-from model import GIB, Packed, add_adapters, save_pretrained
-from model_config import Lora
+from lora import Lora, add_adapters
+from model import Packed, save_pretrained
 from runtime import plan, training
 from runtime.packing import Batch
+from weights import GIB
 
 QWEN = dict(model_type="qwen2", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768)
 SIZES = {  # the published config.json files of Qwen2.5-Instruct

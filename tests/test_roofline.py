@@ -7,8 +7,8 @@ from conftest import random_model, tiny_config
 from test_plan import QWEN, SIZES, config_folder
 
 import ppo_cpe
-from model import Config
-from runtime import roofline, training
+from model_config import Config
+from runtime import roofline
 from runtime.packing import pack
 from runtime.roofline import Rates, Work, decode_seconds, forward_seconds, phases
 
@@ -20,9 +20,9 @@ def test_a_pass_has_the_operations_that_training_counts():
     config = tiny_config()
     model, lengths = random_model(config), (7, 20, 33)
     batch = pack([[1] * n for n in lengths], [[False] + [True] * (n - 1) for n in lengths], torch.device("cpu"))
-    seen = batch.context.pairs / sum(lengths)
+    seen = batch.context.attention_pairs / sum(lengths)
     found = forward_seconds(config, sum(lengths), seen, len(batch.index), Rates(1.0, 1.0, 4))
-    assert found == pytest.approx(training.forward_flops(model, batch))
+    assert found == pytest.approx(roofline.forward_flops(model, batch))
 
 
 def test_decoding_reads_weights_once_a_step_and_keys_once_a_row():
@@ -66,7 +66,7 @@ def test_the_plan_prints_them(tmp_path, capsys):
         if start is None:
             return None
         names = lines[start + 2].split()
-        rows = (line.split() for line in lines[start + 3 : start + 3 + len(roofline.PEAKS)])
+        rows = (line.split() for line in lines[start + 3 : start + 3 + len(roofline.PLANNED_GPUS)])
         return {name: dict(zip(names, map(float, values))) for name, *values in rows}
 
     found = printed("--judge", folder, "--checkpoint-activations")

@@ -11,10 +11,11 @@ import generate
 import sft
 from evaluation.journal import Journal
 from evaluation.tables import read_annotations
-from model import MADE_BY as MODELS_MADE_BY
-from model import read_json, resolve
+from json_files import read_json
 from prompts import persona_text
 from runtime.rows import MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows
+from weights import MADE_BY as MODELS_MADE_BY
+from weights import resolve
 
 PROMPT = {"prompt_id": "p1", "persona": {"name": "Kim"}, "question": "What about tea?"}
 ROWS = {

@@ -271,12 +271,12 @@ def test_logits_that_are_no_numbers_hurt_nobody_else(running, stream):
     """The embedding of one token becomes NaN while a request that has it arrives."""
     weight, token = running.engine.model.model.embed_tokens.weight, running.chat.encode("~")[-1]
     assert weight is running.engine.model.head_weight  # tied: that token's logit becomes NaN, hence the copy
-    head = running.engine.model.head_product
+    head = running.engine.model.packed_head
     before = weight[token].clone()
     try:
         with neighbour(running):
             copy = weight.detach().clone()
-            running.engine.model.head_product = lambda x: x @ copy.T
+            running.engine.model.packed_head = lambda x: x @ copy.T
             with torch.no_grad():
                 weight[token] = float("nan")
             with pytest.raises(openai.InternalServerError, match="the logits of token 1 of the response"):
@@ -284,7 +284,7 @@ def test_logits_that_are_no_numbers_hurt_nobody_else(running, stream):
     finally:
         with torch.no_grad():
             weight[token] = before
-        running.engine.model.head_product = head
+        running.engine.model.packed_head = head
 
 
 # -- stop strings ------------------------------------------------------------------------------------------------------

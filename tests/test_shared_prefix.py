@@ -82,7 +82,7 @@ def test_responses_of_a_prompt_do_not_see_each_other():
 def test_a_prefix_may_be_empty():
     context = SharedPrefix([(0, [2, 3]), (4, [1])])
     assert context.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3, 4]
-    assert context.pairs == 3 + 6 + 15
+    assert context.attention_pairs == 3 + 6 + 15
 
 
 def test_gradients_of_a_shared_row_add_up_in_fp32():

@@ -1,0 +1,291 @@
+"""Checkpoint folders: where they come from, strict reading of their tensors, and writing what other tools load."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from json_files import read_json, write_json
+from kernels.varlen_attention import say_once
+from model_config import FAMILIES, Config
+
+GIB = 2**30
+SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, as the hub's own tools do
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")  # of ChatML and Llama 3
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+MADE_BY = {  # scripts that write the model folders which other scripts read by default
+    "out/sft/": "sft.py",
+    "out/grm/": "train_grm.py",
+    "out/bt/": "train_grm.py --objective bt",
+    "out/dpo/": "dpo.py",
+    "out/ppo_cpe/": "ppo_cpe.py",
+}
+
+
+def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> str:
+    """Returns a local folder for a folder name or a hub id, whose matching files are downloaded.
+
+    Raises ValueError if it is neither.
+    """
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return snapshot_download(path, allow_patterns=list(patterns))
+    except (HFValidationError, OSError) as error:  # the hub's errors for an unknown id or no network are OSErrors
+        for folder, script in MADE_BY.items():
+            if path.startswith(folder):
+                raise ValueError(f"{path}: no such folder; run {script} first, or name another model") from error
+        raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
+
+
+def load_config(folder: str) -> Config:
+    """Config of a checkpoint folder. Raises ValueError without config.json, or for a model that isn't supported."""
+    file = os.path.join(folder, "config.json")
+    if not os.path.isfile(file):
+        raise ValueError(f"{folder}: no config.json; expected a checkpoint folder")
+    return Config.from_dict(read_json(file), file)
+
+
+# -- sharded parameters ------------------------------------------------------------------------------------------------
+
+
+def full_tensor(parameter: Tensor) -> Tensor:
+    """The whole of a parameter. A sharded one is gathered, which every rank has to take part in."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def copy_into(parameter: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter in place. Of a sharded parameter, each rank copies its slice."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            full = full.to(device=parameter.device, dtype=parameter.dtype)
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: str) -> dict[str, str]:
+    """Returns {tensor: file that holds it}. Raises ValueError without weights, or for an index that is not one."""
+    index_file = os.path.join(folder, "model.safetensors.index.json")
+    single = os.path.join(folder, "model.safetensors")
+    names = None
+    if os.path.isfile(index_file):
+        names = read_json(index_file).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index_file}: expected a weight_map from tensors to files")
+    if os.path.isfile(single) and (names is None or "model.safetensors" not in names.values()):
+        if names is not None:
+            say_once(f"{folder}: reading model.safetensors, as transformers does; its index of other files is ignored")
+        with _open_file(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    if names is None:
+        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+    for name in sorted(set(names.values())):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise ValueError(f"{index_file} names {name}, which is not there")
+    return {tensor: os.path.join(folder, name) for tensor, name in names.items()}
+
+
+def _open_file(file: str) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+@contextlib.contextmanager
+def open_files(file_of: dict[str, str]) -> Iterator[dict[str, safe_open]]:
+    """Opens the files of `weight_files` -> {tensor: open file that holds it}.
+
+    Raises ValueError for a file that is cut off, is not a safetensors file or lacks a tensor.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(_open_file(file)) for file in set(file_of.values())}
+        held = {file: set(f.keys()) for file, f in opened.items()}
+        for name, file in file_of.items():
+            if name not in held[file]:
+                raise ValueError(f"{file}: lacks {name}, which the index says it holds")
+        yield {name: opened[file] for name, file in file_of.items()}
+
+
+def check_names(
+    folder: str, file_of: dict[str, str], shapes: dict[str, torch.Size], optional: set[str], ignored: set[str]
+) -> None:
+    """Raises ValueError unless the files hold the tensors in `shapes`, and no others.
+
+    Tensors in `optional` may be missing. Those in `ignored`, and old checkpoints' rotary buffers, may be superfluous.
+    """
+    missing = [name for name in shapes if name not in file_of and name not in optional]
+    unknown = [name for name in file_of if name not in shapes and name not in ignored]
+    superfluous = [name for name in unknown if "rotary_emb" not in name]
+    if missing or superfluous:
+        raise ValueError(
+            f"{folder}: not the tensors of its config.json; missing {missing[:3]} ({len(missing)} in all), "
+            f"superfluous {superfluous[:3]} ({len(superfluous)} in all)"
+        )
+
+
+def check_shapes(folder: str, files: dict[str, safe_open], shapes: dict[str, torch.Size]) -> None:
+    """Raises ValueError for a tensor of another shape than the config's."""
+    for name, expected in shapes.items():
+        if name not in files:
+            continue
+        shape = files[name].get_slice(name).get_shape()
+        if tuple(shape) != tuple(expected):
+            raise ValueError(f"{folder}: {name} has shape {shape}, its config.json says {list(expected)}")
+
+
+def check_tied_head(file_of: dict[str, str], files: dict[str, safe_open]) -> None:
+    """Raises ValueError for a tied model whose files hold an LM head other than the embedding.
+
+    Tools disagree about such files: transformers uses the head, vLLM ignores it.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in files:
+        return
+    if not torch.equal(files[head].get_tensor(head), files[embedding].get_tensor(embedding)):
+        raise ValueError(
+            f"{file_of[head]}: {head} differs from {embedding}, though config.json says tie_word_embeddings: true. "
+            "Write false there if the model was trained with this head, else remove the tensor from the file"
+        )
+
+
+# -- special tokens ----------------------------------------------------------------------------------------------------
+
+
+def stop_ids(folder: str, control: dict[str, int]) -> list[int]:
+    """Ids that end a response: the end of a turn, `<|endoftext|>`, then those that the folder's own files name.
+
+    control: {text: id} of the tokenizer's added tokens.
+    """
+    stops = [control[token] for token in (*TURN_ENDS, "<|endoftext|>") if token in control]
+    for name in ("generation_config.json", "config.json"):
+        file = os.path.join(folder, name)
+        eos = read_json(file).get("eos_token_id") if os.path.isfile(file) else None
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(i) is int for i in ids):
+            raise ValueError(f"{file}: eos_token_id is {eos!r}, expected an integer or a list of integers")
+        stops += ids
+    return list(dict.fromkeys(stops))
+
+
+def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
+    """eos_token_id and pad_token_id for a checkpoint with the tokenizer of this folder.
+
+    transformers and vLLM end a response at the first. Batches are padded with the second, and a scalar head is read at
+    the last token that is not padding.
+    """
+    control = {}
+    file = os.path.join(folder, "tokenizer.json")
+    if os.path.isfile(file):
+        control = {token["content"]: token["id"] for token in read_json(file).get("added_tokens", [])}
+    pad = None
+    file = os.path.join(folder, "tokenizer_config.json")
+    if os.path.isfile(file):
+        pad = read_json(file).get("pad_token")
+        if isinstance(pad, dict):
+            pad = pad["content"]
+    if pad not in control or pad in TURN_ENDS:  # the end of a response must not count as padding
+        pad = next((token for token in ("<|endoftext|>", "<|finetune_right_pad_id|>") if token in control), None)
+    ids: dict[str, int | list[int]] = {}
+    stops = [i for i in stop_ids(folder, control) if i < vocab_size]  # an id without an embedding loads nowhere
+    if stops:
+        ids["eos_token_id"] = stops
+    if pad is not None and control[pad] < vocab_size:
+        ids["pad_token_id"] = control[pad]
+    return ids
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str) -> Iterator[str]:
+    """Yields a new folder that takes the place of PATH at the end, so that PATH appears whole or not at all."""
+    tmp = f"{path.rstrip('/')}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    yield tmp
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(tmp, path)
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: str) -> None:
+    """Writes safetensors files of at most SHARD_BYTES, or one tensor, and their index if there are several."""
+    shards: list[dict[str, Tensor]] = [{}]
+    shard_bytes = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and shard_bytes + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            shard_bytes = 0
+        shards[-1][name] = tensor
+        shard_bytes += tensor.nbytes
+    if len(shards) == 1:
+        save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, os.path.join(folder, file), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(
+        os.path.join(folder, "model.safetensors.index.json"),
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def save_config(config: Config, scalar_head: bool, dtype: torch.dtype, special: dict, folder: str) -> None:
+    """Writes config.json, with the fields that transformers and vLLM choose a class and a dtype by."""
+    content = config.to_dict()
+    kind = "ForSequenceClassification" if scalar_head else "ForCausalLM"
+    content["architectures"] = [FAMILIES[config.model_type] + kind]
+    # two names of the same field: transformers 5 reads the first, older versions read the second
+    content["dtype"] = content["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if scalar_head:
+        content["num_labels"] = 1
+        content["id2label"] = {"0": "LABEL_0"}  # transformers derives num_labels from it
+        content["label2id"] = {"LABEL_0": 0}
+    write_json(os.path.join(folder, "config.json"), content | special)
+
+
+def copy_tokenizer(source: str, special: dict, folder: str) -> None:
+    """Copies a folder's tokenizer files and templates. generation_config.json gets the special ids as well."""
+    for name in TOKENIZER_FILES:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), folder)
+    if os.path.isdir(os.path.join(source, "templates")):
+        shutil.copytree(os.path.join(source, "templates"), os.path.join(folder, "templates"))
+    file = os.path.join(folder, "generation_config.json")
+    generation = read_json(file) if os.path.isfile(file) else {}
+    write_json(file, generation | special)
+
+
+def save_templates(templates: dict[str, str], folder: str) -> None:
+    """Writes {name: text} to FOLDER/templates, where `prompts.load_templates` reads them."""
+    for name, text in templates.items():
+        os.makedirs(os.path.join(folder, "templates"), exist_ok=True)
+        with open(os.path.join(folder, "templates", f"{name}.txt"), "w", encoding="utf-8") as f:
+            f.write(text + "\n")
