@@ -1,6 +1,7 @@
 """The documentation follows the code: quoted lines exist, links lead somewhere."""
 
 import glob
+import importlib
 import json
 import os
 import re
@@ -112,3 +113,17 @@ def help_of(script):
         run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
         HELP[script] = run.stdout + run.stderr
     return HELP[script]
+
+
+def test_the_table_of_hyperparameters_has_the_defaults_of_the_scripts():
+    rows = re.findall(
+        r"^\|.*\| `(\w+)\.py (?:--objective (bt) )?--([\w-]+)` \|.*\| (\S+) \|$", read("docs/method.md"), re.M
+    )
+    assert len(rows) >= 35
+    for script, objective, flag, default in rows:
+        module = importlib.import_module(script)
+        name = flag.replace("-", "_")
+        value = module.Args.__dataclass_fields__[name].default
+        if value is None:
+            value = module.DEFAULTS[objective or "grm"][name]
+        assert value == float(default), (script, flag)
