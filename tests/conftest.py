@@ -1,5 +1,7 @@
 """Shared by the tests: a tiny random checkpoint with a real byte-level BPE tokenizer, in hub format."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -8,6 +10,7 @@ import socket
 import sys
 import tempfile
 from types import SimpleNamespace
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -19,6 +22,7 @@ sys.path.insert(0, ROOT)
 
 from model import Transformer, init_weights, save_pretrained
 from model_config import Config
+from runtime import runs
 from runtime.flags import parse, user_errors
 
 # Of test_fuzz.py: the same cases each time in the suite; HYPOTHESIS_PROFILE=long draws many more, others each time.
@@ -137,9 +141,47 @@ def tiny(tmp_path_factory):
     return folder
 
 
-# Scripts run in processes forked from a server that has imported the libraries: a second less per process and import.
+# -- scripts: `run_script` in this process; `launch` and `finish` where a test is about processes ----------------------
+
+
+def path_of(script, folder="."):
+    """A script in `folder` (a copy, a fork), or the project's own."""
+    path = os.path.join(os.path.abspath(folder), script)
+    return path if os.path.exists(path) else os.path.join(ROOT, script)
+
+
+def run_script(script, *flags, folder=".", status=0):
+    """Runs `python script flags` in folder, in this process -> what it wrote (stdout and stderr).
+
+    The exit status has to be `status`. As after a process, nothing stays locked. Always on the CPU, with one thread.
+    """
+    output = io.StringIO()
+    code = 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        mock.patch.object(sys, "argv", [script, *map(str, flags)]),
+        mock.patch("torch.cuda.is_available", return_value=False),
+    ):
+        try:
+            runpy.run_path(path_of(script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            torch.set_num_threads(threads)
+            for lock in runs._locks.values():
+                lock.close()
+            runs._locks.clear()
+    assert code == status, output.getvalue()[-3000:]
+    return output.getvalue()
+
+
+# Processes are forked from a server that has imported the libraries, which saves seconds per process.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", "runtime.runs", "tyro", "tqdm", "transformers.utils.chat_template_utils"])
+FORKS.set_forkserver_preload(["conftest", "ppo_cpe", "tqdm", "transformers.utils.chat_template_utils"])
 
 
 def _as_script(script, flags, environment, log, folder):
@@ -150,8 +192,7 @@ def _as_script(script, flags, environment, log, folder):
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(1)
     sys.argv = [script, *flags]
-    path = os.path.join(folder, script)
-    runpy.run_path(path if os.path.exists(path) else os.path.join(ROOT, script), run_name="__main__")
+    runpy.run_path(path_of(script), run_name="__main__")
 
 
 def launch(script, *flags, processes=1, folder=".", **environment):
@@ -185,7 +226,7 @@ def finish(run, status=0):
 @pytest.fixture(scope="session")
 def tiny_grm(tiny):
     """A run folder of train_grm.py on tiny/: its model writes judgements that parse (60 steps, 3 s)."""
-    finish(launch("train_grm.py", *grm_flags(tiny), "--out", tiny / "grm"))
+    run_script("train_grm.py", *grm_flags(tiny), "--out", tiny / "grm")
     return tiny / "grm"
 
 

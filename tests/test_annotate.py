@@ -11,7 +11,7 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import ROOT, error_of, finish, launch, parse
+from conftest import ROOT, error_of, finish, launch, parse, run_script
 from test_judge_servers import Quiet
 
 from data import annotate, ask, persona_world, prepare
@@ -245,7 +245,7 @@ def test_killed_twice(server, prompts, tmp_path):
         finish(process, status=-signal.SIGKILL)
         time.sleep(0.2)  # the server answers what was under way, to nobody
         kept.append((len(server.asked), {row["made_by"] for row in journal(out)}))
-    finish(launch("data/annotate.py", *flags))
+    run_script("data/annotate.py", *flags)
     assert contents(out) == contents(whole)
     assert 0 < len(kept[0][1]) < len(kept[1][1])
     repeats = len(server.asked) - len(set(server.asked))

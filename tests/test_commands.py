@@ -12,7 +12,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, finish, launch
+from conftest import ROOT, run_script
 from test_docs import PAGES, commands, read
 from test_evaluate_tasks import made_annotations
 
@@ -53,7 +53,7 @@ def run(folder, command):
     if script in SMALL and "--plan" not in words:
         words += shlex.split(SMALL[script])
         words += [] if "--out" in words else ["--out", f"out/fresh/{len(os.listdir(folder / 'out/fresh'))}"]
-    return finish(launch(script, *words[words.index(script) + 1 :], folder=folder))
+    return run_script(script, *words[words.index(script) + 1 :], folder=folder)
 
 
 @pytest.fixture(scope="module")

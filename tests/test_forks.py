@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import finish, launch, read_metrics
+from conftest import read_metrics, run_script
 
 import replay
 from runtime.rows import write_rows
@@ -50,7 +50,7 @@ def flags_of(tiny, folder, judge):
 def test_another_loss(page, tiny, tmp_path):
     script = fork(page, "loss", tmp_path)
     flags = flags_of(tiny, tmp_path, JUDGE)
-    finish(launch(script, *flags, "--edit-ratio", "root", "--edit-rate", 1, "--save-batch", 1))
+    run_script(script, *flags, "--edit-ratio", "root", "--edit-rate", 1, "--save-batch", 1)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["edit_ratio"] == "root"
     gradients = replay.replay(str(tmp_path / "run" / "batch_000001"))
     assert gradients["root"].norm() > 0
@@ -62,9 +62,9 @@ def test_another_loss(page, tiny, tmp_path):
 def test_grpo_without_a_critic(page, tiny, tmp_path):
     script = fork(page, "grpo", tmp_path)
     flags = flags_of(tiny, tmp_path, JUDGE)
-    planned = finish(launch(script, *flags, "--plan", "--gpu-gib", 0))
+    planned = run_script(script, *flags, "--plan", "--gpu-gib", 0)
     assert "policy" in planned and "critic" not in planned
-    finish(launch(script, *flags))
+    run_script(script, *flags)
     steps = read_metrics(tmp_path / "run")
     assert len(steps) == 2 and all(step["grad_norm_policy"] > 0 for step in steps)
     assert "value_loss" not in steps[0] and not (tmp_path / "run" / "critic").exists()
@@ -78,6 +78,6 @@ def test_another_reward(page, tiny, tmp_path):
     write_rows(str(tmp_path / "prompts.jsonl"), rows)
     flags[flags.index("--prompts") + 1] = tmp_path / "prompts.jsonl"
     flags[-1] = f"{tmp_path / 'judge.py'}:brief"
-    finish(launch("ppo_cpe.py", *flags))
+    run_script("ppo_cpe.py", *flags)
     (row, *_) = map(json.loads, (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines())
     assert row["critique"] == "Say your food is soup." and row["personalization"] == -5 and row["edit"]["answer"]

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import tyro
-from conftest import error_of, finish, launch, random_model, tiny_config
+from conftest import error_of, random_model, run_script, tiny_config
 from transformers import AutoModelForCausalLM
 
 import generate
@@ -348,7 +348,7 @@ def test_file_in_file_out(tiny, tmp_path):
         "--max-new-tokens",
         6,
     ]
-    finish(launch("generate.py", *flags, "--n", 2, "--temperature", 0.7))
+    run_script("generate.py", *flags, "--n", 2, "--temperature", 0.7)
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in out] == [0, 1] * 3
     chat = Chat(str(tiny / "checkpoint"))

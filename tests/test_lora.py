@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import error_of, finish, launch, random_model, read_metrics, tiny_config
+from conftest import error_of, finish, launch, random_model, read_metrics, run_script, tiny_config
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_ppo_run import REWARDS
@@ -271,9 +271,9 @@ def test_a_stopped_run_continues_bit_for_bit(name, tiny, tmp_path):
     script, flags = flags_of(name, tiny)
     flags += ["--lr", 1e-2, *LORA]
     whole = launch(script, *flags, "--max-steps", 7, "--out", tmp_path / "whole")
-    finish(launch(script, *flags, "--max-steps", 5, "--out", tmp_path / "run"))
+    run_script(script, *flags, "--max-steps", 5, "--out", tmp_path / "run")
     finish(whole)
-    assert "resumed from" in finish(launch(script, *flags, "--max-steps", 7, "--out", tmp_path / "run"))
+    assert "resumed from" in run_script(script, *flags, "--max-steps", 7, "--out", tmp_path / "run")
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         ours, theirs = (load_file(tmp_path / run / WEIGHTS[name] / file) for run in ("run", "whole"))
@@ -286,7 +286,7 @@ def ppo(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo")
     (folder / "my.py").write_text(REWARDS)
     flags = [*ppo_flags(tiny, f"{folder}/my.py:critic"), *LORA, "--lr", 2e-3, "--critic-lr", 2e-3]
-    finish(launch("ppo_cpe.py", *flags, "--max-steps", 4, "--out", folder / "whole"))
+    run_script("ppo_cpe.py", *flags, "--max-steps", 4, "--out", folder / "whole")
     return flags, folder / "whole"
 
 
@@ -306,8 +306,8 @@ def test_rl_trains_both_and_samples_with_them(ppo, tiny):
 
 def test_rl_continues_bit_for_bit(ppo, tmp_path):
     flags, whole = ppo
-    finish(launch("ppo_cpe.py", *flags, "--max-steps", 2, "--out", tmp_path / "run"))
-    assert "resumed from" in finish(launch("ppo_cpe.py", *flags, "--max-steps", 4, "--out", tmp_path / "run"))
+    run_script("ppo_cpe.py", *flags, "--max-steps", 2, "--out", tmp_path / "run")
+    assert "resumed from" in run_script("ppo_cpe.py", *flags, "--max-steps", 4, "--out", tmp_path / "run")
     assert read_metrics(tmp_path / "run") == read_metrics(whole)
     for file in ("policy/model.safetensors", "critic/model.safetensors", "critic/adapter/adapter_model.safetensors"):
         ours, theirs = (load_file(folder / file) for folder in (tmp_path / "run", whole))
@@ -341,7 +341,7 @@ def test_flags_that_make_no_adapter(tiny, tmp_path, capsys):
     wide = [*flags, "--lora-rank", 65, "--out", tmp_path / "run"]
     assert "--lora-rank 65: expected at most the model's width, 64" in error_of(sft, capsys, *wide)
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    finish(launch(script, *flags, *LORA, "--max-steps", 1, "--out", tmp_path / "run"))
+    run_script(script, *flags, *LORA, "--max-steps", 1, "--out", tmp_path / "run")
     again = error_of(sft, capsys, *flags, "--lora-rank", 4, "--out", tmp_path / "run")
     assert "holds a run with other flags (--lora-alpha 8.0 -> None)" in again
     assert os.path.isfile(tmp_path / "run" / "policy" / "adapter" / "adapter_config.json")

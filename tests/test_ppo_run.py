@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import finish, launch, read_metrics
+from conftest import finish, launch, read_metrics, run_script
 from safetensors.torch import load_file
 from test_judge_servers import FaultyServer, Quiet
 
@@ -21,6 +21,7 @@ from generate import Engine
 from judges import Verdict
 from model import load_pretrained
 from prompts import Judgement, answer_prompt, fill, judgement_text, load_templates
+from reporting import figures
 from runtime import training
 from runtime.distributed import start
 from runtime.packing import pack
@@ -85,24 +86,22 @@ def judge(tiny):
             )
         )
     write_rows(str(tiny / "random_judgements.jsonl"), rows)
-    finish(
-        launch(
-            "train_grm.py",
-            "--model",
-            tiny / "checkpoint",
-            "--data",
-            tiny / "random_judgements.jsonl",
-            "--grm-template",
-            tiny / "grm.txt",
-            "--batch-size",
-            32,
-            "--epochs",
-            25,
-            "--lr",
-            5e-3,
-            "--out",
-            tiny / "judge",
-        )
+    run_script(
+        "train_grm.py",
+        "--model",
+        tiny / "checkpoint",
+        "--data",
+        tiny / "random_judgements.jsonl",
+        "--grm-template",
+        tiny / "grm.txt",
+        "--batch-size",
+        32,
+        "--epochs",
+        25,
+        "--lr",
+        5e-3,
+        "--out",
+        tiny / "judge",
     )
     return tiny / "judge" / "model"
 
@@ -111,7 +110,7 @@ def judge(tiny):
 def whole(tiny, judge, tmp_path_factory):
     """An uninterrupted run of five steps."""
     out = tmp_path_factory.mktemp("ppo") / "run"
-    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out))
+    run_script("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out)
     return out
 
 
@@ -164,7 +163,7 @@ def test_tokens_of_a_few_answers_are_kept(whole):
 
 def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):
     flags = [*flags_of(tiny, judge), "--max-steps", 1, "--out", tmp_path / "run", "--peak-tflops", 0.05, "--offload"]
-    finish(launch("ppo_cpe.py", *flags))
+    run_script("ppo_cpe.py", *flags)
     (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     # 4 + 2 passes' worth over some 1,000 tokens of a model of 100,000 weights: far from 0 and below 1 at 50 GFLOP/s
     assert 1e-5 < metrics["mfu"] < 1
@@ -217,27 +216,25 @@ def test_nobody_waits_for_a_straggler(tiny):
 def watched(tiny, judge, tmp_path_factory):
     """The first three steps of `whole` with all diagnostics."""
     out = tmp_path_factory.mktemp("watched") / "run"
-    finish(
-        launch(
-            "ppo_cpe.py",
-            *flags_of(tiny, judge),
-            "--max-steps",
-            3,
-            "--out",
-            out,
-            "--eval-data",
-            tiny / "prompts.jsonl",
-            "--eval-every",
-            2,
-            "--eval-n",
-            5,
-            "--audit-share",
-            0.5,
-            "--audit-judge",
-            tiny / "judge" / "model",
-            "--save-batch",
-            2,
-        )
+    run_script(
+        "ppo_cpe.py",
+        *flags_of(tiny, judge),
+        "--max-steps",
+        3,
+        "--out",
+        out,
+        "--eval-data",
+        tiny / "prompts.jsonl",
+        "--eval-every",
+        2,
+        "--eval-n",
+        5,
+        "--audit-share",
+        0.5,
+        "--audit-judge",
+        tiny / "judge" / "model",
+        "--save-batch",
+        2,
     )
     return out
 
@@ -282,7 +279,7 @@ def test_replay_gives_the_gradients_of_the_update(watched, capsys):
 
 
 def test_figures_of_runs(whole, watched, tmp_path, capsys):
-    report.draw(report.read_runs([str(whole), str(watched)], 20), str(tmp_path))
+    figures.draw(report.read_runs([str(whole), str(watched)], 20), str(tmp_path))
     names = {f"by_{x}.{ending}" for x in ("step", "generated_tokens", "judge_calls") for ending in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert "Held-out reward: answers, edits" in (tmp_path / "by_step.svg").read_text()
@@ -321,7 +318,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, tiny, judge, tmp_path):
     run.ranks[0].kill()
     run.ranks[0].join()
     assert (out / "checkpoints" / "step_000002").is_dir() and not (out / "checkpoints" / "step_000005").is_dir()
-    assert "resumed from" in finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out))
+    assert "resumed from" in run_script("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out)
     assert read_metrics(out) == read_metrics(whole)
     for name in ("policy", "critic"):
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, whole))
@@ -341,7 +338,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, tiny, judge, tmp_path):
     ids=lambda c: " ".join(map(str, c)),
 )
 def test_every_option_runs(tiny, judge, tmp_path, changes):
-    finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 2, "--out", tmp_path / "run", *changes))
+    run_script("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 2, "--out", tmp_path / "run", *changes)
     metrics = read_metrics(tmp_path / "run")
     if "--critic-warmup-steps" in changes:
         assert "policy_loss" not in metrics[0] and metrics[0]["value_loss"] > 0
@@ -398,30 +395,28 @@ def test_truncated_responses_can_leave_the_batch(tiny, judge, tmp_path):
 
 def test_a_bradley_terry_judge(tiny, judge, tmp_path):
     bt = tmp_path / "bt"
-    finish(
-        launch(
-            "train_grm.py",
-            "--objective",
-            "bt",
-            "--model",
-            tiny / "checkpoint",
-            "--data",
-            tiny / "pairs.jsonl",
-            "--answer-template",
-            tiny / "answer.txt",
-            "--batch-size",
-            8,
-            "--max-steps",
-            2,
-            "--lr",
-            1e-3,
-            "--out",
-            bt,
-        )
+    run_script(
+        "train_grm.py",
+        "--objective",
+        "bt",
+        "--model",
+        tiny / "checkpoint",
+        "--data",
+        tiny / "pairs.jsonl",
+        "--answer-template",
+        tiny / "answer.txt",
+        "--batch-size",
+        8,
+        "--max-steps",
+        2,
+        "--lr",
+        1e-3,
+        "--out",
+        bt,
     )
     flags = [*flags_of(tiny, judge), "--judge", f"bt:{bt / 'model'}", "--max-steps", 1]
-    assert "writes no critiques" in finish(launch("ppo_cpe.py", *flags, "--out", tmp_path / "no"), status=2)
-    finish(launch("ppo_cpe.py", *flags, "--edit-rate", 0, "--critic", bt / "model", "--out", tmp_path / "yes"))
+    assert "writes no critiques" in run_script("ppo_cpe.py", *flags, "--out", tmp_path / "no", status=2)
+    run_script("ppo_cpe.py", *flags, "--edit-rate", 0, "--critic", bt / "model", "--out", tmp_path / "yes")
     (metrics,) = read_metrics(tmp_path / "yes")
     assert metrics["original/reward"] is not None and metrics["batch"] == 8
 
@@ -440,20 +435,20 @@ def critic(row, answer) -> Judgement:
 def test_a_function_in_a_file_as_the_judge(tiny, judge, tmp_path):
     (tmp_path / "my.py").write_text(REWARDS)
     flags = [*flags_of(tiny, judge), "--max-steps", 1, "--judge"]
-    finish(launch("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--edit-rate", 0, "--out", tmp_path / "ppo"))
+    run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--edit-rate", 0, "--out", tmp_path / "ppo")
     (metrics,) = read_metrics(tmp_path / "ppo")
     rows = [json.loads(line) for line in (tmp_path / "ppo/rollouts/step_000001.jsonl").read_text().splitlines()]
     assert all(row["reward"] == -len(row["answer"]) / 10 for row in rows) and metrics["batch"] == 8
-    finish(launch("ppo_cpe.py", *flags, f"{tmp_path}/my.py:critic", "--out", tmp_path / "cpe"))
+    run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:critic", "--out", tmp_path / "cpe")
     (metrics,) = read_metrics(tmp_path / "cpe")
     assert metrics["batch"] == 12 and metrics["edit/gain"] is not None
     # without an annotation it is the first judgement that shows
-    output = finish(launch("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no"), status=2)
+    output = run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no", status=2)
     assert "my.py:short: no critique of an answer to prompt" in output and "Traceback" not in output
 
 
 def bad(tiny, judge, tmp_path, *changes):
-    output = finish(launch("ppo_cpe.py", *flags_of(tiny, judge), "--out", tmp_path / "run", *changes), status=2)
+    output = run_script("ppo_cpe.py", *flags_of(tiny, judge), "--out", tmp_path / "run", *changes, status=2)
     assert "Traceback" not in output
     return output
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TEMPLATES, error_of, finish, launch, random_model, tiny_config
+from conftest import ROOT, TEMPLATES, error_of, finish, launch, random_model, run_script, tiny_config
 
 import dpo
 import ppo_cpe
@@ -280,7 +280,7 @@ def test_a_further_loss_on_edits(here, capsys):
     )
     (here / "judge.py").write_text(EDITING_JUDGE)
     flags = flags_of(ppo_cpe, here, "--edit-rate", 1, "--edit-ratio", "half", "--save-batch", 1, "--n-samples", 2)
-    finish(launch(script, *flags))
+    run_script(script, *flags)
     batch = here / "run" / "batch_000001"
     assert json.loads((here / "run" / "args.json").read_text())["edit_ratio"] == "half"
 
@@ -295,8 +295,8 @@ def test_a_further_loss_on_edits(here, capsys):
 def test_a_plan_without_a_critic(here, capsys):
     script = fork(here, (r'trained = \{"policy": [^}]*\}', 'trained = {"policy": (args.model, False)}'))
     flags = flags_of(ppo_cpe, here, "--plan", "--gpu-gib", 0)
-    assert "critic" in finish(launch("ppo_cpe.py", *flags))
-    table = finish(launch(script, *flags))
+    assert "critic" in run_script("ppo_cpe.py", *flags)
+    table = run_script(script, *flags)
     assert "policy" in table and "critic" not in table
     assert not (here / "run").exists()
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import tyro
-from conftest import ROOT, error_of, finish, grm_flags, launch, read_metrics
+from conftest import ROOT, error_of, finish, grm_flags, launch, read_metrics, run_script
 from safetensors.torch import load_file
 
 import dpo
@@ -74,7 +74,7 @@ def runs(tiny, tiny_grm, tmp_path_factory):
             if name == "grm":
                 one = tiny_grm
             else:
-                finish(launch(script, *flags, "--out", one))
+                run_script(script, *flags, "--out", one)
             finish(launch(script, *flags, "--out", two, "--max-steps", 3, processes=2))
             done[name] = one, two
         return done[name]
@@ -142,7 +142,7 @@ def test_a_killed_run_continues_bit_for_bit(runs, tiny, tmp_path):
 
     with open(log, "a") as f:
         f.write('{"step": 12, "lo')  # what a kill in the middle of a write leaves
-    output = finish(launch(script, *flags, "--out", out))
+    output = run_script(script, *flags, "--out", out)
     assert "resumed from" in output
     assert_same_run("sft", out, whole)
 
