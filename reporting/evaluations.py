@@ -68,7 +68,7 @@ def win_rate_rows(folder: str) -> list[dict]:
                     title=side,
                     answer=annotation[f"output_{number}"],
                     n_tokens=answers.get((side, prompt_id), {}).get("n_tokens"),
-                    left="no answer" if side in annotation.get("missing", ()) else None,
+                    drop_reason="no answer" if side in annotation.get("missing", ()) else None,
                     truncated=side in annotation.get("truncated", ()),
                     **scores_of(verdicts.get((side, prompt_id))),
                 )
@@ -243,6 +243,6 @@ def judgement_pair(row: dict) -> dict:
         verdict=verdict,
         sides=[
             {"title": "label", **label},
-            {"title": "this model", **(judged or {"left": "the judgement does not parse"})},
+            {"title": "this model", **(judged or {"drop_reason": "the judgement does not parse"})},
         ],
     )

@@ -47,11 +47,15 @@ PANELS = {
         ),
         "Edits better and worse": ({"edit/improved": "better", "edit/worse": "worse"}, "Fraction of all edits."),
         "Ratio r": (
-            {"edit/kept_ratio": "kept", "edit/inserted_ratio": "inserted", "edit/branch_ratio": "novel"},
+            {"edit/kept_ratio": "kept", "edit/inserted_ratio": "inserted", "edit/novel_ratio": "novel"},
             "p / q, mean per token. Novel tokens are inserted tokens with p below 0.1.",
         ),
         "Gradient mass": (
-            {"edit/kept_mass": "kept", "edit/inserted_mass": "inserted", "edit/branch_mass": "novel"},
+            {
+                "edit/kept_gradient_mass": "kept",
+                "edit/inserted_gradient_mass": "inserted",
+                "edit/novel_gradient_mass": "novel",
+            },
             "|weight x advantage|, mean per token of edits.",
         ),
         "Tokens without gradient": (
@@ -82,7 +86,11 @@ PANELS = {
             "Before clipping.",
         ),
         "Train-inference mismatch": (
-            {"logprob_gap": "mean", "logprob_gap_max": "largest", "refresh_gap": "after a weight sync"},
+            {
+                "train_inference_mismatch": "mean",
+                "train_inference_mismatch_max": "largest",
+                "weight_sync_error": "after a weight sync",
+            },
             "|difference| of the trainer's and the engine's log-probs of the same tokens under the same weights.",
         ),
         "Judge failures": (
@@ -100,7 +108,7 @@ PANELS = {
             "Summed over all ranks.",
         ),
         "Seconds by phase": (
-            {f"seconds/{phase}": phase for phase in ("rollout", "update", "score", "diagnostics", "refresh")}
+            {f"seconds/{phase}": phase for phase in ("rollout", "update", "score", "diagnostics", "sync_weights")}
             | {"seconds": "step"},
             "Of a step.",
         ),

@@ -72,7 +72,7 @@ def by_interest(rows: list[dict]) -> list[int]:
     first = [*by_gain[-1:], *by_gain[:1]]
     if rows:
         first.append(max(range(len(rows)), key=lambda i: rows[i].get("n_tokens") or 0))
-    for name, at_most in (("tokens", None), ("left", 1), ("truncated", 1)):
+    for name, at_most in (("tokens", None), ("drop_reason", 1), ("truncated", 1)):
         having = [i for i, row in enumerate(rows) if row.get(name) or (row.get("edit") or {}).get(name)]
         first += having[:at_most]
     rest = sorted(range(len(rows)), key=lambda i: (zlib.crc32(str(rows[i].get("prompt_id")).encode()), i))
@@ -195,7 +195,7 @@ RESPONSE_FIELDS = (
     *DIMENSIONS,
     "n_tokens",
     "truncated",
-    "left",
+    "drop_reason",
     "selected",
     "tokens",
     "audit",

@@ -61,13 +61,13 @@ RULES = (
         (UNPARSED,),
         lambda unparsed: unparsed[-1] > 0.1,
         lambda unparsed: f"{100 * unparsed[-1]:.1f} % of the judgements",
-        {"show": "left"},
+        {"show": "dropped"},
     ),
     Rule(
         "Train-inference mismatch",
         "Trainer and engine give the same tokens log-probs that differ by more than 0.1 on average, under the same "
         "weights. In bf16, 0.01 is usual. Ratios from such log-probs can't be trusted.",
-        ("logprob_gap",),
+        ("train_inference_mismatch",),
         lambda mismatch: mismatch[-1] > 0.1,
         lambda mismatch: f"mean {mismatch[-1]:.2g}",
     ),

@@ -57,8 +57,8 @@ def rl_run(folder, steps=12, hostile=None, samples=2, prompts=3, answer=None):
     one = dict(prompt_id="p1", sample_id=0, edit=False, **tokens)
     write_lines(folder / "tokens" / "step_000001.jsonl", [one, one | dict(edit=True, kept=[True, False, True])])
     lost = dict(prompt_id="p9", persona=PERSONA, question="Lost?", source="other", sample_id=0)
-    lost |= dict(answer="Nobody could judge it.", reward=None, n_tokens=4, truncated=False, left="unparsable")
-    cut = dict(answer="Too lo", reward=None, n_tokens=2, truncated=True, left="cut off at --max-new-tokens")
+    lost |= dict(answer="Nobody could judge it.", reward=None, n_tokens=4, truncated=False, drop_reason="unparsable")
+    cut = dict(answer="Too lo", reward=None, n_tokens=2, truncated=True, drop_reason="cut off at --max-new-tokens")
     of_edit = dict(prompt_id="p2", persona=PERSONA, question="What about topic 2?", sample_id=1, edit=cut)
     write_lines(folder / "lost" / "step_000002.jsonl", [lost | {"edit": None}, of_edit])
     return folder
@@ -83,9 +83,9 @@ def test_a_page_holds_what_the_run_left(tmp_path, capsys):
     assert rows[0]["answer"].startswith("Answer 0 of step 1") and rows[0]["helpfulness"] == 0  # a zero is a score
     assert rows[0]["edit"]["selected"] and "selected" not in rows[1]["edit"]
     assert found["prompts"]["p0"] == dict(persona=PERSONA, question="What about topic 0?", topic="test")
-    (lost,) = [r for r in rows if r.get("left")]
-    assert lost["left"] == "unparsable" and "reward" not in lost
-    (cut,) = [r for r in rows if r.get("edit", {}).get("left")]
+    (lost,) = [r for r in rows if r.get("drop_reason")]
+    assert lost["drop_reason"] == "unparsable" and "reward" not in lost
+    (cut,) = [r for r in rows if r.get("edit", {}).get("drop_reason")]
     assert (cut["step"], cut["prompt"], cut["sample"]) == (2, "p2", 1) and cut["reward"] == 0.5
     (tokens,) = [r for r in rows if "tokens" in r]
     assert (tokens["step"], tokens["prompt"]) == (1, "p1") and tokens["tokens"]["weight"] == [1.1, 0, 1]
@@ -147,7 +147,13 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 def steady(**changes):
     """20 steps of a healthy run; changes: functions of the step."""
     figures = {"original/length": 30, "original/reward": 1, "exact/original": 1, "edit/gain": 1, "edit/improved": 0.8}
-    figures |= {"edit/worse": 0.1, "judge_calls": 100, "judge_unparsed": 1, "logprob_gap": 1e-3, "value_loss": 1}
+    figures |= {
+        "edit/worse": 0.1,
+        "judge_calls": 100,
+        "judge_unparsed": 1,
+        "train_inference_mismatch": 1e-3,
+        "value_loss": 1,
+    }
     figures |= {"explained_variance": 0.5, "entropy": 1, "original/recited": 0.1, "edit/inserted_ratio": 0.9}
     changed = {name.replace("__", "/"): f for name, f in changes.items()}
     return [{"step": s, **figures, **{n: f(s) for n, f in changed.items()}} for s in range(1, 21)]
@@ -160,7 +166,7 @@ def steady(**changes):
         ("Reward hacking", dict(original__reward=lambda s: s, exact__original=lambda s: -abs(s - 10))),
         ("Edits no better", dict(edit__gain=lambda s: 1 - s / 18)),
         ("Judge failures", dict(judge_unparsed=lambda s: s)),
-        ("Train-inference mismatch", dict(logprob_gap=lambda s: s / 100)),
+        ("Train-inference mismatch", dict(train_inference_mismatch=lambda s: s / 100)),
         ("Ratio on inserted tokens", dict(edit__inserted_ratio=lambda s: s / 2)),
         ("Value loss", dict(value_loss=lambda s: 1 + s, explained_variance=lambda s: 0.5 - s / 10)),
         ("Entropy", dict(entropy=lambda s: 1 / s)),
@@ -335,17 +341,21 @@ def test_exact_scores(tmp_path):
     assert "exact/original" not in report.read_runs([str(run)], 20)[0]["metrics"]
 
 
-def test_a_folder_with_names_of_an_earlier_version(tmp_path, monkeypatch):
-    """Metrics, rollouts (their edits too) and flags are shown under today's names."""
-    monkeypatch.setitem(old_names.METRIC_NAMES, "old_reward", "original/reward")
-    monkeypatch.setitem(old_names.METRIC_NAMES, "points", "reward")
+def test_a_folder_with_names_of_an_earlier_version(tmp_path):
+    """Metrics, rollouts and flags of an earlier version are shown under today's names."""
     run = rl_run(tmp_path / "run", steps=2)
-    for file, now, then in (
-        ("metrics.jsonl", "original/reward", "old_reward"),
-        ("rollouts/step_000001.jsonl", "reward", "points"),
-    ):
-        (run / file).write_text((run / file).read_text().replace(f'"{now}"', f'"{then}"'))
+    (line, *others) = (run / "metrics.jsonl").read_text().splitlines()
+    values = {name: i / 8 for i, name in enumerate(old_names.METRIC_NAMES)}
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(json.loads(line) | values), *others, ""]))
+    lost = run / "lost" / "step_000002.jsonl"
+    lost.write_text(lost.read_text().replace('"drop_reason"', '"left"'))
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(args | {"edit_ratio": args.pop("edit_loss")}))
     (found,) = data_of(made([run], tmp_path / "page.html"))["runs"]
-    assert found["metrics"]["original/reward"] == [1.1, 1.2] and "old_reward" not in found["metrics"]
-    assert found["rows"][0]["reward"] == 0.5 and found["rows"][0]["edit"]["reward"] == 0.0
+    for then, now in old_names.METRIC_NAMES.items():
+        assert found["metrics"][now] == [values[then], None] and then not in found["metrics"]
+    assert [r["drop_reason"] for r in found["rows"] if "drop_reason" in r] == ["unparsable"]
+    assert [r["edit"]["drop_reason"] for r in found["rows"] if "drop_reason" in r.get("edit", {})] == [
+        "cut off at --max-new-tokens"
+    ]
     assert found["args"]["edit_loss"] == "unclipped"

@@ -100,7 +100,7 @@ def test_a_warning_shows_the_rollouts_behind_it(at):
 def test_filter_and_search(at):
     b = at("#view=rollouts")
     assert b.text("#count") == "73 rollouts of 73"
-    for show, n in (("left", 2), ("cut", 1), ("tokens", 1), ("clipped", 1), ("trained", 36), ("heldout", 0)):
+    for show, n in (("dropped", 2), ("cut", 1), ("tokens", 1), ("clipped", 1), ("trained", 36), ("heldout", 0)):
         set_value(b, "#show", show)
         b.until("return document.querySelector('#count').innerText.startsWith(arguments[0] + ' rollout')", str(n))
         assert b.count(".item") == n
@@ -113,7 +113,7 @@ def test_filter_and_search(at):
     b.until("return document.querySelector('.item .delta').innerText === '+0.50'")
     set_value(b, "#topic", "other")
     b.until("return document.querySelectorAll('.item').length === 1")
-    assert "Left the batch: unparsable" in b.text(".badges")
+    assert "Dropped from the batch: unparsable" in b.text(".badges")
     b.click("#clear")
     b.click('.item[data-row="3"]')
     b.until("return document.querySelector('#same-prompt') !== null && state.row === '3'")

@@ -178,7 +178,7 @@ function toggleHelp() {
 const SHOW = {
   all: ["All rollouts", () => true],
   trained: ["Edit in the batch", (r) => r.edit && r.edit.selected],
-  left: ["Left the batch", (r) => r.left || (r.edit && r.edit.left)],
+  dropped: ["Dropped from the batch", (r) => r.drop_reason || (r.edit && r.edit.drop_reason)],
   cut: ["Cut off at the limit", (r) => r.truncated || (r.edit && r.edit.truncated)],
   clipped: ["With clipped tokens", (r) => clippedFraction(r) > 0],
   tokens: ["With token figures", (r) => r.tokens || (r.edit && r.edit.tokens)],
@@ -209,7 +209,7 @@ const asText = (value) => (typeof value === "string" ? value : JSON.stringify(va
 function searchText(one, r) {
   if (r.searchText === undefined) {
     const p = one.prompts[r.prompt];
-    const parts = [r.prompt, p.question, asText(p.persona), p.topic, r.answer, r.critique, r.left, r.edit && r.edit.answer, r.edit && r.edit.critique];
+    const parts = [r.prompt, p.question, asText(p.persona), p.topic, r.answer, r.critique, r.drop_reason, r.edit && r.edit.answer, r.edit && r.edit.critique];
     Object.defineProperty(r, "searchText", { value: parts.filter(Boolean).join("\n").toLowerCase() });
   }
   return r.searchText;

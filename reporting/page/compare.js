@@ -36,7 +36,7 @@ function runColumn(one, k, prompt, base) {
   const different = base && base !== entry && state.pair === "diff" && base.answer && entry.answer;
   return h("section", { class: "block column" },
     h("h3", {}, color, visible(one.name), h("span", { class: "side muted" }, [entry.step !== undefined ? `step ${entry.step}` : null, entries.length > 1 ? `${(state.nth % entries.length) + 1} of ${entries.length}` : null].filter(Boolean).join(", "))),
-    entry.left ? h("p", { class: "badges" }, h("span", { class: "badge bad" }, visible(entry.left))) : null,
+    entry.drop_reason ? h("p", { class: "badges" }, h("span", { class: "badge bad" }, visible(entry.drop_reason))) : null,
     different ? wordDiff(base.answer, entry.answer) : said(entry.answer),
     entry.critique ? h("div", { class: "critique" }, h("h4", {}, "Critique"), said(entry.critique)) : null,
     entry.edit ? h("div", {}, h("h4", {}, "Edit"), state.text === "diff" ? wordDiff(entry.answer, entry.edit.answer) : said(entry.edit.answer)) : null,

@@ -84,10 +84,10 @@ function matchingRows(one) {
 
 function sideBlock(side, other) {
   const body = side.answer === undefined || side.answer === null
-    ? side.left || side.title === "label" || side.critique ? null : h("p", { class: "muted" }, "The text is not in this folder.")
+    ? side.drop_reason || side.title === "label" || side.critique ? null : h("p", { class: "muted" }, "The text is not in this folder.")
     : other && state.pair === "diff" && other.answer && other.answer !== side.answer ? wordDiff(other.answer, side.answer) : said(side.answer);
   return h("section", { class: "side block" }, h("h3", {}, side.title, side.n_tokens ? h("span", { class: "side muted" }, plural(side.n_tokens, "token")) : null),
-    side.left ? h("p", { class: "badges" }, h("span", { class: "badge bad" }, visible(side.left))) : null,
+    side.drop_reason ? h("p", { class: "badges" }, h("span", { class: "badge bad" }, visible(side.drop_reason))) : null,
     side.persona ? personaBox(side.persona, "")[1] : null, body,
     side.critique ? [h("h4", {}, "Critique"), said(side.critique, "said critique-text")] : null);
 }

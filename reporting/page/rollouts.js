@@ -163,7 +163,7 @@ function rolloutItem(one, i) {
   const r = one.rows[i], g = gain(r);
   const flags = [];
   if (r.held_out) flags.push(["held out", ""]);
-  if (r.left || r.edit?.left) flags.push(["left", "bad"]);
+  if (r.drop_reason || r.edit?.drop_reason) flags.push(["dropped", "bad"]);
   if (r.truncated || r.edit?.truncated) flags.push(["cut off", "bad"]);
   if (r.tokens || r.edit?.tokens) flags.push(["tokens", ""]);
   return h("a", { class: "item", href: "#", "data-row": i, "aria-current": String(i) === state.row ? "true" : null,
@@ -177,11 +177,11 @@ function rolloutItem(one, i) {
 
 function badges(r) {
   const found = [];
-  if (r.left) found.push([`Left the batch: ${r.left}`, "bad"]);
+  if (r.drop_reason) found.push([`Dropped from the batch: ${r.drop_reason}`, "bad"]);
   else if (r.held_out) found.push(["Held-out prompt, not trained on", ""]);
   else found.push(["Original in the batch", "good"]);
   if (r.edit) {
-    if (r.edit.left) found.push([`Edit left the batch: ${r.edit.left}`, "bad"]);
+    if (r.edit.drop_reason) found.push([`Edit dropped from the batch: ${r.edit.drop_reason}`, "bad"]);
     else if (r.edit.selected) found.push(["Edit in the batch", "good"]);
     else if (!r.held_out) found.push(["Edit not selected for the batch", ""]);
   }
