@@ -132,7 +132,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import diagnostics
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
 from model import Transformer
 from prompts import Judgement, Templates, edit_prompt, load_templates, read_prompts
@@ -334,7 +334,7 @@ def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> t
                 edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
                 in_engine[edit.key, 0] = edit
                 seed = derive_seed(args.seed, step, t.prompt_id, t.sample_id, "edit")
-                engine.submit(under, key=edit.key, seeds=[seed], draft=t.response_ids, **sampling)
+                engine.submit(under, key=edit.key, seeds=[seed], **sampling)
             progress.set_postfix_str(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
     judged.sort(key=lambda t: (t.place, t.key))  # not in the order in which a server happened to answer
     return judged, lost
@@ -592,7 +592,7 @@ def main(args):
 
         # 1. originals, critiques, edits, with the weights as they are now
         rows = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
-        engine.refresh(models["policy"])
+        engine.sync_weights(models["policy"])
         gap = training.refresh_gap(engine.model, models["policy"], prompts[rows[0]][1], ranks)
         clock.append(time.perf_counter())
         if args.offload:

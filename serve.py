@@ -1,6 +1,6 @@
 """An OpenAI-compatible chat server over the generation engine: how a judge runs on another machine.
 
-One thread owns the engine (engine_thread.py): concurrent requests are computed together, and clients take turns.
+One thread owns the engine (engine/thread.py): concurrent requests are computed together, and clients take turns.
 Requests are checked and encoded in others, so that a long text holds up nobody.
 
     POST /v1/chat/completions   messages, max_tokens, temperature, top_p, n, seed, stop, stream, logprobs, top_logprobs
@@ -93,8 +93,8 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import Chat
-from engine_thread import Busy, Failure, Listener, Partial, Worker
-from generate import Engine, Sample
+from engine import Engine, Sample
+from engine.thread import Busy, Failure, Listener, Partial, Worker
 from model import load_pretrained
 from runtime.distributed import derive_seed, start
 

@@ -91,7 +91,7 @@ import torch.nn.functional as F
 
 from chat import Chat
 from diagnostics import agreement
-from generate import Engine
+from engine import Engine
 from model import SharedPrefix, Transformer, load_pretrained
 from prompts import (
     DIMENSIONS,

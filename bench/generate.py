@@ -29,7 +29,8 @@ import transformers
 import tyro
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
-import generate
+from engine import Engine
+from engine.kv_cache import BLOCK
 from model import Transformer, init_weights
 from model_config import Config
 from runtime.distributed import start
@@ -87,9 +88,9 @@ def workload(name: str, vocab_size: int) -> tuple[list[Request], int]:
     return [(ids(1024, i), 1, 128) for i in range(batch)], 0
 
 
-def run_ours(engine: generate.Engine, requests: list[Request], known: int) -> float:
+def run_ours(engine: Engine, requests: list[Request], known: int) -> float:
     """Seconds for all requests, with nothing in the cache but the first `known` tokens of each prompt."""
-    engine.blocks.forget_all()
+    engine.reset_prefix_cache()
     if known:
         engine.generate([prompt[:known] for prompt, _, _ in requests], max_new_tokens=1)
     synchronize(engine.device)
@@ -253,12 +254,12 @@ def main(args: Args) -> None:
         for name in names:
             requests, known = workload(name, vocab_size)
             n_rows = sum(n for _, n, _ in requests)
-            engine = generate.Engine(
+            engine = Engine(
                 model,
                 [],
                 longest := max(len(p) + length for p, _, length in requests),
                 n_rows,
-                kv_tokens=(longest + generate.BLOCK) * n_rows,
+                kv_tokens=(longest + BLOCK) * n_rows,
             )
             short = [(p[: known + 8], n, 2) for p, n, _ in requests]
             timed = warmed_up(functools.partial(run_ours, engine, known=known), requests, short, device)

@@ -85,7 +85,7 @@ def versions() -> bool:
 
 def engine() -> bool:
     """Forked, preempted and refreshed samples of a small random model, fp32, with the same seeds on both."""
-    from generate import Engine
+    from engine import Engine
     from model import Transformer, init_weights
     from model_config import Config
 
@@ -102,7 +102,7 @@ def engine() -> bool:
         small = dict(max_batch=16, kv_tokens=(14 if EMULATED else 32) * 16) if device == "cuda" else {}
         made = Engine(model(torch.device(device, 0), 0), [7], 160, **small)
         first = made.generate(prompts, n=2, max_new_tokens=24, top_p=0.95)
-        made.refresh(model(torch.device(device, 0), 1))
+        made.sync_weights(model(torch.device(device, 0), 1))
         again = made.generate(prompts, n=2, max_new_tokens=24)
         samples[device], reused = sum(first + again, []), made
     pairs = list(zip(samples["cpu"], samples["cuda"], strict=True))

@@ -30,7 +30,7 @@ from datasets import Dataset
 import ppo_cpe
 from chat import Chat
 from data import persona_world
-from generate import Engine
+from engine import Engine
 from judges import JudgeSettings, open_judge
 from model import load_pretrained
 from prompts import load_templates, read_prompts
@@ -80,7 +80,7 @@ class Ours:
         run = replace(self.run, stats=runs.Stats())
         rows = packing.batch_indices(len(self.prompts), N_PROMPTS, number, 0)
         started = time.process_time()
-        self.engine.refresh(self.models["policy"])
+        self.engine.sync_weights(self.models["policy"])
         mine = packing.deal([self.prompts[i] for i in rows], run.ranks)
         batch, _ = ppo_cpe.rollout(mine, self.engine, self.judge, run, number, Silent())
         sampled = time.process_time()

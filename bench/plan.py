@@ -23,7 +23,7 @@ import tyro
 
 import ppo_cpe
 from bench import train
-from generate import Engine
+from engine import Engine
 from model import Transformer, init_weights
 from model_config import Config
 from runtime import packing, roofline, training
@@ -84,7 +84,7 @@ def generation(engine: Engine, requests: list[tuple[list[int], int]]) -> tuple[f
 
 def measure(engine: Engine, models: dict, optimizers: dict, trajectories: list, args, ranks) -> dict[str, float]:
     """{phase: seconds}, the phases of `roofline.phases`."""
-    engine.blocks.forget_all()
+    engine.reset_prefix_cache()
     originals, edits = ([t for t in trajectories if (t.parent is None) == first] for first in (True, False))
     length = round(MEAN * RESPONSE)  # the plan knows of no longest response, for which a batch would wait
     first = generation(engine, [(t.prompt_ids, length) for t in originals])

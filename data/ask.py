@@ -36,8 +36,8 @@ from aiolimiter import AsyncLimiter
 
 from chat import Chat, without_control_tokens
 from data import persona_world
+from engine import Engine
 from evaluation.journal import Journal
-from generate import Engine
 from judges.base import weights_fingerprint
 from judges.servers import text_of
 from model import load_pretrained

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec
 from judges.base import weights_fingerprint
 from model import load_pretrained

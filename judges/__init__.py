@@ -42,10 +42,10 @@ from typing import Any
 import torch
 
 from chat import Chat
-from generate import Engine
+from engine import Engine
+from engine.kv_cache import likely_tokens
 from judges.base import Judge, JudgeSettings, Verdict, share_of_first
 from judges.servers import PairServerJudge, ServerJudge
-from kv_cache import likely_tokens
 from model import Packed, load_pretrained
 from prompts import DIMENSIONS, PAIR_NAMES, Judgement, Templates, bt_ids, grm_prompt, pair_request, parse_judgement
 from runtime import plan
@@ -133,7 +133,7 @@ class EngineJudge(Judge):
         return cls(Engine(model, chat.stop_ids, max_len, settings.max_batch), chat, templates, settings)
 
     def forget(self) -> None:
-        self.engine.blocks.forget_all()
+        self.engine.reset_prefix_cache()
 
     @classmethod
     def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
@@ -240,7 +240,7 @@ class PairJudge(EngineJudge):
                 max_new_tokens=1,
                 temperature=0,
                 top_logprobs=self.likely,
-                also=self.name_ids,
+                extra_logprob_ids=self.name_ids,
             )
         except ValueError as error:  # longer than the engine's sequences
             self.failed += 1

@@ -28,7 +28,7 @@ from chat import Chat
 from data.persona_world import claims
 from data.persona_world import judge as exact
 from diagnostics import agreement
-from generate import Engine, Sample
+from engine import Engine, Sample
 from judges import JudgeSettings, ask_all, open_judge
 from model import load_pretrained
 from prompts import DIMENSIONS, Judgement, Templates, answer_prompt, edit_prompt, load_templates

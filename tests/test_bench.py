@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_model, tiny_config
 
-import generate
+from engine import Engine
 
 
 @pytest.fixture
@@ -38,16 +38,16 @@ def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypa
     """On a GPU the first decode step at a batch size captures a CUDA graph."""
     bench_generate = bench("generate")
     sizes = []
-    decode = generate.Engine._decode
+    decode = Engine._decode
 
     def recorded(engine):
         sizes.append(len(engine.running))
         decode(engine)
 
-    monkeypatch.setattr(generate.Engine, "_decode", recorded)
+    monkeypatch.setattr(Engine, "_decode", recorded)
     requests = [([i + 1] * 5, 1, 3 + 4 * i) for i in range(6)]  # batch sizes from 6 down to 1
     short = [(prompt, n, 2) for prompt, n, _ in requests]
-    engine = generate.Engine(random_model(tiny_config()), [], 40, 6)
+    engine = Engine(random_model(tiny_config()), [], 40, 6)
     run = bench_generate.functools.partial(bench_generate.run_ours, engine, known=0)
     timed = bench_generate.warmed_up(run, requests, short, torch.device("cuda"))
     warm = set(sizes)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from model import Packed, load_pretrained, save_pretrained
 
 CHECKPOINT = os.environ.get("CHECKPOINT")
@@ -129,5 +129,5 @@ def test_greedy_after_new_weights(model, prompts, expected):
             parameter.mul_(1.1)
     engine = Engine(other, [], 1024)
     assert greedy(engine, prompts[:4]) != [[ids] for ids in expected[:4]]
-    engine.refresh(model)
+    engine.sync_weights(model)
     assert greedy(engine, prompts) == [[ids] for ids in expected]

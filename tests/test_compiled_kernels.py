@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from engine.kv_cache import BLOCK
 from kernels import linear_logprob, paged_attention, rmsnorm, rope_kv, sampling, swiglu
-from kv_cache import BLOCK
 
 COMPILE_ALL = os.environ.get("COMPILE_ALL") == "1"
 ARCHITECTURES = (80, 89, 90) if COMPILE_ALL else (80, 90)  # A100 and A800, L40S, H100 and H800

@@ -28,7 +28,7 @@ import evaluate
 import ppo_cpe
 import train_grm
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from model import load_pretrained
 from runtime.flags import parse
 from runtime.rows import write_rows
@@ -159,7 +159,7 @@ def test_graphs_see_new_weights():
     engine = Engine(model_on("cuda"), [], 128)
     before = engine.generate(prompts, **settings)
     graphs = dict(engine.graphs)
-    engine.refresh(model_on("cuda", seed=5))
+    engine.sync_weights(model_on("cuda", seed=5))
     after = engine.generate(prompts, **settings)
     expected = Engine(model_on("cpu", seed=5), [], 128).generate(prompts, **settings)
     assert [s.ids for (s,) in after] == [s.ids for (s,) in expected] != [s.ids for (s,) in before]

@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import random_model, tiny_config
 
-import generate
-from generate import Engine
+from engine import Engine
+from engine.kv_cache import BLOCK, Blocks, DenseRows
 from kernels import packed_linear
-from kv_cache import BLOCK, Blocks, DenseRows
 
 SETTINGS = dict(max_new_tokens=20)
 
@@ -65,7 +64,7 @@ def test_an_edit_and_a_judgement_find_what_is_there(model):
 @pytest.mark.parametrize("chunk", [4096, 24])
 def test_requests_of_one_step_share_their_beginning(model, monkeypatch, chunk):
     """Judgements that arrive together: rubric and persona are computed once, in one pass or in chunks."""
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr("engine.engine.PREFILL_TOKENS", chunk)
     prompts = [tokens(64) + tokens(20, seed=i) for i in range(1, 5)]
     engine = Engine(model, [], 200)
     together = engine.generate(prompts, **SETTINGS)
@@ -76,7 +75,7 @@ def test_requests_of_one_step_share_their_beginning(model, monkeypatch, chunk):
 
 
 def test_a_long_prompt_does_not_hold_up_running_samples(model, monkeypatch):
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr("engine.engine.PREFILL_TOKENS", 16)
     engine = Engine(model, [], 200)
     engine.submit([5, 6], "short", max_new_tokens=30)
     engine.step()
@@ -129,7 +128,7 @@ def test_new_weights_forget_the_old_cache(model):
     other = random_model(tiny_config(tie_word_embeddings=False), seed=5, std=0.3)
     engine, prompt = Engine(random_model(tiny_config(tie_word_embeddings=False), std=0.3), [], 200), tokens(50)
     engine.generate([prompt], **SETTINGS)
-    engine.refresh(other)
+    engine.sync_weights(other)
     ((found,),) = engine.generate([prompt], temperature=0, **SETTINGS)
     assert engine.reused_tokens == 0
     assert found.ids == Engine(other, [], 200).generate([prompt], temperature=0, **SETTINGS)[0][0].ids
@@ -160,7 +159,7 @@ def test_packed_weights_change_nothing_but_rounding(model, monkeypatch):
     engine = Engine(fresh, [], 200)
     assert fresh.packed_head.packed is not None and fresh.model.layers[0].self_attn.packed_qkv.packed is not None
     packed = [engine.generate(prompts, n=2, **SETTINGS)]
-    engine.refresh(others[0])
+    engine.sync_weights(others[0])
     packed += [engine.generate(prompts, n=2, **SETTINGS), Engine(others[1], [], 200).generate(prompts, n=2, **SETTINGS)]
     for a, b in zip(sum(sum(plain, []), []), sum(sum(packed, []), []), strict=True):
         assert a.ids == b.ids

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config, Qwen3Config
 
-from generate import Engine
+from engine import Engine
 from model import Packed, SharedPrefix, load_pretrained, save_pretrained
 from runtime import plan, roofline
 from runtime.packing import pack

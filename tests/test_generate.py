@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import generate
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from kernels.sampling import sample, uniform
 from model import Packed, load_pretrained, save_pretrained
 
@@ -168,8 +168,8 @@ def test_top_logprobs(model):
     engine = engine_of(model, stop_ids=[7])
     engine.submit([5, 6], "top", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=model.config.vocab_size)
     engine.submit([9], "plain", max_new_tokens=6)
-    engine.submit([5, 6], "also", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=3, also=[4, 8])
-    engine.submit([9], "only", max_new_tokens=6, also=[8, 4])
+    engine.submit([5, 6], "also", n=2, max_new_tokens=6, temperature=0.7, top_logprobs=3, extra_logprob_ids=[4, 8])
+    engine.submit([9], "only", max_new_tokens=6, extra_logprob_ids=[8, 4])
     found = drain(engine)
     assert found["plain", 0].top_logprobs == []
     only = found["only", 0]
@@ -232,7 +232,12 @@ def test_refused_requests(model):
         "expected n >= 1": (dict(n=2, seeds=[1]), dict(n=0), dict(max_new_tokens=0), dict(seeds=[2**63])),
         "expected 0 .the most likely token. or a temperature": (dict(temperature=t) for t in (-1, 1e-39, nan, 1e999)),
         "top_p in": (dict(top_p=p) for p in (0, nan, 1.5)),
-        "vocabulary has 300": (dict(also=[300]), dict(also=[-1]), dict(top_logprobs=301), dict(top_logprobs=-1)),
+        "vocabulary has 300": (
+            dict(extra_logprob_ids=[300]),
+            dict(extra_logprob_ids=[-1]),
+            dict(top_logprobs=301),
+            dict(top_logprobs=-1),
+        ),
     }.items():
         for settings in cases:
             with pytest.raises(ValueError, match=problem):
@@ -306,7 +311,7 @@ def test_reset_after_a_step_that_failed(model, monkeypatch):
     prompt, settings = [4] * 40, dict(seeds=[3], max_new_tokens=10)
     engine.submit(prompt, **settings)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr("kv_cache.Prefill.attend", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        patch.setattr("engine.kv_cache.Prefill.attend", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         engine.step()
     engine.reset()
     assert not engine.busy and len(engine.blocks.free) == engine.cache.shape[2] - 1
@@ -318,9 +323,9 @@ def test_refresh_takes_new_weights(model):
     engine = engine_of(random_model(tiny_config(), std=0.3))
     engine.submit([5, 6], max_new_tokens=4)
     with pytest.raises(RuntimeError, match="while samples are running"):
-        engine.refresh(other)
+        engine.sync_weights(other)
     drain(engine)
-    engine.refresh(other)
+    engine.sync_weights(other)
     settings = dict(temperature=0, max_new_tokens=10)
     expected = engine_of(other).generate(RAGGED, **settings)
     assert [s.ids for (s,) in engine.generate(RAGGED, **settings)] == [s.ids for (s,) in expected]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dpo
 import sft
-from generate import Engine
+from engine import Engine
 from lora import Linear, Lora, add_adapters, init_adapters
 from model import Packed, load_pretrained, pack_weights, save_pretrained
 from runtime import training
@@ -154,7 +154,7 @@ def test_updates_reach_the_engine(tmp_path):
         policy = training.open_model(str(tmp_path / "m"), sft.Args(lora_rank=4), ranks)
         engine = Engine(training.open_sampler(str(tmp_path / "m"), policy, ranks), [], 64)
         (before,) = engine.generate([prompt], temperature=0, max_new_tokens=16)
-        engine.refresh(policy)
+        engine.sync_weights(policy)
         assert engine.generate([prompt], temperature=0, max_new_tokens=16)[0][0].logprobs == before[0].logprobs
         with torch.no_grad():
             for m in policy.modules():
@@ -163,7 +163,7 @@ def test_updates_reach_the_engine(tmp_path):
                     if dtype == "bf16":
                         assert (m.merged().bfloat16() == m.weight).float().mean() > 0.95
         assert training.refresh_gap(engine.model, policy, prompt, ranks) > 0
-        engine.refresh(policy)
+        engine.sync_weights(policy)
         (after,) = engine.generate([prompt], temperature=0, max_new_tokens=16)
         assert after[0].logprobs != before[0].logprobs
         # fp32: sums in another order. bf16: the same operations, but products of one row and of many differ

@@ -17,7 +17,7 @@ import ppo_cpe
 import replay
 import report
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from judges import Verdict
 from model import load_pretrained
 from prompts import Judgement, answer_prompt, fill, judgement_text, load_templates

@@ -15,7 +15,7 @@ import uvicorn
 
 import serve
 from chat import Chat
-from generate import Engine
+from engine import Engine
 from model import load_pretrained
 from runtime.distributed import derive_seed
 

@@ -11,8 +11,8 @@ import time
 import pytest
 from test_serve import MESSAGES, Running, until
 
-from engine_thread import Failure, Listener, Partial
-from generate import Sample
+from engine import Sample
+from engine.thread import Failure, Listener, Partial
 
 BODY = dict(model="tiny", messages=MESSAGES, max_tokens=4, seed=3)
 

@@ -44,7 +44,8 @@ class Sample:
     ids: without the stop token. logprobs: of each id under the full softmax at the sampling temperature (at temperature
     0 under the plain one), and of the stop token if there is one. finish_reason: "stop" | "length" | "error": what
     there is of a sample whose next token could not be drawn (`error` says why). top_logprobs: for each of the logprobs
-    the most likely (id, log-prob) of that place, as many as were asked for, then those of `also`.
+    the most likely (id, log-prob) of that place, as many as were asked for, then those of
+    `extra_logprob_ids`.
     """
 
     key: Any
@@ -70,7 +71,6 @@ class Sequence:
     top_p: float
     n_top: int
     also: tuple[int, ...]  # ids that the alternatives have to name too
-    draft: list[int]  # ids that it may repeat
     response: list[int] = field(default_factory=list)  # sampled before it had to give up its blocks
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)

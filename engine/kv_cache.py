@@ -2,7 +2,7 @@
 
 The cache of a model is one tensor [layers, 2, blocks, BLOCK, Hkv, D]. A sequence holds a list of blocks, whose slots
 hold the keys and values of its tokens in order. Two attention contexts for model.py write into it and read from it:
-`Prefill` for chunks of prompts, `Decode` for the newest token of each sequence and what its draft proposes behind it.
+`Prefill` for chunks of prompts, `Decode` for the newest token of each sequence of a decode step.
 On a CPU the running rows are decoded in a copy of their own, without blocks: `DenseRows`.
 """
 
@@ -115,11 +115,7 @@ class Prefill:
 
 
 class Decode:
-    """Attention context of new tokens, through the block table.
-
-    A sequence may have several, a row for each: keys and values are written before any is read, so each sees those
-    before it.
-    """
+    """Attention context of one new token a sequence, through the block table."""
 
     def __init__(self, cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor):
         """block_table: int32 [T, blocks]; lengths: int64 [T], tokens before each new one."""
@@ -142,10 +138,9 @@ class DenseRows:
     behind. It is also the attention context of a step, after `begin`.
     """
 
-    def __init__(self, cache: torch.Tensor, max_rows: int, max_tokens: int, group: int = 1):
-        """max_tokens: most that rows x tokens of the longest row may be, unless it is one row. group: query heads that
-        share a key head."""
-        self.cache, self.max_rows, self.max_tokens, self.group = cache, max_rows, max_tokens, group
+    def __init__(self, cache: torch.Tensor, max_rows: int, max_tokens: int):
+        """max_tokens: most that rows x tokens of the longest row may be, unless it is one row."""
+        self.cache, self.max_rows, self.max_tokens = cache, max_rows, max_tokens
         layers, _, _, _, n_kv, dim = cache.shape
         self.data = cache.new_zeros(layers, 2, 0, n_kv, 0, dim)  # [layers, 2, rows, Hkv, capacity, D]
 
@@ -180,27 +175,13 @@ class DenseRows:
         """Copies rows; their tokens are at most `longest`."""
         self.data[:, :, to, :, :longest] = self.data[:, :, source, :, :longest]
 
-    def begin(
-        self, lengths: torch.Tensor, longest: int, owner: torch.Tensor | None = None, place: torch.Tensor | None = None
-    ) -> "DenseRows":
-        """A step for the first rows -> itself. lengths: int64 [T], tokens before each new one; longest: their maximum.
-
-        owner, place: int64 [T], of each new token its row and its place among those of its row, the first ones of all
-        rows in front (speculation.py); None: one for each row.
-        """
-        n_rows = len(lengths) if owner is None else int(owner.max()) + 1
-        self.reserve(n_rows, longest + 1)
+    def begin(self, lengths: torch.Tensor, longest: int) -> "DenseRows":
+        """A step for the first rows -> itself. lengths: int64 [R], tokens before each new one; longest: maximum."""
+        self.reserve(len(lengths), longest + 1)
         dtype, n_kv, capacity = self.data.dtype, self.data.shape[3], self.data.shape[4]
-        heads = torch.arange(n_rows * n_kv).view(-1, n_kv)  # [R, Hkv], as rows of one matrix
-        places = (heads if owner is None else heads[owner]) * capacity + lengths[:, None]
-        self.places, self.owner, self.place = places.flatten(), owner, place  # of the new keys, [T * Hkv]
-        if owner is None:
-            self.mask = length_mask(lengths + 1, longest + 1, n_kv, dtype)
-        else:  # for each row as many queries as for the one with most of them: its keys are read once for all
-            seen = lengths[:n_rows, None] + 1 + torch.arange(int(place.max()) + 1)  # [R, places]
-            mask = length_mask(seen.flatten(), longest + 1, self.group, dtype)  # [R * places * group, 1, L]
-            mask = mask.view(n_rows, 1, -1, mask.shape[2]).expand(-1, n_kv, -1, -1)
-            self.mask = mask.flatten(0, 1)  # [R * Hkv, places * group, L]
+        heads = torch.arange(len(lengths) * n_kv).view(-1, n_kv)  # [R, Hkv], as rows of one matrix
+        self.places = (heads * capacity + lengths[:, None]).flatten()  # of the new keys, [R * Hkv]
+        self.mask = length_mask(lengths + 1, longest + 1, n_kv, dtype)
         return self
 
     def attend(self, layer, q, k, v, cos, sin):
@@ -208,14 +189,7 @@ class DenseRows:
         q, k = apply_rope(torch.cat([q, k], 1), cos, sin).split([n_heads, n_kv], 1)
         for cache, new in zip(self.data[layer], (k, v)):
             cache.view(-1, dim).index_copy_(0, self.places, new.reshape(-1, dim))
-        if self.owner is None:
-            return dense_attention(q, *self.data[layer], self.mask)
-        n_rows, n_places = len(self.mask) // n_kv, self.mask.shape[1] // self.group
-        spread = q.new_zeros(n_rows, n_places, n_kv, self.group, dim)
-        spread[self.owner, self.place] = q.view(-1, n_kv, self.group, dim)
-        out = dense_attention(spread.transpose(1, 2).reshape(n_rows, -1, dim), *self.data[layer], self.mask)
-        out = out.view(n_rows, n_kv, n_places, self.group, dim)[self.owner, :, self.place]
-        return out.reshape(-1, n_heads, dim)
+        return dense_attention(q, *self.data[layer], self.mask)
 
 
 def likely_tokens(max_len: int, max_batch: int) -> int:

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from generate import Engine, Sample
+from engine import Engine, Sample
 
 SLICE = 16  # samples of a request that the engine gets at once: these share the blocks of their prompt
 
