@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Your own personas and questions through the whole pipeline: rows, answers of several models, pairs and judgements by a
-# language model, the quality sheet, SFT, GRM, PPO with critique-post-edit, evaluation (docs/own-data.md). Everything is
+# Your own personas and questions through the whole pipeline (docs/own-data.md): rows, answers of several models, pairs
+# and judgements by a language model, the quality sheet, SFT, GRM, PPO with critique-post-edit, evaluation. Everything is
 # under OUT; run it again to resume an interrupted run.
 #
 #   bash recipes/own_data.sh PERSONAS QUESTIONS --models a=URL#MODEL b=URL#MODEL --scorer URL#MODEL --judge URL#MODEL
 #   PREPARE_FLAGS="--question-column text" bash recipes/own_data.sh people.csv asked.csv --judge URL ...
 #   STAGES=data bash recipes/own_data.sh people.csv - --writer URL#MODEL ...     # questions are written, and no training
 #
-# PERSONAS, QUESTIONS: .csv, .jsonl or .parquet files (data/prepare.py); QUESTIONS `-` has them written for the personas.
-# What follows goes to data/annotate.py (--plan says what it will take, and stops there). MODEL: what is trained. DATA:
-# folder of the rows. STAGES: some of data, sft, grm, cpe, evaluate. JUDGE: of the last two, none: the GRM that was
-# trained. PREPARE_FLAGS, SFT_FLAGS, GRM_FLAGS, CPE_FLAGS, EVALUATION_FLAGS: further flags. GPUS: ranks of a stage.
+# PERSONAS, QUESTIONS   .csv, .jsonl or .parquet files (data/prepare.py); with QUESTIONS `-` questions are written
+# flags                 go to data/annotate.py (with --plan it prints the cost, and the recipe stops)
+# MODEL                 the model to train
+# DATA                  folder of the rows
+# STAGES                some of data, sft, grm, cpe, evaluate
+# JUDGE                 of the stages cpe and evaluate; default: the GRM that stage grm trains
+# GPUS                  ranks of a stage
+# PREPARE_FLAGS, SFT_FLAGS, GRM_FLAGS, CPE_FLAGS, EVALUATION_FLAGS   further flags
 set -euo pipefail
 usage="usage: bash recipes/own_data.sh PERSONAS QUESTIONS [flags of data/annotate.py]"
 PERSONAS=$(realpath "${1:?$usage}")
@@ -30,7 +34,7 @@ for name in PREPARE SFT GRM CPE EVALUATION; do
     flags=${name}_FLAGS
     read -r -a "${name,,}" <<< "${!flags:-}"
 done
-run() { # run SCRIPT FLAGS ...: on GPUS ranks
+run() { # run SCRIPT FLAGS...: on GPUS ranks
     printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"
     if [ "$GPUS" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$GPUS" "$@"; fi
 }

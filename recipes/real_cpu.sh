@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # A real pretrained chat model through every stage, within an hour on two CPU cores: PersonaFeedback's personas,
 # questions and pairs; SFT; a GRM trained until its judgements parse; three steps of PPO with critique-post-edit;
-# evaluation; a chat. It shows that the pipeline works on real weights and text, not that a few steps improve a model.
+# evaluation; a chat. It shows that the pipeline works on real weights and text. Three steps don't improve a model.
 #
 #   bash recipes/real_cpu.sh CHECKPOINT [SOURCE]
 #   DATA=out/own/data bash recipes/real_cpu.sh CHECKPOINT      # rows of your own, of data/annotate.py
 #
 # CHECKPOINT: folder or hub id of a small chat model (Qwen2.5, Qwen3 or Llama format). SOURCE: PersonaFeedback's
-# files, a folder or hub id; its questions are Chinese, so a checkpoint that speaks English alone wants DATA.
-# What the GRM is trained on: PersonaFeedback has no judgements, so on those of the generated world, whose answers are
-# about other things: it learns the form of a judgement and little about the answers that it then rewards. With DATA it
-# is trained on DATA/judgements.jsonl, which are about answers to the same kind of questions.
+# files, a folder or hub id. Its questions are Chinese; use DATA with a checkpoint that only speaks English.
+# The GRM: PersonaFeedback has no judgements, so the GRM is trained on those of the generated world. It learns the form
+# of a judgement, and little about the answers that it then scores. With DATA it is trained on DATA/judgements.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -36,7 +35,7 @@ python sft.py --model "$CHECKPOINT" --data "$DATA/pairs.jsonl" --out "$OUT/sft" 
 
 judgements=$OUT/world
 [ ! -s "$DATA/judgements_eval.jsonl" ] || judgements=$DATA
-stage "GRM: $judgements/judgements.jsonl"  # the world's short template: the form is learned, not explained
+stage "GRM: $judgements/judgements.jsonl"  # the world's short template: training teaches the form
 python train_grm.py --model "$CHECKPOINT" --data "$judgements/judgements.jsonl" --out "$OUT/grm" "${small[@]}" \
     --grm-template "$OUT/world/tokenizer/templates/grm.txt" --batch-size 8 --epochs 1 --max-steps 40 --lr 2e-4 \
     --eval-data "$judgements/judgements_eval.jsonl" --eval-judgements 24 --eval-max-new-tokens 128

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# PPO beside critique-post-edit from one real pretrained chat model, on two CPU cores: a run on each with an exact rule
-# judge that writes critiques, on English rows (recipes/real_curve.py), and a learning curve of both as they came.
+# PPO and critique-post-edit, side by side, from one real pretrained chat model on two CPU cores. Both runs have English
+# prompts and an exact rule judge that writes critiques (recipes/real_curve.py). It ends in their learning curves.
 #
 #   bash recipes/real_curve.sh CHECKPOINT                  # an hour
 #   MINUTES=1 bash recipes/real_curve.sh CHECKPOINT        # does it run?
 #   JUDGE=my.py:reward ROWS=FOLDER bash recipes/real_curve.sh CHECKPOINT      # prompts_train.jsonl and prompts_dev.jsonl
 #
 # CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format). LORA="" trains all
-# weights. A run that is over its time saves and ends; the same command goes on from there.
+# weights. A run that is out of time saves and ends; the same command continues it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -36,7 +36,7 @@ rl=(--model "$CHECKPOINT" --judge "$JUDGE" --prompts "$ROWS/prompts_train.jsonl"
     --lr "${RL_LR:-5e-4}" --critic-lr "${CRITIC_LR:-1e-3}" --dtype fp32 --seed "$SEED")
 read -ra lora <<< "$LORA"
 
-run() { # run NAME FLAGS...: for MINUTES; then it saves and ends with status 75
+run() { # run NAME FLAGS...: for MINUTES, then it saves and ends with status 75
     timeout --foreground --signal TERM "$((MINUTES * 60))" \
         python ppo_cpe.py "${rl[@]}" "${lora[@]}" "${@:2}" --out "$OUT/$1" || [ $? = 124 ] # of timeout, not of the run
 }

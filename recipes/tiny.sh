@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The whole pipeline in the generated world, on two CPU cores: base -> SFT -> GRM and BT -> PPO (BT), PPO (GRM), CPE
 # -> evaluation by the exact judge. It ends in one table. Everything is under OUT; run it again to resume an
-# interrupted run. Stages that do not need each other run side by side, their lines marked [NAME].
+# interrupted run. Independent stages run side by side, and their lines start with [NAME].
 #
 #   bash recipes/tiny.sh                             # 12 to 20 minutes
-#   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for its table to mean anything
-#   UNTIL=gates SEED=1 OUT=out/tiny1 bash recipes/tiny.sh    # the models that RL starts from, and what the gates say
+#   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for a meaningful table
+#   UNTIL=checks SEED=1 OUT=out/tiny1 bash recipes/tiny.sh    # the models that RL starts from, and their sanity checks
 #
 # RARITY is how often answers of the corpus hold what critiques ask for. By default none does: only critiques name it, and
-# edits are what brings it in. Where samples have it anyway, plain PPO finds it as fast (docs/results.md): RARITY=0.1.
-# The loss on edits is `none`, not the default: without importance weights, the words that sampling never draws count in
-# full. In this setting it is the surest of the losses over seeds (docs/results.md).
+# edits bring it in. Where samples have it anyway (RARITY=0.1), plain PPO finds it as fast (docs/results.md).
+# The loss on edits is `none`, not the default: without importance weights, words that sampling never draws count in
+# full. Here it is the most reliable loss over seeds (docs/results.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -46,10 +46,10 @@ marked GRM python train_grm.py --model "$OUT/base/policy" --data "$WORLD/judgeme
     --eval-max-new-tokens 96 &
 all_done
 
-stage "gates: what does the policy say and read, does the GRM judge well?" # a shortened run misses them and goes on
-python recipes/gates.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/grm/model" --out "$OUT/gates" \
-    --tolerant || [ "$SCALE" != 1 ]
-[ "${UNTIL:-}" != gates ] || exit 0
+stage "sanity checks: does the policy read profiles, does the GRM judge well?" # a shortened run fails them and goes on
+python recipes/sanity_checks.py --world "$WORLD" --policy "$OUT/sft/policy" --grm "$OUT/grm/model" \
+    --out "$OUT/checks" --tolerant || [ "$SCALE" != 1 ]
+[ "${UNTIL:-}" != checks ] || exit 0
 
 stage "RL from the SFT policy: PPO rewarded by BT, then PPO rewarded by the GRM; beside them critique-post-edit"
 rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
@@ -61,30 +61,30 @@ all_done
 
 stage "evaluation: answers to unseen people's questions, scored by the exact judge, against those of SFT"
 mkdir -p "$OUT/eval"
-evaluated() { # evaluated NAME...: one after the other
+evaluate() { # evaluate NAME...: one after the other
     for name in "$@"; do
         python evaluate.py --model "$OUT/$name/policy" --baseline "$OUT/sft/policy" \
             --prompts "$WORLD/prompts_eval.jsonl" --n-prompts "$EVAL_PROMPTS" "${EVALUATION_FLAGS[@]}" --seed "$SEED" \
             --out "$OUT/eval/$name" > "$OUT/eval/$name.log" 2>&1 || { cat "$OUT/eval/$name.log"; return 1; }
     done
 }
-evaluated base sft ppo_bt &
-evaluated ppo_grm cpe &
+evaluate base sft ppo_bt &
+evaluate ppo_grm cpe &
 all_done
 
 stage "done; $EVAL_PROMPTS questions"
-python recipes/draw.py tiny --gates "$OUT/gates" --edits-of "$OUT/cpe" --runs "base=$OUT/eval/base" \
+python recipes/tiny_table.py --checks "$OUT/checks" --edits-of "$OUT/cpe" --runs "base=$OUT/eval/base" \
     "SFT=$OUT/eval/sft" "PPO (BT)=$OUT/eval/ppo_bt" "PPO (GRM)=$OUT/eval/ppo_grm" "CPE=$OUT/eval/cpe" |
     tee "$OUT/table.txt"
 python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/eval/cpe" "$OUT/eval/ppo_grm" "$OUT/grm" \
     --exact-judge data/persona_world.py:judge --out "$OUT/report.html"
 cat << END
 
-All three RL runs start from SFT and train on as many responses; PPO and CPE have the same judge. What no answer of the
-corpus says (a topic's last step, advice that suits the person) PPO can only learn once a sample happens to hold it;
-critiques name it and edits write it, so CPE is expected to say it, for a third more judgements and some 70 % more
-generated tokens. BT's reward is expected to be hacked. (The base has read rewrites under critiques, so that it says
-now and then what plain answers lack; SFT on plain answers takes that away.)
+All three RL runs start from SFT and train on as many responses; PPO (GRM) and CPE have the same judge. No answer of the
+corpus says a topic's last step or advice that suits the person. PPO can learn them only once a sample happens to hold
+them. Critiques name them and edits write them, so CPE is expected to say them, for a third more judgements and about
+70 % more generated tokens. BT's reward is expected to be hacked. (The base has read rewrites under critiques, so it
+sometimes says what plain answers lack; SFT on plain answers takes that away.)
 
 CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
 A conversation with it:  python generate.py --model $OUT/cpe/policy

@@ -21,8 +21,8 @@ ELSEWHERE = {
     r"python SCRIPT\.py": "any of the scripts",
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
     r".*https?://": "needs a server; tests/test_judge_servers.py",
-    r"python recipes/(what_fits|lora)\.py": "minutes to hours; tests/test_lora_recipes.py",
-    r"bash recipes/tables\.sh|bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
+    r"python results/make/tables\.py": "minutes to hours; tests/test_tables.py",
+    r"bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
     r".*recipes/(real_cpu|own_data|real_curve)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
     r"python data/annotate\.py|python (report|train_grm)\.py .*out/own": "needs models; tests/test_annotate.py",
 }

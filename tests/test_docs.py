@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from recipes import one_step
+from results.make import one_step
 from runtime.rows import write_rows
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -64,11 +64,11 @@ def test_one_step_is_told_from_a_run(tmp_path):
     write_rows(str(tmp_path / "tokens" / "step_000002.jsonl"), [tokens(n, e) for n in "ab" for e in (False, True)])
     settings = dict(edit_ratio="unclipped", edit_baseline="batch", n_samples=4)
     (tmp_path / "args.json").write_text(json.dumps(settings))
-    text = one_step.page(one_step.Args(run=str(tmp_path)))
+    text = one_step.page(str(tmp_path))
     assert "step 2, prompt b" in text and "Drink **tea** now." in text and "+1.50 on the first token" in text
     assert "|  tea | 0.6065 | 0.7788 | 0.7788 | 0.8000 | +1.50 |" in text and r"\|now" in text
     with pytest.raises(ValueError, match="no edit from step 3 on"):
-        one_step.page(one_step.Args(run=str(tmp_path), step=3))
+        one_step.page(str(tmp_path), 3)
 
 
 # -- commands: each `python SCRIPT.py ...` of the pages is one that the script takes ----------------------------------

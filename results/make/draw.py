@@ -1,0 +1,162 @@
+"""Markdown tables and panels of curves, of the figures of experiments over seeds."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from evaluation.tables import markdown_row
+from prompts import DIMENSIONS
+from results.make.figures import Figures
+
+COLUMNS = {  # figure: (heading, digits, factor)
+    "reward": ("score", 2, 1),
+    "helpfulness": ("helpful", 2, 1),
+    "personalization": ("personal", 2, 1),
+    "naturalness": ("natural", 2, 1),
+    "win": ("win rate, %", 1, 1),
+    "lc": ("LC win rate, %", 1, 1),
+    "n_tokens": ("tokens", 1, 1),
+    "recites": ("recites, %", 1, 1),
+    "claims": ("claims right, %", 1, 1),
+    "swap": ("persona swap", 2, 1),
+    "in_training": ("score over training", 2, 1),
+    "trained": ("trained samples", 0, 1),
+    "generated": ("generated tokens", 0, 1),
+    "judge_calls": ("judge calls", 0, 1),
+    "minutes": ("minutes", 1, 1),
+    "last_step": ("last step, %", 1, 100),
+    "advice": ("advice, %", 1, 100),
+    "advice_right": ("advice right, %", 1, 100),
+    "wrong": ("wrong fact, %", 1, 100),
+    "edit/gain": ("gain of edits", 2, 1),
+    "edit/ratio_low": ("ratio low, share", 3, 1),
+    "edit/weight": ("weight", 2, 1),
+    "inserted": ("mass on inserted, %", 1, 1),
+    "edit/branch": ("novel tokens, % of edit tokens", 1, 100),
+    "edit/branch_weight": ("weight on a novel token", 3, 1),
+    "edit/branch_clipfrac": ("without gradient, %", 1, 100),
+    "edit/inserted_weight": ("weight on inserted", 3, 1),
+    "edit/inserted_clipfrac": ("without gradient, %", 1, 100),
+    "rollout": ("rollout, s", 1, 1),
+    "score": ("score, s", 1, 1),
+    "update": ("update, s", 1, 1),
+}
+SCORES = ("reward", *DIMENSIONS)
+RARE_CONTENT = ("last_step", "advice", "advice_right", "wrong")
+GREY = "#777777"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float | None], digits: int = 2, factor: float = 1) -> str:
+    """Text of the mean ± standard deviation over seeds; "-" without values."""
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{np.mean(known):.{digits}f}"
+    return f"{text} ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else text
+
+
+def percent(values: Iterable[float | None], digits: int = 1) -> str:
+    return spread(values, digits, 100)
+
+
+def column(figures: Iterable[Figures], name: str) -> str:
+    """One cell: a figure of one experiment over its seeds."""
+    _, digits, factor = COLUMNS[name]
+    return spread([figure.get(name) for figure in figures], digits, factor)
+
+
+def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    lines = [markdown_row(*header), "|---" + "|--:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + [markdown_row(*row) for row in rows])
+
+
+def figure_table(header: Sequence[str], rows: Iterable[tuple[Sequence, list[Figures]]], names: Sequence[str]) -> str:
+    """rows: the first cells (under `header`) and the figures of each seed. names: the columns, of COLUMNS."""
+    cells = [[*first, *(column(figures, name) for name in names)] for first, figures in rows]
+    return markdown_table([*header, *(COLUMNS[name][0] for name in names)], cells)
+
+
+def search_table(rows: Iterable[tuple[str, dict[float, Figures]]], columns: dict[str, int]) -> str:
+    """rows: a method and its figures by learning rate; the best score is bold. columns: {figure: digits}."""
+    cells = []
+    for label, by_lr in rows:
+        best = max(by_lr, key=lambda lr: by_lr[lr]["reward"], default=None)
+        for lr, figures in by_lr.items():
+            mark = "**" if lr == best else ""
+            values = [spread([figures[name]], digits, COLUMNS[name][2]) for name, digits in columns.items()]
+            cells.append([label, f"{mark}{lr:g}{mark}", *values])
+    return markdown_table(["", "lr", *(COLUMNS[name][0] for name in columns)], cells)
+
+
+def difference(experiments: dict, name, other, figure: str) -> dict | None:
+    """`name` less `other`, paired over seeds: mean, 95 % interval by Student's t, p, number of seeds.
+
+    experiments: {name: {seed: figures}}. None with fewer than two seeds.
+    """
+    first = experiments.get(name, {})
+    second = experiments.get(other, {})
+    seeds = sorted(seed for seed in first if seed in second and figure in first[seed] and figure in second[seed])
+    if len(seeds) < 2:
+        return None
+    differences = np.array([first[seed][figure] - second[seed][figure] for seed in seeds])
+    half = stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds))
+    return {
+        "experiments": [name, other],
+        "column": figure,
+        "mean": float(differences.mean()),
+        "low": float(differences.mean() - half),
+        "high": float(differences.mean() + half),
+        "p": float(stats.ttest_1samp(differences, 0).pvalue),
+        "seeds": len(seeds),
+    }
+
+
+def difference_table(header: Sequence[str], rows: Iterable[tuple[Sequence, dict]], with_p: bool = False) -> str | None:
+    """rows: the first cells (under `header`, whose last heading is that of the mean) and a `difference`."""
+    cells = []
+    for first, d in rows:
+        p = "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}"
+        interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
+        cells.append([*first, f"{d['mean']:+.2f}", interval, *([p] if with_p else []), d["seeds"]])
+    columns = [*header, "95 % interval over seeds", *(["p"] if with_p else []), "seeds"]
+    return markdown_table(columns, cells) if cells else None
+
+
+def sections_text(sections: dict[str, str | None]) -> str:
+    """Markdown of {title: table}; a section without a table is left out."""
+    return "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def new_figure(n: int) -> tuple[Figure, Sequence[Axes]]:
+    """n panels in a row."""
+    figure = Figure(figsize=(4.2 * n, 3.4))
+    return figure, figure.subplots(1, n)
+
+
+def save_figure(figure: Figure, folder: str, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(f"{folder}/{name}.png", dpi=110)
+    with rc_context({"svg.hashsalt": name}):  # reproducible ids: the same figure is the same file
+        figure.savefig(f"{folder}/{name}.svg", metadata={"Date": None})
+
+
+def plot_range(axis: Axes, curves: Sequence[Sequence], color: str, xs: Sequence[float] | None = None, **style) -> None:
+    """Mean over seeds and, shaded, their range.
+
+    curves: one per seed, cut to the shortest; a None in one is a gap. xs: steps from 1 on if None.
+    """
+    n = min(map(len, curves))
+    ys = np.array([curve[:n] for curve in curves], dtype=float)
+    xs = np.arange(1, n + 1) if xs is None else xs[:n]
+    axis.plot(xs, ys.mean(0), color=color, **style)
+    axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15, lw=0)

@@ -1,0 +1,318 @@
+"""The recipes: their commands, the rule judge of real_curve.py by hand, rare content, the closing table of tiny.sh."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from data.persona_world import TOPICS, judge, recites_profile, sample_prompt, write_answer
+from judges import annotated_critiques
+from prompts import DIMENSIONS
+from recipes import rare_content, real_curve, tiny_table
+from results.make import experiments, paper
+from runtime.rows import check_row, read_rows
+
+# -- the shell recipes -------------------------------------------------------------------------------------------------
+
+# Stands in for `python` and `torchrun`: writes a line of its arguments, as JSON; code that is given with -c it runs.
+STUB = """#!{python} -IS
+import json, os, sys
+if sys.argv[1] == "-c":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with open(os.environ["CALLS"], "a") as f:
+    f.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+
+
+@pytest.fixture
+def calls_of(tmp_path):
+    """(recipe, its arguments, environment) -> the commands that it runs: lists of words. Nothing is trained."""
+    shutil.copytree(f"{ROOT}/recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(f"{ROOT}/requirements.txt", tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(f"{ROOT}/requirements.txt", tmp_path / ".venv/installed.txt")  # there is nothing to install
+    for name in ("python", "torchrun"):
+        (tmp_path / ".venv/bin" / name).write_text(STUB.format(python=sys.executable))
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+
+    def calls(name, *arguments, **environment):
+        log = tmp_path / "calls"
+        log.write_text("")
+        environment = os.environ | environment | {"CALLS": str(log)}
+        command = ["bash", str(tmp_path / "recipes" / name), *arguments]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    return calls
+
+
+ARGUMENTS = {"real_cpu.sh": ["my_model"], "own_data.sh": ["people.csv", "asked.csv", "--judge", "http://host#m"]}
+
+
+@pytest.mark.parametrize("name", ["tiny.sh", "real_cpu.sh", "own_data.sh", "qwen.sh 0.5b", "qwen.sh 7b", "qwen.sh 14b"])
+def test_a_folder_may_have_a_space_in_its_name(calls_of, name):
+    recipe, *size = name.split()
+
+    def calls(out, data, model):
+        arguments = [model if word == "my_model" else word for word in ARGUMENTS.get(recipe, size)]
+        return calls_of(recipe, *arguments, OUT=out, DATA=data, MODEL=model)
+
+    plain, spaced = calls("out/a_b", "my_data", "my_model"), calls("out/a b", "my data", "my model")
+    assert len(plain) >= 6
+    back = {"out/a b": "out/a_b", "my data": "my_data", "my model": "my_model"}
+    pattern = re.compile("|".join(map(re.escape, back)))
+    renamed = [[pattern.sub(lambda match: back[match[0]], word) for word in call] for call in spaced]
+    assert sorted(renamed) == sorted(plain)  # tiny.sh runs some beside others, in any order
+
+
+def scripts(calls):
+    """The script of each command."""
+    return [next(os.path.basename(word) for word in call if word.endswith(".py")) for call in calls]
+
+
+STAGES = ["sft.py", "train_grm.py", "ppo_cpe.py"]
+
+
+def test_the_recipe_of_own_data(calls_of):
+    """All stages with the flags given for each; some of them; questions that are written; a judge of one's own."""
+    given = dict(PREPARE_FLAGS="--question-column text", SFT_FLAGS="--max-steps 4", GRM_FLAGS="--max-steps 5", OUT="o")
+    calls = calls_of("own_data.sh", "people.csv", "asked.csv", "--judge", "http://host#m", **given)
+    assert scripts(calls) == ["prepare.py", "annotate.py", "report.py", *STAGES, "evaluate.py"]
+    commands = [" ".join(call) for call in calls]
+    assert "--question-column text" in commands[0] and "--judge http://host#m" in commands[1]
+    assert "--max-steps 4" in commands[3] and "--max-steps 5" in commands[4] and "--judge o/grm/model" in commands[5]
+    calls = calls_of("own_data.sh", "people.csv", "-", "--plan")
+    assert scripts(calls) == ["annotate.py"] and "--personas" in calls[0]
+    calls = calls_of("own_data.sh", "people.csv", "asked.csv", JUDGE="http://host", STAGES="sft grm cpe")
+    assert scripts(calls) == ["sft.py", "ppo_cpe.py"] and calls[1][calls[1].index("--judge") + 1] == "http://host"
+
+
+@pytest.mark.parametrize("size", ["0.5b", "7b", "14b"])
+def test_the_recipe_of_qwen_begins_with_rows_or_takes_a_judge(calls_of, size):
+    def runs(*arguments, **environment):
+        return [call for call in calls_of("qwen.sh", size, *arguments, **environment) if "--plan" not in call]
+
+    assert scripts(runs()) == STAGES
+    with_rows = runs("people.csv", "asked.csv", "--judge", "http://host#m")
+    assert scripts(with_rows) == ["prepare.py", "annotate.py", "report.py", *STAGES]
+    assert "out/data" in with_rows[1] and "out/data/pairs.jsonl" in with_rows[3]
+    for judged in (runs("--judge", "http://host"), runs(JUDGE="http://host")):
+        assert scripts(judged) == ["sft.py", "ppo_cpe.py"]
+        assert judged[1][judged[1].index("--judge") + 1] == "http://host"
+    rl = runs(STAGES="cpe")
+    assert scripts(rl) == ["ppo_cpe.py"]
+    grm = "http://localhost:8000/v1" if size == "14b" else f"out/qwen{size}/grm/model"
+    assert rl[0][rl[0].index("--judge") + 1] == grm and f"out/qwen{size}/sft/policy" in rl[0]
+    plans = calls_of("qwen.sh", size, PLAN_ONLY="1")
+    assert scripts(plans) == STAGES and all("--plan" in call for call in plans)
+
+
+def test_the_recipe_of_qwen_knows_three_sizes(calls_of):
+    with pytest.raises(AssertionError, match=r"usage: bash recipes/qwen.sh 0.5b\|7b\|14b"):
+        calls_of("qwen.sh", "3b")
+
+
+def test_the_recipe_for_a_cpu_takes_rows_of_ones_own(calls_of, tmp_path):
+    """Its GRM is trained on their judgements, if some are held out to see whether it parses, else on the world's."""
+    by_default = calls_of("real_cpu.sh", "model", OUT="o")
+    assert "o/world/judgements.jsonl" in by_default[scripts_at(by_default, "train_grm.py")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "judgements_eval.jsonl").write_text("{}\n")
+    own = calls_of("real_cpu.sh", "model", OUT="o", DATA="mine")
+    assert "mine/judgements.jsonl" in own[scripts_at(own, "train_grm.py")]
+    assert "mine/pairs.jsonl" in own[scripts_at(own, "sft.py")]
+
+
+def scripts_at(calls, script):
+    return next(i for i, call in enumerate(calls) if script in call)
+
+
+def test_the_tiny_recipe_and_the_experiments_train_with_the_same_flags(calls_of):
+    tiny = [" ".join(call[1:]) for call in calls_of("tiny.sh", OUT="out")]
+    tiny = [command.removeprefix("--nproc_per_node=2 ") for command in tiny]
+    full = [command for e in experiments.experiments_of(paper.trainings(3), "out") for command in e.commands]
+    stages = {
+        "base": "sft.py --from-scratch",
+        "sft": "sft.py --model",
+        "grm": "train_grm.py --model",
+        "bt": "train_grm.py --objective bt",
+        "rl": "ppo_cpe.py",
+        "evaluation": "evaluate.py --model",
+    }
+    for stage, start in stages.items():
+        for commands in (tiny, full):
+            found = [command for command in commands if command.startswith(start)]
+            assert found and all(experiments.FLAGS[stage] in command for command in found)
+    without_edits = [command for command in tiny if experiments.FLAGS["ppo"] in command]
+    assert [command.split("--out ")[1] for command in without_edits] == ["out/ppo_bt", "out/ppo_grm"]
+
+
+# -- rare content in the generated world -------------------------------------------------------------------------------
+
+PERSONA = dict(name="Ada Novak", food="vegan", drink="tea", sport="yoga", transport="bus", music="jazz", pet="cat")
+PERSONA |= dict(budget="low", job="nurse")
+ROW = dict(prompt_id="p", persona=PERSONA, question="How do I host a dinner?")
+LAST = TOPICS["host a dinner"][2][-1]
+
+
+def test_rare_content_by_hand():
+    """food: suitable advice; drink: a true value without advice. Then advice that is another person's, and nothing."""
+    answers = (
+        f"Your food is vegan, so choose lentil curry. Your drink is tea. First {LAST}.",
+        "Your food is vegan, so choose lamb kebab. First plan the menu.",
+        "First plan the menu.",
+    )
+    measured = rare_content.measure([ROW | {"answer": answer} for answer in answers])
+    assert measured == dict(last_step=1 / 3, advice=1 / 6, advice_right=1 / 2, wrong=1 / 3)
+    assert rare_content.measure([ROW | {"answer": "First plan the menu."}])["advice_right"] is None
+
+
+def test_what_an_edit_carries_out():
+    row = ROW | {"answer": "First plan the menu. Then set the table. Then send the invitations."}
+    dictated = judge(row, row["answer"]).critique
+    assert dictated.startswith("Say your food is vegan, so choose lentil curry. Say your drink is tea")
+    assert f"Add: {LAST}." in dictated
+    edit = f"Your food is vegan, so choose lentil curry. Your drink is tea. First {LAST}."
+    assert rare_content.carried_out([row], [edit]) == dict(edit_step=1.0, edit_advice=0.5)
+
+
+@pytest.mark.parametrize("rarity_of, said", [((0.0, 0.0), 0.0), ((1.0, 1.0), 1.0)])
+def test_the_world_is_as_rare_as_asked(rarity_of, said):
+    rng = random.Random(0)
+    rows = []
+    for _ in range(200):
+        persona, question = sample_prompt(rng, "train")
+        answer = write_answer(rng, persona, question, 1.0, rarity_of)
+        rows.append(dict(persona=persona, question=question, answer=answer))
+    measured = rare_content.measure(rows)
+    assert measured["last_step"] == said
+    if said == 0:
+        assert measured["advice"] == 0
+    else:
+        assert measured["advice"] > 0.7  # an attribute may be left out, or advice be off
+
+
+# -- the closing table of tiny.sh --------------------------------------------------------------------------------------
+
+
+def write(path, rows):
+    """A JSON file, or for .jsonl one of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(lines)
+
+
+def write_run(folder, rng, steps=3):
+    """A finished experiment as ppo_cpe.py and evaluate.py leave it, of invented runs -> exact scores, edited scores."""
+    numbers = {name: {"mean": 1.0, "standard_error": 0.1} for name in ("reward", *DIMENSIONS, "n_tokens")}
+    results = dict(
+        model=numbers,
+        win_rate={"win_rate": 0.5, "low": 0.25, "high": 0.75},
+        length_controlled={"minimal": {"length_controlled_winrate": 60.0}},
+    )
+    write(folder / "eval/results.json", results)
+    write(folder / "done.json", dict(commands=[], seconds=90.0))
+    parts, quantities = ("kept", "inserted", "branch"), ("ratio", "weight", "mass", "clipfrac")
+    ledger = {f"edit/{kind}_{what}": 0.5 for kind in parts for what in quantities} | {
+        "edit/kept": 0.6,
+        "edit/branch": 0.1,
+    }
+    costs = dict(batch=2, generated_tokens=10, judge_calls=3)
+    write(folder / "metrics.jsonl", [dict(step=step + 1, **costs, **ledger) for step in range(steps)])
+    before, after = [], []
+    for step in range(1, steps + 1):
+        rows = []
+        for _ in range(4):
+            persona, question = sample_prompt(rng, "train")
+            texts = write_answer(rng, persona, question, 0.2), write_answer(rng, persona, question, 0.9)
+            for scores, text in zip((before, after), texts):
+                scores.append(judge(dict(persona=persona, question=question), text).score())
+            edit = {"answer": texts[1], "reward": 2.0}
+            rows.append(dict(persona=persona, question=question, answer=texts[0], reward=1.5, n_tokens=9, edit=edit))
+        for name in ("rollouts", "held_out"):
+            write(folder / name / f"step_{step:06d}.jsonl", rows)
+        write(folder / "eval/answers_model.jsonl", rows)
+    return np.array(before), np.array(after)
+
+
+def test_the_closing_table_of_the_tiny_recipe(tmp_path, capsys):
+    before, after = write_run(tmp_path / "cpe", random.Random(0), steps=6)
+    write(tmp_path / "sanity_checks.json", dict(same_first_edit=0.845, missed=[], nearly=["same_first_edit"]))
+    run = str(tmp_path / "cpe")
+    tiny_table.main(tiny_table.Args(runs=(f"PPO (GRM)={run}/eval",), edits_of=run, checks=str(tmp_path)))
+    lines = capsys.readouterr().out.splitlines()
+    answers = read_rows(f"{run}/eval/answers_model.jsonl", "object")
+    said = rare_content.measure(answers)
+    shown = [f"{100 * said[name]:.1f}" for name in ("last_step", "advice", "wrong")]
+    recites = [recites_profile(row["persona"], row["answer"]) for row in answers]
+    error = np.std(recites, ddof=1) / len(recites) ** 0.5
+    shown.append(f"{100 * np.mean(recites):.2f} ± {100 * error:.2f}")
+    tokens = "1.00 ± 0.10"
+    win_rate = "50.0 (25.0 to 75.0)"
+    assert re.split(r"  +", lines[1]) == ["PPO (GRM)", "1.00 ± 0.10", *shown, tokens, win_rate]
+    assert any(line.startswith("sanity check same_first_edit: 0.845") for line in lines)
+    gains = after - before
+    for line, part in zip(lines[-3:], (gains[:8], gains[-8:], gains), strict=True):  # 4 edits a step
+        better, worse = 100 * (part > 0).mean(), 100 * (part < 0).mean()
+        assert line.split()[-5:] == ["+0.50", f"{part.mean():+.2f}", f"{better:.0f}", f"{worse:.0f}", f"{len(part)}"]
+
+
+# -- real_curve.py -----------------------------------------------------------------------------------------------------
+
+LIKES_ROW = dict(
+    prompt_id="p",
+    persona={"name": "Mia", "likes": {"food": "curry", "sport": "yoga", "music": "jazz", "place": "lakes"}},
+    question="What should I cook tonight?",
+)
+GOOD = "Make a quick curry with rice, beans and a spoon of yoghurt on top; it takes twenty minutes and warms you up."
+
+
+@pytest.mark.parametrize(
+    "answer, scores, critique",
+    [
+        (GOOD, (5, 4, 5), "Nothing to fix."),
+        (GOOD.replace("curry", "stew"), (5, -3, 5), "Suggest something with curry."),
+        (GOOD + " Then go for yoga.", (5, 2, 5), "Leave out yoga."),
+        ("Mia, curry.", (1, 4, 2), "Say a little more, at least 20 words. Do not use the person's name."),
+        (GOOD[:-1], (3, 4, 5), "End with a whole sentence."),
+        ("As an AI, I say:\n- " + GOOD, (5, 4, -2), "Write sentences, not a list. Do not talk about yourself or the"),
+        ("word " * 99 + "curry.", (1, 4, 5), "Cut it to 60 words; it has 100."),
+        ("word " * 999, (-5, -3, 5), "Cut it to 60 words; it has 999. End with a whole sentence. Suggest"),
+    ],
+)
+def test_the_rule_by_hand(answer, scores, critique):
+    found = real_curve.judge(LIKES_ROW, answer)
+    assert (found.helpfulness, found.personalization, found.naturalness) == scores
+    assert found.critique.startswith(critique)
+
+
+def test_rows_and_judge_fit_rl(tmp_path):
+    real_curve.main(real_curve.Rows(out=str(tmp_path), rows=50))
+    train, dev = (read_rows(str(tmp_path / f"prompts_{name}.jsonl"), "prompt") for name in ("train", "dev"))
+    assert (len(train), len(dev)) == (50, 5) and not {r["prompt_id"] for r in train} & {r["prompt_id"] for r in dev}
+    for row in train:
+        check_row(row, "prompt", "here")
+        assert real_curve.judge(row, "I do not know.").critique
+    assert annotated_critiques(real_curve.judge)  # known to write critiques before anything is sampled
+
+
+def test_the_curve_of_two_runs(tmp_path, capsys):
+    for name in ("ppo", "cpe"):
+        steps = []
+        for i in range(6):
+            steps.append({"step": i + 1, "original/reward": i / 2, "generated_tokens": 10, "seconds/rollout": 60.0})
+            if i % 2 == 0:
+                steps[-1][real_curve.HELD_OUT] = float(i)
+        write(tmp_path / name / "metrics.jsonl", steps)
+    runs = [f"{name}={tmp_path / name}" for name in ("ppo", "cpe")]
+    real_curve.main(real_curve.Curve(runs=runs, out=str(tmp_path / "drawn")))
+    assert "| cpe | 6 | 6 | 60 | 0.00 | 2.00 |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"curve.png", "curve.svg", "curve.md"}
