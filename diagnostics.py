@@ -1,4 +1,7 @@
-"""What edits, rewards and judges do: functions that the stages call in a line each."""
+"""Metrics and rows that describe a PPO step, and checks of the judge; ppo_cpe.py calls them in a line each.
+
+Nothing here changes what is trained. docs/metrics.md explains every name.
+"""
 
 import dataclasses
 import difflib
@@ -6,20 +9,58 @@ import math
 import os
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from chat import Chat
-from judges import ask_all
-from judges.base import Judge
-from model import save_pretrained
-from prompts import DIMENSIONS
-from runtime import checkpoints, runs, training
-from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, print0
-from runtime.runs import Stats
+from judges import Judge, ask_all
+from model import Transformer, save_pretrained
+from prompts import DIMENSIONS, Judgement
+from runtime import training
+from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed, moments, print0
+from runtime.runs import Run
+from trajectory import Dropped, RolloutRecord, TokenArrays, Trajectory, UpdateRecord
+
+
+class Means:
+    """Sums and counts of figures by name, for their means over all micro-batches and ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        self.largest: dict[str, float] = defaultdict(lambda: -math.inf)
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        """values: any number of figures; bool counts as 0 or 1."""
+        values = torch.as_tensor(values).double()
+        total = self.sums[name]
+        total[0] += values.sum().item()
+        total[1] += values.numel()
+
+    def add_max(self, name: str, values: Tensor) -> None:
+        if values.numel():
+            self.largest[name] = max(self.largest[name], values.max().item())
+        else:
+            self.largest[name] = self.largest[name]  # named on every rank
+
+    def over_ranks(self, ranks: Ranks) -> dict[str, float | None]:
+        """{name: mean or maximum over all ranks}; None where nothing was added. Every rank calls it."""
+        names = sorted(set(all_gather(ranks, self.sums)))  # a rank may have had no edit, for example
+        totals = all_sum(ranks, *(x for name in names for x in self.sums[name]))
+        result: dict[str, float | None] = {}
+        for i, name in enumerate(names):
+            total, count = totals[2 * i : 2 * i + 2]
+            result[name] = total / count if count else None
+        for name in sorted(set(all_gather(ranks, self.largest))):
+            result[name] = all_max(ranks, self.largest[name])
+        return result
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
 
 
 def words_of(text: str) -> list[str]:
@@ -28,7 +69,7 @@ def words_of(text: str) -> list[str]:
 
 
 def leaves(value: Any) -> list[str]:
-    """The texts at the ends of any JSON value: the values of a profile, without its keys."""
+    """The leaf values of any JSON value as text: the values of a profile, without its keys."""
     if isinstance(value, dict):
         return [leaf for v in value.values() for leaf in leaves(v)]
     if isinstance(value, list):
@@ -37,24 +78,23 @@ def leaves(value: Any) -> list[str]:
 
 
 def recited(persona: Any, answer: str) -> float:
-    """Share of the profile's values (any JSON) whose words an answer repeats, in their order."""
+    """Fraction of the values of a profile (any JSON) whose words an answer repeats, in their order."""
     said = f" {' '.join(words_of(answer))} "
     values = [f" {' '.join(words)} " for words in map(words_of, leaves(persona)) if words]
     return sum(value in said for value in values) / len(values) if values else 0.0
 
 
 def distinct(answers: list[str], n: int) -> float:
-    """Distinct n-grams of words over all n-grams of some answers (Li et al. 2016): low where answers are all alike."""
+    """Distinct n-grams of words over all n-grams of the answers (Li et al. 2016); low where answers are all alike."""
     grams = [tuple(words[i : i + n]) for words in map(words_of, answers) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def agreement(labels: Sequence, found: Sequence) -> dict[str, float | None]:
-    """How judgements agree with labels: lists of Judgement, in `found` None where none parsed.
+def agreement(labels: Sequence[Judgement], found: Sequence[Judgement | None]) -> dict[str, float | None]:
+    """Agreement of judgements with labels, two lists of Judgement; in `found`, None stands for one that did not parse.
 
-    -> judged (number), parsed (share), score_correlation (Pearson, of the weighted score),
-    exact_DIMENSION (shares); the last two over the parsed ones, None where they do not exist
-    (nothing parsed, no variance).
+    Returns judged (number), parsed (fraction), score_correlation (Pearson, of the weighted score) and exact_DIMENSION
+    (fractions). The last two are over the parsed ones, None where they do not exist (nothing parsed, no variance).
     """
     pairs = [(label, own) for label, own in zip(labels, found, strict=True) if own is not None]
     result = {"judged": len(labels), "parsed": len(pairs) / len(labels)}
@@ -67,198 +107,75 @@ def agreement(labels: Sequence, found: Sequence) -> dict[str, float | None]:
     return result
 
 
-# -- what a step of ppo_cpe.py is described by (t, judged, ...: its trajectories) --------------------------------------
+# -- the metrics of a step ---------------------------------------------------------------------------------------------
 
 
 DISTINCT_OF = 32  # answers, per rank: distinct pairs get rarer with the number of answers that are pooled
 
 
-def describe_rollout(judged: list, lost: dict, selected: set | None, stats: Stats, prefix: str = "") -> None:
-    """Rewards, gains, lengths and scores of originals and edits into stats (docs/metrics.md)."""
+def describe_rollout(
+    means: Means,
+    judged: list[Trajectory],
+    dropped: list[Dropped],
+    selected: set[tuple[str, int]] | None = None,
+    prefix: str = "",
+) -> None:
+    """Adds rewards, gains, lengths and scores of originals and edits."""
 
-    def add(name, value):
-        stats.add(prefix + name, torch.tensor(value, dtype=torch.float64))
-
-    def answers_of(kind):  # the first samples of each prompt first: as many whatever the number of samples
-        found = [t for t in judged if bool(t.parent) == (kind == "edit")]
-        return [t.answer for t in sorted(found, key=lambda t: (t.sample_id, t.place))[:DISTINCT_OF]]
+    def add(name: str, value: float) -> None:
+        means.add(prefix + name, value)
 
     for kind in ("original", "edit"):
-        answers = answers_of(kind)
+        of_kind = [t for t in judged if (t.parent is not None) == (kind == "edit")]
+        # the first samples of each prompt first, so that as many count whatever the number of samples
+        of_kind.sort(key=lambda t: (t.sample_id, t.prompt.index))
+        answers = [t.answer for t in of_kind[:DISTINCT_OF]]
         if answers:
             add(f"{kind}/distinct_2", distinct(answers, 2))
-    for t in lost["originals"] + lost["edits"]:  # whom failed judgements hit
-        add("lost/length", len(t.response_ids))
-        add("lost/recited", recited(t.row["persona"], t.answer))
+    for d in dropped:  # are the responses without a judgement longer, or worse?
+        if d.kind != "truncated":
+            add("lost/length", len(d.response_ids))
+            add("lost/recited", recited(d.prompt.row["persona"], d.answer))
     for t in judged:
         kind = "edit" if t.parent else "original"
         add(f"{kind}/reward", t.reward)
         add(f"{kind}/length", len(t.response_ids))
         add(f"{kind}/truncated", t.truncated)
-        add(f"{kind}/recited", recited(t.row["persona"], t.answer))
-        if t.judgement:
-            for name in DIMENSIONS:
-                add(f"{kind}/{name}", getattr(t.judgement, name))
-        if t.parent:
-            add("edit/gain", t.reward - t.parent.reward)
-            add("edit/improved", t.reward > t.parent.reward)
-            add("edit/worse", t.reward < t.parent.reward)
-            add("edit/unchanged", t.answer == t.parent.answer)
-            if t.judgement:
-                for name in DIMENSIONS:
-                    add(f"edit/gain_{name}", getattr(t.judgement, name) - getattr(t.parent.judgement, name))
-            if selected is not None:
-                add("edit/selected", t.key[:2] in selected)
-
-
-def rollout_rows(judged: list, selected: Collection = ()) -> list[dict]:
-    """One JSON row per original, its edit inside."""
-    edit_of = {t.key[:2]: t for t in judged if t.parent}
-
-    def describe(t):
-        scores = dataclasses.asdict(t.judgement) if t.judgement else {}
-        return dict(answer=t.answer, reward=t.reward, **scores, n_tokens=len(t.response_ids), truncated=t.truncated)
-
-    rows = []
-    for t in judged:
+        add(f"{kind}/recited", recited(t.prompt.row["persona"], t.answer))
+        for name, score in scores_of(t.judgement).items():
+            add(f"{kind}/{name}", score)
         if t.parent is None:
-            e = edit_of.get(t.key[:2])
-            edit = e and describe(e) | {"selected": e.key[:2] in selected}
-            audit = {"audit": t.audit} if t.audit else {}
-            rows.append({**t.row, "sample_id": t.sample_id, **describe(t), **audit, "edit": edit})
-    return rows
+            continue
+        add("edit/gain", t.reward - t.parent.reward)
+        add("edit/improved", t.reward > t.parent.reward)
+        add("edit/worse", t.reward < t.parent.reward)
+        add("edit/unchanged", t.answer == t.parent.answer)
+        before = scores_of(t.parent.judgement)
+        for name, score in scores_of(t.judgement).items():
+            add(f"edit/gain_{name}", score - before[name])
+        if selected is not None:
+            add("edit/selected", t.key[:2] in selected)
 
 
-def lost_rows(lost: dict) -> list[dict]:
-    """One JSON row per response that left the batch, with `left`, why; of an edit as `edit`, its original outside."""
-    rows = []
-    for name, trajectories in lost.items():
-        for t in trajectories:
-            left = "cut off at --max-new-tokens" if name == "truncated" else t.left or "no judgement"
-            response = dict(
-                answer=t.answer, reward=None, n_tokens=len(t.response_ids), truncated=t.truncated, left=left
-            )
-            row = {**t.row, "sample_id": t.sample_id}
-            rows.append(row | ({"edit": response} if t.parent else {**response, "edit": None}))
-    return rows
+def scores_of(judgement: Judgement | None) -> dict[str, int]:
+    return {name: getattr(judgement, name) for name in DIMENSIONS} if judgement else {}
 
 
-def keep_tokens(trajectories, counts, logprobs, edit, ratio, clipped, weight):
-    """What an update does with each token: fills `trained` of each trajectory with log p and its weight, [2, n].
-
-    logprobs log p [S]; edit: which of these tokens are of edits, bool [S]; ratio, clipped (no gradient) of the others,
-    as `policy_loss` gives them; weight on grad log p of the edits' tokens.
-    """
-    weights = torch.empty_like(logprobs)
-    weights[~edit], weights[edit] = ratio.masked_fill(clipped, 0), weight
-    for t, both in zip(trajectories, torch.stack([logprobs, weights]).cpu().split(counts, dim=1)):
-        t.trained = both
-
-
-def text_pieces(chat: Chat, ids: list[int]) -> list[str]:
-    """The text of each token, together that of all; of several tokens that make up one character the last has it."""
-    pieces, since = [], 0
-    for i in range(len(ids)):
-        text = chat.decode(ids[since : i + 1])
-        whole = not text.endswith("\ufffd") or i + 1 - since >= 4 or i + 1 == len(ids)  # UTF-8: at most 4 bytes
-        pieces.append(text if whole else "")
-        since = i + 1 if whole else since
-    return pieces
+def describe_audits(means: Means, record: RolloutRecord) -> None:
+    """Adds the noise of the judge, and how it compares with a second one."""
+    reward = {t.key: t.reward for t in record.judged}
+    for key, audit in record.audits.items():
+        if audit["again"] is not None:
+            means.add("audit/noise", abs(reward[key] - audit["again"]))
+        if audit["second"] is not None:
+            means.add("audit/second", audit["second"])
+            means.add("audit/own", reward[key])
 
 
-def token_rows(batch: list, step: int, run: Any) -> list[dict]:
-    """What the last update did with the tokens of --log-tokens answers of a step, drawn at random from those whose edit
-    is trained (then from the others), and of these edits.
-
-    One row per response: prompt_id, sample_id, edit (bool) and lists over its tokens: text, logp (log p under the
-    policy), logq (of what sampled it: pi_old, of an edit pi_e under the edit prompt), weight (on grad log p),
-    advantage; of an edit also kept (whether its original has the token).
-    """
-    trained = [t for t in batch if t.trained is not None]
-    rng = random.Random(derive_seed(run.args.seed, step, "tokens", run.ranks.rank))
-    edited = {t.key[:2] for t in trained if t.parent}
-    originals = [t.key[:2] for t in trained if t.parent is None]
-    order = sorted(rng.sample(originals, len(originals)), key=lambda key: key not in edited)
-    chosen = order[: math.ceil(run.args.log_tokens / run.ranks.world_size)]
-    rows = []
-    for t in trained:
-        if t.key[:2] in chosen:
-            figures = dict(zip(("logp", "weight"), t.trained), logq=t.old_logprobs, advantage=t.advantages)
-            row = dict(prompt_id=t.prompt_id, sample_id=t.sample_id, edit=t.parent is not None)
-            row |= dict(text=text_pieces(run.chat, t.response_ids))
-            row |= {name: [round(x, 4) for x in values.tolist()] for name, values in figures.items()}
-            kept = {"kept": kept_tokens(t.parent.response_ids, t.response_ids).tolist()} if t.parent else {}
-            rows.append(row | kept)
-    return rows
+NOVEL = 0.1  # a token with a lower probability under the policy is one that hardly any sample would have
 
 
-def write_rollouts(step: int, judged: list, lost: dict, selected: Collection, batch: list, run: Any) -> None:
-    """A step's OUT/rollouts; OUT/lost where something left the batch; OUT/tokens with --log-tokens."""
-    runs.write_step(run.args.out, "rollouts", step, rollout_rows(judged, selected), run.ranks)
-    if any(all_gather(run.ranks, lost_rows(lost))):
-        runs.write_step(run.args.out, "lost", step, lost_rows(lost), run.ranks)
-    if run.args.log_tokens:
-        runs.write_step(run.args.out, "tokens", step, token_rows(batch, step, run), run.ranks)
-
-
-def describe_held_out(judged: list, lost: dict, judge: Judge, stats: Stats) -> None:
-    """As `describe_rollout`, of held-out prompts; and what answers lose under another person's profile."""
-    describe_rollout(judged, lost, None, stats, "held_out/")
-    originals = [t for t in judged if not t.parent]
-    swapped = [
-        (t, other.row["persona"])
-        for t, other in zip(originals, originals[1:] + originals[:1])
-        if other.row["persona"] != t.row["persona"]
-    ]
-    asked = [(t.row | {"persona": persona}, t.answer, derive_seed("swap", *t.key)) for t, persona in swapped]
-    for (t, _), verdict in zip(swapped, ask_all(judge, asked)):
-        if verdict.reward is not None:
-            stats.add("held_out/swap", torch.tensor(t.reward - verdict.reward))
-
-
-def audit(judged: list, judge: Judge, second: Judge | None, args: Any, step: int, stats: Stats) -> None:
-    """A share of the originals judged once more, with another seed, and by a second judge: fills t.audit."""
-    if not args.audit_share:
-        return
-    rng = random.Random(derive_seed(args.seed, step, "audit"))
-    chosen = [t for t in judged if not t.parent]
-    chosen = rng.sample(chosen, math.ceil(args.audit_share * len(chosen)))
-    asked = [(t.row, t.answer, derive_seed(args.seed, step, *t.key, "audit")) for t in chosen]
-    again = [verdict.reward for verdict in ask_all(judge, asked)]
-    others = [verdict.reward for verdict in ask_all(second, asked)] if second else [None] * len(asked)
-    for t, reward, other in zip(chosen, again, others):
-        t.audit = dict(again=reward, second=other)
-        if reward is not None:
-            stats.add("audit/noise", torch.tensor(abs(t.reward - reward)))
-        if other is not None:
-            stats.add("audit/second", torch.tensor(other))
-            stats.add("audit/own", torch.tensor(t.reward))
-
-
-def add_gap(t: Any, stats: Stats) -> None:
-    """Trainer against engine: the same weights, the same tokens; only the order of sums may differ."""
-    gap = (t.old_logprobs - torch.tensor(t.engine_logprobs)).abs()
-    stats.add("logprob_gap", gap)
-    stats.add_max("logprob_gap_max", gap)
-
-
-def describe_credit(t: Any, stats: Stats) -> None:
-    stats.add("sdpo/credit", t.credit)
-    stats.add("sdpo/credit_size", t.credit.abs())
-
-
-def describe_originals(ratio: torch.Tensor, clipped: torch.Tensor, stats: Stats) -> None:
-    """What the update did with originals, per token."""
-    stats.add("original/ratio", ratio)
-    stats.add_max("original/ratio_max", ratio)
-    stats.add("original/clipfrac", clipped)
-    stats.add("original/approx_kl", ratio - 1 - ratio.log())
-
-
-BRANCH = 0.1  # log-probs below its log: a token that hardly any sample would have
-
-
-def kept_tokens(before: list[int], after: list[int]) -> torch.Tensor:
+def kept_tokens(before: list[int], after: list[int]) -> Tensor:
     """Which tokens of an edit were in its original: bool [len(after)], by the longest common stretches (difflib)."""
     kept = torch.zeros(len(after), dtype=torch.bool)
     for _, first, n in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
@@ -266,76 +183,155 @@ def kept_tokens(before: list[int], after: list[int]) -> torch.Tensor:
     return kept
 
 
-def describe_edits(trajectories, logprobs, ratio, weight, advantages, args, stats):
-    """The edit ledger: what the update did with the tokens that an edit kept, and with those that it inserted; of
-    these the branches, which the policy would hardly say without the critique (p < BRANCH), also apart.
+def describe_update(means: Means, record: UpdateRecord, eps_low: float, eps_high: float) -> None:
+    """Adds losses, ratios and clipped fractions per token, and the ledger of edits."""
+    for tokens in record.policy:
+        means.add("policy_loss", tokens.loss)
+        means.add("entropy", tokens.entropy)
+        original = ~tokens.is_edit
+        means.add("original/ratio", tokens.ratio[original])
+        means.add_max("original/ratio_max", tokens.ratio[original])
+        means.add("original/clipfrac", tokens.weight[original] == 0)
+        means.add("original/approx_kl", tokens.approx_kl())
+        describe_edits(means, tokens, eps_low, eps_high)
+    for loss, clipped in record.critic:
+        means.add("value_loss", loss)
+        means.add("value_clipfrac", clipped)
+    for name, norms in record.grad_norms.items():
+        for norm in norms:
+            means.add(f"grad_norm_{name}", norm)
+    # the same weights and the same tokens in trainer and engine: only the order of sums may differ
+    for t, old_logprobs in last_arrays(record, "old_logprobs"):
+        mismatch = (old_logprobs - torch.tensor(t.engine_logprobs)).abs()
+        means.add("train_inference_mismatch", mismatch)
+        means.add_max("train_inference_mismatch_max", mismatch)
 
-    logprobs log p, ratio r, weight on grad log p, advantages A: [S], of all tokens of the edits. A token's mass is
-    |weight A|, the size of the loss' derivative by its log-prob; the masses are means over all tokens of edits, so that
-    those of kept and inserted tokens add up.
+
+def describe_edits(means: Means, tokens: TokenArrays, eps_low: float, eps_high: float) -> None:
+    """The ledger of edits: what the update did with tokens that an edit kept, and with those that it inserted.
+
+    Inserted tokens that the policy would hardly say without the critique (p < NOVEL) are also counted apart, as novel.
+    The gradient mass of a token is |weight A|, the size of the derivative of the loss by its log-prob. It is averaged
+    over all tokens of edits, so that the masses of kept and inserted tokens add up.
     """
-    stats.add("edit/ratio", ratio)
-    stats.add_max("edit/ratio_max", ratio)
-    stats.add("edit/ratio_low", ratio < 1 - args.eps_low)
-    stats.add("edit/ratio_high", ratio > 1 + args.eps_high)
-    stats.add("edit/weight", weight)
-    stats.add("edit/clipfrac", weight == 0)
-    edits = [t for t in trajectories if t.parent]
-    if edits:
-        kept = torch.cat([kept_tokens(t.parent.response_ids, t.response_ids) for t in edits]).to(ratio.device)
-        stats.add("edit/kept", kept)
-        branch = ~kept & (logprobs < math.log(BRANCH))
-        stats.add("edit/branch", branch)
-        for kind, tokens in (("kept", kept), ("inserted", ~kept), ("branch", branch)):
-            stats.add(f"edit/{kind}_ratio", ratio[tokens])
-            stats.add(f"edit/{kind}_weight", weight[tokens])
-            stats.add(f"edit/{kind}_clipfrac", weight[tokens] == 0)
-            stats.add(f"edit/{kind}_mass", (weight * advantages).abs() * tokens)
+    ratio = tokens.ratio[tokens.is_edit]
+    weight = tokens.weight[tokens.is_edit]
+    means.add("edit/ratio", ratio)
+    means.add_max("edit/ratio_max", ratio)
+    means.add("edit/ratio_low", ratio < 1 - eps_low)
+    means.add("edit/ratio_high", ratio > 1 + eps_high)
+    means.add("edit/weight", weight)
+    means.add("edit/clipfrac", weight == 0)
+    kept_of = [kept_tokens(t.parent.response_ids, t.response_ids) for t in tokens.trajectories if t.parent]
+    if not kept_of:
+        return
+    kept = torch.cat(kept_of)
+    novel = ~kept & (tokens.logprobs[tokens.is_edit] < math.log(NOVEL))
+    mass = (weight * tokens.advantages[tokens.is_edit]).abs()
+    means.add("edit/kept", kept)
+    means.add("edit/novel", novel)
+    for kind, chosen in (("kept", kept), ("inserted", ~kept), ("novel", novel)):
+        means.add(f"edit/{kind}_ratio", ratio[chosen])
+        means.add(f"edit/{kind}_weight", weight[chosen])
+        means.add(f"edit/{kind}_clipfrac", weight[chosen] == 0)
+        means.add(f"edit/{kind}_gradient_mass", mass * chosen)
 
 
-def check_judge(judged: list, lost: dict, judge: Judge, args: Any, ranks: Ranks) -> None:
-    """Prints what share of a few answers got a judgement at the start of a run. ValueError: none did."""
-    if judge.down:
-        raise ValueError(judge.down)
-    n_judged, n_lost = map(int, all_sum(ranks, len(judged), len(lost["originals"])))
-    judge.take_counts()
-    judge.forget()  # so that the first step is computed as without this
-    if n_lost and not n_judged:
-        raise ValueError(f"--judge {args.judge}: not one of {n_lost} answers got a judgement; is it a reward model?")
-    print0(f"--judge {args.judge}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
+def last_arrays(record: UpdateRecord, name: str) -> list[tuple[Trajectory, Tensor]]:
+    """(trajectory, its array [L_i]) of the last pass that each trajectory was in."""
+    last: dict[tuple, tuple[Trajectory, Tensor]] = {}
+    for tokens in record.policy:
+        for t, own in zip(tokens.trajectories, getattr(tokens, name).split(tokens.counts)):
+            last[t.key] = (t, own)
+    return list(last.values())
 
 
-def end_if_down(judges: list[Judge | None], step: int, state: tuple, args: Any, ranks: Ranks) -> None:
-    """ValueError on all ranks if a judge of one of them can give no more judgements: `step` is left to the next start.
-
-    The steps before it are saved first, unless they are. state: what `checkpoints.save` takes behind args and step.
-    """
-    down = all_gather(ranks, [judge.down for judge in judges if judge and judge.down])
-    if down:
-        if step > 0 and not os.path.isdir(os.path.join(args.out, "checkpoints", f"step_{step:06d}")):
-            checkpoints.save(args, step, *state)
-        raise ValueError(f"step {step + 1}: {down[0]}; what is done is saved, the same command goes on")
-
-
-def warn_of_lost(counts: dict[str, int], step: int) -> None:
-    """A line where more than a fifth of a step's responses, of all ranks, leave the batch for want of a judgement."""
-    n_lost = counts["lost/originals"] + counts["lost/edits"]
-    total = n_lost + counts["judged"]
-    if n_lost > 0.2 * total:
-        print0(f"warning: step {step}: {n_lost} of {total} responses got no judgement and are not trained")
-
-
-def explained_variance(batch: list, ranks: Ranks) -> float:
-    """Of the returns of all ranks by the critic's values: 1 - var(returns - values) / var(returns)."""
-    returns = torch.cat([t.returns for t in batch] or [torch.zeros(0)])
-    residual = returns - torch.cat([t.values for t in batch] or [torch.zeros(0)])
-    _, spread = moments(ranks, returns)
+def explained_variance(returns: list[Tensor], values: list[Tensor], ranks: Ranks) -> float:
+    """The fraction of the returns' variance that the values explain: 1 - var(returns - values) / var(returns)."""
+    all_returns = torch.cat(returns or [torch.zeros(0)])
+    residual = all_returns - torch.cat(values or [torch.zeros(0)])
+    _, spread = moments(ranks, all_returns)
     _, unexplained = moments(ranks, residual)
     return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
 
 
-def headline(metrics: dict) -> dict[str, float]:
-    """The figures of a step that matter, for a line in the log: {label: text}."""
+def step_metrics(
+    rollout: RolloutRecord,
+    update: UpdateRecord,
+    n_batch: int,
+    figures: dict[str, float],
+    clip: tuple[float, float],
+    run: Run,
+) -> dict[str, Any]:
+    """The line of metrics.jsonl of a step, over all ranks. Warns where many responses are dropped.
+
+    n_batch: this rank's trajectories. figures: more metrics of the whole step. clip: eps_low, eps_high.
+    """
+    ranks = run.ranks
+    means = Means()
+    describe_rollout(means, rollout.judged, rollout.dropped, rollout.selected)
+    describe_audits(means, rollout)
+    if rollout.held_out:
+        describe_rollout(means, *rollout.held_out, prefix="held_out/")
+    for difference in rollout.swapped:
+        means.add("held_out/swap", difference)
+    describe_update(means, update, *clip)
+
+    counts = lost_counts(rollout.dropped)
+    counts["lost/prompts"] = rollout.n_prompts - len({t.prompt.index for t in rollout.judged})
+    counts["judge_calls"], counts["judge_unparsed"] = rollout.judge_counts
+    counts["generated_tokens"] = sum(len(t.response_ids) for t in rollout.judged)
+    counts["trained_tokens"] = update.logical_tokens
+    counts["computed_tokens"] = update.computed_tokens
+    counts["batch"] = n_batch
+    counts["judged"] = len(rollout.judged)
+    counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
+    warn_of_lost(counts, run.step + 1)
+    del counts["judged"]  # not a metric of its own
+
+    training_seconds = run.seconds["score"] + run.seconds["update"]
+    machine = training.machine_metrics(ranks, update.flops, training_seconds, run.args.peak_tflops)
+    metrics = {
+        **means.over_ranks(ranks),
+        **counts,
+        **machine,
+        **figures,
+        "generated_tokens_per_second": counts["generated_tokens"] / run.seconds["rollout"],
+        "trained_tokens_per_second": counts["trained_tokens"] / training_seconds,
+        **{f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()},
+    }
+    return in_order(metrics)
+
+
+# The order of metrics in a line, as in the table of docs/metrics.md, by the beginning of their names.
+ORDER = (
+    *(
+        "step",
+        "original/",
+        "edit/",
+        "held_out/",
+        "audit/",
+        "batch",
+        "lost/",
+        "judge_",
+        "policy_loss",
+        "value_loss",
+        "entropy",
+    ),
+    *("grad_norm_", "value_clipfrac", "explained_variance", "train_inference_mismatch", "weight_sync_error"),
+    *("generated_tokens", "trained_tokens", "computed_tokens", "mfu", "peak_memory_gib", "seconds/"),
+)
+
+
+def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
+    def position(name: str) -> int:
+        return next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
+
+    return {name: metrics[name] for name in sorted(metrics, key=position)}
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """The figures that matter, for a line in the log: {label: figure}."""
     names = {
         "reward": "original/reward",
         "edit gain": "edit/gain",
@@ -345,82 +341,209 @@ def headline(metrics: dict) -> dict[str, float]:
         "kl": "original/approx_kl",
         "unparsed": "judge_unparsed",
     }
-    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-    known = {label: metrics[name] for label, name in names.items() if metrics.get(name) is not None}
-    return {**known, "seconds": seconds}
+    shown = {label: metrics.get(name) for label, name in names.items()}
+    shown["seconds"] = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    return shown
 
 
-ORDER = (  # of the metrics in a line: by the first of these that a name begins with, as in the table of docs/metrics.md
-    (
-        "step",
-        "original/",
-        "edit/",
-        "held_out/",
-        "audit/",
-        "sdpo/",
-        "batch",
-        "lost/",
-        "judge_",
-        "policy_loss",
-        "value_loss",
-    )
-    + (
-        "entropy",
-        "grad_norm_",
-        "value_clipfrac",
-        "explained_variance",
-        "logprob_gap",
-        "refresh_gap",
-        "generated_tokens",
-    )
-    + ("trained_tokens", "computed_tokens", "mfu", "peak_memory_gib", "seconds/")
-)
+def lost_counts(dropped: list[Dropped]) -> dict[str, int]:
+    counts = {f"lost/{kind}": 0 for kind in ("originals", "edits", "truncated")}
+    for d in dropped:
+        counts[f"lost/{d.kind}"] += 1
+    return counts
 
 
-def in_order(metrics: dict) -> dict:
-    def place(name):
-        return next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
+def warn_of_lost(counts: dict[str, int], step: int) -> None:
+    """Prints a line where more than a fifth of a step's responses leave the batch for want of a judgement."""
+    n_lost = counts["lost/originals"] + counts["lost/edits"]
+    total = n_lost + counts["judged"]
+    if n_lost > 0.2 * total:
+        print0(f"warning: step {step}: {n_lost} of {total} responses got no judgement and are not trained")
 
-    return {name: metrics[name] for name in sorted(metrics, key=place)}
+
+# -- diagnostics that ask the judge ------------------------------------------------------------------------------------
 
 
-def step_metrics(step: int, judged: list, counts: dict, clock: list[float], run: Any, **figures: float) -> dict:
-    """The line of metrics.jsonl. clock: times at the start and after each phase; counts: of this rank."""
-    ranks, stats = run.ranks, run.stats
-    counts["generated_tokens"] = sum(len(t.response_ids) for t in judged)
-    counts |= dict(trained_tokens=stats.logical_tokens, computed_tokens=stats.computed_tokens)
-    counts["judged"] = len(judged)
-    counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
-    warn_of_lost(counts, step + 1)
-    del counts["judged"]  # that is not a metric of its own
-    phases = ("refresh", "rollout", "diagnostics", "score", "update")
-    seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
-    training_seconds = seconds["score"] + seconds["update"]
-    metrics = dict(
-        step=step + 1,
-        **stats.means(ranks),
-        **figures,
-        **counts,
-        **training.machine_metrics(ranks, stats.flops, training_seconds, run.args.peak_tflops),
-        generated_tokens_per_second=counts["generated_tokens"] / seconds["rollout"],
-        trained_tokens_per_second=counts["trained_tokens"] / training_seconds,
-        **{f"seconds/{k}": round(v, 3) for k, v in seconds.items()},
-    )
-    return in_order(metrics)
+def audit(
+    judged: list[Trajectory], judge: Judge, second: Judge | None, fraction: float, seed: int, step: int
+) -> dict[tuple, dict[str, float | None]]:
+    """Judges a fraction of the originals once more, with another seed, and by a second judge.
+
+    Returns {key: {"again": reward, "second": reward}}, None where no judgement came or there is no second judge.
+    """
+    if not fraction:
+        return {}
+    rng = random.Random(derive_seed(seed, step, "audit"))
+    originals = [t for t in judged if not t.parent]
+    chosen = rng.sample(originals, math.ceil(fraction * len(originals)))
+    asked = [(t.prompt.row, t.answer, derive_seed(seed, step, *t.key, "audit")) for t in chosen]
+    again = [verdict.reward for verdict in ask_all(judge, asked)]
+    others = [verdict.reward for verdict in ask_all(second, asked)] if second else [None] * len(asked)
+    return {t.key: {"again": own, "second": other} for t, own, other in zip(chosen, again, others)}
+
+
+def swap_personas(held_out: tuple[list[Trajectory], list[Dropped]] | None, judge: Judge) -> list[float]:
+    """What held-out answers lose in reward when they are judged under the next prompt's persona."""
+    if held_out is None:
+        return []
+    originals = [t for t in held_out[0] if not t.parent]
+    swapped = []
+    for t, other in zip(originals, originals[1:] + originals[:1]):
+        persona = other.prompt.row["persona"]
+        if persona != t.prompt.row["persona"]:
+            swapped.append((t, persona))
+    asked = [(t.prompt.row | {"persona": persona}, t.answer, derive_seed("swap", *t.key)) for t, persona in swapped]
+    verdicts = ask_all(judge, asked)
+    return [t.reward - v.reward for (t, _), v in zip(swapped, verdicts) if v.reward is not None]
+
+
+def check_judge(judged: list[Trajectory], dropped: list[Dropped], judge: Judge, spec: str, ranks: Ranks) -> None:
+    """Prints how many of a few answers got a judgement at the start of a run. ValueError: none did."""
+    if judge.down:
+        raise ValueError(judge.down)
+    n_lost = sum(d.kind == "originals" for d in dropped)
+    n_judged, n_lost = map(int, all_sum(ranks, len(judged), n_lost))
+    judge.take_counts()
+    judge.forget()  # so that the first step is computed as without this
+    if n_lost and not n_judged:
+        raise ValueError(f"--judge {spec}: not one of {n_lost} answers got a judgement; is it a reward model?")
+    print0(f"--judge {spec}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
+
+
+def check_batch(batch: list[Trajectory], dropped: list[Dropped], step: int, ranks: Ranks) -> None:
+    """ValueError: no response of any rank is left to train on."""
+    counts = lost_counts(dropped)
+    n_batch, *totals = map(int, all_sum(ranks, len(batch), *counts.values()))
+    if n_batch == 0:
+        lost = dict(zip(counts, totals))
+        raise ValueError(f"step {step + 1}: no response is left to train on ({lost}); is --judge a reward model?")
+
+
+# -- rows in the run folder --------------------------------------------------------------------------------------------
+
+
+def rollout_rows(
+    judged: list[Trajectory], selected: set[tuple[str, int]] = frozenset(), audits: dict[tuple, dict] | None = None
+) -> list[dict]:
+    """One JSON row per original, with its edit inside."""
+    edit_of = {t.key[:2]: t for t in judged if t.parent}
+
+    def describe(t: Trajectory) -> dict:
+        scores = dataclasses.asdict(t.judgement) if t.judgement else {}
+        return dict(answer=t.answer, reward=t.reward, **scores, n_tokens=len(t.response_ids), truncated=t.truncated)
+
+    rows = []
+    for t in judged:
+        if t.parent is not None:
+            continue
+        edit = edit_of.get(t.key[:2])
+        row = {**t.prompt.row, "sample_id": t.sample_id, **describe(t)}
+        if audits and t.key in audits:
+            row["audit"] = audits[t.key]
+        row["edit"] = describe(edit) | {"selected": edit.key[:2] in selected} if edit else None
+        rows.append(row)
+    return rows
+
+
+def dropped_rows(dropped: list[Dropped]) -> list[dict]:
+    """One JSON row per response that left the batch, with the reason; an edit stands inside, as in `rollout_rows`."""
+    rows = []
+    for kind in ("originals", "edits", "truncated"):
+        for d in dropped:
+            if d.kind != kind:
+                continue
+            response = dict(
+                answer=d.answer,
+                reward=None,
+                n_tokens=len(d.response_ids),
+                truncated=d.truncated,
+                drop_reason=d.drop_reason,
+            )
+            row = {**d.prompt.row, "sample_id": d.sample_id}
+            rows.append(row | ({"edit": response} if d.parent else {**response, "edit": None}))
+    return rows
+
+
+def text_pieces(chat: Chat, ids: list[int]) -> list[str]:
+    """The text of each token, which together make the whole; of a character's several tokens the last has it."""
+    pieces = []
+    first = 0
+    for i in range(len(ids)):
+        text = chat.decode(ids[first : i + 1])
+        whole = not text.endswith("\ufffd") or i + 1 - first >= 4 or i + 1 == len(ids)  # UTF-8: at most 4 bytes
+        pieces.append(text if whole else "")
+        if whole:
+            first = i + 1
+    return pieces
+
+
+def token_rows(record: UpdateRecord, chat: Chat, n: int, seed: int, step: int, ranks: Ranks) -> list[dict]:
+    """What the last update did with the tokens of n answers of a step (over all ranks) and of their trained edits.
+
+    The answers are drawn at random, those with a trained edit first. One row per response: prompt_id, sample_id, edit
+    (bool) and lists over its tokens: text, logp (log p under the policy), logq (of what sampled it: pi_old, or pi_e
+    under the edit prompt), weight (on grad log p), advantage, and for an edit kept (its original has the token).
+    """
+    names = {"logp": "logprobs", "weight": "weight", "logq": "old_logprobs", "advantage": "advantages"}
+    arrays = {short: {t.key: own for t, own in last_arrays(record, name)} for short, name in names.items()}
+    trained = sorted((t for t, _ in last_arrays(record, "logprobs")), key=lambda t: (t.prompt.index, t.key))
+    rng = random.Random(derive_seed(seed, step, "tokens", ranks.rank))
+    edited = {t.key[:2] for t in trained if t.parent}
+    originals = [t.key[:2] for t in trained if t.parent is None]
+    order = sorted(rng.sample(originals, len(originals)), key=lambda key: key not in edited)
+    chosen = order[: math.ceil(n / ranks.world_size)]
+    rows = []
+    for t in trained:
+        if t.key[:2] not in chosen:
+            continue
+        row = dict(prompt_id=t.key[0], sample_id=t.sample_id, edit=t.parent is not None)
+        row["text"] = text_pieces(chat, t.response_ids)
+        for short, of_key in arrays.items():
+            row[short] = [round(x, 4) for x in of_key[t.key].tolist()]
+        if t.parent:
+            row["kept"] = kept_tokens(t.parent.response_ids, t.response_ids).tolist()
+        rows.append(row)
+    return rows
+
+
+def write_rollouts(
+    rollout: RolloutRecord, update: UpdateRecord, chat: Chat, log_tokens: int, seed: int, run: Run
+) -> None:
+    """Writes OUT/rollouts, and where there is something OUT/held_out, OUT/lost (dropped responses) and OUT/tokens."""
+    run.write_rows("rollouts", rollout_rows(rollout.judged, rollout.selected, rollout.audits))
+    lost = dropped_rows(rollout.dropped)
+    if any(all_gather(run.ranks, lost)):
+        run.write_rows("lost", lost)
+    if rollout.held_out:
+        run.write_rows("held_out", rollout_rows(rollout.held_out[0]))
+    if log_tokens:
+        run.write_rows("tokens", token_rows(update, chat, log_tokens, seed, run.step + 1, run.ranks))
 
 
 # -- a batch for replay.py ---------------------------------------------------------------------------------------------
 
 
-def save_batch(script: str, step: int, batch: list, policy: Any, tokenizer_from: str, run: Any) -> None:
+def save_batch(
+    script: str,
+    batch: list[Trajectory],
+    old_logprobs: list[Tensor | None],
+    advantages: list[Tensor],
+    policy: Transformer,
+    tokenizer_from: str,
+    templates: dict[str, str],
+    run: Run,
+) -> None:
     """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN, for replay.py.
 
     script: the file whose losses it was made for, which replay.py loads.
     """
-    folder = os.path.join(run.args.out, f"batch_{step:06d}")
-    batch = all_gather(run.ranks, [dataclasses.asdict(t) for t in batch])
-    templates = run.templates.texts("answer", "edit")
+    folder = os.path.join(run.out, f"batch_{run.step + 1:06d}")
+    mine = [
+        dict(trajectory=dataclasses.asdict(t), old_logprobs=old, advantages=advantage)
+        for t, old, advantage in zip(batch, old_logprobs, advantages)
+    ]
+    whole = all_gather(run.ranks, mine)
     save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from, torch.float32, templates)
     if run.ranks.rank == 0:
-        content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=batch)
+        content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=whole)
         torch.save(content, os.path.join(folder, "batch.pt"))

@@ -26,7 +26,7 @@ from runtime import flags
 
 
 @dataclass(kw_only=True)
-class Args(flags.Machine):
+class Args(flags.RuntimeArgs):
     # -- what goes in and out
     model: str = "out/sft/policy"
     """Folder or hub id of the policy at the start, which is the reference too."""
@@ -50,8 +50,8 @@ class Args(flags.Machine):
     """Pairs per step, over all ranks."""
     lr: flags.Positive = 1e-6
     """Peak learning rate."""
-    warmup_ratio: flags.Share = 0.1
-    """Share of the steps with linear warm-up; cosine decay to zero after it."""
+    warmup_ratio: flags.Fraction = 0.1
+    """Fraction of the steps with linear warm-up; cosine decay to zero after it."""
     weight_decay: flags.NonNegative = 0.01
     """AdamW's, on all parameters."""
     max_grad_norm: flags.Positive = 1.0
@@ -67,7 +67,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import time
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +74,13 @@ import torch.nn.functional as F
 from chat import Chat
 from model import Transformer
 from prompts import Templates, answer_prompt, load_templates, response_ids
-from runtime import checkpoints, packing, plan, roofline, runs, training
+from runtime import packing, plan, roofline, training
+from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
+from runtime.progress import counting
 from runtime.rows import read_rows, write_text
-from runtime.watch import enter
+from runtime.runs import Run
+from runtime.watch import set_phase
 from weights import resolve
 
 
@@ -106,19 +108,20 @@ def read_pairs(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[
     return kept
 
 
-STAND_IN = ([0], [0], [0])  # where a rank has no pair left; its loss gets weight zero
+Pair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
+DUMMY_PAIR: Pair = ([0], [0], [0])  # for a rank that has no pair left; its loss gets weight zero
 
 
-def pair_size(pair: tuple) -> int:
+def pair_size(pair: Pair) -> int:
     return sum(map(len, pair))
 
 
-def pair_micro_batches(args: Args, pairs: list, ranks: Ranks) -> list[list[int]]:
+def pair_micro_batches(args: Args, pairs: list[Pair], ranks: Ranks) -> list[list[int]]:
     """Indices into `pairs` by token budget; both answers of a pair stay together."""
     return packing.micro_batches([pair_size(p) for p in pairs], args.tokens_per_microbatch, ranks)
 
 
-def pair_batch(pairs: list, device: torch.device) -> packing.Batch:
+def pair_batch(pairs: list[Pair], device: torch.device) -> packing.Batch:
     """Sequences lie as chosen, rejected, chosen, rejected, ... behind the prompt of each pair."""
     prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
     answers = [answer for _, *both in pairs for answer in both]
@@ -127,13 +130,14 @@ def pair_batch(pairs: list, device: torch.device) -> packing.Batch:
 
 def pair_logprobs(model: Transformer, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass -> log-probs of whole answers, chosen [P] and rejected [P]."""
-    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-    sums = torch.stack([part.sum() for part in logprobs.split(batch.counts)])
+    sums = torch.stack([part.sum() for part in training.forward(model, batch).split(batch.counts)])
     return sums[0::2], sums[1::2]
 
 
 @torch.no_grad()
-def reference_logprobs(args: Args, model: Transformer, pairs: list, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_logprobs(
+    args: Args, model: Transformer, pairs: list[Pair], ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs under the start model, fp32: chosen [N], rejected [N]; kept in OUT/reference.json.
 
     ValueError where that file is of other pairs: the data changed under an unfinished run.
@@ -141,15 +145,16 @@ def reference_logprobs(args: Args, model: Transformer, pairs: list, ranks: Ranks
     file = os.path.join(args.out, "reference.json")
     digest = derive_seed(*(derive_seed(*ids) for pair in pairs for ids in pair))
     if not os.path.isfile(file):
-        mine, scored = pairs[ranks.rank :: ranks.world_size], []
+        mine = pairs[ranks.rank :: ranks.world_size]
+        scored: list[tuple[int, float, float]] = []
         passes = pair_micro_batches(args, mine, ranks)
-        with runs.counting(len(passes), "reference", ranks.rank > 0) as done:
+        with counting(len(passes), "reference", ranks.rank > 0) as done:
             for indices in passes:
-                enter("reference")  # each pass has a time-out of its own
-                part = [mine[i] for i in indices] or [STAND_IN]
+                set_phase("reference")  # each pass has a time-out of its own
+                part = [mine[i] for i in indices] or [DUMMY_PAIR]
                 chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
-                places = [i * ranks.world_size + ranks.rank for i in indices]
-                scored += zip(places, chosen.tolist(), rejected.tolist())  # a stand-in has no place
+                positions = [i * ranks.world_size + ranks.rank for i in indices]
+                scored += zip(positions, chosen.tolist(), rejected.tolist())  # zip leaves out a dummy pair
                 done()
         scored = sorted(all_gather(ranks, scored))
         if ranks.rank == 0:
@@ -164,7 +169,47 @@ def reference_logprobs(args: Args, model: Transformer, pairs: list, ranks: Ranks
     return torch.tensor(content["chosen"]), torch.tensor(content["rejected"])
 
 
-def main(args):
+def forward_backward(
+    args: Args,
+    model: Transformer,
+    pairs: list[Pair],
+    reference: tuple[torch.Tensor, torch.Tensor],
+    mine: list[int],
+    ranks: Ranks,
+) -> tuple[dict[str, float], int, int]:
+    """Passes over this rank's pairs (`mine` indexes all pairs) -> means over the batch, tokens, this rank's FLOPs."""
+    reference_chosen, reference_rejected = reference
+    names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
+    totals = torch.zeros(len(names))
+    flops = 0
+    for indices in pair_micro_batches(args, [pairs[i] for i in mine], ranks):
+        weight = float(len(indices) > 0)
+        chosen_pairs = [mine[k] for k in indices]
+        batch = pair_batch([pairs[i] for i in chosen_pairs] or [DUMMY_PAIR], ranks.device)
+        flops += roofline.update_flops(model, batch)
+        chosen, rejected = pair_logprobs(model, batch)
+        preference_loss, margin = dpo_loss(
+            chosen,
+            rejected,
+            reference_chosen[chosen_pairs or [0]].to(ranks.device),
+            reference_rejected[chosen_pairs or [0]].to(ranks.device),
+            args.beta,
+        )
+        sft_loss = -chosen / torch.tensor(batch.counts[0::2], device=ranks.device)
+        loss = preference_loss + args.sft_weight * sft_loss
+        # FSDP averages gradients over the ranks; times world_size makes that the sum
+        (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
+        values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
+        totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
+    n_tokens = 0
+    for i in mine:
+        prompt, y_w, y_l = pairs[i]
+        n_tokens += 2 * len(prompt) + len(y_w) + len(y_l)
+    *sums, n_tokens = all_sum(ranks, *totals.tolist(), n_tokens)
+    return {name: total / args.batch_size for name, total in zip(names, sums)}, int(n_tokens), flops
+
+
+def main(args: Args) -> None:
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model))
     ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
@@ -173,94 +218,41 @@ def main(args):
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
     pairs = read_pairs(args, chat, templates)
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(pairs), args.batch_size)
-    runs.open_run(
-        args,
-        ranks,
-        inputs={
-            "--data": runs.input_digest(args.data),
-            "--model": runs.input_digest(tokenizer_from),
-            "--answer-template": runs.digest_of(templates.answer),
-        },
-    )
-    model = training.open_model(args.model, args, ranks)
+    inputs = {
+        "--data": input_digest(args.data),
+        "--model": input_digest(tokenizer_from),
+        "--answer-template": digest_of(templates.answer),
+    }
+    run = Run(args.out, args, ranks, inputs, last_step)
+    model = training.open_model(args.model, args, args.seed, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    # before the checkpoint is loaded: here the model is still the reference (an adapter's B is zero)
-    reference_chosen, reference_rejected = reference_logprobs(args, model, pairs, ranks)
-    first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    # before the checkpoint is loaded: here the model is still the reference (B of an adapter is zero)
+    reference = reference_logprobs(args, model, pairs, ranks)
+    run.resume({"policy": model}, {"policy": optimizer}, tokenizer_from, templates.texts("answer"))
 
-    progress = runs.progress(first_step, last_step, ranks)
-    for step in progress:
-        started = time.perf_counter()
-        rows = packing.batch_indices(len(pairs), args.batch_size, step, args.seed)
-        rows = packing.share(rows, [pair_size(pairs[i]) for i in rows], ranks)
-        mine = [pairs[i] for i in rows]
-
-        names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
-        totals, flops = torch.zeros(len(names)), 0
-        for indices in pair_micro_batches(args, mine, ranks):
-            weight = float(len(indices) > 0)
-            at = [rows[i] for i in indices] or [0]
-            part = [mine[i] for i in indices] or [STAND_IN]
-            batch = pair_batch(part, ranks.device)
-            flops += roofline.update_flops(model, batch)
-            chosen, rejected = pair_logprobs(model, batch)
-            preference_loss, margin = dpo_loss(
-                chosen,
-                rejected,
-                reference_chosen[at].to(ranks.device),
-                reference_rejected[at].to(ranks.device),
-                args.beta,
-            )
-            sft_loss = -chosen / torch.tensor(batch.counts[0::2], device=ranks.device)
-            loss = preference_loss + args.sft_weight * sft_loss
-            # FSDP averages gradients over the ranks; times world_size makes that the sum
-            (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
-            values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
-            totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
-        lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        share = dict(loss=totals[0].item() / args.batch_size)  # of the mean
-        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
-
-        n_tokens = sum(2 * len(prompt) + len(y_w) + len(y_l) for prompt, y_w, y_l in mine)
-        *totals, n_tokens = all_sum(ranks, *totals.tolist(), n_tokens)
-        seconds = time.perf_counter() - started
-        runs.log_metrics(
-            args.out,
-            dict(
-                step=step + 1,
-                **{name: total / args.batch_size for name, total in zip(names, totals)},
-                grad_norm=grad_norm,
-                lr=lr,
-                tokens=int(n_tokens),
-                seconds=seconds,
-                tokens_per_second=n_tokens / seconds,
-                **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-            ),
-            ranks,
+    for step in run.steps():
+        with run.phase("update"):
+            indices = packing.batch_indices(len(pairs), args.batch_size, step, args.seed)
+            mine = packing.shard(indices, [pair_size(pairs[i]) for i in indices], ranks)
+            means, n_tokens, flops = forward_backward(args, model, pairs, reference, mine, ranks)
+            lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
+            part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
+            examples = [pairs[i] for i in mine]
+            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, examples, run)
+        seconds = run.seconds["update"]
+        metrics = dict(
+            **means,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=n_tokens,
+            seconds=seconds,
+            tokens_per_second=n_tokens / seconds,
+            **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
         )
-        runs.print_step(
-            progress,
-            step + 1,
-            last_step,
-            {
-                "loss": totals[0] / args.batch_size,
-                "accuracy": totals[3] / args.batch_size,
-                "margin": totals[2] / args.batch_size,
-                "grad_norm": grad_norm,
-                "seconds": seconds,
-            },
-        )
-        if checkpoints.due(step + 1, last_step, args, ranks):
-            checkpoints.save(
-                args,
-                step + 1,
-                {"policy": model},
-                {"policy": optimizer},
-                tokenizer_from,
-                templates.texts("answer"),
-                ranks,
-            )
-    runs.print_end(args.out, "policy", f"python evaluate.py --model {args.out}/policy")
+        headline = {name: metrics[name] for name in ("loss", "accuracy", "margin", "grad_norm", "seconds")}
+        run.log(metrics, headline)
+        run.save_if_due()
+    run.finish("policy", f"python evaluate.py --model {args.out}/policy")
 
 
 if __name__ == "__main__":

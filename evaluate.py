@@ -36,7 +36,7 @@ from runtime import flags
 
 
 @dataclass(kw_only=True)
-class Args(flags.Judging, flags.Sampling):
+class Args(flags.JudgeArgs, flags.EngineArgs):
     # -- what is done
     task: Literal["win-rate", "reward-accuracy", "persona-swap", "personamem"] = "win-rate"
     """See the top of this file."""

@@ -52,8 +52,8 @@ from engine import Engine
 from model import load_pretrained
 from prompts import Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
+from runtime.progress import counting
 from runtime.rows import check_row, parse_json, read_rows, write_rows
-from runtime.runs import counting
 from weights import resolve
 
 

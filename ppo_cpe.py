@@ -2,44 +2,45 @@
 
 One step:
 
-1. Rollout. For each of `prompts_per_step` prompts the policy samples `n_samples` originals y_o. The judge writes a
-   critique and scores of each; the policy rewrites y_o by the critique, once: y_e; the judge scores y_e. These overlap:
-   a critique starts when its answer ends, an edit when its critique arrives.
-2. Selection. The batch is all originals and a share `edit_rate` of the edits. An edit is trained *under the original
-   prompt*: neither y_o nor the critique is in its context.
-3. The critic's values, GAE with the reward on the last token, advantages whitened over all response tokens.
-4. Update, in mini-batches of prompts: PPO-clip on originals; on edits one of six losses on
-   r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`; clipped value loss for the critic.
-   `--edit-ratio sdpo` edits nothing: the critique gives the original's own tokens a credit, see `fill_credit`.
+1. Rollout. The policy samples `n_samples` originals y_o for each of `prompts_per_step` prompts. The judge writes a
+   critique and scores of each. The policy rewrites y_o once by its critique, and the judge scores this edit y_e. The
+   phases overlap: a critique starts when its answer ends, an edit starts when its critique arrives.
+2. Selection. The batch is all originals and a fraction `edit_rate` of the edits. An edit is trained *under the
+   original prompt*: neither y_o nor the critique is in its context.
+3. Values of the critic, and GAE with the reward on the last token. Advantages are whitened over all response tokens.
+4. Update, in mini-batches of prompts. Originals get PPO's clipped loss. Edits get one of six losses on the ratio
+   r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The critic gets a clipped value loss.
 
-`--edit-rate 0` is the PPO baseline (nothing is edited; the paper then samples n = 6). `--judge bt:out/bt/model` is the
+`--edit-rate 0` is the PPO baseline: nothing is edited, and the paper samples n = 6. `--judge bt:out/bt/model` is the
 Bradley-Terry baseline.
 
-Where this departs from the paper or its code, and why (docs/method.md 2 has the whole table):
-- A judgement that does not parse is asked again, then its sample leaves the batch: no score is ever made up.
-- The ratio on edits is by default `unclipped` with a cap, which the released results ran with; `paper` is the printed
-  clip, under which words that only the critique suggested get no gradient.
+Departures from the paper and its code (docs/method.md 2 has the whole table):
+- A judgement that does not parse is asked for again. If it still fails, its sample leaves the batch. No score is
+  made up.
+- The default loss on edits is `unclipped` with a cap, as in the released results. Under `paper`, the printed clip,
+  words that only the critique suggested get no gradient.
 
     python ppo_cpe.py                                             # one CPU or GPU
     torchrun --nproc_per_node=8 ppo_cpe.py                        # eight GPUs
     python ppo_cpe.py --edit-rate 0 --n-samples 6 --out out/ppo   # the baseline
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime import flags
 
 EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "topr", "none")  # see `edit_loss`
+EDIT_STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")  # see `select_edits`
 
 
 @dataclass(kw_only=True)
-class Args(flags.Judging, flags.Sampling, flags.Watching, flags.Machine):
-    # -- what goes in and out
+class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.RuntimeArgs):
+    # -- inputs and output
     model: str = "out/sft/policy"
-    """Folder or hub id of the policy at the start."""
+    """Folder or hub id of the initial policy."""
     critic: str | None = None
-    """Folder that the critic starts from (with its scalar head, if it has one); none: --model, with a head of zero."""
+    """Folder that the critic starts from, with its scalar head if it has one; none: --model with a zero head."""
     prompts: str = "out/data/prompts_train.jsonl"
     """Prompt rows."""
     out: str = "out/ppo_cpe"
@@ -51,37 +52,35 @@ class Args(flags.Judging, flags.Sampling, flags.Watching, flags.Machine):
 
     # -- rollout (docs/method.md 1.6a; temperature and top-p as in the released code)
     prompts_per_step: flags.Count = 128
-    """Prompts of a step, over all ranks."""
+    """Prompts in a step, over all ranks."""
     n_samples: flags.Count = 4
     """Originals per prompt."""
     temperature: flags.Positive = 0.9
-    """Of originals and edits, and of every log-prob."""
+    """Sampling temperature of originals and edits; all log-probs are taken at it."""
     top_p: flags.TopP = 0.9
     """Nucleus; recorded log-probs stay those of the full softmax."""
     max_prompt_length: flags.Count = 2048
     """Tokens; longer prompts are left out at the start and counted."""
     max_new_tokens: flags.Count = 2048
     """Tokens of an original or an edit."""
-    truncated: Literal["judge", "drop", "floor"] = "judge"
-    """A response that hits the limit: scored as it stands | leaves the batch | gets the lowest possible score."""
+    truncated: Literal["judge", "drop", "min_score"] = "judge"
+    """A response that hits the limit is scored as it stands | leaves the batch | gets the lowest possible score."""
 
     # -- edits (docs/method.md 1.6e, 1.7, 1.8 and 2)
-    edit_rate: flags.Share = 0.5
-    """Share r_e of the edits that joins the batch; 0 is plain PPO."""
-    edit_strategy: Literal["random", "reward_rank", "conditional", "batch_rank"] = "random"
-    """Over the batch at random | per prompt the best-scored | per prompt the most improved | the best of the batch."""
+    edit_rate: flags.Fraction = 0.5
+    """Fraction r_e of the edits that joins the batch; 0 is plain PPO."""
+    edit_strategy: Literal[*EDIT_STRATEGIES] = "random"
+    """Random over the batch | best-scored per prompt | most improved per prompt | best of the batch."""
     edit_below: flags.Finite | None = None
-    """Only answers with a lower reward are edited, which saves the tokens of edits that change little; none: all."""
-    edit_ratio: Literal[*EDIT_LOSSES, "sdpo"] = "unclipped"
-    """The loss on edits: see `edit_loss`. sdpo: nothing is edited, the critique gives each token a credit instead."""
+    """Edit only answers with a lower reward, which saves the tokens of edits that change little; none: all."""
+    edit_loss: Literal[*EDIT_LOSSES] = "unclipped"
+    """The loss on edits, see `edit_loss`."""
     ratio_cap: flags.Positive | None = None
-    """Upper bound of the ratio for unclipped and tis; None: 10 and 2."""
+    """Upper bound of the ratio for unclipped and tis; none: 10 and 2."""
     luffy_gamma: flags.Positive = 0.1
     """gamma of p / (p + gamma)."""
-    sdpo_lambda: flags.Share = 0.5
-    """With sdpo: lambda A + (1 - lambda) credit; one half leans to neither."""
     edit_baseline: Literal["batch", "original"] = "batch"
-    """An edit's advantage: as any other (critic, whitened) | its reward less the mean of its prompt's originals."""
+    """An edit's advantage: as for any response (critic, whitened) | its reward less its prompt's originals' mean."""
 
     # -- PPO (docs/method.md 1.6f, g)
     epochs: flags.Positive = 2
@@ -89,27 +88,27 @@ class Args(flags.Judging, flags.Sampling, flags.Watching, flags.Machine):
     mini_batch_prompts: flags.Count = 64
     """Prompts per update."""
     ppo_epochs: flags.Count = 1
-    """Passes over a step's batch."""
+    """Passes over the batch of a step."""
     lr: flags.Positive = 1e-6
-    """Policy; constant."""
+    """Learning rate of the policy; constant."""
     critic_lr: flags.Positive = 1e-5
-    """Critic; constant."""
+    """Learning rate of the critic; constant."""
     critic_warmup_steps: flags.Natural = 0
     """Steps in which only the critic is trained."""
-    eps_low: flags.Share = 0.2
+    eps_low: flags.Fraction = 0.2
     """Lower clip of the ratio, 1 - eps_low."""
     eps_high: flags.Positive = 0.2
     """Upper clip of the ratio, 1 + eps_high."""
     value_clip: flags.Positive = 0.5
-    """Largest step of a value within an update."""
-    gamma: flags.Share = 1.0
+    """Largest change of a value within an update."""
+    gamma: flags.Fraction = 1.0
     """Discount per token."""
-    gae_lambda: flags.Share = 1.0
-    """GAE; 1 is the whole return less the value."""
+    gae_lambda: flags.Fraction = 1.0
+    """lambda of GAE; 1 is the whole return less the value."""
     weight_decay: flags.NonNegative = 0.01
-    """AdamW's, of both models."""
+    """AdamW's, for both models."""
     max_grad_norm: flags.Positive = 1.0
-    """Gradient clipping, of each model."""
+    """Gradient clipping, for each model."""
     seed: int = 0
     """Order of the prompts, sampling, selection."""
 
@@ -123,7 +122,6 @@ if __name__ == "__main__":
 import functools
 import math
 import random
-import time
 from collections import defaultdict
 
 import torch
@@ -132,110 +130,97 @@ from torch.nn.utils.rnn import pad_sequence
 
 import diagnostics
 from chat import Chat
-from engine import Engine
-from judges import JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
+from engine import Engine, Sample
+from judges import Judge, JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
 from model import Transformer
-from prompts import Judgement, Templates, edit_prompt, load_templates, read_prompts
-from runtime import checkpoints, packing, plan, roofline, runs, training
+from prompts import Templates, edit_prompt, load_templates, read_prompts
+from runtime import packing, plan, roofline, training
+from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
-from runtime.watch import enter
+from runtime.runs import Run
+from trajectory import (
+    TRUNCATED,
+    Dropped,
+    Origin,
+    Prompt,
+    Response,
+    RolloutRecord,
+    TokenArrays,
+    Trajectory,
+    UpdateRecord,
+)
 from weights import resolve
-
-
-@dataclass
-class Trajectory:
-    """One response and all that belongs to it; what a step needs is looked up here, never by position."""
-
-    prompt_id: str
-    sample_id: int
-    row: dict
-    place: int  # of the prompt in the step's batch: decides its mini-batch
-    prompt_ids: list[int]  # x: what it is trained under
-    parent: "Trajectory | None" = None  # of an edit: its original
-    sampled_under: list[int] = field(default_factory=list)  # x, or the edit prompt
-    response_ids: list[int] = field(default_factory=list)  # with its stop token
-    engine_logprobs: list[float] = field(default_factory=list)
-    answer: str = ""
-    truncated: bool = False
-    judgement: Judgement | None = None
-    reward: float | None = None
-    left: str | None = None  # the batch, and why
-    audit: dict | None = None  # {"again": reward, "second": reward}
-    old_logprobs: torch.Tensor | None = None  # fp32 [n], as all below: pi_old(y | x), pi_e(y_e | edit prompt)
-    values: torch.Tensor | None = None
-    credit: torch.Tensor | None = None  # sdpo
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
-    trained: torch.Tensor | None = None  # [2, n]: log p in the last update, the weight on its gradient
-
-    @property
-    def key(self):
-        return (self.prompt_id, self.sample_id, self.parent is not None)
-
-
-@dataclass
-class Run:
-    """What every phase of a step needs."""
-
-    args: Args
-    ranks: Ranks
-    chat: Chat
-    templates: Templates
-    stats: runs.Stats = field(default_factory=runs.Stats)  # of one step
-    step: int = 0
-
 
 # -- the mathematics: pure functions -----------------------------------------------------------------------------------
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman 2016, eq. 16), right-padded.
+    """Generalized advantage estimation (Schulman 2016, eq. 16) on right-padded sequences.
 
-    rewards, values, mask: [N, L]; values[:, t] is that of the state before token t; after the last token it is 0.
-    -> advantages [N, L], returns [N, L] (advantages + values); zero where mask is.
+    rewards, values, mask: [N, L]. values[:, t] is the value of the state before token t; after the last token it is 0.
+    Returns advantages [N, L] and returns [N, L] (advantages + values), zero where mask is zero.
     """
     advantages = torch.zeros_like(values)
-    following, next_value = torch.zeros(len(values)), torch.zeros(len(values))
+    next_advantage = torch.zeros(len(values))
+    next_value = torch.zeros(len(values))
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
-        advantages[:, t] = following
+        advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_low: float, eps_high: float):
-    """PPO's clipped objective (eq. 7), per token [S] -> loss [S], ratio [S], clipped [S] (bool: no gradient)."""
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_low: float, eps_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's clipped loss per token (Schulman 2017, eq. 7).
+
+    All inputs [S]. Returns loss [S], ratio [S] and the weight on grad log p [S]: the ratio, 0 where it is clipped.
+    """
     ratio = torch.exp(logprobs - old_logprobs)
     pg_loss1 = -ratio * advantages
     pg_loss2 = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
-    return torch.maximum(pg_loss1, pg_loss2), ratio.detach(), pg_loss2 > pg_loss1
+    weight = ratio.masked_fill(pg_loss2 > pg_loss1, 0)
+    return torch.maximum(pg_loss1, pg_loss2), ratio.detach(), weight.detach()
+
+
+RATIO_CAPS = {"unclipped": 10.0, "tis": 2.0}  # bounds against outliers, where --ratio-cap gives none
 
 
 def edit_loss(
-    kind, logprobs: Tensor, edit_logprobs: Tensor, advantages: Tensor, eps_low=0.2, eps_high=0.2, cap=None, gamma=0.1
+    kind: str,
+    logprobs: Tensor,
+    edit_logprobs: Tensor,
+    advantages: Tensor,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    cap: float | None = None,
+    gamma: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss on edits per token (docs/method.md 2): p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
 
-    kind       loss                                weight on grad log p
-    paper      -clip(r, 1-eps_low, 1+eps_high) A   r inside the range, else 0
-    unclipped  -min(r, cap) A                      r, 0 above the cap
-    tis        -sg(min(r, cap)) A log p            min(r, cap)
-    luffy      -A p / (p + gamma)                  gamma p / (p + gamma)^2
-    topr       -A log p, times sg(min(r, 1)) if A < 0    1 where A >= 0, else min(r, 1)
-    none       -A log p                            1
+    kind       loss                                         weight: the loss has the gradient -weight A grad log p
+    paper      -clip(r, 1-eps_low, 1+eps_high) A            r inside the range, else 0
+    unclipped  -min(r, cap) A                               r, 0 above the cap
+    tis        -sg(min(r, cap)) A log p                     min(r, cap)
+    luffy      -A p / (p + gamma)                           gamma p / (p + gamma)^2
+    topr       -A log p, times sg(min(r, 1)) if A < 0       1 where A >= 0, else min(r, 1)
+    none       -A log p                                     1
 
-    logprobs = log p, edit_logprobs = log q, advantages: [S] -> loss [S], r [S], weight [S] (both detached). To try
-    another loss, add it here and to EDIT_LOSSES.
+    logprobs is log p, edit_logprobs is log q; both and advantages are [S]. Returns loss [S], r [S] and weight [S], the
+    last two detached. ValueError: unknown kind. To try another loss, add a branch here and its name to EDIT_LOSSES.
     """
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()
+    cap = RATIO_CAPS.get(kind) if cap is None else cap
     if kind == "paper":
-        low, high = math.log(1 - eps_low), math.log(1 + eps_high)
+        low = math.log(1 - eps_low)
+        high = math.log(1 + eps_high)
         loss = -log_ratio.clamp(low, high).exp() * advantages
         weight = torch.where((log_ratio >= low) & (log_ratio <= high), ratio, 0.0)
     elif kind == "unclipped":
-        # the minimum is taken of the logs: the exponential of an outlier would be infinite, its gradient not a number
+        # clamp the log: the exponential of an outlier would be infinite and its gradient NaN
         loss = -log_ratio.clamp(max=math.log(cap)).exp() * advantages
         weight = torch.where(ratio <= cap, ratio, 0.0)
     elif kind == "tis":
@@ -245,402 +230,499 @@ def edit_loss(
         p = logprobs.exp()
         loss = -advantages * p / (p + gamma)
         weight = gamma * p / (p + gamma) ** 2
-    elif kind == "topr":  # arXiv 2503.14286: what was bad is unlearned only as far as the policy would say it
+    elif kind == "topr":  # arXiv 2503.14286: a bad edit is unlearned only as far as the policy would say it
         weight = torch.where(advantages < 0, ratio.clamp(max=1), 1.0)
         loss = -weight * advantages * logprobs
-    else:
-        loss = -advantages * logprobs
+    elif kind == "none":
         weight = torch.ones_like(ratio)
+        loss = -advantages * logprobs
+    else:
+        raise ValueError(f"edit loss {kind!r}: expected one of {', '.join(EDIT_LOSSES)}")
     return loss, ratio, weight.detach()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Clipped value loss per token [S] -> loss [S], clipped [S] (bool: no gradient)."""
-    limited = old_values + (values - old_values).clamp(-clip, clip)
-    loss1, loss2 = (values - returns).square(), (limited - returns).square()
+    """Clipped value loss per token. All inputs [S]. Returns loss [S] and clipped [S] (bool: no gradient)."""
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    loss1 = (values - returns).square()
+    loss2 = (clipped_values - returns).square()
     return 0.5 * torch.maximum(loss1, loss2), loss2 > loss1
 
 
-def select_edits(edits: list[tuple], rate: float, strategy: str, seed: int) -> set[tuple[str, int]]:
-    """Which edits join the batch (docs/method.md 1.8).
+def select_edits(
+    edits: list[tuple[str, int, float, float]], rate: float, strategy: str, seed: int
+) -> set[tuple[str, int]]:
+    """Chooses the edits that join the batch (docs/method.md 1.8).
 
-    edits: (prompt_id, sample_id, reward, reward of its original) of the whole batch -> set of (prompt_id, sample_id).
-    A share `rate` of a prompt's edits need not be a whole number: it is rounded up or down at random, so that the
-    mean is right. The result does not depend on the order of `edits`.
+    edits: (prompt_id, sample_id, reward, reward of the original) for the whole batch, in any order. Returns a set of
+    (prompt_id, sample_id). A fraction `rate` of a prompt's edits may not be a whole number; it is then rounded up or
+    down at random, so that the mean is right. ValueError: unknown strategy.
     """
+    if strategy not in EDIT_STRATEGIES:
+        raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(EDIT_STRATEGIES)}")
     edits = sorted(edits)
     rng = random.Random(seed)
     if strategy in ("random", "batch_rank"):
-        rng.shuffle(edits)  # equal rewards in random order
+        rng.shuffle(edits)  # ties between equal rewards are broken at random
         if strategy == "batch_rank":
             edits.sort(key=lambda e: -e[2])
         return {e[:2] for e in edits[: round(rate * len(edits))]}
-    of_prompt = defaultdict(list)
+    edits_of_prompt = defaultdict(list)
     for edit in edits:
-        of_prompt[edit[0]].append(edit)
-    chosen = set()
-    for group in of_prompt.values():
+        edits_of_prompt[edit[0]].append(edit)
+    selected = set()
+    for group in edits_of_prompt.values():
         rng.shuffle(group)
         group.sort(key=lambda e: -e[2] if strategy == "reward_rank" else e[3] - e[2])
-        chosen |= {e[:2] for e in group[: int(rate * len(group) + rng.random())]}
-    return chosen
+        n = int(rate * len(group) + rng.random())
+        selected |= {e[:2] for e in group[:n]}
+    return selected
+
+
+# The advantage of an edit against its originals is in units of their spread, but of at least one step between two
+# scores. Originals that are all scored alike have no spread, and dividing by it would give a gradient of any size.
+SMALLEST_SPREAD = 0.05
+
+
+def compute_advantages(
+    batch: list[Trajectory], values: list[Tensor], args: Args, ranks: Ranks
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Advantages and returns (docs/method.md 1.6f) from the critic's values: fp32 [L_i] per trajectory."""
+    raw: list[Tensor] = []
+    returns: list[Tensor] = []
+    if batch:
+        lengths = [len(v) for v in values]
+        padded = pad_sequence(values, batch_first=True)  # [N, L]
+        mask = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
+        rewards = torch.zeros_like(padded)
+        for i, t in enumerate(batch):
+            rewards[i, lengths[i] - 1] = t.reward
+        padded_advantages, padded_returns = gae(rewards, padded, mask, args.gamma, args.gae_lambda)
+        raw = [row[:n] for row, n in zip(padded_advantages, lengths)]
+        returns = [row[:n] for row, n in zip(padded_returns, lengths)]
+
+    relative = [args.edit_baseline == "original" and t.parent is not None for t in batch]
+    whitened = [a for a, is_relative in zip(raw, relative) if not is_relative]
+    mean, std = moments(ranks, torch.cat(whitened or [torch.zeros(0)]))
+    original_rewards = defaultdict(list)
+    for t in batch:
+        if t.parent is None:
+            original_rewards[t.prompt.index].append(t.reward)
+    advantages = []
+    for t, own, is_relative in zip(batch, raw, relative):
+        if is_relative:
+            # in units of the same spread, but not shifted by the mean of the batch
+            baseline = sum(original_rewards[t.prompt.index]) / len(original_rewards[t.prompt.index])
+            relative_reward = (t.reward - baseline) / max(std, SMALLEST_SPREAD)
+            advantages.append(torch.full_like(own, relative_reward))
+        else:
+            advantages.append((own - mean) / (std + 1e-8))
+    return advantages, returns
 
 
 # -- the phases of a step ----------------------------------------------------------------------------------------------
 
 
-def rollout(prompts: list, engine: Engine, judge, run: Run, step, progress) -> tuple[list[Trajectory], dict[str, list]]:
-    """Originals, their judgements, edits and theirs (docs/method.md 1.6a-d), all overlapping.
+def rollout(
+    prompts: list[Prompt],
+    engine: Engine,
+    judge: Judge,
+    chat: Chat,
+    templates: Templates,
+    args: Args,
+    step: int | str,
+    run: Run | None = None,
+) -> tuple[list[Trajectory], list[Dropped]]:
+    """Samples and judges the originals of this rank's prompts, then their edits (docs/method.md 1.6a-d), overlapping.
 
-    prompts: (place, row, prompt ids) of this rank -> judged trajectories (originals and edits), {kind: lost ones}.
+    step: part of every seed. run: shows the progress. ValueError: an answer that would be edited got no critique.
     """
-    args = run.args
-    editing = args.edit_rate > 0 and args.edit_ratio != "sdpo"
-    needs_critique = editing or args.edit_ratio == "sdpo"
+    editing = args.edit_rate > 0
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-    lost = dict(originals=[], edits=[], truncated=[])
-    judged, in_engine, in_judge = [], {}, {}  # in_engine: by the key of a submission, and the number of the sample
+    judged: list[Trajectory] = []
+    dropped: list[Dropped] = []
+    in_engine: dict[tuple, Origin] = {}  # by the key of a request and the number of the sample
+    in_judge: dict[tuple, Response] = {}
 
-    for place, row, ids in prompts:
-        group = [Trajectory(row["prompt_id"], i, row, place, ids, sampled_under=ids) for i in range(args.n_samples)]
-        in_engine.update({(place, i): t for i, t in enumerate(group)})
-        seeds = [derive_seed(args.seed, step, row["prompt_id"], i, "original") for i in range(args.n_samples)]
-        engine.submit(ids, key=place, n=args.n_samples, seeds=seeds, **sampling)
+    for prompt in prompts:
+        seeds = []
+        for i in range(args.n_samples):
+            in_engine[prompt.index, i] = Origin(prompt=prompt, sample_id=i, context_ids=prompt.ids)
+            seeds.append(derive_seed(args.seed, step, prompt.row["prompt_id"], i, "original"))
+        engine.submit(prompt.ids, key=prompt.index, n=args.n_samples, seeds=seeds, **sampling)
 
     while engine.busy or judge.busy:
         engine.step()
-        for s in engine.collect():
-            t = in_engine.pop((s.key, s.index))
-            t.response_ids = s.ids + ([s.stop_id] if s.finish_reason == "stop" else [])
-            t.engine_logprobs, t.truncated, t.answer = s.logprobs, s.finish_reason == "length", run.chat.decode(s.ids)
-            if t.truncated and args.truncated == "drop":
-                lost["truncated"].append(t)
+        for sample in engine.collect():
+            response = response_of(in_engine.pop((sample.key, sample.index)), sample, chat)
+            if response.truncated and args.truncated == "drop":
+                dropped.append(Dropped(**vars(response), drop_reason=TRUNCATED))
                 continue
-            in_judge[t.key] = t
-            judge.submit(t.key, t.row, t.answer, derive_seed(args.seed, step, *t.key, "judge"))
+            in_judge[response.key] = response
+            seed = derive_seed(args.seed, step, *response.key, "judge")
+            judge.submit(response.key, response.prompt.row, response.answer, seed)
         for verdict in judge.poll():
-            t = in_judge.pop(verdict.key)
-            t.judgement, t.reward, t.left = verdict.judgement, verdict.reward, verdict.error
+            response = in_judge.pop(verdict.key)
             if verdict.reward is None:
-                lost["edits" if t.parent else "originals"].append(t)
+                dropped.append(Dropped(**vars(response), drop_reason=verdict.error or "no judgement"))
                 continue
-            if t.truncated and args.truncated == "floor":
-                t.reward = -5.0 * sum(args.score_weights)
+            reward = verdict.reward
+            if response.truncated and args.truncated == "min_score":
+                reward = -5.0 * sum(args.score_weights)
+            t = Trajectory(**vars(response), reward=reward, judgement=verdict.judgement)
             judged.append(t)
-            if needs_critique and t.parent is None and not (t.judgement and t.judgement.critique.strip()):
-                raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.prompt_id}")
-            if editing and t.parent is None and (args.edit_below is None or t.reward < args.edit_below):
-                under = edit_prompt(run.chat, run.templates, t.prompt_ids, t.response_ids, t.judgement.critique)
-                edit = Trajectory(t.prompt_id, t.sample_id, t.row, t.place, t.prompt_ids, t, under)
-                in_engine[edit.key, 0] = edit
-                seed = derive_seed(args.seed, step, t.prompt_id, t.sample_id, "edit")
-                engine.submit(under, key=edit.key, seeds=[seed], **sampling)
-            progress.set_postfix_str(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
-    judged.sort(key=lambda t: (t.place, t.key))  # not in the order in which a server happened to answer
-    return judged, lost
+            if editing and t.parent is None:
+                if not t.critique:
+                    raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.key[0]}")
+                if args.edit_below is None or t.reward < args.edit_below:
+                    context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, verdict.judgement.critique)
+                    edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
+                    in_engine[edit.key, 0] = edit
+                    seed = derive_seed(args.seed, step, *edit.key[:2], "edit")
+                    engine.submit(context_ids, key=edit.key, seeds=[seed], **sampling)
+            if run:
+                run.show(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
+    judged.sort(key=lambda t: (t.prompt.index, t.key))  # not in the order in which a server happened to answer
+    return judged, dropped
 
 
-def fill_old_logprobs(batch: list[Trajectory], policy: Transformer, run: Run) -> None:
-    """Fills old_logprobs: of an edit pi_e(y_e | edit prompt), of an original pi_old(y_o | x).
+def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
+    stopped = sample.finish_reason == "stop"
+    return Response(
+        **vars(origin),
+        response_ids=sample.ids + ([sample.stop_id] if stopped else []),
+        engine_logprobs=sample.logprobs,
+        answer=chat.decode(sample.ids),
+        truncated=not stopped,
+    )
 
-    The first mini-batch is trained with the weights that sampled it, so there an original's ratio is 1, and `update`
-    takes the log-probs of its own pass. An edit prompt goes on from prompt and y_o: all of this shares the prompt, and
-    y_o is scored on the way to its edit.
+
+def select(judged: list[Trajectory], args: Args, step: int, ranks: Ranks) -> tuple[list[Trajectory], set]:
+    """All originals and the selected edits, whole prompts balanced over the ranks. Returns this rank's batch and the
+    (prompt_id, sample_id) of the selected edits, which all ranks choose alike from the rewards of all."""
+    edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
+    seed = derive_seed(args.seed, step, "select")
+    selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
+    batch = [t for t in judged if t.parent is None or t.key[:2] in selected]
+    return packing.balance_prompts(batch, args.mini_batch_prompts, ranks), selected
+
+
+def old_policy_logprobs(
+    batch: list[Trajectory], policy: Transformer, args: Args, ranks: Ranks
+) -> tuple[list[Tensor | None], int]:
+    """Behaviour log-probs by the trainer's own forward pass: pi_old(y_o | x), and for edits pi_e(y_e | edit prompt).
+
+    Returns fp32 [L_i] per trajectory and the FLOPs. An original of the first mini-batch has None: it is trained with
+    the weights that sampled it, so its ratio is 1 and `update` takes the log-probs of its own pass. An edit prompt
+    continues prompt and y_o, so all of these share the prompt, and y_o is scored on the way to its edit.
     """
-    unscored = {t.key: t for t in batch if t.parent is None and t.place >= run.args.mini_batch_prompts}
-    rows = []  # prefix, suffix, which of its tokens are scored, whose they are
-    for t in sorted(batch, key=lambda t: (t.place, t.parent is None)):  # of each prompt the edits first
-        suffix, scored, owners = [], [], [t]
-        if t.parent is not None:
-            suffix, y_o = t.sampled_under[len(t.prompt_ids) :], t.parent.response_ids
-            scored = [False] * len(suffix)
-            if t.parent.key in unscored and suffix[: len(y_o)] == y_o:
-                scored[: len(y_o)] = [True] * len(y_o)
-                owners = [unscored.pop(t.parent.key), t]
-        elif unscored.pop(t.key, None) is None:
+    position = {t.key: i for i, t in enumerate(batch)}
+    unscored = {t.key for t in batch if t.parent is None and t.prompt.index >= args.mini_batch_prompts}
+    prefixes: list[list[int]] = []
+    suffixes: list[list[int]] = []
+    masks: list[list[bool]] = []  # which tokens of a suffix are scored
+    scored: list[list[int]] = []  # the trajectories that these tokens belong to, in order
+    for t in sorted(batch, key=lambda t: (t.prompt.index, t.parent is None)):  # the edits of a prompt come first
+        if t.parent is None and t.key not in unscored:
             continue
-        rows.append((t.prompt_ids, suffix + t.response_ids, scored + [True] * len(t.response_ids), owners))
-    prefixes, suffixes, trained, owners = zip(*rows) if rows else ((), (), (), ())
-    for scored, logprobs in zip(owners, training.per_token(policy, prefixes, suffixes, trained, run)):
-        for t, own in zip(scored, logprobs.split([len(t.response_ids) for t in scored])):
-            t.old_logprobs = own
-            diagnostics.add_gap(t, run.stats)
+        unscored.discard(t.key)
+        between = t.context_ids[len(t.prompt.ids) :]  # empty for an original
+        mask = [False] * len(between)
+        owners = [position[t.key]]
+        if t.parent is not None and t.parent.key in unscored:
+            y_o = t.parent.response_ids
+            if between[: len(y_o)] == y_o:
+                unscored.remove(t.parent.key)
+                mask[: len(y_o)] = [True] * len(y_o)
+                owners = [position[t.parent.key], position[t.key]]
+        prefixes.append(t.prompt.ids)
+        suffixes.append(between + t.response_ids)
+        masks.append(mask + [True] * len(t.response_ids))
+        scored.append(owners)
+    rows, flops = training.per_token(
+        policy, prefixes, suffixes, masks, args.temperature, args.tokens_per_microbatch, ranks
+    )
+    logprobs: list[Tensor | None] = [None] * len(batch)
+    for owners, row in zip(scored, rows):
+        lengths = [len(batch[i].response_ids) for i in owners]
+        for i, own in zip(owners, row.split(lengths)):
+            logprobs[i] = own
+    return logprobs, flops
 
 
-def fill_credit(batch: list[Trajectory], policy: Transformer, run: Run) -> None:
-    """SDPO's credit of each token (arXiv 2601.20802): log pi(y_t | x, critique, y_<t) - log pi(y_t | x, y_<t).
-
-    The critique is said as in an edit prompt, after an empty answer: y_o itself must not be in the context.
-    """
-    rows = []
-    for t in batch:
-        told = edit_prompt(run.chat, run.templates, t.prompt_ids, [], t.judgement.critique)[len(t.prompt_ids) :]
-        for context in [told, []] if t.old_logprobs is None else [told]:  # under x alone only where not yet known
-            trained = [False] * len(context) + [True] * len(t.response_ids)
-            rows.append((t.prompt_ids, context + t.response_ids, trained))
-    prefixes, suffixes, trained = zip(*rows) if rows else ((), (), ())
-    logprobs = iter(training.per_token(policy, prefixes, suffixes, trained, run))
-    for t in batch:
-        with_critique = next(logprobs)
-        t.credit = with_critique - (next(logprobs) if t.old_logprobs is None else t.old_logprobs)
-        diagnostics.describe_credit(t, run.stats)
+def critic_values(batch: list[Trajectory], critic: Transformer, args: Args, ranks: Ranks) -> tuple[list[Tensor], int]:
+    """The critic's value before each response token: fp32 [L_i] per trajectory, and the FLOPs."""
+    prefixes = [t.prompt.ids for t in batch]
+    suffixes = [t.response_ids for t in batch]
+    return training.per_token(critic, prefixes, suffixes, None, args.temperature, args.tokens_per_microbatch, ranks)
 
 
-# An edit's advantage against its originals is in units of their spread, but of at least one step between two scores:
-# where all originals are scored alike their spread is zero, and a unit of it would make a gradient of any size.
-SMALLEST_SPREAD = 0.05
-
-
-def compute_advantages(batch: list[Trajectory], run: Run) -> None:
-    """Fills advantages and returns of every trajectory (docs/method.md 1.6f)."""
-    args, ranks = run.args, run.ranks
-    if batch:
-        values = pad_sequence([t.values for t in batch], batch_first=True)  # [N, L]
-        mask = pad_sequence([torch.ones(len(t.response_ids)) for t in batch], batch_first=True)
-        rewards = torch.zeros_like(values)
-        for i, t in enumerate(batch):
-            rewards[i, len(t.response_ids) - 1] = t.reward
-        advantages, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-        for i, t in enumerate(batch):
-            n = len(t.response_ids)
-            t.advantages, t.returns = advantages[i, :n], returns[i, :n]
-
-    against_originals = args.edit_baseline == "original"
-    group = defaultdict(list)
-    for t in batch:
-        if t.parent is None:
-            group[t.place].append(t.reward)
-    whitened = [t for t in batch if t.parent is None or not against_originals]
-    mean, std = moments(ranks, torch.cat([t.advantages for t in whitened] or [torch.zeros(0)]))
-    for t in batch:
-        if t.parent is not None and against_originals:
-            # in units of the same spread, but not moved by the batch's mean
-            edge = t.reward - sum(group[t.place]) / len(group[t.place])
-            t.advantages = torch.full_like(t.advantages, edge / max(std, SMALLEST_SPREAD))
-        else:
-            t.advantages = (t.advantages - mean) / (std + 1e-8)
-        if t.credit is not None:  # raw, as the method mixes it
-            t.advantages = args.sdpo_lambda * t.advantages + (1 - args.sdpo_lambda) * t.credit
-
-
-def policy_pass(policy: Transformer, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
-    """One micro-batch -> the sum of its tokens' losses, with the graph."""
-    args, stats = run.args, run.stats
-    device, cap = packed.input_ids.device, args.ratio_cap or {"unclipped": 10.0, "tis": 2.0}.get(args.edit_ratio)
+def policy_pass(
+    policy: Transformer,
+    packed: packing.Batch,
+    trajectories: list[Trajectory],
+    old_logprobs: list[Tensor | None],
+    advantages: list[Tensor],
+    args: Args,
+) -> tuple[Tensor, TokenArrays]:
+    """One micro-batch: the sum of its token losses, with the graph, and what the update does with each token."""
+    context = packed.context
     logprobs, entropy = policy(
-        packed.input_ids, packed.context.position_ids, packed.context, packed.index, packed.targets, args.temperature
+        packed.input_ids, context.position_ids, context, packed.index, packed.targets, args.temperature
     )
-    for t, now in zip(trajectories, logprobs.detach().cpu().split(packed.counts)):
-        if t.old_logprobs is None:  # these are still the weights that sampled it: the ratio is 1
-            t.old_logprobs = now
-            diagnostics.add_gap(t, stats)
-    old, advantages = (
-        torch.cat([getattr(t, name) for t in trajectories]).to(device) for name in ("old_logprobs", "advantages")
+    current = logprobs.detach()
+    # no old log-probs in the first mini-batch: these are still the weights that sampled it, so the ratio is 1
+    known = [now if old is None else old.to(now.device) for old, now in zip(old_logprobs, current.split(packed.counts))]
+    old = torch.cat(known)
+    advantage = torch.cat(advantages).to(current.device)
+    is_edit = packing.per_token_flags([t.parent is not None for t in trajectories], packed.counts, current.device)
+
+    original = ~is_edit
+    loss_o, ratio_o, weight_o = policy_loss(
+        logprobs[original], old[original], advantage[original], args.eps_low, args.eps_high
     )
-    edit = torch.cat([torch.full((n,), t.parent is not None) for t, n in zip(trajectories, packed.counts)]).to(device)
-    bounds = (args.eps_low, args.eps_high)
-    loss_o, ratio_o, clipped = policy_loss(logprobs[~edit], old[~edit], advantages[~edit], *bounds)
-    of_edits = (logprobs[edit], old[edit], advantages[edit])
-    loss_e, ratio_e, weight = edit_loss(args.edit_ratio, *of_edits, *bounds, cap, args.luffy_gamma)
-    stats.add("policy_loss", torch.cat([loss_o, loss_e]).detach())
-    stats.add("entropy", entropy)
-    diagnostics.keep_tokens(trajectories, packed.counts, logprobs.detach(), edit, ratio_o, clipped, weight)
-    diagnostics.describe_originals(ratio_o, clipped, stats)
-    diagnostics.describe_edits(trajectories, logprobs[edit].detach(), ratio_e, weight, advantages[edit], args, stats)
-    return loss_o.sum() + loss_e.sum()
-
-
-def critic_pass(critic: Transformer, packed: packing.Batch, trajectories: list[Trajectory], run: Run) -> Tensor:
-    """The same for the critic."""
-    values = training.forward(critic, packed, run.args.temperature)
-    old_values, returns = (
-        torch.cat([getattr(t, name) for t in trajectories]).to(values.device) for name in ("values", "returns")
+    loss_e, ratio_e, weight_e = edit_loss(
+        args.edit_loss,
+        logprobs[is_edit],
+        old[is_edit],  # pi_e(y_e | edit prompt)
+        advantage[is_edit],
+        args.eps_low,
+        args.eps_high,
+        args.ratio_cap,
+        args.luffy_gamma,
     )
-    loss, clipped = value_loss(values, old_values, returns, run.args.value_clip)
-    run.stats.add("value_loss", loss.detach())
-    run.stats.add("value_clipfrac", clipped)
-    return loss.sum()
+    loss = torch.empty_like(current)
+    ratio = torch.empty_like(current)
+    weight = torch.empty_like(current)
+    for array, of_originals, of_edits in (
+        (loss, loss_o.detach(), loss_e.detach()),
+        (ratio, ratio_o, ratio_e),
+        (weight, weight_o, weight_e),
+    ):
+        array[original] = of_originals
+        array[is_edit] = of_edits
+    tokens = TokenArrays(trajectories, packed.counts, is_edit, current, old, advantage, entropy, loss, ratio, weight)
+    return loss_o.sum() + loss_e.sum(), tokens.cpu()
 
 
-def update(batch: list[Trajectory], models: dict, optimizers: dict, train_policy: bool, run: Run) -> None:
-    """PPO epochs over mini-batches of prompts (docs/method.md 1.6g); losses are means over the tokens of all ranks.
+def critic_pass(
+    critic: Transformer, packed: packing.Batch, old_values: list[Tensor], returns: list[Tensor], args: Args
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The same for the critic: the sum of its token losses, with the graph; (loss, clipped) of each token."""
+    values = training.forward(critic, packed, args.temperature)
+    loss, clipped = value_loss(
+        values, torch.cat(old_values).to(values.device), torch.cat(returns).to(values.device), args.value_clip
+    )
+    return loss.sum(), (loss.detach().cpu(), clipped.cpu())
 
-    One model after the other, so that only one has gradients at a time.
+
+def update(
+    models: dict[str, Transformer],
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch: list[Trajectory],
+    old_logprobs: list[Tensor | None],
+    values: list[Tensor],
+    advantages: list[Tensor],
+    returns: list[Tensor],
+    run: Run,
+    args: Args,
+) -> UpdateRecord:
+    """PPO epochs over mini-batches of prompts (docs/method.md 1.6g). A loss is the mean over the tokens of all ranks.
+
+    One model after the other, so that only one has gradients at a time. The policy rests in --critic-warmup-steps.
     """
-    args, ranks, stats = run.args, run.ranks, run.stats
+    ranks = run.ranks
+    record = UpdateRecord()
+    old_logprobs = list(old_logprobs)  # the first mini-batch adds its own
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
-    for i, mini_batch in enumerate(list(range(n_mini_batches)) * args.ppo_epochs, 1):
-        mine = [t for t in batch if t.place // args.mini_batch_prompts == mini_batch]
-        (n_tokens,) = all_sum(ranks, sum(len(t.response_ids) for t in mine))
+    for number, mini_batch in enumerate(list(range(n_mini_batches)) * args.ppo_epochs, 1):
+        mine = [i for i, t in enumerate(batch) if t.prompt.index // args.mini_batch_prompts == mini_batch]
+        prompts = [batch[i].prompt.ids for i in mine]
+        responses = [batch[i].response_ids for i in mine]
+        (n_tokens,) = all_sum(ranks, sum(map(len, responses)))
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
-        prompts, responses = [t.prompt_ids for t in mine], [t.response_ids for t in mine]
-        micro_batches = packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks)
-        passes = [([mine[i] for i in indices], packed) for indices, packed in micro_batches]
-        stats.logical_tokens += sum(map(len, prompts + responses))
-        stats.computed_tokens += sum(len(packed.input_ids) for _, packed in passes if packed)
+        parts = packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks)
+        micro_batches = [([mine[k] for k in indices], packed) for indices, packed in parts]
+        record.logical_tokens += sum(map(len, prompts + responses))
+        record.computed_tokens += sum(len(packed.input_ids) for _, packed in micro_batches if packed)
 
-        for name, lr, loss_of in (("policy", args.lr, policy_pass), ("critic", args.critic_lr, critic_pass)):
-            model = models[name]
-            if name == "policy" and not train_policy:
+        for name, lr in (("policy", args.lr), ("critic", args.critic_lr)):
+            if name == "policy" and run.step < args.critic_warmup_steps:
                 continue
-            stats.recent.clear()
-            for trajectories, packed in passes:
-                if not trajectories:
-                    training.idle_pass(model, run)
+            model = models[name]
+            sums: dict[str, float] = defaultdict(float)
+            for indices, packed in micro_batches:
+                if packed is None:
+                    training.idle_pass(model, args.temperature, ranks)
                     continue
-                stats.flops += roofline.update_flops(model, packed)
+                record.flops += roofline.update_flops(model, packed)
+                if name == "policy":
+                    trajectories = [batch[i] for i in indices]
+                    old = [old_logprobs[i] for i in indices]
+                    loss, tokens = policy_pass(model, packed, trajectories, old, [advantages[i] for i in indices], args)
+                    record.policy.append(tokens)
+                    for i, own in zip(indices, tokens.old_logprobs.split(tokens.counts)):
+                        old_logprobs[i] = own
+                    sums["policy_loss"] += tokens.loss.double().sum().item()
+                    sums["original/approx_kl"] += tokens.approx_kl().double().sum().item()
+                else:
+                    old = [values[i] for i in indices]
+                    loss, losses = critic_pass(model, packed, old, [returns[i] for i in indices], args)
+                    record.critic.append(losses)
+                    sums["value_loss"] += losses[0].double().sum().item()
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
-                (loss_of(model, packed, trajectories, run) * ranks.world_size / n_tokens).backward()
-            shares = {n: stats.recent[n] / n_tokens for n in ("policy_loss", "value_loss", "original/approx_kl")}
-            part = f"_{name}_{i}"  # of the step's updates
-            norm = training.optimizer_step(model, optimizers[name], lr, run.step + 1, shares, mine, args, ranks, part)
-            stats.add(f"grad_norm_{name}", torch.tensor(norm))
+                (loss * ranks.world_size / n_tokens).backward()
+            names = ("policy_loss", "original/approx_kl") if name == "policy" else ("value_loss",)
+            means = {n: sums[n] / n_tokens for n in names}  # this rank's part of each mean
+            examples = [vars(batch[i]) | {"advantages": advantages[i], "returns": returns[i]} for i in mine]
+            norm = training.optimizer_step(
+                model, optimizers[name], lr, args.max_grad_norm, means, examples, run, f"_{name}_{number}"
+            )
+            record.grad_norms[name].append(norm)
+    return record
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-def check_flags(args, max_len):
-    """What concerns several flags together; the range of each is its type."""
+def check_flags(args: Args, max_len: int) -> None:
+    """Checks what concerns several flags together; the range of each is in its type."""
     if args.kv_tokens is not None and args.kv_tokens < max_len:
         raise ValueError(f"--kv-tokens {args.kv_tokens}: expected at least {max_len}, an edit prompt and its response")
     if args.audit_judge and not args.audit_share:
         raise ValueError(f"--audit-judge {args.audit_judge}: expected an --audit-share above 0")
-    for name in ("judge", "audit_judge"):
-        spec = getattr(args, name)
+    for flag, spec in (("--judge", args.judge), ("--audit-judge", args.audit_judge)):
         if spec and parse_spec(spec)[0].compares:
-            raise ValueError(f"{flags.flag(name)} {spec} compares answers; expected a judge that scores one")
+            raise ValueError(f"{flag} {spec} compares answers; expected a judge that scores one")
 
 
-def print_plan(args, max_len):
-    """--plan: what is trained is named here, so that a fork without a critic plans without one."""
-    settings, machine, resident = JudgeSettings.from_args(args), plan.machine_of(args), {}
+def print_plan(args: Args, max_len: int) -> None:
+    """--plan. The trained models are named here, so that a fork without a critic plans without one."""
+    settings = JudgeSettings.from_args(args)
+    machine = plan.machine_of(args)
+    resident = {}
     for name, spec in (("judge", args.judge), ("audit judge", args.audit_judge)):
         parts = planned_memory(spec, settings, machine) if spec else {}
         resident |= {f"{name}: {part}": size for part, size in parts.items()}
     trained = {"policy": (args.model, False), "critic": (args.critic or args.model, True)}  # folder, scalar head
     sampled = args.n_samples * (2 if args.edit_rate > 0 else 1)
-    return plan.rl(args, max_len, trained, resident, sampled, args.n_samples * (1 + args.edit_rate))
+    plan.rl(args, max_len, trained, resident, sampled, args.n_samples * (1 + args.edit_rate))
 
 
-def open_models(run: Run) -> tuple[dict[str, Transformer], dict[str, torch.optim.Optimizer]]:
+def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[str, torch.optim.Optimizer]]:
     """Policy and critic, sharded, and their optimizers."""
-    args, ranks = run.args, run.ranks
-    models = {"policy": training.open_model(args.model, args, ranks)}
-    same = None if args.critic else models["policy"]
-    models["critic"] = training.open_model(args.critic or args.model, args, ranks, scalar_head=True, other=same)
-    lrs = {"policy": args.lr, "critic": args.critic_lr}
-    return models, {name: training.adamw(model, lrs[name], args.weight_decay) for name, model in models.items()}
+    policy = training.open_model(args.model, args, args.seed, ranks)
+    base = None if args.critic else policy  # the critic may share its frozen weights
+    critic = training.open_model(args.critic or args.model, args, args.seed, ranks, scalar_head=True, other=base)
+    optimizers = {
+        "policy": training.adamw(policy, args.lr, args.weight_decay),
+        "critic": training.adamw(critic, args.critic_lr, args.weight_decay),
+    }
+    return {"policy": policy, "critic": critic}, optimizers
 
 
-def train_step(batch, models, optimizers, step, tokenizer_from, run, clock):
-    """Log-probs, values and advantages of a step's batch, then its update."""
-    args, policy = run.args, models["policy"]
-    train_policy = step >= args.critic_warmup_steps
-    if train_policy:
-        fill_old_logprobs(batch, policy, run)
-        if args.edit_ratio == "sdpo":
-            fill_credit(batch, policy, run)
-    prefixes, suffixes = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
-    for t, values in zip(batch, training.per_token(models["critic"], prefixes, suffixes, None, run)):
-        t.values = values
-    compute_advantages(batch, run)
-    if step + 1 == args.save_batch:
-        diagnostics.save_batch(__file__, step + 1, batch, policy, tokenizer_from, run)
-    clock.append(time.perf_counter())
-    update(batch, models, optimizers, train_policy, run)
-    clock.append(time.perf_counter())
-
-
-def main(args):
-    # an edit's context is prompt, answer and critique
+def main(args: Args) -> None:
+    # the longest sequence: an edit prompt holds prompt, answer and critique
     max_len = args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
-    ranks, tokenizer_from = start(args.dtype, args.shard_size, args.timeouts, args.deterministic), resolve(args.model)
-    templates = load_templates(tokenizer_from, args.answer_template, args.edit_template)
-    run = Run(args, ranks, Chat(tokenizer_from), templates)
-    read = functools.partial(read_prompts, chat=run.chat, templates=templates, limit=args.max_prompt_length)
-    prompts = read(args.prompts)
-    held_out = packing.deal(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
+    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
+    folder = resolve(args.model)
+    chat = Chat(folder)
+    templates = load_templates(folder, args.answer_template, args.edit_template)
+    read = functools.partial(read_prompts, chat=chat, templates=templates, limit=args.max_prompt_length)
+    prompts = read(args.prompts)  # (row, token ids) of each
+    held_out = step_prompts(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     settings = JudgeSettings.from_args(args)
     judge = open_judge(args.judge, settings, ranks)
-    second = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
-    if (args.edit_rate > 0 or args.edit_ratio == "sdpo") and judge.writes_critiques is False:  # None: not known yet
-        raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) and sdpo need")
-    inputs = {"--prompts": args.prompts, "--model": tokenizer_from, "--critic": resolve(args.critic or args.model)}
-    inputs = {name: runs.input_digest(path) for name, path in inputs.items()}
-    inputs["--judge"] = runs.digest_of(fingerprint(args.judge, settings))
-    inputs["the templates"] = runs.digest_of(templates.answer, templates.edit)
-    runs.open_run(args, ranks, inputs)
-    models, optimizers = open_models(run)
-    first_step = checkpoints.load(args.out, models, optimizers, ranks)
-    sampler = training.open_sampler(args.model, models["policy"], ranks)
-    engine = Engine(sampler, run.chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
+    second_judge = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
+    if args.edit_rate > 0 and judge.writes_critiques is False:  # None: not known yet
+        raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) need")
+    inputs = {
+        "--prompts": input_digest(args.prompts),
+        "--model": input_digest(folder),
+        "--critic": input_digest(resolve(args.critic or args.model)),
+        "--judge": digest_of(fingerprint(args.judge, settings)),
+        "the templates": digest_of(templates.answer, templates.edit),
+    }
+    run = Run(args.out, args, ranks, inputs, last_step)
+    models, optimizers = open_models(args, ranks)
+    run.resume(models, optimizers, folder, templates.texts("answer", "edit"))
+    policy = models["policy"]
+    engine = Engine(
+        training.open_sampler(args.model, policy, ranks), chat.stop_ids, max_len, args.max_batch, args.kv_tokens
+    )
+    # a few answers first: does this judge give judgements at all?
+    probe_args = replace(args, n_samples=1, edit_rate=0)
+    probe = rollout(step_prompts(prompts[:8], ranks), engine, judge, chat, templates, probe_args, "probe")
+    diagnostics.check_judge(*probe, judge, args.judge, ranks)
 
-    state = (models, optimizers, tokenizer_from, templates.texts("answer", "edit"), ranks)
-    progress = runs.progress(first_step, last_step, ranks, begins_with="rollout")
-    probe = replace(run, args=replace(args, n_samples=1, edit_rate=0))  # is the judge one for these answers?
-    probed = rollout(packing.deal(prompts[:8], ranks), engine, judge, probe, "probe", progress)
-    diagnostics.check_judge(*probed, judge, args, ranks)
-    for step in progress:
-        clock = [time.perf_counter()]
-        run = replace(run, step=step, stats=runs.Stats())
+    for step in run.steps():
+        # 1. Rollout, with the weights as they are now: originals, critiques, edits and their scores
+        indices = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
+        batch_prompts = [prompts[i] for i in indices]
+        with run.phase("sync_weights"):
+            engine.sync_weights(policy)
+            sync_error = training.weight_sync_error(engine.model, policy, batch_prompts[0][1], ranks)
+        with training.offloaded(models, optimizers, ranks.device, args.offload):
+            with run.phase("rollout"):
+                mine = step_prompts(batch_prompts, ranks)
+                judged, dropped = rollout(mine, engine, judge, chat, templates, args, step, run)
+                judge_counts = judge.take_counts()
+            with run.phase("diagnostics"):  # these change nothing in the training
+                audits = diagnostics.audit(judged, judge, second_judge, args.audit_share, args.seed, step)
+                held_out_rollout = None
+                if args.eval_data and step % args.eval_every == 0:
+                    once = replace(args, n_samples=1)
+                    held_out_rollout = rollout(held_out, engine, judge, chat, templates, once, "held out", run)
+                swapped = diagnostics.swap_personas(held_out_rollout, judge)
+                judge.take_counts()  # their judgements are no cost of the training
+        run.stop_if([j.down for j in (judge, second_judge) if j and j.down])
 
-        # 1. originals, critiques, edits, with the weights as they are now
-        rows = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
-        engine.sync_weights(models["policy"])
-        gap = training.refresh_gap(engine.model, models["policy"], prompts[rows[0]][1], ranks)
-        clock.append(time.perf_counter())
-        if args.offload:
-            training.to_host(models, optimizers)
-        mine = packing.deal([prompts[i] for i in rows], ranks)
-        judged, lost = rollout(mine, engine, judge, run, step, progress)
-        clock.append(time.perf_counter())
-        counts = {f"lost/{name}": len(trajectories) for name, trajectories in lost.items()}
-        counts["lost/prompts"] = len(mine) - len({t.place for t in judged})
-        counts["judge_calls"], counts["judge_unparsed"] = judge.take_counts()
-        diagnostics.audit(judged, judge, second, args, step, run.stats)
-        if args.eval_data and step % args.eval_every == 0:
-            once = replace(run, args=replace(args, n_samples=1))
-            evaluated = rollout(held_out, engine, judge, once, "held out", progress)
-            diagnostics.describe_held_out(*evaluated, judge, run.stats)
-            runs.write_step(args.out, "held_out", step + 1, diagnostics.rollout_rows(evaluated[0]), ranks)
-        judge.take_counts()  # of the diagnostics: not a cost of the training
-        clock.append(time.perf_counter())
-        if args.offload:  # the moments follow in `optimizer_step`
-            for model in models.values():
-                model.to(ranks.device)
-        diagnostics.end_if_down([judge, second], step, state, args, ranks)
+        # 2. Selection: all originals and a fraction of the edits
+        batch, selected = select(judged, args, step, ranks)
+        diagnostics.check_batch(batch, dropped, step, ranks)
 
-        # 2. all originals and a share of the edits; chosen on every rank alike from the rewards of all
-        edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
-        seed = derive_seed(args.seed, step, "select")
-        selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
-        batch = [t for t in judged if t.parent is None or t.key[:2] in selected]
-        batch = packing.share_prompts(batch, args.mini_batch_prompts, ranks)
-        (n_batch,) = all_sum(ranks, len(batch))
-        if n_batch == 0:
-            raise ValueError(f"step {step + 1}: no response is left to train on ({counts}); is --judge a reward model?")
-        diagnostics.describe_rollout(judged, lost, selected, run.stats)
+        # 3. Log-probs, values, advantages
+        with run.phase("score"):
+            training_policy = step >= args.critic_warmup_steps
+            old_logprobs, policy_flops = (
+                old_policy_logprobs(batch, policy, args, ranks) if training_policy else ([None] * len(batch), 0)
+            )
+            values, critic_flops = critic_values(batch, models["critic"], args, ranks)
+            advantages, returns = compute_advantages(batch, values, args, ranks)
+        if step + 1 == args.save_batch:
+            template_texts = templates.texts("answer", "edit")
+            diagnostics.save_batch(__file__, batch, old_logprobs, advantages, policy, folder, template_texts, run)
 
-        # 3. and 4. log-probs, values and advantages, then the update
-        progress.set_postfix_str(enter("update", step + 1))
-        train_step(batch, models, optimizers, step, tokenizer_from, run, clock)
+        # 4. Update
+        with run.phase("update"):
+            record = update(models, optimizers, batch, old_logprobs, values, advantages, returns, run, args)
+            record.flops += policy_flops + critic_flops
 
-        # 5. what happened
-        explained = diagnostics.explained_variance(batch, ranks)
-        figures = dict(explained_variance=explained, refresh_gap=gap, batch=int(n_batch))
-        metrics = diagnostics.step_metrics(step, judged, counts, clock, run, **figures)
-        runs.log_metrics(args.out, metrics, ranks)
-        diagnostics.write_rollouts(step + 1, judged, lost, selected, batch, run)
-        runs.print_step(progress, step + 1, last_step, diagnostics.headline(metrics))
-        if checkpoints.due(step + 1, last_step, args, ranks):
-            checkpoints.save(args, step + 1, *state)
-    runs.print_end(args.out, "policy", f"python evaluate.py --model {args.out}/policy")
+        # 5. Log and save
+        rollout_record = RolloutRecord(
+            judged, dropped, selected, audits, held_out_rollout, swapped, len(mine), judge_counts
+        )
+        figures = {
+            "explained_variance": diagnostics.explained_variance(returns, values, ranks),
+            "weight_sync_error": sync_error,
+        }
+        clip = (args.eps_low, args.eps_high)
+        metrics = diagnostics.step_metrics(rollout_record, record, len(batch), figures, clip, run)
+        diagnostics.write_rollouts(rollout_record, record, chat, args.log_tokens, args.seed, run)
+        run.log(metrics, diagnostics.headline(metrics))
+        run.save_if_due()
+    run.finish("policy", f"python evaluate.py --model {args.out}/policy")
+
+
+def step_prompts(prompts: list[tuple[dict, list[int]]], ranks: Ranks) -> list[Prompt]:
+    """This rank's shard of the prompts, each with its index in the global batch."""
+    all_prompts = [Prompt(index=i, row=row, ids=ids) for i, (row, ids) in enumerate(prompts)]
+    return all_prompts[ranks.rank :: ranks.world_size]
 
 
 if __name__ == "__main__":

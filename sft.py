@@ -1,14 +1,14 @@
 """Stage 1: supervised fine-tuning of the policy (docs/method.md 1.3), and pretraining of a tiny base from scratch.
 
-1. Read rows: preference pairs, of which the chosen answers are learned, or conversations (`messages`), of which every
-   assistant turn is learned (from scratch: every token).
-2. Each step draws the next `batch_size` rows of the epoch's permutation, shares them out over the ranks, packs them
-   without padding and takes the mean negative log-likelihood over all trained tokens of all ranks.
-3. AdamW with warm-up and cosine decay; a checkpoint from time to time, from which the same command continues.
+1. Read preference pairs and learn the chosen answers, or read conversations (`messages`) and learn every assistant
+   turn. From scratch, every token is learned.
+2. Each step takes the next `batch_size` rows of the epoch's permutation, shards them over the ranks and packs them
+   without padding. The loss is the mean negative log-likelihood over the learned tokens of all ranks.
+3. AdamW with warm-up and cosine decay. Checkpoints are saved regularly; the same command continues from the newest.
 
-Editing is not trained here: rewriting by a critique is a skill that the instruct model brings along.
-Departures: the released code trains 3 epochs, the paper says 2; rows over the length limit are left out and counted,
-not cut, since a cut answer teaches to stop in mid-sentence.
+Editing is not trained here: the instruct model can already rewrite an answer by a critique.
+Departures: the released code trains 3 epochs, the paper says 2. Rows over the length limit are left out and counted.
+They are not cut, since a cut answer teaches the model to stop in mid-sentence.
 
     python sft.py --model Qwen/Qwen2.5-0.5B-Instruct                   # one CPU or GPU
     torchrun --nproc_per_node=8 sft.py                                 # eight GPUs
@@ -21,7 +21,7 @@ from runtime import flags
 
 
 @dataclass(kw_only=True)
-class Args(flags.Machine):
+class Args(flags.RuntimeArgs):
     # -- what goes in and out
     model: str = "Qwen/Qwen2.5-7B-Instruct"
     """Folder or hub id of the instruct model that is fine-tuned."""
@@ -39,8 +39,8 @@ class Args(flags.Machine):
     """Rows per step, over all ranks."""
     lr: flags.Positive = 5e-6
     """Peak learning rate."""
-    warmup_ratio: flags.Share = 0.1
-    """Share of the steps with linear warm-up."""
+    warmup_ratio: flags.Fraction = 0.1
+    """Fraction of the steps with linear warm-up."""
     weight_decay: flags.NonNegative = 0.01
     """AdamW's, on all parameters."""
     max_grad_norm: flags.Positive = 1.0
@@ -66,43 +66,47 @@ class Args(flags.Machine):
 if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
-import time
-
 from chat import Chat
 from model import Transformer, init_weights
 from model_config import Config
 from prompts import Templates, answer_prompt, load_templates, response_ids
-from runtime import checkpoints, packing, plan, roofline, runs, training
+from runtime import packing, plan, roofline, training
+from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows
+from runtime.runs import Run
 from weights import resolve
 
 
 def read_examples(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[int], list[bool]]]:
-    """(ids, trained) of each row: token ids, and which of them are learned."""
+    """(ids, loss_mask) of each row: token ids, and which of them are learned."""
     first = read_rows(args.data, "object")[0]
     examples = []
     if "messages" in first:
         for line, row in enumerate(read_rows(args.data, "messages"), 1):
             if row["messages"][0]["role"] == "assistant":
                 raise ValueError(f"{args.data}:{line}: messages[0]: expected a message of the user (or the system's)")
-            ids, trained, before = [], [], []
+            ids: list[int] = []
+            loss_mask: list[bool] = []
+            before: list[dict] = []
             for message in row["messages"]:
                 if message["role"] != "assistant":
                     before.append(message)
                     continue
-                # later turns go on from the ids of the earlier ones, as an edit does in RL
+                # later turns continue the ids of the earlier ones, as an edit does in RL
                 turns = [i for m in before for i in chat.turn(m["role"], m["content"])]
                 prompt = ids + chat.after_turn + turns + chat.header if ids else chat.messages(before)
                 answer = response_ids(chat, message["content"])
-                trained += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
-                ids, before = prompt + answer, []
-            if args.from_scratch:  # pretraining: what people ask is text to learn from, too
-                trained = [False] + [True] * (len(ids) - 1)
-            examples.append((ids, trained))
+                loss_mask += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
+                ids = prompt + answer
+                before = []
+            if args.from_scratch:  # pretraining learns from the questions too
+                loss_mask = [False] + [True] * (len(ids) - 1)
+            examples.append((ids, loss_mask))
     else:
         for row in read_rows(args.data, "pair"):
-            prompt, answer = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
+            prompt = answer_prompt(chat, templates, row)
+            answer = response_ids(chat, row["chosen"])
             examples.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
     kept = [e for e in examples if len(e[0]) <= args.max_length and any(e[1])]
     print0(
@@ -131,14 +135,40 @@ def scratch_config(args: Args, chat: Chat) -> Config:
 def open_model(args: Args, chat: Chat, ranks: Ranks) -> Transformer:
     """The model that is trained, sharded."""
     if not args.from_scratch:
-        return training.open_model(args.model, args, ranks)
+        return training.open_model(args.model, args, args.seed, ranks)
     model = training.shard(Transformer(scratch_config(args, chat)).to(ranks.device), ranks)
     init_weights(model, args.seed)
     model.checkpoint_activations = args.checkpoint_activations
     return model
 
 
-def main(args):
+def forward_backward(
+    args: Args, model: Transformer, examples: list[tuple[list[int], list[bool]]], ranks: Ranks
+) -> tuple[float, int, int, int]:
+    """Passes over this rank's examples; the gradients are those of the mean loss over the tokens of all ranks.
+
+    Returns that mean, its number of tokens, the number of all tokens (over all ranks), and this rank's FLOPs.
+    """
+    # the mean is over all ranks and micro-batches: the count must be known before any backward pass
+    n_loss_tokens, n_tokens = all_sum(
+        ranks, sum(sum(loss_mask) for _, loss_mask in examples), sum(len(ids) for ids, _ in examples)
+    )
+    loss_sum = 0.0
+    flops = 0
+    for indices in packing.micro_batches([len(ids) for ids, _ in examples], args.tokens_per_microbatch, ranks):
+        chosen = [examples[i] for i in indices] or [packing.DUMMY]
+        ids, loss_masks = zip(*chosen)
+        batch = packing.pack(ids, loss_masks, ranks.device)
+        flops += roofline.update_flops(model, batch)
+        loss = -training.forward(model, batch).sum() * (len(indices) > 0)
+        # FSDP averages gradients over the ranks; times world_size makes that the sum
+        (loss * ranks.world_size / n_loss_tokens).backward()
+        loss_sum += loss.item()
+    (loss_sum,) = all_sum(ranks, loss_sum)
+    return loss_sum / n_loss_tokens, int(n_loss_tokens), int(n_tokens), flops
+
+
+def main(args: Args) -> None:
     if args.from_scratch and args.lora_rank:
         raise ValueError(f"--lora-rank {args.lora_rank}: random weights (--from-scratch) are trained whole")
     if args.plan:
@@ -150,73 +180,39 @@ def main(args):
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
     examples = read_examples(args, chat, templates)
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
-    runs.open_run(
-        args,
-        ranks,
-        inputs={
-            "--data": runs.input_digest(args.data),
-            "--from-scratch" if args.from_scratch else "--model": runs.input_digest(tokenizer_from),
-            "--answer-template": runs.digest_of(templates.answer),
-        },
-    )
+    inputs = {
+        "--data": input_digest(args.data),
+        "--from-scratch" if args.from_scratch else "--model": input_digest(tokenizer_from),
+        "--answer-template": digest_of(templates.answer),
+    }
+    run = Run(args.out, args, ranks, inputs, last_step)
     model = open_model(args, chat, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    first_step = checkpoints.load(args.out, {"policy": model}, {"policy": optimizer}, ranks)
+    run.resume({"policy": model}, {"policy": optimizer}, tokenizer_from, templates.texts("answer"))
 
-    progress = runs.progress(first_step, last_step, ranks)
-    for step in progress:
-        started = time.perf_counter()
-        rows = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
-        mine = [examples[i] for i in packing.share(rows, [len(examples[i][0]) for i in rows], ranks)]
-        # the mean is over the tokens of all ranks and micro-batches: the count must be known before any backward pass
-        n_trained, n_tokens = all_sum(ranks, sum(sum(t) for _, t in mine), sum(len(ids) for ids, _ in mine))
-
-        loss_sum, flops = 0.0, 0
-        for indices in packing.micro_batches([len(ids) for ids, _ in mine], args.tokens_per_microbatch, ranks):
-            chosen = [mine[i] for i in indices] or [packing.EMPTY]
-            batch = packing.pack(*zip(*chosen), ranks.device)
-            logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-            flops += roofline.update_flops(model, batch)
-            loss = -logprobs.sum() * (len(indices) > 0)
-            # FSDP averages gradients over the ranks; times world_size makes that the sum
-            (loss * ranks.world_size / n_trained).backward()
-            loss_sum += loss.item()
-        lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        share = dict(loss=loss_sum / n_trained)  # of the mean
-        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
-
-        (loss_sum,) = all_sum(ranks, loss_sum)
-        seconds = time.perf_counter() - started
-        runs.log_metrics(
-            args.out,
-            dict(
-                step=step + 1,
-                loss=loss_sum / n_trained,
-                grad_norm=grad_norm,
-                lr=lr,
-                tokens=int(n_tokens),
-                trained_tokens=int(n_trained),
-                seconds=seconds,
-                tokens_per_second=n_tokens / seconds,
-                **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-            ),
-            ranks,
+    for step in run.steps():
+        with run.phase("update"):
+            indices = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
+            mine = [examples[i] for i in packing.shard(indices, [len(examples[i][0]) for i in indices], ranks)]
+            loss, n_loss_tokens, n_tokens, flops = forward_backward(args, model, mine, ranks)
+            lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
+            part = {"loss": loss / ranks.world_size}  # the mean is over all ranks already
+            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
+        seconds = run.seconds["update"]
+        metrics = dict(
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=n_tokens,
+            trained_tokens=n_loss_tokens,
+            seconds=seconds,
+            tokens_per_second=n_tokens / seconds,
+            **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
         )
-        runs.print_step(
-            progress, step + 1, last_step, dict(loss=loss_sum / n_trained, grad_norm=grad_norm, lr=lr, seconds=seconds)
-        )
-        if checkpoints.due(step + 1, last_step, args, ranks):
-            checkpoints.save(
-                args,
-                step + 1,
-                {"policy": model},
-                {"policy": optimizer},
-                tokenizer_from,
-                templates.texts("answer"),
-                ranks,
-            )
+        run.log(metrics, dict(loss=loss, grad_norm=grad_norm, lr=lr, seconds=seconds))
+        run.save_if_due()
     after = f"sft.py --model {args.out}/policy" if args.from_scratch else f"train_grm.py --model {args.model}"
-    runs.print_end(args.out, "policy", f"python {after}")
+    run.finish("policy", f"python {after}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ DEFAULTS = {
 
 
 @dataclass(kw_only=True)
-class Args(flags.Machine):
+class Args(flags.RuntimeArgs):
     # -- what goes in and out (None: the value of the objective, see DEFAULTS)
     objective: Literal["grm", "bt"] = "grm"
     """grm: write critique and scores. bt: scalar head on pairs."""
@@ -56,8 +56,8 @@ class Args(flags.Machine):
     """Judgements or pairs per step, over all ranks."""
     lr: flags.Positive | None = None
     """Peak learning rate."""
-    warmup_ratio: flags.Share = 0.1
-    """Share of the steps with linear warm-up; cosine decay to zero after it."""
+    warmup_ratio: flags.Fraction = 0.1
+    """Fraction of the steps with linear warm-up; cosine decay to zero after it."""
     weight_decay: flags.NonNegative = 0.01
     """AdamW's, on all parameters."""
     max_grad_norm: flags.Positive = 1.0
@@ -84,7 +84,6 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
-import time
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +103,11 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
-from runtime import checkpoints, packing, plan, roofline, runs, training
+from runtime import packing, plan, roofline, training
+from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows, write_rows, write_text
-from runtime.watch import enter
+from runtime.runs import Run
 from weights import resolve
 
 
@@ -118,7 +118,7 @@ def with_defaults(args: Args) -> Args:
 
 
 def read_examples(args: Args, path: str, chat: Chat, templates: Templates) -> list[tuple[list, list]]:
-    """grm: (ids, trained) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
+    """grm: (ids, loss_mask) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
     examples = []
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
@@ -154,8 +154,7 @@ def grm_sums(
 ) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
     """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, what was computed)."""
     batch = packing.pack(*zip(*examples), device)
-    logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
-    return -logprobs.sum(), {}, batch
+    return -training.forward(model, batch).sum(), {}, batch
 
 
 def bt_sums(
@@ -172,7 +171,7 @@ def bt_sums(
     batch = packing.Batch(
         torch.tensor(input_ids, device=device), SharedPrefix(groups, device), last_tokens, None, [1] * 2 * len(examples)
     )
-    rewards = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
+    rewards = training.forward(model, batch)
     chosen, rejected = rewards[0::2], rewards[1::2]
     sums = dict(
         correct=(chosen > rejected).sum(),
@@ -199,10 +198,10 @@ def over_examples(
     `train` each pass is followed by its backward pass.
     """
     if args.objective == "bt":
-        sums_of, stand_in = bt_sums, ([0], [0])
+        sums_of, dummy = bt_sums, ([0], [0])
         n_trained = len(examples)
     else:
-        sums_of, stand_in = grm_sums, packing.EMPTY
+        sums_of, dummy = grm_sums, packing.DUMMY
         n_trained = sum(sum(t) for _, t in examples)
     lengths = [size(example) for example in examples]
     # the mean is over all ranks and micro-batches: the count must be known before any backward pass
@@ -210,7 +209,7 @@ def over_examples(
 
     totals, flops = {}, 0
     for indices in packing.micro_batches(lengths, args.tokens_per_microbatch, ranks):
-        chosen = [examples[i] for i in indices] or [stand_in]
+        chosen = [examples[i] for i in indices] or [dummy]
         with torch.set_grad_enabled(train):
             loss, sums, batch = sums_of(model, chosen, ranks.device)
         flops += (roofline.update_flops if train else roofline.forward_flops)(model, batch)
@@ -253,7 +252,7 @@ def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -
     return agreement(labels, found)
 
 
-def main(args):
+def main(args: Args) -> None:
     args = with_defaults(args)
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
@@ -262,72 +261,57 @@ def main(args):
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
     templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
-    trained_with = templates.texts("answer" if args.objective == "bt" else "grm")
+    template_texts = templates.texts("answer" if args.objective == "bt" else "grm")
     examples = read_examples(args, args.data, chat, templates)
     if len(examples) < args.batch_size:
         raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
     held_out = read_examples(args, args.eval_data, chat, templates) if args.eval_data else []
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
-    runs.open_run(
-        args,
-        ranks,
-        inputs={
-            "--data": runs.input_digest(args.data),
-            "--model": runs.input_digest(tokenizer_from),
-            "the template": runs.digest_of(*trained_with.values()),
-        },
-    )
-    scalar_head = args.objective == "bt"
-    model = training.open_model(args.model, args, ranks, scalar_head)
+    inputs = {
+        "--data": input_digest(args.data),
+        "--model": input_digest(tokenizer_from),
+        "the template": digest_of(*template_texts.values()),
+    }
+    run = Run(args.out, args, ranks, inputs, last_step)
+    model = training.open_model(args.model, args, args.seed, ranks, scalar_head=args.objective == "bt")
     optimizer = training.adamw(model, args.lr, args.weight_decay)
-    first_step = checkpoints.load(args.out, {"model": model}, {"model": optimizer}, ranks)
+    run.resume({"model": model}, {"model": optimizer}, tokenizer_from, template_texts)
 
-    progress = runs.progress(first_step, last_step, ranks)
-    for step in progress:
-        started = time.perf_counter()
-        rows = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
-        mine = [examples[i] for i in packing.share(rows, [size(examples[i]) for i in rows], ranks)]
-        metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
-        lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-        share = dict(loss=metrics["loss"] / ranks.world_size)  # the mean is of all ranks already
-        grad_norm = training.optimizer_step(model, optimizer, lr, step + 1, share, mine, args, ranks)
-        seconds = time.perf_counter() - started
-
-        if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == last_step):
-            enter("evaluation", step + 1)
-            share = held_out[ranks.rank :: ranks.world_size]
-            held_out_metrics, *_ = over_examples(args, model, share, ranks, train=False)
+    for step in run.steps():
+        with run.phase("update"):
+            indices = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
+            mine = [examples[i] for i in packing.shard(indices, [size(examples[i]) for i in indices], ranks)]
+            metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
+            lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
+            part = {"loss": metrics["loss"] / ranks.world_size}  # the mean is over all ranks already
+            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
+        seconds = run.seconds["update"]
+        if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == run.last_step):
+            with run.phase("evaluation"):
+                shard = held_out[ranks.rank :: ranks.world_size]
+                held_out_metrics, *_ = over_examples(args, model, shard, ranks, train=False)
             metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
-        runs.log_metrics(
-            args.out,
-            dict(
-                step=step + 1,
-                **metrics,
-                grad_norm=grad_norm,
-                lr=lr,
-                tokens=n_tokens,
-                trained=n_trained,
-                seconds=seconds,
-                tokens_per_second=n_tokens / seconds,
-                **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-            ),
-            ranks,
+        headline = {**metrics, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
+        metrics |= dict(
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=n_tokens,
+            trained=n_trained,
+            seconds=seconds,
+            tokens_per_second=n_tokens / seconds,
+            **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
         )
-        runs.print_step(
-            progress, step + 1, last_step, {**metrics, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
-        )
-        if checkpoints.due(step + 1, last_step, args, ranks):
-            checkpoints.save(
-                args, step + 1, {"model": model}, {"model": optimizer}, tokenizer_from, trained_with, ranks
-            )
+        run.log(metrics, headline)
+        run.save_if_due()
     if args.objective == "grm" and held_out:
         del model, optimizer  # the engine needs their memory
+        run.release_models()
         result = judge_held_out(args, chat, templates, ranks)
         print0("held-out judgements:", result)
         if ranks.rank == 0:
             write_text(os.path.join(args.out, "held_out.json"), json.dumps(result, indent=2))
     judge = f"{args.out}/model" if args.objective == "grm" else f"bt:{args.out}/model --edit-rate 0"
-    runs.print_end(args.out, "model", f"python ppo_cpe.py --judge {judge}")
+    run.finish("model", f"python ppo_cpe.py --judge {judge}")
 
 
 if __name__ == "__main__":

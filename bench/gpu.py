@@ -169,7 +169,7 @@ def gaps(run: str, bound: str) -> bool:
 
     lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     checks = [figure(f"{run}, steps", len(lines), 4, at_least=True)]
-    for name in ("refresh_gap", "logprob_gap"):
+    for name in ("weight_sync_error", "train_inference_mismatch"):
         largest = max(float("nan") if line[name] is None else line[name] for line in lines)
         checks.append(figure(f"{run}, {name}", largest, float(bound)))
     return all(checks)

@@ -93,7 +93,7 @@ class Args:
     """Judgements of each of them by each judge; of --judge the first is the one that is trained on."""
     audit_judges: tuple[str, ...] = ()
     """Other judges of these answers."""
-    eval_share: flags.Share = 0.1
+    eval_share: flags.Fraction = 0.1
     """Share of the personas held out for evaluation, in [0, 1)."""
     seed: int = 0
     """Of the replies' sampling and of drawn samples."""

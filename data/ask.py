@@ -55,9 +55,10 @@ from runtime.chat_client import (
     is_url,
     shown,
 )
+from runtime.digests import file_digest
 from runtime.distributed import Ranks, derive_seed
 from runtime.flags import PATIENCE
-from runtime.runs import counting, file_digest
+from runtime.progress import counting
 from runtime.watch import STOPPED
 from weights import resolve
 

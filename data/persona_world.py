@@ -55,7 +55,7 @@ class Args:
     """Answers with critique and scores."""
     eval_pairs: flags.Count = 400
     """Pairs and judgements each, unseen personas."""
-    rarity: tuple[flags.Share, flags.Share] = (0.08, 0.15)
+    rarity: tuple[flags.Fraction, flags.Fraction] = (0.08, 0.15)
     """How often an answer has its topic's last step, and where it uses an attribute that matters, advice on it."""
     vocab_size: flags.Count = 1400
     """Tokens, of which 256 are bytes."""

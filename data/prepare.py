@@ -55,7 +55,7 @@ class Args:
     """A public data set: a folder, a single file, or its name on the hub."""
     out: str = "out/data"
     """Folder of the written files."""
-    eval_share: flags.Share = 0.1
+    eval_share: flags.Fraction = 0.1
     """Share of the personas held out for evaluation, in [0, 1)."""
     personas: str | None = None
     """For AlpacaEval and --questions: whose personas are used; a source as above, or a table."""

@@ -25,9 +25,10 @@ from judges.base import weights_fingerprint
 from model import load_pretrained
 from prompts import DIMENSIONS, Judgement
 from runtime.chat_client import ChatServer, Failure, ServerDown, is_url
+from runtime.digests import digest_of
 from runtime.distributed import all_gather, barrier, derive_seed, print0
+from runtime.progress import counting
 from runtime.rows import read_rows
-from runtime.runs import counting, digest_of
 from weights import load_config, resolve
 
 

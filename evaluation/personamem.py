@@ -28,8 +28,8 @@ from model import load_pretrained
 from prompts import without_reasoning
 from runtime import packing
 from runtime.chat_client import is_url
+from runtime.digests import digest_of
 from runtime.rows import read_rows, write_rows, write_text
-from runtime.runs import digest_of
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
 then end with <final_answer> and the letter of that reply, such as <final_answer>(a)."""

@@ -50,9 +50,9 @@ from model import Packed, load_pretrained
 from prompts import DIMENSIONS, PAIR_NAMES, Judgement, Templates, bt_ids, grm_prompt, pair_request, parse_judgement
 from runtime import plan
 from runtime.chat_client import ChatServer, is_url
+from runtime.digests import file_digest
 from runtime.distributed import derive_seed
 from runtime.rows import without_surrogates
-from runtime.runs import file_digest
 
 FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 

@@ -10,8 +10,8 @@ from typing import Any
 from prompts import PAIR_NAMES, SCORE_WEIGHTS, Judgement, Templates, load_templates
 from runtime import plan
 from runtime.chat_client import is_url
+from runtime.digests import input_digest
 from runtime.flags import PATIENCE
-from runtime.runs import input_digest
 from weights import resolve
 
 
@@ -49,7 +49,7 @@ class JudgeSettings:
 
     @classmethod
     def from_args(cls, args: Any) -> "JudgeSettings":
-        """From a script's flags (`flags.Judging`), and those of these names that it has beside them."""
+        """From a script's flags (`flags.JudgeArgs`), and those of these names that it has beside them."""
         names = ("answer_template", "grm_template", "pair_template", "max_batch", "concurrency")
         return cls(
             weights=args.score_weights,

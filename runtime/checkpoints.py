@@ -29,25 +29,19 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from model import save_pretrained
+from runtime.digests import digest_of, git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.rows import check_row, json_lines, sync, write_rows, write_text
-from runtime.runs import digest_of, git_hash
-from runtime.watch import enter, should_stop
+from runtime.watch import set_phase
 from weights import GIB
 
 PART_BYTES = 2**31  # of a file of trainer state, so that host memory holds one such part at a time
 
 
-def due(step: int, last_step: int, args: Any, ranks: Ranks) -> bool:
-    """Is it time for a checkpoint after so many steps? Also when a signal has asked any rank to stop: the run then
-    ends after it (`runs.progress`). Every rank calls it after every step."""
-    return should_stop(ranks) or step % args.save_every == 0 or step == last_step
-
-
 # -- trainer state: what each rank holds of each tensor ----------------------------------------------------------------
 
 
-def _trained(model):
+def _trainable(model):
     """(name, parameter) of what the optimizer has, in its order; what is frozen comes from the folder of the model."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
@@ -55,7 +49,7 @@ def _trained(model):
 def _tensors(models, optimizers) -> Iterator[tuple[str, torch.Tensor]]:
     """("policy/model.norm.weight", masters) and ("policy/model.norm.weight/exp_avg", state of its optimizer), ..."""
     for name, model in models.items():
-        for parameter_name, parameter in _trained(model):
+        for parameter_name, parameter in _trainable(model):
             yield f"{name}/{parameter_name}", parameter.detach()
             for kind, value in optimizers[name].state.get(parameter, {}).items():
                 yield f"{name}/{parameter_name}/{kind}", value
@@ -133,7 +127,7 @@ def _read_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks)
                 kinds[name, parameter_name][kind[0]] = shape
         for name, model in models.items():
             state = {}
-            for i, (parameter_name, parameter) in enumerate(_trained(model)):
+            for i, (parameter_name, parameter) in enumerate(_trainable(model)):
                 fill(f"{name}/{parameter_name}", parameter.detach())
                 for kind, shape in kinds[name, parameter_name].items():
                     alike = shape == list(parameter.shape)  # moments; the other is a count of steps
@@ -207,21 +201,22 @@ def _checkpoints(out: str) -> list[str]:
 
 
 def save(
-    args: Any,
+    out: str,
     step: int,
     models: dict[str, torch.nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     tokenizer_from: str,
     templates: dict[str, str],
+    keep: int,
     ranks: Ranks,
 ) -> None:
-    """Writes OUT/checkpoints/step_NNNNNN, points OUT/NAME at its models, removes all but the newest keep_checkpoints.
+    """Writes OUT/checkpoints/step_NNNNNN, points OUT/NAME at its models, removes all but the newest `keep`.
 
     models: {"policy": model, "critic": model, ...}. templates: see `model.save_pretrained`. OSError on every rank: one
     of them could not write; what was there before is whole.
     """
-    enter("checkpoint", step)
-    final = os.path.join(args.out, "checkpoints", f"step_{step:06d}")
+    set_phase("checkpoint", step)
+    final = os.path.join(out, "checkpoints", f"step_{step:06d}")
     tmp = f"{final}.tmp"
     train_state = os.path.join(tmp, "train_state")
 
@@ -244,15 +239,15 @@ def save(
     def finish():
         state = {"step": step, "git": git_hash(), "world_size": ranks.world_size, "files": files}
         write_text(os.path.join(tmp, "state.json"), json.dumps({**state, "digest": digest_of(state)}))
-        metrics = os.path.join(args.out, "metrics.jsonl")
+        metrics = os.path.join(out, "metrics.jsonl")
         if os.path.isfile(metrics):
             sync(metrics)
         for folder, _, _ in os.walk(tmp):
             sync(folder)
         os.rename(tmp, final)
         sync(os.path.dirname(final))
-        _link_newest(args.out, models)
-        for old in _checkpoints(args.out)[: -args.keep_checkpoints]:
+        _link_newest(out, models)
+        for old in _checkpoints(out)[:-keep]:
             os.rename(old, f"{old}.tmp")  # so that a half-removed one is not taken for one
             shutil.rmtree(f"{old}.tmp")
 
@@ -301,15 +296,10 @@ def load(
 
     A damaged one is named and set aside. Lines of metrics.jsonl from after the checkpoint are dropped: their steps will
     be run again. The links to its models are made again, since a run may have been killed between a checkpoint and its
-    links. ValueError: all are damaged, or were written by a version that pickled them.
+    links. ValueError: all are damaged.
     """
     damages, started = {}, time.monotonic()
     for folder in reversed(_checkpoints(out)):
-        if os.path.exists(os.path.join(folder, "train_state", ".metadata")):
-            raise ValueError(
-                f"{folder}: its trainer state was pickled by an older version; it is not read, since that could run "
-                f"code. Start again from its weights: --model {folder}/NAME with another --out"
-            )
         damages[folder] = _damage(folder, ranks)
         if not damages[folder]:
             break

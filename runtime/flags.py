@@ -11,7 +11,7 @@ A script defines `Args` before its heavy imports and parses it there, so that `-
         \"\"\"Steps between checkpoints.\"\"\"
 
 The type of a number is its range. `MayChange` marks what a continuation of the run may set differently, since what a
-step computes stays the same; any other change is refused (`runs.open_run`).
+step computes stays the same; any other change is refused (`runs.Run`).
 """
 
 import argparse
@@ -39,7 +39,7 @@ Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65535)]
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 TopP = Annotated[float, pydantic.Field(gt=0, le=1)]
 TIMEOUTS = (3600, 7200, 1800)  # seconds of a start, a rollout, an update
 SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)
@@ -48,8 +48,8 @@ DType = Literal["auto", "fp32", "bf16"]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Machine:
-    """The flags that every training script has: what the machine is like, and how far and how often."""
+class RuntimeArgs:
+    """Flags of every training script: the machine, checkpoints, adapters, trackers."""
 
     # -- the machine
     tokens_per_microbatch: MayChange[Count] = 16384
@@ -97,8 +97,8 @@ class Machine:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Judging:
-    """Who scores answers, and how: of ppo_cpe.py and evaluate.py."""
+class JudgeArgs:
+    """Flags of the judge, in ppo_cpe.py and evaluate.py."""
 
     # -- the judge
     judge: str = "out/grm/model"
@@ -118,8 +118,8 @@ class Judging:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Sampling:
-    """The engine of the model that answers: of ppo_cpe.py and evaluate.py."""
+class EngineArgs:
+    """Flags of the generation engine, in ppo_cpe.py and evaluate.py."""
 
     # -- generation
     max_batch: Count = 256
@@ -129,8 +129,8 @@ class Sampling:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Watching:
-    """What a run of RL is watched by."""
+class DiagnosticArgs:
+    """Flags of what an RL run is watched by."""
 
     # -- diagnostics, which change nothing in the training (docs/metrics.md)
     eval_data: MayChange[str | None] = None
@@ -139,7 +139,7 @@ class Watching:
     """Evaluation interval in steps; the first evaluation is at step 1, before any training."""
     eval_n: MayChange[Count] = 64
     """Prompts of an evaluation: the first of the file."""
-    audit_share: MayChange[Share] = 0.0
+    audit_share: MayChange[Fraction] = 0.0
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
     """Another judge (as --judge) that scores these too."""

@@ -1,4 +1,4 @@
-"""From rows to batches: which rows a step has, how ranks share them, how they are packed within a token budget."""
+"""From rows to batches: the rows of a step, their shards on the ranks, and packing within a token budget."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import torch
 
 from model import Packed, SharedPrefix
 from runtime.distributed import Ranks, all_gather, all_max, derive_seed
+from trajectory import Trajectory
 
 
 def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: int) -> tuple[int, int]:
@@ -71,11 +72,6 @@ def pack_shared(prefixes: list, suffixes: list, trained: list, device: torch.dev
     return Batch(input_ids, SharedPrefix(groups, device), index, targets, [sum(f) for f in trained])
 
 
-def deal(prompts: list[tuple], ranks: Ranks) -> list[tuple]:
-    """This rank's of some prompts (tuples), each with its place among all in front."""
-    return [(place, *prompt) for place, prompt in enumerate(prompts)][ranks.rank :: ranks.world_size]
-
-
 def balance(sizes: list[int], n_bins: int) -> list[list[int]]:
     """Indices of `sizes` in bins of nearly equal sums: the largest first, each into the emptiest bin (LPT rule)."""
     bins, filled = [[] for _ in range(n_bins)], [0] * n_bins
@@ -86,33 +82,38 @@ def balance(sizes: list[int], n_bins: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
-def share(rows: list, sizes: list[int], ranks: Ranks) -> list:
-    """This rank's part of a step's rows, dealt out evenly by size: every rank waits for the one with most tokens."""
+def shard(rows: list, sizes: list[int], ranks: Ranks) -> list:
+    """This rank's shard of a step's rows, balanced by size, since every rank waits for the one with most tokens."""
     return [rows[i] for i in balance(sizes, ranks.world_size)[ranks.rank]]
 
 
-def share_prompts(trajectories: list, prompts_per_mini_batch: int, ranks: Ranks) -> list:
-    """Deals whole prompts out to the ranks anew, evenly by tokens in each mini-batch -> this rank's, by place.
+def balance_prompts(trajectories: list[Trajectory], prompts_per_mini_batch: int, ranks: Ranks) -> list[Trajectory]:
+    """Distributes whole prompts over the ranks, balanced by tokens within each mini-batch.
 
-    trajectories of ppo_cpe.py: with `place` (of their prompt in the step), `key`, `prompt_ids`, `response_ids`.
-    Responses differ in length, and every rank waits for the one that has most to compute.
+    Responses differ in length, and every rank waits for the one that has most to compute. Returns this rank's
+    trajectories, ordered by prompt.
     """
-    batch = sorted(all_gather(ranks, trajectories), key=lambda t: (t.place, t.key))
-    prompts = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.place)]
-    mine = []
-    for _, groups in itertools.groupby(prompts, key=lambda group: group[0].place // prompts_per_mini_batch):
-        groups = list(groups)
-        sizes = [len(group[0].prompt_ids) + sum(len(t.response_ids) for t in group) for group in groups]
+    batch = sorted(all_gather(ranks, trajectories), key=lambda t: (t.prompt.index, t.key))
+    groups = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.prompt.index)]
+    mine: list[Trajectory] = []
+    for _, mini_batch in itertools.groupby(groups, key=lambda group: group[0].prompt.index // prompts_per_mini_batch):
+        prompts = list(mini_batch)
+        sizes = [len(group[0].prompt.ids) + sum(len(t.response_ids) for t in group) for group in prompts]
         for i in balance(sizes, ranks.world_size)[ranks.rank]:
-            mine += groups[i]
+            mine += prompts[i]
     return mine
+
+
+def per_token_flags(flags: list[bool], counts: list[int], device: torch.device) -> torch.Tensor:
+    """Repeats the flag of each sequence for its tokens: bool [sum(counts)]."""
+    return torch.repeat_interleave(torch.tensor(flags), torch.tensor(counts)).to(device)
 
 
 def micro_batches(sizes: list[int], tokens_per_microbatch: int, ranks: Ranks) -> list[list[int]]:
     """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger one gets its own): lists of indices.
 
     Under FSDP every rank must run the same number of passes: all ranks make as many parts as the one that needs most.
-    Some may stay empty, at the end; for these the caller runs `EMPTY` with weight zero.
+    Some may stay empty, at the end; for these the caller runs `DUMMY` with weight zero.
     """
     parts, room = [], []  # first fit, largest first: never over the budget
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -160,4 +161,4 @@ def packed_micro_batches(
         yield indices, pack_shared(*chosen, ranks.device) if indices else None
 
 
-EMPTY = ([0, 0], [False, True])  # a sequence that stands in for an empty micro-batch; its loss gets weight zero
+DUMMY = ([0, 0], [False, True])  # stands for an empty micro-batch; its loss gets weight zero

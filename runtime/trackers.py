@@ -5,8 +5,8 @@ import functools
 import importlib
 import json
 import os
-from typing import Any
 
+from runtime.flags import RuntimeArgs
 from runtime.rows import write_text
 
 opened = []  # of this process, which is rank 0; `runs` gives each every step's metrics and rows
@@ -19,29 +19,30 @@ def _optional(package, name, why):
         raise ValueError(f"{why} needs the package {package}, which is not installed: pip install {package}") from error
 
 
-def open_trackers(args: Any) -> None:
-    """What --wandb and --tensorboard name. ValueError: the package is not installed."""
+def open_trackers(out: str, args: RuntimeArgs) -> None:
+    """Opens what --wandb and --tensorboard name. ValueError: the package is not installed."""
     opened.clear()
     if args.wandb:
-        opened.append(_Wandb(_optional("wandb", "wandb", f"--wandb {args.wandb}"), args))
+        opened.append(_Wandb(_optional("wandb", "wandb", f"--wandb {args.wandb}"), out, args))
     if args.tensorboard:
         writer = _optional("tensorboard", "torch.utils.tensorboard", "--tensorboard").SummaryWriter
-        opened.append(_TensorBoard(writer, os.path.join(args.out, "tensorboard")))
+        opened.append(_TensorBoard(writer, os.path.join(out, "tensorboard")))
 
 
 class _Wandb:
     """One W&B run a run folder, also after it is continued; each step's rows are a table, and a file beside it."""
 
-    def __init__(self, wandb, args):
-        self.wandb, id_file = wandb, os.path.join(args.out, "wandb_id")
+    def __init__(self, wandb, out, args):
+        self.wandb = wandb
+        id_file = os.path.join(out, "wandb_id")
         before = None
         if os.path.isfile(id_file):
             with open(id_file) as f:
                 before = f.read().strip()
-        name = os.path.basename(os.path.normpath(args.out))
+        name = os.path.basename(os.path.normpath(out))
         config = dataclasses.asdict(args)
-        self.run = wandb.init(project=args.wandb, name=name, id=before, resume="allow", dir=args.out, config=config)
-        self.out = args.out
+        self.run = wandb.init(project=args.wandb, name=name, id=before, resume="allow", dir=out, config=config)
+        self.out = out
         write_text(id_file, self.run.id + "\n")
 
     def figures(self, metrics):

@@ -1,11 +1,11 @@
-"""What an update stands on: models, FSDP2, AdamW, the schedule, offloading, and figures of the machine."""
+"""Shared by all training scripts: FSDP2, AdamW, learning rate, offloading, forward passes, and machine metrics."""
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
 import resource
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -13,19 +13,21 @@ from torch.distributed.tensor import DTensor
 
 from lora import lora_settings, share_base_weights
 from model import Transformer, load_pretrained
-from runtime import roofline, runs
+from runtime import roofline
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
-from runtime.packing import EMPTY, Batch, pack, packed_micro_batches
+from runtime.flags import RuntimeArgs
+from runtime.packing import DUMMY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
+from runtime.runs import Run, count_bad_steps
 from weights import GIB
 
 
 def open_model(
-    path: str, args: Any, ranks: Ranks, scalar_head: bool = False, other: Transformer | None = None
+    path: str, args: RuntimeArgs, seed: int, ranks: Ranks, scalar_head: bool = False, other: Transformer | None = None
 ) -> Transformer:
-    """A model to be trained, sharded: fp32 masters, or with --lora-rank fp32 adapters on weights that are frozen in the
-    compute dtype. other: a model of the same folder; one process holds the frozen weights of both once."""
-    lora = lora_settings(args.lora_rank, args.lora_alpha, path, args.seed)
+    """Opens a model for training, sharded: fp32 master weights, or with --lora-rank fp32 adapters on frozen weights in
+    the compute dtype. other: a model from the same folder; a single process then shares the frozen weights of both."""
+    lora = lora_settings(args.lora_rank, args.lora_alpha, path, seed)
     if lora and other and ranks.world_size == 1:
         model = share_base_weights(other)
         if scalar_head:
@@ -38,8 +40,8 @@ def open_model(
 
 
 def open_sampler(path: str, policy: Transformer, ranks: Ranks) -> Transformer:
-    """What the engine of a policy computes with: whole on every rank, in the compute dtype. Adapters are applied, not
-    merged (why: `pack_weights`; and memory holds no second copy of the base where the policy is not sharded)."""
+    """Opens the engine's copy of a policy: unsharded, in the compute dtype. Adapters are applied, not merged (see
+    `pack_weights`), so that an unsharded policy and its engine share one copy of the base in memory."""
     if policy.lora and ranks.world_size == 1:
         model = share_base_weights(policy)
     else:
@@ -49,7 +51,7 @@ def open_sampler(path: str, policy: Transformer, ranks: Ranks) -> Transformer:
     return model
 
 
-def trained(model: Transformer) -> list[torch.nn.Parameter]:
+def trainable(model: Transformer) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -66,20 +68,21 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
     for layer in model.model.layers:
         fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
     if model.scalar_head and ranks.dtype != torch.float32:  # values and rewards: fp32, or they come in steps of 1/32
-        wide = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-        fully_shard(model.score, mesh=ranks.mesh, mp_policy=wide)
+        fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(model.score, mesh=ranks.mesh, mp_policy=fp32)
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def reshard(model: Transformer) -> None:
-    """Frees what passes without a backward pass have left gathered: the root of `shard`."""
+    """Frees the root of `shard`, which passes without a backward pass leave gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """ValueError: steps as large as the weights, which would be lost in the first."""
-    parameters = trained(model)
+    """AdamW on the trainable parameters. ValueError: the learning rate is as large as the weights, which the first step
+    would destroy."""
+    parameters = trainable(model)
     norm = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     rms = norm / sum(p.numel() for p in parameters) ** 0.5
@@ -92,7 +95,7 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
 
 
 def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -> float:
-    """Linear warm-up over a share of the steps, then cosine to zero. step counts from 0."""
+    """Linear warm-up over a fraction of the steps, then cosine decay to zero. step counts from 0."""
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -106,17 +109,28 @@ def move_moments(optimizer: torch.optim.Optimizer, device: torch.device | str) -
             state[name] = state[name].to(device)
 
 
-def to_host(models: dict[str, Transformer], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Masters and moments into host memory (--offload); a resumed run's moments have come with its checkpoint. A frozen
-    base stays, since the engine may be using it; the adapters on it are small."""
-    for name, model in models.items():
-        if model.lora is None:
-            model.to("cpu")
-        move_moments(optimizers[name], "cpu")
+@contextlib.contextmanager
+def offloaded(
+    models: dict[str, Transformer], optimizers: dict[str, torch.optim.Optimizer], device: torch.device, enabled: bool
+) -> Iterator[None]:
+    """Keeps master weights and Adam moments in host memory while responses are sampled (--offload).
+
+    The moments stay there until `optimizer_step` needs them. A frozen base stays on the device, since the engine may be
+    using it; the adapters on it are small.
+    """
+    if enabled:
+        for name, model in models.items():
+            if model.lora is None:
+                model.to("cpu")
+            move_moments(optimizers[name], "cpu")
+    yield
+    if enabled:
+        for model in models.values():
+            model.to(device)
 
 
-# Means beyond these count as not finite: a model that a step has wrecked, whose numbers still exist. A loss is in nats
-# per token or pair, a value loss in squared units of the reward, the KL of originals in nats per token.
+# Sanity bounds on the means of a step. Outside them the model has diverged, although its numbers are still finite.
+# Losses are in nats per token or pair, the value loss in squared units of the reward, the KL in nats per token.
 BOUNDS = {"loss": 1e3, "policy_loss": 1e3, "value_loss": 1e6, "original/approx_kl": 10.0}
 
 
@@ -124,94 +138,106 @@ def optimizer_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     lr: float,
-    step: int,
+    max_grad_norm: float,
     figures: dict[str, float],
-    batch: list,
-    args: Any,
-    ranks: Ranks,
+    examples: list,
+    run: Run,
     part: str = "",
 ) -> float:
-    """Clips the gradients of all ranks together, updates, clears -> the norm before clipping.
+    """Clips the gradients over all ranks, updates, clears them. Returns the norm before clipping.
 
-    figures: this rank's share of means that have BOUNDS. batch: this rank's examples. part: which of several updates of
-    the step (from 1) this is. With --offload the moments lie in host memory between steps.
+    figures: this rank's part of means that have BOUNDS. examples: what this rank trained on. part: names the update
+    where a step has several. With --offload the moments are in host memory between steps.
 
-    Where the norm or a figure is not finite or out of bounds, the update is left out and the batch written to
+    If the norm or a mean is not finite or out of bounds, the update is left out and its examples are written to
     OUT/bad_steps. FloatingPointError: that has happened more than --skip-bad-steps times.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    means = dict(zip(figures, all_sum(ranks, *figures.values())))
-    fine = all(math.isfinite(mean) and abs(mean) <= BOUNDS[name] for name, mean in means.items())
-    if not (fine and math.isfinite(norm)):
+    means = dict(zip(figures, all_sum(run.ranks, *figures.values())))
+    is_finite = math.isfinite(norm)
+    for name, mean in means.items():
+        is_finite = is_finite and math.isfinite(mean) and abs(mean) <= BOUNDS[name]
+    if not is_finite:
         optimizer.zero_grad(set_to_none=True)
-        _leave_out({**means, "grad_norm": norm}, step, batch, args, ranks, part)
+        skip_bad_step({**means, "grad_norm": norm}, examples, run, part)
         return norm
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if args.offload:
+    if run.args.offload:
         move_moments(optimizer, next(model.parameters()).device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if args.offload:
+    if run.args.offload:
         move_moments(optimizer, "cpu")
     return norm
 
 
-def _leave_out(figures, step, batch, args, ranks, part):
-    """Keeps the batch of a bad step -> FloatingPointError if there are too many."""
-    text = json.dumps([dataclasses.asdict(e) if dataclasses.is_dataclass(e) else e for e in batch], default=list_of)
-    rows = all_gather(ranks, [dict(rank=ranks.rank, example=example) for example in json.loads(text)])
-    file = os.path.join(args.out, "bad_steps", f"step_{step:06d}{part}.jsonl")
-    if ranks.rank == 0:
+def skip_bad_step(figures: dict[str, float], examples: list, run: Run, part: str) -> None:
+    """Writes the examples of a bad step of all ranks. FloatingPointError: too many steps were bad."""
+    step = run.step + 1
+    limit = run.args.skip_bad_steps
+    plain = json.loads(json.dumps(examples, default=lambda x: x.tolist() if isinstance(x, torch.Tensor) else vars(x)))
+    rows = all_gather(run.ranks, [dict(rank=run.ranks.rank, example=example) for example in plain])
+    file = os.path.join(run.out, "bad_steps", f"step_{step:06d}{part}.jsonl")
+    if run.ranks.rank == 0:
         write_rows(file, [{name: str(value) for name, value in figures.items()}, *rows])
-    barrier(ranks)
-    n_bad = runs.count_bad_steps(args.out, step)
-    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    message = f"step {step}: {said}: not finite or out of bounds; the update was left out, its batch is in {file}"
-    if n_bad > args.skip_bad_steps:
+    barrier(run.ranks)
+    n_bad = count_bad_steps(run.out, step)
+    described = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    message = f"step {step}: {described}: not finite or out of bounds; the update was left out, its batch is in {file}"
+    if n_bad > limit:
         raise FloatingPointError(
             f"{message}. Look for odd rows in it, try a lower learning rate or --max-grad-norm, or --dtype fp32, or "
             f"go on past it with --skip-bad-steps {n_bad} (the same command continues)"
         )
-    print0(f"warning: {message} ({n_bad} of --skip-bad-steps {args.skip_bad_steps})")
+    print0(f"warning: {message} ({n_bad} of --skip-bad-steps {limit})")
 
 
-def list_of(tensor: torch.Tensor) -> list:
-    return tensor.tolist()
-
-
-# -- passes of a model that is trained, in whole micro-batches --------------------------------------------------------
+# -- forward passes ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def per_token(model: Transformer, prefixes: list, suffixes: list, trained: list | None, run: Any) -> list[torch.Tensor]:
-    """Log-probs of each suffix's trained tokens (None: all), or the critic's values before them -> fp32 [L_i] each."""
-    results, budget = [None] * len(suffixes), run.args.tokens_per_microbatch
-    for indices, batch in packed_micro_batches(prefixes, suffixes, trained, budget, run.ranks):
-        if not indices:
-            idle_pass(model, run)
+def per_token(
+    model: Transformer,
+    prefixes: list[list[int]],
+    suffixes: list[list[int]],
+    masks: list[list[bool]] | None,
+    temperature: float,
+    tokens_per_microbatch: int,
+    ranks: Ranks,
+) -> tuple[list[torch.Tensor], int]:
+    """Log-probs of suffix tokens after their prefix; from a model with a scalar head, the values before them.
+
+    masks: which tokens of each suffix (None: all). Returns fp32 [L_i] per suffix, and the FLOPs of the passes.
+    """
+    results: list[torch.Tensor] = [torch.zeros(0)] * len(suffixes)
+    flops = 0
+    for indices, batch in packed_micro_batches(prefixes, suffixes, masks, tokens_per_microbatch, ranks):
+        if batch is None:
+            idle_pass(model, temperature, ranks)
             continue
-        run.stats.flops += roofline.forward_flops(model, batch)
-        for i, result in zip(indices, forward(model, batch, run.args.temperature).cpu().split(batch.counts)):
+        flops += roofline.forward_flops(model, batch)
+        for i, result in zip(indices, forward(model, batch, temperature).cpu().split(batch.counts)):
             results[i] = result
     reshard(model)
-    return results
+    return results, flops
 
 
-def idle_pass(model: Transformer, run: Any) -> None:
-    """What a rank without work runs, since FSDP needs every rank in every pass; adds zero to all gradients."""
-    result = forward(model, pack([EMPTY[0]], [EMPTY[1]], run.ranks.device), run.args.temperature)
+def idle_pass(model: Transformer, temperature: float, ranks: Ranks) -> None:
+    """The pass of a rank without work, since FSDP needs every rank in every pass. It adds zero to all gradients."""
+    result = forward(model, pack([DUMMY[0]], [DUMMY[1]], ranks.device), temperature)
     if torch.is_grad_enabled():
         (0 * result.sum()).backward()
 
 
-def forward(model: Transformer, batch: Batch, temperature: float) -> torch.Tensor:
-    """Log-probs of the batch's targets [S], or values before them [S]."""
-    ids, context = batch.input_ids, batch.context
+def forward(model: Transformer, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs of the batch's targets [S], or from a scalar head the values before them [S]."""
+    context = batch.context
     if model.scalar_head:
-        return model(ids, context.position_ids, context, batch.index)
-    return model(ids, context.position_ids, context, batch.index, batch.targets, temperature)[0]
+        return model(batch.input_ids, context.position_ids, context, batch.index)
+    logprobs, _ = model(batch.input_ids, context.position_ids, context, batch.index, batch.targets, temperature)
+    return logprobs
 
 
 # -- figures of the machine -------------------------------------------------------------------------------------------
@@ -235,13 +261,10 @@ def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | 
 
 
 @torch.no_grad()
-def refresh_gap(own: Transformer, trained: Transformer, ids: list[int], ranks: Ranks) -> float:
-    """Largest difference in log-prob of a prompt's tokens between an engine's model and the one whose weights it has
-    just taken over, over all ranks: stale or broken weights show before anything is sampled."""
+def weight_sync_error(engine_model: Transformer, policy: Transformer, ids: list[int], ranks: Ranks) -> float:
+    """Largest difference in log-prob between the engine's model and the policy that it was just synced from, over the
+    tokens of a prompt and all ranks. Stale or broken weights show before anything is sampled."""
     batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
-    ours, theirs = (
-        model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)[0]
-        for model in (own, trained)
-    )
-    reshard(trained)
-    return all_max(ranks, (ours - theirs).abs().max().item())
+    difference = forward(engine_model, batch) - forward(policy, batch)
+    reshard(policy)
+    return all_max(ranks, difference.abs().max().item())

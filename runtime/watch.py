@@ -90,7 +90,7 @@ class _State:
     watch = None
 
 
-def enter(phase: str, step: int | None = None) -> str:
+def set_phase(phase: str, step: int | None = None) -> str:
     """Each rank says which phase begins: start | rollout | update | anything else, which may take as long as a rollout.
 
     -> what it says, such as "update of step 3".
@@ -111,6 +111,7 @@ class Watch:
     def __init__(self, ranks: Ranks, timeouts: tuple[int, int, int]):
         self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, ranks.device
         self.limits = dict(zip(("start", "rollout", "update"), timeouts))
+        self.limits["score"] = self.limits["update"]
         self.silence = min(SILENCE, self.limits["update"])
         self.store = (
             dist.distributed_c10d._get_default_store().clone()
@@ -261,7 +262,7 @@ def failures_are_told() -> Iterator[None]:
 
 def _end_together():
     """Rank 0 may hold the store, so it leaves with the others."""
-    enter("the end")
+    set_phase("the end")
     dist.barrier()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,12 +82,12 @@ def test_bounds_of_an_update(tiny, tmp_path):
     """KL beyond the bound, the gradient finite: left out; just below it: applied."""
     ranks, model = start("fp32"), load_pretrained(str(tiny / "checkpoint"), torch.float32)
     optimizer = training.adamw(model, 1e-3, 0.0)
-    args = sft.Args(out=str(tmp_path), skip_bad_steps=1)
+    run = SimpleNamespace(args=sft.Args(skip_bad_steps=1), out=str(tmp_path), ranks=ranks, step=0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     for kl, changes in ((10.1, False), (9.9, True)):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
-        training.optimizer_step(model, optimizer, 1e-3, 1, {"original/approx_kl": kl}, [], args, ranks)
+        training.optimizer_step(model, optimizer, 1e-3, 1.0, {"original/approx_kl": kl}, [], run)
         assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters()) == changes
         assert all(p.grad is None for p in model.parameters())
 

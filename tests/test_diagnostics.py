@@ -1,13 +1,21 @@
 """What is counted in answers, on examples by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from diagnostics import describe_edits, describe_rollout, distinct, in_order, kept_tokens, leaves, recited, warn_of_lost
+from diagnostics import (
+    Means,
+    describe_edits,
+    describe_rollout,
+    distinct,
+    in_order,
+    kept_tokens,
+    leaves,
+    recited,
+    warn_of_lost,
+)
 from runtime.distributed import start
-from runtime.runs import Stats
+from trajectory import Prompt, TokenArrays, Trajectory
 
 PERSONA = {"name": "Ada Novak", "food": ["vegan", "green tea"], "age": 41, "city": {"now": "北京"}}
 
@@ -46,36 +54,43 @@ def test_kept_and_inserted_tokens():
     assert kept_tokens([5, 6], [5, 6]).tolist() == [True, True] and kept_tokens([1], []).tolist() == []
 
 
+def trajectory(response_ids, parent=None, index=0, sample_id=0, answer=""):
+    prompt = Prompt(index=index, row={"prompt_id": f"p{index}", "persona": PERSONA}, ids=[1])
+    sampled = dict(response_ids=response_ids, engine_logprobs=[], answer=answer, truncated=False)
+    origin = dict(prompt=prompt, sample_id=sample_id, parent=parent, context_ids=[1])
+    return Trajectory(**origin, **sampled, reward=0.0, judgement=None)
+
+
 def test_ledger_of_edits():
-    """Two edits: 1 7 | 2 of original 1 2, and 4 of original 3: kept are the tokens 1 and 2."""
-    edits = [
-        SimpleNamespace(parent=SimpleNamespace(response_ids=before), response_ids=after)
-        for before, after in (([1, 2], [1, 7, 2]), ([3], [4]))
-    ]
+    """An original; two edits: 1 7 | 2 of original 1 2, and 4 of original 3: kept are the tokens 1 and 2."""
+    edits = [trajectory(after, trajectory(before)) for before, after in (([1, 2], [1, 7, 2]), ([3], [4]))]
     ratio, weight, advantages = (
-        torch.tensor(x) for x in ([1.0, 0.1, 0.5, 3.0], [1.0, 0.1, 0.0, 0.0], [2.0, 2.0, 2.0, -1.0])
+        torch.tensor(x) for x in ([9.0, 1.0, 0.1, 0.5, 3.0], [9.0, 1.0, 0.1, 0.0, 0.0], [9.0, 2.0, 2.0, 2.0, -1.0])
     )
-    logprobs = torch.tensor([0.5, 0.01, 0.5, 0.5]).log()  # the 7 is a branch
-    original, stats = SimpleNamespace(parent=None, response_ids=[1]), Stats()
-    describe_edits(
-        [original, *edits], logprobs, ratio, weight, advantages, SimpleNamespace(eps_low=0.2, eps_high=0.2), stats
+    logprobs = torch.tensor([0.01, 0.5, 0.01, 0.5, 0.5]).log()  # the 7 is novel
+    is_edit = torch.tensor([False, True, True, True, True])
+    zeros = torch.zeros(5)
+    tokens = TokenArrays(
+        [trajectory([1]), *edits], [1, 3, 1], is_edit, logprobs, zeros, advantages, zeros, zeros, ratio, weight
     )
-    found = stats.means(start("fp32"))
+    means = Means()
+    describe_edits(means, tokens, 0.2, 0.2)
+    found = means.over_ranks(start("fp32"))
     want = {
         "edit/kept": 2 / 4,
         "edit/kept_ratio": 0.75,
         "edit/inserted_ratio": 1.55,
         "edit/kept_clipfrac": 1 / 2,
         "edit/inserted_clipfrac": 1 / 2,
-        "edit/branch": 1 / 4,
+        "edit/novel": 1 / 4,
         "edit/kept_weight": 0.5,
         "edit/inserted_weight": 0.05,
-        "edit/branch_weight": 0.1,
-        "edit/branch_ratio": 0.1,
-        "edit/branch_clipfrac": 0,
-        "edit/branch_mass": 0.2 / 4,
-        "edit/kept_mass": 2 / 4,
-        "edit/inserted_mass": 0.2 / 4,
+        "edit/novel_weight": 0.1,
+        "edit/novel_ratio": 0.1,
+        "edit/novel_clipfrac": 0,
+        "edit/novel_gradient_mass": 0.2 / 4,
+        "edit/kept_gradient_mass": 2 / 4,
+        "edit/inserted_gradient_mass": 0.2 / 4,
         "edit/ratio": 4.6 / 4,
         "edit/ratio_low": 2 / 4,
         "edit/ratio_high": 1 / 4,
@@ -97,17 +112,18 @@ def test_a_step_that_loses_many_says_so(capsys):
 def test_distinct_pairs_do_not_depend_on_the_number_of_samples():
     """Four and six samples of each of 16 prompts, all from the same distribution: the same 32 answers count."""
 
-    def trajectory(place, sample):
-        text = f"the answer to {place} and {sample} ends here"
-        fields = dict(sample_id=sample, place=place, answer=text, parent=None, judgement=None, reward=0.0)
-        return SimpleNamespace(**fields, response_ids=[1], truncated=False, row={"persona": PERSONA})
+    def responses(n):
+        return [
+            trajectory([1], index=p, sample_id=i, answer=f"the answer to {p} and {i} ends here")
+            for p in range(16)
+            for i in range(n)
+        ]
 
     found = []
     for n in (4, 6):
-        stats = Stats()
-        lost = dict(originals=[], edits=[], truncated=[])
-        describe_rollout([trajectory(p, i) for p in range(16) for i in range(n)], lost, None, stats)
-        found.append(stats.means(start("fp32"))["original/distinct_2"])
+        means = Means()
+        describe_rollout(means, responses(n), [])
+        found.append(means.over_ranks(start("fp32"))["original/distinct_2"])
     assert found[0] == found[1]
 
 

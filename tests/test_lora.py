@@ -97,7 +97,7 @@ def test_full_rank_takes_the_first_step_of_full_training():
                 m.lora_A.copy_(torch.eye(32))
                 m.lora_B.zero_()
     for model, lr in ((full, 0.01 * 9), (low, 0.01)):
-        optimizer = torch.optim.SGD(training.trained(model), lr=lr)
+        optimizer = torch.optim.SGD(training.trainable(model), lr=lr)
         loss_of(model).backward()
         optimizer.step()
     for (name, m), after in zip(low.named_modules(), full.modules(), strict=True):
@@ -139,7 +139,7 @@ def test_policy_critic_and_sampler_share_the_base(tmp_path, tied):
                 assert parameter.data_ptr() != theirs[name].data_ptr()
             elif name != "score.weight":
                 assert parameter is theirs[name] and not parameter.requires_grad
-    trained = [p.dtype for model in (policy, critic) for p in training.trained(model)]
+    trained = [p.dtype for model in (policy, critic) for p in training.trainable(model)]
     assert set(trained) == {torch.float32} and len(trained) == 2 * 28 + 1
     assert policy.model.norm.weight.dtype == torch.bfloat16
     assert sum(p.numel() for p in critic.parameters()) < sum(p.numel() for p in policy.parameters()) or tied
@@ -162,12 +162,12 @@ def test_updates_reach_the_engine(tmp_path):
                     m.lora_B += 1e-5
                     if dtype == "bf16":
                         assert (m.merged().bfloat16() == m.weight).float().mean() > 0.95
-        assert training.refresh_gap(engine.model, policy, prompt, ranks) > 0
+        assert training.weight_sync_error(engine.model, policy, prompt, ranks) > 0
         engine.sync_weights(policy)
         (after,) = engine.generate([prompt], temperature=0, max_new_tokens=16)
         assert after[0].logprobs != before[0].logprobs
         # fp32: sums in another order. bf16: the same operations, but products of one row and of many differ
-        assert training.refresh_gap(engine.model, policy, prompt, ranks) <= (1e-5 if dtype == "fp32" else 0)
+        assert training.weight_sync_error(engine.model, policy, prompt, ranks) <= (1e-5 if dtype == "fp32" else 0)
 
 
 def test_packed_products_are_those_of_the_adapters():
@@ -295,7 +295,7 @@ def test_rl_trains_both_and_samples_with_them(ppo, tiny):
     metrics = read_metrics(whole)
     for m in metrics:
         assert m["grad_norm_policy"] > 0 and m["grad_norm_critic"] > 0 and m["batch"] == 12
-        assert m["refresh_gap"] < 1e-4 and m["logprob_gap"] < 1e-3
+        assert m["weight_sync_error"] < 1e-4 and m["train_inference_mismatch"] < 1e-3
     assert metrics[0]["explained_variance"] != metrics[-1]["explained_variance"]
     base = load_file(tiny / "checkpoint" / "model.safetensors")
     for name in ("policy", "critic"):
@@ -327,7 +327,7 @@ def test_rl_on_two_ranks_that_save_memory(ppo, tmp_path):
         out = tmp_path / f"bf16_{processes}"
         finish(launch("ppo_cpe.py", *flags, *saves, "--out", out, processes=processes))
         for m in read_metrics(out):  # engine and trainer apply the same adapters to the same base, in sums of their own
-            assert m["grad_norm_policy"] > 0 and m["refresh_gap"] < 0.1 and m["logprob_gap"] < 0.05
+            assert m["grad_norm_policy"] > 0 and m["weight_sync_error"] < 0.1 and m["train_inference_mismatch"] < 0.05
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -5,19 +5,9 @@ import math
 import pytest
 import torch
 
-from ppo_cpe import (
-    SMALLEST_SPREAD,
-    Args,
-    Run,
-    Trajectory,
-    compute_advantages,
-    edit_loss,
-    gae,
-    policy_loss,
-    select_edits,
-    value_loss,
-)
+from ppo_cpe import SMALLEST_SPREAD, Args, compute_advantages, edit_loss, gae, policy_loss, select_edits, value_loss
 from runtime.distributed import start
+from trajectory import Prompt, Trajectory
 
 P, Q, A = 0.2, 0.4, 3.0  # one token: p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), so r = 0.5
 
@@ -77,11 +67,11 @@ def test_policy_loss_by_hand():
     old = torch.zeros(4)
     logprobs = torch.tensor([1.5, 1.5, 0.5, 1.1]).log()
     advantages = torch.tensor([2.0, -2.0, -2.0, 2.0])
-    loss, ratio, clipped = policy_loss(logprobs, old, advantages, 0.2, 0.2)
+    loss, ratio, weight = policy_loss(logprobs, old, advantages, 0.2, 0.2)
     # A > 0, r too high: held at 1.2 | A < 0, r too high: not held | A < 0, r too low: held at 0.8 | inside
     assert loss.tolist() == pytest.approx([-2.4, 3.0, 1.6, -2.2])
     assert ratio.tolist() == pytest.approx([1.5, 1.5, 0.5, 1.1])
-    assert clipped.tolist() == [True, False, True, False]
+    assert weight.tolist() == pytest.approx([0, 1.5, 0, 1.1])  # a clipped token gets no gradient
 
 
 def test_value_loss_by_hand():
@@ -103,49 +93,65 @@ def test_gae_by_hand():
     assert advantages[0].tolist() == pytest.approx([0.25 * -0.25, -0.5 + 0.25, 1.0])
 
 
-def trajectory(reward, values, parent=None, place=0):
-    t = Trajectory("p", 0, {}, place, [1], parent=parent, response_ids=[0] * len(values), reward=reward)
-    t.values = torch.tensor(values)
-    return t
+def trajectory(reward, n_tokens, parent=None, index=0):
+    prompt = Prompt(index=index, row={"prompt_id": "p"}, ids=[1])
+    sampled = dict(response_ids=[0] * n_tokens, engine_logprobs=[0.0] * n_tokens, answer="", truncated=False)
+    origin = dict(prompt=prompt, sample_id=0, parent=parent, context_ids=[1])
+    return Trajectory(**origin, **sampled, reward=reward, judgement=None)
+
+
+def advantages_of(batch, **flags):
+    """With values of zero -> advantages, returns."""
+    values = [torch.zeros(len(t.response_ids)) for t in batch]
+    return compute_advantages(batch, values, Args(**flags), start("fp32"))
 
 
 def test_advantages_of_the_two_baselines():
-    ranks = start("fp32")
-    originals = [trajectory(1.0, [0.0, 0.0]), trajectory(3.0, [0.0])]
-    edit = trajectory(4.0, [0.0, 0.0, 0.0], parent=originals[0])
-    compute_advantages([*originals, edit], Run(Args(edit_baseline="batch"), ranks, None, None))
+    originals = [trajectory(1.0, 2), trajectory(3.0, 1)]
+    batch = [*originals, trajectory(4.0, 3, parent=originals[0])]
+    advantages, _ = advantages_of(batch, edit_baseline="batch")
     raw = [1.0, 1.0, 3.0, 4.0, 4.0, 4.0]
     mean = sum(raw) / 6
     std = (sum((x - mean) ** 2 for x in raw) / 6) ** 0.5
-    found = torch.cat([t.advantages for t in (*originals, edit)]).tolist()
-    assert found == pytest.approx([(x - mean) / std for x in raw], abs=1e-5)
+    assert torch.cat(advantages).tolist() == pytest.approx([(x - mean) / std for x in raw], abs=1e-5)
 
-    compute_advantages([*originals, edit], Run(Args(edit_baseline="original"), ranks, None, None))
+    advantages, returns = advantages_of(batch, edit_baseline="original")
     mean, std = 5 / 3, (sum((x - 5 / 3) ** 2 for x in raw[:3]) / 3) ** 0.5  # over the originals' tokens
-    assert originals[1].advantages.tolist() == pytest.approx([(3 - mean) / std], abs=1e-5)
-    assert edit.advantages.tolist() == pytest.approx([(4 - 2) / std] * 3, abs=1e-5)  # originals' mean reward is 2
-    assert edit.returns.tolist() == [4.0, 4.0, 4.0]
+    assert advantages[1].tolist() == pytest.approx([(3 - mean) / std], abs=1e-5)
+    assert advantages[2].tolist() == pytest.approx([(4 - 2) / std] * 3, abs=1e-5)  # originals' mean reward is 2
+    assert returns[2].tolist() == [4.0, 4.0, 4.0]
 
 
 @pytest.mark.parametrize("reward", [1.0, 0.1, -4.95, 0.35 * 3 + 0.4 * 4 + 0.25 * 5])
 def test_originals_that_are_scored_alike_bound_the_advantage_of_an_edit(reward):
-    """Their spread is zero; divided by it (and 1e-8), an edge of 0.6 was an advantage of 6e7."""
-    originals = [trajectory(reward, [0.0] * n) for n in (2, 3, 1)]
-    better, worse = trajectory(reward + 0.6, [0.0] * 2, originals[0]), trajectory(reward - 2, [0.0], originals[1])
-    batch = [*originals, better, worse]
-    compute_advantages(batch, Run(Args(edit_baseline="original"), start("fp32"), None, None))
+    """Their spread is zero; divided by it (and 1e-8), a relative reward of 0.6 was an advantage of 6e7."""
+    originals = [trajectory(reward, n) for n in (2, 3, 1)]
+    better, worse = trajectory(reward + 0.6, 2, originals[0]), trajectory(reward - 2, 1, originals[1])
+    advantages, _ = advantages_of([*originals, better, worse], edit_baseline="original")
     assert SMALLEST_SPREAD == 0.05
-    assert better.advantages.tolist() == pytest.approx([0.6 / 0.05] * 2, rel=1e-4)
-    assert worse.advantages.tolist() == pytest.approx([-2 / 0.05], rel=1e-4)
+    assert advantages[3].tolist() == pytest.approx([0.6 / 0.05] * 2, rel=1e-4)
+    assert advantages[4].tolist() == pytest.approx([-2 / 0.05], rel=1e-4)
     # rewards are equal, so nothing is learned from an original: not from the rounding of their mean, either
-    assert torch.cat([t.advantages for t in originals]).abs().max() < 1e-3
+    assert torch.cat(advantages[:3]).abs().max() < 1e-3
 
 
 def test_a_spread_below_the_smallest_does_not_blow_up_an_edit():
-    originals = [trajectory(1.0, [0.0]), trajectory(1.0 + 1e-4, [0.0])]
-    edit = trajectory(2.0, [0.0], originals[0])
-    compute_advantages([*originals, edit], Run(Args(edit_baseline="original"), start("fp32"), None, None))
-    assert edit.advantages.tolist() == pytest.approx([(2 - 1 - 5e-5) / 0.05], rel=1e-4)
+    originals = [trajectory(1.0, 1), trajectory(1.0 + 1e-4, 1)]
+    advantages, _ = advantages_of([*originals, trajectory(2.0, 1, originals[0])], edit_baseline="original")
+    assert advantages[2].tolist() == pytest.approx([(2 - 1 - 5e-5) / 0.05], rel=1e-4)
+
+
+def test_an_unknown_loss_or_strategy_is_refused():
+    x = torch.zeros(1)
+    with pytest.raises(ValueError, match="'papre': expected one of paper"):
+        edit_loss("papre", x, x, x)
+    with pytest.raises(ValueError, match="'best': expected one of random"):
+        select_edits(EDITS, 0.5, "best", 0)
+
+
+def test_caps_have_defaults():
+    for kind, cap in (("unclipped", 10.0), ("tis", 2.0)):
+        assert run_edit_loss(kind, 0.6, 0.005, 3.0)[:3] == run_edit_loss(kind, 0.6, 0.005, 3.0, cap=cap)[:3]
 
 
 EDITS = [  # prompt, sample, reward, reward of its original

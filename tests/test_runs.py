@@ -18,7 +18,7 @@ import replay
 import sft
 import train_grm
 from model import load_pretrained, save_pretrained
-from runtime import runs
+from runtime import digests, progress
 from runtime.flags import parse
 
 JUDGE = "def score(row, answer) -> float:\n    return float(len(answer) % 5)\n"
@@ -215,45 +215,47 @@ def test_templates_travel(here, capsys):
 
 def test_the_digest_of_a_large_file(tmp_path):
     """One byte within a part that is read changes it, in the first, the last and one between; so does the size."""
-    file, size = tmp_path / "large", runs.WHOLE_BYTES + 3 * runs.PART_BYTES + 17
+    file, size = tmp_path / "large", digests.WHOLE_BYTES + 3 * digests.PART_BYTES + 17
     with open(file, "wb") as f:
         f.truncate(size)  # sparse: takes no room
-    starts = [(size - runs.PART_BYTES) * i // (runs.SAMPLED_PARTS - 1) for i in (0, 128, runs.SAMPLED_PARTS - 1)]
-    assert starts[0] == 0 and starts[-1] == size - runs.PART_BYTES
-    found = [runs.input_digest(str(file))]
+    starts = [
+        (size - digests.PART_BYTES) * i // (digests.SAMPLED_PARTS - 1) for i in (0, 128, digests.SAMPLED_PARTS - 1)
+    ]
+    assert starts[0] == 0 and starts[-1] == size - digests.PART_BYTES
+    found = [digests.input_digest(str(file))]
     for start in starts:
-        for place in (start, start + runs.PART_BYTES - 1):
+        for place in (start, start + digests.PART_BYTES - 1):
             with open(file, "r+b") as f:
                 f.seek(place)
                 f.write(b"\x01")
                 f.flush()
-                found.append(runs.input_digest(str(file)))
+                found.append(digests.input_digest(str(file)))
                 f.seek(place)
                 f.write(b"\x00")
-    assert found[0] == runs.input_digest(str(file)) and len(set(found)) == len(found)
+    assert found[0] == digests.input_digest(str(file)) and len(set(found)) == len(found)
     with open(file, "ab") as f:
         f.write(b"\x00")
-    assert runs.input_digest(str(file)) not in found
+    assert digests.input_digest(str(file)) not in found
 
 
 def test_the_digest_of_a_small_file_and_a_folder(tiny, tmp_path):
     file = tmp_path / "small"
     file.write_bytes(bytes(100_000))
-    before = runs.input_digest(str(file))
+    before = digests.input_digest(str(file))
     file.write_bytes(bytes(70_001) + b"\x01" + bytes(29_998))  # every byte of a small one counts
-    assert runs.input_digest(str(file)) != before
+    assert digests.input_digest(str(file)) != before
 
     folder = tmp_path / "model"
     shutil.copytree(tiny / "checkpoint", folder)
-    same = runs.input_digest(str(tiny / "checkpoint"))
+    same = digests.input_digest(str(tiny / "checkpoint"))
     (folder / "README.md").write_text("not read")
-    assert runs.input_digest(str(folder)) == same
+    assert digests.input_digest(str(folder)) == same
     for name in ("config.json", "tokenizer.json"):
         shutil.copytree(tiny / "checkpoint", folder, dirs_exist_ok=True)
         (folder / name).write_text((folder / name).read_text() + "\n")
-        assert runs.input_digest(str(folder)) != same
+        assert digests.input_digest(str(folder)) != same
     save_pretrained(random_model(tiny_config(), seed=1), str(tmp_path / "other"), str(tiny / "tokenizer"))
-    assert runs.input_digest(str(tmp_path / "other")) != same
+    assert digests.input_digest(str(tmp_path / "other")) != same
 
 
 # -- forks: a copy of ppo_cpe.py with an idea of its own -----------------------------------------------------------
@@ -276,17 +278,17 @@ def test_a_further_loss_on_edits(here, capsys):
     script = fork(
         here,
         (r'(EDIT_LOSSES = \([^)]*"none")', r'\1, "half"'),
-        (r"(?m)^    else:\n(?=        loss = -advantages \* logprobs\n)", f"{branch}    else:\n"),
+        (r"(?m)^    else:\n(?=        raise ValueError\(f\"edit loss)", f"{branch}    else:\n"),
     )
     (here / "judge.py").write_text(EDITING_JUDGE)
-    flags = flags_of(ppo_cpe, here, "--edit-rate", 1, "--edit-ratio", "half", "--save-batch", 1, "--n-samples", 2)
+    flags = flags_of(ppo_cpe, here, "--edit-rate", 1, "--edit-loss", "half", "--save-batch", 1, "--n-samples", 2)
     run_script(script, *flags)
     batch = here / "run" / "batch_000001"
-    assert json.loads((here / "run" / "args.json").read_text())["edit_ratio"] == "half"
+    assert json.loads((here / "run" / "args.json").read_text())["edit_loss"] == "half"
 
     gradients = replay.replay(str(batch))
     losses = ("paper", "unclipped", "tis", "luffy", "topr", "none", "half")
-    assert tuple(name for name in gradients if name not in ("originals", "sdpo")) == losses
+    assert tuple(name for name in gradients if name != "originals") == losses
     assert gradients["none"].norm() > 0
     torch.testing.assert_close(gradients["half"], 0.5 * gradients["none"])  # by the copy's own code
     assert re.search(r"(?m)^half +[0-9.]+", capsys.readouterr().out)
@@ -372,20 +374,20 @@ def test_a_tracker_that_is_not_installed_is_named(module, flags, names, here, ca
 
 
 def test_counting_in_a_log_file_and_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(runs, "LINE_EVERY", 1000)
-    with runs.counting(3, "answers") as done:
+    monkeypatch.setattr(progress, "LINE_EVERY", 1000)
+    with progress.counting(3, "answers") as done:
         for _ in range(3):
             done()
     assert capsys.readouterr().err == "answers: 3 of 3\n"  # a line at the end, none of a bar
-    monkeypatch.setattr(runs, "LINE_EVERY", -1)
-    with runs.counting(2, "answers") as done:
+    monkeypatch.setattr(progress, "LINE_EVERY", -1)
+    with progress.counting(2, "answers") as done:
         done()
         assert re.fullmatch(r"answers: 1 of 2(, 0 s left)?\n", capsys.readouterr().err)
-    with runs.counting(3, "answers", quiet=True) as done:
+    with progress.counting(3, "answers", quiet=True) as done:
         done()
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with runs.counting(2, "answers") as done:
+    with progress.counting(2, "answers") as done:
         done()
     assert "answers:" in capsys.readouterr().err
 

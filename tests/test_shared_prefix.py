@@ -8,8 +8,9 @@ from conftest import finish, launch, random_model, tiny_config
 
 import ppo_cpe
 from model import SharedPrefix, gather_rows
-from runtime import packing, runs, training
+from runtime import packing, training
 from runtime.distributed import start
+from trajectory import Prompt, Trajectory
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [5, 6, 7]]
 
@@ -131,34 +132,37 @@ def trajectories():
     """Two prompts, three originals each, edits of two; of prompt 0 (the first mini-batch) and 1."""
     rng = random.Random(1)
     batch = []
-    for place in range(2):
+
+    def add(prompt, sample_id, context_ids, response_ids, parent=None):
+        sampled = dict(response_ids=response_ids, engine_logprobs=[], answer="", truncated=False)
+        origin = dict(prompt=prompt, sample_id=sample_id, context_ids=context_ids, parent=parent)
+        batch.append(Trajectory(**origin, **sampled, reward=0.0, judgement=None))
+        return batch[-1]
+
+    for index in range(2):
         x = [rng.randrange(300) for _ in range(6)]
+        prompt = Prompt(index=index, row={"prompt_id": f"p{index}"}, ids=x)
         for i in range(3):
             y = [rng.randrange(300) for _ in range(rng.randint(2, 6))]
-            t = ppo_cpe.Trajectory(f"p{place}", i, {}, place, x, sampled_under=x, response_ids=y)
-            batch.append(t)
+            original = add(prompt, i, x, y)
             if i < 2:  # the second edit prompt does not go on from y_o (its text was encoded anew)
-                under = x + (y if i == 0 else y[1:]) + [7, 8, 9]
-                batch.append(ppo_cpe.Trajectory(t.prompt_id, i, {}, place, x, t, under, [11, 12, rng.randrange(300)]))
-    for t in batch:
-        t.engine_logprobs = [-1.0] * len(t.response_ids)
+                context_ids = x + (y if i == 0 else y[1:]) + [7, 8, 9]
+                add(prompt, i, context_ids, [11, 12, rng.randrange(300)], original)
     return batch
 
 
 def test_old_logprobs_are_those_of_every_response_under_its_own_prompt():
     ranks, model, batch = start("fp32"), random_model(tiny_config()), trajectories()
     args = ppo_cpe.Args(mini_batch_prompts=1, tokens_per_microbatch=40, temperature=0.9)
-    stats = runs.Stats()
-    ppo_cpe.fill_old_logprobs(batch, model, ppo_cpe.Run(args, ranks, None, None, stats))
-    for t in batch:
-        if t.parent is None and t.place == 0:
-            assert t.old_logprobs is None  # the update's own pass has them
+    logprobs, flops = ppo_cpe.old_policy_logprobs(batch, model, args, ranks)
+    assert flops > 0
+    for t, found in zip(batch, logprobs, strict=True):
+        if t.parent is None and t.prompt.index == 0:
+            assert found is None  # the update's own pass has them
             continue
-        flags = [False] * len(t.sampled_under) + [True] * len(t.response_ids)
-        alone = packing.pack([t.sampled_under + t.response_ids], [flags], "cpu")
-        assert (t.old_logprobs - training.forward(model, alone, 0.9)).abs().max() < 1e-5
-    scored = sum(len(t.response_ids) for t in batch if t.old_logprobs is not None)
-    assert stats.sums["logprob_gap"][1] == scored
+        flags = [False] * len(t.context_ids) + [True] * len(t.response_ids)
+        alone = packing.pack([t.context_ids + t.response_ids], [flags], "cpu")
+        assert (found - training.forward(model, alone, 0.9)).abs().max() < 1e-5
 
 
 # -- one update, whatever the processes and the budget -----------------------------------------------------------------

@@ -5,6 +5,7 @@ update_once.py FILE TOKENS_PER_MICROBATCH SHARD_SIZE
 
 import random
 import sys
+from types import SimpleNamespace
 
 import torch
 from conftest import random_model, tiny_config
@@ -13,23 +14,27 @@ from torch.distributed.tensor import DTensor
 import ppo_cpe
 from runtime import packing, training
 from runtime.distributed import start
+from trajectory import Prompt, Trajectory
 
 
 def trajectories(n_prompts):
     rng = random.Random(0)
     batch = []
-    for place in range(n_prompts):
-        x = [rng.randrange(300) for _ in range(rng.randint(4, 20))]
-        parent = None
+    for index in range(n_prompts):
+        prompt = Prompt(
+            index=index, row={"prompt_id": f"p{index}"}, ids=[rng.randrange(300) for _ in range(rng.randint(4, 20))]
+        )
+        original = None
         for i in range(rng.randint(1, 4)):
             y = [rng.randrange(300) for _ in range(rng.randint(1, 15))]
-            t = ppo_cpe.Trajectory(f"p{place}", i, {}, place, x, parent, x, y, reward=rng.gauss(0, 1))
-            t.engine_logprobs = [-5.0] * len(y)
+            sampled = dict(response_ids=y, engine_logprobs=[-5.0] * len(y), answer="", truncated=False)
+            judged = dict(reward=rng.gauss(0, 1), judgement=None)
+            origin = dict(prompt=prompt, sample_id=i, context_ids=prompt.ids)
             if i == 1:  # an edit of the first
-                t.sampled_under, t.sample_id = x + parent.response_ids + [7, 8], parent.sample_id
-            parent = parent or t
-            if i != 1:
-                t.parent = None
+                context_ids = prompt.ids + original.response_ids + [7, 8]
+                origin |= dict(sample_id=0, parent=original, context_ids=context_ids)
+            t = Trajectory(**origin, **sampled, **judged)
+            original = original or t
             batch.append(t)
     return batch
 
@@ -59,21 +64,11 @@ def main(file, budget, shard_size):
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in models.items()}
     before = {name: full(model) for name, model in models.items()}
 
-    batch = packing.share_prompts(
-        [t for t in trajectories(12) if t.place % ranks.world_size == ranks.rank], args.mini_batch_prompts, ranks
-    )
-    run = ppo_cpe.Run(args, ranks, None, None)
-    ppo_cpe.fill_old_logprobs(batch, models["policy"], run)
-    values = training.per_token(
-        models["critic"],
-        [t.prompt_ids for t in batch],
-        [t.response_ids for t in batch],
-        [[True] * len(t.response_ids) for t in batch],
-        run,
-    )
-    for t, of_t in zip(batch, values):
-        t.values = of_t
-    ppo_cpe.compute_advantages(batch, run)
+    mine = [t for t in trajectories(12) if t.prompt.index % ranks.world_size == ranks.rank]
+    batch = packing.balance_prompts(mine, args.mini_batch_prompts, ranks)
+    old_logprobs, _ = ppo_cpe.old_policy_logprobs(batch, models["policy"], args, ranks)
+    values, _ = ppo_cpe.critic_values(batch, models["critic"], args, ranks)
+    advantages, returns = ppo_cpe.compute_advantages(batch, values, args, ranks)
     passes = 0
 
     def count(*_):
@@ -81,7 +76,8 @@ def main(file, budget, shard_size):
         passes += 1
 
     models["policy"].register_forward_hook(count)
-    ppo_cpe.update(batch, models, optimizers, True, run)
+    run = SimpleNamespace(ranks=ranks, args=args, step=0, out="")
+    ppo_cpe.update(models, optimizers, batch, old_logprobs, values, advantages, returns, run, args)
     after = {name: full(model) for name, model in models.items()}
     if ranks.rank == 0:
         changes = {name: {k: before[name][k] - after[name][k] for k in before[name]} for name in models}

@@ -1,0 +1,122 @@
+"""What a PPO step passes from phase to phase: responses, and what became of them (ppo_cpe.py).
+
+    Origin         what is to be sampled: an original y_o of a prompt x, or the edit y_e of an original
+    Response       what the engine sampled for it
+    Trajectory     a response with a reward, which can be trained on
+    Dropped        a response that leaves the batch, with the reason
+    RolloutRecord, UpdateRecord     what a step did, from which diagnostics.py makes its metrics
+
+Each carries all that belongs to it, so that nothing is looked up by its position in a list.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Optional
+
+from torch import Tensor
+
+from prompts import Judgement
+
+TRUNCATED = "cut off at --max-new-tokens"
+
+
+@dataclass(kw_only=True)
+class Prompt:
+    """A prompt of the step's batch. index: its place in the batch, which decides its mini-batch."""
+
+    index: int
+    row: dict  # persona, question, ...
+    ids: list[int]  # x
+
+
+@dataclass(kw_only=True)
+class Origin:
+    prompt: Prompt
+    sample_id: int  # from 0 within a prompt; an edit has that of its original
+    parent: Optional["Trajectory"] = None  # the original that an edit rewrites
+    context_ids: list[int]  # what the engine samples after: x, or the edit prompt
+
+    @property
+    def key(self) -> tuple[str, int, bool]:
+        """Identifies a response within a step."""
+        return (self.prompt.row["prompt_id"], self.sample_id, self.parent is not None)
+
+
+@dataclass(kw_only=True)
+class Response(Origin):
+    response_ids: list[int]  # with the stop token
+    engine_logprobs: list[float]  # of these tokens, as the engine recorded them
+    answer: str
+    truncated: bool  # hit --max-new-tokens
+
+
+@dataclass(kw_only=True)
+class Trajectory(Response):
+    reward: float
+    judgement: Judgement | None  # None where the judge writes none (Bradley-Terry)
+
+    @property
+    def critique(self) -> str:
+        return self.judgement.critique.strip() if self.judgement else ""
+
+
+@dataclass(kw_only=True)
+class Dropped(Response):
+    drop_reason: str
+
+    @property
+    def kind(self) -> str:
+        """How it is counted: truncated | originals | edits (without a judgement)."""
+        if self.drop_reason == TRUNCATED:
+            return "truncated"
+        return "edits" if self.parent else "originals"
+
+
+@dataclass
+class TokenArrays:
+    """What one policy pass of an update did with the tokens of a micro-batch; tensors [S], in the order of `counts`."""
+
+    trajectories: list[Trajectory]
+    counts: list[int]  # tokens of each; their sum is S
+    is_edit: Tensor  # bool: belongs to an edit
+    logprobs: Tensor  # log p, fp32 as all below
+    old_logprobs: Tensor  # log pi_old(y_o | x), for edits log pi_e(y_e | edit prompt)
+    advantages: Tensor
+    entropy: Tensor
+    loss: Tensor
+    ratio: Tensor
+    weight: Tensor  # on grad log p
+
+    def cpu(self) -> "TokenArrays":
+        arrays = {name: x.cpu() for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **arrays)
+
+    def approx_kl(self) -> Tensor:
+        """KL of originals from the policy that sampled them, by the estimator r - 1 - log r."""
+        ratio = self.ratio[~self.is_edit]
+        return ratio - 1 - ratio.log()
+
+
+@dataclass
+class UpdateRecord:
+    """What the update of a step did on this rank."""
+
+    policy: list[TokenArrays] = field(default_factory=list)  # one for each pass
+    critic: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # loss, clipped of each pass
+    grad_norms: dict[str, list[float]] = field(default_factory=lambda: {"policy": [], "critic": []})
+    flops: int = 0
+    logical_tokens: int = 0  # of prompts and responses, as if no prompt was shared
+    computed_tokens: int = 0
+
+
+@dataclass
+class RolloutRecord:
+    """What the rollout of a step brought on this rank."""
+
+    judged: list[Trajectory]
+    dropped: list[Dropped]
+    selected: set[tuple[str, int]]  # (prompt_id, sample_id) of the edits that are trained, on all ranks
+    audits: dict[tuple, dict[str, float | None]]  # by the key of an original: its rewards in the audit
+    held_out: tuple[list[Trajectory], list[Dropped]] | None
+    swapped: list[float]  # what held-out answers lose under another person's profile
+    n_prompts: int
+    judge_counts: tuple[int, int]  # judgements asked for, those that failed
