@@ -36,7 +36,7 @@ class Means:
 
     def add(self, name: str, values: Tensor | float) -> None:
         """values: any number of figures; bool counts as 0 or 1."""
-        values = torch.as_tensor(values).double()
+        values = torch.as_tensor(values, dtype=torch.float64)
         total = self.sums[name]
         total[0] += values.sum().item()
         total[1] += values.numel()

@@ -282,7 +282,7 @@ def test_figures_of_runs(whole, watched, tmp_path, capsys):
     figures.draw(report.read_runs([str(whole), str(watched)], 20), str(tmp_path))
     names = {f"by_{x}.{ending}" for x in ("step", "generated_tokens", "judge_calls") for ending in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert "Held-out reward: answers, edits" in (tmp_path / "by_step.svg").read_text()
+    assert "Held-out reward: originals, edits" in (tmp_path / "by_step.svg").read_text()
 
 
 def test_policy_and_critic_are_saved_for_others(whole, tiny):
