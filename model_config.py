@@ -1,22 +1,23 @@
-"""What a checkpoint's config.json says of Qwen2.5, Qwen3 (dense) and Llama, and the frequencies of their RoPE."""
+"""config.json of Qwen2.5, Qwen3 (dense) and Llama, and the inverse frequencies of their RoPE."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}  # model_type: how transformers' classes begin
-ROPE_FIELDS = {  # of each kind of rotary embedding: what its frequencies depend on; all but the last are needed
+FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}  # model_type: prefix of transformers' class names
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type: what its frequencies depend on
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
 }
-YARN = dict(beta_fast=32, beta_slow=1, attention_factor=None)  # None: 1 + log(factor) / 10
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}  # None: 1 + 0.1 log(factor)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a `config.json` that the computation depends on; `raw` is the whole file."""
+    """The fields of a `config.json` that the computation depends on, under their names there."""
 
     vocab_size: int
     hidden_size: int
@@ -29,31 +30,26 @@ class Config:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
     model_type: str = "qwen2"
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    attention_bias: bool = False  # qwen3, llama: of all four projections; qwen2 has one on q, k and v in any case
-    rope_scaling: dict | None = None  # {"rope_type": "yarn" or "llama3", its ROPE_FIELDS}
-    raw: dict | None = None
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    attention_bias: bool = False  # of all four projections; Qwen2 always has one on q, k and v, and none on o
+    rope_scaling: dict[str, Any] | None = None  # {"rope_type": "yarn" or "llama3", its ROPE_FIELDS}
+    raw: dict[str, Any] | None = None  # the whole file
 
-    def __post_init__(self):
-        if self.head_dim is None:
+    def __post_init__(self) -> None:
+        if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @staticmethod
-    def from_dict(raw: dict, where: str = "config.json") -> "Config":
-        """From a parsed HF config; ValueError names the field where it is no model that this code computes."""
+    def from_dict(raw: dict[str, Any], where: str = "config.json") -> "Config":
+        """Config from a parsed `config.json`. Raises ValueError, naming the field, for a model that isn't supported."""
 
-        def expect(field, wanted, value):
-            if value != wanted:
-                raise ValueError(f"{where}: {field} is {value!r}, this code needs {wanted!r}")
+        def expect(field: str, expected: object, value: object) -> None:
+            if value != expected:
+                raise ValueError(f"{where}: {field} is {value!r}, this code needs {expected!r}")
 
-        def positive(field, default=None, kinds=(int,), among=raw):
-            value = default if among.get(field) is None else among[field]
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-                what = "a positive integer" if kinds == (int,) else "a positive number"
-                raise ValueError(f"{where}: {field} is {value!r}, expected {what}")
-            return value
+        def count(field: str, default: int | None = None) -> int:
+            return _positive(field, raw, default, where, (int,))
 
-        number = (int, float)
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"{where}: model_type is {family!r}, this code computes {', '.join(FAMILIES)}")
@@ -62,54 +58,75 @@ class Config:
         expect("layer_types", ["full_attention"], sorted(set(raw.get("layer_types") or ["full_attention"])))
         expect("mlp_bias", False, bool(raw.get("mlp_bias")))
         expect("partial_rotary_factor", 1, raw.get("partial_rotary_factor") or 1)
+
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        fields = {name: positive(name) for name in names}
-        fields["num_key_value_heads"] = positive("num_key_value_heads", fields["num_attention_heads"])
+        fields = {name: count(name) for name in names}
+        fields["num_key_value_heads"] = count("num_key_value_heads", fields["num_attention_heads"])
         divisions = [("num_key_value_heads", "num_attention_heads")]
         if raw.get("head_dim") is None:
             divisions.append(("num_attention_heads", "hidden_size"))
-        for name, whole in divisions:
-            if fields[whole] % fields[name]:
-                raise ValueError(f"{where}: {name} = {fields[name]} does not divide {fields[whole]}")
-        head_dim = positive("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        for divisor, dividend in divisions:
+            if fields[dividend] % fields[divisor]:
+                raise ValueError(f"{where}: {divisor} = {fields[divisor]} does not divide {fields[dividend]}")
+        head_dim = count("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim is {head_dim}, expected an even number: RoPE rotates pairs")
-        positions = positive("max_position_embeddings", 32768)
 
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | 4
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # of transformers 5, and of 4
         if not isinstance(rope, dict):
             raise ValueError(f"{where}: rope parameters are {rope!r}, expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ROPE_FIELDS:
-            raise ValueError(f"{where}: rope type is {kind!r}, this code computes {', '.join(ROPE_FIELDS)}")
-        known = {"type", "rope_type", "rope_theta", "original_max_position_embeddings", *ROPE_FIELDS[kind]}
-        if unknown := [name for name in rope if name not in known and rope[name] is not None]:
-            raise ValueError(
-                f"{where}: rope parameter {unknown[0]} = {rope[unknown[0]]!r} of type {kind!r}: not computed"
-            )
-        defaults = dict(original_max_position_embeddings=positions, **YARN)
-        scaling = {name: rope.get(name) or defaults.get(name) for name in ROPE_FIELDS[kind]}
-        for name in scaling:
-            if name != "attention_factor" or scaling[name] is not None:
-                positive(name, None, number, scaling)
+        max_positions = count("max_position_embeddings", 32768)
+        rope_theta = _positive("rope_theta", raw, rope.get("rope_theta") or 10000.0, where)
         return Config(
             **fields,
-            rms_norm_eps=positive("rms_norm_eps", 1e-6, number),
-            rope_theta=float(positive("rope_theta", rope.get("rope_theta") or 10000.0, number)),
+            rms_norm_eps=_positive("rms_norm_eps", raw, 1e-6, where),
+            rope_theta=float(rope_theta),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=positions,
+            max_position_embeddings=max_positions,
             model_type=family,
             head_dim=head_dim,
             attention_bias=bool(raw.get("attention_bias")) and family != "qwen2",
-            rope_scaling={"rope_type": kind, **scaling} if scaling else None,
+            rope_scaling=_rope_scaling(rope, max_positions, where),
             raw=raw,
         )
 
-    def to_dict(self) -> dict:
-        """What goes into config.json: the file that was read, or a new one with HF's field names."""
-        own = {k: v for k, v in self.__dict__.items() if k != "raw"}
-        extra = dict(hidden_act="silu", use_sliding_window=False)
-        return {**extra, **own} if self.raw is None else dict(self.raw)
+    def to_dict(self) -> dict[str, Any]:
+        """Content for config.json: the file that was read, or a new one."""
+        if self.raw is not None:
+            return dict(self.raw)
+        fields = {name: value for name, value in self.__dict__.items() if name != "raw"}
+        return {"hidden_act": "silu", "use_sliding_window": False, **fields}
+
+
+def _positive(field: str, values: dict[str, Any], default: Any, where: str, types: tuple = (int, float)) -> Any:
+    """values[field], or the default where it is missing or null. Raises ValueError unless it is a positive number."""
+    value = values.get(field)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, types) or not value > 0:
+        expected = "a positive integer" if types == (int,) else "a positive number"
+        raise ValueError(f"{where}: {field} is {value!r}, expected {expected}")
+    return value
+
+
+def _rope_scaling(rope: dict[str, Any], max_positions: int, where: str) -> dict[str, Any] | None:
+    """`Config.rope_scaling` from a file's RoPE parameters; None for plain RoPE."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_FIELDS:
+        raise ValueError(f"{where}: rope type is {rope_type!r}, this code computes {', '.join(ROPE_FIELDS)}")
+    fields = ROPE_FIELDS[rope_type]
+    for name, value in rope.items():
+        is_known = name in ("type", "rope_type", "rope_theta", "original_max_position_embeddings", *fields)
+        if not is_known and value is not None:
+            raise ValueError(f"{where}: rope parameter {name} = {value!r} of type {rope_type!r}: not computed")
+    if not fields:
+        return None
+    defaults = {"original_max_position_embeddings": max_positions, **YARN_DEFAULTS}
+    scaling = {name: rope.get(name) or defaults.get(name) for name in fields}
+    for name, value in scaling.items():
+        if name != "attention_factor" or value is not None:
+            _positive(name, scaling, None, where)
+    return {"rope_type": rope_type, **scaling}
 
 
 def rope_inv_freq(config: Config, device: torch.device) -> tuple[torch.Tensor, float]:
