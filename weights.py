@@ -245,7 +245,7 @@ def save_tensors(tensors: dict[str, Tensor], folder: str) -> None:
     if len(shards) == 1:
         save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(folder, file), metadata={"format": "pt"})

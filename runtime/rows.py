@@ -1,4 +1,4 @@
-"""JSON-lines rows: what each kind must hold, checked before any work is done; files that appear whole or not at all."""
+"""JSON-lines rows, checked before any work is done, and files that appear whole or not at all."""
 
 import contextlib
 import errno
@@ -6,32 +6,28 @@ import glob
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
 DIMENSIONS = ("helpfulness", "personalization", "naturalness")  # of a judgement
-SCORES = dict.fromkeys(DIMENSIONS, "score")
-ROW_FIELDS = {
+
+# kind of row: {field: its entry of CHECKS}
+PROMPT = {"prompt_id": "text", "persona": "persona", "question": "text"}
+ROW_FIELDS: dict[str, dict[str, str]] = {
     "prompt": PROMPT,
     "pair": {**PROMPT, "chosen": "text", "rejected": "text"},
     "answer": {**PROMPT, "answer": "string"},
-    "judgement": {**PROMPT, "answer": "text", "critique": "text", **SCORES},
+    "judgement": {**PROMPT, "answer": "text", "critique": "text", **dict.fromkeys(DIMENSIONS, "score")},
     "messages": {"messages": "messages"},
     "metrics": {"step": "step"},
     "object": {},
 }
 
-# Nesting of objects and lists in a row: what walks through a row by recursion, the text of a persona, say, can do it.
+# Limit on the nesting of objects and lists in a row, so that code which walks through one can be recursive.
 MAX_DEPTH = 100
 
-# What makes the files and folders that the scripts read by default: said where one is missing.
+# How to make the files that the scripts read by default, for the message where one is missing.
 MADE_BY = {
-    "out/sft/": "run sft.py first",
-    "out/grm/": "run train_grm.py first",
-    "out/bt/": "run train_grm.py --objective bt first",
-    "out/dpo/": "run dpo.py first",
-    "out/ppo_cpe/": "run ppo_cpe.py first",
     "out/data/judgements": "make judgements with data/annotate.py, or train on --data of your own",
     "out/data/": "make rows with data/prepare.py, or name a file of your own",
     "out/world/": "run data/persona_world.py first",
@@ -39,25 +35,61 @@ MADE_BY = {
 
 
 def made_by(path: str) -> str:
-    """ "; " and what makes a file or folder that is missing, where a script of ours does by default; else ""."""
+    """How to make a missing default file, as "; HINT". Empty for other files."""
     return next((f"; {hint}" for start, hint in MADE_BY.items() if path.startswith(start)), "")
 
+
+# -- surrogates: JSON can spell half of a surrogate pair, but no encoding can write it -----------------------------------
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def without_surrogates(text: str) -> str:
-    """A text that can be encoded: each half of a surrogate pair is U+FFFD, as in text that was decoded wrongly."""
+    """Replaces each half of a surrogate pair by U+FFFD, as decoders do with invalid text."""
     return SURROGATE.sub("\ufffd", text)
 
 
-def _are_messages(messages):
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+def first_lone_surrogate(value: Any) -> str | None:
+    """Path of the first string or key in a JSON value that holds half of a surrogate pair, or None.
+
+    Paths look like "persona.pets[1]"; "" is the value itself. Surrogates in a path are escaped, so that it prints.
+    """
+    path = _find_surrogate(value, "")
+    return None if path is None else path.encode("utf-8", "backslashreplace").decode()
+
+
+def _find_surrogate(value: Any, path: str) -> str | None:
+    if isinstance(value, str):
+        return path if SURROGATE.search(value) else None
+    entries: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            inner_path = f"{path}.{key}" if path else str(key)
+            entries += [(inner_path, str(key)), (inner_path, inner)]
+    elif isinstance(value, (list, tuple)):
+        entries = [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
+    for inner_path, inner in entries:
+        found = _find_surrogate(inner, inner_path)
+        if found is not None:
+            return found
+    return None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _are_messages(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
         return False
-    return all(m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str) for m in messages)
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            return False
+        if not isinstance(message.get("content"), str):
+            return False
+    return True
 
 
-CHECKS = {
+CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # name: (what is expected, whether a value is that)
     "text": ("a non-empty string", lambda v: isinstance(v, str) and bool(v.strip())),
     "string": ("a string", lambda v: isinstance(v, str)),
     "persona": ("a non-empty JSON object or string", lambda v: isinstance(v, (dict, str)) and bool(v)),
@@ -67,83 +99,56 @@ CHECKS = {
 }
 
 
-def _encodes(text):
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def first_lone_surrogate(value: Any) -> str | None:
-    """Where a JSON value holds half a surrogate pair, which JSON can spell but no encoding can write.
-
-    -> the path of the first such string or key, such as "persona.pets[1]" ("" for the value itself), or None. The path
-    can be printed: a surrogate in it is escaped.
-    """
-
-    def find(value, path):
-        if isinstance(value, str):
-            return path if SURROGATE.search(value) else None
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                here = f"{path}.{key}" if path else str(key)
-                if SURROGATE.search(str(key)):
-                    return here
-                if (found := find(inner, here)) is not None:
-                    return found
-        if isinstance(value, (list, tuple)):
-            for i, inner in enumerate(value):
-                if (found := find(inner, f"{path}[{i}]")) is not None:
-                    return found
-        return None
-
-    path = find(value, "")
-    return path if path is None else path.encode("utf-8", "backslashreplace").decode()
-
-
 def check_row(row: Any, kind: str, where: str) -> None:
-    """ValueError naming the place, the field and what was expected, unless `row` is a row of that kind."""
+    """Raises ValueError, with the place, the field and what was expected, unless `row` is a row of that kind."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object ({kind} row), found {type(row).__name__}")
     for field, check in ROW_FIELDS[kind].items():
-        expected, holds = CHECKS[check]
+        expected, is_valid = CHECKS[check]
         if field not in row:
             raise ValueError(f'{where}: field "{field}" is missing, expected {expected} ({kind} row)')
-        if not holds(row[field]):
+        if not is_valid(row[field]):
             raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
-    if not _encodes(json.dumps(row, ensure_ascii=False)):
-        broken = first_lone_surrogate(row)
+    broken = first_lone_surrogate(row)
+    if broken is not None:
         raise ValueError(
             f'{where}: field "{broken}" holds half of a surrogate pair (such as \\ud83d), which is no text'
         )
 
 
-def _depth(value):
-    """How deep the objects and lists of a JSON value are nested."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (dict, list))]:
+def _depth(value: Any) -> int:
+    """Nesting depth of the objects and lists in a JSON value, without recursion."""
+    depth = 0
+    level = [value]
+    while True:
+        containers = [v for v in level if isinstance(v, (dict, list))]
+        if not containers:
+            return depth
         depth += 1
-        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
-    return depth
+        level = []
+        for container in containers:
+            level += container.values() if isinstance(container, dict) else container
 
 
 def parse_json(text: str, where: str) -> Any:
-    """A JSON value. ValueError naming the place: it is none, or nested more than MAX_DEPTH deep."""
+    """Parses a JSON value. Raises ValueError, naming the place, if it is not one or is nested deeper than MAX_DEPTH."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    may_be_deep = text.count("[") + text.count("{") > MAX_DEPTH  # spares most rows the walk
+    if may_be_deep and _depth(value) > MAX_DEPTH:
         raise ValueError(f"{where}: objects and lists nested more than {MAX_DEPTH} deep")
     return value
 
 
 def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
-    """("FILE:LINE", value) of every line; a byte order mark and blank lines at the end are passed over. growing: so is
-    a line without its end, which is being written or was when its writer was killed.
+    """Parses each line of a file -> [("FILE:LINE", value)]. Skips a byte order mark and blank lines at the end.
 
-    ValueError: not UTF-8, a compressed file, a line that is not JSON, is blank or nested too deep, with file and line.
+    growing: also skips a last line without a line break, which is being written or was when its writer was killed.
+
+    Raises ValueError, with file and line, for a line that is blank, not UTF-8, not JSON or nested too deep, and for a
+    compressed file.
     """
     with open(path, "rb") as f:
         content = f.read()
@@ -151,41 +156,48 @@ def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
         raise ValueError(f"{path}: a gzip file; expected JSON lines as text (gunzip it first)")
     if growing:
         content = content[: content.rfind(b"\n") + 1]
-    text = content.removeprefix(b"\xef\xbb\xbf").rstrip()
-    found = []
-    for number, line in enumerate(text.split(b"\n") if text else [], 1):
+    content = content.removeprefix(b"\xef\xbb\xbf").rstrip()
+    if not content:
+        return []
+    values = []
+    for number, line in enumerate(content.split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
-            found.append((where, parse_json(line.decode("utf-8"), where)))
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error})") from error
-    return found
+        values.append((where, parse_json(text, where)))
+    return values
 
 
-def read_rows(path: str, kind: str) -> list[dict]:
-    """All rows of a JSON-lines file, checked before any work is done.
+def read_rows(path: str, kind: str) -> list[dict[str, Any]]:
+    """Reads and checks all rows of a JSON-lines file.
 
-    kind: prompt | pair | answer | judgement | messages | metrics (of a run) | object (any). ValueError: file:line,
-    field, what was expected. Read with `json`, not into Arrow: personas are free objects, and a table would give every
-    persona the keys of all the others.
+    kind: prompt | pair | answer | judgement | messages | metrics (of a run) | object (any).
+
+    Rows are read with `json`, not into Arrow tables: personas are free objects, and a table would give every persona
+    the keys of all others. Raises ValueError with file:line, the field and what was expected.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; expected JSON lines ({kind} rows){made_by(path)}")
-    rows, line_of = [], {}
+    rows = []
+    first_place: dict[str, str] = {}  # of each prompt_id
     for where, row in json_lines(path, growing=kind == "metrics"):
         check_row(row, kind, where)
-        if kind == "prompt" and line_of.setdefault(row["prompt_id"], where) != where:
-            raise ValueError(f'{where}: prompt_id "{row["prompt_id"]}" stands at {line_of[row["prompt_id"]]} too')
+        if kind == "prompt":
+            first = first_place.setdefault(row["prompt_id"], where)
+            if first != where:
+                raise ValueError(f'{where}: prompt_id "{row["prompt_id"]}" stands at {first} too')
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: empty, expected {kind} rows")
     return rows
 
 
-def logged_rows(path: str, fields: Sequence[str] = ()) -> list[dict]:
+def logged_rows(path: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of a file that a run writes or wrote; [] where there is none. Half a line at its end is left out.
 
-    ValueError: a line is not a JSON object or lacks one of the fields.
+    Raises ValueError if a line is not a JSON object or lacks one of the fields.
     """
     if not os.path.isfile(path):
         return []
@@ -201,18 +213,24 @@ def logged_rows(path: str, fields: Sequence[str] = ()) -> list[dict]:
 
 
 def step_files(folder: str, kind: str) -> list[tuple[int, str]]:
-    """(step, file) of OUT/KIND/step_NNNNNN.jsonl (`runs.write_step`), by step."""
-    names = sorted(glob.glob(os.path.join(glob.escape(folder), kind, "step_*.jsonl")))
-    return [(int(match[1]), name) for name in names if (match := re.search(r"step_(\d+)\.jsonl$", name))]
+    """(step, file) of each FOLDER/KIND/step_NNNNNN.jsonl (`runs.write_step`), by step."""
+    files = []
+    for name in sorted(glob.glob(os.path.join(glob.escape(folder), kind, "step_*.jsonl"))):
+        if match := re.search(r"step_(\d+)\.jsonl$", name):
+            files.append((int(match[1]), name))
+    return files
 
 
-def write_rows(path: str, rows: list[dict]) -> None:
-    """JSON lines; see `write_text`."""
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes JSON lines; see `write_text`."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_text(path: str, text: str) -> None:
-    """The file appears whole or not at all, also when the power fails."""
+    """Writes a file that appears whole or not at all, even if the power fails."""
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     with naming(path):
@@ -224,33 +242,34 @@ def write_text(path: str, text: str) -> None:
 
 
 def append_line(path: str, line: str) -> None:
-    """One more line: a disk that is full leaves the file as it was, without a part of the line."""
+    """Appends one line. If the disk is full, the file stays as it was, without a part of the line."""
+    content = line.encode() + b"\n"
     with naming(path), open(path, "ab", buffering=0) as f:
-        size, content = f.tell(), line.encode() + b"\n"
+        size = f.tell()
         try:
             written = f.write(content)
             if written < len(content):
-                written += f.write(content[written:])  # says what is wrong
+                f.write(content[written:])  # raises the error that cut the first write short
         finally:
             if f.tell() != size + len(content):
                 f.truncate(size)
 
 
 def sync(path: str) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or a folder's list of files, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot do it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync folders
             raise
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def naming(path: str):
-    """An error of the disk says which file it met: that of a write does not by itself."""
+def naming(path: str) -> Iterator[None]:
+    """Adds the path to an error of the disk. A failed write does not carry it."""
     try:
         yield
     except OSError as error:
