@@ -273,8 +273,8 @@ def expected_seconds(args, machine, policy, critic, judges, sampled, per_prompt)
     return [
         f"seconds of a step on {machine.world_size} GPUs, roughly: for prompts of {work.prompt_tokens:.0f}, responses "
         f"of {work.response_tokens:.0f} and judgements of {work.critique_tokens:.0f} tokens",
-        f"in the mean, at {roofline.COMPUTE_SHARE:.0%} of the peak in bf16 and {roofline.BANDWIDTH_SHARE:.0%} of the "
-        "memory's bandwidth",
+        f"in the mean, at {roofline.COMPUTE_FRACTION:.0%} of the peak in bf16 and {roofline.BANDWIDTH_FRACTION:.0%} of "
+        "the memory's bandwidth",
         f"{'':12}" + "".join(f"{phase:>10}" for phase in rows[0][1]),
         *(f"  {name:10}" + "".join(f"{seconds:10.1f}" for seconds in found.values()) for name, found in rows),
     ]

@@ -1,10 +1,11 @@
-"""What the phases of an RL step have to compute and to read, over the rates of a machine: `--plan`'s seconds.
+"""Roofline model of an RL step: what each phase computes and reads, over the rates of a device. Seconds of `--plan`.
 
-A phase takes the longer of its two times: floating-point operations over the rate of matrix products, and bytes that
-have to be read (in decoding the weights once per step, and the keys and values of every running sequence) over the
-bandwidth. Phases are added up, though sampling and judging overlap in part; on the other hand nothing is counted for
-collectives, launches and the longest responses of a batch. Prompts and answers that are known are computed once, as the
-engine and the packed passes do. bench/plan.py holds all this against real steps on a CPU.
+A phase takes the longer of two times: floating-point operations over the rate of matrix products, and bytes read over
+the memory's bandwidth. A step of decoding reads the weights once, and the keys and values of all running sequences.
+
+Phases are added up, although sampling and judging overlap in part. On the other hand, nothing is counted for
+collectives, kernel launches and the longest responses of a batch. Cached prompts and answers are computed once, as in
+the engine and in packed passes. bench/plan.py compares the result with real steps on a CPU.
 """
 
 from dataclasses import dataclass
@@ -28,34 +29,36 @@ PEAKS = {
     "L40S": (362, 0.864),
 }
 PLANNED_GPUS = ("A100", "H100", "H200", "L40S")  # that `--plan` prints seconds for
-# what is reached of them. FSDP runs of 7B models report 0.33 to 0.57 of the peak; decoding with vLLM about half of the
-# bandwidth, gpt-fast 0.7 at batch 1
-COMPUTE_SHARE, BANDWIDTH_SHARE = 0.45, 0.6
-RUBRIC_TOKENS, REQUEST_TOKENS = 400, 40  # of a judge's prompt; of an edit's beside the critique
+# Fractions of the peaks that programs reach. FSDP runs of 7B models report 0.33 to 0.57 of the FLOP/s. Decoding reaches
+# about half of the bandwidth with vLLM, and 0.7 with gpt-fast at batch 1.
+COMPUTE_FRACTION, BANDWIDTH_FRACTION = 0.45, 0.6
+RUBRIC_TOKENS = 400  # of a judge's prompt
+REQUEST_TOKENS = 40  # of an edit prompt besides the critique
 
 
 @dataclass
 class Rates:
-    """What a device reaches: FLOP/s of matrix products, bytes/s of reading; bytes of a weight, a key or a value."""
+    """What a device reaches."""
 
-    flops: float
-    bandwidth: float
-    itemsize: int
+    flops: float  # FLOP/s of matrix products
+    bandwidth: float  # bytes/s read from memory
+    itemsize: int  # bytes of a weight, a key or a value
 
     @classmethod
     def of_gpu(cls, name: str) -> "Rates":
+        """Expected rates in bf16 of a GPU in PEAKS."""
         tflops, terabytes = PEAKS[name]
-        return cls(COMPUTE_SHARE * tflops * 1e12, BANDWIDTH_SHARE * terabytes * 1e12, 2)
+        return cls(COMPUTE_FRACTION * tflops * 1e12, BANDWIDTH_FRACTION * terabytes * 1e12, 2)
 
 
 @dataclass
 class Work:
-    """An RL step on one device; lengths in tokens are means."""
+    """An RL step on one device. Lengths are means, in tokens."""
 
     prompts: float
     originals: float  # per prompt
     edits: float  # per prompt
-    trained: float  # per prompt: originals, and the edits that are selected
+    trained: float  # responses per prompt that the update uses: the originals and the selected edits
     prompt_tokens: float
     response_tokens: float
     critique_tokens: float
@@ -63,10 +66,11 @@ class Work:
 
 
 def matrices(config: Config) -> tuple[int, int]:
-    """Weights of all layers' matrices, and of the LM head."""
-    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size
+    """Number of weights in the matrices of all layers, and in the LM head."""
+    d = config.hidden_size
+    d_q = config.num_attention_heads * config.head_dim
+    d_kv = config.num_key_value_heads * config.head_dim
+    layer = 2 * d * d_q + 2 * d * d_kv + 3 * d * config.intermediate_size
     return config.num_hidden_layers * layer, d * config.vocab_size
 
 
@@ -108,51 +112,74 @@ def forward_seconds(config: Config, n_tokens: float, context: float, n_logits: f
     return pass_flops(config, n_tokens, n_tokens * context, n_logits) / rates.flops
 
 
-def decode_seconds(config: Config, n_rows: float, length: float, context: float, max_batch: int, rates: Rates) -> float:
-    """n_rows responses of that length, at most max_batch at once, that see `context` tokens on average."""
-    if n_rows == 0:
+def decode_seconds(
+    config: Config, n_responses: float, length: float, context: float, max_batch: int, rates: Rates
+) -> float:
+    """Seconds to decode responses of one length, max_batch at once. context: tokens that one attends to, on average."""
+    if n_responses == 0:
         return 0.0
-    (body, head), rows = matrices(config), min(n_rows, max_batch)
+    body, head = matrices(config)
+    batch = min(n_responses, max_batch)
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rates.itemsize
-    attention = attention_flops(config, context)
-    read = (body + head) * rates.itemsize + rows * context * kv_bytes
-    computed = rows * (2 * (body + head) + attention)
-    return length * n_rows / rows * max(read / rates.bandwidth, computed / rates.flops)
+    bytes_read = (body + head) * rates.itemsize + batch * context * kv_bytes
+    flops = batch * (2 * (body + head) + attention_flops(config, context))
+    return length * n_responses / batch * max(bytes_read / rates.bandwidth, flops / rates.flops)
 
 
 def phases(
-    work: Work, policy: Config, critic: Config | None, judge: Config | None, writes: bool, passes: int, rates: Rates
+    work: Work,
+    policy: Config,
+    critic: Config | None,
+    judge: Config | None,
+    writes_critiques: bool,
+    passes: int,
+    rates: Rates,
 ) -> dict[str, float]:
-    """{phase: seconds}. critic None: there is none; judge: that of a model on the same device; writes: it generates
-    critiques, else it is a Bradley-Terry model. passes: forward ones that an update costs: 3, one more where
-    activations are recomputed, one less where weights are frozen."""
-    w, answer = work, work.prompt_tokens + work.response_tokens
-    originals, edits, answers = w.prompts * w.originals, w.prompts * w.edits, w.prompts * (w.originals + w.edits)
-    added = w.critique_tokens + REQUEST_TOKENS  # of an edit's prompt: what comes before is in the cache
-    prefill = forward_seconds(policy, w.prompts * w.prompt_tokens, w.prompt_tokens / 2, w.prompts, rates)
-    prefill += forward_seconds(policy, edits * added, answer + added / 2, edits, rates)
-    half = w.response_tokens / 2
-    decode = decode_seconds(policy, originals, w.response_tokens, w.prompt_tokens + half, w.max_batch, rates)
-    decode += decode_seconds(policy, edits, w.response_tokens, answer + added + half, w.max_batch, rates)
-    found = {"prefill": prefill, "decode": decode, "judge": 0.0}
-    if judge and writes:
-        context = RUBRIC_TOKENS + answer
-        n_tokens = w.prompts * w.prompt_tokens + answers * w.response_tokens  # the rubric is known after the first
-        found["judge"] = forward_seconds(judge, n_tokens, context / 2, answers, rates)
-        found["judge"] += decode_seconds(judge, answers, w.critique_tokens, context, w.max_batch, rates)
-    elif judge:
-        found["judge"] = forward_seconds(judge, answers * answer, answer / 2, 0, rates)
+    """Seconds of a step by phase.
 
-    n_trained = w.prompts * w.trained * w.response_tokens
-    n_tokens, context = w.prompts * w.prompt_tokens + n_trained, answer / 2
-    selected = w.prompts * (w.trained - w.originals)  # edits: their old log-probs are those under the edit prompt
-    n_old = w.prompts * w.prompt_tokens + originals * w.response_tokens + selected * (added + w.response_tokens)
-    n_scored = (
-        originals / 2 + selected
-    ) * w.response_tokens  # in the first of two mini-batches an original's ratio is 1
-    found["score"] = forward_seconds(policy, n_old * n_scored / max(1, n_trained), context, n_scored, rates)
-    found["update"] = passes * forward_seconds(policy, n_tokens, context, n_trained, rates)
+    critic: None if there is none.
+    judge: None if it doesn't run on this device.
+    writes_critiques: the judge is generative; otherwise it is a Bradley-Terry model.
+    passes: cost of an update in forward passes: 3, one more with recomputed activations, one less with frozen weights.
+    """
+    answer_tokens = work.prompt_tokens + work.response_tokens  # with its prompt
+    half_response = work.response_tokens / 2
+    edit_request_tokens = work.critique_tokens + REQUEST_TOKENS  # the rest of an edit prompt is cached
+    originals = work.prompts * work.originals
+    edits = work.prompts * work.edits
+    answers = work.prompts * (work.originals + work.edits)
+
+    n_tokens = work.prompts * work.prompt_tokens
+    prefill = forward_seconds(policy, n_tokens, work.prompt_tokens / 2, work.prompts, rates)
+    context = answer_tokens + edit_request_tokens / 2
+    prefill += forward_seconds(policy, edits * edit_request_tokens, context, edits, rates)
+
+    context = work.prompt_tokens + half_response
+    decode = decode_seconds(policy, originals, work.response_tokens, context, work.max_batch, rates)
+    context = answer_tokens + edit_request_tokens + half_response
+    decode += decode_seconds(policy, edits, work.response_tokens, context, work.max_batch, rates)
+
+    judging = 0.0
+    if judge and writes_critiques:
+        context = RUBRIC_TOKENS + answer_tokens
+        n_tokens = work.prompts * work.prompt_tokens + answers * work.response_tokens  # the rubric is cached
+        judging = forward_seconds(judge, n_tokens, context / 2, answers, rates)
+        judging += decode_seconds(judge, answers, work.critique_tokens, context, work.max_batch, rates)
+    elif judge:
+        judging = forward_seconds(judge, answers * answer_tokens, answer_tokens / 2, 0, rates)
+
+    n_trained = work.prompts * work.trained * work.response_tokens
+    n_tokens = work.prompts * work.prompt_tokens + n_trained
+    context = answer_tokens / 2
+    # Old log-probs: of an original under its prompt, of a selected edit under its edit prompt. In the first of two
+    # mini-batches the ratio of an original is 1, so that half of the originals need none.
+    selected = work.prompts * (work.trained - work.originals)
+    n_old = work.prompts * work.prompt_tokens + originals * work.response_tokens
+    n_old += selected * (edit_request_tokens + work.response_tokens)
+    n_scored = (originals / 2 + selected) * work.response_tokens
+    score = forward_seconds(policy, n_old * n_scored / max(1, n_trained), context, n_scored, rates)
+    update = passes * forward_seconds(policy, n_tokens, context, n_trained, rates)
     if critic:
-        found["score"] += forward_seconds(critic, n_tokens, context, 0, rates)
-        found["update"] += passes * forward_seconds(critic, n_tokens, context, 0, rates)
-    return found
+        score += forward_seconds(critic, n_tokens, context, 0, rates)
+        update += passes * forward_seconds(critic, n_tokens, context, 0, rates)
+    return {"prefill": prefill, "decode": decode, "judge": judging, "score": score, "update": update}

@@ -39,7 +39,7 @@ def made_by(path: str) -> str:
     return next((f"; {hint}" for start, hint in MADE_BY.items() if path.startswith(start)), "")
 
 
-# -- surrogates: JSON can spell half of a surrogate pair, but no encoding can write it -----------------------------------
+# -- surrogates: JSON can spell half of a surrogate pair, but no encoding can write it ---------------------------------
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
