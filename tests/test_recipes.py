@@ -220,10 +220,10 @@ def write_run(folder, rng, steps=3):
     )
     write(folder / "eval/results.json", results)
     write(folder / "done.json", dict(commands=[], seconds=90.0))
-    parts, quantities = ("kept", "inserted", "branch"), ("ratio", "weight", "mass", "clipfrac")
+    parts, quantities = ("kept", "inserted", "novel"), ("ratio", "weight", "gradient_mass", "clipfrac")
     ledger = {f"edit/{kind}_{what}": 0.5 for kind in parts for what in quantities} | {
         "edit/kept": 0.6,
-        "edit/branch": 0.1,
+        "edit/novel": 0.1,
     }
     costs = dict(batch=2, generated_tokens=10, judge_calls=3)
     write(folder / "metrics.jsonl", [dict(step=step + 1, **costs, **ledger) for step in range(steps)])

@@ -289,11 +289,11 @@ def test_the_drawn_diagram_is_that_of_the_finished_figures(tmp_path):
 
 
 def test_novel_tokens_are_told_from_what_follows_them():
-    ledger = {"edit/kept": 0.6, "edit/branch": 0.1, "edit/branch_weight": 0.2, "edit/inserted_weight": 0.8}
-    none_novel = {"edit/kept": 0.6, "edit/branch": 0.0, "edit/inserted_weight": 0.8}
+    ledger = {"edit/kept": 0.6, "edit/novel": 0.1, "edit/novel_weight": 0.2, "edit/inserted_weight": 0.8}
+    none_novel = {"edit/kept": 0.6, "edit/novel": 0.0, "edit/inserted_weight": 0.8}
     quantities = {f"edit/inserted_{q}": 1.0 for q in ("ratio", "clipfrac")}
     curves = figures.edit_curves([quantities | ledger, {}, quantities | none_novel])
-    assert curves["branch_weight"] == [0.2, None, None]
+    assert curves["novel_weight"] == [0.2, None, None]
     assert curves["followed_weight"] == [1.0, None, 0.8]  # (.4 x .8 - .1 x .2) / .3
     assert figures.edit_curves([{"step": 1}]) == {}
 

@@ -19,8 +19,17 @@ Figures = dict[str, float | None]  # of one experiment at one seed
 Curves = dict[str, Sequence[float | None]]  # of one run: a value per step
 
 EDIT_METRICS = (  # metrics.jsonl has them as edit/NAME
-    *("gain", "ratio", "ratio_low", "weight", "kept_mass", "inserted_mass", "inserted_weight", "inserted_clipfrac"),
-    *("branch", "branch_ratio", "branch_weight", "branch_clipfrac"),
+    *(
+        "gain",
+        "ratio",
+        "ratio_low",
+        "weight",
+        "kept_gradient_mass",
+        "inserted_gradient_mass",
+        "inserted_weight",
+        "inserted_clipfrac",
+    ),
+    *("novel", "novel_ratio", "novel_weight", "novel_clipfrac"),
 )
 LEDGER = {"ratio": "r = p / q", "weight": "weight on grad log p", "clipfrac": "without gradient, share"}
 
@@ -74,9 +83,9 @@ def training_cost(steps: list[dict]) -> Figures:
         values = [step[f"edit/{name}"] for step in steps if step.get(f"edit/{name}") is not None]
         if values:
             figures[f"edit/{name}"] = float(np.mean(values))
-    inserted = figures.get("edit/inserted_mass", 0)
+    inserted = figures.get("edit/inserted_gradient_mass", 0)
     if inserted:
-        figures["inserted"] = 100 * inserted / (figures["edit/kept_mass"] + inserted)
+        figures["inserted"] = 100 * inserted / (figures["edit/kept_gradient_mass"] + inserted)
     return figures
 
 
@@ -105,20 +114,20 @@ def seconds_by_phase(run: str) -> Figures:
 def edit_curves(steps: list[dict]) -> Curves:
     """What the loss did, step by step, with the tokens that edits inserted.
 
-    -> {"branch_ratio", "followed_ratio", ...}: for novel tokens (p < 0.1) and for the other inserted tokens, which
+    -> {"novel_ratio", "followed_ratio", ...}: for novel tokens (p < 0.1) and for the other inserted tokens, which
     follow from them. None at a step without such tokens. Empty for a run without edits.
     """
     curves = defaultdict(list)
     for step in steps:
-        novel = step.get("edit/branch", 0)  # fractions of the edits' tokens
+        novel = step.get("edit/novel", 0)  # fractions of the edits' tokens
         followed = 1 - step.get("edit/kept", 1) - novel
         for quantity in LEDGER:
-            of_novel = step.get(f"edit/branch_{quantity}")
+            of_novel = step.get(f"edit/novel_{quantity}")
             of_followed = None
             if followed > 1e-6:
                 of_inserted = step.get(f"edit/inserted_{quantity}")
                 of_followed = ((novel + followed) * of_inserted - novel * (of_novel or 0)) / followed
-            curves[f"branch_{quantity}"].append(rounded(of_novel))
+            curves[f"novel_{quantity}"].append(rounded(of_novel))
             curves[f"followed_{quantity}"].append(rounded(of_followed))
     return {name: values for name, values in curves.items() if any(value is not None for value in values)}
 

@@ -111,7 +111,7 @@ def variants() -> dict[str, str]:
             flags.setdefault(grid_name(strategy, rate), f"--edit-strategy {strategy} --edit-rate {rate:g}")
     for loss in LOSSES:
         for baseline in BASELINES:
-            flags.setdefault(loss_name(loss, baseline), f"--edit-ratio {loss} --edit-baseline {baseline}")
+            flags.setdefault(loss_name(loss, baseline), f"--edit-loss {loss} --edit-baseline {baseline}")
     for name, weights in WEIGHTS.items():
         flags[f"weights_{name}"] = "--score-weights " + " ".join(f"{weight:g}" for weight in weights)
     return flags
@@ -423,7 +423,7 @@ def ledger_figure(out: str, seeds: dict[str, list[int]], folder: str) -> None:
     figure, axes = new_figure(3)
     for name, loss, color in (("cpe", "unclipped", COLORS["cpe"]), ("loss_paper_batch", "paper", "#8a6bbf")):
         runs = [read_rows(f"{out}/seed{seed}/{name}/metrics.jsonl", "metrics") for seed in seeds.get(name, [])]
-        for axis, quantity in zip(axes, ("ratio", "mass", "clipfrac")):
+        for axis, quantity in zip(axes, ("ratio", "gradient_mass", "clipfrac")):
             for kind, line in (("kept", "-"), ("inserted", "--")):
                 if runs:
                     ys = np.array([[step[f"edit/{kind}_{quantity}"] for step in run] for run in runs], dtype=float)

@@ -49,13 +49,13 @@ QUICK_STEPS = 15
 PLAIN = FLAGS["ppo"]  # no edits, n = 6
 METHODS = {  # name: flags of ppo_cpe.py
     "ppo": PLAIN,
-    "paper": "--edit-ratio paper",
-    "unclipped": "--edit-ratio unclipped",
-    "tis": "--edit-ratio tis",
-    "luffy": "--edit-ratio luffy",
-    "topr": "--edit-ratio topr",
-    "none": "--edit-ratio none",
-    "none_original": "--edit-ratio none --edit-baseline original",
+    "paper": "--edit-loss paper",
+    "unclipped": "--edit-loss unclipped",
+    "tis": "--edit-loss tis",
+    "luffy": "--edit-loss luffy",
+    "topr": "--edit-loss topr",
+    "none": "--edit-loss none",
+    "none_original": "--edit-loss none --edit-baseline original",
 }
 # sdpo is no longer trained (ppo_cpe.py has it as a fork, docs/forking.md): rarity.json keeps its figures
 LABELS = {
@@ -297,9 +297,9 @@ def novel_token_table(figures: BySeed) -> str | None:
     """What the loss did with edits' tokens."""
     rows = []
     for rate, name in itertools.product(RATES, METHODS):
-        if values_of(figures, rate, name, "edit/branch"):
+        if values_of(figures, rate, name, "edit/novel"):
             rows.append(([LABELS[name], f"{rate:g}"], list(figures[rate, name].values())))
-    columns = ("branch", "branch_weight", "branch_clipfrac", "inserted_weight", "inserted_clipfrac")
+    columns = ("novel", "novel_weight", "novel_clipfrac", "inserted_weight", "inserted_clipfrac")
     return figure_table(["", "R"], rows, [f"edit/{name}" for name in columns]) if rows else None
 
 
@@ -435,7 +435,7 @@ def novel_token_figure(figures: BySeed, folder: str) -> None:
     figure, axes = new_figure(len(LEDGER))
     for axis, (quantity, title) in zip(axes, LEDGER.items()):
         for name, color in COLORS.items():
-            novel = values_of(figures, RARE, name, f"branch_{quantity}")
+            novel = values_of(figures, RARE, name, f"novel_{quantity}")
             followed = values_of(figures, RARE, name, f"followed_{quantity}")
             if novel:
                 plot_range(axis, novel, color, label=LABELS[name])
