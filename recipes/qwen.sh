@@ -32,7 +32,7 @@ if [ "${1:-}" = --judge ]; then
     shift 2
 fi
 [ -z "$JUDGE" ] || STAGES=${STAGES/grm/} # a judge is given: no GRM is trained
-# Where critiques ask for what the policy's samples hardly ever have, add --edit-ratio none (docs/results.md)
+# Where critiques ask for what the policy's samples hardly ever have, add --edit-loss none (docs/results.md)
 cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --checkpoint-activations)
 case $SIZE in
     0.5b)

@@ -56,7 +56,7 @@ rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS
     --max-steps "$(scaled 40 2)" --seed "$SEED")
 marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
     marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &
-marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --edit-ratio none --out "$OUT/cpe" &
+marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --edit-loss none --out "$OUT/cpe" &
 all_done
 
 stage "evaluation: answers to unseen people's questions, scored by the exact judge, against those of SFT"

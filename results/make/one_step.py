@@ -73,7 +73,7 @@ def page(run: str, first_step: int = 1) -> str:
     return f"""# One step, with real text
 
 Made by `python results/make/tables.py one-step > docs/one-step.md` from the run of `bash recipes/tiny.sh`:
-step {step}, prompt {row["prompt_id"]}, loss on edits `{settings["edit_ratio"]}`, its baseline
+step {step}, prompt {row["prompt_id"]}, loss on edits `{settings["edit_loss"]}`, its baseline
 `{settings["edit_baseline"]}`.
 
 **1. A prompt**: the persona, and a question. Nothing else is in the context in which answers, and later edits, are
