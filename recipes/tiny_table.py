@@ -68,11 +68,11 @@ def failed_checks(folder: str) -> list[str]:
     ]
 
 
-def edit_line(part: str, files: Sequence[str]) -> str:
-    """Mean gain of edits over their originals in some steps, by the run's judge and by the exact judge."""
+def edit_line(part: str, files: Sequence[str]) -> list[str]:
+    """Mean gain of edits over their originals in some steps, by the run's judge and the exact judge; [] without edits."""
     rows = [row for file in files for row in read_rows(file, "object") if row["edit"]]
     if not rows:
-        return f"{part:22}no edits"
+        return []
     run_gain = np.mean([row["edit"]["reward"] - row["reward"] for row in rows])
     exact_gains = []
     for row in rows:
@@ -82,19 +82,21 @@ def edit_line(part: str, files: Sequence[str]) -> str:
     gains = np.array(exact_gains)
     better = 100 * np.mean(gains > 0)
     worse = 100 * np.mean(gains < 0)
-    return f"{part:22}{run_gain:>+12.2f}{gains.mean():>+14.2f}{better:>12.0f}{worse:>12.0f}{len(rows):>8}"
+    return [f"{part:22}{run_gain:>+12.2f}{gains.mean():>+14.2f}{better:>12.0f}{worse:>12.0f}{len(rows):>8}"]
 
 
 def edit_table(folder: str) -> list[str]:
     """Gain of edits in the first and last third of a run, and in all of it."""
     files = [path for _, path in step_files(folder, "rollouts")]
     third = len(files) // 3
-    return [
-        f"{'edits less originals':22}{'run judge':>12}{'exact judge':>14}{'better, %':>12}{'worse, %':>12}{'edits':>8}",
-        edit_line("first third", files[:third]),
-        edit_line("last third", files[len(files) - third :]),
-        edit_line("all", files),
-    ]
+    header = (
+        f"{'edits less originals':22}{'run judge':>12}{'exact judge':>14}{'better, %':>12}{'worse, %':>12}{'edits':>8}"
+    )
+    lines = [header]
+    lines += edit_line("first third", files[:third])
+    lines += edit_line("last third", files[len(files) - third :])
+    lines += edit_line("all", files)
+    return lines
 
 
 def main(args: Args) -> None:
@@ -103,8 +105,8 @@ def main(args: Args) -> None:
         name, _, folder = run.partition("=")
         print(run_line(name, folder))
     print(NOTE)
-    if args.checks:
-        print(*failed_checks(args.checks), sep="\n")
+    for line in failed_checks(args.checks) if args.checks else []:
+        print(line)
     if args.edits_of:
         print("", *edit_table(args.edits_of), sep="\n")
 
