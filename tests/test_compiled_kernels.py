@@ -1,7 +1,10 @@
 """Every Triton kernel, compiled ahead of time for real GPUs on a machine without one, as the launchers would.
 
-    bash tests/run.sh -n 0 -k compiled -s               # 7B for sm_80 and sm_90, and what differs at other sizes
+    bash tests/run.sh -n 0 -k compiled -s --cache-clear # 7B for sm_80 and sm_90, and what differs at other sizes
     COMPILE_ALL=1 bash tests/run.sh -n 0 -k compiled -s # all of Qwen2.5 0.5B to 14B, also fp32, sm_89 and odd sizes
+
+What has passed is not compiled again until kernels/, this file or the version of Triton changes: each test keeps a
+digest of them in pytest's cache (.pytest_cache).
 
 The project's launchers run on tensors of the meta device, under a driver that names a GPU and has none: Triton compiles
 what they would launch, with the ptxas of its wheel. So tiles, warps and stages are those of the code. -s prints, for
@@ -9,6 +12,7 @@ each binary, registers and bytes of stack of a thread (what is spilled lies ther
 many tensor-core instructions and asynchronous copies it has.
 """
 
+import hashlib
 import importlib
 import os
 import re
@@ -72,6 +76,23 @@ class NoGPU:
 
     def get_current_stream(self, device):
         return 0
+
+
+def digest():
+    """Digest of all that the compiled code depends on: kernels/, the launches of this file, Triton's version."""
+    parts = hashlib.blake2b(triton.__version__.encode(), digest_size=16)
+    for file in [*sorted(Path(ROOT, "kernels").glob("*.py")), Path(__file__)]:
+        parts.update(file.read_bytes())
+    return f"{parts.hexdigest()}, blocks of {BLOCK}"
+
+
+@pytest.fixture
+def passed(request):
+    """-> a function that a test calls at its end. On the same code the test is skipped from then on."""
+    key = f"compiled_kernels/{request.node.name}"
+    if request.config.cache.get(key, None) == digest():
+        pytest.skip("compiled before, from the same code (pytest --cache-clear compiles again)")
+    return lambda: request.config.cache.set(key, digest())
 
 
 @pytest.fixture
@@ -187,7 +208,7 @@ def all_kernels():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_compiles_at_7b(compile_for, architecture, tmp_path):
+def test_every_kernel_compiles_at_7b(passed, compile_for, architecture, tmp_path):
     def launch():
         train(SHAPES["7b"], torch.bfloat16, 8192)
         decode(SHAPES["7b"], torch.bfloat16, 256)
@@ -195,17 +216,20 @@ def test_every_kernel_compiles_at_7b(compile_for, architecture, tmp_path):
     binaries = compile_for(architecture, launch)
     assert {name for name, _ in binaries} == all_kernels(), "a kernel that is not launched here"
     check(binaries, architecture, "7b", torch.bfloat16, tmp_path)
+    passed()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("model, dtype", [("0.5b", torch.bfloat16), ("14b", torch.bfloat16), ("7b", torch.float32)])
-def test_paged_attention_compiles_at_other_sizes(compile_for, architecture, model, dtype, tmp_path):
+def test_paged_attention_compiles_at_other_sizes(passed, compile_for, architecture, model, dtype, tmp_path):
     """Where the size of a head and of its group, or fp32, changes the tiles most."""
     binaries = compile_for(architecture, lambda: attend(SHAPES[model], dtype, 256))
     assert len(binaries) == 2
     check(binaries, architecture, model, dtype, tmp_path)
+    passed()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILE_ALL, reason="minutes: COMPILE_ALL=1")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("model", SHAPES)

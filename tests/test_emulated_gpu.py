@@ -43,12 +43,6 @@ def test_on_an_emulated_gpu():
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
-@pytest.fixture(autouse=True)
-def quiet_threads():
-    """One thread, as in `launch`: sums in another order differ in the last bit."""
-    torch.set_num_threads(1)
-
-
 def model_on(device, dtype=torch.float32, seed=0):
     return random_model(tiny_config(tie_word_embeddings=False), seed=seed, std=0.3).to(dtype).to(device)
 

@@ -68,7 +68,6 @@ def test_logits_equal_transformers(checkpoint):
 
 def test_greedy_ids_equal_transformers(checkpoint):
     """64 tokens by the engine, one prompt after the other and all together."""
-    torch.set_num_threads(1)  # so small are the products that two threads wait for one another
     folder, reference = checkpoint
     prompts = [i.tolist() for i in some_ids((7, 33, 90))]
     settings = dict(do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=None)

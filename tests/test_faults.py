@@ -44,7 +44,6 @@ def ppo_flags(tiny, out, judge, *more):
 
 
 def run(module, *given):
-    torch.set_num_threads(1)
     module.main(flags.parse(module.Args, module.__doc__, [str(flag) for flag in given]))
 
 

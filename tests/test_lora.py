@@ -26,11 +26,6 @@ from runtime.distributed import start
 LORA = ["--lora-rank", 4, "--lora-alpha", 8]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # so small are the products that two threads wait for one another
-
-
 def with_adapters(model, rank=4, alpha=8.0, std=0.1):
     """Adapters whose B is not zero any more, nor a scalar head."""
     add_adapters(model, Lora(rank, alpha, "base"))
