@@ -69,7 +69,7 @@ def failed_checks(folder: str) -> list[str]:
 
 
 def edit_line(part: str, files: Sequence[str]) -> list[str]:
-    """Mean gain of edits over their originals in some steps, by the run's judge and the exact judge; [] without edits."""
+    """Mean gain of edits over their originals in some steps, by the run's and the exact judge; [] without edits."""
     rows = [row for file in files for row in read_rows(file, "object") if row["edit"]]
     if not rows:
         return []
