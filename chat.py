@@ -1,15 +1,18 @@
-"""Text to ids and back for one checkpoint: the turns of its chat template, built from ids.
+"""Text to ids and back for one checkpoint, with the turns of its chat template built from ids.
 
-Control tokens (`<|im_start|>`, `<|im_end|>`, ...) are inserted by id. Text goes through a copy of the tokenizer that
-has none, so nothing in a persona, question, answer or critique can become one. For ordinary text the ids equal those of
-the checkpoint's own chat template; one that is neither ChatML nor Llama 3's is refused. Models that can reason first
-(Qwen3) are told not to: see `Chat`. For a model behind a server, which gets text, `without_control_tokens` breaks them.
+Control tokens (`<|im_start|>`, `<|im_end|>`, ...) are inserted by id. Text is encoded by a copy of the tokenizer
+without them, so that nothing in a persona, question, answer or critique can become a control token. For ordinary text the ids
+equal those of the checkpoint's own chat template. Templates other than ChatML and Llama 3's are refused. Models that
+can reason first (Qwen3) are told not to; see `Chat`.
+
+A model behind a server gets text, not ids. `without_control_tokens` breaks control tokens for it.
 """
 
 import json
 import os
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -17,9 +20,12 @@ from tokenizers import Tokenizer
 from json_files import read_json
 from weights import resolve, stop_ids
 
-# What models of other makers read as control tokens in a message's text, whoever wrote it. Everything of the forms
-# <|...|>, <|...>, <...|> (ChatML, Llama 3 and 4, Phi, GLM, Command R, gpt-oss, Granite, Kimi, Gemma), the same with the
-# wide bar U+FF5C (DeepSeek) and [|...|] (EXAONE) is one, and broken by its beginning; these are the others.
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
+
+# Texts that models of other makers read as control tokens, whoever wrote them. All texts of the forms <|...|>, <|...>
+# and <...|> count (ChatML, Llama 3 and 4, Phi, GLM, Command R, gpt-oss, Granite, Kimi, Gemma), also with the wide bar
+# U+FF5C (DeepSeek), and [|...|] (EXAONE): they are broken after their first character. The rest is listed here.
 CONTROL_TOKENS = {
     "Llama 2, Mistral": "<s> </s> <unk> [INST] [/INST] <<SYS>> <</SYS>>",
     "Mistral": "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_CONTENT] "
@@ -36,35 +42,30 @@ CONTROL_TOKENS = {
     "Seed": "<seed:bos> <seed:eos> <seed:think> </seed:think> <seed:tool_call> </seed:tool_call>",
     "models that see and hear": "<image> <img> </img> <video> <audio> <box> </box> <ref> </ref>",
 }
-CONTROL_TOKEN = re.compile(
-    "|".join(
-        [
-            r"<(?=[|\uff5c]|\w+\|>)",
-            r"\[(?=\|)",
-            *(re.escape(t) for texts in CONTROL_TOKENS.values() for t in texts.split()),
-        ]
-    )
-)
+_LISTED = [re.escape(token) for tokens in CONTROL_TOKENS.values() for token in tokens.split()]
+CONTROL_TOKEN = re.compile("|".join([r"<(?=[|\uff5c]|\w+\|>)", r"\[(?=\|)", *_LISTED]))
 
 
-def without_control_tokens(value):
-    """Text out of rows, alone or in lists and objects, for a model behind a server: a space behind the first character
-    of what may be a control token breaks it, and leaves it readable. (A model in this process gets ids: see `Chat`.)
+def without_control_tokens(value: Any) -> Any:
+    """Breaks control tokens in a text, or in all texts of a list or object, for a model behind a server.
+
+    A space after the first character breaks a control token and leaves it readable. A model in this process doesn't
+    need it, since it gets ids (`Chat`).
     """
     if isinstance(value, str):
         return CONTROL_TOKEN.sub(lambda match: f"{match[0][0]} {match[0][1:]}", value)
     if isinstance(value, dict):
-        return {without_control_tokens(k): without_control_tokens(v) for k, v in value.items()}
+        return {without_control_tokens(key): without_control_tokens(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(without_control_tokens, value))
     return value
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a chat template writes a turn: `start` role `role_end` `gap` content `end` `after_turn`.
+class TurnFormat:
+    """How a chat template writes a turn: start, role, role_end, gap, content, end, after_turn.
 
-    start, role_end (if any), end: control tokens; the others are text. strips: white space around a content is cut off.
+    start, role_end (if any) and end are control tokens. The others are text.
     """
 
     name: str
@@ -73,79 +74,84 @@ class Form:
     gap: str
     end: str
     after_turn: str
-    strips: bool
+    strips: bool  # white space around the content is removed
 
 
-FORMS = (
-    Form("ChatML", "<|im_start|>", "", "\n", "<|im_end|>", "\n", strips=False),
-    Form("Llama 3", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", strips=True),
+TURN_FORMATS = (
+    TurnFormat("ChatML", "<|im_start|>", "", "\n", "<|im_end|>", "\n", strips=False),
+    TurnFormat("Llama 3", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", strips=True),
 )
 
 
 class Chat:
     """Text to ids and back for one checkpoint: a folder or hub id with tokenizer.json.
 
-    turn_start, turn_end: control ids. stop_ids: ids that end a response, turn_end first. system: the system message
-    that the checkpoint's chat template inserts where none is given, or None.
-    header: what a response follows on. Where the template has `enable_thinking` (Qwen3), the header is that of false,
-    with the empty <think> block: it is part of the prompt, so that no response holds one, to be trained or judged. In
-    an edit prompt the block stays in the earlier turn, unlike in the template, since prompts have to be continued.
-    ValueError: no tokenizer, neither ChatML's nor Llama 3's tokens, a chat template of another form.
+    control: {text: id} of control tokens.
+    turn_start, turn_end: control ids around a turn.
+    stop_ids: ids that end a response, turn_end first.
+    system: the system message that the chat template inserts where none is given, or None.
+    header: ids that a response follows, the assistant's header.
+
+    Where the template has `enable_thinking` (Qwen3), the header is the one for false, with its empty <think> block. The
+    block is part of the prompt, so that no response holds one that would be trained or judged. In an edit prompt it
+    stays in the earlier turn, unlike in the template, because prompts have to be continued.
+
+    Raises ValueError without a tokenizer, for a tokenizer with neither ChatML's nor Llama 3's tokens, and for a chat
+    template that writes turns in another way.
     """
 
     def __init__(self, path: str):
         from transformers import AutoTokenizer
 
         folder = resolve(path)
-        if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        file = os.path.join(folder, "tokenizer.json")
+        if not os.path.isfile(file):
             raise ValueError(f"{path}: no tokenizer.json; expected a checkpoint with its tokenizer")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if os.path.isfile(os.path.join(folder, name)):
-                read_json(os.path.join(folder, name))  # or the error below would not say which of them is broken
-        # Through transformers, for the ids that it and vLLM give: for Qwen2 it sets the splitting
-        # of text into words itself, whatever tokenizer.json says.
+        read_json(file)  # names the file if it is broken; the error below could not
+        config_file = os.path.join(folder, "tokenizer_config.json")
+        if os.path.isfile(config_file):
+            read_json(config_file)
+        # Loaded by transformers, so that ids are those of transformers and vLLM: for Qwen2 it sets how text is split
+        # into words itself, whatever tokenizer.json says.
         try:
             reference = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # tokenizers has no errors of its own kind
-            file = os.path.join(folder, "tokenizer.json")
+        except Exception as error:  # tokenizers has no error classes of its own
             raise ValueError(f"{file}: not a tokenizer ({type(error).__name__}: {error})") from error
         raw = json.loads(reference.backend_tokenizer.to_str())
-        self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        self.form = next(
-            (form for form in FORMS if {form.start, form.role_end, form.end} - {""} <= set(self.control)), None
-        )
-        if self.form is None:
-            expected = " nor ".join(f"{form.start} and {form.end} ({form.name})" for form in FORMS)
-            raise ValueError(f"{path}: the tokenizer has neither {expected}")
+        self.control: dict[str, int] = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        self.format = _turn_format(self.control, path)
         self.tokenizer = Tokenizer.from_str(json.dumps(raw))
         self.plain = _plain_tokenizer(raw, self.control, path)
         self.text_ids = set(self.plain.get_vocab().values())
-        self.turn_start, self.turn_end = self.control[self.form.start], self.control[self.form.end]
-        self.after_turn = self.encode(self.form.after_turn)
+        self.turn_start = self.control[self.format.start]
+        self.turn_end = self.control[self.format.end]
+        self.after_turn = self.encode(self.format.after_turn)
         self.stop_ids = stop_ids(folder, self.control)
-        found = _read_template(reference, self.form, path)
-        self.system = found.system
-        self._before, self._preamble = self._control_ids(found.before), found.preamble
-        self.header = [*self._role("assistant", ""), *self._control_ids(found.unthinking)]
+        additions = _read_template(reference, self.format, path)
+        self.system = additions.system
+        self._before = self._template_ids(additions.before)
+        self._preamble = additions.preamble
+        self.header = [*self._open_turn("assistant", ""), *self._template_ids(additions.no_think_suffix)]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text; no text gives a control id."""
+        """Ids of a text. No text gives a control id."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, control tokens as text; the tail of a padded vocabulary has none."""
+        """Text of ids, with control tokens as text. Ids in the padding of a vocabulary have none."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def turn(self, role: str, content: str, before: str = "") -> list[int]:
-        """before: text of the template's own in front of the content."""
-        content = content.strip() if self.form.strips else content
-        return [*self._role(role, before + content), self.turn_end, *self.after_turn]
+        """Ids of a whole turn. before: the template's own text in front of the content."""
+        if self.format.strips:
+            content = content.strip()
+        return [*self._open_turn(role, before + content), self.turn_end, *self.after_turn]
 
     def messages(self, messages: list[dict]) -> list[int]:
         """Ids of [{"role", "content"}, ...] and the assistant's header.
 
-        The default system message comes first where the first message is no system message.
-        ValueError: nothing to answer, an unknown role, a content that is not text.
+        Starts with the template's system message if the first message is not a system message. Raises ValueError for
+        an empty list, an unknown role and content that is not text.
         """
         if not messages:
             raise ValueError(
@@ -167,27 +173,40 @@ class Chat:
             messages = messages[1:]
         elif self.system is not None:
             ids += self.turn("system", "", before=self.system)
-        return ids + [i for m in messages for i in self.turn(m["role"], m["content"])] + self.header
+        for message in messages:
+            ids += self.turn(message["role"], message["content"])
+        return ids + self.header
 
-    def _role(self, role: str, content: str) -> list[int]:
-        """A turn up to its content's end. What is text between two control tokens is encoded as one, as in the
-        template: a leading line break of the content may merge with the form's."""
-        if not self.form.role_end:
-            return [self.turn_start, *self.encode(role + self.form.gap + content)]
-        role_end = self.control[self.form.role_end]
-        return [self.turn_start, *self.encode(role), role_end, *self.encode(self.form.gap + content)]
+    def _open_turn(self, role: str, content: str) -> list[int]:
+        """A turn up to the end of its content.
 
-    def _control_ids(self, text: str) -> list[int]:
-        """Ids of a template's own text, in which control tokens are what they look like."""
+        Text between two control tokens is encoded in one piece, as in the template: a line break at the beginning of
+        the content may merge with the format's.
+        """
+        if not self.format.role_end:
+            return [self.turn_start, *self.encode(role + self.format.gap + content)]
+        role_end = self.control[self.format.role_end]
+        return [self.turn_start, *self.encode(role), role_end, *self.encode(self.format.gap + content)]
+
+    def _template_ids(self, text: str) -> list[int]:
+        """Ids of a template's own text, which may hold control tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _plain_tokenizer(raw, control, path):
-    """A tokenizer in which added tokens cannot match, nor as words of its vocabulary."""
+def _turn_format(control: dict[str, int], path: str) -> TurnFormat:
+    for turn_format in TURN_FORMATS:
+        tokens = {turn_format.start, turn_format.role_end, turn_format.end} - {""}
+        if tokens <= set(control):
+            return turn_format
+    expected = " nor ".join(f"{f.start} and {f.end} ({f.name})" for f in TURN_FORMATS)
+    raise ValueError(f"{path}: the tokenizer has neither {expected}")
+
+
+def _plain_tokenizer(raw: dict, control: dict[str, int], path: str) -> Tokenizer:
+    """A tokenizer whose added tokens never match, not even as words of its vocabulary."""
     vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in control}
     model = {**raw["model"], "vocab": vocab}
-    changes = {"added_tokens": [], "post_processor": None, "model": model}
-    plain = Tokenizer.from_str(json.dumps({**raw, **changes}))
+    plain = Tokenizer.from_str(json.dumps({**raw, "added_tokens": [], "post_processor": None, "model": model}))
     for token in control:
         if set(plain.encode(f"a{token} {token}").ids) & set(control.values()):
             raise ValueError(f"{path}: the tokenizer makes a control token of the text {token!r}")
@@ -195,52 +214,57 @@ def _plain_tokenizer(raw, control, path):
 
 
 @dataclass(frozen=True)
-class Template:
-    """What a checkpoint's chat template adds to a talk."""
+class TemplateAdditions:
+    """What a checkpoint's chat template adds to a conversation."""
 
-    before: str  # the first turn: a token that begins every text, or nothing
-    system: str | None  # the system message where none is given
-    preamble: str  # what a given system message is preceded by, in its turn
-    unthinking: str  # behind the header of a response that shall not reason first, or nothing
+    before: str = ""  # before the first turn: a token that begins every text, if any
+    system: str | None = None  # the system message where none is given
+    preamble: str = ""  # in a system turn, before the message that was given
+    no_think_suffix: str = ""  # after the header of a response that must not reason first
 
 
-# What Llama 3's template names as today where no clock is at hand, so that prompts do not change at midnight
+# Llama 3's template takes this as today's date if it has no clock. With a clock, prompts would change at midnight.
 LLAMA_DATE = "26 Jul 2024"
 
 
-def _read_template(reference, form: Form, path: str) -> Template:
-    """Reads the checkpoint's chat template by what it makes of talks. ValueError: it is not of the form."""
-    if reference.chat_template is None:
-        return Template("", None, "", "")
+def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat, path: str) -> TemplateAdditions:
+    """Finds out what the checkpoint's chat template adds by rendering conversations with it.
 
-    def render(turns, **settings):
-        talk = [{"role": role, "content": content} for role, content in turns]
-        settings = dict(tokenize=False, add_generation_prompt=True, date_string=LLAMA_DATE) | settings
+    Raises ValueError if it writes turns in another format.
+    """
+    if reference.chat_template is None:
+        return TemplateAdditions()
+
+    def render(turns: list[tuple[str, str]], **settings: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return reference.apply_chat_template(talk, **settings)
+            return reference.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=LLAMA_DATE, **settings
+            )
         except TemplateError as error:
             raise ValueError(f"{path}: its chat template fails on a plain talk: {error}") from error
 
-    def opened(role):
-        return f"{form.start}{role}{form.role_end}{form.gap}"
+    def opened(role: str) -> str:
+        return f"{turn_format.start}{role}{turn_format.role_end}{turn_format.gap}"
 
-    def expected(turns):
-        return (
-            before + "".join(f"{opened(r)}{text}{form.end}{form.after_turn}" for r, text in turns) + opened("assistant")
-        )
+    def expected(turns: list[tuple[str, str]]) -> str:
+        written = [f"{opened(role)}{text}{turn_format.end}{turn_format.after_turn}" for role, text in turns]
+        return before + "".join(written) + opened("assistant")
 
     talk = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
-    text, own = render(talk), render([("system", "S"), *talk])
-    before = text[: max(0, text.find(form.start))]
-    system_turn = re.compile(re.escape(before + opened("system")) + "(.*?)" + re.escape(form.end), re.DOTALL)
-    inserted, given = system_turn.match(text), system_turn.match(own)
+    text = render(talk)
+    text_with_system = render([("system", "S"), *talk])
+    before = text[: max(0, text.find(turn_format.start))]
+    system_turn = re.compile(re.escape(before + opened("system")) + "(.*?)" + re.escape(turn_format.end), re.DOTALL)
+    inserted = system_turn.match(text)
+    given = system_turn.match(text_with_system)
     preamble = given[1].removesuffix("S") if given else ""
-    turns = [("system", inserted[1])] if inserted else []
-    if text != expected([*turns, *talk]) or own != expected([("system", f"{preamble}S"), *talk]):
-        raise ValueError(f"{path}: its chat template is not plain {form.name}; a talk gives {text!r}")
-    unthinking = render(talk, enable_thinking=False)
-    if not unthinking.startswith(text):
+    turns = [("system", inserted[1]), *talk] if inserted else talk
+    if text != expected(turns) or text_with_system != expected([("system", f"{preamble}S"), *talk]):
+        raise ValueError(f"{path}: its chat template is not plain {turn_format.name}; a talk gives {text!r}")
+    no_think = render(talk, enable_thinking=False)
+    if not no_think.startswith(text):
         raise ValueError(
-            f"{path}: with enable_thinking=False its chat template is not plain {form.name}: {unthinking!r}"
+            f"{path}: with enable_thinking=False its chat template is not plain {turn_format.name}: {no_think!r}"
         )
-    return Template(before, inserted[1] if inserted else None, preamble, unthinking[len(text) :])
+    return TemplateAdditions(before, inserted[1] if inserted else None, preamble, no_think[len(text) :])
