@@ -1,9 +1,9 @@
 """Text to ids and back for one checkpoint, with the turns of its chat template built from ids.
 
 Control tokens (`<|im_start|>`, `<|im_end|>`, ...) are inserted by id. Text is encoded by a copy of the tokenizer
-without them, so that nothing in a persona, question, answer or critique can become a control token. For ordinary text the ids
-equal those of the checkpoint's own chat template. Templates other than ChatML and Llama 3's are refused. Models that
-can reason first (Qwen3) are told not to; see `Chat`.
+without them, so that nothing in a persona, question, answer or critique can become a control token. For ordinary text
+the ids equal those of the checkpoint's own chat template. Templates other than ChatML and Llama 3's are refused. Models
+that can reason first (Qwen3) are told not to; see `Chat`.
 
 A model behind a server gets text, not ids. `without_control_tokens` breaks control tokens for it.
 """

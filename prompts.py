@@ -1,12 +1,14 @@
-"""Every prompt of the pipeline, as ids (chat.py) or text: the templates, and the form of a judgement.
+"""Every prompt of the pipeline, as ids (chat.py) or as text, and the parser of judgements.
 
-answer_prompt   persona + question -> what the policy answers (x)
-edit_prompt     x + its answer + a critique, as a dialogue -> what it rewrites (docs/method.md 1.6c)
-grm_prompt      rubric + persona + question + answer -> what the GRM judges (docs/method.md 1.4)
-bt_ids          x + an answer -> what a Bradley-Terry model scores
-pair_request    persona + question + two answers -> what a judge that compares them reads
-questions_request, score_request   persona -> questions; persona + question + answer -> a score (data/annotate.py)
-judgement_text, parse_judgement: the GRM's completion, written and read
+answer_prompt       persona + question -> what the policy answers (x)
+edit_prompt         x + its answer + a critique, as a conversation -> what the policy rewrites (docs/method.md 1.6c)
+grm_prompt          rubric + persona + question + answer -> what the GRM judges (docs/method.md 1.4)
+bt_ids              x + an answer -> what a Bradley-Terry model scores
+pair_request        persona + question + two answers -> what a comparing judge reads
+questions_request   persona -> what a model writes questions for (data/annotate.py)
+score_request       persona + question + answer -> what a model gives an overall score (data/annotate.py)
+
+judgement_text and parse_judgement write and read the GRM's completion.
 """
 
 import json
@@ -14,9 +16,10 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from chat import Chat
 from runtime.distributed import print0
@@ -125,7 +128,7 @@ Answers:
 {answers}
 
 Which of the two is better? Reply with its name alone, {first} or {second}."""
-PAIR_NAMES = ("m", "M")  # of the answer that is shown first, and second
+PAIR_NAMES = ("m", "M")  # of the answers that are shown first and second
 
 QUESTIONS = """Write {number} questions that the person with the profile below could ask an assistant.
 
@@ -175,7 +178,7 @@ Reply in exactly this form, with nothing but an integer from 1 to 5:
 <score> X </score>"""
 
 PLACEHOLDER = re.compile(r"\{(persona|question|answer|critique|answers|first|second|kind|number)\}")
-NEEDED = {
+NEEDED = {  # the placeholders of each template: all of them, and no others
     "answer": {"persona", "question"},
     "edit": {"critique"},
     "grm": {"persona", "question", "answer"},
@@ -185,9 +188,12 @@ NEEDED = {
 }
 
 
+# -- templates ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Templates:
-    """User messages; NEEDED says which placeholders each must hold, and may."""
+    """Templates of user messages, with the placeholders in NEEDED."""
 
     answer: str = ANSWER
     edit: str = EDIT
@@ -197,7 +203,7 @@ class Templates:
     score: str = SCORE
 
     def texts(self, *names: str) -> dict[str, str]:
-        """{name: text}, as `model.save_pretrained` keeps them beside the weights that were trained with them."""
+        """{name: text}, for `model.save_pretrained` to keep next to the weights that were trained with them."""
         return {name: getattr(self, name) for name in names}
 
 
@@ -210,58 +216,64 @@ def load_templates(
     questions_template: str | None = None,
     score_template: str | None = None,
 ) -> Templates:
-    """The templates to use with a model: the files given (flags), else those in FOLDER/templates, which it was trained
-    with, else the built-in ones. Where a file takes the place of what the model was trained with, that is said.
+    """Loads the templates to use with a model.
 
-    ValueError: a file lacks a placeholder or holds one that cannot be filled.
+    The given files (flags) come first, then those in FOLDER/templates, which the model was trained with, then the
+    defaults. Prints a warning where a file replaces a different template that the model was trained with.
+
+    Raises ValueError if a file lacks a placeholder or has one that can't be filled.
     """
-    flags = {"answer": answer_template, "edit": edit_template, "grm": grm_template, "pair": pair_template}
-    flags |= {"questions": questions_template, "score": score_template}
-    texts = {}
-    for name, file in flags.items():
+    files = {
+        "answer": answer_template,
+        "edit": edit_template,
+        "grm": grm_template,
+        "pair": pair_template,
+        "questions": questions_template,
+        "score": score_template,
+    }
+    texts: dict[str, str] = {}
+    for name, file in files.items():
         trained_with = os.path.join(folder or "", "templates", f"{name}.txt")
         if folder and os.path.isfile(trained_with):
-            texts[name] = _template(trained_with, name)
-        if file is not None:
-            given = _template(file, name)
-            if texts.get(name, given) != given:
-                print(
-                    f"--{name}-template {file} differs from {trained_with}, which {folder} was trained with",
-                    file=sys.stderr,
-                )
-            texts[name] = given
+            texts[name] = _read_template(trained_with, name)
+        if file is None:
+            continue
+        text = _read_template(file, name)
+        if name in texts and texts[name] != text:
+            message = f"--{name}-template {file} differs from {trained_with}, which {folder} was trained with"
+            print(message, file=sys.stderr)
+        texts[name] = text
     return Templates(**texts)
 
 
-def _text(file):
-    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is no text
-        return f.read()
+def _read_template(file: str, name: str) -> str:
+    with open(file, encoding="utf-8-sig") as f:  # a byte order mark is not part of the text
+        text = f.read().rstrip("\n")
+    placeholders = set(PLACEHOLDER.findall(text))
+    missing = NEEDED[name] - placeholders
+    extra = placeholders - NEEDED[name]
+    if missing:
+        problem = f"lacks {', '.join(f'{{{p}}}' for p in sorted(missing))}"
+    elif extra:
+        problem = f"holds {', '.join(f'{{{p}}}' for p in sorted(extra))}, which it cannot fill"
+    else:
+        return text
+    raise ValueError(f"{file} (the {name} template): {problem}")
 
 
-def _template(file, name):
-    text = _text(file).rstrip("\n")
-    found = set(PLACEHOLDER.findall(text))
-    if found != NEEDED[name]:
-        missing = ", ".join(f"{{{p}}}" for p in sorted(NEEDED[name] - found))
-        extra = ", ".join(f"{{{p}}}" for p in sorted(found - NEEDED[name]))
-        problem = f"lacks {missing}" if missing else f"holds {extra}, which it cannot fill"
-        raise ValueError(f"{file} (the {name} template): {problem}")
-    return text
-
-
-def fill(template, **values):
-    """One pass over the template: a placeholder inside a value stays the text that it is."""
+def fill(template: str, **values: str) -> str:
+    """Fills a template in one pass, so that a placeholder inside a value stays text."""
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def persona_text(persona):
-    """A string as it is; an object as an indented `key: value` outline (fewer tokens than JSON)."""
+def persona_text(persona: dict | str) -> str:
+    """A string as it is; an object as an indented `key: value` outline, which takes fewer tokens than JSON."""
     return persona if isinstance(persona, str) else "\n".join(_outline(persona, ""))
 
 
-def _outline(node, indent):
-    pairs = node.items() if isinstance(node, dict) else [(None, item) for item in node]
-    for key, value in pairs:
+def _outline(node: dict | list, indent: str) -> Iterator[str]:
+    entries: list[tuple[Any, Any]] = list(node.items()) if isinstance(node, dict) else [(None, item) for item in node]
+    for key, value in entries:
         label = "-" if key is None else f"{_leaf(key)}:"
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (dict, list)) for item in items):
@@ -271,34 +283,40 @@ def _outline(node, indent):
             yield f"{indent}{label} {', '.join(_leaf(item) for item in items)}"
 
 
-def _leaf(value):
+def _leaf(value: Any) -> str:
     # a line break inside a key or value would read as the next key of the outline
     return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
 
 
-def answer_request(templates, row):
-    """The prompt for persona and question as text, for a model behind a chat API."""
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def answer_request(templates: Templates, row: dict) -> str:
+    """Prompt for a persona and question as text, for a model behind a chat API."""
     return fill(templates.answer, persona=persona_text(row["persona"]), question=row["question"])
 
 
-def answer_prompt(chat, templates, row):
-    """Ids under which the policy answers, and under which originals and edits are trained."""
+def answer_prompt(chat: Chat, templates: Templates, row: dict) -> list[int]:
+    """Ids of the prompt x that the policy answers. Originals and edits are trained under it."""
     return chat.messages([{"role": "user", "content": answer_request(templates, row)}])
 
 
 def read_prompts(path: str, chat: Chat, templates: Templates, limit: int) -> list[tuple[dict, list[int]]]:
-    """(row, prompt ids) of a file's prompts within the limit in tokens; prints how many are longer."""
+    """Reads a file's prompts of at most `limit` tokens -> [(row, prompt ids)]. Prints how many are longer."""
     prompts = [(row, answer_prompt(chat, templates, row)) for row in read_rows(path, "prompt")]
-    kept = [(row, ids) for row, ids in prompts if len(ids) <= limit]
-    print0(f"{len(kept)} prompts from {path}; {len(prompts) - len(kept)} over --max-prompt-length {limit} left out")
-    return kept
+    short = [(row, ids) for row, ids in prompts if len(ids) <= limit]
+    print0(f"{len(short)} prompts from {path}; {len(prompts) - len(short)} over --max-prompt-length {limit} left out")
+    return short
 
 
-def edit_prompt(chat, templates, prompt_ids, response_ids, critique):
-    """Ids under which the policy rewrites its answer: prompt_ids and response_ids stay as they are
-    (an engine reuses their KV), the turn is closed, and the critique is the user's next turn.
+def edit_prompt(
+    chat: Chat, templates: Templates, prompt_ids: Sequence[int], response_ids: Sequence[int], critique: str
+) -> list[int]:
+    """Ids of the prompt under which the policy rewrites its answer: a conversation that ends with the critique.
 
-    response_ids: with or without a stop token at the end. Control ids inside become their text.
+    prompt_ids and response_ids are continued unchanged, so that the engine reuses their KV cache.
+
+    response_ids: with or without a stop token at the end. Control ids inside are encoded again as text.
     """
     ids = list(response_ids)
     if ids and ids[-1] in chat.stop_ids:
@@ -309,16 +327,16 @@ def edit_prompt(chat, templates, prompt_ids, response_ids, critique):
     return [*prompt_ids, *ids, chat.turn_end, *chat.after_turn, *request, *chat.header]
 
 
-def grm_prompt(chat, templates, row, answer):
-    """Ids of the request to judge an answer (text). The rubric leads: all requests share it."""
+def grm_prompt(chat: Chat, templates: Templates, row: dict, answer: str) -> list[int]:
+    """Ids of the request to judge an answer. The rubric comes first, so that all requests share it as a prefix."""
     return chat.messages([{"role": "user", "content": grm_request(templates, row, answer)}])
 
 
 def grm_request(templates: Templates, row: dict, answer: str) -> str:
     """The same request as text, for a judge behind a chat API.
 
-    Tags of a judgement's form inside the answer are broken, so that a judge that quotes it can't write them; so is the
-    closing tag of the template, if it puts the answer between <answer> tags. Ordinary text stays as it is.
+    The tags of a judgement are broken inside the answer, so that a judge that quotes the answer can't write them. So is
+    </answer>, if the template encloses the answer in it. Ordinary text stays as it is.
     """
     answer = EMPTY_THOUGHT.sub("", answer)
     tags = "critique|scores|answer" if "</answer>" in templates.grm else "critique|scores"
@@ -326,27 +344,28 @@ def grm_request(templates: Templates, row: dict, answer: str) -> str:
     return fill(templates.grm, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
 
 
-# What a model that was told not to reason leaves in rows that were made with it: no part of an answer
+# An empty thought, which rows hold that were made with a model told not to reason. It is not part of the answer.
 EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 
 
-def response_ids(chat, text):
-    """A training target: what the assistant's header is followed by."""
+def response_ids(chat: Chat, text: str) -> list[int]:
+    """Ids of a response to train on, as they follow the assistant's header."""
     return [*chat.encode(EMPTY_THOUGHT.sub("", text)), chat.turn_end]
 
 
-def bt_ids(chat, templates, row, answer):
-    """What a Bradley-Terry model reads; its score is the scalar at the last token."""
+def bt_ids(chat: Chat, templates: Templates, row: dict, answer: str) -> list[int]:
+    """Ids that a Bradley-Terry model reads. Its score is the scalar at the last one."""
     return answer_prompt(chat, templates, row) + response_ids(chat, answer)
 
 
-def pair_request(templates, row, first, second):
-    """The request to name the better of two answers. They are JSON strings in a list, so that no text in
-    one can end it, add an entry or pass for the other.
+def pair_request(templates: Templates, row: dict, first: str, second: str) -> str:
+    """Request to name the better of two answers.
+
+    The answers are JSON strings in a list, so that no text in one can end it, add an entry or pass for the other.
     """
-    entries = [
-        {"name": name, "answer": EMPTY_THOUGHT.sub("", answer)} for name, answer in zip(PAIR_NAMES, (first, second))
-    ]
+    entries = []
+    for name, answer in zip(PAIR_NAMES, (first, second)):
+        entries.append({"name": name, "answer": EMPTY_THOUGHT.sub("", answer)})
     return fill(
         templates.pair,
         persona=persona_text(row["persona"]),
@@ -358,13 +377,13 @@ def pair_request(templates, row, first, second):
 
 
 def parse_pair(text: str) -> int | None:
-    """0 or 1, the place of the answer that a reply names, or None: the name alone, quotes and stops aside."""
+    """Position, 0 or 1, of the answer that a reply names. None unless it is just the name and punctuation."""
     name = without_reasoning(text).strip().strip("\"'`*.()[]").strip()
     return PAIR_NAMES.index(name) if name in PAIR_NAMES else None
 
 
 def questions_request(templates: Templates, persona: dict | str, kind: str, number: int) -> str:
-    """The request for so many questions of a person; kind: of QUESTION_KINDS."""
+    """Request for a number of questions that a person could ask. kind: a key of QUESTION_KINDS."""
     return fill(templates.questions, persona=persona_text(persona), kind=QUESTION_KINDS[kind], number=str(number))
 
 
@@ -373,29 +392,35 @@ BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d{1,3}[.)])\s+")
 
 
 def parse_questions(text: str) -> list[str] | None:
-    """The questions of a reply, a line each, less bullets and numbers; None: not in the form that was asked for."""
+    """Questions of a reply, one a line, without bullets and numbers. None if the reply doesn't have the form."""
     match = QUESTION_BLOCK.fullmatch(without_reasoning(text))
-    lines = [BULLET.sub("", line).strip() for line in match[1].splitlines()] if match else []
+    if not match:
+        return None
+    lines = [BULLET.sub("", line).strip() for line in match[1].splitlines()]
     return [line for line in lines if line] or None
 
 
 def score_request(templates: Templates, row: dict, answer: str) -> str:
-    """The request for an overall score of an answer; tags of the form inside the answer are broken."""
+    """Request for an overall score of an answer, in which the tags of the form are broken."""
     answer = re.sub(r"<(?=/?(?:score|answer)>)", "< ", answer)
     return fill(templates.score, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
 
 
 def parse_score(text: str) -> float | None:
-    """The score of a reply, from 1 to 5 (4, 4.0, 3.5, **4**), or None: anything else, nothing is guessed."""
+    """Score of a reply, from 1 to 5 (4, 4.0, 3.5, **4**). None for anything else: nothing is guessed."""
     plain = unicodedata.normalize("NFKC", BOLD.sub(r"\1", without_reasoning(text)))
     match = re.fullmatch(r"\s*<score>\s*([1-5](?:\.[0-9]+)?)\s*</score>\s*", plain)
-    score = float(match[1]) if match else None
-    return score if score is not None and score <= 5 else None
+    if not match or float(match[1]) > 5:
+        return None
+    return float(match[1])
+
+
+# -- judgements --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A critique (2-3 concrete edits) and three integers in [-5, 5] (docs/method.md 1.4)."""
+    """A critique (two or three concrete edits) and three integer scores in [-5, 5] (docs/method.md 1.4)."""
 
     critique: str
     helpfulness: int
@@ -403,13 +428,13 @@ class Judgement:
     naturalness: int
 
     def score(self, weights: Sequence[float] = SCORE_WEIGHTS) -> float:
-        """Weighted sum, exact in decimals until the last step: equal scores are equal floats."""
-        values = [getattr(self, name) for name in DIMENSIONS]
-        return float(sum(Fraction(str(w)) * v for w, v in zip(weights, values, strict=True)))
+        """Weighted sum, in exact fractions up to the last step, so that equal scores are equal floats."""
+        scores = [getattr(self, name) for name in DIMENSIONS]
+        return float(sum(Fraction(str(weight)) * score for weight, score in zip(weights, scores, strict=True)))
 
 
 FORM_TAG = r"</?(?:critique|scores)>"
-# one block of each, in this order, with no tag of the form inside and nothing but white space around
+# one block of each kind, in this order, without tags of the form inside and with only white space around
 FORM = re.compile(
     rf"\s*<critique>((?:(?!{FORM_TAG}).)*)</critique>\s*<scores>((?:(?!{FORM_TAG}).)*)</scores>\s*", re.DOTALL
 )
@@ -419,18 +444,17 @@ SCORES = re.compile(
     rf"\s*Helpfulness\s*:\s*{INTEGER}[\s,;]+Personalization\s*:\s*{INTEGER}[\s,;]+Natural(?:ness)?\s*:\s*{INTEGER}\s*",
     re.IGNORECASE,
 )
-MINUS_SIGNS = re.compile("[\u2010-\u2013\u2212]")  # hyphens, figure dash, en dash, the minus sign itself
+MINUS_SIGNS = re.compile("[\u2010-\u2013\u2212]")  # hyphens, figure dash, en dash and the minus sign itself
 BOLD = re.compile(r"\*\*([^*]*)\*\*")
 
 
 def judgement_text(critique: str, helpfulness: int, personalization: int, naturalness: int) -> str:
-    """What a generative reward model is trained to write. ValueError if it can't be read back."""
+    """Completion that a generative reward model is trained to write. Raises ValueError if it can't be read back."""
     text = (
         f"<critique> {critique.strip()} </critique>\n<scores> Helpfulness: {helpfulness} "
         f"Personalization: {personalization} Natural: {naturalness} </scores>"
     )
-    meant = Judgement(critique.strip(), helpfulness, personalization, naturalness)
-    if parse_judgement(text) != meant:
+    if parse_judgement(text) != Judgement(critique.strip(), helpfulness, personalization, naturalness):
         raise ValueError(
             f"a judgement needs a critique without the tags of the format, and three integers in [-5, 5]; got {text!r}"
         )
@@ -438,26 +462,28 @@ def judgement_text(critique: str, helpfulness: int, personalization: int, natura
 
 
 def parse_judgement(text: str) -> Judgement | None:
-    """The Judgement in a reward model's completion, or None: never a guess or a default score.
+    """Parses a reward model's completion. Returns None, never a guess or a default score, if it is not a judgement.
 
     The completion is exactly one <critique> and one <scores> block in this order, with nothing before, between or
-    behind them, and no tag of the form inside. So a completion that quotes an answer in which a judgement is forged is
-    refused, wherever the quotation stands; a critique that needs no such quotation is had by asking again. What a
-    model reasons first, in <think> blocks, is dropped.
+    after them and no tag of the form inside. So a completion that quotes a forged judgement from an answer is refused,
+    wherever the quotation stands. Asking again gives a critique that needs no such quotation. <think> blocks at the
+    beginning are dropped.
 
-    A score is an integer from -5 to 5 however it is typed: -4, +4, 4.0, **4**, full-width digits and colons, any dash
-    as the minus sign. To refuse some of these would bias the scores that are left: the minus sign of typographers, say,
-    stands before negative ones only. 3.5 and 4/5 are no integers and stay refused.
+    A score is an integer from -5 to 5 in any notation: -4, +4, 4.0, **4**, full-width digits and colons, any dash as
+    the minus sign. Refusing some of them would bias the rest: a typographer's minus, for example, only precedes
+    negative scores. 3.5 and 4/5 are not integers and are refused.
     """
     match = FORM.fullmatch(without_reasoning(text))
     if not match or not match[1].strip():
         return None
-    scores = MINUS_SIGNS.sub("-", unicodedata.normalize("NFKC", BOLD.sub(r"\1", match[2])))
-    found = SCORES.fullmatch(scores)
-    return Judgement(match[1].strip(), *map(int, found.groups())) if found else None
+    scores_text = MINUS_SIGNS.sub("-", unicodedata.normalize("NFKC", BOLD.sub(r"\1", match[2])))
+    scores = SCORES.fullmatch(scores_text)
+    if not scores:
+        return None
+    return Judgement(match[1].strip(), *map(int, scores.groups()))
 
 
 def without_reasoning(text: str) -> str:
-    """A completion without the <think> blocks that it begins with, to the last closing tag: reasoning may quote one."""
+    """A completion without the <think> blocks at its beginning, up to the last closing tag: reasoning may quote one."""
     match = REASONING.match(text)
     return text[match.end() :] if match else text
