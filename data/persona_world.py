@@ -1,32 +1,32 @@
 """A generated world: personas, questions, answers of varied quality, and an exact judge of them.
 
-It is small enough that a base model of about a million parameters learns it from scratch in minutes on two CPU cores.
-It is a testbed: the whole pipeline runs in it, with the scripts that train a 7B model, and the paper's questions can be
-asked in miniature. It is never tuned to give a wanted answer, and no figure measured in it says anything about people.
+A base model of about a million parameters learns it from scratch in minutes on two CPU cores. So the whole pipeline
+runs in it, with the same scripts that train a 7B model, and the paper's questions can be asked in miniature. It is a
+testbed: it is never tuned to give a wanted answer, and no figure measured in it says anything about people.
 
-A persona is a JSON object: a name and eight attributes with one of five values each. A question has a topic, with four
-steps that an answer needs and two attributes that matter for it. An answer is a few sentences: steps, attributes of the
-person ("Your food is vegan"), the advice that suits a value ("so choose lentil curry"), and the faults of bad answers:
-wrong values, attributes that do not matter (one of them tempting), the whole profile recited, filler, praise,
+A persona is a JSON object: a name and eight attributes, each with one of five values. A question has a topic. An answer
+to it needs the topic's four steps, and uses the two attributes that are relevant to it. An answer is a few sentences:
+steps, facts about the person ("Your food is vegan"), the advice that suits a value ("so choose lentil curry"), and the
+faults of bad answers: wrong values, irrelevant attributes (one of them tempting), a recited profile, filler, praise,
 metaphors, closing notes, pleas to the grader.
 
     judge          exact scores by the rubric of docs/method.md 1.4 in this world's terms (RULES), and a critique that
                    names at most three edits, or "Nothing to fix."; takes any text as the answer
-    write_answer   mixed quality. Each topic's last step and most of the advice are rare in answers but named by
-                   critiques: an edit supplies what sampling rarely does
-    rewrite        follows a critique, each edit with a given probability
+    write_answer   mixed quality. A topic's last step and most advice are rare in answers, but critiques name them: an
+                   edit supplies what sampling rarely does
+    rewrite        follows a critique; each edit is carried out with a given probability
     label_pair     an overall label that favours longer answers and more mentions of the profile
 
-Departures from the rubric: a wrong value costs 2 rather than 3, so that trying to use the profile beats ignoring it
-(otherwise generic answers are a local optimum); lengths count words, 40 at most.
+Departures from the rubric: a wrong value costs 2 instead of 3, so that trying to use the profile beats ignoring it
+(otherwise generic answers are a local optimum). Lengths count words, at most 40.
 
     python data/persona_world.py                                   # writes out/world
     python data/persona_world.py --out out/small --base-rows 2000 --seed 1
 
 Files: tokenizer/ (with templates/), base_corpus (conversations to pretrain the base on: answers, rewriting by critique,
-judgements), prompts_train, prompts_dev, prompts_eval, pairs, pairs_eval, pairs_eval_exact (the same pairs as the exact
-judge orders them), judgements, judgements_eval (.jsonl). No persona of an eval or dev file is in a training file, and
-half of their questions come with a pair of values that training never combines with that topic.
+judgements), prompts_train, prompts_dev, prompts_eval, pairs, pairs_eval, pairs_eval_exact (the same pairs in the exact
+judge's order), judgements, judgements_eval (.jsonl). No persona of an eval or dev file is in a training file. Half of
+their questions come with a pair of values that training never combines with that topic.
 """
 
 import os
@@ -42,7 +42,7 @@ class Args:
     out: str = "out/world"
     """Folder of the written files."""
     seed: int = 0
-    """The files are a function of the seed and the sizes."""
+    """The files depend on the seed and the sizes only."""
     base_rows: flags.Count = 20000
     """Conversations to pretrain the base on (about 130 tokens each)."""
     train_prompts: flags.Count = 4000
@@ -52,13 +52,13 @@ class Args:
     pairs: flags.Count = 4000
     """Preference pairs."""
     judgements: flags.Count = 6000
-    """Answers with critique and scores."""
+    """Answers with a critique and scores."""
     eval_pairs: flags.Count = 400
-    """Pairs and judgements each, unseen personas."""
+    """Pairs and judgements of unseen personas, this many of each."""
     rarity: tuple[flags.Fraction, flags.Fraction] = (0.08, 0.15)
-    """How often an answer has its topic's last step, and where it uses an attribute that matters, advice on it."""
+    """How often an answer has its topic's last step, and how often a relevant attribute comes with advice."""
     vocab_size: flags.Count = 1400
-    """Tokens, of which 256 are bytes."""
+    """Tokens of the tokenizer, including 256 bytes."""
 
 
 if __name__ == "__main__":
@@ -74,7 +74,7 @@ from dataclasses import dataclass
 from random import Random
 
 from data.world_tokenizer import write_tokenizer
-from prompts import Judgement, Templates, fill, grm_request, judgement_text, persona_text
+from prompts import DIMENSIONS, Judgement, Templates, fill, grm_request, judgement_text, persona_text
 from runtime import flags
 from runtime.rows import write_rows, write_text
 
@@ -138,7 +138,7 @@ ATTRIBUTES = {  # attribute: {value: advice that suits it}
         "farmer": "early nights",
     },
 }
-# topic: (the attributes that matter, a tempting one that does not, the steps needed, the last of them rare in answers)
+# topic: (relevant attributes, a tempting irrelevant one, the steps needed; the last step is rare in answers)
 TOPICS = {
     "host a dinner": (
         ("food", "drink"),
@@ -233,7 +233,9 @@ Naturalness: 4; 4 less for a plea to whoever grades; 2 less for praise, a closin
   repeated and each unclear sentence; 1 less for a summary, the full name, an end without a full stop.
 Helpfulness and naturalness: 1 less for every 10 words over 40. An empty answer is -5 in all three.
 """
-MAX_WORDS, MIN_WORDS, RECITED = 40, 12, 4
+MAX_WORDS = 40
+MIN_WORDS = 12
+RECITED = 4  # attributes
 COMMON = (0.08, 0.15)  # the default of --rarity
 ADVICE = {advice: (a, v) for a, values in ATTRIBUTES.items() for v, advice in values.items()}
 STEPS = [step for *_, steps in TOPICS.values() for step in steps]
@@ -241,8 +243,8 @@ ITEM = re.compile(
     rf"\b(?:your (?P<attribute>{'|'.join(ATTRIBUTES)}) is (?P<value>\w+)|"
     rf"choose (?P<advice>{'|'.join(ADVICE)})|(?P<step>{'|'.join(STEPS)}))\b"
 )
-# kind: "content", "unclear" or a key of FLUFF; items: ("claim" | "advice", attribute, value),
-# ("step", text), ("name",)
+# kind: "content", "unclear" or a key of FLUFF
+# items: ("claim" | "advice", attribute, value), ("step", text), ("name",)
 Sentence = namedtuple("Sentence", "text kind items")
 
 
@@ -258,12 +260,12 @@ def sample_persona(rng: Random) -> dict[str, str]:
 
 
 def sample_question(rng: Random, topic: str | None = None) -> str:
-    """One of the ways to ask for a topic of TOPICS; any topic if none is given."""
+    """A question about the topic; about a random one if None."""
     return rng.choice(QUESTIONS).format(topic or rng.choice(list(TOPICS)))
 
 
 def find_topic(question: str) -> str:
-    """The topic of a question. ValueError: no question of this world."""
+    """The topic of a question. ValueError: it is not a question of this world."""
     for topic in TOPICS:
         if topic in question:
             return topic
@@ -271,80 +273,106 @@ def find_topic(question: str) -> str:
 
 
 def is_held_out(persona: dict, topic: str) -> bool:
-    """Whether training never combines this topic with these values (a fifth of all pairs of values)."""
-    places = [list(ATTRIBUTES[a]).index(persona[a]) for a in TOPICS[topic][0]]
-    return (sum(places) + list(TOPICS).index(topic)) % 5 == 0
+    """Whether training never combines this topic with these values: a fifth of all pairs of values."""
+    relevant = TOPICS[topic][0]
+    value_indices = [list(ATTRIBUTES[attribute]).index(persona[attribute]) for attribute in relevant]
+    return (sum(value_indices) + list(TOPICS).index(topic)) % 5 == 0
 
 
 def is_eval_persona(persona: dict) -> bool:
-    """An eighth of all personas, by a hash of their values in fixed order."""
-    values = " ".join(persona[a] for a in ATTRIBUTES)
+    """An eighth of all personas, chosen by a hash of their values in fixed order."""
+    values = " ".join(persona[attribute] for attribute in ATTRIBUTES)
     return hashlib.blake2b(values.encode(), digest_size=4).digest()[0] % 8 == 0
 
 
 def sample_prompt(rng: Random, split: str) -> tuple[dict[str, str], str]:
     """(persona, question) of split "train" or "eval"; half of "eval" are held-out combinations."""
-    held_out = split == "eval" and rng.random() < 0.5
+    is_eval = split == "eval"
+    held_out = is_eval and rng.random() < 0.5
     while True:
-        persona, topic = sample_persona(rng), rng.choice(list(TOPICS))
-        if (is_eval_persona(persona), is_held_out(persona, topic)) == (split == "eval", held_out):
+        persona = sample_persona(rng)
+        topic = rng.choice(list(TOPICS))
+        if is_eval_persona(persona) == is_eval and is_held_out(persona, topic) == held_out:
             return persona, sample_question(rng, topic)
 
 
 def say(attribute: str, value: str, advice: str | None = None) -> str:
+    """The sentence that states a value, with the advice if there is any."""
     return f"Your {attribute} is {value}" + (f", so choose {advice}." if advice else ".")
 
 
 def other_value(rng: Random, attribute: str, value: str) -> str:
-    return rng.choice([v for v in ATTRIBUTES[attribute] if v != value])
+    """A random value of the attribute that is not this one."""
+    return rng.choice([other for other in ATTRIBUTES[attribute] if other != value])
+
+
+def write_facts(rng: Random, persona: dict, topic: str, quality: float, advice_rate: float) -> list[str]:
+    """Sentences about the person: relevant attributes, some with a wrong value or advice, and an irrelevant one."""
+    relevant, tempting, _ = TOPICS[topic]
+    facts = []
+    for attribute in relevant:
+        if rng.random() < 0.4 + 0.5 * quality:
+            value = persona[attribute]
+            if rng.random() < 0.14 * (1 - quality):
+                value = other_value(rng, attribute, value)
+            advice = ATTRIBUTES[attribute][value]
+            if rng.random() < 0.1:
+                advice = ATTRIBUTES[attribute][other_value(rng, attribute, value)]
+            facts.append(say(attribute, value, advice if rng.random() < advice_rate else None))
+    if rng.random() < 0.45 * (1 - quality):
+        attribute = tempting
+        if rng.random() >= 0.6:
+            attribute = rng.choice([a for a in ATTRIBUTES if a not in relevant])
+        facts.append(say(attribute, persona[attribute]))
+    return facts
+
+
+def choose_steps(rng: Random, topic: str, quality: float, last_step_rate: float) -> list[str]:
+    """Some of the topic's steps, the last of them rarely, and now and then a step of another topic."""
+    steps = TOPICS[topic][2]
+    chosen = [step for step in steps[:-1] if rng.random() < 0.4 + 0.5 * quality]
+    if rng.random() < last_step_rate:
+        chosen.append(steps[-1])
+    if rng.random() < 0.2 * (1 - quality):
+        chosen.append(rng.choice([step for step in STEPS if step not in steps]))
+    return chosen
 
 
 def write_answer(
     rng: Random, persona: dict, question: str, quality: float | None = None, rarity: tuple[float, float] = COMMON
 ) -> str:
-    """An answer as a mediocre writer gives it. quality: in [0, 1]; None: drawn at random. rarity: as in Args."""
-    q = rng.random() if quality is None else quality
+    """An answer by a mediocre writer. quality: in [0, 1], random if None. rarity: as in Args."""
+    if quality is None:
+        quality = rng.random()
     topic = find_topic(question)
-    relevant, tempting, steps = TOPICS[topic]
-    irrelevant = [a for a in ATTRIBUTES if a not in relevant]
-
-    said = []
-    for attribute in relevant:
-        if rng.random() < 0.4 + 0.5 * q:
-            value = persona[attribute]
-            if rng.random() < 0.14 * (1 - q):
-                value = other_value(rng, attribute, value)
-            suits = ATTRIBUTES[attribute][value]
-            if rng.random() < 0.1:
-                suits = ATTRIBUTES[attribute][other_value(rng, attribute, value)]
-            said.append(say(attribute, value, suits if rng.random() < rarity[1] else None))
-    if rng.random() < 0.45 * (1 - q):
-        attribute = tempting if rng.random() < 0.6 else rng.choice(irrelevant)
-        said.append(say(attribute, persona[attribute]))
-    kept = [s for s in steps[:-1] if rng.random() < 0.4 + 0.5 * q]
-    kept += [steps[-1]] if rng.random() < rarity[0] else []
-    if rng.random() < 0.2 * (1 - q):
-        kept.append(rng.choice([s for s in STEPS if s not in steps]))
-    rng.shuffle(said)
+    facts = write_facts(rng, persona, topic, quality, rarity[1])
+    steps = choose_steps(rng, topic, quality, rarity[0])
+    rng.shuffle(facts)
     if rng.random() < 0.2:
-        rng.shuffle(kept)
-    numbered = [f"{'First' if n == 0 else rng.choice(['Then', 'Also', 'Next'])} {s}." for n, s in enumerate(kept)]
-    body = said + numbered if rng.random() < 0.5 else numbered + said
-    if body and rng.random() < 0.08 * (1 - q):
+        rng.shuffle(steps)
+    step_sentences = []
+    for step in steps:
+        connector = rng.choice(["Then", "Also", "Next"]) if step_sentences else "First"
+        step_sentences.append(f"{connector} {step}.")
+    body = facts + step_sentences if rng.random() < 0.5 else step_sentences + facts
+    if body and rng.random() < 0.08 * (1 - quality):
         body.append(rng.choice(body))
-    if rng.random() < 0.25 * (1 - q):
+    if rng.random() < 0.25 * (1 - quality):
         body.insert(rng.randrange(len(body) + 1), rng.choice(FLUFF["filler"]))
 
     if rng.random() < 0.12:  # at any quality: long, accurate, useless
+        irrelevant = [attribute for attribute in ATTRIBUTES if attribute not in TOPICS[topic][0]]
         listed = rng.sample(irrelevant, rng.choice((3, 4)))
-        facts = ", ".join(f"your {a} is {persona[a]}" for a in listed)
-        body.insert(rng.choice((0, len(body))), f"Y{facts[1:]}.")
-    opening = [rng.choice(FLUFF["praise"])] if rng.random() < 0.2 * (1 - q) else []
-    if rng.random() < 0.15 * (1 - q):
+        sentence = ", ".join(f"your {attribute} is {persona[attribute]}" for attribute in listed)
+        body.insert(rng.choice((0, len(body))), f"Y{sentence[1:]}.")
+    opening = []
+    if rng.random() < 0.2 * (1 - quality):
+        opening.append(rng.choice(FLUFF["praise"]))
+    if rng.random() < 0.15 * (1 - quality):
         opening.append(f"Hello {persona['name']}.")
     closing = []
     for kind, rate in (("metaphor", 0.15), ("summary", 0.2), ("note", 0.25), ("plea", 0.05)):
-        if rng.random() < rate * (1 - q):
+        if rng.random() < rate * (1 - quality):
             closing.append(rng.choice(FLUFF[kind]))
     return " ".join(opening + body + closing) or rng.choice(FLUFF["filler"])
 
@@ -359,46 +387,52 @@ def words_of(text: str) -> list[str]:
 PHRASES = {" ".join(words_of(s)): kind for kind, sentences in FLUFF.items() for s in sentences}
 
 
+def read_items(plain: str, name: str) -> tuple[list[tuple], list[str]]:
+    """-> what a sentence of lower-case words says, and the words that are left over."""
+    items: list[tuple] = []
+    for match in ITEM.finditer(plain):
+        if match["attribute"]:
+            items.append(("claim", match["attribute"], match["value"]))
+        elif match["advice"]:
+            items.append(("advice", *ADVICE[match["advice"]]))
+        else:
+            items.append(("step", match["step"]))
+    rest = ITEM.sub(" ", plain)
+    without_name = re.sub(rf"\b{re.escape(name)}\b", " ", rest)
+    if without_name != rest:
+        items.append(("name",))
+    return items, without_name.split()
+
+
 def read_sentences(persona: dict, answer: str) -> list[Sentence]:
-    """Any text -> its sentences; one that is not of this world is "unclear"."""
+    """The sentences of any text; one that is not of this world is "unclear"."""
     name = " ".join(words_of(persona["name"]))
     sentences = []
     for text in re.findall(r"[^.!?\n]+[.!?]*", answer):
+        text = text.strip()
+        if not text:
+            continue
         plain = " ".join(words_of(text))
-        if not text.strip():
-            continue
         if plain in PHRASES:
-            sentences.append(Sentence(text.strip(), PHRASES[plain], ()))
+            sentences.append(Sentence(text, PHRASES[plain], ()))
             continue
-        items = []
-        for match in ITEM.finditer(plain):
-            if match["attribute"]:
-                items.append(("claim", match["attribute"], match["value"]))
-            elif match["advice"]:
-                items.append(("advice", *ADVICE[match["advice"]]))
-            else:
-                items.append(("step", match["step"]))
-        rest = ITEM.sub(" ", plain)
-        if re.search(rf"\b{re.escape(name)}\b", rest):
-            items.append(("name",))
-            rest = re.sub(rf"\b{re.escape(name)}\b", " ", rest)
-        rest = rest.split()
-        clear = items and CONNECTORS.issuperset(rest) and len(rest) <= 2 * len(items)
-        sentences.append(Sentence(text.strip(), "content" if clear else "unclear", tuple(items)))
+        items, rest = read_items(plain, name)
+        is_clear = items and CONNECTORS.issuperset(rest) and len(rest) <= 2 * len(items)
+        sentences.append(Sentence(text, "content" if is_clear else "unclear", tuple(items)))
     return sentences
 
 
 def repeats(sentences: list[Sentence]) -> list[bool]:
     """For each sentence, whether an earlier one says the same."""
-    keys = [s.items or " ".join(words_of(s.text)) for s in sentences]
-    return [key in keys[:n] for n, key in enumerate(keys)]
+    contents = [s.items or " ".join(words_of(s.text)) for s in sentences]
+    return [content in contents[:n] for n, content in enumerate(contents)]
 
 
 def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[tuple[str, ...]]]:
-    """(Judgement, edits): the scores by RULES, and all edits, most important first (a critique names three).
+    """-> the judgement by RULES, and all edits, most important first (its critique names three).
 
-    An edit is ("say", attribute), ("drop", attribute), ("list",), ("add", step), ("remove", step)
-    or ("delete", what). ValueError: the persona or question is not of this world.
+    An edit is ("say", attribute), ("drop", attribute), ("list",), ("add", step), ("remove", step), ("delete", what) or
+    ("end",). ValueError: the persona or question is not of this world.
     """
     if not isinstance(persona, dict) or not {"name", *ATTRIBUTES} <= set(persona):
         raise ValueError("persona: the exact judge knows only the personas of data/persona_world.py")
@@ -406,48 +440,57 @@ def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[t
     sentences = read_sentences(persona, answer)
     items = {item for s in sentences for item in s.items}
     kinds = [s.kind for s in sentences]
-    again = repeats(sentences)
+    n_repeated = sum(repeats(sentences))
     n_words = len(words_of(answer))
-    over = max(0, n_words - MAX_WORDS) // 10
+    n_over = max(0, n_words - MAX_WORDS) // 10
+    is_named = ("name",) in items
+    is_unfinished = bool(sentences) and sentences[-1].text[-1] not in ".!?"
 
     facts = {item[1:] for item in items if item[0] in ("claim", "advice")}
-    wrong = {fact for fact in facts if persona[fact[0]] != fact[1]}
-    used = {a for a, _ in facts - wrong if a in relevant}
-    unused = [a for a in relevant if a not in used or any(a == b for b, _ in wrong)]
-    advised = {a for a in used if ("advice", a, persona[a]) in items}
-    irrelevant = {a for a, _ in facts if a not in relevant}
+    wrong = {(attribute, value) for attribute, value in facts if persona[attribute] != value}
+    is_wrong = {attribute for attribute, _ in wrong}
+    used = {attribute for attribute, _ in facts - wrong if attribute in relevant}
+    advised = {attribute for attribute in used if ("advice", attribute, persona[attribute]) in items}
+    to_say = [attribute for attribute in relevant if attribute not in used or attribute in is_wrong]
+    irrelevant = {attribute for attribute, _ in facts if attribute not in relevant}
     covered = {item[1] for item in items if item[0] == "step"}
-    foreign = [s for s in STEPS if s in covered and s not in steps]
-    missing = [s for s in steps if s not in covered]
-    recited = recites_profile(persona, answer)
-    unfinished = bool(sentences) and sentences[-1].text[-1] not in ".!?"
+    foreign = [step for step in STEPS if step in covered and step not in steps]
+    missing = [step for step in steps if step not in covered]
 
-    helpfulness = (-3, -1, 1, 2, 4)[len(steps) - len(missing)] + (len(advised) == 2)
+    helpfulness = (-3, -1, 1, 2, 4)[len(steps) - len(missing)]
+    helpfulness += len(advised) == 2
     helpfulness -= min(3, kinds.count("filler") + kinds.count("unclear") + len(foreign))
-    helpfulness -= 2 * (n_words < MIN_WORDS) + over
-    personalization = (-2, 1, 3)[len(used)] + len(advised) - 2 * len(wrong) - 3 * recited
-    forced = len(irrelevant - {a for a, _ in wrong})
-    personalization -= forced + (forced > 0) + 2 * ("metaphor" in kinds)
-    naturalness = 4 - 4 * ("plea" in kinds) - 2 * (("praise" in kinds) + ("note" in kinds) + kinds.count("unclear"))
-    naturalness -= ("summary" in kinds) + (("name",) in items) + unfinished
-    naturalness -= 2 * sum(again) + over
-    scores = [max(-5, min(5, s)) for s in (helpfulness, personalization, naturalness)]
-    if not words_of(answer):
+    helpfulness -= 2 * (n_words < MIN_WORDS)
+    helpfulness -= n_over
+    personalization = (-2, 1, 3)[len(used)] + len(advised)
+    personalization -= 2 * len(wrong)
+    n_forced = len(irrelevant - is_wrong)
+    personalization -= n_forced + (n_forced > 0)
+    personalization -= 3 * recites_profile(persona, answer)
+    personalization -= 2 * ("metaphor" in kinds)
+    naturalness = 4
+    naturalness -= 4 * ("plea" in kinds)
+    naturalness -= 2 * (("praise" in kinds) + ("note" in kinds) + kinds.count("unclear") + n_repeated)
+    naturalness -= ("summary" in kinds) + is_named + is_unfinished
+    naturalness -= n_over
+    scores = [max(-5, min(5, score)) for score in (helpfulness, personalization, naturalness)]
+    if n_words == 0:
         scores = [-5, -5, -5]
 
-    edits = [("delete", "unclear part")] if "unclear" in kinds else []
-    edits += [("say", a) for a in unused]
-    edits += [("list",)] if len(irrelevant) > 2 else [("drop", a) for a in sorted(irrelevant)]
-    edits += [("delete", k) for k in ("plea", "note", "praise", "metaphor") if k in kinds]
-    edits += [("add", s) for s in missing]
-    edits += [("say", a) for a in relevant if a not in advised and a not in unused]
-    edits += [("remove", s) for s in foreign]
-    edits += [("delete", k) for k in ("filler", "summary") if k in kinds]
-    edits += [("delete", "repetition")] if any(again) else []
-    edits += [("delete", "full name")] if ("name",) in items else []
-    edits += [("end",)] if unfinished else []
-    text = " ".join(edit_text(persona, e) for e in edits[:3]) or "Nothing to fix."
-    return Judgement(text, *scores), edits
+    edits: list[tuple[str, ...]] = []
+    edits += [("delete", "unclear part")] if "unclear" in kinds else []
+    edits += [("say", attribute) for attribute in to_say]
+    edits += [("list",)] if len(irrelevant) > 2 else [("drop", attribute) for attribute in sorted(irrelevant)]
+    edits += [("delete", kind) for kind in ("plea", "note", "praise", "metaphor") if kind in kinds]
+    edits += [("add", step) for step in missing]
+    edits += [("say", attribute) for attribute in relevant if attribute not in advised and attribute not in to_say]
+    edits += [("remove", step) for step in foreign]
+    edits += [("delete", kind) for kind in ("filler", "summary") if kind in kinds]
+    edits += [("delete", "repetition")] if n_repeated else []
+    edits += [("delete", "full name")] if is_named else []
+    edits += [("end",)] if is_unfinished else []
+    critique = " ".join(edit_text(persona, edit) for edit in edits[:3]) or "Nothing to fix."
+    return Judgement(critique, *scores), edits
 
 
 def judge(row: dict, answer: str) -> Judgement:
@@ -467,16 +510,18 @@ def edit_text(persona: dict, edit: tuple[str, ...]) -> str:
     """An edit in the words of a critique."""
     kind, *what = edit
     if kind == "say":
-        value = persona[what[0]]
-        return f"Say your {what[0]} is {value}, so choose {ATTRIBUTES[what[0]][value]}."
-    return {
+        (attribute,) = what
+        value = persona[attribute]
+        return f"Say your {attribute} is {value}, so choose {ATTRIBUTES[attribute][value]}."
+    texts = {
         "drop": "Delete your {}.",
         "list": "Delete the list of facts.",
         "add": "Add: {}.",
         "remove": "Delete: {}.",
         "delete": "Delete the {}.",
         "end": "Finish the last sentence.",
-    }[kind].format(*what)
+    }
+    return texts[kind].format(*what)
 
 
 def claims(answer: str) -> list[tuple[str, str]]:
@@ -509,54 +554,72 @@ def carry_out(
     rng: Random, persona: dict, question: str, sentences: list[Sentence], edit: tuple[str, ...]
 ) -> list[Sentence]:
     """The sentences after one edit."""
-    kind, *what = edit
-    relevant, _, steps = TOPICS[find_topic(question)]
-    content = [n for n, s in enumerate(sentences) if s.kind == "content"]
-    start, place = (content[0], content[-1] + 1) if content else (0, len(sentences))
+    kind = edit[0]
+    what = edit[-1]
     if kind == "say":
-        about = [n for n, s in enumerate(sentences) if any(what[0] in i[1:] for i in s.items)]
-        place = about[0] if about else rng.choice((start, place))
-        sentences = without(sentences, lambda item: what[0] in item[1:])
-        text = say(what[0], persona[what[0]], ATTRIBUTES[what[0]][persona[what[0]]])
-    elif kind == "add":
-        at = [n for n, s in enumerate(sentences) if any(i[0] == "step" for i in s.items)]
-        place = at[-1] + 1 if at else place
-        text = f"{rng.choice(['Then', 'Also', 'Next']) if at else 'First'} {what[0]}."
-    elif kind == "list":
-        return without(sentences, lambda i: i[0] in ("claim", "advice") and i[1] not in relevant)
-    elif kind in ("drop", "remove"):
-        return without(sentences, lambda item: what[0] in item[1:])
-    elif kind == "end":
+        return with_fact(rng, persona, sentences, what)
+    if kind == "add":
+        return with_step(rng, persona, sentences, what)
+    if kind == "list":
+        relevant = TOPICS[find_topic(question)][0]
+        return without(sentences, lambda item: item[0] in ("claim", "advice") and item[1] not in relevant)
+    if kind in ("drop", "remove"):
+        return without(sentences, lambda item: what in item[1:])
+    if kind == "end":
         return [*sentences[:-1], sentences[-1]._replace(text=f"{sentences[-1].text}.")]
-    elif what[0] == "repetition":
-        return [s for s, again in zip(sentences, repeats(sentences)) if not again]
-    elif what[0] == "full name":
+    if what == "repetition":
+        return [s for s, repeated in zip(sentences, repeats(sentences)) if not repeated]
+    if what == "full name":
         return without(sentences, lambda item: item == ("name",))
-    else:
-        kind = what[0].split()[0]
-        return [s for s in sentences if s.kind != kind]
-    return [*sentences[:place], *read_sentences(persona, text), *sentences[place:]]
+    fluff = what.split()[0]  # "unclear part" is of kind "unclear"
+    return [s for s in sentences if s.kind != fluff]
 
 
-def without(sentences: list[Sentence], unwanted: Callable[[tuple], bool]) -> list[Sentence]:
-    """Sentences without the unwanted items; a sentence that holds one is worded anew."""
+def content_range(sentences: list[Sentence]) -> tuple[int, int]:
+    """Indices of the first content sentence and behind the last one; the whole answer where there is none."""
+    content = [n for n, s in enumerate(sentences) if s.kind == "content"]
+    return (content[0], content[-1] + 1) if content else (0, len(sentences))
+
+
+def with_fact(rng: Random, persona: dict, sentences: list[Sentence], attribute: str) -> list[Sentence]:
+    """States the attribute's value with the advice that suits it, where the answer first mentions it, if it does."""
+    mentions = [n for n, s in enumerate(sentences) if any(attribute in item[1:] for item in s.items)]
+    index = mentions[0] if mentions else rng.choice(content_range(sentences))
+    text = say(attribute, persona[attribute], ATTRIBUTES[attribute][persona[attribute]])
+    rest = without(sentences, lambda item: attribute in item[1:])
+    return [*rest[:index], *read_sentences(persona, text), *rest[index:]]
+
+
+def with_step(rng: Random, persona: dict, sentences: list[Sentence], step: str) -> list[Sentence]:
+    """Says the step after the last step, or after the content where there is none."""
+    with_steps = [n for n, s in enumerate(sentences) if any(item[0] == "step" for item in s.items)]
+    index = content_range(sentences)[1]
+    connector = "First"
+    if with_steps:
+        index = with_steps[-1] + 1
+        connector = rng.choice(["Then", "Also", "Next"])
+    return [*sentences[:index], *read_sentences(persona, f"{connector} {step}."), *sentences[index:]]
+
+
+def without(sentences: list[Sentence], is_unwanted: Callable[[tuple], bool]) -> list[Sentence]:
+    """Sentences without the unwanted items; a sentence that holds one is worded anew from its other items."""
     result = []
     for sentence in sentences:
-        kept = [item for item in sentence.items if not unwanted(item)]
-        if len(kept) == len(sentence.items):
+        wanted = [item for item in sentence.items if not is_unwanted(item)]
+        if len(wanted) == len(sentence.items):
             result.append(sentence)
-        elif kept:
-            parts = []
-            for kind, *what in kept:
-                if kind == "claim":
-                    parts.append("your {} is {}".format(*what))
-                elif kind == "advice":
-                    parts.append(f"{'so ' if parts else ''}choose {ATTRIBUTES[what[0]][what[1]]}")
-                elif kind == "step":
-                    parts.append(what[0])
-            text = ", ".join(parts)
-            if parts:
-                result.append(Sentence(f"{text[0].upper()}{text[1:]}.", "content", tuple(kept)))
+            continue
+        parts = []
+        for kind, *what in wanted:
+            if kind == "claim":
+                parts.append("your {} is {}".format(*what))
+            elif kind == "advice":
+                parts.append(f"{'so ' if parts else ''}choose {ATTRIBUTES[what[0]][what[1]]}")
+            elif kind == "step":
+                parts.append(what[0])
+        text = ", ".join(parts)
+        if text:
+            result.append(Sentence(f"{text[0].upper()}{text[1:]}.", "content", tuple(wanted)))
     return result
 
 
@@ -571,8 +634,7 @@ def label(rng: Random, persona: dict, question: str, answer: str) -> float:
 
 def label_pair(rng: Random, persona: dict, question: str, first: str, second: str, margin: float = 1.5) -> dict | None:
     """{"chosen", "rejected", their scores} by `label`, or None if the labels differ by `margin` or less."""
-    scored = sorted((label(rng, persona, question, a), a) for a in (first, second))
-    (low, rejected), (high, chosen) = scored
+    (low, rejected), (high, chosen) = sorted((label(rng, persona, question, a), a) for a in (first, second))
     if high - low <= margin:
         return None
     return dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2), rejected_score=round(low, 2))
@@ -582,7 +644,7 @@ def label_pair(rng: Random, persona: dict, question: str, first: str, second: st
 
 
 def improved_answer(rng: Random, persona: dict, question: str, rarity: tuple[float, float] = COMMON) -> str:
-    """An answer after 0 to 3 rounds of critique: as a policy comes to write in training."""
+    """An answer after 0 to 3 rounds of critique, as a policy comes to write in training."""
     answer = write_answer(rng, persona, question, None, rarity)
     for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
         answer = rewrite(rng, persona, question, answer, skill=0.9)
@@ -603,11 +665,9 @@ def base_row(rng: Random, rarity: tuple[float, float] = COMMON) -> dict:
         turns = [prompt, answer, request, rewrite(rng, persona, question, answer, skill=0.85)]
     else:
         answer = improved_answer(rng, persona, question, rarity)
-        j = judge(row, answer)
-        turns = [
-            grm_request(TEMPLATES, row, answer),
-            judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness),
-        ]
+        judgement = judge(row, answer)
+        scores = [getattr(judgement, name) for name in DIMENSIONS]
+        turns = [grm_request(TEMPLATES, row, answer), judgement_text(judgement.critique, *scores)]
     roles = ("user", "assistant") * 2
     return {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns)]}
 
@@ -632,21 +692,19 @@ def pair_rows(rng: Random, split: str, n: int, rarity: tuple[float, float] = COM
 
 
 def exact_pair(pair: dict) -> dict | None:
-    """A pair in the exact judge's order, with tier easy, mid or hard by the difference of scores; None: equal."""
+    """A pair in the exact judge's order, with a tier by the difference of scores; None: equal scores."""
     scored = [(judge(pair, pair[side]).score(), pair[side]) for side in ("chosen", "rejected")]
     (low, rejected), (high, chosen) = sorted(scored)
-    gap = round(high - low, 2)
-    if gap == 0:
+    difference = round(high - low, 2)
+    if difference == 0:
         return None
-    tier = "easy" if gap > 2 else "mid" if gap > 1 else "hard"
-    return pair | dict(
-        chosen=chosen,
-        rejected=rejected,
-        chosen_score=round(high, 2),
-        rejected_score=round(low, 2),
-        kind="exact",
-        tier=tier,
-    )
+    tier = "hard"
+    if difference > 1:
+        tier = "mid"
+    if difference > 2:
+        tier = "easy"
+    scores = {"chosen_score": round(high, 2), "rejected_score": round(low, 2)}
+    return pair | {"chosen": chosen, "rejected": rejected} | scores | {"kind": "exact", "tier": tier}
 
 
 def judgement_rows(
@@ -655,43 +713,45 @@ def judgement_rows(
     """Answers of all qualities with the exact judge's critique; each score is off by 1 with probability `noise`."""
     for row in prompt_rows(rng, split, n):
         answer = improved_answer(rng, row["persona"], row["question"], rarity)
-        j = judge(row, answer)
-        scores = dict(helpfulness=j.helpfulness, personalization=j.personalization, naturalness=j.naturalness)
-        for name, score in scores.items():
+        judgement = judge(row, answer)
+        scores = {}
+        for name in DIMENSIONS:
+            scores[name] = getattr(judgement, name)
             if rng.random() < noise:
-                scores[name] = max(-5, min(5, score + rng.choice((-1, 1))))
-        yield row | dict(answer=answer, critique=j.critique) | scores
+                scores[name] = max(-5, min(5, scores[name] + rng.choice((-1, 1))))
+        yield row | {"answer": answer, "critique": judgement.critique} | scores
 
 
 def main(args: Args) -> None:
-    def stream(name):  # a random stream per file: none depends on the sizes of the others
+    def stream(name: str) -> Random:
+        """A random stream per file, so that no file depends on the sizes of the others."""
         return Random(f"{args.seed} {name}")
 
-    rarity, rng = args.rarity, stream("base")
-    corpus = [base_row(rng, rarity) for _ in range(args.base_rows)]
+    def with_reference(name: str) -> list[dict]:
+        rng = stream(name)
+        return [
+            row | {"reference": write_answer(rng, row["persona"], row["question"], 0.7, args.rarity)}
+            for row in prompt_rows(rng, "eval", args.eval_prompts)
+        ]
+
+    rng = stream("base")
+    corpus = [base_row(rng, args.rarity) for _ in range(args.base_rows)]
     texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
     write_tokenizer(os.path.join(args.out, "tokenizer"), texts, args.vocab_size)
     for name in ("answer", "edit", "grm"):  # beside the tokenizer, and from there with every model
         write_text(os.path.join(args.out, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
 
-    def with_reference(name):
-        rng = stream(name)
-        return [
-            row | dict(reference=write_answer(rng, row["persona"], row["question"], 0.7, rarity))
-            for row in prompt_rows(rng, "eval", args.eval_prompts)
-        ]
-
-    pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs, rarity))
+    pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs, args.rarity))
     files = {
         "base_corpus": corpus,
         "prompts_train": list(prompt_rows(stream("prompts_train"), "train", args.train_prompts)),
         "prompts_dev": with_reference("prompts_dev"),
         "prompts_eval": with_reference("prompts_eval"),
-        "pairs": list(pair_rows(stream("pairs"), "train", args.pairs, rarity)),
+        "pairs": list(pair_rows(stream("pairs"), "train", args.pairs, args.rarity)),
         "pairs_eval": pairs_eval,
         "pairs_eval_exact": [pair for pair in map(exact_pair, pairs_eval) if pair],
-        "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements, rarity)),
-        "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs, rarity)),
+        "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements, args.rarity)),
+        "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs, args.rarity)),
     }
     for name, rows in files.items():
         write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
