@@ -125,11 +125,11 @@ import numpy as np
 from chat import Chat, without_control_tokens
 from evaluation import personamem, tables, winrate
 from evaluation.accuracy import accuracy_by_tier, accuracy_table
-from evaluation.journal import check_judge, draw_rows, replies, verdicts_on
+from evaluation.asking import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import mean_and_error, write_json
 from judges import describing_function, named_server, parse_spec
+from judges.chat_client import is_url
 from prompts import DIMENSIONS, answer_request, load_templates, persona_text
-from runtime.chat_client import is_url
 from runtime.distributed import derive_seed, print0, start
 from runtime.rows import read_rows, write_rows, write_text
 from weights import resolve

@@ -59,13 +59,13 @@ class Args:
     """Column that names a persona, if there is one."""
 
     # -- who is asked
-    models: tuple[str, ...] = ("world",)
+    models: tuple[str, ...] = ("world=data/persona_world.py:answer",)
     """Who answers: as many models as you have, and as different."""
-    writer: str = "world"
+    writer: str = "world=data/persona_world.py:questions"
     """Who writes questions."""
-    scorer: str = "world"
+    scorer: str = "world=data/persona_world.py:score"
     """Who gives overall scores."""
-    judge: str = "world"
+    judge: str = "world=data/persona_world.py:judge"
     """Who writes critiques and three scores."""
     questions_template: str | None = None
     """File that replaces the request for questions (prompts.py)."""
@@ -139,13 +139,16 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from scipy import stats
 
 from data import prepare
-from data.ask import COUNTS, Asker, Limits, Model, Request, named, open_model
+from data.ask import COUNTS, Limits, Model, PaidAsker, Request, named, open_model
 from data.readers import normal
+from judges import BradleyTerryJudge
 from prompts import (
     QUESTION_KINDS,
     answer_request,
@@ -166,43 +169,49 @@ PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "refe
 # -- the requests of each step -----------------------------------------------------------------------------------------
 
 
+def make_request(
+    args: Args, model: Model, asks_for: str, row: dict, answer: str | None = None, number: int = 0
+) -> Request:
+    """asks_for: questions | answer | score | judgement. number: tells apart equal requests, by their seed."""
+    readable_row = model.readable(row)
+    readable_answer = model.readable(answer)
+    parse: Callable[[str], Any]
+    if asks_for == "questions":
+        persona = readable_row["persona"]
+        text = questions_request(model.templates, persona, row["kind"], row["number"])
+        parse = parse_questions
+    elif asks_for == "answer":
+        text = answer_request(model.templates, readable_row)
+        parse = str.strip
+    elif asks_for == "score":
+        text = score_request(model.templates, readable_row, readable_answer)
+        parse = parse_score if model.is_language_model else float
+    else:
+        text = grm_request(model.templates, readable_row, readable_answer)
+        parse = parse_judgement
+    judging = asks_for in ("score", "judgement")
+    settings = sampling(args, text, number, judging)
+    return Request(model, asks_for, text, settings, parse, row, answer)
+
+
 def questions_requests(args: Args, model: Model, personas: dict[str, dict | str]) -> list[Request]:
     """One for each persona and kind of question."""
-    n, found = args.questions_per_persona, []
-    for name, persona in personas.items():
-        for kind in QUESTION_KINDS:
-            text = questions_request(model.templates, model.readable(persona), kind, n)
-            about = dict(asks_for="questions", row=dict(persona=persona, user_id=name, kind=kind), number=n)
-            found.append(Request(model, text, sampling(args, text, 0), parse_questions, about))
-    return found
+    requests = []
+    for (user_id, persona), kind in itertools.product(personas.items(), QUESTION_KINDS):
+        row = dict(persona=persona, user_id=user_id, kind=kind, number=args.questions_per_persona)
+        requests.append(make_request(args, model, "questions", row))
+    return requests
 
 
 def answer_requests(args: Args, models: list[Model], prompts: list[dict]) -> list[Request]:
-    """All of a prompt's in a row."""
-    found = []
-    for row, model, i in itertools.product(prompts, models, range(args.answers_per_model)):
-        text = answer_request(model.templates, model.readable(row))
-        about = dict(asks_for="answer", row=row)
-        found.append(Request(model, text, sampling(args, text, i), str.strip, about))
-    return found
+    """Those of a prompt follow one another."""
+    asked = itertools.product(prompts, models, range(args.answers_per_model))
+    return [make_request(args, model, "answer", row, number=i) for row, model, i in asked]
 
 
-def score_requests(args: Args, model: Model, answers: list[dict]) -> list[Request]:
-    found = []
-    for row in answers:
-        text = score_request(model.templates, model.readable(row), model.readable(row["answer"]))
-        about = dict(asks_for="score", row=row, answer=row["answer"])
-        found.append(Request(model, text, sampling(args, text, 0, judging=True), parse_score, about))
-    return found
-
-
-def judgement_requests(args: Args, model: Model, answers: list[dict], repeat: int = 0) -> list[Request]:
-    found = []
-    for row in answers:
-        text = grm_request(model.templates, model.readable(row), model.readable(row["answer"]))
-        about = dict(asks_for="judgement", row=row, answer=row["answer"])
-        found.append(Request(model, text, sampling(args, text, repeat, judging=True), parse_judgement, about))
-    return found
+def judging_requests(args: Args, model: Model, asks_for: str, answers: list[dict], repeat: int = 0) -> list[Request]:
+    """asks_for: score | judgement."""
+    return [make_request(args, model, asks_for, row, row["answer"], repeat) for row in answers]
 
 
 def sampling(args: Args, text: str, number: int, judging: bool = False) -> dict:
@@ -216,18 +225,17 @@ def sampling(args: Args, text: str, number: int, judging: bool = False) -> dict:
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
 
-def questions(args: Args, asker: Asker, model: Model) -> None:
+def questions(args: Args, asker: PaidAsker, model: Model) -> None:
     """personas -> annotate/questions.jsonl: prompt rows, with the kind of question."""
     requests, rows, seen = questions_requests(args, model, read_personas(args)), [], set()
     done = Done("questions")
     for request, reply in zip(requests, asker.ask("questions", requests)):
-        about = request.about["row"]
+        about = {name: request.row[name] for name in ("persona", "user_id", "kind")}
         if reply["failure"]:
             done.failed(about, reply)
             continue
         for question in parse_questions(reply["reply"])[: args.questions_per_persona]:
-            source = "persona_world" if model.spec.startswith("world") else f"written by {model.name}"
-            row = prepare.prompt_row(about["persona"], question, source) | about
+            row = prepare.prompt_row(about["persona"], question, f"written by {model.name}") | about
             key = prepare.digest(about["persona"], normal(question))
             if key in seen:
                 done.discard(row, "duplicate", "this person's question a second time")
@@ -238,12 +246,12 @@ def questions(args: Args, asker: Asker, model: Model) -> None:
     done.write(args, rows, asker, len(requests), written)
 
 
-def answers(args: Args, asker: Asker, models: list[Model]) -> None:
+def answers(args: Args, asker: PaidAsker, models: list[Model]) -> None:
     """prompts -> annotate/answers.jsonl: a prompt's fields, answer, model."""
     requests, rows, seen = answer_requests(args, models, read_prompts(args)), [], set()
     done = Done("answers")
     for request, reply in zip(requests, asker.ask("answers", requests)):
-        row = {k: v for k, v in request.about["row"].items() if k in PROMPT} | {"model": request.model.name}
+        row = {k: v for k, v in request.row.items() if k in PROMPT} | {"model": request.model.name}
         if reply["failure"]:
             done.failed(row, reply)
             continue
@@ -256,16 +264,18 @@ def answers(args: Args, asker: Asker, models: list[Model]) -> None:
     done.write(args, rows, asker, len(requests), len(requests))
 
 
-def pairs(args: Args, asker: Asker, model: Model) -> None:
+def pairs(args: Args, asker: PaidAsker, model: Model) -> None:
     """annotate/answers.jsonl -> annotate/scores.jsonl: their scores; annotate/pairs.jsonl: pair rows."""
     rows = read_rows(step_file(args, "answers"), "answer")
-    requests, done, of_prompt = score_requests(args, model, rows), Done("pairs"), defaultdict(list)
-    for row, reply in zip(rows, asker.ask("scores", requests)):
+    requests = judging_requests(args, model, "score", rows)
+    done = Done("pairs")
+    of_prompt = defaultdict(list)
+    for request, row, reply in zip(requests, rows, asker.ask("scores", requests)):
         of_prompt[row["prompt_id"]]  # also of a prompt without a score
         if reply["failure"]:
             done.failed(row, reply)
         else:
-            of_prompt[row["prompt_id"]].append(row | {"score": parse_score(reply["reply"])})
+            of_prompt[row["prompt_id"]].append(row | {"score": request.parse(reply["reply"])})
     write_rows(step_file(args, "scores"), [row for scored in of_prompt.values() for row in scored])
     found, prompts = [], {row["prompt_id"]: row for row in rows}
     for prompt_id, scored in of_prompt.items():
@@ -285,7 +295,7 @@ def pairs(args: Args, asker: Asker, model: Model) -> None:
     done.write(args, found, asker, len(requests), len(of_prompt))
 
 
-def judgements(args: Args, asker: Asker, model: Model, others: list[Model]) -> None:
+def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) -> None:
     """annotate/pairs.jsonl -> annotate/judgements.jsonl: judgement rows, each answer once; annotate/audit.jsonl."""
     pair_rows, done = read_rows(step_file(args, "pairs"), "pair"), Done("judgements")
     rows = {}  # {(prompt_id, answer): row}: an answer may be in several pairs
@@ -294,7 +304,7 @@ def judgements(args: Args, asker: Asker, model: Model, others: list[Model]) -> N
         for side in ("chosen", "rejected"):
             row = prompt | dict(answer=pair[side], model=pair[f"{side}_model"], score=pair[f"{side}_score"])
             rows.setdefault((pair["prompt_id"], pair[side]), row)
-    replies = asker.ask("judgements", judgement_requests(args, model, list(rows.values())))
+    replies = asker.ask("judgements", judging_requests(args, model, "judgement", list(rows.values())))
     judged = {}
     for (key, row), reply in zip(rows.items(), replies):
         if reply["failure"]:
@@ -319,12 +329,12 @@ def judgements(args: Args, asker: Asker, model: Model, others: list[Model]) -> N
     done.write(args, found, asker, len(rows), len(rows))
 
 
-def audit(args: Args, asker: Asker, judges: list[Model], rows: list[dict]) -> None:
+def audit(args: Args, asker: PaidAsker, judges: list[Model], rows: list[dict]) -> None:
     """annotate/audit.jsonl: the same answers judged several times, by each judge; a failure is a row without scores."""
     chosen = sorted(Random(args.seed).sample(range(len(rows)), min(args.audit_answers, len(rows))))
     drawn, found = [rows[i] for i in chosen], []
     asked = [(judge, repeat) for judge in judges for repeat in range(args.audit_repeats)]
-    requests = [r for judge, repeat in asked for r in judgement_requests(args, judge, drawn, repeat)]
+    requests = [r for judge, repeat in asked for r in judging_requests(args, judge, "judgement", drawn, repeat)]
     replies = iter(asker.ask("audit", requests)) if requests else iter(())
     for (judge, repeat), row in itertools.product(asked, drawn):
         reply = next(replies)
@@ -395,7 +405,7 @@ class Done:
     def drop(self, why: str, cause: str, reason: str, row: dict) -> None:
         self.dropped.append(dict(step=self.step, why=why, cause=cause, reason=reason) | row)
 
-    def write(self, args: Args, rows: list[dict], asker: Asker, requests: int, discarded_of: int) -> None:
+    def write(self, args: Args, rows: list[dict], asker: PaidAsker, requests: int, discarded_of: int) -> None:
         """annotate/STEP.jsonl, this step's part of annotate/dropped.jsonl and of annotation.json.
 
         requests: what failures are a share of; discarded_of: what discards are one of. ValueError: nothing is left.
@@ -422,10 +432,10 @@ class Done:
             raise ValueError(f"{self.step}: nothing is left; {say}: see {step_file(args, 'dropped')}")
 
 
-def spent_by_model(asker: Asker) -> dict[str, dict]:
+def spent_by_model(asker: PaidAsker) -> dict[str, dict]:
     """{"step, model": COUNTS} of all requests in the journal."""
     found = defaultdict(Counter)
-    for row in asker.kept.values():
+    for row in asker.rows.values():
         found[f"{row['step']}, {row['model']}"].update({"requests": 1, **{name: row[name] for name in COUNTS}})
     return {name: {k: round(v, 6) for k, v in counts.items()} for name, counts in sorted(found.items())}
 
@@ -433,7 +443,7 @@ def spent_by_model(asker: Asker) -> dict[str, dict]:
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def plan(args: Args, asker: Asker, models: list[Model], writer: Model, scorer: Model, judge: Model) -> None:
+def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, scorer: Model, judge: Model) -> None:
     """Makes some of each step's requests, drawn at random, and prints what all of them will take.
 
     Tokens, dollars and seconds of a call are means over those that were made, with 95 % intervals (Student's t).
@@ -454,7 +464,7 @@ def plan(args: Args, asker: Asker, models: list[Model], writer: Model, scorer: M
         requests = questions_requests(args, writer, {name: personas[name] for name in names})
         n_requests = len(personas) * len(QUESTION_KINDS)
         prompts = [
-            prepare.prompt_row(request.about["row"]["persona"], question, "plan")
+            prepare.prompt_row(request.row["persona"], question, "plan")
             for request, reply in some("questions", n_requests, requests)
             for question in parse_questions(reply)
         ]
@@ -465,14 +475,14 @@ def plan(args: Args, asker: Asker, models: list[Model], writer: Model, scorer: M
     n_answers = n_prompts * len(models) * args.answers_per_model
     requests = answer_requests(args, models, rng.sample(prompts, min(share, len(prompts))))
     answered = some("answers", n_answers, requests)
-    rows = [request.about["row"] | {"answer": reply.strip()} for request, reply in answered]
-    some("scores", n_answers, score_requests(args, scorer, rows))
+    rows = [request.row | {"answer": reply.strip()} for request, reply in answered]
+    some("scores", n_answers, judging_requests(args, scorer, "score", rows))
     at_most = min(n_answers, 2 * args.pairs_per_question * n_prompts)
-    some("judgements", at_most, judgement_requests(args, judge, rows))
+    some("judgements", at_most, judging_requests(args, judge, "judgement", rows))
     print_plan(args, asker, steps, len(models))
 
 
-def print_plan(args: Args, asker: Asker, steps: list[tuple], n_models: int) -> None:
+def print_plan(args: Args, asker: PaidAsker, steps: list[tuple], n_models: int) -> None:
     figures = {"prompt_tokens": "tokens in", "completion_tokens": "tokens out", "cost": "dollars", "seconds": "minutes"}
     table = [["step", "requests", *figures.values(), "failed"]]
     means, squares = Counter(), Counter()  # of half widths, over the steps
@@ -581,10 +591,16 @@ def main(args: Args) -> None:
     )
     ranks = start("auto")
     templates = {f"{k}_template": getattr(args, f"{k}_template") for k in ("questions", "answer", "score", "grm")}
-    opened = {flag: open_model(flag, ranks, limits, **templates) for flag in who}
+    opened = {flag: open_model(flag, ranks, limits, args.score_weights, **templates) for flag in who}
     models, others = [opened[flag] for flag in args.models], [opened[flag] for flag in args.audit_judges]
     writer, scorer, judge = opened[args.writer], opened[args.scorer], opened[args.judge]
-    with Asker(limits, ranks) as asker:
+    for flag in (args.judge, *args.audit_judges):
+        if opened[flag].writes_critiques is False:
+            raise ValueError(f"{flag}: it writes no critiques, which judgements need")
+    for flag in (*args.models, args.writer):
+        if opened[flag].kind is BradleyTerryJudge:
+            raise ValueError(f"{flag}: a Bradley-Terry model scores answers, and writes none")
+    with PaidAsker(limits, ranks) as asker:
         if args.plan:
             return plan(args, asker, models, writer, scorer, judge)
         if args.step == "questions" or args.step == "all" and args.personas is not None:

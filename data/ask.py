@@ -1,86 +1,82 @@
-"""Models asked many things at the same time, each thing once: what data/annotate.py stands on.
+"""Asks models for what data/annotate.py needs, each thing once, and keeps count of money.
 
-    with Asker(limits, ranks) as asker:
+    with PaidAsker(limits, ranks) as asker:
         rows = asker.ask("answers", requests)      # a row of the journal for each request, in their order
 
-A model is `[NAME=]http(s)://HOST#MODEL` (any OpenAI-compatible server), `[NAME=]FOLDER` (a checkpoint, on the engine in
-this process) or `world` (the generated world: its writer and its exact judge; `world:RARITY` as --rarity there).
+A model is `[NAME=]SPEC`. SPEC is what --judge takes (judges/), for scores and judgements; for questions and answers it
+is a server (http://HOST#MODEL), a checkpoint (FOLDER), or a function FILE.py:FUNCTION(row, seed) that returns a list of
+questions or an answer.
 
-A request has a digest of the model, the text it is sent and the settings it is sampled with, and nothing else. What
-came of it, a reply or a failure, is a line of OUT/journal/replies.0.jsonl as soon as it is known, and a request whose
-line is there is not sent again: not after a kill, not by a later step, not where other settings have changed; a failure
-only under `retry_failed`. A server's trouble that passes is waited for with growing pauses and is no failure
-(runtime/chat_client.py); a reply that is refused, cut off or in no readable form is asked for `attempts` times, each
-with another seed.
+A request is known by a digest of its model, text and sampling settings. What came of it, a reply or a failure, is a
+line of OUT/journal/replies.0.jsonl as soon as it is known, and the request is not sent again: not after a kill, not in
+a later step, not if other settings change; a failure only with `retry_failed`. Trouble of a server that passes is no
+failure (judges/chat_client.py). A reply that is refused, cut off or unreadable is asked for `attempts` times, with
+another seed each time.
 
-A server gets `concurrency` requests at a time, as many a minute as its limit says, and what is paid stays under
-`max_cost`: a request is sent once what it may cost at most fits beside what was paid and what is under way. Ctrl-C,
-SIGTERM and the end of the money wait for the replies that are under way, keep them, and end with status 75.
+A server has at most `concurrency` requests under way, and no more a minute than its limit. A request is sent only if
+the most it may cost fits into `max_cost` beside what was paid and what is under way. Ctrl-C, SIGTERM and the end of the
+money wait for the replies under way, keep them, and end with status 75.
 """
 
-import asyncio
+import dataclasses
 import hashlib
 import json
-import random
+import math
 import re
 import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import openai
-from aiolimiter import AsyncLimiter
-
 from chat import Chat, without_control_tokens
-from data import persona_world
-from engine import Engine
-from evaluation.journal import Journal
+from judges import BaseJudge, FunctionJudge, GenerativeJudge, JudgeSettings, annotated_critiques, parse_spec
+from judges.asking import Asker, Backend, Call, Question, ServerBackend, ask_until_parsed, open_engine, text_of
 from judges.base import weights_fingerprint
-from judges.servers import text_of
-from model import load_pretrained
+from judges.chat_client import ChatServer, Failure, RateLimit, ServerDown, is_url, shown
+from judges.functions import call, load_function
+from judges.journal import Journal
 from prompts import Templates, judgement_text, load_templates
-from runtime.chat_client import (
-    ERRORS,
-    PLAIN_TIMEOUT,
-    ChatServer,
-    Failure,
-    ServerDown,
-    Unanswered,
-    Waiting,
-    failure_from,
-    first_choice,
-    is_url,
-    shown,
-)
-from runtime.digests import file_digest
 from runtime.distributed import Ranks, derive_seed
 from runtime.flags import PATIENCE
 from runtime.progress import counting
 from runtime.watch import STOPPED
-from weights import resolve
+from weights import load_config, resolve
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cost", "seconds")  # of a row, over all its attempts
-STOPPED_HERE = "stopped"  # failure of a request that a stop has cut short between two attempts: asked again by any run
+STOPPED_HERE = "stopped"  # failure of a request that a stop has cut short between two attempts: any run asks again
 
 
 @dataclass(frozen=True)
 class Model:
-    """spec: a URL, a folder or world[:RARITY]. identity: what of it a reply depends on. prices: dollars for a million
-    tokens of prompts and replies. per_minute: requests, None: no limit.
+    """spec: the target of parse_spec. identity: what its replies depend on. settings: of a judge that is no language
+    model. prices: dollars for a million tokens of prompts and of replies. per_minute: limit on requests.
     """
 
     name: str
+    kind: type[BaseJudge]
     spec: str
     identity: str
     templates: Templates
+    settings: JudgeSettings = JudgeSettings()
     prices: tuple[float, float] = (0.0, 0.0)
     per_minute: float | None = None
 
+    @property
+    def is_language_model(self) -> bool:
+        return self.kind is GenerativeJudge
+
+    @property
+    def writes_critiques(self) -> bool | None:
+        """None: not known yet."""
+        return (
+            annotated_critiques(load_function(self.spec)) if self.kind is FunctionJudge else self.kind.writes_critiques
+        )
+
     def readable(self, value: Any) -> Any:
-        """Text out of rows as this model may get it: one behind a server would read control tokens in it."""
+        """Text from rows as this model may get it: a server would read control tokens in it."""
         return without_control_tokens(value) if is_url(self.spec) else value
 
 
@@ -88,61 +84,64 @@ NAMED = re.compile(r"([\w.@ -]+)=(.+)")
 
 
 def named(flag: str) -> tuple[str, str]:
-    """[NAME=]SPEC -> (name, spec); without a name it is what the spec says: the server's model, the folder."""
+    """[NAME=]SPEC -> (name, spec). Without a name it is the server's model, or the spec."""
     match = NAMED.fullmatch(flag)
     name, spec = match.groups() if match else (None, flag)
     return name or spec.partition("#")[2] or spec, spec
 
 
-def open_model(flag: str, ranks: Ranks, limits: "Limits", **templates: str | None) -> Model:
-    """[NAME=]SPEC -> Model; templates: as load_templates takes them. ValueError: no such model."""
+def open_model(
+    flag: str, ranks: Ranks, limits: "Limits", weights: tuple[float, float, float], **templates: str | None
+) -> Model:
+    """[NAME=]SPEC -> Model. weights: of the scores of a judgement; templates: as load_templates takes them.
+
+    ValueError: no such model.
+    """
     name, spec = named(flag)
-    kind, _, rarity = spec.partition(":")
+    kind, target = parse_spec(spec)
+    if kind.compares:
+        raise ValueError(f"{flag}: it compares answers; expected a model that writes or scores one")
+    settings = JudgeSettings(weights=weights, answer_template=templates.get("answer_template"))
     folder = None
-    if kind == "world":
-        world_rarity(spec)
-        identity = f"world {rarity} {file_digest(persona_world.__file__)}"
-    elif is_url(spec):  # a named model may move to another address
-        identity = spec.partition("#")[2] or spec
+    if kind is not GenerativeJudge:
+        identity = json.dumps([kind.__name__, kind.fingerprint(target, settings), weights])
+    elif is_url(target):  # a named model may move to another address
+        identity = target.partition("#")[2] or target
     else:
-        folder = resolve(spec)
+        folder = resolve(target)
         identity = f"{weights_fingerprint(folder)} {ranks.dtype}"
     return Model(
         name,
-        spec,
+        kind,
+        target,
         identity,
         load_templates(folder, **templates),
+        settings,
         limits.prices.get(name, (0.0, 0.0)),
         limits.per_minute.get(name, limits.per_minute.get("")),
     )
 
 
-def world_rarity(spec: str) -> tuple[float, float]:
-    rarity = spec.partition(":")[2]
-    try:
-        value = float(rarity) if rarity else None
-    except ValueError:
-        value = -1.0
-    if value is not None and not 0 <= value <= 1:
-        raise ValueError(f"{spec}: expected world or world:RARITY, a share from 0 to 1")
-    return persona_world.COMMON if value is None else (value, value)
-
-
 @dataclass(frozen=True)
 class Request:
-    """parse: reply -> something, or None where it is of no use. about: row, answer, kind, number: what the generated
-    world answers by; a message names its prompt_id.
+    """asks_for: questions | answer | score | judgement. text: the user's message to a language model. settings:
+    temperature, top_p, max_tokens, seed. parse: reply -> a value, None if it is unreadable. row, answer: what the text
+    was made of.
     """
 
     model: Model
-    text: str  # the user's message
-    settings: dict  # temperature, top_p, max_tokens, seed
+    asks_for: str
+    text: str
+    settings: dict[str, Any]
     parse: Callable[[str], Any]
-    about: dict = field(compare=False)
+    row: dict = field(compare=False)
+    answer: str | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
         parts = [self.model.identity, self.messages, self.settings]
+        if not self.model.is_language_model:  # which may read all of the row
+            parts += [self.asks_for, self.row, self.answer]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -150,15 +149,27 @@ class Request:
         return [{"role": "user", "content": self.text}]
 
     def seed(self, attempt: int) -> int:
-        """The first attempt's is that of the settings."""
+        """The first attempt has the seed of the settings."""
         return self.settings["seed"] if attempt == 1 else derive_seed(self.settings["seed"], attempt)
 
     @property
-    def most_expensive(self) -> float:
-        """Dollars: a token of the prompt has at least a byte (64 more: the chat template's); the reply is as long as
-        it may be."""
+    def sampling(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.items() if name != "seed"}
+
+    @property
+    def highest_cost(self) -> float:
+        """Dollars, if each byte of the prompt is a token (and 64 are the chat template's) and the reply is as long as
+        it may be.
+        """
         price_in, price_out = self.model.prices
         return ((len(self.text.encode()) + 64) * price_in + self.settings["max_tokens"] * price_out) / 1e6
+
+    def text_in(self, choice: dict) -> str:
+        """The reply of a choice. Failure: refused, cut off, empty, or unreadable."""
+        text = text_of(choice)
+        if not text.strip() or self.parse(text) is None:
+            raise Failure(f"in no readable form: {shown(text)}", "unparsable", retry=True)
+        return text
 
 
 @dataclass(frozen=True)
@@ -166,14 +177,14 @@ class Limits:
     out: str
     """Folder of the journal."""
     concurrency: int = 32
-    """Requests that a server gets at a time."""
+    """Requests under way to a server."""
     attempts: int = 3
     """Replies that are asked for before a request has failed."""
     max_cost: float | None = None
     """Dollars, over all runs in this folder."""
     retry_failed: bool = False
     patience: float = PATIENCE
-    """Seconds that a server is waited for."""
+    """Seconds to wait for a server that gives no reply."""
     max_batch: int = 256
     """Sequences in the engine of a checkpoint."""
     prices: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -182,32 +193,56 @@ class Limits:
     """{name of a model, "" for all: requests a minute}."""
 
 
-class Asker:
-    """Asks, and keeps the journal; while it is open no other process writes there."""
+class ModelAsker(Asker):
+    """The asker of one language model. It sends only what PaidAsker allows, and reports every call to it."""
+
+    def __init__(self, paid: "PaidAsker", backend: Backend, limit: RateLimit | None = None, at_once: float = math.inf):
+        super().__init__(backend, at_once)
+        self.paid = paid
+        self.limit = limit  # None: a model in this process, which costs nothing but time
+
+    def may_send(self, key: str, call: Call) -> bool:
+        if self.limit is None:
+            return not self.paid.stopped
+        if not self.limit.is_free() or not self.paid.reserve(key):
+            return False
+        self.limit.wait()
+        return True
+
+    def received(self, key: str, outcome: dict | Failure | ServerDown, seconds: float) -> None:
+        self.paid.received(key, outcome, seconds)
+
+
+class PaidAsker:
+    """Asks, and keeps the journal. While it is open no other process writes there."""
 
     def __init__(self, limits: Limits, ranks: Ranks):
-        self.limits, self.ranks = limits, ranks
+        self.limits = limits
+        self.ranks = ranks
         self.journal = Journal(limits.out, "replies", 0)
-        self.kept, self.servers, self.silent = {}, {}, set()  # silent: models whose server counts no tokens
-        self.stopped = None  # why nothing more is asked
-        self.spent, self.reserved = 0.0, {}  # dollars that are paid; that each request under way may cost
+        self.rows: dict[str, dict] = {}  # of the journal, by key
+        self.servers: dict[str, ChatServer] = {}
+        self.uncounted: set[str] = set()  # models whose server counts no tokens
+        self.stopped: str | None = None  # why nothing more is asked
+        self.spent = 0.0  # dollars
+        self.reserved: dict[str, float] = {}  # dollars that each request under way may cost
         self.tokens = 0
 
-    def __enter__(self):
+    def __enter__(self) -> "PaidAsker":
         self.writing = self.journal.writing()
         self.writing.__enter__()
-        self.kept = self.journal.rows()
-        self.spent = sum(row["cost"] for row in self.kept.values())
-        self.tokens = sum(tokens_of(row) for row in self.kept.values())
-        self.before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.rows = self.journal.rows()
+        self.spent = sum(row["cost"] for row in self.rows.values())
+        self.tokens = sum(row["prompt_tokens"] + row["completion_tokens"] for row in self.rows.values())
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
+    def __exit__(self, *error: Any) -> bool | None:
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         return self.writing.__exit__(*error)
 
-    def on_signal(self, number, frame):
+    def on_signal(self, number: int, frame: Any) -> None:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = signal.Signals(number).name
@@ -215,333 +250,196 @@ class Asker:
 
     def is_known(self, key: str) -> bool:
         """Whether a request needs no asking."""
-        row = self.kept.get(key)
+        row = self.rows.get(key)
         if row is None or row["failure"] == STOPPED_HERE:
             return False
         return row["failure"] is None or not self.limits.retry_failed
 
     def ask(self, step: str, requests: list[Request]) -> list[dict]:
-        """A row each: reply (text), or None and failure, reason; COUNTS. Equal requests are asked once.
+        """A row for each request: reply (text), or None with failure and reason; COUNTS. Equal requests are asked once.
 
-        Leaves with status 75 if it was stopped before all were answered. ServerDown: a server's patience is over.
+        Leaves with status 75 if it was stopped before all were answered. ServerDown: a server gave no reply.
         """
-        self.step, keys = step, [request.key for request in requests]
-        missing = {k: r for k, r in zip(keys, requests) if not self.is_known(k)}
-        of_model = defaultdict(list)
-        for key, request in missing.items():
-            of_model[request.model.spec].append((key, request))
-        n_kept = len(set(keys)) - len(missing)
-        print(f"{step}: {len(missing)} requests to make, {n_kept} kept", flush=True)
-        servers = {spec: asked for spec, asked in of_model.items() if is_url(spec)}
-        for spec in servers:
-            if spec not in self.servers:
-                self.servers[spec] = AsyncServer(spec, patience=self.limits.patience)
-        with counting(len(missing), step, figures=self.figures) as self.done:
-            if servers:
-                asyncio.run(self.ask_servers(servers))
+        self.step = step
+        keys = [request.key for request in requests]
+        self.missing = {key: request for key, request in zip(keys, requests) if not self.is_known(key)}
+        self.counts: dict[str, dict[str, float]] = {key: defaultdict(int) for key in self.missing}
+        of_model: dict[str, list[str]] = defaultdict(list)
+        for key, request in self.missing.items():
+            of_model[request.model.spec].append(key)
+        print(f"{step}: {len(self.missing)} requests to make, {len(set(keys)) - len(self.missing)} kept", flush=True)
+        with counting(len(self.missing), step, figures=self.figures) as self.done:
+            self.run([self.open_server(asked) for spec, asked in of_model.items() if is_url(spec)])
             for spec, asked in of_model.items():
-                if spec.startswith("world"):
-                    self.ask_world(asked)
-                elif not is_url(spec):
-                    self.ask_engine(spec, asked)
+                if self.stopped or is_url(spec):
+                    continue
+                if not self.missing[asked[0]].model.is_language_model:
+                    self.ask_function(asked)
+                elif asker := self.open_checkpoint(spec, asked):
+                    self.run([asker])
         if self.stopped:
-            left = sum(not self.is_known(k) for k in missing)
+            left = sum(not self.is_known(key) for key in self.missing)
             print(f"stopped ({self.stopped}): {left} {step} are left; the same command goes on", file=sys.stderr)
             sys.exit(STOPPED)
-        return [self.kept[key] for key in keys]
+        return [self.rows[key] for key in keys]
 
     def figures(self) -> str:
         return f"{self.tokens:,} tokens" + (f", ${self.spent:.2f}" if self.spent else "")
 
-    def record(self, key: str, request: Request, reply: str | None, counts: dict, failure: Failure | None = None):
-        row = dict(made_by=key, step=self.step, model=request.model.name, reply=reply)
+    def record(self, key: str, reply: str | None, failure: Failure | None) -> None:
+        row = dict(made_by=key, step=self.step, model=self.missing[key].model.name, reply=reply)
         row |= dict(failure=failure and failure.kind, reason=failure and str(failure))
-        before = self.kept.get(key, {})  # a failure that was asked again: what it has cost counts
-        row |= {name: counts.get(name, 0) + before.get(name, 0) for name in COUNTS}
-        self.kept[key] = row
+        before = self.rows.get(key, {})  # a failure that was asked again: what it has cost counts
+        row |= {name: self.counts[key].get(name, 0) + before.get(name, 0) for name in COUNTS}
+        self.rows[key] = row
         self.journal.append(row)
         if row["failure"] != STOPPED_HERE:
             self.done()
 
-    # -- servers
+    # -- money
 
-    async def ask_servers(self, servers: dict[str, list]) -> None:
-        """All servers side by side. The first that is down ends it; the replies of the others that are under way are
-        kept."""
-        self.freed = asyncio.Event()
-        for server in map(self.servers.get, servers):
-            server.connect()
-        results = await asyncio.gather(*(self.ask_server(*item) for item in servers.items()), return_exceptions=True)
-        for server in map(self.servers.get, servers):
-            await server.calls.close()
-        for error in results:
-            if isinstance(error, ServerDown):
-                raise ServerDown(f"{error}; what was answered is kept, the same command goes on") from error
-            if error is not None:
-                raise error
+    def reserve(self, key: str) -> bool:
+        """Sets aside what a request may cost. False: it has to wait for others to be paid, or the money is spent."""
+        if self.stopped:
+            return False
+        cost = self.missing[key].highest_cost
+        limit = self.limits.max_cost
+        if limit is not None and self.spent + sum(self.reserved.values()) + cost > limit:
+            if not self.reserved:
+                self.stopped = f"--max-cost {limit:g}: ${self.spent:.4f} are spent, the next call may cost ${cost:.4f}"
+            return False
+        self.reserved[key] = cost
+        return True
 
-    async def ask_server(self, spec: str, asked: list[tuple[str, Request]]) -> None:
-        """Starts a request whenever one of `concurrency` has ended and the server's limit a minute allows it."""
-        server, free, under_way, errors = self.servers[spec], asyncio.Semaphore(self.limits.concurrency), set(), []
-        per_minute = asked[0][1].model.per_minute
-        limiter = AsyncLimiter(1, 60 / per_minute) if per_minute else None  # evenly: a burst is refused by many
-
-        async def one(key, request):
-            try:
-                await self.ask_one(server, key, request, limiter)
-            except Exception as error:  # a server that is down, or a bug: no more of this is started
-                errors.append(error)
-                self.stopped = self.stopped or f"{type(error).__name__}"
-            finally:
-                free.release()
-
-        for key, request in asked:
-            await free.acquire()
-            if limiter and not self.stopped:
-                await limiter.acquire()
-            if self.stopped:
-                break
-            task = asyncio.create_task(one(key, request))
-            under_way.add(task)
-            task.add_done_callback(under_way.discard)
-        await asyncio.gather(*under_way)
-        if errors:
-            raise errors[0]
-
-    async def ask_one(self, server: "AsyncServer", key: str, request: Request, limiter: AsyncLimiter | None) -> None:
-        """At most `attempts` replies to a request, the first of which may be asked for now, and its row."""
-        counts, failure = defaultdict(int), None
-        for n, attempt in enumerate(self.attempts(key, request)):
-            if n and limiter:
-                await limiter.acquire()
-            if not await self.may_send(key, request):
-                return self.cut_short(key, request, counts)
-            began, reply, usage = time.monotonic(), None, None
-            try:
-                settings = {**request.settings, "seed": request.seed(attempt) % 2**31}
-                choice, usage = await server.complete(request.messages, limiter, **settings)
-                self.pay(request, usage, counts)
-                reply, failure = usable(request, choice), None
-            except Failure as error:
-                failure = error
-            except ServerDown:
-                self.cut_short(key, request, counts)
-                raise
-            finally:
-                del self.reserved[key]
-                self.freed.set()
-            counts["seconds"] += time.monotonic() - began
-            counts["calls"] += 1
-            if failure is None or not failure.retry:
-                break
-        self.record(key, request, reply, counts, failure)
-
-    def cut_short(self, key: str, request: Request, counts: dict) -> None:
-        """A row for attempts that have failed where no other is made: they are paid."""
-        if counts:
-            self.record(key, request, None, counts, Failure("between two attempts", STOPPED_HERE, retry=True))
-
-    def attempts(self, key: str, request: Request) -> range:
-        """The numbers of the attempts to come; a failure that is asked again goes on with other seeds."""
-        first = int(self.kept.get(key, {}).get("calls", 0)) + 1
-        return range(first, first + (self.limits.attempts if request.settings["temperature"] > 0 else 1))
-
-    async def may_send(self, key: str, request: Request) -> bool:
-        """Reserves what the request may cost, once that much is sure to be left; False: nothing more is sent."""
-        bound, limit = request.most_expensive, self.limits.max_cost
-        while not self.stopped and limit is not None and self.spent + sum(self.reserved.values()) + bound > limit:
-            if self.reserved:
-                self.freed.clear()
-                await self.freed.wait()
-            else:
-                self.stopped = f"--max-cost {limit:g}: ${self.spent:.4f} are spent, the next call may cost ${bound:.4f}"
-        if not self.stopped:
-            self.reserved[key] = bound
-        return not self.stopped
-
-    def pay(self, request: Request, usage: tuple[int, int] | None, counts: dict) -> None:
-        """Counts the tokens of a reply, and what they cost; of a server that does not say, the most they may cost."""
-        if usage is None:
-            cost = request.most_expensive
-            if request.model.name not in self.silent:
-                self.silent.add(request.model.name)
-                print(
-                    f"{request.model.name} counts no tokens (usage): none are shown; the bound is paid", file=sys.stderr
-                )
+    def received(self, key: str, outcome: dict | Failure | ServerDown, seconds: float) -> None:
+        """Counts a call, its tokens, and what they cost."""
+        self.reserved.pop(key, None)
+        if isinstance(outcome, ServerDown):
+            return
+        counts = self.counts[key]
+        counts["calls"] += 1
+        counts["seconds"] += seconds
+        if isinstance(outcome, Failure):
+            return
+        model = self.missing[key].model
+        usage = outcome["usage"]
+        if usage is None:  # the server does not say: the most it may cost counts
+            cost = self.missing[key].highest_cost
+            if model.name not in self.uncounted:
+                self.uncounted.add(model.name)
+                print(f"{model.name} counts no tokens (usage): none are shown; the bound is paid", file=sys.stderr)
         else:
-            cost = sum(n * price for n, price in zip(usage, request.model.prices)) / 1e6
+            cost = sum(n * price for n, price in zip(usage, model.prices)) / 1e6
             counts["prompt_tokens"] += usage[0]
             counts["completion_tokens"] += usage[1]
             self.tokens += sum(usage)
         counts["cost"] += cost
         self.spent += cost
 
-    # -- in this process
+    # -- language models
 
-    def ask_world(self, asked: list[tuple[str, Request]]) -> None:
-        for key, request in asked:
+    def open_server(self, asked: list[str]) -> ModelAsker:
+        model = self.missing[asked[0]].model
+        if model.spec not in self.servers:
+            patience = self.limits.patience
+            server = ChatServer(model.spec, patience=patience, per_minute=model.per_minute, strict=True)
+            self.servers[model.spec] = server
+        server = self.servers[model.spec]
+        n = self.limits.concurrency
+        asker = ModelAsker(self, ServerBackend(server, n), server.limit, at_once=n)
+        for key in asked:
+            asker.submit(key, self.question(key))
+        return asker
+
+    def open_checkpoint(self, spec: str, asked: list[str]) -> ModelAsker | None:
+        """Puts a checkpoint on the engine. None: all requests are too long for it."""
+        chat = Chat(spec)
+        limit = load_config(resolve(spec)).max_position_embeddings
+        lengths = {}
+        for key in asked:
+            request = self.missing[key]
+            n_prompt = len(chat.messages(request.messages))
+            n_reply = request.settings["max_tokens"]
+            if n_prompt + n_reply <= limit:
+                lengths[key] = n_prompt + n_reply
+            else:
+                reason = f"{n_prompt} tokens leave no room for {n_reply} in {limit} positions"
+                self.record(key, None, Failure(reason, "too long", retry=False))
+        if not lengths:
+            return None
+        asker = ModelAsker(self, open_engine(spec, self.ranks, max(lengths.values()), self.limits.max_batch))
+        for key in lengths:
+            asker.submit(key, self.question(key))
+        return asker
+
+    def question(self, key: str) -> Question:
+        request = self.missing[key]
+        first = int(self.rows.get(key, {}).get("calls", 0)) + 1  # a failure that is asked again gets other seeds
+        n = self.limits.attempts if request.settings["temperature"] > 0 else 1
+        seeds = [request.seed(attempt) for attempt in range(first, first + n)]
+        return ask_until_parsed(request.messages, seeds, request.sampling, request.text_in)
+
+    def run(self, askers: list[ModelAsker]) -> None:
+        """Runs askers side by side. After a stop, replies under way from servers are kept; those of an engine cost
+        nothing but time, and are dropped. ServerDown: one of the servers is given up.
+        """
+        while any(asker.limit and asker.under_way if self.stopped else asker.busy for asker in askers):
+            for asker in askers:
+                for key, reply in asker.poll():
+                    self.record(key, reply.value, reply.failure)
+                if asker.down:
+                    self.stopped = self.stopped or asker.down
+        for asker in askers:
+            for key in asker.abandon():
+                if asker.limit and self.counts[key]:  # calls that have failed are paid, though no other follows now
+                    self.record(key, None, Failure("between two attempts", STOPPED_HERE, retry=True))
+        for asker in askers:
+            if asker.down:
+                raise ServerDown(f"{asker.down}; what was answered is kept, the same command goes on")
+
+    # -- functions and Bradley-Terry models
+
+    def ask_function(self, asked: list[str]) -> None:
+        """One call for each request, without attempts and for nothing."""
+        requests = {key: self.missing[key] for key in asked}
+        judges = requests[asked[0]].asks_for in ("score", "judgement")
+        began = time.monotonic()
+        for key, reply in judged(requests, self.ranks) if judges else written(requests):
+            self.counts[key] |= dict(calls=1, seconds=time.monotonic() - began)
+            try:
+                if isinstance(reply, Failure):
+                    raise reply
+                self.record(key, requests[key].text_in({"message": {"content": reply}}), None)
+            except Failure as failure:
+                self.record(key, None, failure)
             if self.stopped:
                 return
             began = time.monotonic()
-            try:
-                reply, failure = usable(request, {"message": {"content": world_reply(request)}}), None
-            except Failure as error:
-                reply, failure = None, error
-            self.record(key, request, reply, dict(calls=1, seconds=time.monotonic() - began), failure)
 
-    def ask_engine(self, spec: str, asked: list[tuple[str, Request]]) -> None:
-        """A checkpoint on the engine. What is under way when the run stops is lost: it costs nothing but time."""
-        if self.stopped:
-            return
-        chat, began = Chat(spec), {}
-        model = load_pretrained(spec, self.ranks.dtype, self.ranks.device)
-        inputs, room = {}, model.config.max_position_embeddings
-        for key, request in asked:
-            ids = chat.messages(request.messages)
-            if len(ids) + request.settings["max_tokens"] <= room:
-                inputs[key] = request, ids
+
+def written(requests: dict[str, Request]) -> Iterator[tuple[str, Any]]:
+    """(key, text) of each: the questions or the answer that a function returns."""
+    for key, request in requests.items():
+        model = request.model
+        value = call(model.name, load_function(model.spec), request.row, request.settings["seed"])
+        if isinstance(value, list):
+            value = "\n".join(["<questions>", *map(str, value), "</questions>"])
+        yield key, value
+
+
+def judged(requests: dict[str, Request], ranks: Ranks) -> Iterator[tuple[str, str | Failure]]:
+    """(key, text) of each: the score or judgement of a function or Bradley-Terry model."""
+    model = next(iter(requests.values())).model
+    judge = model.kind.open(model.spec, model.settings, ranks)
+    for key, request in requests.items():
+        judge.submit(key, request.row, request.answer, request.settings["seed"])
+    while judge.busy:
+        for verdict in judge.poll():
+            if verdict.reward is None:
+                yield verdict.key, Failure(verdict.error, verdict.failure, retry=False)
+            elif requests[verdict.key].asks_for == "score":
+                yield verdict.key, repr(verdict.reward)
+            elif verdict.judgement is None:
+                raise ValueError(f"{model.name} writes no critiques, which judgements need")
             else:
-                reason = f"{len(ids)} tokens leave no room for {request.settings['max_tokens']} in {room} positions"
-                self.record(key, request, None, {}, Failure(reason, "too long", retry=False))
-        if not inputs:
-            return
-        max_len = max(len(ids) + request.settings["max_tokens"] for request, ids in inputs.values())
-        engine = Engine(model, chat.stop_ids, max_len, self.limits.max_batch)
-        counts = {key: defaultdict(int) for key in inputs}
-        attempts = {key: iter(self.attempts(key, request)) for key, (request, _) in inputs.items()}
-
-        def submit(key) -> bool:
-            attempt = next(attempts[key], None)
-            if attempt is not None:
-                request, ids = inputs[key]
-                s, began[key] = request.settings, time.monotonic()
-                sampling = dict(temperature=s["temperature"], top_p=s["top_p"], max_new_tokens=s["max_tokens"])
-                engine.submit(ids, key=key, seeds=[request.seed(attempt)], **sampling)
-            return attempt is not None
-
-        for key in inputs:
-            submit(key)
-        while engine.busy and not self.stopped:
-            engine.step()
-            for sample in engine.collect(errors=True):
-                request, ids = inputs[sample.key]
-                self.pay(request, (len(ids), len(sample.ids)), counts[sample.key])
-                counts[sample.key]["calls"] += 1
-                counts[sample.key]["seconds"] += time.monotonic() - began[sample.key]
-                try:
-                    if sample.error:
-                        raise Failure(sample.error, "not a number", retry=False)
-                    message = {"content": chat.decode(sample.ids)}
-                    reply = usable(request, {"finish_reason": sample.finish_reason, "message": message})
-                    self.record(sample.key, request, reply, counts[sample.key])
-                except Failure as failure:
-                    if not failure.retry or not submit(sample.key):
-                        self.record(sample.key, request, None, counts[sample.key], failure)
-
-
-def tokens_of(row: dict) -> int:
-    return row["prompt_tokens"] + row["completion_tokens"]
-
-
-def usable(request: Request, choice: dict) -> str:
-    """The text of a reply. Failure: refused, cut off, empty, or in another form than was asked for."""
-    if choice.get("finish_reason") == "content_filter" or choice["message"].get("refusal"):
-        raise Failure("refused", "refused", retry=True)
-    text = text_of(choice)
-    if not text.strip() or request.parse(text) is None:
-        raise Failure(f"in no readable form: {shown(text)}", "unparsable", retry=True)
-    return text
-
-
-class AsyncServer(ChatServer):
-    """The same kind of server, asked by coroutines."""
-
-    def connect(self) -> None:
-        """Within the event loop that will ask."""
-        self.calls = openai.AsyncOpenAI(base_url=self.client.base_url, api_key=self.client.api_key, max_retries=0)
-
-    async def complete(self, messages: list[dict], limiter: AsyncLimiter | None, **wanted) -> tuple[dict, tuple | None]:
-        """One chat completion -> (its first choice, (tokens of the prompt, of the reply), None: not said).
-
-        Waits as ChatServer.complete does; each time that it is sent again counts for the limiter. Failure: this request
-        gets no choice. ServerDown: none does, also where the server never was one (a wrong key, a wrong address).
-        """
-        waiting = Waiting(self.patience)
-        while True:
-            if self.down:
-                raise ServerDown(self.down)
-            try:
-                found = await self.reply(messages, waiting.timeout(), wanted)
-                self.answered()
-                return found
-            except Unanswered as failure:
-                waiting.failed(failure)
-                if not failure.passing and not self.has_answered:
-                    self.down = str(failure)
-                elif waiting.in_doubt and await self.answers_others():
-                    waiting.others_are_answered(failure)
-                elif waiting.is_over:
-                    self.down = f"{self.client.base_url} has given no answer for {self.patience:g} s: {failure}"
-                else:
-                    if failure.malformed:
-                        wanted["seed"] += 1
-                    if waiting.is_long:
-                        self.tell(f"{failure}; asked again for {waiting.left:.0f} s more")
-                    await asyncio.sleep(waiting.pause * random.uniform(0.75, 1))  # not all at the same moment
-                    if limiter:
-                        await limiter.acquire()
-
-    async def answers_others(self) -> bool:
-        try:
-            await self.reply([{"role": "user", "content": "Hi"}], min(PLAIN_TIMEOUT, self.patience), dict(max_tokens=1))
-        except Unanswered:
-            return False
-        except Failure:
-            pass
-        return True
-
-    async def reply(self, messages: list[dict], timeout: float, wanted: dict) -> tuple[dict, tuple | None]:
-        """One request. timeout: seconds for the whole reply. Failure, also Unanswered."""
-        while True:
-            sent = self.parameters(wanted)
-            create = self.calls.chat.completions.with_raw_response.create
-            try:
-                async with asyncio.timeout(timeout):
-                    response = await create(model=self.model, messages=messages, timeout=timeout, **sent)
-            except TimeoutError as error:
-                raise Unanswered(f"no reply within {timeout:.3g} s", busy=True) from error
-            except ERRORS as error:
-                if self.adapts(error, sent):
-                    continue
-                raise failure_from(error, timeout) from error
-            text = response.http_response.text
-            return first_choice(text), usage_of(json.loads(text))
-
-
-def usage_of(reply: dict) -> tuple[int, int] | None:
-    usage = reply.get("usage")
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [None]
-    return tuple(counts) if all(type(n) is int and n >= 0 for n in counts) else None
-
-
-def world_reply(request: Request) -> str:
-    """What the generated world says: its writer's questions and answers, its exact judge's scores.
-
-    An overall score is the weighted one of the judgement (-5 to 5) on the scale from 1 to 5.
-    """
-    about, rng = request.about, random.Random(request.settings["seed"])
-    persona, rarity = about["row"]["persona"], world_rarity(request.model.spec)
-    try:
-        if about["asks_for"] == "questions":
-            topics = [t for t in persona_world.TOPICS if not persona_world.is_held_out(persona, t)]
-            asked = [persona_world.sample_question(rng, topic) for topic in rng.sample(topics, about["number"])]
-            return "<questions>\n" + "\n".join(asked) + "\n</questions>"
-        question = about["row"]["question"]
-        if about["asks_for"] == "answer":
-            return persona_world.improved_answer(rng, persona, question, rarity)
-        j = persona_world.judge(about["row"], about["answer"])
-        if about["asks_for"] == "score":
-            return f"<score> {3 + 0.4 * j.score():.2f} </score>"
-        return judgement_text(j.critique, j.helpfulness, j.personalization, j.naturalness)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{request.model.name} knows only the generated world: {error}") from error
+                yield verdict.key, judgement_text(**dataclasses.asdict(verdict.judgement))

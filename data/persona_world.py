@@ -501,6 +501,28 @@ def judge(row: dict, answer: str) -> Judgement:
     return review(row["persona"], row["question"], answer)[0]
 
 
+def score(row: dict, answer: str) -> float:
+    """An overall score as data/annotate.py asks for it: the exact weighted one (-5 to 5) on the scale from 1 to 5."""
+    return round(3 + 0.4 * judge(row, answer).score(), 2)
+
+
+def questions(row: dict, seed: int) -> list[str]:
+    """row["number"] questions of a person, for `annotate.py --writer data/persona_world.py:questions`."""
+    rng = Random(seed)
+    topics = [topic for topic in TOPICS if not is_held_out(row["persona"], topic)]
+    return [sample_question(rng, topic) for topic in rng.sample(topics, row["number"])]
+
+
+def answer(row: dict, seed: int) -> str:
+    """An answer of mixed quality, for `annotate.py --models data/persona_world.py:answer`."""
+    return improved_answer(Random(seed), row["persona"], row["question"])
+
+
+def rare_answer(row: dict, seed: int) -> str:
+    """The same with hardly any last steps and advice, as in the world of `--rarity 0.003 0.003`."""
+    return improved_answer(Random(seed), row["persona"], row["question"], (0.003, 0.003))
+
+
 def describe(row: dict, answer: str) -> dict[str, float]:
     """What evaluate.py reports of an answer besides its scores."""
     return {"recites_profile": recites_profile(row["persona"], answer)}

@@ -22,12 +22,12 @@ import torch
 
 from chat import Chat, without_control_tokens
 from evaluation import tables, winrate
-from evaluation.journal import draw_rows, made_once, replies
+from evaluation.asking import draw_rows, make_stage, replies
 from judges.base import weights_fingerprint
+from judges.chat_client import is_url
 from model import load_pretrained
 from prompts import without_reasoning
 from runtime import packing
-from runtime.chat_client import is_url
 from runtime.digests import digest_of
 from runtime.rows import read_rows, write_rows, write_text
 
@@ -119,7 +119,7 @@ def likelihoods(rows: list[dict], contexts: dict[str, list[dict]], args, ranks) 
                 continue
             record(i, dict(sums=[x.sum().item() for x in found], means=[x.mean().item() for x in found]))
 
-    return made_once("likelihoods", "answers", digests, make, args, ranks)
+    return make_stage("likelihoods", "answers", digests, make, args, ranks)
 
 
 def by_type(rows: list[dict], right: np.ndarray, seed: int) -> dict[str, dict]:

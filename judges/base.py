@@ -1,16 +1,16 @@
-"""What every judge has (judges/): its verdicts, its settings, the base class, P(first) of a judge that compares."""
+"""What every judge has: the protocol, verdicts, settings."""
 
 import glob
-import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from prompts import PAIR_NAMES, SCORE_WEIGHTS, Judgement, Templates, load_templates
+from judges.chat_client import is_url
+from prompts import SCORE_WEIGHTS, Judgement, Templates, load_templates
 from runtime import plan
-from runtime.chat_client import is_url
 from runtime.digests import input_digest
+from runtime.distributed import Ranks
 from runtime.flags import PATIENCE
 from weights import resolve
 
@@ -19,37 +19,37 @@ from weights import resolve
 class Verdict:
     key: Any
     reward: float | None  # None: no judgement, the sample has to leave the batch
-    judgement: Judgement | None  # None where the judge writes none
+    judgement: Judgement | None  # None if the judge writes none
     attempts: int  # judgements that were asked for
     error: str | None  # why there is no reward
-    # what kind of failure: unparsable | refused | too long | not a number | no judgement (a function gave None) |
-    # request (nothing that the judge said arrived; it may the next time)
+    # the kind of failure: unparsable | refused | too long | not a number | no judgement (a function returned None) |
+    # request (no reply arrived; it may the next time)
     failure: str | None = None
-    method: str | None = None  # of pairs: logprobs | votes
+    method: str | None = None  # how a judge of pairs decided: logprobs | votes
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What a judge is opened with, whichever it is; each uses what concerns it."""
+    """What a judge is opened with. Each kind of judge uses its own part."""
 
     weights: tuple[float, float, float] = SCORE_WEIGHTS  # of helpfulness, personalization, naturalness in the reward
     attempts: int = 3  # judgements asked for before an answer is given up
     temperature: float = 0.9  # of a judgement
     max_new_tokens: int = 512  # of a judgement
-    votes: int = 5  # verdicts on a pair whose share stands in where a server gives no log-probabilities
-    # files that take the place of the templates which a model in this process was trained with, or of the built-in ones
+    votes: int = 5  # verdicts on a pair that replace its probability if a server gives no log-probs
+    # files that replace the templates a model was trained with, or the built-in ones
     answer_template: str | None = None
     grm_template: str | None = None
     pair_template: str | None = None
-    # the machine: a judgement does not depend on these
-    max_batch: int = 256  # sequences in the engine of a model in this process
-    max_len: int = 8192  # tokens of each, prompt and judgement
-    concurrency: int = 64  # requests that a server gets at a time
-    patience: float = PATIENCE  # seconds that a server is waited for
+    # resources; judgements do not depend on these
+    max_batch: int = 256  # sequences at once in the engine of a model in this process
+    max_len: int = 8192  # tokens of a sequence, prompt and judgement
+    concurrency: int = 64  # requests under way to a server
+    patience: float = PATIENCE  # seconds to wait for a server that gives no reply
 
     @classmethod
     def from_args(cls, args: Any) -> "JudgeSettings":
-        """From a script's flags (`flags.JudgeArgs`), and those of these names that it has beside them."""
+        """From the flags of a script (`flags.JudgeArgs`), and those of these names that it has besides."""
         names = ("answer_template", "grm_template", "pair_template", "max_batch", "concurrency")
         return cls(
             weights=args.score_weights,
@@ -62,73 +62,118 @@ class JudgeSettings:
         )
 
 
-def weights_fingerprint(folder: str) -> str:
-    """Of the content of a folder's weights, config and tokenizer. ValueError: there are no weights."""
-    folder = resolve(folder)
-    if not glob.glob(os.path.join(folder, "*.safetensors")):
-        raise ValueError(f"{folder}: no *.safetensors there")
-    return input_digest(folder)
+class Judge(Protocol):
+    """Scores answers. All judges are fed and polled alike, so that judging overlaps sampling."""
+
+    writes_critiques: bool | None  # None: the first verdict will show
+    down: str | None  # why no more judgements are to be had, once a server is given up
+
+    @property
+    def busy(self) -> bool:
+        """Whether something submitted has no verdict yet."""
+
+    def submit(self, key: Any, row: dict, answer: Any, seed: int) -> None:
+        """answer: a text, or two texts for a judge that compares. key: returned in the verdict."""
+
+    def poll(self) -> list[Verdict]:
+        """A little work; then the finished verdicts, each once."""
+
+    def take_counts(self) -> tuple[int, int]:
+        """(judgements asked for, those that failed) since the last call."""
+
+    def forget(self) -> None:
+        """Drops caches of earlier judgements, so that the next are computed like the first ones."""
 
 
-class Judge:
-    """What the judges share: verdicts on their way out, and counts."""
+class BaseJudge:
+    """What the kinds of judge share. A subclass has `open`, `submit`, `advance`; class attributes and class methods are
+    what can be known of it without loading a model.
+    """
 
-    writes_critiques: bool | None = True  # None: the first verdict will show
+    writes_critiques: bool | None = True
     compares = False  # two answers at a time
-    template: str | None = None  # which of prompts.Templates it fills
-    down: str | None = None  # why no more judgements are to be had: a server's, once patience with it is at its end
+    template: str  # the one of prompts.Templates that it fills
+    down: str | None = None
 
-    def __init__(self):
-        self.pending, self.finished = 0, []
-        self.asked = self.failed = 0
-        self.complaints = set()
+    def __init__(self) -> None:
+        self.pending = 0
+        self.finished: list[Verdict] = []
+        self.asked = 0
+        self.failed = 0
+        self.complaints: set[str] = set()
 
     @classmethod
-    def templates(cls, target: str, settings: JudgeSettings) -> Templates:
-        """Of a model in this process those that it was trained with, unless a flag names another file."""
+    def load_templates(cls, target: str, settings: JudgeSettings) -> Templates:
+        """Those that a model in this process was trained with, unless a flag names another file."""
         folder = None if is_url(target) else resolve(target)
         flag = f"{cls.template}_template"
         return load_templates(folder, **{flag: getattr(settings, flag)})
 
     @classmethod
     def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
+        """What its verdicts depend on, as JSON."""
         identity = target if is_url(target) else weights_fingerprint(target)
-        return [identity, cls.templates(target, settings).texts(cls.template)]
+        return [identity, cls.load_templates(target, settings).texts(cls.template)]
 
     @classmethod
     def planned_memory(cls, target: str, settings: JudgeSettings, machine: plan.Machine) -> dict[str, int]:
+        """{part: bytes per rank} that it will hold."""
         return {}
+
+    @classmethod
+    def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> "BaseJudge":
+        raise NotImplementedError
 
     @property
     def busy(self) -> bool:
         return self.pending > 0
 
+    def submit(self, key: Any, row: dict, answer: Any, seed: int) -> None:
+        raise NotImplementedError
+
+    def advance(self) -> None:
+        """A little work, which ends in calls of `finish`."""
+        raise NotImplementedError
+
     def poll(self) -> list[Verdict]:
-        """Finished verdicts, each once. Should `advance` raise, those before it are not lost."""
-        self.advance()
+        self.advance()  # if it raises, the verdicts before it are not lost
         verdicts, self.finished = self.finished, []
         self.pending -= len(verdicts)
         return verdicts
 
     def forget(self) -> None:
-        """Drops what is kept from earlier judgements to save time, so that the next are computed as the first ones."""
+        pass
 
     def take_counts(self) -> tuple[int, int]:
-        """(judgements asked for, those that failed) since the last call."""
-        counts, self.asked, self.failed = (self.asked, self.failed), 0, 0
+        counts = self.asked, self.failed
+        self.asked = 0
+        self.failed = 0
         return counts
 
-    def finish(self, key, reward, judgement=None, attempts=1, error=None, failure=None, method=None):
+    def finish(
+        self,
+        key: Any,
+        reward: float | None,
+        judgement: Judgement | None = None,
+        *,
+        attempts: int = 1,
+        failed: int | None = None,
+        error: str | None = None,
+        failure: str | None = None,
+        method: str | None = None,
+    ) -> None:
+        """failed: of the attempts; by default all but the one that gave a reward."""
+        self.asked += attempts
+        self.failed += attempts - (reward is not None) if failed is None else failed
         if error is not None and error[:40] not in self.complaints:  # each kind once
             self.complaints.add(error[:40])
             print(f"judge: an answer got no judgement: {error}", file=sys.stderr)
         self.finished.append(Verdict(key, reward, judgement, attempts, error, failure, method))
 
 
-def share_of_first(top: list[tuple[str, float]]) -> float | None:
-    """(text, log-prob) of the first token's alternatives -> P(first) / (P(first) + P(second)), or None.
-
-    Exact names only, as AlpacaEval: a name that is not among the alternatives has probability 0.
-    """
-    first, second = (sum(math.exp(logprob) for text, logprob in top if text == name) for name in PAIR_NAMES)
-    return first / (first + second) if first + second > 0 else None  # NaN is not above 0
+def weights_fingerprint(target: str) -> str:
+    """Digest of a model's weights, config and tokenizer. ValueError: there are no weights."""
+    folder = resolve(target)
+    if not glob.glob(os.path.join(folder, "*.safetensors")):
+        raise ValueError(f"{folder}: no *.safetensors there")
+    return input_digest(folder)

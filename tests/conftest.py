@@ -63,7 +63,7 @@ def random_model(config, scalar_head=False, seed=0, std=0.1):
 @pytest.fixture
 def short_pauses(monkeypatch):
     """So that the half a minute in which a server is asked again takes half a second."""
-    from runtime import chat_client
+    from judges import chat_client
 
     monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(chat_client, "LONGEST_PAUSE", 0.1)

@@ -11,10 +11,13 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import ROOT, error_of, finish, launch, parse, run_script
+from conftest import ROOT, error_of, finish, launch, parse, random_model, run_script, tiny_config
 from test_judge_servers import Quiet
+from test_prompts import write_tokenizer
 
 from data import annotate, ask, persona_world, prepare
+from judges import FunctionJudge, GenerativeJudge
+from model import save_pretrained
 from runtime.rows import read_rows, write_rows
 
 PERSONAS = [{"name": f"Kim {i}", "likes": ["tea", "jazz", "chess"][i % 3]} for i in range(12)]
@@ -470,7 +473,9 @@ def test_ten_rows_of_a_table_feed_every_stage(server, tiny, tmp_path):
         (["--prices", "a=1"], "--prices a=1: expected NAME=IN/OUT, dollars for a million tokens"),
         (["--max-cost", "5"], "--max-cost: give --prices, or nothing is known to cost anything"),
         (["--requests-per-minute", "a=0"], "--requests-per-minute a=0: expected a positive number"),
-        (["--models", "world:2"], "world:2: expected world or world:RARITY, a share from 0 to 1"),
+        (["--models", "nowhere.py:f"], "nowhere.py: no such file"),
+        (["--judge", "my.py"], "my.py: expected FILE.py:FUNCTION"),
+        (["--judge", "pair:x"], "pair:x: it compares answers"),
         (["--models", "nowhere"], "nowhere"),
         (["--eval-share", "1"], "--eval-share 1.0: expected a share in [0, 1)"),
         (["questions"], "questions: give --personas, for whom to write them"),
@@ -485,17 +490,60 @@ def test_no_prompts(tmp_path, capsys):
     assert "no prompts: " in error_of(annotate, capsys, "--out", tmp_path)
 
 
+OWN = """
+from prompts import Judgement
+
+def answer(row, seed):
+    return f"{row['question']} Tea{'!' * (seed % 7)}"
+
+def score(row, answer) -> float:
+    return -10.0 if answer.endswith("Tea") else 10.0 * answer.count("!")
+
+def judge(row, answer) -> Judgement | None:
+    return Judgement(f"Say less, {row['persona']['name']}.", 1, 2, -min(5, answer.count("!")))
+"""
+
+
+def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
+    """What judges in RL judges here, too: FILE.py:FUNCTION, and bt: for scores."""
+    (tmp_path / "my.py").write_text(OWN)
+    own = {name: f"{tmp_path}/my.py:{name}" for name in ("answer", "score", "judge")}
+    flags = ["--prompts", prompts, "--models", own["answer"], "--answers-per-model", 4, "--judge", f"me={own['judge']}"]
+    run(*flags, "--out", tmp_path / "out", "--scorer", own["score"])
+    pairs = read_rows(str(tmp_path / "out" / "annotate" / "pairs.jsonl"), "pair")
+    assert pairs and all(p["chosen_score"] == 10 * p["chosen"].count("!") for p in pairs)
+    judged = read_rows(str(tmp_path / "out" / "annotate" / "judgements.jsonl"), "judgement")
+    assert {row["judge"] for row in judged} == {"me"}
+    assert all(row["critique"].startswith("Say less, Kim") for row in judged)
+    first = contents(tmp_path / "out")
+    capsys.readouterr()
+    run(*flags, "--out", tmp_path / "out", "--scorer", own["score"])
+    assert "judgements: 0 requests to make" in capsys.readouterr().out and contents(tmp_path / "out") == first
+
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    model = random_model(tiny_config(vocab_size=500, max_position_embeddings=2048), scalar_head=True)
+    save_pretrained(model, str(tmp_path / "bt"), tokenizer)
+    run(*flags, "--out", tmp_path / "out", "--scorer", f"bt:{tmp_path / 'bt'}", "--min-gap", 0)
+    scores = [row["score"] for row in read_rows(str(tmp_path / "out" / "annotate" / "scores.jsonl"), "object")]
+    assert len(set(scores)) > 12
+    for flag, message in (("--judge", "writes no critiques"), ("--models", "scores answers, and writes none")):
+        assert message in error_of(annotate, capsys, *flags, "--out", tmp_path / "x", flag, f"bt:{tmp_path / 'bt'}")
+
+
 def test_the_world_knows_only_itself(prompts, tmp_path, capsys):
     message = error_of(annotate, capsys, "--prompts", prompts, "--out", tmp_path / "out")
-    assert "world knows only the generated world: " in message
+    assert "world: ValueError: question 'What about 0?': the exact judge knows only the questions of" in message
 
 
 def test_a_digest_is_of_the_request_alone():
     """Not of who asks, when, or what a server is called: another address or another name goes on with the journal."""
-    model = ask.Model("x", "http://one#m", "m", None, (1.0, 2.0))
-    other = ask.Model("y", "http://two#m", "m", None)
+    model = ask.Model("x", GenerativeJudge, "http://one#m", "m", None, prices=(1.0, 2.0))
+    other = ask.Model("y", GenerativeJudge, "http://two#m", "m", None)
     settings = dict(temperature=0.9, top_p=1.0, max_tokens=5, seed=1)
-    key = ask.Request(model, "text", settings, str, {}).key
-    assert key == ask.Request(other, "text", settings, len, {"row": 1}).key
-    assert key != ask.Request(other, "text", settings | {"seed": 2}, str, {}).key
+    key = ask.Request(model, "answer", "text", settings, str, {}).key
+    assert key == ask.Request(other, "answer", "text", settings, len, {"row": 1}).key
+    assert key != ask.Request(other, "answer", "text", settings | {"seed": 2}, str, {}).key
     assert len(key) == 64  # sha256
+    function = ask.Model("z", FunctionJudge, "my.py:f", "m", None)
+    of_row = [ask.Request(function, "answer", "text", settings, str, {"row": i}).key for i in range(2)]
+    assert len({key, *of_row}) == 3  # a function may read all of the row

@@ -17,10 +17,11 @@ from test_serve import Running
 
 import evaluate
 from data import persona_world
-from evaluation import journal
+from evaluation import asking
+from judges import journal
+from judges.chat_client import ServerDown
 from model import save_pretrained
 from prompts import judgement_text
-from runtime.chat_client import ServerDown
 from weights import load_config
 
 
@@ -241,8 +242,8 @@ def test_what_is_there_is_used_again(tiny, other, world, tmp_path, capsys, monke
     first = run(*flags, "--n-prompts", 6)
     assert counts() == [2, 2, 4]  # two prompts more
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "Engine", None)  # neither is needed any more
-        patch.setattr(journal, "open_judge", None)
+        patch.setattr(asking, "open_engine", None)  # neither is needed any more
+        patch.setattr(asking, "open_judge", None)
         assert run(*flags, "--n-prompts", 6) == first
     assert counts() == [0, 0, 0]
     run(*flags, "--n-prompts", 6, "--temperature", 0.5)

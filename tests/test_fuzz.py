@@ -16,8 +16,9 @@ from test_prompts import write_tokenizer
 
 from chat import Chat, without_control_tokens
 from data import readers
-from judges.base import share_of_first
-from judges.servers import first_token, text_of
+from judges.asking import text_of
+from judges.chat_client import Failure, first_choice
+from judges.models import first_token, probability_of_first
 from prompts import (
     DIMENSIONS,
     PAIR_NAMES,
@@ -33,7 +34,6 @@ from prompts import (
     parse_pair,
     persona_text,
 )
-from runtime.chat_client import Failure, first_choice
 from runtime.rows import ROW_FIELDS, read_rows
 from serve import BadRequest, ChatRequest, read_request
 
@@ -187,7 +187,7 @@ def test_a_reply_is_text_and_probabilities_or_a_failure(reply, cut, whole):
         with contextlib.suppress(Failure):
             assert isinstance(text_of(choice).encode(), bytes)
         with contextlib.suppress(Failure):
-            share = share_of_first(first_token(choice) or [])
+            share = probability_of_first(first_token(choice) or [])
             assert share is None or 0 <= share <= 1 and math.isfinite(share)
 
 

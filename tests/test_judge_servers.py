@@ -1,4 +1,4 @@
-"""judges/servers.py: verdicts through a server's faults; nothing lost, nothing made up."""
+"""judges behind a server: verdicts through a server's faults; nothing lost, nothing made up."""
 
 import http.server
 import json
@@ -12,7 +12,7 @@ import pytest
 from test_judges import GOOD, ROW, opened, verdicts  # noqa: F401
 
 from chat import CONTROL_TOKENS
-from runtime import chat_client
+from judges import chat_client
 
 # -- a generative reward model
 
@@ -205,7 +205,6 @@ def answers_in_time(judge, key="fine"):
 def told_soon(monkeypatch):
     monkeypatch.setattr(chat_client, "TOLD_AFTER", 0.1)
     monkeypatch.setattr(chat_client, "TOLD_EVERY", 0.3)
-    monkeypatch.setattr("judges.servers.TOLD_EVERY", 0.3)
 
 
 def test_a_server_that_is_down_for_a_while_is_waited_for(server, opened, told_soon, capsys):
@@ -279,7 +278,7 @@ def test_silence_is_told(server, opened, told_soon, capsys):
     while time.monotonic() < deadline:
         judge.poll()
     told = capsys.readouterr().err.splitlines()
-    assert 2 <= len(told) <= 4 and "/v1/: 1 answers to judge, nothing for 0 s; no reply yet" in told[0]
+    assert 2 <= len(told) <= 4 and "/v1/: 1 requests, nothing for 0 s; no reply yet" in told[0]
 
 
 def test_a_request_that_no_patience_helps_is_lost_alone(server, opened, monkeypatch):

@@ -14,15 +14,9 @@ from test_prompts import write_tokenizer
 
 from chat import Chat
 from data import persona_world
-from judges import (
-    BradleyTerryJudge,
-    GenerativeJudge,
-    JudgeSettings,
-    fingerprint,
-    open_judge,
-    scalar_rewards,
-    share_of_first,
-)
+from judges import BradleyTerryJudge, GenerativeJudge, JudgeSettings, fingerprint, open_judge
+from judges.asking import EngineBackend
+from judges.models import probability_of_first, scalar_rewards
 from model import Packed, save_pretrained
 from prompts import Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
 
@@ -94,7 +88,8 @@ def chat(tmp_path):
 
 def scripted(chat, script, attempts=3, temperature=0.9, max_len=10**6):
     engine = ScriptedEngine(chat, script, max_len)
-    judge = GenerativeJudge(engine, chat, TEMPLATES, JudgeSettings(attempts=attempts, temperature=temperature))
+    settings = JudgeSettings(attempts=attempts, temperature=temperature)
+    judge = GenerativeJudge(EngineBackend(engine, chat), TEMPLATES, settings)
     return judge, engine
 
 
@@ -209,7 +204,7 @@ def test_a_reward_that_is_no_number_is_no_judgement(chat, tmp_path, value):
     judge.submit(0, ROW, "tea", seed=0)
     found = verdicts(judge)[0]
     assert (found.reward, found.failure, judge.take_counts()) == (None, "not a number", (1, 1))
-    assert share_of_first([("m", math.nan), ("M", -1.0)]) is None
+    assert probability_of_first([("m", math.nan), ("M", -1.0)]) is None
 
 
 @pytest.mark.parametrize("spec", ["{}", "pair:{}"])
@@ -219,7 +214,7 @@ def test_a_model_whose_logits_are_no_numbers_judges_nothing(tmp_path, opened, sp
     save_pretrained(model, str(tmp_path / "lm"), write_tokenizer(tmp_path / "tokenizer"))
     judge = opened(spec.format(tmp_path / "lm"))
     with torch.no_grad():
-        judge.engine.model.model.norm.weight.fill_(math.nan)
+        judge.backend.engine.model.model.norm.weight.fill_(math.nan)
     for n in range(2):
         judge.submit(n, ROW, ("tea", "a walk") if spec.startswith("pair") else "tea", seed=n)
     found = verdicts(judge)
@@ -397,9 +392,9 @@ def test_a_judge_fills_the_templates_that_it_was_trained_with(tmp_path):
     scalar = random_model(tiny_config(vocab_size=500), scalar_head=True)
     save_pretrained(scalar, str(tmp_path / "bt"), tokenizer, templates={"answer": TEMPLATES.answer})
     grm = open_judge(str(tmp_path / "grm"), JudgeSettings(), RANKS)
-    assert grm.filled.grm == TEMPLATES.grm
-    assert open_judge(f"bt:{tmp_path / 'bt'}", JudgeSettings(), RANKS).filled.answer == TEMPLATES.answer
+    assert grm.templates.grm == TEMPLATES.grm
+    assert open_judge(f"bt:{tmp_path / 'bt'}", JudgeSettings(), RANKS).templates.answer == TEMPLATES.answer
     (tmp_path / "grm.txt").write_text("{persona}{question}{answer}")
     settings = JudgeSettings(grm_template=str(tmp_path / "grm.txt"))
-    assert open_judge(str(tmp_path / "grm"), settings, RANKS).filled.grm == "{persona}{question}{answer}"
+    assert open_judge(str(tmp_path / "grm"), settings, RANKS).templates.grm == "{persona}{question}{answer}"
     assert fingerprint(str(tmp_path / "grm"), settings)[1] == {"grm": "{persona}{question}{answer}"}

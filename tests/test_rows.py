@@ -9,9 +9,9 @@ from conftest import error_of
 import evaluate
 import generate
 import sft
-from evaluation.journal import Journal
 from evaluation.tables import read_annotations
 from json_files import read_json
+from judges.journal import Journal
 from prompts import persona_text
 from runtime.rows import MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows
 from weights import MADE_BY as MODELS_MADE_BY

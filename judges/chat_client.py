@@ -1,19 +1,20 @@
-"""A model behind an OpenAI-compatible chat server, asked so that nothing a server does becomes an answer by mistake.
+"""Client of an OpenAI-compatible chat server. It never mistakes a server's trouble for a reply.
 
     server = ChatServer("http://HOST#NAME", patience=1800)
     choice = server.complete(messages, max_tokens=512, temperature=0.9, seed=1)    # or Failure, or ServerDown
 
-A server that is down, busy, slow or answers rubbish (a page, an error under HTTP 200, half an object) is asked again
-after growing pauses, for at most `patience` seconds a request; a line a minute says what is waited for. Then a plain
-question decides: a server that answers it has stumbled over this request, which is lost (Failure); else ServerDown.
+A request to a server that is down, busy, slow or sends garbage (a web page, an error under HTTP 200, half an object) is
+sent again after growing pauses, for at most `patience` seconds; a line a minute says what is waited for. When patience
+ends, a plain question decides: if the server answers it, only this request is lost (Failure), else ServerDown.
 
-A parameter that the server refuses (`max_tokens`, `seed`, `top_p`, `temperature`) is found at the first request,
-printed once and left out (or renamed) from then on.
+Some servers refuse `max_tokens`, `seed`, `top_p` or `temperature`. The first refusal is printed; from then on the
+parameter is left out, or renamed.
 """
 
 import json
 import math
 import os
+import random
 import re
 import sys
 import threading
@@ -26,28 +27,30 @@ import openai
 from runtime.flags import PATIENCE
 from runtime.rows import without_surrogates
 
-ADAPTABLE = ("max_tokens", "seed", "top_p", "temperature")  # of these a server may know none
+ADAPTABLE = ("max_tokens", "seed", "top_p", "temperature")  # parameters that some servers refuse
 UNSUPPORTED = re.compile(
     r"unsupported|not? support|n.t support|unrecognized|unknown|unexpected|not (be )?(permitted|allowed)|deprecated|"
     r"only the default|cannot both",
     re.IGNORECASE,
 )
 SHOWN = 300  # characters of a server's words in a message
-TIMEOUT = 300  # seconds for a reply; twice as many each time that a request is sent again, as far as patience goes
+TIMEOUT = 300  # seconds for a reply; doubled each time the request is sent again, within `patience`
 PLAIN_TIMEOUT = 60  # seconds for the reply to a plain question
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60  # seconds before a request is sent again; doubled each time
-SUSPECT = 7  # failures after which the request itself may be what the server fails at; half a minute
-TOLD_AFTER, TOLD_EVERY = 2, 60  # seconds of waiting until it is told, and between two such lines
+FIRST_PAUSE = 0.5  # seconds before a request is sent again; doubled each time
+LONGEST_PAUSE = 60
+SUSPECT = 7  # failures (half a minute) after which the request itself may be at fault, not the server
+TOLD_AFTER = 2  # seconds of waiting before a line about it is printed
+TOLD_EVERY = 60  # seconds between two such lines
 LONGEST_REPLY = 2**26  # bytes
-BUSY = (408, 409, 425, 429, 503)  # HTTP statuses that say: later
-OF_THE_SERVER = (401, 402, 403, 404)  # a key that has expired, credits that are used up, a model that is gone
+BUSY = (408, 409, 425, 429, 503)  # HTTP statuses that ask the client to come back later
+SERVER_SIDE = (401, 402, 403, 404)  # an expired key, used-up credits, a model that is gone: nothing about the request
 
 
 class Failure(Exception):
-    """A request that gave nothing to read; the message says why.
+    """A call that gave no usable reply; the message says why.
 
-    kind, as of judges.Verdict.failure: request (nothing that the model said arrived; may work another time) |
-    refused | unparsable. retry: whether it helps to ask for another judgement.
+    kind: request (no reply arrived; it may the next time) | refused | unparsable | too long (the prompt) | not a number
+    (the model's logits). retry: whether another seed may help.
     """
 
     def __init__(self, reason: str, kind: str, retry: bool):
@@ -56,11 +59,11 @@ class Failure(Exception):
 
 
 class Unanswered(Failure):
-    """A reply that did not arrive, or is none: it is waited for.
+    """No reply arrived, or something that is not a reply. The client sends the request again.
 
-    busy: the server itself says or shows that it has too much to do. passing: what a good server does when it starts
-    or has trouble; else it may be no such server at all. pause: seconds until it wants to be asked again. malformed:
-    something arrived, and may do so again under the same seed.
+    busy: the server is overloaded. passing: a good server may do this while it starts or has trouble; otherwise it may
+    not be a chat server at all. pause: seconds that the server asks to wait. malformed: the reply was broken, and may
+    be again under the same seed.
     """
 
     def __init__(self, reason: str, busy=False, passing=True, pause: float = 0, malformed=False):
@@ -69,19 +72,40 @@ class Unanswered(Failure):
 
 
 class ServerDown(ValueError):
-    """Patience with a server is at its end."""
+    """The server gave no reply for `patience` seconds."""
 
 
 def is_url(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
 
+class RateLimit:
+    """Spaces requests evenly in time, because many servers refuse a burst. Safe in several threads."""
+
+    def __init__(self, per_minute: float | None):
+        self.seconds = 60 / per_minute if per_minute else 0.0  # between two requests
+        self.next_at = 0.0
+        self.lock = threading.Lock()
+
+    def is_free(self) -> bool:
+        return time.monotonic() >= self.next_at
+
+    def wait(self) -> None:
+        """Takes the next slot, and sleeps until it comes."""
+        with self.lock:
+            slot = max(time.monotonic(), self.next_at)
+            self.next_at = slot + self.seconds
+        time.sleep(max(0.0, slot - time.monotonic()))
+
+
 class Waiting:
-    """How long one request is waited for, and when its server or the request itself is to be doubted."""
+    """Timeouts and retry policy of one request."""
 
     def __init__(self, patience: float):
-        self.patience, self.began = patience, time.monotonic()
-        self.failures, self.stumbled = 0, False  # stumbled: the server answered others after the last failure
+        self.patience = patience
+        self.began = time.monotonic()
+        self.failures = 0
+        self.stumbled = False  # the server answered a plain question after the last failure
 
     def timeout(self) -> float:
         """Seconds for the next reply."""
@@ -89,8 +113,9 @@ class Waiting:
         return min(TIMEOUT * 2**self.failures, left)
 
     def failed(self, failure: Unanswered) -> None:
-        """Sets the seconds until it is sent again, what is left of patience, and what to do: is the server in doubt
-        (ask it something else), is patience over, is it long enough to be told?"""
+        """Sets the pause before the next try, the seconds left, whether these are used up, and whether the server is
+        in doubt, so that a plain question should decide.
+        """
         self.pause = min(max(FIRST_PAUSE * 2**self.failures, failure.pause), LONGEST_PAUSE)
         self.failures += 1
         self.left = self.began + self.patience - time.monotonic()
@@ -99,7 +124,7 @@ class Waiting:
         self.before, self.stumbled = self.stumbled, False
 
     def others_are_answered(self, failure: Unanswered) -> None:
-        """The server has answered something else. Failure: before this try too, so it has not just come up."""
+        """The server answered a plain question. Failure: it did so before this try too, so it has not just come up."""
         if self.before:
             reason = f"{failure}; {self.failures} times, though the server answers others"
             raise Failure(reason, "request", retry=False) from failure
@@ -113,19 +138,33 @@ class Waiting:
 class ChatServer:
     """http(s)://HOST[/PATH][#MODEL]; the path defaults to /v1. The key in OPENAI_API_KEY is sent, if set.
 
-    client: openai's. model: the given name, or that of the only model there. ValueError: nothing answers at the URL, or
-    the server lacks the model. ask=False takes the URL at its word. patience: seconds, see the top of this file.
+    model: the given name, or that of the only model there. ask=False trusts the URL without a request. patience:
+    seconds. per_minute: a limit on requests. strict: a first failure that no chat server gives (a wrong key, a page)
+    is ServerDown at once, else Failure. ValueError: nothing answers at the URL, or the server lacks the model.
     """
 
-    def __init__(self, url: str, ask: bool = True, patience: float = PATIENCE):
+    def __init__(
+        self,
+        url: str,
+        ask: bool = True,
+        patience: float = PATIENCE,
+        per_minute: float | None = None,
+        strict: bool = False,
+    ):
         base_url, _, name = url.partition("#")
         if urlsplit(base_url).path in ("", "/"):
             base_url = base_url.rstrip("/") + "/v1"
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # an empty one is as good as unset
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
-        self.patience, self.has_answered, self.down = patience, False, None  # down: why nothing is asked any more
-        self.told, self.trouble = None, "no reply yet"  # when a line was printed, the latest reason to wait
-        self.refused, self.lock = set(), threading.Lock()
+        self.patience = patience
+        self.limit = RateLimit(per_minute)
+        self.strict = strict
+        self.has_answered = False
+        self.down: str | None = None  # why nothing is asked any more
+        self.told: float | None = None  # when the last line about waiting was printed
+        self.trouble = "no reply yet"  # the latest reason to wait
+        self.refused: set[str] = set()  # parameters that the server refuses
+        self.lock = threading.Lock()
         self.model = self.served_model(name) if ask else name
 
     def served_model(self, name: str) -> str:
@@ -151,11 +190,12 @@ class ChatServer:
         raise ValueError(f"the server has the models {names[:10]}: name one of them, as in URL#MODEL")
 
     def complete(self, messages: list[dict], **wanted) -> dict:
-        """One chat completion -> its first choice, with a `message` that is an object. Safe in several threads.
+        """Returns the first choice of a chat completion: its `message` is an object, `usage` its tokens (prompt, reply)
+        or None if the server does not say. Safe in several threads.
 
-        messages are sent as they are: text out of rows goes through prompts.without_control_tokens first. wanted:
-        max_tokens, temperature, top_p, seed, logprobs, ...; what the server has refused is left out. Failure: this
-        request gets no choice. ServerDown: none does.
+        Messages are sent as they are: text from rows must go through chat.without_control_tokens first. wanted:
+        max_tokens, temperature, top_p, seed, logprobs, ... Failure: this request gets no reply. ServerDown:
+        no request does.
         """
         waiting = Waiting(self.patience)
         while True:
@@ -165,7 +205,10 @@ class ChatServer:
                 choice = self.ask(messages, waiting.timeout(), wanted)
             except Unanswered as failure:
                 if not failure.passing and not self.has_answered:
-                    raise
+                    if not self.strict:
+                        raise
+                    self.down = str(failure)
+                    continue
                 if failure.malformed and "seed" in wanted:
                     wanted["seed"] += 1
                 waiting.failed(failure)
@@ -182,13 +225,15 @@ class ChatServer:
                     )
                     if waiting.is_long:
                         self.tell(self.trouble)
-                    time.sleep(waiting.pause)
+                    # not all requests at the same moment
+                    time.sleep(waiting.pause * random.uniform(1, 1.25))
+                    self.limit.wait()
             else:
                 self.answered()
                 return choice
 
     def tell(self, state: str) -> None:
-        """Prints what is waited for, at most once a minute whoever calls."""
+        """Prints what is waited for, at most once a minute over all threads."""
         with self.lock:
             now = time.monotonic()
             if self.told is None or now - self.told >= TOLD_EVERY:
@@ -202,7 +247,7 @@ class ChatServer:
             self.has_answered, self.told, self.trouble = True, None, "no reply yet"
 
     def is_up(self) -> bool:
-        """Whether the server answers a plain question; a refusal is an answer."""
+        """Whether the server answers a plain question. A refusal is an answer."""
         try:
             self.ask([{"role": "user", "content": "Hi"}], min(PLAIN_TIMEOUT, self.patience), dict(max_tokens=1))
         except Unanswered:
@@ -212,7 +257,7 @@ class ChatServer:
         return True
 
     def ask(self, messages: list[dict], timeout: float, wanted: dict) -> dict:
-        """One request -> its first choice. timeout: seconds for the whole reply. Failure, also Unanswered."""
+        """Sends one request. timeout: seconds for the whole reply. Failure, also Unanswered."""
         deadline = time.monotonic() + timeout
         while True:
             sent = self.parameters(wanted)
@@ -227,14 +272,14 @@ class ChatServer:
             return first_choice(text)
 
     def parameters(self, wanted: dict) -> dict:
-        """What of `wanted` is sent: without what the server has refused."""
+        """`wanted` without the parameters that the server has refused."""
         sent = {k: v for k, v in wanted.items() if k not in self.refused}
         if "max_tokens" in wanted and "max_tokens" not in sent:
             sent["max_completion_tokens"] = wanted["max_tokens"]
         return sent
 
     def adapts(self, error: Exception, sent: dict) -> bool:
-        """Whether the server refused a parameter that it can be asked without; remembers that, and prints it once."""
+        """Whether the server refused a parameter that can be left out. Remembers it, and prints it once."""
         words = str(error)
         refusal = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
         if not refusal or not UNSUPPORTED.search(words):
@@ -251,11 +296,11 @@ class ChatServer:
         return True
 
 
-ERRORS = (openai.APIError, httpx2.HTTPError)  # of a request
+ERRORS = (openai.APIError, httpx2.HTTPError)  # what a request may raise
 
 
 def failure_from(error: Exception, timeout: float) -> Failure:
-    """What one of ERRORS means; timeout: seconds that the reply had."""
+    """The Failure that one of ERRORS stands for. timeout: seconds that the reply had."""
     if isinstance(error, openai.APIStatusError):
         pause = seconds_of(error.response.headers.get("retry-after"))
         return failure_of(error.status_code, f"{type(error).__name__}: {error}", pause)
@@ -265,16 +310,16 @@ def failure_from(error: Exception, timeout: float) -> Failure:
 
 
 def failure_of(status: int, reason: str, pause: float = 0) -> Failure:
-    """What an HTTP status means: the server's trouble, which passes, or this request, which would fail again."""
+    """The Failure that an HTTP status stands for: the server's trouble, which passes, or a request that fails again."""
     if status in BUSY or status >= 500:
         return Unanswered(reason, busy=status in BUSY, pause=pause)
-    if status in OF_THE_SERVER:
+    if status in SERVER_SIDE:
         return Unanswered(reason, passing=False, pause=pause)
     return Failure(reason, "request", retry=False)
 
 
 def seconds_of(retry_after: str | None) -> float:
-    """Of a Retry-After header that holds a number, else 0."""
+    """The seconds in a Retry-After header, 0 if it holds no number."""
     try:
         seconds = float(retry_after)
     except (TypeError, ValueError):  # none, or a date
@@ -283,7 +328,7 @@ def seconds_of(retry_after: str | None) -> float:
 
 
 def read_reply(response, deadline: float) -> str:
-    """The text of a reply that has ended by the deadline, however it trickles in."""
+    """Reads a reply, which has to end by the deadline even if it arrives byte by byte."""
     parts, size = [], 0
     for part in response.iter_bytes():
         parts.append(part)
@@ -296,7 +341,7 @@ def read_reply(response, deadline: float) -> str:
 
 
 def parsed(text: str):
-    """A reply's JSON. Unanswered: an empty reply, a page, or JSON that is cut off or too deep."""
+    """The JSON of a reply. Unanswered: it is empty, a web page, or JSON that is cut off or nested too deep."""
     if not text.lstrip().startswith(("{", "[")):
         raise Unanswered(f"the server answered without JSON: {shown(text)}", passing=not text.strip())
     try:
@@ -306,7 +351,10 @@ def parsed(text: str):
 
 
 def first_choice(text: str) -> dict:
-    """The first choice of a reply, half surrogate pairs in its text replaced. Failure: there is none, and why."""
+    """The first choice of a reply, with `usage` (see ChatServer.complete). Lone surrogates in its text are replaced.
+
+    Failure: there is no choice, and why.
+    """
     reply = parsed(text)
     found = reply if isinstance(reply, dict) else {}
     choices = found.get("choices")
@@ -323,7 +371,17 @@ def first_choice(text: str) -> dict:
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
         raise Unanswered(f"the reply holds no readable choice: {shown(text)}", malformed=True)
     message = {k: without_surrogates(v) if isinstance(v, str) else v for k, v in choice["message"].items()}
-    return choice | {"message": message}
+    return choice | {"message": message, "usage": usage_of(found)}
+
+
+def usage_of(reply: dict) -> tuple[int, int] | None:
+    """Tokens of the prompt and of the reply, or None if the server does not count them."""
+    usage = reply.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    n_prompt, n_reply = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    counted = all(type(n) is int and n >= 0 for n in (n_prompt, n_reply))
+    return (n_prompt, n_reply) if counted else None
 
 
 def error_words(error) -> str:
