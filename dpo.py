@@ -20,8 +20,11 @@ Departure: pairs over the length limit are left out and counted, not cut.
     torchrun --nproc_per_node=8 dpo.py           # eight GPUs
 """
 
+import os
+import sys
 from dataclasses import dataclass
 
+sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
 
@@ -66,7 +69,6 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import json
-import os
 
 import torch
 import torch.nn.functional as F

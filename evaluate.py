@@ -29,9 +29,12 @@ Departures from the paper: both orders instead of one; the judge's text is ours;
     python evaluate.py --annotations annotations.json --gamed-data tatsu-lab/alpaca_eval
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
+sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
 
@@ -113,7 +116,6 @@ if __name__ == "__main__":
 import dataclasses
 import itertools
 import json
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence

@@ -25,9 +25,12 @@ Departures from the paper and its code (docs/method.md 2 has the whole table):
     python ppo_cpe.py --edit-rate 0 --n-samples 6 --out out/ppo   # the baseline
 """
 
+import os
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
+sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
 EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "topr", "none")  # see `edit_loss`

@@ -15,8 +15,11 @@ They are not cut, since a cut answer teaches the model to stop in mid-sentence.
     python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base  # tiny base
 """
 
+import os
+import sys
 from dataclasses import dataclass
 
+sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
 

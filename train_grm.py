@@ -22,9 +22,12 @@ Departure: rows over the length limit are left out and counted, not cut.
     torchrun --nproc_per_node=8 train_grm.py --objective bt        # the BT baseline
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
+sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
 DEFAULTS = {
@@ -83,7 +86,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-import os
 
 import torch
 import torch.nn.functional as F

@@ -9,16 +9,17 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 
 import pytest
 from conftest import ROOT, run_script
 from test_docs import PAGES, commands, read
 from test_evaluate_tasks import made_annotations
+from test_forks import RUN_WITH, make_forks
 
 ELSEWHERE = {
     r"((RARITY|UNTIL|SEED|OUT)=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
     r"python SCRIPT\.py": "any of the scripts",
+    r"torchrun .* -m exp\.mine": "test_forks.py starts a copy in this way",
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
     r".*https?://": "needs a server; tests/test_judge_servers.py",
     r"python results/make/tables\.py": "minutes to hours; tests/test_tables.py",
@@ -31,8 +32,8 @@ PPO += "--tokens-per-microbatch 300 --max-steps 5 --answer-template answer.txt -
 SMALL = {  # script: what is added to its command
     "sft.py": "--epochs 30 --batch-size 16 --lr 5e-3 --answer-template answer.txt",  # answers that a GRM has seen
     "ppo_cpe.py": PPO,
-    "ppo_loss.py": PPO,
-    "ppo_grpo.py": PPO,
+    "exp/mine.py": PPO,
+    **{f"exp/{name}.py": PPO for name in RUN_WITH},
     "evaluate.py": "--max-new-tokens 24 --bootstrap-draws 20",
 }
 NAMED = {
@@ -61,9 +62,7 @@ def reader(tiny, tiny_grm, tmp_path_factory):
     """A checkout whose out/ has rows, SFT policy, GRM, RL runs and an evaluation, by their default names."""
     folder = tmp_path_factory.mktemp("reader")
     for name in os.listdir(ROOT):
-        if name.endswith(".py"):  # `patch` follows no link
-            shutil.copy(os.path.join(ROOT, name), folder)
-        elif name not in ("out", ".git"):
+        if name not in ("out", "exp", ".git"):
             os.symlink(os.path.join(ROOT, name), folder / name)
     data = folder / "out/data"
     data.mkdir(parents=True)
@@ -109,10 +108,8 @@ def save_what_pages_hold(folder):
     forks = read("docs/forking.md")
     (code,) = re.findall(r"```python\n(.*?def brief.*?)```", forks, re.DOTALL)
     (folder / "brief.py").write_text(code)
-    for diff in re.findall(r"```diff\n(.*?)```", forks, re.DOTALL):
-        name = re.search(r"\+\+\+ (ppo_\w+\.py)", diff)[1]
-        patch = ["patch", "--silent", "--fuzz=0", "-o", name, "ppo_cpe.py"]
-        subprocess.run(patch, input=diff, text=True, check=True, cwd=folder)
+    make_forks(folder)
+    shutil.copy(folder / "ppo_cpe.py", folder / "exp" / "mine.py")
 
 
 def test_what_is_not_run_is_on_a_page():

@@ -1,18 +1,20 @@
-"""The forks of docs/forking.md, as they stand there: applied, planned, run, replayed."""
+"""The forks of docs/forking.md, as they stand there: applied to a copy in exp/, planned, trained for two steps."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import read_metrics, run_script
+from conftest import ROOT, read_metrics, run_script
+from test_layout import STAGES
 
 import replay
 from runtime.rows import write_rows
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 JUDGE = """
 from prompts import Judgement
 
@@ -21,22 +23,40 @@ def judge(row, answer) -> Judgement:
 """
 
 
-@pytest.fixture(scope="module")
 def page():
     with open(os.path.join(ROOT, "docs", "forking.md"), encoding="utf-8") as f:
         return f.read()
 
 
-def fork(page, name, folder):
-    """The copy of ppo_cpe.py that the page's diff for `name` makes."""
-    (diff,) = [d for d in re.findall(r"```diff\n(.*?)```", page, re.DOTALL) if f"+++ ppo_{name}.py" in d]
-    script = folder / f"ppo_{name}.py"
-    command = ["patch", "--silent", "--fuzz=0", "-o", str(script), os.path.join(ROOT, "ppo_cpe.py")]
-    subprocess.run(command, input=diff, text=True, check=True)
-    return str(script)
+def diffs(text):
+    """{name of the fork: diff} of all ```diff blocks of a page, each of which says `+++ exp/NAME.py`."""
+    blocks = re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return {re.search(r"^\+\+\+ exp/(\w+)\.py$", block, re.MULTILINE)[1]: block for block in blocks}
 
 
-def flags_of(tiny, folder, judge):
+def apply(diff, text):
+    """A file's text after a diff without line numbers: the old lines of each hunk stand in it exactly once."""
+    _, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
+    assert hunks
+    for hunk in hunks:
+        lines = hunk.splitlines()
+        old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+        new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+        assert text.count(old) == 1, f"found {text.count(old)} times:\n{old}"
+        text = text.replace(old, new)
+    return text
+
+
+def make_forks(folder):
+    """Writes folder/exp/NAME.py for each diff of the page."""
+    with open(os.path.join(ROOT, "ppo_cpe.py"), encoding="utf-8") as f:
+        text = f.read()
+    os.makedirs(folder / "exp", exist_ok=True)
+    for name, diff in diffs(page()).items():
+        (folder / "exp" / f"{name}.py").write_text(apply(diff, text), encoding="utf-8")
+
+
+def flags_of(tiny, folder, judge=JUDGE):
     (folder / "judge.py").write_text(judge)
     return [
         *("--model", tiny / "checkpoint", "--prompts", tiny / "prompts.jsonl", "--out", folder / "run"),
@@ -47,32 +67,51 @@ def flags_of(tiny, folder, judge):
     ]
 
 
-def test_another_loss(page, tiny, tmp_path):
-    script = fork(page, "loss", tmp_path)
-    flags = flags_of(tiny, tmp_path, JUDGE)
-    run_script(script, *flags, "--edit-ratio", "root", "--edit-rate", 1, "--save-batch", 1)
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["edit_ratio"] == "root"
-    gradients = replay.replay(str(tmp_path / "run" / "batch_000001"))
-    assert gradients["root"].norm() > 0
-    assert not torch.equal(gradients["root"], gradients["tis"]) and not torch.equal(
-        gradients["root"], gradients["none"]
-    )
+# What each fork is run with, besides the flags above
+RUN_WITH = {"root": ("--edit-loss", "root"), "gain": ("--edit-strategy", "gain"), "grpo": ()}
 
 
-def test_grpo_without_a_critic(page, tiny, tmp_path):
-    script = fork(page, "grpo", tmp_path)
-    flags = flags_of(tiny, tmp_path, JUDGE)
-    planned = run_script(script, *flags, "--plan", "--gpu-gib", 0)
-    assert "policy" in planned and "critic" not in planned
-    run_script(script, *flags)
+def test_a_hunk_applies_where_its_lines_stand_once():
+    diff = "--- a\n+++ exp/b.py\n@@ f\n one\n-two\n+three\n@@\n+zero\n \n four\n"
+    assert apply(diff, "one\ntwo\n\nfour\n") == "one\nthree\nzero\n\nfour\n"
+    for text in ("one\n\nfour\n", "one\ntwo\none\ntwo\n\nfour\n"):
+        with pytest.raises(AssertionError):
+            apply(diff, text)
+
+
+@pytest.mark.parametrize("name", diffs(page()))
+def test_a_fork_of_the_page_trains(name, tiny, tmp_path):
+    make_forks(tmp_path)
+    run_script(tmp_path / "exp" / f"{name}.py", *flags_of(tiny, tmp_path), *RUN_WITH[name])
     steps = read_metrics(tmp_path / "run")
     assert len(steps) == 2 and all(step["grad_norm_policy"] > 0 for step in steps)
-    assert "value_loss" not in steps[0] and not (tmp_path / "run" / "critic").exists()
 
 
-def test_another_reward(page, tiny, tmp_path):
+def test_a_loss_is_replayed_by_the_copys_own_code(tiny, tmp_path):
+    make_forks(tmp_path)
+    script = tmp_path / "exp" / "root.py"
+    more = ("--edit-loss", "root", "--edit-rate", 1, "--save-batch", 1, "--max-steps", 1)
+    run_script(script, *flags_of(tiny, tmp_path), *more)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["edit_loss"] == "root"
+    gradients = replay.replay(str(tmp_path / "run" / "batch_000001"))
+    assert gradients["root"].norm() > 0
+    for name in ("tis", "none"):
+        assert not torch.equal(gradients["root"], gradients[name])
+
+
+def test_grpo_has_no_critic(tiny, tmp_path):
+    make_forks(tmp_path)
+    script = tmp_path / "exp" / "grpo.py"
+    planned = run_script(script, *flags_of(tiny, tmp_path), "--plan", "--gpu-gib", 0)
+    assert "policy" in planned and "critic" not in planned
+    run_script(script, *flags_of(tiny, tmp_path), "--max-steps", 1)
+    (step,) = read_metrics(tmp_path / "run")
+    assert "value_loss" not in step and not (tmp_path / "run" / "critic").exists()
+
+
+def test_another_reward(tiny, tmp_path):
     """The page's function is a judge for edits: it names the food, and its critique is followed by a second score."""
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
     flags = flags_of(tiny, tmp_path, code)
     rows = [dict(prompt_id=f"p{i}", persona={"food": "soup"}, question=f"What to eat {i}?") for i in range(8)]
     write_rows(str(tmp_path / "prompts.jsonl"), rows)
@@ -81,3 +120,35 @@ def test_another_reward(page, tiny, tmp_path):
     run_script("ppo_cpe.py", *flags)
     (row, *_) = map(json.loads, (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines())
     assert row["critique"] == "Say your food is soup." and row["personalization"] == -5 and row["edit"]["answer"]
+
+
+# -- a copy in a folder of one's own, however it is started ------------------------------------------------------------
+
+STARTS = {
+    "file": [sys.executable, "exp/mine.py"],
+    "module": [sys.executable, "-m", "exp.mine"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "exp.mine"],
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_copy_in_a_folder_runs(start, tmp_path):
+    """Started from the project's root: here a copy of it, whose modules are links."""
+    for name in os.listdir(ROOT):
+        if name not in ("exp", "out") and not name.startswith("."):
+            (tmp_path / name).symlink_to(os.path.join(ROOT, name))
+    (tmp_path / "exp").mkdir()
+    shutil.copy(os.path.join(ROOT, "ppo_cpe.py"), tmp_path / "exp" / "mine.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [*STARTS[start], "--model", "nowhere", "--prompts", "nowhere.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    # all is imported before the model is looked for
+    assert done.returncode != 0 and "error: " in done.stderr and "nowhere" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_a_copy_of_any_stage_finds_the_modules(stage):
+    with open(os.path.join(ROOT, f"{stage}.py"), encoding="utf-8") as f:
+        before, _, _ = f.read().partition("\nfrom runtime import flags\n")
+    assert "\nsys.path.append(os.getcwd())" in before
