@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from kernels.dense_attention import dense_attention, length_mask
+from kernels.dense_attention import TILE, dense_attention, length_mask
 from kernels.paged_attention import paged_attention
 from kernels.rope_kv import apply_rope, rope_kv
 from kernels.varlen_attention import varlen_attention
@@ -139,7 +139,7 @@ class DenseRows:
     """
 
     def __init__(self, cache: torch.Tensor, max_rows: int, max_tokens: int):
-        """max_tokens: most that rows x tokens of the longest row may be, unless it is one row."""
+        """max_tokens: most that rows x tokens of the longest row may be, unless it is one row. A row takes whole tiles."""
         self.cache, self.max_rows, self.max_tokens = cache, max_rows, max_tokens
         layers, _, _, _, n_kv, dim = cache.shape
         self.data = cache.new_zeros(layers, 2, 0, n_kv, 0, dim)  # [layers, 2, rows, Hkv, capacity, D]
@@ -154,7 +154,7 @@ class DenseRows:
             return
         wanted = capacity if longest <= capacity else longest * 3 // 2
         wanted = max(longest, min(wanted, self.max_tokens // n_rows))
-        wanted = -(-wanted // BLOCK) * BLOCK
+        wanted = -(-wanted // TILE) * TILE
         wanted_rows = rows if n_rows <= rows else min(n_rows * 2, self.max_rows)
         wanted_rows = max(n_rows, min(wanted_rows, self.max_tokens // wanted))
         old = self.data[:, :, :wanted_rows, :, :wanted]

@@ -9,6 +9,7 @@ from conftest import random_model, tiny_config
 from engine import Engine
 from engine.kv_cache import BLOCK, Blocks, DenseRows
 from kernels import packed_linear
+from kernels.dense_attention import TILE
 
 SETTINGS = dict(max_new_tokens=20)
 
@@ -231,25 +232,27 @@ def test_a_longer_neighbour_changes_no_bit(model):
 
 def test_dense_rows_keep_what_they_hold():
     """Filled from blocks, moved, grown within the bound, and written back."""
+    max_tokens = 8 * TILE
     cache = torch.randn(2, 2, 8, BLOCK, 2, 4, generator=torch.Generator().manual_seed(0))
-    before, rows = cache.clone(), DenseRows(cache, max_rows=4, max_tokens=12 * BLOCK)
+    before, rows = cache.clone(), DenseRows(cache, max_rows=4, max_tokens=max_tokens)
     rows.reserve(3, 40)
     rows.load(0, [3, 5, 1], 40)
     rows.load(2, [2, 4], 17)
     rows.move([1], [2], 17)
-    for n_rows, longest in ((3, 60), (2, 96), (4, 41), (1, 500)):
+    for n_rows, longest in ((3, 150), (2, 400), (4, 200), (1, 2000)):
         rows.reserve(n_rows, longest)
         shape = rows.data.shape
-        assert shape[2] >= n_rows and shape[4] >= longest and (n_rows == 1 or shape[2] * shape[4] <= 12 * BLOCK)
-    assert rows.fits(3, 64) and not rows.fits(3, 65) and rows.fits(1, 500)
+        assert shape[2] >= n_rows and shape[4] >= longest and shape[4] % TILE == 0
+        assert n_rows == 1 or shape[2] * (shape[4] - TILE) < max_tokens  # a row's capacity is whole tiles
+    assert rows.fits(3, 336) and not rows.fits(3, 337) and rows.fits(1, 2000)
     cache.zero_()
     rows.store(0, [7, 6], 0)
     assert torch.equal(cache[:, :, [7, 6]], before[:, :, [3, 5]])
-    rows = DenseRows(before, 4, 12 * BLOCK)
+    rows = DenseRows(before, 4, max_tokens)
     rows.reserve(3, 40)
     rows.load(2, [2, 4], 17)
     rows.move([1], [2], 17)
-    rows.reserve(2, 90)
+    rows.reserve(2, 400)
     rows.store(1, [6], 0)
     assert torch.equal(before[:, :, 6], before[:, :, 2])
 

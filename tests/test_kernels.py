@@ -132,12 +132,12 @@ def test_paged_attention_refuses_what_it_cannot_read():
 GROUPS = pytest.mark.parametrize("group, dim", [(1, 64), (2, 32), (7, 64), (4, 16), (6, 128)])
 
 
-def dense_case(lengths, group, dim, dtype, n_kv=2):
-    """Rows with 2000 tokens of room, of which the first `lengths` are theirs; what is behind is large."""
+def dense_case(lengths, group, dim, dtype, n_kv=2, n_tiles=6):
+    """Rows with that many tiles of room, of which the first `lengths` tokens are theirs; what is behind is large."""
     q = torch.cat([randn(1, group * n_kv, dim, seed=n, dtype=dtype) for n in lengths])
     caches = []
     for i in (1, 2):
-        rest = randn(n_kv, 2000, dim, scale=100.0)
+        rest = randn(n_kv, n_tiles * dense.TILE, dim, scale=100.0)
         rows = [torch.cat([randn(n_kv, n, dim, seed=10 * n + i), rest[:, n:]], 1) for n in lengths]
         caches.append(torch.stack(rows).to(dtype))
     return q, *caches, dense.length_mask(torch.tensor(lengths), max(lengths), n_kv, dtype)
@@ -158,12 +158,21 @@ def test_dense_attention(group, dim, dtype):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
 @GROUPS
-@pytest.mark.parametrize("length", [5, 16, 100, 190, 200, 333, 513])
-def test_dense_attention_has_the_same_bits_beside_longer_rows(group, dim, length):
-    alone = dense.dense_attention(*dense_case([length], group, dim, torch.float32))
-    for others in ([3], [length + 1], [length + 100] * 17, [1500, 700]):
-        together = dense.dense_attention(*dense_case([*others, length], group, dim, torch.float32))
-        assert torch.equal(alone[0], together[-1]), others
+@pytest.mark.parametrize("n_kv", [1, 2])
+def test_dense_attention_has_the_same_bits_beside_other_rows(group, dim, n_kv):
+    torch.set_num_threads(2)
+    for length in (5, 100, 126, 127, 333, 513):
+        alone = dense.dense_attention(*dense_case([length], group, dim, torch.float32, n_kv))
+        for others in ([3], [length + 1], [length + 100] * 7, [700, 600]):
+            together = dense.dense_attention(*dense_case([*others, length], group, dim, torch.float32, n_kv))
+            assert torch.equal(alone[0], together[-1]), (length, others)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+def test_dense_attention_has_the_same_bits_beside_more_tiles_than_a_vector_has_lanes():
+    alone = dense.dense_attention(*dense_case([300], 2, 32, torch.float32))
+    together = dense.dense_attention(*dense_case([2100, 300], 2, 32, torch.float32, n_tiles=17))
+    assert torch.equal(alone[0], together[1])
 
 
 # -- RoPE and the write to the cache -----------------------------------------------------------------------------------
