@@ -16,8 +16,10 @@ from test_docs import PAGES, commands, read
 from test_evaluate_tasks import made_annotations
 from test_forks import RUN_WITH, make_forks
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = {
-    r"((RARITY|UNTIL|SEED|OUT)=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
+    r"((RARITY|UNTIL|SEED|OUT|SCALE)=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
     r"python SCRIPT\.py": "any of the scripts",
     r"torchrun .* -m exp\.mine": "test_forks.py starts a copy in this way",
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",

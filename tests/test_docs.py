@@ -1,21 +1,21 @@
 """The documentation follows the code: named functions exist, defaults are equal, links lead somewhere."""
 
+import functools
 import glob
 import importlib
 import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+from conftest import run_script
 
 from results.make import one_step
 from runtime.rows import write_rows
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
+PAGES = ["README.md", "AGENTS.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
 
 
 def read(path):
@@ -107,14 +107,14 @@ def test_a_command_is_one_that_its_script_takes(command):
         assert [flag for flag in sorted(named) if not re.search(rf"{flag}\b", shown)] == []
 
 
-HELP = {}
-
-
+@functools.cache
 def help_of(script):
-    if script not in HELP:
-        run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        HELP[script] = run.stdout + run.stderr
-    return HELP[script]
+    return run_script(script, "--help", folder=ROOT)
+
+
+def test_pre_commit_has_the_same_ruff():
+    (version,) = re.findall(r"^ruff==(\S+)", read("requirements.txt"), re.MULTILINE)
+    assert f"rev: v{version}\n" in read(".pre-commit-config.yaml")
 
 
 def test_the_table_of_hyperparameters_has_the_defaults_of_the_scripts():

@@ -36,6 +36,7 @@ from runtime.rows import write_rows
 emulated = pytest.mark.skipif(not EMULATED, reason="in a process of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(EMULATED, reason="this is that process")
 def test_on_an_emulated_gpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

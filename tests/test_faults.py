@@ -60,6 +60,7 @@ def assert_equal(ours, theirs):
 # -- kills, and damage ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_few_kills_and_damaged_files(tmp_path, capsys):
     assert faults.main(6, 2, str(tmp_path), only=("sft.py", "ppo_cpe.py")) == 0, capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import pytest
 from browser import MISSING, Browser
 from test_report import HOSTILE, made, rl_run, write_lines
 
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from results.make import critics, draw, experiments, figures, lora, paper, rarit
 from results.make.experiments import Experiment, experiments_of, run
 from runtime.rows import read_rows
 
+pytestmark = pytest.mark.tables
+
 
 def test_python_reads_the_flags_as_bash_does():
     names = list(experiments.FLAGS)
