@@ -139,7 +139,7 @@ class DenseRows:
     """
 
     def __init__(self, cache: torch.Tensor, max_rows: int, max_tokens: int):
-        """max_tokens: most that rows x tokens of the longest row may be, unless it is one row. A row takes whole tiles."""
+        """max_tokens: most rows x tokens of the longest row may be, unless it is one row; rows take whole tiles."""
         self.cache, self.max_rows, self.max_tokens = cache, max_rows, max_tokens
         layers, _, _, _, n_kv, dim = cache.shape
         self.data = cache.new_zeros(layers, 2, 0, n_kv, 0, dim)  # [layers, 2, rows, Hkv, capacity, D]
