@@ -16,7 +16,7 @@ from conftest import ROOT, error_of
 from pydantic.fields import FieldInfo
 
 import sft
-from runtime.flags import Judging, Machine, Watching, check_ranges, help_text, may_change, parse
+from runtime.flags import DiagnosticArgs, JudgeArgs, RuntimeArgs, check_ranges, help_text, may_change, parse
 
 SCRIPTS = ("sft", "train_grm", "dpo", "ppo_cpe", "evaluate", "generate", "serve", "replay", "report")
 SCRIPTS += ("data/persona_world", "data/prepare")
@@ -68,7 +68,7 @@ def titles_of(a_class):
 
 
 def test_groups_are_found():
-    assert titles_of(Machine)[0] == "the machine" and titles_of(Judging) == ["the judge"]
+    assert titles_of(RuntimeArgs)[0] == "the machine" and titles_of(JudgeArgs) == ["the judge"]
     assert len(titles_of(module_of("ppo_cpe").Args)) == 4
 
 
@@ -96,7 +96,7 @@ def without_range(hint):
 
 
 def test_what_counts_as_a_range():
-    hints = get_type_hints(Machine, include_extras=True)
+    hints = get_type_hints(RuntimeArgs, include_extras=True)
     assert without_range(int) and without_range(int | None) and without_range(tuple[float, ...])
     assert without_range(Annotated[int, "no range"])
     assert not any(map(without_range, (hints["save_every"], hints["shard_size"], bool, str, Literal[1, 2])))
@@ -138,7 +138,7 @@ OF_SCRIPT = {
         "--critic-warmup-steps -1",
         "--judge-attempts 0",
         "--ratio-cap 0",
-        "--edit-ratio papers",
+        "--edit-loss papers",
         "--save-batch 0",
         "--score-weights nan 1 1",
         "--score-weights 1 1",
@@ -211,8 +211,8 @@ HELD_OUT = {"eval_data", "eval_every", "eval_judgements", "eval_max_new_tokens"}
 
 
 def test_what_a_continuation_may_change():
-    assert may_change(Machine) == MACHINE and may_change(Watching) == WATCHING
-    assert may_change(Judging) == {"judge_patience"}
+    assert may_change(RuntimeArgs) == MACHINE and may_change(DiagnosticArgs) == WATCHING
+    assert may_change(JudgeArgs) == {"judge_patience"}
     assert may_change(module_of("sft").Args) == may_change(module_of("dpo").Args) == MACHINE
     assert may_change(module_of("train_grm").Args) == MACHINE | HELD_OUT
     assert may_change(module_of("ppo_cpe").Args) == MACHINE | WATCHING | {"kv_tokens", "judge_patience"}

@@ -13,7 +13,14 @@ from conftest import ROOT, read_metrics, run_script
 from test_layout import STAGES
 
 import replay
+from chat import Chat
+from model import load_pretrained
+from prompts import Judgement, answer_prompt, fill, load_templates
+from runtime import training
+from runtime.distributed import start
+from runtime.packing import pack
 from runtime.rows import write_rows
+from trajectory import Prompt, Trajectory
 
 JUDGE = """
 from prompts import Judgement
@@ -68,7 +75,7 @@ def flags_of(tiny, folder, judge=JUDGE):
 
 
 # What each fork is run with, besides the flags above
-RUN_WITH = {"root": ("--edit-loss", "root"), "gain": ("--edit-strategy", "gain"), "grpo": ()}
+RUN_WITH = {"root": ("--edit-loss", "root"), "gain": ("--edit-strategy", "gain"), "grpo": (), "sdpo": ()}
 
 
 def test_a_hunk_applies_where_its_lines_stand_once():
@@ -107,6 +114,64 @@ def test_grpo_has_no_critic(tiny, tmp_path):
     run_script(script, *flags_of(tiny, tmp_path), "--max-steps", 1)
     (step,) = read_metrics(tmp_path / "run")
     assert "value_loss" not in step and not (tmp_path / "run" / "critic").exists()
+
+
+def test_sdpo_edits_nothing(tiny, tmp_path):
+    make_forks(tmp_path)
+    script = tmp_path / "exp" / "sdpo.py"
+    flags = [*flags_of(tiny, tmp_path), "--max-steps", 1]
+    run_script(script, *flags)
+    lines = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["edit"] is None for line in lines)
+    assert "--edit-rate" in run_script(script, *flags, "--edit-rate", 0.5, status=2)
+    (tmp_path / "judge.py").write_text("def judge(row, answer): return 1.0")
+    assert "no critique of an answer" in run_script(script, *flags, "--out", tmp_path / "without", status=2)
+
+
+def test_sdpo_credit_is_what_the_critique_adds(tiny, tmp_path):
+    make_forks(tmp_path)
+    sdpo = replay.load_script(str(tmp_path / "exp" / "sdpo.py"))
+    ranks = start("fp32")
+    folder = str(tiny / "checkpoint")
+    chat = Chat(folder)
+    policy = load_pretrained(folder, torch.float32, ranks.device)
+    templates = load_templates(None, *(str(tiny / f"{name}.txt") for name in ("answer", "edit", "grm")))
+    row = {"prompt_id": "p", "persona": {"name": "Kim"}, "question": "What to drink?"}
+    x = answer_prompt(chat, templates, row)
+    y = chat.encode("Green tea.")
+    batch = [
+        Trajectory(
+            prompt=Prompt(index=0, row=row, ids=x),
+            sample_id=i,
+            context_ids=x,
+            response_ids=y,
+            engine_logprobs=[],
+            answer="Green tea.",
+            truncated=False,
+            reward=float(i),
+            judgement=Judgement(critique, 1, 1, 1),
+        )
+        for i, critique in enumerate(("Say it shorter.", "Name the tea."))
+    ]
+    args = sdpo.Args(temperature=0.9, sdpo_lambda=0.25)
+    old_logprobs, _ = sdpo.old_policy_logprobs(batch, policy, args, ranks)
+    credit, _ = sdpo.critique_credit(batch, old_logprobs, policy, (chat, templates), args, ranks)
+
+    def logprobs_under(context):  # each sequence alone, nothing shared
+        packed = pack([context + y], [[False] * len(context) + [True] * len(y)], ranks.device)
+        with torch.no_grad():
+            return training.forward(policy, packed, args.temperature)
+
+    for t, own in zip(batch, credit, strict=True):
+        request = chat.turn("user", fill(templates.edit, critique=t.judgement.critique))
+        told = [*x, chat.turn_end, *chat.after_turn, *request, *chat.header]
+        assert torch.allclose(own, logprobs_under(told) - logprobs_under(x), atol=1e-4)
+        assert own.abs().max() > 1e-2
+
+    values = [torch.zeros(len(y)) for _ in batch]
+    advantages, _ = sdpo.compute_advantages(batch, values, credit, args, ranks)
+    for own, whitened, c in zip(advantages, (-1.0, 1.0), credit, strict=True):
+        assert torch.allclose(own, 0.25 * whitened + 0.75 * c, atol=1e-5)
 
 
 def test_another_reward(tiny, tmp_path):
