@@ -1,35 +1,43 @@
-"""PersonaMem (docs/evaluation.md 9): which of four replies suits a person whose long history comes first.
+"""PersonaMem (docs/evaluation.md 9): which of four replies suits a person, after a long history with that person?
 
-1. The history of a question is the conversation up to `end_index`; later messages are not seen. The question follows.
-2. By choice (the release's metric): the options stand below the question and the reply ends with a letter. Right if the
-   letters after `<final_answer>` are exactly the right one; failing that, if the letters of the whole reply are. A
-   reply without a letter is wrong, and counted.
+1. The history of a question is its conversation up to `end_index`; later messages are not shown. Then comes the
+   question.
+2. By choice (the release's metric): the options stand below the question, and the reply ends with a letter. It is right
+   if the letters after `<final_answer>` are exactly the right one, or else if those of the whole reply are. A reply
+   without a letter is wrong, and counted.
 3. By likelihood, for a model in this process: the option whose text is the most likely reply, by the sum of its
    log-probs (which favours short options) and by their mean per token.
-4. A table by question type; chance is 25 %. Rows whose request failed are not answered, neither right nor wrong.
+4. A table by question type. Chance is 25 %. Rows whose request failed are not answered: neither right nor wrong.
 
-Departures from the release: the request for the letter is worded otherwise, and a lone "a" counts as a letter only
-where it does not stand before a word, as the English article does.
+Departures from the release: our own text asks for the letter. A lone "a" before a word is the English article, not a
+letter.
 """
 
 import dataclasses
 import os
 import re
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from chat import Chat, without_control_tokens
-from evaluation import tables, winrate
+from evaluation import winrate
+from evaluation.annotations import persons_of
 from evaluation.asking import draw_rows, make_stage, replies
+from evaluation.tables import markdown_table, percent_text, write_results
 from judges.base import weights_fingerprint
 from judges.chat_client import is_url
-from model import load_pretrained
+from model import Transformer, load_pretrained
 from prompts import without_reasoning
 from runtime import packing
 from runtime.digests import digest_of
-from runtime.rows import read_rows, write_rows, write_text
+from runtime.distributed import Ranks
+from runtime.rows import read_rows, write_rows
+
+if TYPE_CHECKING:
+    from evaluate import Args
 
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
 then end with <final_answer> and the letter of that reply, such as <final_answer>(a)."""
@@ -38,27 +46,30 @@ MARK = "<final_answer>"
 BRACKETED = re.compile(r"\(([a-dA-D])\)")
 SINGLE = re.compile(r"\b([a-dA-D])\b(?!['’]|\s+[a-z])")  # not the article of "a reply", nor the d of "I'd"
 FIELDS = {"question_type": str, "options": list, "correct": str, "context_id": str, "end_index": int}
+MEASURES = {"sums": "by likelihood", "means": "by likelihood per token"}
+
+Contexts = dict[str, list[dict]]  # {context_id: messages}
 
 
-def read_questions(args) -> tuple[list[dict], dict[str, list[dict]]]:
-    """-> (question rows, {context_id: messages}). ValueError: file, line and field of what is no such row."""
+def read_questions(args: "Args") -> tuple[list[dict], Contexts]:
+    """Question rows, and the conversations before them. ValueError: file, line and field of a wrong row."""
     rows = draw_rows(args)
     for row in rows:
+        where = f'{args.prompts}: prompt "{row["prompt_id"]}"'
         for field, kind in FIELDS.items():
             if not isinstance(row.get(field), kind):
                 raise ValueError(
-                    f'{args.prompts}: prompt "{row["prompt_id"]}": field "{field}" is missing or no '
-                    f"{kind.__name__}; expected data/prepare.py's rows of PersonaMem"
+                    f'{where}: field "{field}" is missing or no {kind.__name__}; expected data/prepare.py\'s rows of '
+                    "PersonaMem"
                 )
         if len(row["options"]) != len(LETTERS) or row["correct"] not in LETTERS:
-            raise ValueError(
-                f'{args.prompts}: prompt "{row["prompt_id"]}": expected 4 options and one of a to d as correct'
-            )
+            raise ValueError(f"{where}: expected 4 options and one of a to d as correct")
     file = args.prompts.removesuffix(".jsonl") + "_contexts.jsonl"
-    contexts = {}
+    contexts: Contexts = {}
     for number, row in enumerate(read_rows(file, "messages"), 1):
-        if contexts.setdefault(row.get("context_id"), row["messages"]) is not row["messages"]:
+        if row.get("context_id") in contexts:
             raise ValueError(f'{file}:{number}: a second context "{row["context_id"]}"')
+        contexts[row.get("context_id")] = row["messages"]
     for row in rows:
         if len(contexts.get(row["context_id"], ())) < row["end_index"]:
             raise ValueError(
@@ -68,8 +79,17 @@ def read_questions(args) -> tuple[list[dict], dict[str, list[dict]]]:
     return rows, contexts
 
 
-def history_of(row: dict, contexts: dict[str, list[dict]]) -> list[dict]:
+def history_of(row: dict, contexts: Contexts) -> list[dict]:
     return contexts[row["context_id"]][: row["end_index"]]
+
+
+# -- by choice ---------------------------------------------------------------------------------------------------------
+
+
+def choice_messages(row: dict, contexts: Contexts) -> list[dict]:
+    options = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, row["options"]))
+    content = f"{row['question']}\n\n{REQUEST}\n\n{options}"
+    return [*history_of(row, contexts), {"role": "user", "content": content}]
 
 
 def letters_in(text: str) -> set[str]:
@@ -79,28 +99,33 @@ def letters_in(text: str) -> set[str]:
 
 
 def is_right(reply: str, correct: str) -> float | None:
-    """1.0 right, 0.0 wrong, None: names no letter at all (which counts as wrong)."""
+    """1.0 if the reply is right, 0.0 if it is wrong, None if it names no letter (which counts as wrong)."""
     reply = without_reasoning(reply)
-    final = letters_in(reply.rpartition(MARK)[2]) if MARK in reply else set()
-    if final == {correct}:
+    if MARK in reply and letters_in(reply.rpartition(MARK)[2]) == {correct}:
         return 1.0
     named = letters_in(reply)
     return float(named == {correct}) if named else None
 
 
+# -- by likelihood -----------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def option_logprobs(model, prompt_ids: list[int], options: list[list[int]], device) -> tuple[torch.Tensor, ...]:
-    """Log-probs of each option's tokens after the prompt, which is computed once: lists of ids -> fp32 tensors."""
+def option_logprobs(
+    model: Transformer, prompt_ids: list[int], options: list[list[int]], device: torch.device | str
+) -> tuple[torch.Tensor, ...]:
+    """Log-probs of each option's tokens after the prompt, fp32 [length] each. The prompt is computed once."""
     batch = packing.pack_shared([prompt_ids] * len(options), options, [[True] * len(ids) for ids in options], device)
     logprobs, _ = model(batch.input_ids, batch.context.position_ids, batch.context, batch.index, batch.targets)
     return logprobs.float().cpu().split(batch.counts)
 
 
-def likelihoods(rows: list[dict], contexts: dict[str, list[dict]], args, ranks) -> list[dict | None]:
-    """-> per row {"sums": [4], "means": [4]} of the options' log-probs, or None where it was not made."""
+def likelihoods(rows: list[dict], contexts: Contexts, args: "Args", ranks: Ranks) -> list[dict | None]:
+    """For each row {"sums": [4], "means": [4]} of the options' log-probs, or None where they are missing."""
     chat = Chat(args.model)
-    asked = [{"role": "user", "content": row["question"]} for row in rows]
-    prompts = [chat.messages([*history_of(row, contexts), question]) for row, question in zip(rows, asked)]
+    prompts = []
+    for row in rows:
+        prompts.append(chat.messages([*history_of(row, contexts), {"role": "user", "content": row["question"]}]))
     options = [[chat.encode(text) for text in row["options"]] for row in rows]
     digests = [digest_of(p, o, weights_fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
 
@@ -110,92 +135,82 @@ def likelihoods(rows: list[dict], contexts: dict[str, list[dict]], args, ranks) 
         for i in indices:
             if len(prompts[i]) + max(map(len, options[i])) > limit:
                 raise ValueError(
-                    f'prompt "{rows[i]["prompt_id"]}" has {len(prompts[i])} tokens and options, over the '
-                    f"{limit} positions of {args.model}"
+                    f'prompt "{rows[i]["prompt_id"]}" has {len(prompts[i])} tokens and options, over the {limit} '
+                    f"positions of {args.model}"
                 )
-            found = option_logprobs(model, prompts[i], options[i], ranks.device)
-            if not all(x.isfinite().all() for x in found):  # else the largest of four would be what is not a number
+            logprobs = option_logprobs(model, prompts[i], options[i], ranks.device)
+            if all(x.isfinite().all() for x in logprobs):
+                record(i, dict(sums=[x.sum().item() for x in logprobs], means=[x.mean().item() for x in logprobs]))
+            else:  # argmax would choose a NaN
                 print(f'likelihoods: not finite at prompt "{rows[i]["prompt_id"]}"', file=sys.stderr)
-                continue
-            record(i, dict(sums=[x.sum().item() for x in found], means=[x.mean().item() for x in found]))
 
     return make_stage("likelihoods", "answers", digests, make, args, ranks)
 
 
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
 def by_type(rows: list[dict], right: np.ndarray, seed: int) -> dict[str, dict]:
-    """right: 1, 0 or NaN (not answered) [n] -> {question type or "total": accuracy in [0, 1], low, high, n}."""
-    types, persons = [row["question_type"] for row in rows], tables.persons_of(rows)
-    found = {}
+    """{question type or "total": accuracy in [0, 1], its interval low and high, n, not_answered}.
+
+    right: 1, 0 or NaN (not answered), [n].
+    """
+    types = [row["question_type"] for row in rows]
+    persons = persons_of(rows)
+    results = {}
     for name in [*sorted(set(types)), "total"]:
-        where = [i for i, kind in enumerate(types) if name in (kind, "total")]
-        values = right[where]
-        low, high = winrate.bootstrap_mean(values, seed, persons and [persons[i] for i in where])
+        indices = [i for i, kind in enumerate(types) if name in (kind, "total")]
+        values = right[indices]
+        low, high = winrate.bootstrap_mean(values, seed, persons and [persons[i] for i in indices])
         n = int((~np.isnan(values)).sum())
-        found[name] = dict(
-            accuracy=float(np.nanmean(values)) if n else None, low=low, high=high, n=n, not_answered=len(values) - n
-        )
-    return found
+        accuracy = float(np.nanmean(values)) if n else None
+        results[name] = dict(accuracy=accuracy, low=low, high=high, n=n, not_answered=len(values) - n)
+    return results
 
 
-def evaluate(args, ranks) -> None:
+def evaluate(args: "Args", ranks: Ranks) -> None:
     """--task personamem of evaluate.py."""
     rows, contexts = read_questions(args)
     requests = []
     for row in rows:
-        options = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, row["options"]))
-        content = f"{row['question']}\n\n{REQUEST}\n\n{options}"
-        messages = [*history_of(row, contexts), {"role": "user", "content": content}]
+        messages = choice_messages(row, contexts)
         requests.append((row["prompt_id"], without_control_tokens(messages) if is_url(args.model) else messages))
     replied = replies("choices", args.model, requests, args.temperature, args, ranks)
     likely = None if is_url(args.model) else likelihoods(rows, contexts, args, ranks)
     if args.stage in ("answers", "verdicts") or ranks.rank > 0:
         return
-    judged = [None if r is None else is_right(r["answer"], row["correct"]) for row, r in zip(rows, replied)]
-    measures = {"by choice": np.array([np.nan if r is None else j or 0.0 for r, j in zip(replied, judged)])}
-    if likely is not None:
-        for name in ("sums", "means"):
-            best = [None if found is None else LETTERS[int(np.argmax(found[name]))] for found in likely]
-            measures[{"sums": "by likelihood", "means": "by likelihood per token"}[name]] = np.array(
-                [np.nan if b is None else float(b == row["correct"]) for b, row in zip(best, rows)]
-            )
+
+    judged = [reply and is_right(reply["answer"], row["correct"]) for row, reply in zip(rows, replied)]
+    right = {"by choice": [reply and (verdict or 0.0) for reply, verdict in zip(replied, judged)]}
+    for name, measure in MEASURES.items() if likely is not None else ():
+        right[measure] = [x and float(LETTERS[np.argmax(x[name])] == row["correct"]) for x, row in zip(likely, rows)]
     results = dict(
         model=args.model,
         version=sorted({str(row.get("version")) for row in rows}),
         chance=0.25,
-        no_letter=[row["prompt_id"] for row, r, j in zip(rows, replied, judged) if r and j is None],
-        truncated=[row["prompt_id"] for row, r in zip(rows, replied) if r and r["truncated"]],
-        **{name: by_type(rows, right, args.seed) for name, right in measures.items()},
+        no_letter=[row["prompt_id"] for row, reply, v in zip(rows, replied, judged) if reply and v is None],
+        truncated=[row["prompt_id"] for row, reply in zip(rows, replied) if reply and reply["truncated"]],
     )
-    write_rows(
-        os.path.join(args.out, "choices.jsonl"),
-        [
-            {**row, **(reply or {"answer": None}), "right": j, "likelihood": likely and likely[i]}
-            for i, (row, reply, j) in enumerate(zip(rows, replied, judged))
-        ],
-    )
-    tables.write_json(os.path.join(args.out, "results.json"), results | {"args": dataclasses.asdict(args)})
-    text = choices_markdown(results, list(measures))
-    write_text(os.path.join(args.out, "table.md"), text)
-    print(f"{text}\nwritten: {args.out}/ (choices.jsonl, results.json, table.md)")
+    for measure, values in right.items():
+        results[measure] = by_type(rows, np.array(values, dtype=np.float64), args.seed)  # None is NaN
+    choices = []
+    for i, row in enumerate(rows):
+        reply = replied[i] or {"answer": None}
+        choices.append({**row, **reply, "right": judged[i], "likelihood": likely and likely[i]})
+    write_rows(os.path.join(args.out, "choices.jsonl"), choices)
+    table = choices_table(results, list(right))
+    write_results(args.out, results, dataclasses.asdict(args), table, "choices.jsonl")
 
 
-def choices_markdown(results: dict, measures: list[str]) -> str:
-    row = tables.markdown_row
-    lines = [
-        row("question type", *(f"accuracy %, {m}" for m in measures), "n", "not answered"),
-        row("---", *["--:"] * (len(measures) + 2)),
-    ]
+def choices_table(results: dict, measures: list[str]) -> str:
+    """Markdown."""
+    rows = []
     for name, first in results[measures[0]].items():
-        cells = [results[m][name] for m in measures]
-        lines.append(
-            row(
-                name,
-                *(tables.interval_text(c["accuracy"], c["low"], c["high"], 100) for c in cells),
-                first["n"],
-                first["not_answered"],
-            )
-        )
-    lines += [
+        accuracies = [percent_text(results[measure][name], "accuracy") for measure in measures]
+        rows.append([name, *accuracies, first["n"], first["not_answered"]])
+    header = ["question type", *(f"accuracy %, {measure}" for measure in measures), "n", "not answered"]
+    lines = [
+        *markdown_table(header, rows),
         "",
         f"{results['model']}, {', '.join(results['version'])}; chance 25 %; 95 % intervals by bootstrap. "
         f"{len(results['no_letter'])} replies name no letter (wrong), {len(results['truncated'])} are truncated.",

@@ -41,7 +41,7 @@ def verdicts_from_preferences(preferences: Sequence[float | None]) -> np.ndarray
     return values - 1
 
 
-def plain(verdicts: np.ndarray) -> dict[str, Any]:
+def plain(verdicts: np.ndarray) -> dict:
     """The win rate and its counts, under AlpacaEval's names. Rates are None where there are too few verdicts."""
     y = verdicts[~np.isnan(verdicts)]
     wins = int((y > 0.5).sum())
@@ -226,7 +226,7 @@ def length_controlled(
     variant: str = "minimal",
     gamed: dict[str, np.ndarray] | None = None,
     same: bool = False,
-) -> dict[str, Any]:
+) -> dict:
     """AlpacaEval's length-controlled win rate, `length_controlled_minimal` or `length_controlled_v1`.
 
     Args:
@@ -247,10 +247,10 @@ def length_controlled(
     n_judged = int((~np.isnan(verdicts)).sum())
     if variant == "v1" and (gamed is None or n != ALPACA_ROWS):
         raise ValueError(
-            f"the variant v1 needs --gamed-data and AlpacaEval's {ALPACA_ROWS} rows in their order, to which its "
-            f"difficulties belong (null where there is no verdict); got {n} rows"
+            f"the variant v1 needs AlpacaEval's {ALPACA_ROWS} rows in their order, to which its difficulties belong "
+            f"(null where there is no verdict), and --gamed-data; got {n} rows"
         )
-    result: dict[str, Any] = dict(
+    result: dict = dict(
         variant=variant,
         length_controlled_winrate=None,
         lc_standard_error=None,
@@ -374,7 +374,7 @@ def bootstrap_length_controlled(
     verdicts: np.ndarray,
     model_lengths: Sequence[int],
     baseline_lengths: Sequence[int],
-    result: dict[str, Any],
+    result: dict,
     seed: int,
     gamed: dict[str, np.ndarray] | None = None,
     groups: Sequence | None = None,
@@ -413,7 +413,7 @@ def bootstrap_length_controlled(
 
 def paired_test(
     first: np.ndarray, second: np.ndarray, seed: int, groups: Sequence | None = None, draws: int = 10_000
-) -> dict[str, Any]:
+) -> dict:
     """Compares two models on the same prompts: verdicts or any scores, [n] each, NaN where missing.
 
     Returns:
@@ -461,7 +461,7 @@ def sign_test(better: int, worse: int) -> float:
 # -- agreement ---------------------------------------------------------------------------------------------------------
 
 
-def cohens_kappa(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+def cohens_kappa(first: np.ndarray, second: np.ndarray) -> dict:
     """Agreement of two raters over win, draw and loss, beyond chance (docs/evaluation.md 6). Verdicts, [n] each.
 
     Soft verdicts are rounded, and exactly 0.5 is a draw.

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.persona_world import judge, recites_profile
-from evaluation.tables import mean_and_error
+from evaluation.annotations import mean_and_error
 from recipes import rare_content
 from runtime import flags
 from runtime.rows import read_rows, step_files

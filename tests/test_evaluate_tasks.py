@@ -14,7 +14,7 @@ from test_winrate import gamed_file
 
 import evaluate
 from data import persona_world
-from evaluation import tables
+from evaluation import annotations, tables
 from evaluation.accuracy import accuracy, accuracy_by_tier, longer_wins
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -27,13 +27,13 @@ def test_mean_and_error_by_hand():
     assert evaluate.mean_and_error([None]) == {"mean": None, "standard_error": None}
 
 
-def test_share_won_by_hand():
+def test_win_rate_by_hand():
     # won, tied, lost, won; two prompts without a verdict
-    result = tables.share_won(np.array([1, 0.5, 0, 0.9, np.nan, np.nan]), seed=0)
+    result = annotations.win_rate(np.array([1, 0.5, 0, 0.9, np.nan, np.nan]), seed=0)
     assert result["win_rate"] == 2.4 / 4
     assert (result["wins"], result["ties"], result["losses"], result["left_out"]) == (2, 1, 1, 2)
     assert 0 <= result["low"] < 0.6 < result["high"] <= 1
-    nothing = tables.share_won(np.array([np.nan]), seed=0)
+    nothing = annotations.win_rate(np.array([np.nan]), seed=0)
     assert nothing["win_rate"] is None and nothing["low"] is None and nothing["left_out"] == 1
 
 
@@ -46,10 +46,10 @@ def test_position_bias_by_hand():
         {"baseline_first": 0.1, "model_first": None},
         {"model_first": 0.8},
     ]
-    bias = tables.position_bias(shown, seed=0)
+    bias = annotations.position_bias(shown, seed=0)
     assert bias["first_place"] == pytest.approx(((0.3 + 0.9) / 2 + (0.4 + 0.4) / 2) / 2)
     assert bias["rows"] == 2 and bias["agree"] == 0.5
-    assert tables.position_bias([None], seed=0) is None
+    assert annotations.position_bias([None], seed=0) is None
 
 
 # -- answers in AlpacaEval's format
@@ -140,7 +140,7 @@ def test_annotations_to_tables(tmp_path, capsys):
     assert (test["first"], test["second"]) == ("model", "other")
     kappa = results["kappas"][0]
     assert kappa["n"] + kappa["left_out"] == 170 and 0.3 < kappa["kappa"] < 1
-    assert len(results["kappas"]) == 1 and tables.judge_kappa(second, people, ("b", "people")) is None
+    assert len(results["kappas"]) == 1 and annotations.judge_kappa(second, people, ("b", "people")) is None
     for name in ("win_rates", "lengths"):
         assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5

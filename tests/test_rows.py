@@ -6,10 +6,10 @@ import json
 import pytest
 from conftest import error_of
 
-import evaluate
 import generate
 import sft
-from evaluation.tables import read_annotations
+from evaluation.annotations import read_annotations
+from evaluation.answer_files import read_outputs
 from json_files import read_json
 from judges.journal import Journal
 from prompts import persona_text
@@ -149,7 +149,7 @@ def test_other_json_that_is_nested_too_deep_is_named(tmp_path):
     """What a user names and what a run has left behind: one line, no traceback."""
     file = tmp_path / "deep.json"
     file.write_text("[" * 100_000)
-    for read in (read_annotations, read_json, evaluate._read_outputs, generate.read_persona):
+    for read in (read_annotations, read_json, read_outputs, generate.read_persona):
         with pytest.raises(ValueError, match=f"{file}: not JSON"):
             read(str(file))
     (tmp_path / "journal").mkdir()
