@@ -11,13 +11,14 @@
 
 Departures from the release: our own text asks for the letter. A lone "a" before a word is the English article, not a
 letter.
+
+`args` are those of evaluate.py.
 """
 
 import dataclasses
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,9 +37,6 @@ from runtime.digests import digest_of
 from runtime.distributed import Ranks
 from runtime.rows import read_rows, write_rows
 
-if TYPE_CHECKING:
-    from evaluate import Args
-
 REQUEST = """Which of the replies below suits me best, given all that you know about me? Think first where it helps,
 then end with <final_answer> and the letter of that reply, such as <final_answer>(a)."""
 LETTERS = "abcd"
@@ -51,7 +49,7 @@ MEASURES = {"sums": "by likelihood", "means": "by likelihood per token"}
 Contexts = dict[str, list[dict]]  # {context_id: messages}
 
 
-def read_questions(args: "Args") -> tuple[list[dict], Contexts]:
+def read_questions(args) -> tuple[list[dict], Contexts]:
     """Question rows, and the conversations before them. ValueError: file, line and field of a wrong row."""
     rows = draw_rows(args)
     for row in rows:
@@ -120,7 +118,7 @@ def option_logprobs(
     return logprobs.float().cpu().split(batch.counts)
 
 
-def likelihoods(rows: list[dict], contexts: Contexts, args: "Args", ranks: Ranks) -> list[dict | None]:
+def likelihoods(rows: list[dict], contexts: Contexts, args, ranks: Ranks) -> list[dict | None]:
     """For each row {"sums": [4], "means": [4]} of the options' log-probs, or None where they are missing."""
     chat = Chat(args.model)
     prompts = []
@@ -168,7 +166,7 @@ def by_type(rows: list[dict], right: np.ndarray, seed: int) -> dict[str, dict]:
     return results
 
 
-def evaluate(args: "Args", ranks: Ranks) -> None:
+def evaluate(args, ranks: Ranks) -> None:
     """--task personamem of evaluate.py."""
     rows, contexts = read_questions(args)
     requests = []
