@@ -1,9 +1,8 @@
-"""Rows out of .jsonl, .csv, .parquet and .json files, for data/prepare.py.
+"""Reads rows from .jsonl, .csv, .parquet and .json files, for data/prepare.py.
 
-The layout of a file leaves no trace in its rows (`normalized`): a table has every column in every row, so keys without
-a value are dropped, at any depth, and the same data give the same rows in each format. What cannot become a row of JSON
-lines (broken JSON, text that is not UTF-8, half a surrogate pair, dates) stops the script with a ValueError that names
-the file and the line or row.
+The same data give the same rows in each format (`normalized`): a table has every column in every row, so keys without a
+value are dropped, at any depth. Whatever cannot become a row of JSON lines (broken JSON, text that is not UTF-8, half a
+surrogate pair, dates) stops the script with a ValueError that names the file and the line or row.
 """
 
 import csv
@@ -22,30 +21,30 @@ GZIP = b"\x1f\x8b"
 
 
 def normal(text: str) -> str:
-    """What two texts have in common that are the same but for case and white space."""
+    """The text without differences of case and white space, to compare texts."""
     return " ".join(text.split()).casefold()
 
 
-def check_text(value: Any, place: str) -> None:
-    """ValueError naming the place and the field, if any text in the value holds half a surrogate pair."""
-    refuse_surrogate(first_lone_surrogate(value), place)
+def check_text(value: Any, where: str) -> None:
+    """ValueError naming where and the field, if any text in the value holds half a surrogate pair."""
+    refuse_surrogate(first_lone_surrogate(value), where)
 
 
-def refuse_surrogate(path: str | None, place: str) -> None:
+def refuse_surrogate(path: str | None, where: str) -> None:
     if path is not None:
         field = f'field "{path}"' if path else "the text"
-        raise ValueError(f"{place}: {field} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
+        raise ValueError(f"{where}: {field} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
 
 
 def normalized(value: Any) -> Any:
-    """The value less what a table's layout does to it, at any depth: the same in each format.
+    """The value without traces of a table's layout, at any depth.
 
-    Keys whose value is null or NaN, or an object of nothing else, are dropped; 36.0 is 36, as a column of integers with
-    gaps, or with one fraction in it, is stored as floats.
+    Keys whose value is null or NaN, or an object of such keys only, are dropped. 36.0 becomes 36, because a column of
+    integers with gaps, or with one fraction in it, is stored as floats.
     """
     if isinstance(value, dict):
-        kept = {key: normalized(inner) for key, inner in value.items()}
-        return {k: v for k, v in kept.items() if v is not None and (v != {} or value[k] == {})}
+        inner_values = {key: normalized(inner) for key, inner in value.items()}
+        return {k: v for k, v in inner_values.items() if v is not None and (v != {} or value[k] == {})}
     if isinstance(value, (list, tuple)):
         return [normalized(inner) for inner in value]
     if isinstance(value, float):
@@ -62,22 +61,22 @@ def _refuse(constant):
 DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
-def parse_json(text: str, place: str, field: str = "") -> Any:
-    """The value of a JSON text, which may be that of a field. ValueError: place and reason."""
+def parse_json(text: str, where: str, field: str = "") -> Any:
+    """The value of a JSON text, which may be the text of a field. ValueError: where and why it is not JSON."""
     subject = f"the {field} is " if field else ""
     try:
         value = DECODER.decode(text.strip())
         path = first_lone_surrogate({field: value} if field else value)
     except RecursionError:
-        raise ValueError(f"{place}: {subject}nested too deeply") from None
+        raise ValueError(f"{where}: {subject}nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{place}: {subject}not JSON ({error})") from error
-    refuse_surrogate(path, place)
+        raise ValueError(f"{where}: {subject}not JSON ({error})") from error
+    refuse_surrogate(path, where)
     return value
 
 
 def check_compression(path: str, start: bytes) -> None:
-    """ValueError: the file's first bytes are those of gzip."""
+    """ValueError: the file is compressed with gzip."""
     if path.endswith(".gz") or start.startswith(GZIP):
         raise ValueError(f"{path}: compressed with gzip; unpack it first (gunzip)")
 
@@ -91,7 +90,7 @@ def _decode(data, path, line):
 
 
 def read_text(path: str) -> str:
-    """A whole UTF-8 file, without its byte order mark. ValueError: file:line of what is not UTF-8."""
+    """The text of a UTF-8 file, without its byte order mark. ValueError: file:line that is not UTF-8."""
     with open(path, "rb") as f:
         data = f.read().removeprefix(BYTE_ORDER_MARK)
     check_compression(path, data)
@@ -107,7 +106,7 @@ def _read_jsonl(path):
             if not text.strip():
                 blank = blank or number
                 continue
-            if blank:  # at the end they do no harm, here a row may be lost
+            if blank:  # harmless at the end; here a row may be lost
                 raise ValueError(f"{path}:{blank}: a blank line between rows")
             row = parse_json(text, f"{path}:{number}")
             if not isinstance(row, dict):
@@ -168,22 +167,25 @@ def _read_parquet(path):
 
 
 def read_raw(path: str) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each row, keys without a value included."""
+    """Where it stands and the object, of each row, including keys without a value."""
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
     return readers.get(os.path.splitext(path)[1], _read_jsonl)(path)
 
 
 def read_objects(path: str) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each row of a .jsonl, .csv or .parquet file, `normalized`.
+    """Where it stands ("FILE:LINE" or "FILE, row N") and the `normalized` object, of each row.
 
-    The cells of a CSV file are text. ValueError: place and reason.
+    path: a .jsonl, .csv or .parquet file. The cells of a CSV file are text. ValueError: where and why it is no row.
     """
-    for place, row in read_raw(path):
-        yield place, normalized(row)
+    for where, row in read_raw(path):
+        yield where, normalized(row)
 
 
 def read_table(path: str) -> tuple[list[str], list[tuple[str, dict]]]:
-    """(columns, [(place, row)]) of a table that a flag names; an empty cell is no value. ValueError: no rows."""
+    """-> columns, and rows with where they stand, of a table that a flag names. An empty cell is no value.
+
+    ValueError: there is no such table, or it has no rows.
+    """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     check_compression(path, b"")
@@ -194,7 +196,7 @@ def read_table(path: str) -> tuple[list[str], list[tuple[str, dict]]]:
         raise ValueError(f"{path}: empty, no rows")
     if path.endswith(".csv"):
         columns = next(_open_csv(path))
-        rows = [(place, {k: v for k, v in row.items() if v}) for place, row in rows]
+        rows = [(where, {k: v for k, v in row.items() if v}) for where, row in rows]
     elif path.endswith(".parquet"):
         columns = _open_parquet(path).schema_arrow.names
     else:

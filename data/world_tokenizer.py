@@ -1,4 +1,4 @@
-"""The tokenizer of the generated world (data/persona_world.py): a byte-level BPE of its texts, in Qwen2's form."""
+"""The tokenizer of the generated world (data/persona_world.py): a byte-level BPE of its texts, in Qwen2's format."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# how Qwen2 splits text into words: for Qwen2, transformers uses this whatever the file says
+# How Qwen2 splits text into words; transformers uses this for Qwen2 tokenizers, whatever the file says
 WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
