@@ -30,7 +30,7 @@ import tyro
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
 from engine import Engine
-from engine.kv_cache import BLOCK
+from engine.block_manager import BLOCK_SIZE
 from model import Transformer, init_weights
 from model_config import Config
 from runtime.distributed import start
@@ -259,7 +259,7 @@ def main(args: Args) -> None:
                 [],
                 longest := max(len(p) + length for p, _, length in requests),
                 n_rows,
-                kv_tokens=(longest + BLOCK) * n_rows,
+                kv_tokens=(longest + BLOCK_SIZE) * n_rows,
             )
             short = [(p[: known + 8], n, 2) for p, n, _ in requests]
             timed = warmed_up(functools.partial(run_ours, engine, known=known), requests, short, device)

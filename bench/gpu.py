@@ -108,11 +108,12 @@ def engine() -> bool:
     pairs = list(zip(samples["cpu"], samples["cuda"], strict=True))
     same = [(a, b) for a, b in pairs if a.ids == b.ids]
     gap = max(abs(x - y) for a, b in same for x, y in zip(a.logprobs, b.logprobs))
-    print(f"{len(pairs)} samples, {reused.preemptions} preempted, graphs of {sorted(reused.graphs)} rows")
+    sizes = sorted(reused.runner.graphs)
+    print(f"{len(pairs)} samples, {reused.scheduler.preemptions} preempted, graphs of {sizes} rows")
     # a draw at the border of two tokens may go the other way, and all that follows it
     checks = [figure("samples as on the CPU, share", len(same) / len(pairs), 0.95, at_least=True)]
     checks.append(figure("engine, largest difference of a log-prob", gap, 1e-3))
-    checks.append(figure("engine, preemptions tried", reused.preemptions, 1, at_least=True))
+    checks.append(figure("engine, preemptions tried", reused.scheduler.preemptions, 1, at_least=True))
     return all(checks)
 
 

@@ -27,6 +27,6 @@ How it works:
 """
 
 from engine.engine import Engine
-from engine.sequences import Sample
+from engine.requests import Sample
 
 __all__ = ["Engine", "Sample"]

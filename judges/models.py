@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from chat import Chat, without_control_tokens
-from engine.kv_cache import likely_tokens
+from engine.cache_size import likely_tokens
 from judges.asking import (
     Asker,
     Call,

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from engine.kv_cache import likely_tokens
+from engine.cache_size import likely_tokens
 from kernels.rope_kv import apply_rope
 from lora import Linear, add_adapters, lora_settings
 from model import Packed, Transformer
@@ -150,7 +150,7 @@ class Trained:
 
 def inference(config, machine, kv_tokens, scalar_head=False):
     """-> bytes of a model that only computes, whole on every rank, and of its KV cache; on a CPU with the packed copies
-    of matrices (kernels/packed_linear.py) and the dense rows (engine)."""
+    of matrices (kernels/packed_linear.py) and the dense rows (engine/cpu_runner.py)."""
     dtype, on_cpu = machine.dtype, machine.device == "cpu"
     parameters = list(meta_model(config, scalar_head).parameters())
     packs = on_cpu and dtype == torch.float32 and not scalar_head  # only an engine does

@@ -9,6 +9,7 @@ import torch
 from conftest import random_model, tiny_config
 
 from engine import Engine
+from engine.cpu_runner import CPURunner
 
 
 @pytest.fixture
@@ -38,13 +39,13 @@ def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypa
     """On a GPU the first decode step at a batch size captures a CUDA graph."""
     bench_generate = bench("generate")
     sizes = []
-    decode = Engine._decode
+    decode = CPURunner.decode
 
-    def recorded(engine):
-        sizes.append(len(engine.running))
-        decode(engine)
+    def recorded(runner, n):
+        sizes.append(n)
+        return decode(runner, n)
 
-    monkeypatch.setattr(Engine, "_decode", recorded)
+    monkeypatch.setattr(CPURunner, "decode", recorded)
     requests = [([i + 1] * 5, 1, 3 + 4 * i) for i in range(6)]  # batch sizes from 6 down to 1
     short = [(prompt, n, 2) for prompt, n, _ in requests]
     engine = Engine(random_model(tiny_config()), [], 40, 6)

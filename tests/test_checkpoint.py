@@ -112,13 +112,13 @@ def test_greedy_alone(model, prompts, expected):
 def test_greedy_batched_and_forked(model, prompts, expected):
     engine = Engine(model, [], 1024)
     assert greedy(engine, prompts, n=2) == [[ids, ids] for ids in expected]
-    assert engine.computed_tokens + engine.reused_tokens == sum(map(len, prompts))
+    assert engine.scheduler.computed_tokens + engine.scheduler.reused_tokens == sum(map(len, prompts))
 
 
 def test_greedy_preempted(model, prompts, expected):
     engine = Engine(model, [], 1024, max_batch=32, kv_tokens=2048)
     assert greedy(engine, prompts) == [[ids] for ids in expected]
-    assert engine.preemptions > 0
+    assert engine.scheduler.preemptions > 0
 
 
 def test_greedy_after_new_weights(model, prompts, expected):

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kv_cache import BLOCK
+from engine.block_manager import BLOCK_SIZE
 from kernels import linear_logprob, paged_attention, rmsnorm, rope_kv, sampling, swiglu
 
 COMPILE_ALL = os.environ.get("COMPILE_ALL") == "1"
@@ -148,8 +148,8 @@ def train(shape, dtype, n_tokens):
 
 def attend(shape, dtype, n_rows):
     dim = shape.d // shape.heads
-    caches = [meta(64, BLOCK, shape.kv, dim, dtype=dtype) for _ in range(2)]
-    table, lengths = meta(n_rows, MAX_LEN // BLOCK + 1, dtype=torch.int32), meta(n_rows, dtype=torch.int32)
+    caches = [meta(64, BLOCK_SIZE, shape.kv, dim, dtype=dtype) for _ in range(2)]
+    table, lengths = meta(n_rows, MAX_LEN // BLOCK_SIZE + 1, dtype=torch.int32), meta(n_rows, dtype=torch.int32)
     q = meta(n_rows, shape.heads, dim, dtype=dtype)
     paged_attention.triton_paged_attention(q, *caches, table, lengths)
 
@@ -159,7 +159,7 @@ def decode(shape, dtype, n_rows):
     dim = shape.d // shape.heads
     q, k, v = (meta(n_rows, heads, dim, dtype=dtype) for heads in (shape.heads, shape.kv, shape.kv))
     cos, slots = meta(n_rows, 1, dim, dtype=dtype), meta(n_rows, dtype=torch.int64)
-    caches = [meta(64, BLOCK, shape.kv, dim, dtype=dtype) for _ in range(2)]
+    caches = [meta(64, BLOCK_SIZE, shape.kv, dim, dtype=dtype) for _ in range(2)]
     rope_kv.triton_rope_kv(q, k, v, cos, cos, *caches, slots)
     attend(shape, dtype, n_rows)
     settings, seeds = meta(n_rows, dtype=torch.float32), meta(n_rows, dtype=torch.int64)

@@ -29,6 +29,7 @@ import ppo_cpe
 import train_grm
 from chat import Chat
 from engine import Engine
+from engine.gpu_runner import GPURunner
 from model import load_pretrained
 from runtime.flags import parse
 from runtime.rows import write_rows
@@ -117,13 +118,13 @@ def test_the_engine_gives_what_it_gives_on_a_cpu():
     expected = drain(plain)
 
     engine, found = Engine(model_on("cuda"), STOP_IDS, 128, max_batch=6, kv_tokens=11 * 16), {}
-    assert engine.dense is None and engine.poll_steps > 1
+    assert isinstance(engine.runner, GPURunner)
     for key, prompt, settings in requests(18):
         engine.submit(prompt, key, **settings)
         if key % 3 == 0:
             engine.step()
         found |= {(s.key, s.index): s for s in engine.collect()}
-        for s in engine.running:
+        for s in engine.scheduler.running:
             shown = engine.partial(s.key, s.index)
             assert shown == expected[s.key, s.index].ids[: len(shown)]  # never with the stop token
     engine.submit(tokens(9), "cancelled", n=2, max_new_tokens=60)
@@ -135,7 +136,8 @@ def test_the_engine_gives_what_it_gives_on_a_cpu():
     engine.finish("ended")
     drain(engine, found)
     check_blocks(engine)
-    assert engine.preemptions > 3 and engine.reused_tokens > 100 and len(engine.graphs) > 2
+    assert engine.scheduler.preemptions > 3 and engine.scheduler.reused_tokens > 100
+    assert len(engine.runner.graphs) > 2
     assert 1 <= len(found.pop(("ended", 0)).ids) < 60
     assert found.keys() == expected.keys()
     for at, sample in expected.items():
@@ -153,12 +155,12 @@ def test_graphs_see_new_weights():
     prompts, settings = [tokens(5), tokens(40, seed=1)], dict(temperature=0, max_new_tokens=12)
     engine = Engine(model_on("cuda"), [], 128)
     before = engine.generate(prompts, **settings)
-    graphs = dict(engine.graphs)
+    graphs = dict(engine.runner.graphs)
     engine.sync_weights(model_on("cuda", seed=5))
     after = engine.generate(prompts, **settings)
     expected = Engine(model_on("cpu", seed=5), [], 128).generate(prompts, **settings)
     assert [s.ids for (s,) in after] == [s.ids for (s,) in expected] != [s.ids for (s,) in before]
-    assert engine.graphs == graphs and engine.reused_tokens == 0
+    assert engine.runner.graphs == graphs and engine.scheduler.reused_tokens == 0
 
 
 @emulated
@@ -167,16 +169,18 @@ def test_the_host_seldom_waits_for_a_decode_step():
     engine = Engine(model_on("cuda"), [], 200, max_batch=32, kv_tokens=32 * 208)
     for i in range(32):
         engine.submit(tokens(20 + i, seed=i), i, max_new_tokens=100)
-    while len(engine.running) < 32:
+    while len(engine.scheduler.running) < 32:
         engine.step()
     engine.step()  # captures the graph
     emulated_gpu.WAITS.clear()
-    computed = engine.computed_tokens
+    computed = engine.scheduler.computed_tokens
     for _ in range(64):
         engine.step()
-    assert engine.computed_tokens == computed and len(engine.running) == 32  # nothing but decode steps
+    assert (
+        engine.scheduler.computed_tokens == computed and len(engine.scheduler.running) == 32
+    )  # nothing but decode steps
     print(f"\n64 decode steps: {dict(emulated_gpu.WAITS)}")
-    assert sum(emulated_gpu.WAITS.values()) == 64 // engine.poll_steps, emulated_gpu.WAITS
+    assert sum(emulated_gpu.WAITS.values()) == 64 // engine.runner.steps_per_poll, emulated_gpu.WAITS
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ def test_serve(tiny):
     finally:
         running.server.should_exit = True
         running.thread.join(10)
-    assert engine.device.type == "cuda" and engine.graphs
+    assert engine.device.type == "cuda" and engine.runner.graphs
     cpu = Running(path)
     assert text == "".join(parts) == cpu.ask(MESSAGES).choices[0].message.content
     cpu.server.should_exit = True

@@ -7,7 +7,10 @@ import torch
 from conftest import random_model, tiny_config
 
 from engine import Engine
-from engine.kv_cache import BLOCK, Blocks, DenseRows
+from engine.block_manager import BLOCK_SIZE, BlockManager
+from engine.cpu_runner import DenseCache
+from engine.requests import SamplingParams
+from engine.scheduler import PREFILL_TOKENS, Scheduler
 from kernels import packed_linear
 from kernels.dense_attention import TILE
 
@@ -34,49 +37,56 @@ def drain(engine, found=None):
 
 def check_blocks(engine):
     """Each block is free or held as often as it stands in the lists of sequences; the tables say what the lists say."""
-    held = [0] * len(engine.blocks.holders)
-    for s in [*engine.running, *engine.waiting, *([engine.prefilling] if engine.prefilling else [])]:
-        for block in s.blocks + s.tails:
+    check_ref_counts(engine.scheduler)
+    slots = engine.runner.slots
+    for slot, s in enumerate(engine.scheduler.running):
+        assert slots.block_table[slot, : len(s.blocks)].tolist() == s.blocks
+        assert slots.length[slot] == s.length or (slots.done[slot] and slots.length[slot] < s.length)
+    assert slots.done[len(engine.scheduler.running) :].all()
+
+
+def check_ref_counts(scheduler):
+    held = [0] * len(scheduler.blocks.ref_count)
+    for s in [*scheduler.running, *scheduler.waiting, *([scheduler.prefilling] if scheduler.prefilling else [])]:
+        for block in s.blocks + s.tail_blocks:
             held[block] += 1
-    assert held == engine.blocks.holders
-    assert set(engine.blocks.free) == {b for b in range(1, len(held)) if not held[b]}
-    for row, s in enumerate(engine.running):
-        assert engine.rows["blocks"][row, : len(s.blocks)].tolist() == s.blocks
-        assert engine.length[row] == engine.rows["length"][row] <= len(s.blocks) * BLOCK == engine.room[row]
+    assert held == scheduler.blocks.ref_count
+    assert set(scheduler.blocks.free) == {b for b in range(1, len(held)) if not held[b]}
+    assert all(s.length <= s.allocated_tokens for s in scheduler.running)
 
 
 def test_an_edit_and_a_judgement_find_what_is_there(model):
     engine = Engine(model, [], 200)
     prompt = tokens(40)
     ((first,),) = engine.generate([prompt], max_new_tokens=25)
-    assert (engine.computed_tokens, engine.reused_tokens) == (40, 0)
+    assert (engine.scheduler.computed_tokens, engine.scheduler.reused_tokens) == (40, 0)
     # 64 of the prompt's and the answer's 65 tokens have keys and values: four full blocks
     edit = prompt + first.ids + tokens(10, seed=1)
     ((found,),) = engine.generate([edit], **SETTINGS)
-    assert (engine.computed_tokens, engine.reused_tokens) == (40 + 75 - 64, 64)
+    assert (engine.scheduler.computed_tokens, engine.scheduler.reused_tokens) == (40 + 75 - 64, 64)
     assert found.ids == Engine(model, [], 200).generate([edit], **SETTINGS)[0][0].ids
     # the same prompt again: all of it is known, but its last token has to be computed for the logits
-    before = engine.computed_tokens
+    before = engine.scheduler.computed_tokens
     engine.generate([edit], **SETTINGS)
-    assert engine.computed_tokens - before == 75 - 64
+    assert engine.scheduler.computed_tokens - before == 75 - 64
     check_blocks(engine)
 
 
 @pytest.mark.parametrize("chunk", [4096, 24])
 def test_requests_of_one_step_share_their_beginning(model, monkeypatch, chunk):
     """Judgements that arrive together: rubric and persona are computed once, in one pass or in chunks."""
-    monkeypatch.setattr("engine.engine.PREFILL_TOKENS", chunk)
+    monkeypatch.setattr("engine.scheduler.PREFILL_TOKENS", chunk)
     prompts = [tokens(64) + tokens(20, seed=i) for i in range(1, 5)]
     engine = Engine(model, [], 200)
     together = engine.generate(prompts, **SETTINGS)
-    assert (engine.computed_tokens, engine.reused_tokens) == (64 + 4 * 20, 3 * 64)
+    assert (engine.scheduler.computed_tokens, engine.scheduler.reused_tokens) == (64 + 4 * 20, 3 * 64)
     for prompt, (found,) in zip(prompts, together):
         assert found.ids == Engine(model, [], 200).generate([prompt], **SETTINGS)[0][0].ids
     check_blocks(engine)
 
 
 def test_a_long_prompt_does_not_hold_up_running_samples(model, monkeypatch):
-    monkeypatch.setattr("engine.engine.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("engine.scheduler.PREFILL_TOKENS", 16)
     engine = Engine(model, [], 200)
     engine.submit([5, 6], "short", max_new_tokens=30)
     engine.step()
@@ -105,7 +115,7 @@ def test_preempted_samples_go_on_as_if_nothing_had_happened(model, temperature):
     settings = dict(n=2, seeds=[7, 8], max_new_tokens=60, temperature=temperature)
     small, large = Engine(model, [], 200, kv_tokens=240), Engine(model, [], 200)
     expected, found = large.generate(prompts, **settings), small.generate(prompts, **settings)
-    assert small.preemptions > 2 and large.preemptions == 0
+    assert small.scheduler.preemptions > 2 and large.scheduler.preemptions == 0
     for a, b in zip(sum(expected, []), sum(found, [])):
         assert a.ids == b.ids
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
@@ -131,7 +141,7 @@ def test_new_weights_forget_the_old_cache(model):
     engine.generate([prompt], **SETTINGS)
     engine.sync_weights(other)
     ((found,),) = engine.generate([prompt], temperature=0, **SETTINGS)
-    assert engine.reused_tokens == 0
+    assert engine.scheduler.reused_tokens == 0
     assert found.ids == Engine(other, [], 200).generate([prompt], temperature=0, **SETTINGS)[0][0].ids
 
 
@@ -191,7 +201,7 @@ def test_a_thousand_requests_in_a_tiny_pool(model):
         plain.submit(prompt, key, **settings)
     drain(plain, expected)
 
-    engine, found, cancelled = Engine(model, stop_ids, 128, max_batch=12, kv_tokens=20 * BLOCK), {}, set()
+    engine, found, cancelled = Engine(model, stop_ids, 128, max_batch=12, kv_tokens=20 * BLOCK_SIZE), {}, set()
     arriving = list(requests)
     while arriving or engine.busy:
         for _ in range(min(len(arriving), rng.choice((0, 0, 1, 5)))):
@@ -200,7 +210,7 @@ def test_a_thousand_requests_in_a_tiny_pool(model):
         engine.step()
         found |= {(s.key, s.index): s for s in engine.collect()}
         if rng.random() < 0.02:
-            unfinished = [s.key for s in [*engine.waiting, *engine.running]]
+            unfinished = [s.key for s in [*engine.scheduler.waiting, *engine.scheduler.running]]
             if unfinished:
                 key = rng.choice(unfinished)
                 engine.cancel(key)
@@ -209,7 +219,10 @@ def test_a_thousand_requests_in_a_tiny_pool(model):
             check_blocks(engine)
     check_blocks(engine)
     assert (
-        len(engine.blocks.free) == 20 and engine.preemptions > 10 and engine.reused_tokens > 1000 and len(cancelled) > 5
+        len(engine.scheduler.blocks.free) == 20
+        and engine.scheduler.preemptions > 10
+        and engine.scheduler.reused_tokens > 1000
+        and len(cancelled) > 5
     )
     for at, sample in expected.items():
         if at[0] not in cancelled or at in found:
@@ -233,47 +246,87 @@ def test_a_longer_neighbour_changes_no_bit(model):
 def test_dense_rows_keep_what_they_hold():
     """Filled from blocks, moved, grown within the bound, and written back."""
     max_tokens = 8 * TILE
-    cache = torch.randn(2, 2, 8, BLOCK, 2, 4, generator=torch.Generator().manual_seed(0))
-    before, rows = cache.clone(), DenseRows(cache, max_rows=4, max_tokens=max_tokens)
+    cache = torch.randn(2, 2, 8, BLOCK_SIZE, 2, 4, generator=torch.Generator().manual_seed(0))
+    before, rows = cache.clone(), DenseCache(cache, max_rows=4, max_tokens=max_tokens)
     rows.reserve(3, 40)
     rows.load(0, [3, 5, 1], 40)
     rows.load(2, [2, 4], 17)
-    rows.move([1], [2], 17)
+    rows.move([2], [1], 17)
     for n_rows, longest in ((3, 150), (2, 400), (4, 200), (1, 2000)):
         rows.reserve(n_rows, longest)
         shape = rows.data.shape
         assert shape[2] >= n_rows and shape[4] >= longest and shape[4] % TILE == 0
         assert n_rows == 1 or shape[2] * (shape[4] - TILE) < max_tokens  # a row's capacity is whole tiles
-    assert rows.fits(3, 336) and not rows.fits(3, 337) and rows.fits(1, 2000)
     cache.zero_()
     rows.store(0, [7, 6], 0)
     assert torch.equal(cache[:, :, [7, 6]], before[:, :, [3, 5]])
-    rows = DenseRows(before, 4, max_tokens)
+    rows = DenseCache(before, 4, max_tokens)
     rows.reserve(3, 40)
     rows.load(2, [2, 4], 17)
-    rows.move([1], [2], 17)
+    rows.move([2], [1], 17)
     rows.reserve(2, 400)
     rows.store(1, [6], 0)
     assert torch.equal(before[:, :, 6], before[:, :, 2])
 
 
 def test_blocks_are_known_by_all_that_precedes_them():
-    blocks = Blocks(10)
+    blocks = BlockManager(10)
     one, two = tokens(32, seed=1), tokens(32, seed=2)
-    a, b = blocks.take(2), blocks.take(2)
-    blocks.learn(one, a)
-    blocks.learn(two[:16] + one[16:], b)
-    assert blocks.match(one) == a and blocks.match(two[:16] + one[16:]) == b
+    a, b = blocks.allocate(2), blocks.allocate(2)
+    blocks.cache_prefix(one, a)
+    blocks.cache_prefix(two[:16] + one[16:], b)
+    assert blocks.lookup(one) == a and blocks.lookup(two[:16] + one[16:]) == b
     assert (
-        blocks.match(one[:16] + two[16:]) == a[:1] and blocks.match(one[16:]) == [] and blocks.match(one[:31]) == a[:1]
+        blocks.lookup(one[:16] + two[16:]) == a[:1]
+        and blocks.lookup(one[16:]) == []
+        and blocks.lookup(one[:31]) == a[:1]
     )
     blocks.release(a)
-    assert blocks.match(one) == a  # free, but still there
-    blocks.take(5)  # 9 blocks less b: takes those that never held anything
-    assert blocks.match(one) == a
-    blocks.take(1)  # the end of a goes first
-    assert blocks.match(one) == a[:1]
-    blocks.take(1)
-    assert blocks.match(one) == [] and not blocks.free
+    assert blocks.lookup(one) == a  # free, but still there
+    blocks.allocate(5)  # 9 blocks less b: takes those that never held anything
+    assert blocks.lookup(one) == a
+    blocks.allocate(1)  # the end of a goes first
+    assert blocks.lookup(one) == a[:1]
+    blocks.allocate(1)
+    assert blocks.lookup(one) == [] and not blocks.free
     with pytest.raises(AssertionError):
-        blocks.take(1)
+        blocks.allocate(1)
+
+
+def test_the_scheduler_alone():
+    """Without a model: what fits runs, nothing is computed twice or lost, the youngest gives way."""
+    rng = random.Random(1)
+    scheduler = Scheduler(n_blocks=21, max_slots=6, max_padded_tokens=300)
+    expected, responses = set(), {}
+    for key in range(60):
+        seeds = list(range(rng.choice((1, 1, 3, 8))))
+        prompt = tokens(20, seed=99)[: rng.choice((0, 20))] + tokens(rng.randint(1, 30), seed=key)
+        scheduler.add(prompt, key, seeds, SamplingParams(rng.randint(1, 40)))
+        expected |= {(key, i) for i in seeds}
+    while scheduler.waiting or scheduler.prefilling or scheduler.running:
+        chunks = scheduler.schedule_prefill()
+        assert sum(chunk.end - chunk.start for chunk in chunks) <= PREFILL_TOKENS
+        scheduler.fork([chunk.sequence for chunk in chunks if chunk.sequence is not scheduler.prefilling])
+        while scheduler.schedule_decode() is None:
+            slot = scheduler.youngest()
+            sample = scheduler.running[slot]
+            assert sample.admission == max(s.admission for s in scheduler.running)
+            sample.response = tokens(sample.n_sampled, seed=sample.seeds[0])
+            scheduler.remove({slot: sample.response})
+            scheduler.requeue(sample)
+        check_ref_counts(scheduler)
+        running = scheduler.running
+        assert len(running) <= 6 and len(running) * max((s.length + 1 for s in running), default=0) <= 300
+        ended = {slot: tokens(s.n_sampled, s.seeds[0]) for slot, s in enumerate(running) if not s.tokens_left}
+        for slot, response in ended.items():
+            responses[running[slot].key, running[slot].index] = response
+        stay = [s for slot, s in enumerate(running) if slot not in ended]
+        moves = scheduler.remove(ended)
+        assert len(scheduler.running) == len(stay) and set(map(id, scheduler.running)) == set(map(id, stay))
+        assert all(source >= len(stay) > target for source, target in moves)
+        for s in scheduler.running:
+            s.n_sampled += 1
+    assert responses.keys() == expected
+    assert scheduler.preemptions > 5 and scheduler.reused_tokens > 500 and len(scheduler.blocks.free) == 20
+    with pytest.raises(ValueError, match="need 21 blocks of 16 tokens; the whole cache has 20"):
+        scheduler.add(tokens(300), "long", [0], SamplingParams(21))

@@ -104,7 +104,7 @@ def test_a_sample_depends_on_its_seed_alone(model):
 def test_samples_of_a_prompt_prefill_it_once(model):
     engine = engine_of(model, max_batch=8)
     results = engine.generate(RAGGED, n=4, seeds=[1, 2, 3, 4], max_new_tokens=5)
-    assert engine.computed_tokens == sum(map(len, RAGGED))
+    assert engine.scheduler.computed_tokens == sum(map(len, RAGGED))
     for prompt, samples in zip(RAGGED, results):
         for seed, s in zip((1, 2, 3, 4), samples):
             assert engine_of(model).generate([prompt], seeds=[seed], max_new_tokens=5)[0][0].ids == s.ids
@@ -214,7 +214,7 @@ def test_the_stop_token_is_never_shown(model):
     stop, shown = free.ids[6], []
     response = free.ids[: free.ids.index(stop)]
     engine = engine_of(model, stop_ids=[stop])
-    engine.poll_steps = 8
+    engine.runner.steps_per_poll = 8
     engine.submit([5, 6], temperature=0, max_new_tokens=20)
     while not engine.collect():
         engine.step()
@@ -279,7 +279,7 @@ def test_logits_that_are_no_numbers_end_their_own_sample(temperature, top_p):
     assert {k: (s.ids, s.error) for k, s in found.items()} == {k: (s.ids, None) for k, s in expected.items()}
     for key in found:
         assert found[key].logprobs == pytest.approx(expected[key].logprobs, abs=1e-5)
-    assert all(block not in engine.blocks.key_of for block in engine.blocks.match(bad))
+    assert engine.scheduler.blocks.lookup(bad) == []
     engine.submit(bad, "again", **settings)
     with pytest.raises(FloatingPointError, match="request 'again': the logits of token 1"):  # as trainers have it
         drain(engine)
@@ -311,10 +311,12 @@ def test_reset_after_a_step_that_failed(model, monkeypatch):
     prompt, settings = [4] * 40, dict(seeds=[3], max_new_tokens=10)
     engine.submit(prompt, **settings)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr("engine.kv_cache.Prefill.attend", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        patch.setattr(
+            "engine.runner.PrefillContext.attend", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        )
         engine.step()
     engine.reset()
-    assert not engine.busy and len(engine.blocks.free) == engine.cache.shape[2] - 1
+    assert not engine.busy and len(engine.scheduler.blocks.free) == engine.n_blocks - 1
     assert engine.generate([prompt], **settings)[0][0].ids == plain.generate([prompt], **settings)[0][0].ids
 
 

@@ -254,7 +254,7 @@ def neighbour(running):
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answer = pool.submit(running.ask, max_tokens=100, seed=8)
-            until(lambda: running.engine.running)
+            until(lambda: running.engine.scheduler.running)
             yield
             assert answer.result().choices[0].message.content == expected
     finally:

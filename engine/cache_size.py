@@ -1,0 +1,39 @@
+"""Default size of the KV cache."""
+
+import gc
+import os
+
+import torch
+
+from model import Transformer
+
+# Fraction of the free memory that a cache of default size may take. On a CPU `DenseCache` may take as much again.
+MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.25}
+
+
+def likely_tokens(max_len: int, max_batch: int) -> int:
+    """Tokens that `max_batch` sequences hold if they are a quarter of the longest on average; at least one of these."""
+    return max(max_len, max_len * max_batch // 4)
+
+
+def default_kv_tokens(model: Transformer, max_len: int, max_batch: int) -> int:
+    """Default size of the cache in tokens, capped at a fraction of the free memory.
+
+    On a GPU it is `likely_tokens`. On a CPU, where memory counts only once it is written, it is the most that there
+    can be.
+    """
+    weight = next(model.parameters())
+    config = model.config
+    if weight.device.type == "cuda":
+        wanted = likely_tokens(max_len, max_batch)
+        gc.collect()  # FSDP's parameters refer to one another, so a dropped model waits for the collector
+        torch.cuda.empty_cache()  # the allocator's unused memory would count as taken
+        free, _ = torch.cuda.mem_get_info(weight.device)
+    else:
+        wanted = max_len * max_batch
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    bytes_per_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    )
+    affordable = int(MEMORY_FRACTION[weight.device.type] * free / bytes_per_token)
+    return max(max_len, min(wanted, affordable))

@@ -1,0 +1,84 @@
+"""The runner for GPUs: paged attention, a decode step with its sampler as a CUDA graph."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from engine.block_manager import BLOCK_SIZE
+from engine.runner import Runner
+from kernels.paged_attention import paged_attention
+from kernels.rope_kv import rope_kv
+from model import Transformer
+
+
+class PagedDecodeContext:
+    """Attention context of one new token per sequence, through the block table."""
+
+    def __init__(self, cache: Tensor, block_table: Tensor, lengths: Tensor):
+        """block_table: int32 [R, blocks]; lengths: int64 [R], tokens before the new one."""
+        self.cache = cache
+        self.block_table = block_table
+        self.position_ids = lengths
+        block = block_table.gather(1, (lengths // BLOCK_SIZE)[:, None])[:, 0].long()
+        self.cache_slots = block * BLOCK_SIZE + lengths % BLOCK_SIZE
+        self.lengths = (lengths + 1).int()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        keys, values = self.cache[layer]  # [blocks, BLOCK_SIZE, Hkv, D] each
+        q = rope_kv(q, k, v, cos, sin, keys, values, self.cache_slots)
+        return paged_attention(q, keys, values, self.block_table, self.lengths)
+
+
+class GPURunner(Runner):
+    """Replays CUDA graphs of decode steps. The host reads nothing from the device between two polls.
+
+    A graph has a fixed batch size, so there is one for each of a few sizes; slots that are not in use pad the batch.
+    Slots that have ended since the last poll are computed along with the others.
+    """
+
+    steps_per_poll = 8
+
+    def __init__(self, model: Transformer, stop_ids: Iterable[int], max_len: int, max_batch: int, n_blocks: int):
+        super().__init__(model, stop_ids, max_len, max_batch, n_blocks)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+        # shared by the graphs, which never run at the same time: logits, and the memory of activations
+        self.logits = torch.empty(max_batch, model.config.vocab_size, device=self.device)
+        self.memory_pool = None
+
+    def decode(self, n: int) -> Tensor:
+        size = self.graph_size(n)
+        if size not in self.graphs:
+            self.capture(size)
+        self.graphs[size].replay()
+        return self.logits[:n]
+
+    def graph_size(self, n: int) -> int:
+        """The smallest size of 1, 2, 4, 8 and multiples of 16 that holds n slots."""
+        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 16) * 16
+        return min(size, len(self.logits))
+
+    def capture(self, size: int) -> None:
+        before = {name: tensor.clone() for name, tensor in self.slots.tensors().items()}
+        # A first step outside the capture compiles the kernels. What it writes to the cache the replay writes again.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.decode_step(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        if self.memory_pool is None:
+            self.memory_pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory_pool):
+            self.decode_step(size)
+        for name, tensor in self.slots.tensors().items():
+            tensor.copy_(before[name])
+        self.graphs[size] = graph
+
+    def decode_step(self, n: int) -> None:
+        """A step of the first n slots. Nothing here may depend on a value on the device."""
+        lengths = self.slots.length[:n]
+        context = PagedDecodeContext(self.cache, self.slots.block_table[:n], lengths)
+        logits = self.model(self.slots.token[:n], context.position_ids, context)
+        lengths += ~self.slots.done[:n]
+        self.sample(slice(0, n), self.logits[:n].copy_(logits))
