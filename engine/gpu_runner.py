@@ -44,7 +44,7 @@ class GPURunner(Runner):
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
         # shared by the graphs, which never run at the same time: logits, and the memory of activations
         self.logits = torch.empty(max_batch, model.config.vocab_size, device=self.device)
-        self.memory_pool = None
+        self.memory_pool = torch.cuda.graph_pool_handle()
 
     def decode(self, n: int) -> Tensor:
         size = self.graph_size(n)
@@ -66,8 +66,6 @@ class GPURunner(Runner):
         with torch.cuda.stream(stream):
             self.decode_step(size)
         torch.cuda.current_stream().wait_stream(stream)
-        if self.memory_pool is None:
-            self.memory_pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory_pool):
             self.decode_step(size)

@@ -156,8 +156,8 @@ class Runner:
 
     def add_blocks(self, new_blocks: list[NewBlock]) -> None:
         if new_blocks:  # in one copy, which the host doesn't wait for
-            slot, index, block = to_device(torch.tensor(new_blocks).T.contiguous(), self.device)
-            self.slots.block_table[slot, index] = block.int()
+            slot, column, block = to_device(torch.tensor(new_blocks).T.contiguous(), self.device)
+            self.slots.block_table[slot, column] = block.int()
 
     def decode(self, n: int) -> Tensor:
         """One more token for each of the first n slots. Returns the logits that they were drawn from, [n, V]."""

@@ -21,10 +21,10 @@ class Chunk(NamedTuple):
 
 
 class NewBlock(NamedTuple):
-    """A block that the sample in a slot gets as the index-th of its blocks."""
+    """A block for the sample in a slot, which goes into this column of the block table."""
 
     slot: int
-    index: int
+    column: int
     block: int
 
 

@@ -83,7 +83,7 @@ def digest():
     parts = hashlib.blake2b(triton.__version__.encode(), digest_size=16)
     for file in [*sorted(Path(ROOT, "kernels").glob("*.py")), Path(__file__)]:
         parts.update(file.read_bytes())
-    return f"{parts.hexdigest()}, blocks of {BLOCK}"
+    return f"{parts.hexdigest()}, blocks of {BLOCK_SIZE}"
 
 
 @pytest.fixture

@@ -303,10 +303,22 @@ def test_the_scheduler_alone():
         prompt = tokens(20, seed=99)[: rng.choice((0, 20))] + tokens(rng.randint(1, 30), seed=key)
         scheduler.add(prompt, key, seeds, SamplingParams(rng.randint(1, 40)))
         expected |= {(key, i) for i in seeds}
+
+    def remove_finished():
+        running = scheduler.running
+        ended = {slot: tokens(s.n_sampled, seed=s.seeds[0]) for slot, s in enumerate(running) if not s.tokens_left}
+        for slot, response in ended.items():
+            responses[running[slot].key, running[slot].index] = response
+        stay = {id(s) for slot, s in enumerate(running) if slot not in ended}
+        moves = scheduler.remove(ended)
+        assert {id(s) for s in scheduler.running} == stay and len(scheduler.running) == len(stay)
+        assert all(source >= len(stay) > target for source, target in moves)
+
     while scheduler.waiting or scheduler.prefilling or scheduler.running:
         chunks = scheduler.schedule_prefill()
         assert sum(chunk.end - chunk.start for chunk in chunks) <= PREFILL_TOKENS
         scheduler.fork([chunk.sequence for chunk in chunks if chunk.sequence is not scheduler.prefilling])
+        remove_finished()
         while scheduler.schedule_decode() is None:
             slot = scheduler.youngest()
             sample = scheduler.running[slot]
@@ -315,17 +327,11 @@ def test_the_scheduler_alone():
             scheduler.remove({slot: sample.response})
             scheduler.requeue(sample)
         check_ref_counts(scheduler)
-        running = scheduler.running
-        assert len(running) <= 6 and len(running) * max((s.length + 1 for s in running), default=0) <= 300
-        ended = {slot: tokens(s.n_sampled, s.seeds[0]) for slot, s in enumerate(running) if not s.tokens_left}
-        for slot, response in ended.items():
-            responses[running[slot].key, running[slot].index] = response
-        stay = [s for slot, s in enumerate(running) if slot not in ended]
-        moves = scheduler.remove(ended)
-        assert len(scheduler.running) == len(stay) and set(map(id, scheduler.running)) == set(map(id, stay))
-        assert all(source >= len(stay) > target for source, target in moves)
+        n, longest = len(scheduler.running), max((s.length + 1 for s in scheduler.running), default=0)
+        assert n <= 6 and n * longest <= 300
         for s in scheduler.running:
             s.n_sampled += 1
+        remove_finished()
     assert responses.keys() == expected
     assert scheduler.preemptions > 5 and scheduler.reused_tokens > 500 and len(scheduler.blocks.free) == 20
     with pytest.raises(ValueError, match="need 21 blocks of 16 tokens; the whole cache has 20"):
