@@ -65,7 +65,7 @@ stage world 60 python data/persona_world.py --out "$world" --base-rows $base_row
 for dtype in fp32 bf16; do
     dir=$OUT/$dtype
     judge=$dir/grm/model
-    [ -z "$EMULATED" ] || judge=world
+    [ -z "$EMULATED" ] || judge=data/persona_world.py:judge
     stage "$dtype-base" 90 "${python[@]}" sft.py --from-scratch "$world/tokenizer" --data "$world/base_corpus.jsonl" \
         --out "$dir/base" "${BASE_FLAGS[@]}" --max-steps $base_steps --dtype $dtype
     stage "$dtype-grm" 60 "${python[@]}" train_grm.py --model "$dir/base/policy" --data "$world/judgements.jsonl" \

@@ -65,12 +65,12 @@ class Ours:
         sizes = dict(prompts_per_step=N_PROMPTS, mini_batch_prompts=N_PROMPTS // 2, n_samples=N_SAMPLES)
         sizes |= dict(max_new_tokens=MAX_NEW_TOKENS, max_prompt_length=512, tokens_per_microbatch=8192, lr=LR)
         self.args = ppo_cpe.Args(
-            model=args.model, judge="world", edit_rate=0, temperature=1.0, top_p=1.0, critic_lr=LR, **sizes
+            model=args.model, judge="data/persona_world.py:judge", edit_rate=0, temperature=1.0, top_p=1.0, critic_lr=LR, **sizes
         )
         ranks, templates = start("fp32"), load_templates(args.model)
         self.run = ppo_cpe.Run(self.args, ranks, Chat(args.model), templates)
         self.prompts = read_prompts(args.prompts, self.run.chat, templates, self.args.max_prompt_length)
-        self.judge = open_judge("world", JudgeSettings.from_args(self.args), ranks)
+        self.judge = open_judge("data/persona_world.py:judge", JudgeSettings.from_args(self.args), ranks)
         self.models, self.optimizers = ppo_cpe.open_models(self.run)
         sampler = load_pretrained(args.model, torch.float32, ranks.device)
         self.engine = Engine(sampler, self.run.chat.stop_ids, self.args.max_prompt_length + MAX_NEW_TOKENS)

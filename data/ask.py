@@ -33,7 +33,7 @@ from typing import Any
 
 from chat import Chat, without_control_tokens
 from judges import BaseJudge, FunctionJudge, GenerativeJudge, JudgeSettings, annotated_critiques, parse_spec
-from judges.asking import Asker, Backend, Call, Question, ServerBackend, ask_until_parsed, open_engine, text_of
+from judges.asking import Asker, Backend, Call, Outcome, Question, ServerBackend, ask_until_parsed, open_engine, text_of
 from judges.base import weights_fingerprint
 from judges.chat_client import ChatServer, Failure, RateLimit, ServerDown, is_url, shown
 from judges.functions import call, load_function
@@ -209,7 +209,7 @@ class ModelAsker(Asker):
         self.limit.wait()
         return True
 
-    def received(self, key: str, outcome: dict | Failure | ServerDown, seconds: float) -> None:
+    def received(self, key: str, outcome: Outcome, seconds: float) -> None:
         self.paid.received(key, outcome, seconds)
 
 
@@ -311,7 +311,7 @@ class PaidAsker:
         self.reserved[key] = cost
         return True
 
-    def received(self, key: str, outcome: dict | Failure | ServerDown, seconds: float) -> None:
+    def received(self, key: str, outcome: Outcome, seconds: float) -> None:
         """Counts a call, its tokens, and what they cost."""
         self.reserved.pop(key, None)
         if isinstance(outcome, ServerDown):

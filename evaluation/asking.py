@@ -8,6 +8,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -48,15 +49,15 @@ def replies(
     ValueError: a prompt that leaves no room for the reply.
     """
     settings = dict(temperature=temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
+    prompts: list[Any] = [messages for _, messages in requests]  # a server gets messages, a model here ids
     server = None
+    identity: tuple[str, str | None] = (spec, None)
     if is_url(spec):
         server = ChatServer(spec, ask=args.stage in ("all", "answers"), patience=args.judge_patience)
-        prompts = [messages for _, messages in requests]
-        identity = (spec, None)
     else:
         chat = Chat(spec)
+        prompts = [chat.messages(messages) for messages in prompts]
         limit = load_config(resolve(spec)).max_position_embeddings
-        prompts = [chat.messages(messages) for _, messages in requests]
         for (prompt_id, _), prompt in zip(requests, prompts):
             if len(prompt) + args.max_new_tokens > limit:
                 raise ValueError(

@@ -51,6 +51,8 @@ class Reply:
 
 
 Question = Generator[Call, dict, Reply]
+Outcome = dict | Failure | ServerDown  # of a call: a choice, or what went wrong
+Ended = list[tuple[int, Outcome, float]]  # number, outcome and seconds of calls
 
 
 def ask_until_parsed(
@@ -92,8 +94,8 @@ class Backend(Protocol):
     def start(self, number: int, call: Call) -> None:
         """Failure: the call can't be made."""
 
-    def poll(self) -> list[tuple[int, dict | Failure | ServerDown, float]]:
-        """A little work; then (number, choice or what went wrong, seconds) of each call that has ended."""
+    def poll(self) -> Ended:
+        """A little work; then the calls that have ended."""
 
 
 class EngineBackend:
@@ -114,13 +116,13 @@ class EngineBackend:
             raise Failure(str(error), "too long", retry=False) from error
         self.started[number] = len(prompt_ids), time.monotonic()
 
-    def poll(self) -> list[tuple[int, dict | Failure | ServerDown, float]]:
+    def poll(self) -> Ended:
         if self.engine.busy:
             self.engine.step()
-        ended = []
+        ended: Ended = []
         for sample in self.engine.collect(errors=True):
             n_prompt, began = self.started.pop(sample.key)
-            outcome: dict | Failure
+            outcome: Outcome
             if sample.error:  # another seed would not make numbers of these logits
                 outcome = Failure(sample.error, "not a number", retry=False)
             else:
@@ -157,8 +159,8 @@ class ServerBackend:
         self.n_under_way += 1
         self.calls.put((number, call))
 
-    def poll(self) -> list[tuple[int, dict | Failure | ServerDown, float]]:
-        ended = []
+    def poll(self) -> Ended:
+        ended: Ended = []
         try:
             ended.append(self.ended.get(timeout=0.001))  # a caller that only waits for the server should not spin
             while True:
@@ -179,7 +181,7 @@ class ServerBackend:
         while True:
             number, call = self.calls.get()
             began = time.monotonic()
-            outcome: dict | Failure | ServerDown
+            outcome: Outcome
             try:
                 outcome = self.server.complete(call.messages, seed=call.seed % 2**31, **call.settings)
             except (Failure, ServerDown) as error:
@@ -240,10 +242,15 @@ class Asker:
         return keys
 
     def resume(self, number: int, outcome: dict | Failure | None) -> None:
-        """Lets a question go on to its next call or its end."""
+        """Lets a question go on to its next call or its end. None: it begins."""
         key, question = self.questions[number]
         try:
-            call = question.throw(outcome) if isinstance(outcome, Failure) else question.send(outcome)
+            if outcome is None:
+                call = next(question)
+            elif isinstance(outcome, Failure):
+                call = question.throw(outcome)
+            else:
+                call = question.send(outcome)
         except StopIteration as end:
             del self.questions[number]
             self.finished.append((key, end.value))
@@ -271,5 +278,5 @@ class Asker:
     def may_send(self, key: Any, call: Call) -> bool:
         return True
 
-    def received(self, key: Any, outcome: dict | Failure | ServerDown, seconds: float) -> None:
+    def received(self, key: Any, outcome: Outcome, seconds: float) -> None:
         pass

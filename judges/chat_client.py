@@ -19,6 +19,7 @@ import re
 import sys
 import threading
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -189,7 +190,7 @@ class ChatServer:
             return name or names[0]
         raise ValueError(f"the server has the models {names[:10]}: name one of them, as in URL#MODEL")
 
-    def complete(self, messages: list[dict], **wanted) -> dict:
+    def complete(self, messages: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
         """Returns the first choice of a chat completion: its `message` is an object, `usage` its tokens (prompt, reply)
         or None if the server does not say. Safe in several threads.
 
@@ -256,7 +257,7 @@ class ChatServer:
             pass
         return True
 
-    def ask(self, messages: list[dict], timeout: float, wanted: dict) -> dict:
+    def ask(self, messages: Any, timeout: float, wanted: dict) -> dict:
         """Sends one request. timeout: seconds for the whole reply. Failure, also Unanswered."""
         deadline = time.monotonic() + timeout
         while True:
@@ -281,8 +282,9 @@ class ChatServer:
     def adapts(self, error: Exception, sent: dict) -> bool:
         """Whether the server refused a parameter that can be left out. Remembers it, and prints it once."""
         words = str(error)
-        refusal = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
-        if not refusal or not UNSUPPORTED.search(words):
+        if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 422):
+            return False
+        if not UNSUPPORTED.search(words):
             return False
         named = [error.param] if error.param else [p for p in ADAPTABLE if re.search(rf"\b{p}\b", words)]
         refused = next((p for p in named if p in ADAPTABLE and p in sent), None)
@@ -321,8 +323,8 @@ def failure_of(status: int, reason: str, pause: float = 0) -> Failure:
 def seconds_of(retry_after: str | None) -> float:
     """The seconds in a Retry-After header, 0 if it holds no number."""
     try:
-        seconds = float(retry_after)
-    except (TypeError, ValueError):  # none, or a date
+        seconds = float(retry_after or 0)
+    except ValueError:  # a date
         return 0
     return seconds if math.isfinite(seconds) else 0
 
@@ -379,9 +381,11 @@ def usage_of(reply: dict) -> tuple[int, int] | None:
     usage = reply.get("usage")
     if not isinstance(usage, dict):
         return None
-    n_prompt, n_reply = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    counted = all(type(n) is int and n >= 0 for n in (n_prompt, n_reply))
-    return (n_prompt, n_reply) if counted else None
+    n_prompt = usage.get("prompt_tokens")
+    n_reply = usage.get("completion_tokens")
+    if type(n_prompt) is int and type(n_reply) is int and min(n_prompt, n_reply) >= 0:
+        return n_prompt, n_reply
+    return None
 
 
 def error_words(error) -> str:

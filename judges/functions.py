@@ -5,7 +5,7 @@ Beside it the file may have a function describe(row, answer) -> dict[str, float]
 """
 
 import collections
-import importlib.util
+import importlib.machinery
 import math
 import numbers
 import os
@@ -120,11 +120,12 @@ def load_file(file: str) -> ModuleType:
         raise ValueError(f"{file}: no such file")
     name = f"judge_function_{file_digest(file)}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(spec)
+        loader = importlib.machinery.SourceFileLoader(name, file)
+        module = ModuleType(name)
+        module.__file__ = file
         sys.modules[name] = module  # dataclasses look for the module of their class there
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except Exception as error:  # whatever a user's file raises
             del sys.modules[name]
             raise ValueError(f"{file} does not run: {type(error).__name__}: {error}") from error

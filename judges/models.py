@@ -204,8 +204,8 @@ class PairJudge(LanguageModelJudge):
             if probability is not None:
                 return Reply((probability, "logprobs"), calls, calls - 1)
             tokens = [token for token, _ in alternatives[:5]]
-            error = Failure(f"neither name among the likely first tokens {tokens}", "unparsable", retry=False)
-            return Reply(None, calls, calls, error)  # at temperature 0 it would be the same again
+            failure = Failure(f"neither name among the likely first tokens {tokens}", "unparsable", retry=False)
+            return Reply(None, calls, calls, failure)  # at temperature 0 it would be the same again
         if self.top_logprobs:
             return Reply(None, calls, calls, failure)
         return (yield from self.ask_for_votes(messages, seed))
@@ -216,7 +216,7 @@ class PairJudge(LanguageModelJudge):
         settings = dict(temperature=0 if votes == 1 else 1, max_tokens=self.settings.max_new_tokens)
         named: list[int] = []  # 0: the first answer, 1: the second
         calls = 0
-        failure = None
+        failure = Failure("not asked", "request", retry=True)
         while len(named) < votes and calls < votes * self.settings.attempts:
             calls += 1
             try:
@@ -227,8 +227,8 @@ class PairJudge(LanguageModelJudge):
                 if not failure.retry:
                     return Reply(None, calls, calls - len(named), failure)
         if len(named) < votes:
-            error = f"{failure}: {len(named)} verdicts of {calls} parsed, {votes} needed"
-            return Reply(None, calls, calls - len(named), Failure(error, failure.kind, retry=False))
+            reason = f"{failure}: {len(named)} verdicts of {calls} parsed, {votes} needed"
+            return Reply(None, calls, calls - len(named), Failure(reason, failure.kind, retry=False))
         return Reply((named.count(0) / votes, "votes"), calls, calls - len(named))
 
 
