@@ -52,7 +52,7 @@ class Reply:
 
 Question = Generator[Call, dict, Reply]
 Outcome = dict | Failure | ServerDown  # of a call: a choice, or what went wrong
-Ended = list[tuple[int, Outcome, float]]  # number, outcome and seconds of calls
+Ended = list[tuple[Any, Outcome, float]]  # number, outcome and seconds of calls
 
 
 def ask_until_parsed(
@@ -104,7 +104,7 @@ class EngineBackend:
     def __init__(self, engine: Engine, chat: Chat):
         self.engine = engine
         self.chat = chat
-        self.started: dict[int, tuple[int, float]] = {}  # {number: (tokens of the prompt, when)}
+        self.started: dict[Any, tuple[int, float]] = {}  # {number: (tokens of the prompt, when)}
 
     def start(self, number: int, call: Call) -> None:
         settings = dict(call.settings)
