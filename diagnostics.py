@@ -10,7 +10,7 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def agreement(labels: Sequence[Judgement], found: Sequence[Judgement | None]) ->
     (fractions). The last two are over the parsed ones, None where they do not exist (nothing parsed, no variance).
     """
     pairs = [(label, own) for label, own in zip(labels, found, strict=True) if own is not None]
-    result = {"judged": len(labels), "parsed": len(pairs) / len(labels)}
+    result: dict[str, float | None] = {"judged": len(labels), "parsed": len(pairs) / len(labels)}
     scores = np.array([[j.score() for j in pair] for pair in pairs]).reshape(-1, 2)  # [N, 2]
     defined = len(pairs) > 1 and bool((scores.std(0) > 0).all())
     result["score_correlation"] = float(np.corrcoef(scores.T)[0, 1]) if defined else None
@@ -423,7 +423,7 @@ def check_batch(batch: list[Trajectory], dropped: list[Dropped], step: int, rank
 
 
 def rollout_rows(
-    judged: list[Trajectory], selected: set[tuple[str, int]] = frozenset(), audits: dict[tuple, dict] | None = None
+    judged: list[Trajectory], selected: Collection[tuple[str, int]] = (), audits: dict[tuple, dict] | None = None
 ) -> list[dict]:
     """One JSON row per original, with its edit inside."""
     edit_of = {t.key[:2]: t for t in judged if t.parent}

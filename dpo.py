@@ -160,8 +160,8 @@ def reference_logprobs(
                 done()
         scored = sorted(all_gather(ranks, scored))
         if ranks.rank == 0:
-            _, chosen, rejected = zip(*scored)
-            content = dict(pairs=digest, chosen=chosen, rejected=rejected)
+            _, chosen_logprobs, rejected_logprobs = zip(*scored)
+            content = dict(pairs=digest, chosen=chosen_logprobs, rejected=rejected_logprobs)
             write_text(file, json.dumps(content))
         barrier(ranks)
     with open(file) as f:
@@ -178,12 +178,12 @@ def forward_backward(
     reference: tuple[torch.Tensor, torch.Tensor],
     mine: list[int],
     ranks: Ranks,
-) -> tuple[dict[str, float], int, int]:
+) -> tuple[dict[str, float], int, float]:
     """Passes over this rank's pairs (`mine` indexes all pairs) -> means over the batch, tokens, this rank's FLOPs."""
     reference_chosen, reference_rejected = reference
     names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
     totals = torch.zeros(len(names))
-    flops = 0
+    flops = 0.0
     for indices in pair_micro_batches(args, [pairs[i] for i in mine], ranks):
         weight = float(len(indices) > 0)
         chosen_pairs = [mine[k] for k in indices]
@@ -207,8 +207,8 @@ def forward_backward(
     for i in mine:
         prompt, y_w, y_l = pairs[i]
         n_tokens += 2 * len(prompt) + len(y_w) + len(y_l)
-    *sums, n_tokens = all_sum(ranks, *totals.tolist(), n_tokens)
-    return {name: total / args.batch_size for name, total in zip(names, sums)}, int(n_tokens), flops
+    *sums, token_count = all_sum(ranks, *totals.tolist(), n_tokens)
+    return {name: total / args.batch_size for name, total in zip(names, sums)}, int(token_count), flops
 
 
 def main(args: Args) -> None:

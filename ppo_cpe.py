@@ -28,13 +28,14 @@ Departures from the paper and its code (docs/method.md 2 has the whole table):
 import os
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
-EDIT_LOSSES = ("paper", "unclipped", "tis", "luffy", "topr", "none")  # see `edit_loss`
-EDIT_STRATEGIES = ("random", "reward_rank", "conditional", "batch_rank")  # see `select_edits`
+EditLoss = Literal["paper", "unclipped", "tis", "luffy", "topr", "none"]  # see `edit_loss`
+EditStrategy = Literal["random", "reward_rank", "conditional", "batch_rank"]  # see `select_edits`
+EDIT_LOSSES = get_args(EditLoss)
 
 
 @dataclass(kw_only=True)
@@ -72,11 +73,11 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     # -- edits (docs/method.md 1.6e, 1.7, 1.8 and 2)
     edit_rate: flags.Fraction = 0.5
     """Fraction r_e of the edits that joins the batch; 0 is plain PPO."""
-    edit_strategy: Literal[*EDIT_STRATEGIES] = "random"
+    edit_strategy: EditStrategy = "random"
     """Random over the batch | best-scored per prompt | most improved per prompt | best of the batch."""
     edit_below: flags.Finite | None = None
     """Edit only answers with a lower reward, which saves the tokens of edits that change little; none: all."""
-    edit_loss: Literal[*EDIT_LOSSES] = "unclipped"
+    edit_loss: EditLoss = "unclipped"
     """The loss on edits, see `edit_loss`."""
     ratio_cap: flags.Positive | None = None
     """Upper bound of the ratio for unclipped and tis; none: 10 and 2."""
@@ -212,11 +213,11 @@ def edit_loss(
     none       -A log p                                     1
 
     logprobs is log p, edit_logprobs is log q; both and advantages are [S]. Returns loss [S], r [S] and weight [S], the
-    last two detached. ValueError: unknown kind. To try another loss, add a branch here and its name to EDIT_LOSSES.
+    last two detached. ValueError: unknown kind. To try another loss, add a branch here and its name to EditLoss.
     """
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()
-    cap = RATIO_CAPS.get(kind) if cap is None else cap
+    cap = cap or RATIO_CAPS.get(kind, math.inf)
     if kind == "paper":
         low = math.log(1 - eps_low)
         high = math.log(1 + eps_high)
@@ -261,8 +262,8 @@ def select_edits(
     (prompt_id, sample_id). A fraction `rate` of a prompt's edits may not be a whole number; it is then rounded up or
     down at random, so that the mean is right. ValueError: unknown strategy.
     """
-    if strategy not in EDIT_STRATEGIES:
-        raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(EDIT_STRATEGIES)}")
+    if strategy not in get_args(EditStrategy):
+        raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(get_args(EditStrategy))}")
     edits = sorted(edits)
     rng = random.Random(seed)
     if strategy in ("random", "batch_rank"):
@@ -341,7 +342,9 @@ def rollout(
     step: part of every seed. run: shows the progress. ValueError: an answer that would be edited got no critique.
     """
     editing = args.edit_rate > 0
-    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+    submit = functools.partial(
+        engine.submit, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
+    )
     judged: list[Trajectory] = []
     dropped: list[Dropped] = []
     in_engine: dict[tuple, Origin] = {}  # by the key of a request and the number of the sample
@@ -352,7 +355,7 @@ def rollout(
         for i in range(args.n_samples):
             in_engine[prompt.index, i] = Origin(prompt=prompt, sample_id=i, context_ids=prompt.ids)
             seeds.append(derive_seed(args.seed, step, prompt.row["prompt_id"], i, "original"))
-        engine.submit(prompt.ids, key=prompt.index, n=args.n_samples, seeds=seeds, **sampling)
+        submit(prompt.ids, key=prompt.index, n=args.n_samples, seeds=seeds)
 
     while engine.busy or judge.busy:
         engine.step()
@@ -375,14 +378,14 @@ def rollout(
             t = Trajectory(**vars(response), reward=reward, judgement=verdict.judgement)
             judged.append(t)
             if editing and t.parent is None:
-                if not t.critique:
+                if not t.critique.strip():
                     raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.key[0]}")
                 if args.edit_below is None or t.reward < args.edit_below:
-                    context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, verdict.judgement.critique)
+                    context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
                     edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
                     in_engine[edit.key, 0] = edit
                     seed = derive_seed(args.seed, step, *edit.key[:2], "edit")
-                    engine.submit(context_ids, key=edit.key, seeds=[seed], **sampling)
+                    submit(context_ids, key=edit.key, seeds=[seed])
             if run:
                 run.show(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
     judged.sort(key=lambda t: (t.prompt.index, t.key))  # not in the order in which a server happened to answer
@@ -390,13 +393,13 @@ def rollout(
 
 
 def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
-    stopped = sample.finish_reason == "stop"
+    stop_ids = [] if sample.stop_id is None else [sample.stop_id]
     return Response(
         **vars(origin),
-        response_ids=sample.ids + ([sample.stop_id] if stopped else []),
+        response_ids=sample.ids + stop_ids,
         engine_logprobs=sample.logprobs,
         answer=chat.decode(sample.ids),
-        truncated=not stopped,
+        truncated=sample.finish_reason == "length",
     )
 
 
@@ -412,7 +415,7 @@ def select(judged: list[Trajectory], args: Args, step: int, ranks: Ranks) -> tup
 
 def old_policy_logprobs(
     batch: list[Trajectory], policy: Transformer, args: Args, ranks: Ranks
-) -> tuple[list[Tensor | None], int]:
+) -> tuple[list[Tensor | None], float]:
     """Behaviour log-probs by the trainer's own forward pass: pi_old(y_o | x), and for edits pi_e(y_e | edit prompt).
 
     Returns fp32 [L_i] per trajectory and the FLOPs. An original of the first mini-batch has None: it is trained with
@@ -453,7 +456,7 @@ def old_policy_logprobs(
     return logprobs, flops
 
 
-def critic_values(batch: list[Trajectory], critic: Transformer, args: Args, ranks: Ranks) -> tuple[list[Tensor], int]:
+def critic_values(batch: list[Trajectory], critic: Transformer, args: Args, ranks: Ranks) -> tuple[list[Tensor], float]:
     """The critic's value before each response token: fp32 [L_i] per trajectory, and the FLOPs."""
     prefixes = [t.prompt.ids for t in batch]
     suffixes = [t.response_ids for t in batch]
@@ -521,7 +524,7 @@ def critic_pass(
 
 def update(
     models: dict[str, Transformer],
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: dict[str, torch.optim.AdamW],
     batch: list[Trajectory],
     old_logprobs: list[Tensor | None],
     values: list[Tensor],
@@ -570,8 +573,8 @@ def update(
                     sums["policy_loss"] += tokens.loss.double().sum().item()
                     sums["original/approx_kl"] += tokens.approx_kl().double().sum().item()
                 else:
-                    old = [values[i] for i in indices]
-                    loss, losses = critic_pass(model, packed, old, [returns[i] for i in indices], args)
+                    old_values = [values[i] for i in indices]
+                    loss, losses = critic_pass(model, packed, old_values, [returns[i] for i in indices], args)
                     record.critic.append(losses)
                     sums["value_loss"] += losses[0].double().sum().item()
                 # FSDP averages gradients over the ranks; times world_size makes that the sum
@@ -604,7 +607,7 @@ def print_plan(args: Args, max_len: int) -> None:
     """--plan. The trained models are named here, so that a fork without a critic plans without one."""
     settings = JudgeSettings.from_args(args)
     machine = plan.machine_of(args)
-    resident = {}
+    resident: dict[str, int] = {}
     for name, spec in (("judge", args.judge), ("audit judge", args.audit_judge)):
         parts = planned_memory(spec, settings, machine) if spec else {}
         resident |= {f"{name}: {part}": size for part, size in parts.items()}
@@ -613,7 +616,7 @@ def print_plan(args: Args, max_len: int) -> None:
     plan.rl(args, max_len, trained, resident, sampled, args.n_samples * (1 + args.edit_rate))
 
 
-def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[str, torch.optim.Optimizer]]:
+def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[str, torch.optim.AdamW]]:
     """Policy and critic, sharded, and their optimizers."""
     policy = training.open_model(args.model, args, args.seed, ranks)
     base = None if args.critic else policy  # the critic may share its frozen weights
@@ -692,9 +695,10 @@ def main(args: Args) -> None:
         # 3. Log-probs, values, advantages
         with run.phase("score"):
             training_policy = step >= args.critic_warmup_steps
-            old_logprobs, policy_flops = (
-                old_policy_logprobs(batch, policy, args, ranks) if training_policy else ([None] * len(batch), 0)
-            )
+            old_logprobs: list[Tensor | None] = [None] * len(batch)
+            policy_flops = 0.0
+            if training_policy:
+                old_logprobs, policy_flops = old_policy_logprobs(batch, policy, args, ranks)
             values, critic_flops = critic_values(batch, models["critic"], args, ranks)
             advantages, returns = compute_advantages(batch, values, args, ranks)
         if step + 1 == args.save_batch:

@@ -47,6 +47,7 @@ def load_script(path: str) -> ModuleType:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file, though the batch names it as its script; give --script")
     spec = importlib.util.spec_from_file_location("script_of_the_batch", path)
+    assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for the module of their class
     spec.loader.exec_module(module)
@@ -70,7 +71,7 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple:
 
 def gradient(
     script: ModuleType, policy: Transformer, batch: list[tuple], args, n_tokens: int, ranks: Ranks
-) -> tuple[Tensor, dict[str, float | None]]:
+) -> tuple[Tensor, dict[str, float]]:
     """Gradient of the script's `policy_pass` on a batch, as a mean over n_tokens: fp32 [parameters]; its metrics."""
     policy.zero_grad()
     prompts = [t.prompt.ids for t, _, _ in batch]
@@ -83,7 +84,8 @@ def gradient(
         record.policy.append(tokens)
     means = diagnostics.Means()
     diagnostics.describe_update(means, record, args.eps_low, args.eps_high)
-    return torch.cat([p.grad.flatten().cpu() for p in policy.parameters()]), means.over_ranks(ranks)
+    known = {name: value for name, value in means.over_ranks(ranks).items() if value is not None}
+    return torch.cat([p.grad.flatten().cpu() for p in policy.parameters() if p.grad is not None]), known
 
 
 def replay(folder: str, script_file: str | None = None) -> dict[str, Tensor]:
@@ -107,7 +109,7 @@ def replay(folder: str, script_file: str | None = None) -> dict[str, Tensor]:
     return gradients
 
 
-def print_table(gradients: dict[str, Tensor], metrics: dict[str, dict[str, float | None]]) -> None:
+def print_table(gradients: dict[str, Tensor], metrics: dict[str, dict[str, float]]) -> None:
     """gradients: {loss: fp32 [parameters]}. metrics: {loss on edits: figures of `diagnostics.describe_update`}."""
     norms = {name: g.norm().item() for name, g in gradients.items()}
     names = "".join(f"{name:>11}" for name in gradients)

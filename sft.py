@@ -147,17 +147,17 @@ def open_model(args: Args, chat: Chat, ranks: Ranks) -> Transformer:
 
 def forward_backward(
     args: Args, model: Transformer, examples: list[tuple[list[int], list[bool]]], ranks: Ranks
-) -> tuple[float, int, int, int]:
+) -> tuple[float, int, int, float]:
     """Passes over this rank's examples; the gradients are those of the mean loss over the tokens of all ranks.
 
     Returns that mean, its number of tokens, the number of all tokens (over all ranks), and this rank's FLOPs.
     """
     # the mean is over all ranks and micro-batches: the count must be known before any backward pass
-    n_loss_tokens, n_tokens = all_sum(
+    loss_count, token_count = all_sum(
         ranks, sum(sum(loss_mask) for _, loss_mask in examples), sum(len(ids) for ids, _ in examples)
     )
     loss_sum = 0.0
-    flops = 0
+    flops = 0.0
     for indices in packing.micro_batches([len(ids) for ids, _ in examples], args.tokens_per_microbatch, ranks):
         chosen = [examples[i] for i in indices] or [packing.DUMMY]
         ids, loss_masks = zip(*chosen)
@@ -165,10 +165,10 @@ def forward_backward(
         flops += roofline.update_flops(model, batch)
         loss = -training.forward(model, batch).sum() * (len(indices) > 0)
         # FSDP averages gradients over the ranks; times world_size makes that the sum
-        (loss * ranks.world_size / n_loss_tokens).backward()
+        (loss * ranks.world_size / loss_count).backward()
         loss_sum += loss.item()
-    (loss_sum,) = all_sum(ranks, loss_sum)
-    return loss_sum / n_loss_tokens, int(n_loss_tokens), int(n_tokens), flops
+    (total_loss,) = all_sum(ranks, loss_sum)
+    return total_loss / loss_count, int(loss_count), int(token_count), flops
 
 
 def main(args: Args) -> None:

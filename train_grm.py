@@ -113,13 +113,23 @@ from runtime.runs import Run
 from weights import resolve
 
 
-def with_defaults(args: Args) -> Args:
-    """Args with the objective's value where none was given."""
-    left_open = {k: v for k, v in DEFAULTS[args.objective].items() if getattr(args, k) is None}
-    return dataclasses.replace(args, **left_open)
+class Settings(Args):
+    """Args after `with_defaults`: these have values."""
+
+    data: str
+    out: str
+    epochs: float
+    lr: float
+    max_length: int
 
 
-def read_examples(args: Args, path: str, chat: Chat, templates: Templates) -> list[tuple[list, list]]:
+def with_defaults(args: Args) -> Settings:
+    """Fills in the objective's value where none was given."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return Settings(**DEFAULTS[args.objective] | given)
+
+
+def read_examples(args: Settings, path: str, chat: Chat, templates: Templates) -> list[tuple[list, list]]:
     """grm: (ids, loss_mask) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
     examples = []
     if args.objective == "grm":
@@ -155,7 +165,8 @@ def grm_sums(
     model: Transformer, examples: list, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
     """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, what was computed)."""
-    batch = packing.pack(*zip(*examples), device)
+    ids, loss_masks = zip(*examples)
+    batch = packing.pack(ids, loss_masks, device)
     return -training.forward(model, batch).sum(), {}, batch
 
 
@@ -192,8 +203,8 @@ def size(example: tuple[list, list]) -> int:
 
 
 def over_examples(
-    args: Args, model: Transformer, examples: list, ranks: Ranks, train: bool
-) -> tuple[dict[str, float], int, int, int]:
+    args: Settings, model: Transformer, examples: list, ranks: Ranks, train: bool
+) -> tuple[dict[str, float], int, int, float]:
     """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained, FLOPs).
 
     The loss is a mean over trained tokens (grm) or pairs (bt): `trained` is their number. With
@@ -207,9 +218,10 @@ def over_examples(
         n_trained = sum(sum(t) for _, t in examples)
     lengths = [size(example) for example in examples]
     # the mean is over all ranks and micro-batches: the count must be known before any backward pass
-    n_trained, n_tokens = all_sum(ranks, n_trained, sum(lengths))
+    trained_count, token_count = all_sum(ranks, n_trained, sum(lengths))
 
-    totals, flops = {}, 0
+    totals: dict[str, float] = {}
+    flops = 0.0
     for indices in packing.micro_batches(lengths, args.tokens_per_microbatch, ranks):
         chosen = [examples[i] for i in indices] or [dummy]
         with torch.set_grad_enabled(train):
@@ -217,21 +229,21 @@ def over_examples(
         flops += (roofline.update_flops if train else roofline.forward_flops)(model, batch)
         weight = float(len(indices) > 0)
         if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
-            (loss * weight * ranks.world_size / n_trained).backward()
+            (loss * weight * ranks.world_size / trained_count).backward()
         for name, value in dict(loss=loss.item(), **sums).items():
             totals[name] = totals.get(name, 0.0) + value * weight
     training.reshard(model)  # passes without gradients leave the root gathered, which has no optimizer state
-    metrics = {k: v / n_trained for k, v in zip(totals, all_sum(ranks, *totals.values()))}
+    metrics = {k: v / trained_count for k, v in zip(totals, all_sum(ranks, *totals.values()))}
     if args.objective == "bt":  # a tie is neither right nor wrong
         correct, decided = metrics.pop("correct"), 1 - metrics["ties"]
         metrics["accuracy"] = correct / decided if decided else float("nan")
-    return metrics, int(n_tokens), int(n_trained), flops
+    return metrics, int(token_count), int(trained_count), flops
 
 
 # -- judgements of held-out answers ----------------------------------------------------------------
 
 
-def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -> dict[str, float | None]:
+def judge_held_out(args: Settings, chat: Chat, templates: Templates, ranks: Ranks) -> dict[str, float | None]:
     """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels.
 
     OUT/held_out.jsonl gets the rows, each with `judged`: what the model said, or null where that does not parse.
@@ -254,8 +266,8 @@ def judge_held_out(args: Args, chat: Chat, templates: Templates, ranks: Ranks) -
     return agreement(labels, found)
 
 
-def main(args: Args) -> None:
-    args = with_defaults(args)
+def main(cli_args: Args) -> None:
+    args = with_defaults(cli_args)
     if args.plan:
         return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
     ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)

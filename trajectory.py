@@ -9,7 +9,7 @@
 Each carries all that belongs to it, so that nothing is looked up by its position in a list.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Optional
 
 from torch import Tensor
@@ -56,7 +56,7 @@ class Trajectory(Response):
 
     @property
     def critique(self) -> str:
-        return self.judgement.critique.strip() if self.judgement else ""
+        return self.judgement.critique if self.judgement else ""
 
 
 @dataclass(kw_only=True)
@@ -87,8 +87,8 @@ class TokenArrays:
     weight: Tensor  # on grad log p
 
     def cpu(self) -> "TokenArrays":
-        arrays = {name: x.cpu() for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **arrays)
+        tensors = (x for x in vars(self).values() if isinstance(x, Tensor))
+        return TokenArrays(self.trajectories, self.counts, *(x.cpu() for x in tensors))
 
     def approx_kl(self) -> Tensor:
         """KL of originals from the policy that sampled them, by the estimator r - 1 - log r."""
@@ -103,7 +103,7 @@ class UpdateRecord:
     policy: list[TokenArrays] = field(default_factory=list)  # one for each pass
     critic: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # loss, clipped of each pass
     grad_norms: dict[str, list[float]] = field(default_factory=lambda: {"policy": [], "critic": []})
-    flops: int = 0
+    flops: float = 0.0
     logical_tokens: int = 0  # of prompts and responses, as if no prompt was shared
     computed_tokens: int = 0
 

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,7 +74,7 @@ def _piece(tensor: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int, bool]
     return tensor.to_local(), first, writes
 
 
-def _write_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks) -> dict[str, list]:
+def _write_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> dict[str, list]:
     """This rank's shards as safetensors -> {tensor: [its whole shape, {file: first row of the piece in there}]}."""
     parts, index, size = [{}], {}, 0
     for key, tensor in _tensors(models, optimizers):
@@ -93,7 +93,7 @@ def _write_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks
     return index
 
 
-def _read_train_state(folder: str, models: dict, optimizers: dict, ranks: Ranks) -> None:
+def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> None:
     """Fills models and optimizers in place, from the pieces of however many ranks."""
     with open(os.path.join(folder, "index.json")) as f:
         index = json.load(f)
@@ -203,8 +203,8 @@ def _checkpoints(out: str) -> list[str]:
 def save(
     out: str,
     step: int,
-    models: dict[str, torch.nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
+    models: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     tokenizer_from: str,
     templates: dict[str, str],
     keep: int,
@@ -258,7 +258,7 @@ def save(
     for name, model in models.items():
         on_every_rank(lambda: save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype, templates))
     index = on_every_rank(lambda: _write_train_state(train_state, models, optimizers, ranks))
-    merged = {}
+    merged: dict[str, list] = {}
     for key, (shape, pieces) in all_gather(ranks, index.items()):
         merged.setdefault(key, [shape, {}])[1].update(pieces)
     on_rank_0(lambda: write_text(os.path.join(train_state, "index.json"), json.dumps(merged)))
@@ -290,7 +290,7 @@ def _link_newest(out, names):
 
 
 def load(
-    out: str, models: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], ranks: Ranks
+    out: str, models: Mapping[str, torch.nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ranks: Ranks
 ) -> int:
     """Continues from the newest whole checkpoint: fills models and optimizers in place -> steps done (0: none there).
 

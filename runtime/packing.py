@@ -1,7 +1,7 @@
 """From rows to batches: the rows of a step, their shards on the ranks, and packing within a token budget."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,9 @@ from trajectory import Trajectory
 
 
 def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: int) -> tuple[int, int]:
-    """-> steps of the whole run, which a schedule spans; the last one that is run (--max-steps).
+    """Returns the steps of the whole run, which a schedule spans, and the last step to run (--max-steps).
 
-    ValueError: not one step.
+    ValueError: the rows do not make one step.
     """
     total = int(epochs * (n_rows // batch_size))
     if total < 1:
@@ -25,9 +25,9 @@ def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: i
 def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Row indices of a step's batch: each epoch is a new permutation, whose last partial batch is dropped."""
     per_epoch = n_rows // batch_size
-    epoch, place = divmod(step, per_epoch)
+    epoch, position = divmod(step, per_epoch)
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(derive_seed("order", seed, epoch)))
-    return order[place * batch_size : (place + 1) * batch_size].tolist()
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
 @dataclass
@@ -37,48 +37,67 @@ class Batch:
     input_ids: torch.Tensor  # [T]
     context: Packed | SharedPrefix
     index: torch.Tensor  # [S]
-    targets: torch.Tensor  # [S]
+    targets: torch.Tensor | None  # [S]; None where values are computed, not log-probs
     counts: list[int]  # trained tokens of each sequence (of each suffix), in order; their sum is S
 
 
-def pack(sequences: list[list[int]], trained: list[list[bool]], device: torch.device | str) -> Batch:
-    """sequences: lists of ids; trained: per sequence a list of bools, which of its tokens are targets -> Batch.
+def pack(sequences: Sequence[list[int]], loss_masks: Sequence[list[bool]], device: torch.device | str) -> Batch:
+    """Packs sequences of ids. loss_masks: which tokens of each sequence are targets.
 
     The first token of a sequence cannot be a target: nothing predicts it.
     """
-    input_ids = torch.tensor([i for ids in sequences for i in ids])
-    targets_at = torch.tensor([t for flags in trained for t in flags]).nonzero().squeeze(1)
-    input_ids, index, targets = (t.to(device) for t in (input_ids, targets_at - 1, input_ids[targets_at]))
-    return Batch(input_ids, Packed([len(s) for s in sequences], device), index, targets, [sum(f) for f in trained])
+    flat_ids = torch.tensor([i for ids in sequences for i in ids])
+    target_positions = torch.tensor([t for mask in loss_masks for t in mask]).nonzero().squeeze(1)
+    return Batch(
+        input_ids=flat_ids.to(device),
+        context=Packed([len(ids) for ids in sequences], device),
+        index=(target_positions - 1).to(device),
+        targets=flat_ids[target_positions].to(device),
+        counts=[sum(mask) for mask in loss_masks],
+    )
 
 
-def pack_shared(prefixes: list, suffixes: list, trained: list, device: torch.device | str) -> Batch:
-    """Sequences that begin alike, packed so that neighbours with the same prefix compute it once -> Batch.
+def pack_shared(
+    prefixes: Sequence[list[int]],
+    suffixes: Sequence[list[int]],
+    loss_masks: Sequence[list[bool]],
+    device: torch.device | str,
+) -> Batch:
+    """Packs sequences of a prefix and a suffix. Neighbours with the same prefix compute it once.
 
-    prefixes, suffixes: lists of ids, one each per sequence; trained: per sequence which of the suffix are targets.
+    loss_masks: which tokens of each suffix are targets.
     """
-    input_ids, index, targets, groups = [], [], [], []
-    for i, (prefix, suffix, flags) in enumerate(zip(prefixes, suffixes, trained, strict=True)):
+    input_ids: list[int] = []
+    index: list[int] = []
+    targets: list[int] = []
+    groups: list[tuple[int, list[int]]] = []  # length of a prefix, lengths of its suffixes
+    for i, (prefix, suffix, mask) in enumerate(zip(prefixes, suffixes, loss_masks, strict=True)):
         if i == 0 or prefix != prefixes[i - 1]:
             groups.append((len(prefix), []))
             input_ids += prefix
             last = len(input_ids) - 1  # predicts the first token of every suffix
         groups[-1][1].append(len(suffix))
-        places = [last, *range(len(input_ids), len(input_ids) + len(suffix) - 1)]
-        index += itertools.compress(places, flags)
-        targets += itertools.compress(suffix, flags)
+        predicted_at = [last, *range(len(input_ids), len(input_ids) + len(suffix) - 1)]
+        index += itertools.compress(predicted_at, mask)
+        targets += itertools.compress(suffix, mask)
         input_ids += suffix
-    input_ids, index, targets = (torch.tensor(x, device=device) for x in (input_ids, index, targets))
-    return Batch(input_ids, SharedPrefix(groups, device), index, targets, [sum(f) for f in trained])
+    return Batch(
+        input_ids=torch.tensor(input_ids, device=device),
+        context=SharedPrefix(groups, device),
+        index=torch.tensor(index, device=device),
+        targets=torch.tensor(targets, device=device),
+        counts=[sum(mask) for mask in loss_masks],
+    )
 
 
 def balance(sizes: list[int], n_bins: int) -> list[list[int]]:
     """Indices of `sizes` in bins of nearly equal sums: the largest first, each into the emptiest bin (LPT rule)."""
-    bins, filled = [[] for _ in range(n_bins)], [0] * n_bins
+    bins: list[list[int]] = [[] for _ in range(n_bins)]
+    totals = [0] * n_bins
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        emptiest = filled.index(min(filled))
+        emptiest = totals.index(min(totals))
         bins[emptiest].append(i)
-        filled[emptiest] += sizes[i]
+        totals[emptiest] += sizes[i]
     return [sorted(b) for b in bins]
 
 
@@ -110,33 +129,38 @@ def per_token_flags(flags: list[bool], counts: list[int], device: torch.device) 
 
 
 def micro_batches(sizes: list[int], tokens_per_microbatch: int, ranks: Ranks) -> list[list[int]]:
-    """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger one gets its own): lists of indices.
+    """Splits 0..n-1 into nearly equal parts of at most that many tokens (a larger item gets its own): lists of indices.
 
-    Under FSDP every rank must run the same number of passes: all ranks make as many parts as the one that needs most.
-    Some may stay empty, at the end; for these the caller runs `DUMMY` with weight zero.
+    Under FSDP every rank must run the same number of passes, so all ranks make as many parts as the one that needs
+    most. Parts at the end may be empty; the caller then runs `DUMMY` with weight zero.
     """
-    parts, room = [], []  # first fit, largest first: never over the budget
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fits = next((b for b, left in enumerate(room) if sizes[i] <= left), None)
-        if fits is None:
+    parts: list[list[int]] = []
+    tokens_left: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):  # first fit, largest first
+        fitting = [part for part, left in enumerate(tokens_left) if sizes[i] <= left]
+        if not fitting:
             parts.append([])
-            room.append(tokens_per_microbatch)
-            fits = -1
-        parts[fits].append(i)
-        room[fits] -= sizes[i]
-    most = int(all_max(ranks, len(parts)))
-    even = balance(sizes, most)
-    if all(len(b) <= 1 or sum(sizes[i] for i in b) <= tokens_per_microbatch for b in even):
+            tokens_left.append(tokens_per_microbatch)
+        part = fitting[0] if fitting else len(parts) - 1
+        parts[part].append(i)
+        tokens_left[part] -= sizes[i]
+    n_parts = int(all_max(ranks, len(parts)))
+    even = balance(sizes, n_parts)
+    if all(len(part) <= 1 or sum(sizes[i] for i in part) <= tokens_per_microbatch for part in even):
         parts = even
-    return sorted((sorted(b) for b in parts + [[]] * (most - len(parts))), key=lambda b: (not b, b))
+    parts += [[] for _ in range(n_parts - len(parts))]
+    return sorted((sorted(part) for part in parts), key=lambda part: (not part, part))
 
 
-def shared_micro_batches(prefixes: list, suffixes: list, tokens_per_microbatch: int, ranks: Ranks) -> list[list[int]]:
-    """The same for sequences of a prefix and a suffix: those with the same prefix (neighbours) stay together.
+def shared_micro_batches(
+    prefixes: Sequence[list[int]], suffixes: Sequence[list[int]], tokens_per_microbatch: int, ranks: Ranks
+) -> list[list[int]]:
+    """`micro_batches` of sequences with a prefix and a suffix: neighbours with the same prefix stay together.
 
-    A group that is over the budget is cut, and its prefix computed once in each part.
+    A group over the budget is cut, and its prefix is computed once in each part.
     """
-    groups, sizes = [], []
+    groups: list[list[int]] = []
+    sizes: list[int] = []
     for i, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
         if i == 0 or prefix != prefixes[i - 1] or sizes[-1] + len(suffix) > tokens_per_microbatch:
             groups.append([])
@@ -144,21 +168,28 @@ def shared_micro_batches(prefixes: list, suffixes: list, tokens_per_microbatch: 
         groups[-1].append(i)
         sizes[-1] += len(suffix)
     parts = micro_batches(sizes, tokens_per_microbatch, ranks)
-    return [[i for g in part for i in groups[g]] for part in parts]
+    return [[i for group in part for i in groups[group]] for part in parts]
 
 
 def packed_micro_batches(
-    prefixes: list, suffixes: list, trained: list | None, tokens_per_microbatch: int, ranks: Ranks
+    prefixes: Sequence[list[int]],
+    suffixes: Sequence[list[int]],
+    loss_masks: Sequence[list[bool]] | None,
+    tokens_per_microbatch: int,
+    ranks: Ranks,
 ) -> Iterator[tuple[list[int], Batch | None]]:
-    """`shared_micro_batches`, packed one after the other: yields (indices, Batch), for an empty one ([], None).
+    """Packs `shared_micro_batches` one after the other: yields (indices, Batch), and ([], None) for an empty one.
 
-    trained: as in `pack_shared`; None: the whole of every suffix.
+    loss_masks: as in `pack_shared`; None: all tokens of every suffix.
     """
-    if trained is None:
-        trained = [[True] * len(suffix) for suffix in suffixes]
+    if loss_masks is None:
+        loss_masks = [[True] * len(suffix) for suffix in suffixes]
     for indices in shared_micro_batches(prefixes, suffixes, tokens_per_microbatch, ranks):
-        chosen = ([rows[i] for i in indices] for rows in (prefixes, suffixes, trained))
-        yield indices, pack_shared(*chosen, ranks.device) if indices else None
+        if not indices:
+            yield [], None
+            continue
+        part = [(prefixes[i], suffixes[i], loss_masks[i]) for i in indices]
+        yield indices, pack_shared(*zip(*part), ranks.device)
 
 
 DUMMY = ([0, 0], [False, True])  # stands for an empty micro-batch; its loss gets weight zero

@@ -11,8 +11,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -68,7 +68,7 @@ class Run:
     def resume(
         self,
         models: dict[str, Transformer],
-        optimizers: dict[str, torch.optim.Optimizer],
+        optimizers: Mapping[str, torch.optim.Optimizer],
         tokenizer_from: str,
         templates: dict[str, str],
     ) -> None:
@@ -107,14 +107,14 @@ class Run:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
 
-    def log(self, metrics: dict[str, Any], headline: dict[str, float | None]) -> None:
+    def log(self, metrics: Mapping[str, Any], headline: Mapping[str, float | None]) -> None:
         """Appends a line to metrics.jsonl and prints one: "step 12/40  reward 3.21  seconds 2.4".
 
         Figures that a step does not have (None, not finite) are null in the file and left out in the print.
         """
         if self.ranks.rank > 0:
             return
-        line = {"step": self.step + 1}
+        line: dict[str, Any] = {"step": self.step + 1}
         for name, value in metrics.items():
             line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         line["bad_steps"] = count_bad_steps(self.out, self.step + 1)
@@ -224,7 +224,7 @@ def _remove_unfinished(out):
             os.unlink(path)
 
 
-_locks = {}  # path -> file held open: the lock, which the system releases when the process ends
+_locks: dict[str, IO] = {}  # path -> file held open: the lock, which the system releases when the process ends
 
 
 def _lock(out):

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -83,8 +83,7 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
     """AdamW on the trainable parameters. ValueError: the learning rate is as large as the weights, which the first step
     would destroy."""
     parameters = trainable(model)
-    norm = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = whole_number(torch.nn.utils.get_total_norm([p.detach() for p in parameters]))
     rms = norm / sum(p.numel() for p in parameters) ** 0.5
     if lr > rms:
         raise ValueError(
@@ -92,6 +91,11 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
         )
     fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused)
+
+
+def whole_number(scalar: torch.Tensor) -> float:
+    """The value of a scalar tensor, which may be sharded."""
+    return (scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item()
 
 
 def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -111,7 +115,10 @@ def move_moments(optimizer: torch.optim.Optimizer, device: torch.device | str) -
 
 @contextlib.contextmanager
 def offloaded(
-    models: dict[str, Transformer], optimizers: dict[str, torch.optim.Optimizer], device: torch.device, enabled: bool
+    models: Mapping[str, Transformer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    device: torch.device,
+    enabled: bool,
 ) -> Iterator[None]:
     """Keeps master weights and Adam moments in host memory while responses are sampled (--offload).
 
@@ -139,8 +146,8 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     max_grad_norm: float,
-    figures: dict[str, float],
-    examples: list,
+    figures: Mapping[str, float],
+    examples: Sequence,
     run: Run,
     part: str = "",
 ) -> float:
@@ -152,8 +159,7 @@ def optimizer_step(
     If the norm or a mean is not finite or out of bounds, the update is left out and its examples are written to
     OUT/bad_steps. FloatingPointError: that has happened more than --skip-bad-steps times.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = whole_number(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     means = dict(zip(figures, all_sum(run.ranks, *figures.values())))
     is_finite = math.isfinite(norm)
     for name, mean in means.items():
@@ -173,7 +179,7 @@ def optimizer_step(
     return norm
 
 
-def skip_bad_step(figures: dict[str, float], examples: list, run: Run, part: str) -> None:
+def skip_bad_step(figures: Mapping[str, float], examples: Sequence, run: Run, part: str) -> None:
     """Writes the examples of a bad step of all ranks. FloatingPointError: too many steps were bad."""
     step = run.step + 1
     limit = run.args.skip_bad_steps
@@ -206,13 +212,13 @@ def per_token(
     temperature: float,
     tokens_per_microbatch: int,
     ranks: Ranks,
-) -> tuple[list[torch.Tensor], int]:
+) -> tuple[list[torch.Tensor], float]:
     """Log-probs of suffix tokens after their prefix; from a model with a scalar head, the values before them.
 
     masks: which tokens of each suffix (None: all). Returns fp32 [L_i] per suffix, and the FLOPs of the passes.
     """
     results: list[torch.Tensor] = [torch.zeros(0)] * len(suffixes)
-    flops = 0
+    flops = 0.0
     for indices, batch in packed_micro_batches(prefixes, suffixes, masks, tokens_per_microbatch, ranks):
         if batch is None:
             idle_pass(model, temperature, ranks)
@@ -248,14 +254,14 @@ def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | 
     peak_memory_gib: the most that a rank has held, of a GPU since the last call, of a CPU process since its start.
     """
     peak = roofline.peak_flops(ranks, tflops)
-    (flops,) = all_sum(ranks, flops)
+    (all_flops,) = all_sum(ranks, flops)
     if ranks.device.type == "cuda":
         held = torch.cuda.max_memory_allocated(ranks.device)
         torch.cuda.reset_peak_memory_stats(ranks.device)
     else:
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return dict(
-        mfu=flops / (seconds * peak * ranks.world_size) if peak else None,
+        mfu=all_flops / (seconds * peak * ranks.world_size) if peak else None,
         peak_memory_gib=round(all_max(ranks, held) / GIB, 3),
     )
 

@@ -277,7 +277,7 @@ def test_a_further_loss_on_edits(here, capsys):
     branch += "        loss = -weight * advantages * logprobs\n"
     script = fork(
         here,
-        (r'(EDIT_LOSSES = \([^)]*"none")', r'\1, "half"'),
+        (r'(EditLoss = Literal\[[^]]*"none")', r'\1, "half"'),
         (r"(?m)^    else:\n(?=        raise ValueError\(f\"edit loss)", f"{branch}    else:\n"),
     )
     (here / "judge.py").write_text(EDITING_JUDGE)
