@@ -1,19 +1,19 @@
-"""An OpenAI-compatible chat server over the generation engine: how a judge runs on another machine.
+"""An OpenAI-compatible chat server over the engine, for example for a judge on another machine.
 
-One thread owns the engine (engine/thread.py): concurrent requests are computed together, and clients take turns.
-Requests are checked and encoded in others, so that a long text holds up nobody.
+One thread owns the engine (engine/thread.py): concurrent requests are computed together, and clients take turns. Other
+threads check and encode the requests, so a long text does not hold up anybody else.
 
     POST /v1/chat/completions   messages, max_tokens, temperature, top_p, n, seed, stop, stream, logprobs, top_logprobs
     GET  /v1/models             the one model
     GET  /health                200 as long as the engine's thread runs
 
-What clients can take is limited, see the flags: too large is 413, too slow 408, too much at once 503 with Retry-After.
-A client that is slow to send or to read loses its connection.
+Flags limit what clients can use. A request that is too large is answered 413, one that is too slow 408, and one too
+many 503 with Retry-After. A client that is slow to send or to read loses its connection.
 
 Messages are encoded with special-token parsing off, so no text in them becomes a control token. Log-probs are those of
-the full softmax at the sampling temperature (at temperature 0 of the plain one), whatever top_p is. A response ends
-before the first of its `stop` strings. What would change the answer and is not there (penalties, tools, response
-formats, log-probs of a stream, any field of another name) is refused, not ignored.
+the full softmax at the sampling temperature (at temperature 0, of the plain softmax), whatever top_p is. A response
+ends before the first of its `stop` strings. A field that would change the answer and is not supported (penalties,
+tools, response formats, log-probs of a stream, any unknown name) is refused, not ignored.
 
     python serve.py --model out/grm/model --port 8000
     python ppo_cpe.py --judge http://HOST:8000          # on the machine that trains
@@ -25,42 +25,42 @@ from runtime import flags
 
 
 @dataclass(kw_only=True)
-class Limits:
+class ServerLimits:
     # -- limits
     api_key: str | None = None
-    """What clients have to send as `Authorization: Bearer KEY`; also from the environment, SERVE_API_KEY."""
+    """Clients have to send `Authorization: Bearer KEY`. Also read from the environment variable SERVE_API_KEY."""
     max_body: flags.Count = 2**23
-    """Bytes of a request's body."""
+    """Bytes of a request body."""
     max_n: flags.Count = 128
-    """Samples of a request (n)."""
+    """Samples per request (n)."""
     max_samples: flags.Count = 4096
-    """Samples of all requests that wait or run; what comes then is answered 503."""
+    """Samples of all requests that wait or run. Further requests are answered 503."""
     max_tokens_held: flags.Count = 2**22
-    """Tokens of all requests that wait or run: of their prompts, and listed by top_logprobs; then 503."""
+    """Tokens of all requests that wait or run, in prompts and in lists of top_logprobs. Then 503."""
     max_connections: flags.Count = 2048
-    """Connections; then 503."""
+    """Open connections. Then 503."""
     read_timeout: flags.Positive = 30
-    """Seconds in which a request has to arrive."""
+    """Seconds for a request to arrive."""
     write_timeout: flags.Positive = 60
-    """Seconds for which a client may read nothing of what it is sent."""
+    """Seconds that a client may go without reading what it is sent."""
 
 
 @dataclass(kw_only=True)
-class Args(Limits):
+class Args(ServerLimits):
     model: str = "out/grm/model"
     """Folder or hub id."""
     name: str | None = None
-    """What clients call it; by default --model itself."""
+    """Name of the model for clients; by default the value of --model."""
     host: str = "127.0.0.1"
-    """0.0.0.0 lets other machines in; see --api-key."""
+    """Address to listen on. 0.0.0.0 accepts other machines; see --api-key."""
     port: flags.Port = 8000
-    """TCP port; 0 takes a free one."""
+    """TCP port; 0 chooses a free one."""
     max_batch: flags.Count = 64
     """Samples that run at once; more wait."""
     kv_tokens: flags.Count | None = None
-    """Tokens in the KV cache; None: by max_batch and what memory is free."""
+    """Tokens in the KV cache; by default it depends on --max-batch and the free memory."""
     max_len: flags.Count | None = None
-    """Tokens of prompt and response together; by default the positions of the model."""
+    """Tokens of prompt and response together; by default the model's maximum."""
     dtype: flags.DType = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
 
@@ -79,9 +79,10 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NoReturn
 
 import h11
 import pydantic
@@ -94,16 +95,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import Chat
 from engine import Engine, Sample
-from engine.thread import Busy, Failure, Listener, Partial, Worker
+from engine.thread import EngineThread, Event, Listener, RequestFailed, ServerBusy
 from model import load_pretrained
 from runtime.distributed import derive_seed, start
 
 # -- what a request may hold -------------------------------------------------------------------------------------------
 
 
-LONGEST_STOP = 1000  # characters of a stop string, which each piece of text is searched for
+LONGEST_STOP = 1000  # characters of a stop string: each piece of text is searched for it
 
-# Fields of other servers, and the values with which they change nothing; beside these, null passes everywhere.
+# Fields of other servers, with the values that change nothing. null is accepted for every field.
 NEUTRAL = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -129,7 +130,7 @@ NEUTRAL = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "chat_template_kwargs": ({},),
-    # of a message, as clients send an answer back
+    # in messages, as clients send an answer back
     "tool_calls": ([],),
     "annotations": ([],),
 }
@@ -137,10 +138,10 @@ NEUTRAL = {
 
 class Fields(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="allow")
-    harmless: ClassVar[frozenset[str]] = frozenset()  # fields that never change the answer
+    harmless: ClassVar[frozenset[str]] = frozenset()  # unknown fields that never change the answer
 
     def refuse_unknown(self, where: str = "") -> None:
-        """BadRequest for a field that would change the answer, if it were not ignored."""
+        """BadRequest: an unknown field that might change the answer."""
         for field, value in (self.model_extra or {}).items():
             if value is not None and field not in self.harmless and value not in NEUTRAL.get(field, ()):
                 raise BadRequest(f"{where}{field} is not supported by this server", field, "unsupported_parameter")
@@ -185,21 +186,27 @@ class ChatRequest(Fields):
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod
-    def up_to_four(cls, value):
-        stops = [] if value is None else value if isinstance(value, list) else [value]
+    def up_to_four(cls, value: object) -> list[str]:
+        if value is None:
+            return []
+        stops = value if isinstance(value, list) else [value]
         if len(stops) > 4 or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
             raise ValueError(f"expected a string or a list of up to 4, each of 1 to {LONGEST_STOP} characters")
         return stops
 
 
 class BadRequest(Exception):
-    def __init__(self, message, param=None, code=None, status=400):
+    """A request that is answered with an error in OpenAI's form: a message, the field, a code, the HTTP status."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message)
-        self.param, self.code, self.status = param, code, status
+        self.param = param
+        self.code = code
+        self.status = status
 
 
 def read_request(body: bytes, name: str, max_n: int) -> ChatRequest:
-    """The ChatRequest in a body. BadRequest: not JSON, a field that is missing, out of range or not supported."""
+    """Parses a body. BadRequest: it is not JSON, or a field is missing, out of range or not supported."""
     try:
         request = ChatRequest.model_validate_json(body)
     except pydantic.ValidationError as error:
@@ -228,21 +235,24 @@ PIECE = 2**16  # characters
 
 
 def encode_messages(chat: Chat, messages: list[Message], max_len: int) -> list[int]:
-    """Prompt ids. BadRequest: they leave no room for a token.
+    """Returns the prompt ids. BadRequest: they leave no room for a response.
 
-    Text that is far too long is found out piece by piece, in the time that text of the length allowed would take.
+    Text that is far too long is refused in the time that encoding text of the allowed length takes: it is first counted
+    piece by piece.
     """
 
-    def refuse(count):
+    def refuse(count: int | str) -> NoReturn:
         reason = f"the messages have {count} tokens; this server holds {max_len} of prompt and response together"
         raise BadRequest(reason, "messages", "context_length_exceeded")
 
-    texts, n = [message.text() for message in messages], 0
+    texts = [message.text() for message in messages]
     if sum(map(len, texts)) > PIECE:
-        for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text) or 1, PIECE)):
-            n += len(chat.encode(piece)) + 1
-            if n > 2 * max_len:  # the cuts may add tokens, but not as many again
-                refuse(f"more than {max_len}")
+        n_tokens = 0
+        for text in texts:
+            for start in range(0, len(text) or 1, PIECE):
+                n_tokens += len(chat.encode(text[start : start + PIECE])) + 1
+                if n_tokens > 2 * max_len:  # cutting the text adds tokens, but does not double them
+                    refuse(f"more than {max_len}")
     try:
         ids = chat.messages([{"role": m.role, "content": text} for m, text in zip(messages, texts)])
     except ValueError as error:
@@ -256,13 +266,13 @@ def encode_messages(chat: Chat, messages: list[Message], max_len: int) -> list[i
 
 
 def find_stop(text: str, stops: list[str]) -> int | None:
-    """Where the stop string begins that is complete first, or None: the same however the text arrives."""
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found)[1] if found else None
+    """Returns the start of the stop string that is complete first, or None. It does not depend on how text arrives."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]  # (end, start)
+    return min(ends)[1] if ends else None
 
 
 def shown_so_far(text: str, stops: list[str]) -> str:
-    """What may be sent of a text that goes on: no half characters, nothing that may turn out to belong to a stop."""
+    """Returns the part of an unfinished text that can be sent: no half character, no possible start of a stop."""
     at = find_stop(text, stops)
     if at is not None:
         return text[:at]
@@ -273,30 +283,38 @@ def shown_so_far(text: str, stops: list[str]) -> str:
 
 @dataclass
 class Choice:
-    """A sample as its client sees it: cut before its stop string."""
+    """A sample as its client sees it, cut before its stop string."""
 
-    sample: Sample  # ids: those that the text needs
+    sample: Sample  # its ids are those of the text
     text: str
     finish_reason: str
-    n_tokens: int  # that were sampled up to the end, be it a stop token or string
+    n_tokens: int  # sampled, including the stop token or the tokens of the stop string
 
 
 def choice_of(chat: Chat, sample: Sample, stops: list[str]) -> Choice:
-    text = chat.decode(sample.ids)
-    at = find_stop(text, stops)
-    if at is None:
-        return Choice(sample, text, sample.finish_reason, len(sample.logprobs))
-    text, counts = text[:at], range(len(sample.ids) + 1)
-    needed = bisect.bisect_left(counts, True, key=lambda n: chat.decode(sample.ids[:n]).startswith(text))
-    n_tokens = bisect.bisect_left(counts, True, key=lambda n: find_stop(chat.decode(sample.ids[:n]), stops) is not None)
-    return Choice(replace(sample, ids=sample.ids[:needed]), text, "stop", n_tokens)
+    whole_text = chat.decode(sample.ids)
+    stop_at = find_stop(whole_text, stops)
+    if stop_at is None:
+        return Choice(sample, whole_text, sample.finish_reason, len(sample.logprobs))
+    text = whole_text[:stop_at]
+
+    def has_text(n: int) -> bool:
+        return chat.decode(sample.ids[:n]).startswith(text)
+
+    def has_stop(n: int) -> bool:
+        return find_stop(chat.decode(sample.ids[:n]), stops) is not None
+
+    counts = range(len(sample.ids) + 1)
+    n_text = bisect.bisect_left(counts, True, key=has_text)
+    n_tokens = bisect.bisect_left(counts, True, key=has_stop)
+    return Choice(replace(sample, ids=sample.ids[:n_text]), text, "stop", n_tokens)
 
 
 # -- the application ---------------------------------------------------------------------------------------------------
 
 
-RETRY_AFTER = 5  # seconds after which a client that was answered 503 may ask again
-BODIES = 32  # of the largest size: bytes that may be on their way or be encoded at once
+RETRY_AFTER = 5  # seconds; a client that was answered 503 may ask again then
+BODIES = 32  # of the largest size; so many bytes may be arriving or being encoded at once
 
 
 def error_response(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
@@ -308,8 +326,9 @@ def error_response(message: str, status: int, param: str | None = None, code: st
 
 def token_entry(chat: Chat, token_id: int, logprob: float) -> dict:
     text = chat.decode([token_id])
-    # half of a character has no text of its own, and its bytes are not those of the replacement sign
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+    # half of a character decodes to the replacement sign, whose bytes are not those of the token
+    text_bytes = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": text_bytes}
 
 
 def logprobs_of(chat: Chat, sample: Sample, n_top: int | None) -> dict:
@@ -326,17 +345,17 @@ def usage(n_prompt: int, choices: list[Choice]) -> dict:
     return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
 
 
-def failure_of(event: Partial | Sample | Failure) -> Failure | None:
-    """One sample that failed is the end of its request: there is no answer with fewer choices."""
+def failure_of(event: Event) -> RequestFailed | None:
+    """Returns how a request fails, or None. One failed sample fails it: there is no answer with fewer choices."""
     if isinstance(event, Sample) and event.error:
-        return Failure(f"generation failed: {event.error}", 500)
-    return event if isinstance(event, Failure) else None
+        return RequestFailed(f"generation failed: {event.error}", 500)
+    return event if isinstance(event, RequestFailed) else None
 
 
 class Stream(StreamingResponse):
-    """Releases its request also where the client goes before the first piece."""
+    """Releases its request even if the client leaves before the first chunk."""
 
-    def __init__(self, chunks, release):
+    def __init__(self, chunks: AsyncIterator[str], release: Callable[[], None]):
         super().__init__(chunks, media_type="text/event-stream")
         self.release = release
 
@@ -347,8 +366,8 @@ class Stream(StreamingResponse):
             self.release()
 
 
-async def next_event(listener: Listener, gone: asyncio.Future) -> Partial | Sample | Failure | None:
-    """None: the client has gone."""
+async def next_event(listener: Listener, gone: asyncio.Future) -> Event | None:
+    """Returns the next event, or None if the client has gone."""
     arrived = asyncio.ensure_future(listener.get())
     await asyncio.wait([arrived, gone], return_when=asyncio.FIRST_COMPLETED)
     if arrived.done():
@@ -357,9 +376,11 @@ async def next_event(listener: Listener, gone: asyncio.Future) -> Partial | Samp
     return None
 
 
-def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette:
-    worker, numbers = Worker(engine, limits.max_samples, limits.max_tokens_held), itertools.count()
-    encoders, arriving = concurrent.futures.ThreadPoolExecutor(2), Counter()
+def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Starlette:
+    worker = EngineThread(engine, limits.max_samples, limits.max_tokens_held)
+    numbers = itertools.count()
+    encoders = concurrent.futures.ThreadPoolExecutor(2)
+    arriving: Counter[str] = Counter()  # "bytes" of requests that are arriving or being encoded
 
     def with_key(handler):
         expected = f"Bearer {limits.api_key or os.environ.get('SERVE_API_KEY', '')}"
@@ -385,8 +406,9 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
         return request, encode_messages(chat, request.messages, engine.max_len)
 
     async def prepared(http):
-        """-> ChatRequest, prompt ids. BadRequest: also for a body that is too large or too slow to arrive."""
-        parts, size = [], 0
+        """Returns the ChatRequest and the prompt ids. BadRequest: also for a body that is too large or too slow."""
+        parts = []
+        size = 0
         try:
             async with asyncio.timeout(limits.read_timeout):
                 async for part in http.stream():
@@ -406,9 +428,11 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
     async def completions(http):
         try:
             request, prompt_ids = await prepared(http)
-            n, room = request.n or 1, engine.max_len - len(prompt_ids)
+            n = request.n or 1
+            tokens_left = engine.max_len - len(prompt_ids)
             seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
-            max_new_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
+            wanted = request.max_completion_tokens or request.max_tokens or tokens_left
+            max_new_tokens = min(wanted, tokens_left)
             top_logprobs = request.top_logprobs or 0
             key, listener = worker.submit(
                 http.client.host if http.client else "",
@@ -425,16 +449,17 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
             return error_response(str(error), error.status, error.param, error.code)
         except ValueError as error:
             return error_response(str(error), 400)
-        except Busy as error:
+        except ServerBusy as error:
             return error_response(str(error), 503)
         except ClientDisconnect:
             return JSONResponse(None, 499)  # nobody reads it
         head = {"id": f"chatcmpl-{os.getpid()}-{next(numbers)}", "created": int(time.time()), "model": name}
-        gone, stream = asyncio.ensure_future(http.receive()), None
+        gone = asyncio.ensure_future(http.receive())  # after the body, the next message says that the client has gone
+        stream = None
         try:
             if not request.stream:
                 return await whole(gone, key, listener, n, len(prompt_ids), request, head)
-            first = await next_event(listener, gone)  # a request that the engine refuses still gets its status
+            first = await next_event(listener, gone)  # before the header, so that a refusal gets its status
             if first is None:
                 return JSONResponse(None, 499)
             if failure := failure_of(first):
@@ -448,7 +473,7 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
                 worker.release(key)
 
     async def whole(gone, key, listener, n, n_prompt, request, head):
-        """Waits for the n samples, and for the client's going away."""
+        """Returns the answer when all samples are done. If the client goes, nobody reads it."""
         done = []
         while len(done) < n:
             event = await next_event(listener, gone)
@@ -474,7 +499,7 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
         return JSONResponse(head | body)
 
     async def stream_chunks(key, listener, event, n, n_prompt, request, head):
-        """Server-sent events: a role, pieces of text, a finish_reason for each sample, then [DONE]."""
+        """Yields server-sent events: for each sample a role, pieces of text, a finish_reason; then [DONE]."""
 
         def chunk(choices, **more):
             return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
@@ -482,7 +507,8 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
         def piece(index, delta, finish_reason=None):
             return chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
 
-        shown, done = [""] * n, []
+        shown = [""] * n
+        done = []
         for index in range(n):
             yield piece(index, {"role": "assistant", "content": ""})
         while True:
@@ -521,15 +547,17 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: Limits) -> Starlette
 
 
 class Connection(H11Protocol):
-    """Ends where the head of a request does not arrive in time, or the client stops reading what it is sent."""
+    """Closes when the head of a request does not arrive in time, or the client stops reading."""
 
-    def __init__(self, *args, limits: Limits, **kwargs):
+    def __init__(self, *args, limits: ServerLimits, **kwargs):
         super().__init__(*args, **kwargs)
-        self.limits, self.head_timer, self.reading_timer = limits, None, None
+        self.limits = limits
+        self.head_timer: asyncio.TimerHandle | None = None
+        self.reading_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not read
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` is called for every unread byte
         self.time_head()
 
     def data_received(self, data):
@@ -539,19 +567,20 @@ class Connection(H11Protocol):
     def time_head(self):
         if self.conn.their_state is not h11.IDLE:
             self.head_timer = cancel_timer(self.head_timer)
-        elif self.head_timer is None:  # nothing has come yet, or a part of it
+        elif self.head_timer is None:  # the head has not begun to arrive, or only in part
             self.head_timer = self.loop.call_later(self.limits.read_timeout, self.transport.abort)
 
     def pause_writing(self):
         super().pause_writing()
         self.time_reading()
 
-    def time_reading(self, left=math.inf):
-        """left: bytes that were not read when the time began."""
-        if (now := self.transport.get_write_buffer_size()) < left:
-            self.reading_timer = self.loop.call_later(self.limits.write_timeout, self.time_reading, now)
+    def time_reading(self, unread_before: float = math.inf) -> None:
+        """Closes unless the client has read since the timer started. unread_before: unread bytes at that time."""
+        unread = self.transport.get_write_buffer_size()
+        if unread < unread_before:
+            self.reading_timer = self.loop.call_later(self.limits.write_timeout, self.time_reading, unread)
         else:
-            self.transport.abort()  # to close it in the usual way would wait for these bytes
+            self.transport.abort()  # close() would wait for these bytes
 
     def resume_writing(self):
         super().resume_writing()
@@ -559,7 +588,8 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc):
         super().connection_lost(exc)
-        self.head_timer, self.reading_timer = cancel_timer(self.head_timer), cancel_timer(self.reading_timer)
+        self.head_timer = cancel_timer(self.head_timer)
+        self.reading_timer = cancel_timer(self.reading_timer)
 
 
 def cancel_timer(timer: asyncio.TimerHandle | None) -> None:
@@ -567,19 +597,25 @@ def cancel_timer(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
-def server_config(app: Starlette, limits: Limits, **settings) -> uvicorn.Config:
-    http, connections = partial(Connection, limits=limits), limits.max_connections
-    return uvicorn.Config(app, http=http, ws="none", limit_concurrency=connections, log_level="warning", **settings)
+def server_config(app: Starlette, limits: ServerLimits, **settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, limits=limits),
+        ws="none",
+        limit_concurrency=limits.max_connections,
+        log_level="warning",
+        **settings,
+    )
 
 
 def main(args: Args) -> None:
     ranks = start(args.dtype)
     chat = Chat(args.model)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
-    limit = model.config.max_position_embeddings
-    if args.max_len is not None and not 2 <= args.max_len <= limit:
-        raise ValueError(f"--max-len {args.max_len}: expected 2 to {limit}, the positions of {args.model}")
-    engine = Engine(model, chat.stop_ids, args.max_len or limit, args.max_batch, args.kv_tokens)
+    positions = model.config.max_position_embeddings
+    if args.max_len is not None and not 2 <= args.max_len <= positions:
+        raise ValueError(f"--max-len {args.max_len}: expected 2 to {positions}, the positions of {args.model}")
+    engine = Engine(model, chat.stop_ids, args.max_len or positions, args.max_batch, args.kv_tokens)
     name = args.name or args.model
     app = make_app(engine, chat, name, args)
     print(f"{name!r} at http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)

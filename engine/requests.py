@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.block_manager import BLOCK_SIZE
 
@@ -27,7 +28,7 @@ class Sample:
     Log-probs are those of the full softmax at the sampling temperature; at temperature 0, of the plain softmax.
     """
 
-    key: Hashable
+    key: Any  # of the request
     index: int  # 0..n-1 among the samples of its request
     ids: list[int]  # without the stop token
     logprobs: list[float]  # one for each id, and one for the stop token if there is one

@@ -28,7 +28,7 @@ class Running:
     def __init__(self, path, max_batch=8, send_buffer=None, engine=None, **limits):
         self.chat = Chat(path)
         self.engine = engine or Engine(load_pretrained(path), self.chat.stop_ids, 512, max_batch)
-        limits = serve.Limits(**limits)
+        limits = serve.ServerLimits(**limits)
         app = serve.make_app(self.engine, self.chat, "tiny", limits)
         self.worker = app.state.worker
         self.server = uvicorn.Server(serve.server_config(app, limits, port=0))

@@ -12,7 +12,7 @@ import pytest
 from test_serve import MESSAGES, Running, until
 
 from engine import Sample
-from engine.thread import Failure, Listener, Partial
+from engine.thread import Listener, Progress, RequestFailed
 
 BODY = dict(model="tiny", messages=MESSAGES, max_tokens=4, seed=3)
 
@@ -183,12 +183,12 @@ def test_what_nobody_takes_does_not_pile_up():
         listener = Listener()
         for i in range(1000):
             for index in range(2):
-                listener.send(Partial(index, [i]))
+                listener.send(Progress(index, [i]))
         listener.send(sample := Sample(0, 1, [1], [0.0], None, "length", []))
         await asyncio.sleep(0)
         assert len(listener.events) == 2
-        assert await listener.get() == Partial(0, [999]) and await listener.get() is sample
-        listener.send(Failure("x", 500))
+        assert await listener.get() == Progress(0, [999]) and await listener.get() is sample
+        listener.send(RequestFailed("x", 500))
         assert (await listener.get()).message == "x"
 
     asyncio.run(stalled())
