@@ -21,16 +21,20 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-TILE_TOKENS, TILE_WORDS = 512, 1024  # on a CPU: 2 MB of fp32, which fit its cache
-SLICE_BYTES = 256 * 2**20  # on a GPU: d loss / d logits of one slice of the vocabulary
-MIN_PROGRAMS = 1024  # on a GPU: so many that the last, partial wave of programs hardly matters
+# CPU tile: 2 MB of fp32 logits, which fit in cache.
+TILE_TOKENS = 512
+TILE_WORDS = 1024
+# GPU backward: size of d loss / d logits for one slice of the vocabulary.
+SLICE_BYTES = 256 * 2**20
+# GPU forward: enough programs that the last, partial wave hardly matters.
+MIN_PROGRAMS = 1024
 
 
 def reference(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, with [T, V] logits in memory; shapes as in `linear_logprob`."""
-    logp = torch.log_softmax(F.linear(_wide(hidden), _wide(weight)) / temperature, dim=-1)  # [T, V]
+    """Reference implementation with the full [T, V] logits; shapes as in `linear_logprob`."""
+    logp = torch.log_softmax(F.linear(_upcast(hidden), _upcast(weight)) / temperature, dim=-1)  # [T, V]
     entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy.detach()
 
@@ -40,7 +44,7 @@ def linear_logprob(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy.
 
-    hidden [T, d], weight [V, d] (one dtype, rows contiguous), targets int64 [T] in [0, V), temperature > 0
+    hidden [T, d], weight [V, d] (same dtype, contiguous rows), targets int64 [T] in [0, V), temperature > 0
     -> logprobs fp32 [T] (differentiable in hidden and weight), entropy in nats fp32 [T] (not differentiable).
     """
     assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
@@ -52,21 +56,21 @@ def linear_logprob(
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """hidden @ weight.T in fp32 (fp64 for fp64), [T, d] and [V, d] -> [T, V]: for sampling, where T is small."""
+    """hidden [T, d] @ weight [V, d].T -> [T, V] in fp32 (fp64 for fp64). For sampling, where T is small."""
     if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.is_grad_enabled():
         return _product(hidden, weight.t())
     return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def _wide(x):
+def _upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _product(a, b):
-    """a @ b with fp32 sums and an fp32 result."""
+    """Returns a @ b, accumulated in fp32 and not rounded to the dtype of the inputs."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return _wide(a) @ _wide(b)
+    return _upcast(a) @ _upcast(b)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -95,16 +99,16 @@ class _LinearLogprob(torch.autograd.Function):
 class _Torch:
     @staticmethod
     def tiles(hidden, weight, temperature):
-        """Logits tile by tile, in one buffer -> (first word, its slice of the head, slice of tokens, tile)."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        """Yields (first word, slice of the head, slice of tokens, logits of the tile). All tiles share one buffer."""
+        acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
         n_tokens, n_words = min(TILE_TOKENS, len(hidden)), min(TILE_WORDS, len(weight))
-        memory = torch.empty(n_tokens * n_words, dtype=wide, device=hidden.device)
-        hidden = hidden.to(wide) / temperature
+        buffer = torch.empty(n_tokens * n_words, dtype=acc_dtype, device=hidden.device)
+        hidden = hidden.to(acc_dtype) / temperature
         for start in range(0, len(weight), n_words):
-            words = weight[start : start + n_words].to(wide)
+            words = weight[start : start + n_words].to(acc_dtype)
             for first in range(0, len(hidden), n_tokens):
                 rows = slice(first, min(first + n_tokens, len(hidden)))
-                tile = memory[: (rows.stop - first) * len(words)].view(-1, len(words))
+                tile = buffer[: (rows.stop - first) * len(words)].view(-1, len(words))
                 yield start, words, rows, torch.mm(hidden[rows], words.t(), out=tile)
 
     @staticmethod
@@ -114,44 +118,44 @@ class _Torch:
 
     @staticmethod
     def forward(hidden, weight, targets, temperature):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        largest = torch.full(targets.shape, float("-inf"), dtype=wide, device=hidden.device)
-        sum_exp, sum_exp_logit, target_logit = (torch.zeros_like(largest) for _ in range(3))
-        memory = torch.empty(0, dtype=wide, device=hidden.device)
+        acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        max_logit = torch.full(targets.shape, float("-inf"), dtype=acc_dtype, device=hidden.device)
+        sum_exp, sum_exp_logit, target_logit = (torch.zeros_like(max_logit) for _ in range(3))
+        buffer = torch.empty(0, dtype=acc_dtype, device=hidden.device)
         for start, _, rows, tile in _Torch.tiles(hidden, weight, temperature):
-            if tile.numel() > memory.numel():
-                memory = torch.empty(tile.numel(), dtype=wide, device=hidden.device)
+            if tile.numel() > buffer.numel():
+                buffer = torch.empty(tile.numel(), dtype=acc_dtype, device=hidden.device)
             inside, column = _Torch.target_in_tile(targets[rows], start, tile)
             target_logit[rows] += inside * tile.gather(1, column)[:, 0]
-            now = torch.maximum(largest[rows], tile.amax(1))
-            rescale = torch.exp(largest[rows] - now)
-            exp = torch.sub(tile, now[:, None], out=memory[: tile.numel()].view_as(tile)).exp_()
+            new_max = torch.maximum(max_logit[rows], tile.amax(1))
+            rescale = torch.exp(max_logit[rows] - new_max)
+            exp = torch.sub(tile, new_max[:, None], out=buffer[: tile.numel()].view_as(tile)).exp_()
             sum_exp[rows] = sum_exp[rows] * rescale + exp.sum(1)
             product = torch.bmm(exp[:, None], tile[:, :, None])[:, 0, 0]  # sum of exp * logit, without another tile
             sum_exp_logit[rows] = sum_exp_logit[rows] * rescale + product
-            largest[rows] = now
-        return target_logit, largest + sum_exp.log(), sum_exp_logit / sum_exp
+            max_logit[rows] = new_max
+        return target_logit, max_logit + sum_exp.log(), sum_exp_logit / sum_exp
 
     @staticmethod
     def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
-        wide = logsumexp.dtype
-        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+        acc_dtype = logsumexp.dtype
+        grad_hidden = torch.zeros(hidden.shape, dtype=acc_dtype, device=hidden.device)
         grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else None
-        wide_hidden, part = hidden.to(wide), None
+        upcast_hidden, slice_grad = hidden.to(acc_dtype), None
         for start, words, rows, tile in _Torch.tiles(hidden, weight, temperature):
             inside, column = _Torch.target_in_tile(targets[rows], start, tile)
             tile.sub_(logsumexp[rows, None]).exp_().neg_()
             tile.scatter_add_(1, column, inside[:, None]).mul_(scale[rows, None])
             grad_hidden[rows].addmm_(tile, words)
             if grad_weight is not None:
-                mine = slice(start, start + len(words))
-                if weight.dtype == wide:
-                    grad_weight[mine].addmm_(tile.t(), wide_hidden[rows])
+                slice_rows = slice(start, start + len(words))
+                if weight.dtype == acc_dtype:
+                    grad_weight[slice_rows].addmm_(tile.t(), upcast_hidden[rows])
                 else:  # sums over the tokens in fp32, rounded once
-                    part = torch.zeros_like(words) if rows.start == 0 else part
-                    part.addmm_(tile.t(), wide_hidden[rows])
+                    slice_grad = torch.zeros_like(words) if rows.start == 0 else slice_grad
+                    slice_grad.addmm_(tile.t(), upcast_hidden[rows])
                     if rows.stop == len(hidden):
-                        grad_weight[mine] = part
+                        grad_weight[slice_rows] = slice_grad
         return grad_hidden.to(hidden.dtype), grad_weight
 
 
@@ -161,8 +165,8 @@ if triton is not None:
 
     @triton.jit
     def _tile(
-        hidden,
-        weight,
+        hidden_ptr,
+        weight_ptr,
         tokens,
         words,
         n_tokens,
@@ -174,10 +178,10 @@ if triton is not None:
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
     ):
-        """hidden[tokens] @ weight[words].T, fp32 [TOKENS, WORDS]; out of bounds is zero."""
+        """Returns hidden[tokens] @ weight[words].T, fp32 [TOKENS, WORDS], with zeros out of bounds."""
         acc = tl.zeros([TOKENS, WORDS], tl.float32)
-        h_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
-        w_rows = weight + words.to(tl.int64)[None, :] * weight_stride
+        h_rows = hidden_ptr + tokens.to(tl.int64)[:, None] * hidden_stride
+        w_rows = weight_ptr + words.to(tl.int64)[None, :] * weight_stride
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             h = tl.load(h_rows + d[None, :], mask=(tokens < n_tokens)[:, None] & (d < D)[None, :], other=0.0)
@@ -187,13 +191,13 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        hidden,
-        weight,
-        targets,
-        largest_out,
-        sum_out,
-        sum_logit_out,
-        target_out,
+        hidden_ptr,
+        weight_ptr,
+        targets_ptr,
+        max_ptr,
+        sum_exp_ptr,
+        sum_exp_logit_ptr,
+        target_logit_ptr,
         n_tokens,
         n_words,
         words_per_split,
@@ -205,11 +209,11 @@ if triton is not None:
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
     ):
-        """Program (block of tokens, split): neighbours share the words, so that these stay in the L2 cache."""
+        """Program (block of tokens, split). Neighbouring programs read the same words, which stay in the L2 cache."""
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         split = tl.program_id(1)
-        target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1)
-        largest = tl.full([TOKENS], float("-inf"), tl.float32)
+        target = tl.load(targets_ptr + tokens, mask=tokens < n_tokens, other=-1)
+        max_logit = tl.full([TOKENS], float("-inf"), tl.float32)
         sum_exp = tl.zeros([TOKENS], tl.float32)
         sum_exp_logit = tl.zeros([TOKENS], tl.float32)
         target_logit = tl.zeros([TOKENS], tl.float32)
@@ -217,8 +221,8 @@ if triton is not None:
             words = start + tl.arange(0, WORDS)
             z = (
                 _tile(
-                    hidden,
-                    weight,
+                    hidden_ptr,
+                    weight_ptr,
                     tokens,
                     words,
                     n_tokens,
@@ -233,27 +237,27 @@ if triton is not None:
                 * inverse_temperature
             )
             inside = (words < n_words)[None, :]
-            now = tl.maximum(largest, tl.max(tl.where(inside, z, float("-inf")), 1))
-            rescale = tl.exp(largest - now)
-            exp = tl.where(inside, tl.exp(z - now[:, None]), 0.0)
+            new_max = tl.maximum(max_logit, tl.max(tl.where(inside, z, float("-inf")), 1))
+            rescale = tl.exp(max_logit - new_max)
+            exp = tl.where(inside, tl.exp(z - new_max[:, None]), 0.0)
             sum_exp = sum_exp * rescale + tl.sum(exp, 1)
             sum_exp_logit = sum_exp_logit * rescale + tl.sum(exp * z, 1)
             target_logit += tl.sum(tl.where(words[None, :] == target[:, None], z, 0.0), 1)
-            largest = now
-        place, mask = split.to(tl.int64) * n_tokens + tokens, tokens < n_tokens
-        tl.store(largest_out + place, largest, mask=mask)
-        tl.store(sum_out + place, sum_exp, mask=mask)
-        tl.store(sum_logit_out + place, sum_exp_logit, mask=mask)
-        tl.store(target_out + place, target_logit, mask=mask)
+            max_logit = new_max
+        offset, mask = split.to(tl.int64) * n_tokens + tokens, tokens < n_tokens
+        tl.store(max_ptr + offset, max_logit, mask=mask)
+        tl.store(sum_exp_ptr + offset, sum_exp, mask=mask)
+        tl.store(sum_exp_logit_ptr + offset, sum_exp_logit, mask=mask)
+        tl.store(target_logit_ptr + offset, target_logit, mask=mask)
 
     @triton.jit
     def _grad_kernel(
-        hidden,
-        weight,
-        targets,
-        logsumexp,
-        scale,
-        grad,
+        hidden_ptr,
+        weight_ptr,
+        targets_ptr,
+        logsumexp_ptr,
+        scale_ptr,
+        grad_ptr,
         first_word,
         n_tokens,
         n_words,
@@ -265,20 +269,35 @@ if triton is not None:
         TOKENS: tl.constexpr,
         WORDS: tl.constexpr,
     ):
-        """grad[t, w] = scale[t] (onehot(target[t]) - softmax[t])[first_word + w], one tile; weight: the slice's."""
+        """One tile of grad[t, w] = scale[t] (onehot(target[t]) - softmax[t])[first_word + w]; weight is a slice."""
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
         z = _tile(
-            hidden, weight, tokens, words, n_tokens, n_words, hidden_stride, weight_stride, D, BLOCK_D, TOKENS, WORDS
+            hidden_ptr,
+            weight_ptr,
+            tokens,
+            words,
+            n_tokens,
+            n_words,
+            hidden_stride,
+            weight_stride,
+            D,
+            BLOCK_D,
+            TOKENS,
+            WORDS,
         )
         mask = tokens < n_tokens
-        target = tl.load(targets + tokens, mask=mask, other=-1) - first_word
-        lse = tl.load(logsumexp + tokens, mask=mask, other=0.0)
-        factor = tl.load(scale + tokens, mask=mask, other=0.0)
+        target = tl.load(targets_ptr + tokens, mask=mask, other=-1) - first_word
+        lse = tl.load(logsumexp_ptr + tokens, mask=mask, other=0.0)
+        factor = tl.load(scale_ptr + tokens, mask=mask, other=0.0)
         onehot = tl.where(words[None, :] == target[:, None], 1.0, 0.0)
         value = (onehot - tl.exp(z * inverse_temperature - lse[:, None])) * factor[:, None]
-        place = grad + tokens.to(tl.int64)[:, None] * n_words + words[None, :]
-        tl.store(place, value.to(grad.dtype.element_ty), mask=mask[:, None] & (words < n_words)[None, :])
+        grad_rows = grad_ptr + tokens.to(tl.int64)[:, None] * n_words
+        tl.store(
+            grad_rows + words[None, :],
+            value.to(grad_ptr.dtype.element_ty),
+            mask=mask[:, None] & (words < n_words)[None, :],
+        )
 
 
 class _Triton:
@@ -314,9 +333,9 @@ class _Triton:
             D=d,
             **blocks,
         )
-        largest, sum_exp, sum_exp_logit, target_logit = parts
-        top = largest.amax(0)
-        rescale = torch.exp(largest - top)
+        max_logit, sum_exp, sum_exp_logit, target_logit = parts
+        top = max_logit.amax(0)
+        rescale = torch.exp(max_logit - top)
         total = (sum_exp * rescale).sum(0)
         return target_logit.sum(0), top + total.log(), (sum_exp_logit * rescale).sum(0) / total
 
@@ -324,12 +343,12 @@ class _Triton:
     def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
         (n_tokens, d), blocks = hidden.shape, _Triton.blocks(hidden.dtype)
         slice_words = _Triton.slice_words(n_tokens, hidden.dtype)
-        memory = torch.empty(n_tokens * min(slice_words, len(weight)), dtype=hidden.dtype, device=hidden.device)
+        buffer = torch.empty(n_tokens * min(slice_words, len(weight)), dtype=hidden.dtype, device=hidden.device)
         grad_hidden = torch.zeros(n_tokens, d, device=hidden.device)
         grad_weight = torch.empty_like(weight) if needs_weight else None
         for start in range(0, len(weight), slice_words):
             words = weight[start : start + slice_words]
-            grad = memory[: n_tokens * len(words)].view(n_tokens, -1)
+            grad = buffer[: n_tokens * len(words)].view(n_tokens, -1)
             grid = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(len(words), blocks["WORDS"])
             _grad_kernel[grid](
                 hidden,

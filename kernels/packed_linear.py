@@ -1,21 +1,26 @@
-"""Products with weights that do not change for many passes, on a CPU: matrices that are applied to the same input are
-joined, and large ones are packed for oneDNN once.
+"""Linear layers for inference on a CPU: layers with a common input are joined, large weights are packed for oneDNN.
 
     linear = PackedLinear([(weight, bias), ...])
     y = linear(x)          # F.linear(x, weight, bias) of each, concatenated
 
-`F.linear` in fp32 calls MKL, which reads a matrix with one thread at batch 1 and runs at half its speed at batches of 2
-to 32. On two cores (AVX-512) at 4864 x 896, packed weights are faster: batch 8 10 -> 25 GB/s, batch 32 96 -> 192
-GFLOP/s. One or two rows are left to MKL, as a batch of products with parts of the matrix, one per thread: 14 -> 34 GB/s
-(oneDNN: 25). Small matrices stay with MKL unchanged, since its calls cost less.
+In fp32 `F.linear` calls MKL, which reads a weight with one thread at batch 1 and runs at half its speed at batches of 2
+to 32. Packed weights are faster. On two cores with AVX-512, at 4864 x 896:
+
+    rows    F.linear       here
+    1       14 GB/s        34 GB/s (oneDNN: 25)
+    8       10 GB/s        25 GB/s
+    32      96 GFLOP/s     192 GFLOP/s
+
+One or two rows are left to MKL, as a batch of products with one part of the weight per thread. Small weights stay with
+`F.linear`, whose calls cost less. In all three the order of a sum depends on the number of rows, so that results of
+different batch sizes differ by rounding.
 """
 
 import torch
 import torch.nn.functional as F
 
-WORTH_PACKING = (
-    2**18
-)  # weights of a matrix; for smaller ones a call of oneDNN (20 microseconds) costs more than it saves
+# Elements of a weight. Below this, a call of oneDNN (20 microseconds) costs more than it saves.
+WORTH_PACKING = 2**18
 
 
 class PackedLinear:
@@ -23,8 +28,9 @@ class PackedLinear:
 
     @torch.no_grad()
     def __init__(self, parts: list[tuple[torch.nn.Parameter, torch.nn.Parameter | None]]) -> None:
-        """parts: (weight [out, in], bias [out] or None) each. The parameters of several become views of one tensor."""
-        self.weight, self.bias = (_joined(tensors) for tensors in zip(*parts))
+        """parts: (weight [out, in], bias [out] or None) of each layer, which become views of one joined tensor."""
+        self.weight = _join([weight for weight, _ in parts])
+        self.bias = None if parts[0][1] is None else _join([bias for _, bias in parts])
         self.packed = pack(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,12 +39,12 @@ class PackedLinear:
         return packed_linear(x, self.weight, self.packed, self.bias)
 
 
-def _joined(parameters):
-    if parameters[0] is None or len(parameters) == 1:
+def _join(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    if len(parameters) == 1:
         return parameters[0]
     joined = torch.cat(parameters)
-    for parameter, part in zip(parameters, joined.split([len(p) for p in parameters])):
-        parameter.data = part
+    for parameter, view in zip(parameters, joined.split([len(p) for p in parameters])):
+        parameter.data = view
     return joined
 
 
@@ -48,7 +54,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 @torch.no_grad()
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """weight [out, in] -> a copy for `packed_linear`; None: not fp32, too small, or no oneDNN in this torch."""
+    """Returns a copy of weight [out, in] for `packed_linear`, or None if not fp32, too small, or without oneDNN."""
     if weight.dtype != torch.float32 or weight.numel() < WORTH_PACKING:
         return None
     if not torch.backends.mkldnn.is_available():

@@ -18,9 +18,9 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-SPLIT_TOKENS = 256  # tokens per program; more if a row would otherwise have over MAX_SPLITS of them
+SPLIT_TOKENS = 256  # tokens per program, or more where a row would have over MAX_SPLITS splits
 MAX_SPLITS = 32
-# Of keys per iteration, by the size of an element; with as many of values and two stages in flight this fits any shared
+# Bytes of keys per iteration, by element size. With as many of values and two stages in flight this fits any shared
 # memory. In fp32, without tensor cores, twice as much spills registers at D = 128 on sm_90.
 TILE_BYTES = {2: 16384, 4: 8192}
 
@@ -50,13 +50,13 @@ def paged_attention(
 def reference(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """In torch. The cache past a row's end may hold NaN, and 0 times NaN is NaN, so it is replaced by 0."""
+    """Reference in torch. The cache past a row's end may hold NaN; it is replaced by 0, since 0 * NaN is NaN."""
     n_kv, dim = k_cache.shape[2:]
     keys, values = (cache[block_table.long()].flatten(1, 2).float() for cache in (k_cache, v_cache))  # [R, L, Hkv, D]
-    seen = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]  # [R, L]
-    keys, values = (x.masked_fill(~seen[:, :, None, None], 0).transpose(1, 2) for x in (keys, values))
+    valid = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]  # [R, L]
+    keys, values = (x.masked_fill(~valid[:, :, None, None], 0).transpose(1, 2) for x in (keys, values))
     grouped = q.unflatten(1, (n_kv, -1)).float()  # [R, Hkv, g, D]
-    scores = (grouped @ keys.mT * dim**-0.5).masked_fill(~seen[:, None, None], float("-inf"))
+    scores = (grouped @ keys.mT * dim**-0.5).masked_fill(~valid[:, None, None], float("-inf"))
     out = (scores.softmax(-1) @ values).to(q.dtype).view(q.shape)
     return out.masked_fill((lengths == 0)[:, None, None], 0)
 
@@ -65,13 +65,13 @@ if triton is not None:
 
     @triton.jit
     def _split_kernel(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        lengths,
-        partial,
-        lse,
+        q_ptr,
+        k_cache_ptr,
+        v_cache_ptr,
+        block_table_ptr,
+        lengths_ptr,
+        partial_ptr,
+        lse_ptr,
         q_stride,
         table_stride,
         scale,
@@ -85,45 +85,49 @@ if triton is not None:
         TILE_D: tl.constexpr,
         TILE_N: tl.constexpr,
     ):
-        """Program (row, key head, split): the split's normalised output and log-sum-exp (base 2), for a head group."""
+        """Program (row, key head, split): normalized output and base-2 log-sum-exp of one split, for all query heads of
+        the key head."""
         row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-        length = tl.load(lengths + row)
+        length = tl.load(lengths_ptr + row)
         start = split * split_tokens
         if start < length:
             end = tl.minimum(start + split_tokens, length)
             g, d = tl.arange(0, TILE_G), tl.arange(0, TILE_D)
             heads = head * G + g
             mask = (g < G)[:, None] & (d < D)[None, :]
-            query = tl.load(q + row * q_stride + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
-            best = tl.full([TILE_G], float("-inf"), tl.float32)
+            query = tl.load(q_ptr + row * q_stride + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
+            row_max = tl.full([TILE_G], float("-inf"), tl.float32)
             total = tl.zeros([TILE_G], tl.float32)
             acc = tl.zeros([TILE_G, TILE_D], tl.float32)
             for first in range(start, end, TILE_N):
                 token = first + tl.arange(0, TILE_N)
-                seen = token < end
-                block = tl.load(block_table + row * table_stride + token // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+                valid = token < end
+                block = tl.load(block_table_ptr + row * table_stride + token // BLOCK_SIZE, mask=valid, other=0).to(
+                    tl.int64
+                )
                 slot = (block * BLOCK_SIZE + token % BLOCK_SIZE) * (HKV * D) + head * D
-                where, tile = slot[:, None] + d[None, :], seen[:, None] & (d < D)[None, :]
-                keys = tl.load(k_cache + where, mask=tile, other=0.0)
-                values = tl.load(v_cache + where, mask=tile, other=0.0)
+                kv_offset = slot[:, None] + d[None, :]
+                kv_mask = valid[:, None] & (d < D)[None, :]
+                keys = tl.load(k_cache_ptr + kv_offset, mask=kv_mask, other=0.0)
+                values = tl.load(v_cache_ptr + kv_offset, mask=kv_mask, other=0.0)
                 scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale  # [G, N]
-                scores = tl.where(seen[None, :], scores, float("-inf"))
-                new_best = tl.maximum(best, tl.max(scores, 1))
-                weights = tl.exp2(scores - new_best[:, None])
-                rescale = tl.exp2(best - new_best)
+                scores = tl.where(valid[None, :], scores, float("-inf"))
+                new_max = tl.maximum(row_max, tl.max(scores, 1))
+                weights = tl.exp2(scores - new_max[:, None])
+                rescale = tl.exp2(row_max - new_max)
                 total = total * rescale + tl.sum(weights, 1)
                 acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-                best = new_best
-            at = (row * (HKV * G) + heads) * n_splits + split  # [G]
-            tl.store(partial + at[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
-            tl.store(lse + at, best + tl.log2(total), mask=g < G)
+                row_max = new_max
+            offset = (row * (HKV * G) + heads) * n_splits + split  # [G]
+            tl.store(partial_ptr + offset[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
+            tl.store(lse_ptr + offset, row_max + tl.log2(total), mask=g < G)
 
     @triton.jit
     def _merge_kernel(
-        partial,
-        lse,
-        lengths,
-        out,
+        partial_ptr,
+        lse_ptr,
+        lengths_ptr,
+        out_ptr,
         n_splits,
         split_tokens,
         HQ: tl.constexpr,
@@ -131,18 +135,20 @@ if triton is not None:
         TILE_S: tl.constexpr,
         TILE_D: tl.constexpr,
     ):
-        """Program (row, query head): the mean of its splits, each weighted by exp(its log-sum-exp)."""
+        """Program (row, query head): average of the splits, weighted by exp(log-sum-exp)."""
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         s, d = tl.arange(0, TILE_S), tl.arange(0, TILE_D)
-        used = s < tl.cdiv(tl.load(lengths + row), split_tokens)  # the others were never written
-        at = (row * HQ + head) * n_splits + s
-        logs = tl.load(lse + at, mask=used, other=float("-inf"))
-        best = tl.max(logs, 0)
-        weights = tl.where(used, tl.exp2(logs - tl.where(best == float("-inf"), 0.0, best)), 0.0)
-        parts = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
+        used = s < tl.cdiv(tl.load(lengths_ptr + row), split_tokens)  # the others were never written
+        offset = (row * HQ + head) * n_splits + s
+        logs = tl.load(lse_ptr + offset, mask=used, other=float("-inf"))
+        row_max = tl.max(logs, 0)
+        weights = tl.where(used, tl.exp2(logs - tl.where(row_max == float("-inf"), 0.0, row_max)), 0.0)
+        parts = tl.load(
+            partial_ptr + offset[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
+        )
         total = tl.sum(weights, 0)
         merged = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)  # length 0: zeros
-        tl.store(out + (row * HQ + head) * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+        tl.store(out_ptr + (row * HQ + head) * D + d, merged.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def triton_paged_attention(

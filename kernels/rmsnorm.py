@@ -16,7 +16,7 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-MAX_WIDTH = 32768  # elements of a row that one program holds
+MAX_WIDTH = 32768  # elements per row; one program holds a whole row
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -39,7 +39,7 @@ def add_rms_norm(
 def reference(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In torch, as run on a CPU. residual None: the sum is x itself."""
+    """Reference in torch, used on CPUs. With residual None the sum is x itself."""
     total = x if residual is None else x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
 
@@ -56,12 +56,12 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        x,
-        residual,
-        weight,
-        out,
-        total,
-        rstd,
+        x_ptr,
+        residual_ptr,
+        weight_ptr,
+        out_ptr,
+        total_ptr,
+        rstd_ptr,
         x_stride,
         residual_stride,
         eps,
@@ -73,50 +73,50 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, TILE)
         mask = d < D
-        value = tl.load(x + row * x_stride + d, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x_ptr + row * x_stride + d, mask=mask, other=0.0).to(tl.float32)
         if ADD:
-            value += tl.load(residual + row * residual_stride + d, mask=mask, other=0.0).to(tl.float32)
-            rounded = value.to(total.dtype.element_ty)
-            tl.store(total + row * D + d, rounded, mask=mask)
+            value += tl.load(residual_ptr + row * residual_stride + d, mask=mask, other=0.0).to(tl.float32)
+            rounded = value.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * D + d, rounded, mask=mask)
             value = rounded.to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-        tl.store(rstd + row, scale)
-        w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + row * D + d, (value * scale * w).to(out.dtype.element_ty), mask=mask)
+        tl.store(rstd_ptr + row, scale)
+        w = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * D + d, (value * scale * w).to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _backward_kernel(
-        grad_out,
-        grad_total,
-        total,
-        weight,
-        rstd,
-        grad_x,
-        grad_weight,
+        grad_out_ptr,
+        grad_total_ptr,
+        total_ptr,
+        weight_ptr,
+        rstd_ptr,
+        grad_x_ptr,
+        grad_weight_ptr,
         total_stride,
         n_rows,
         D: tl.constexpr,
         TILE: tl.constexpr,
         ADD: tl.constexpr,
     ):
-        """Program p: dx of rows p, p + programs, ..., and their part of dW, in a row of its own."""
+        """Program p: dx of rows p, p + programs, ... and the sum of their dW, written to row p of grad_weight."""
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
         d = tl.arange(0, TILE)
         mask = d < D
-        w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
         grad_w = tl.zeros([TILE], tl.float32)
         for i in range(tl.cdiv(n_rows - tl.program_id(0), programs)):
             row = program + i * programs
-            scale = tl.load(rstd + row)
-            normed = tl.load(total + row * total_stride + d, mask=mask, other=0.0).to(tl.float32) * scale
-            grad = tl.load(grad_out + row * D + d, mask=mask, other=0.0).to(tl.float32)
+            scale = tl.load(rstd_ptr + row)
+            normed = tl.load(total_ptr + row * total_stride + d, mask=mask, other=0.0).to(tl.float32) * scale
+            grad = tl.load(grad_out_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
             grad_w += grad * normed
             grad *= w
             grad = (grad - normed * (tl.sum(grad * normed, 0) / D)) * scale
             if ADD:
-                grad += tl.load(grad_total + row * D + d, mask=mask, other=0.0).to(tl.float32)
-            tl.store(grad_x + row * D + d, grad.to(grad_x.dtype.element_ty), mask=mask)
-        tl.store(grad_weight + program * D + d, grad_w, mask=mask)
+                grad += tl.load(grad_total_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+            tl.store(grad_x_ptr + row * D + d, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_weight_ptr + program * D + d, grad_w, mask=mask)
 
 
 def _launch_options(width):

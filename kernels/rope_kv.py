@@ -2,8 +2,8 @@
 
     q = rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
 
-In bf16 the Triton kernel rounds products and sums where `apply_rope` does, which training uses, so that the engine
-caches the values that a training pass computes.
+In bf16 the Triton kernel rounds products and sums exactly where `apply_rope` does. Training uses `apply_rope`, so the
+engine caches the values that a training pass computes.
 """
 
 import torch
@@ -25,11 +25,11 @@ def rope_kv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """-> rotated q, a new contiguous tensor [T, Hq, D]; writes rotated k, and v, to the caches. Not differentiable.
+    """Returns rotated q as a new contiguous tensor [T, Hq, D], and writes rotated k, and v, to the caches.
 
     q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, such as slices of one projection), cos and sin [T, 1, D],
     k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size
-    + offset, each at most once; -1 writes nothing.
+    + offset, each at most once; -1 writes nothing. Not differentiable.
     """
     n_tokens, n_heads, dim = q.shape
     n_kv = k.shape[1]
@@ -46,7 +46,7 @@ def rope_kv(
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, H, D], cos and sin [T, 1, D] -> rotated x; the half-split layout of HF. Differentiable."""
+    """Rotates x [T, H, D] by cos, sin [T, 1, D] in the half-split layout of Hugging Face. Differentiable."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -55,8 +55,8 @@ def reference(q, k, v, cos, sin, k_cache, v_cache, slots):
     """In torch, as run on a CPU."""
     k = apply_rope(k, cos, sin)
     if bool((slots < 0).any()):
-        kept = (slots >= 0).nonzero()[:, 0]
-        k, v, slots = k[kept], v[kept], slots[kept]
+        valid = (slots >= 0).nonzero()[:, 0]
+        k, v, slots = k[valid], v[valid], slots[valid]
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
     return apply_rope(q, cos, sin)
@@ -65,27 +65,28 @@ def reference(q, k, v, cos, sin, k_cache, v_cache, slots):
 if triton is not None:
 
     @triton.jit
-    def _rotate_heads(x, out, where, out_where, mask, c1, c2, s1, s2, HALF: tl.constexpr):
-        """Rotates two halves [heads, D / 2] at x + where, into out + out_where; products are rounded to x's dtype."""
-        dtype = x.dtype.element_ty
-        first = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(x + where + HALF, mask=mask, other=0.0).to(tl.float32)
+    def _rotate_heads(x_ptr, out_ptr, offset, out_offset, mask, c1, c2, s1, s2, HALF: tl.constexpr):
+        """Rotates the halves [heads, D / 2] at x_ptr + offset into out_ptr + out_offset. Products are rounded to the
+        dtype of x."""
+        dtype = x_ptr.dtype.element_ty
+        first = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x_ptr + offset + HALF, mask=mask, other=0.0).to(tl.float32)
         new_first = (first * c1).to(dtype).to(tl.float32) - (second * s1).to(dtype).to(tl.float32)
         new_second = (second * c2).to(dtype).to(tl.float32) + (first * s2).to(dtype).to(tl.float32)
-        tl.store(out + out_where, new_first.to(dtype), mask=mask)
-        tl.store(out + out_where + HALF, new_second.to(dtype), mask=mask)
+        tl.store(out_ptr + out_offset, new_first.to(dtype), mask=mask)
+        tl.store(out_ptr + out_offset + HALF, new_second.to(dtype), mask=mask)
 
     @triton.jit
     def _rope_kv_kernel(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        slots,
-        q_out,
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        cos_ptr,
+        sin_ptr,
+        k_cache_ptr,
+        v_cache_ptr,
+        slots_ptr,
+        q_out_ptr,
         q_stride,
         k_stride,
         v_stride,
@@ -100,20 +101,28 @@ if triton is not None:
         token = tl.program_id(0).to(tl.int64)
         D: tl.constexpr = 2 * HALF
         d = tl.arange(0, TILE_D)
-        c1 = tl.load(cos + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-        c2 = tl.load(cos + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-        s1 = tl.load(sin + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-        s2 = tl.load(sin + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        c1 = tl.load(cos_ptr + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        c2 = tl.load(cos_ptr + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        s1 = tl.load(sin_ptr + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        s2 = tl.load(sin_ptr + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
         h = tl.arange(0, TILE_Q)
-        where, mask = h[:, None] * D + d[None, :], (h < HQ)[:, None] & (d < HALF)[None, :]
-        _rotate_heads(q, q_out, token * q_stride + where, token * (HQ * D) + where, mask, c1, c2, s1, s2, HALF)
-        slot = tl.load(slots + token)
+        offset, mask = h[:, None] * D + d[None, :], (h < HQ)[:, None] & (d < HALF)[None, :]
+        _rotate_heads(
+            q_ptr, q_out_ptr, token * q_stride + offset, token * (HQ * D) + offset, mask, c1, c2, s1, s2, HALF
+        )
+        slot = tl.load(slots_ptr + token)
         h = tl.arange(0, TILE_KV)
-        where, mask = h[:, None] * D + d[None, :], (h < HKV)[:, None] & (d < HALF)[None, :] & (slot >= 0)
-        cached = slot * (HKV * D) + where
-        _rotate_heads(k, k_cache, token * k_stride + where, cached, mask, c1, c2, s1, s2, HALF)
-        tl.store(v_cache + cached, tl.load(v + token * v_stride + where, mask=mask, other=0.0), mask=mask)
-        tl.store(v_cache + cached + HALF, tl.load(v + token * v_stride + where + HALF, mask=mask, other=0.0), mask=mask)
+        offset, mask = h[:, None] * D + d[None, :], (h < HKV)[:, None] & (d < HALF)[None, :] & (slot >= 0)
+        cache_offset = slot * (HKV * D) + offset
+        _rotate_heads(k_ptr, k_cache_ptr, token * k_stride + offset, cache_offset, mask, c1, c2, s1, s2, HALF)
+        tl.store(
+            v_cache_ptr + cache_offset, tl.load(v_ptr + token * v_stride + offset, mask=mask, other=0.0), mask=mask
+        )
+        tl.store(
+            v_cache_ptr + cache_offset + HALF,
+            tl.load(v_ptr + token * v_stride + offset + HALF, mask=mask, other=0.0),
+            mask=mask,
+        )
 
 
 def triton_rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):

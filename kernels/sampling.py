@@ -23,10 +23,10 @@ try:
 except ImportError:  # a CPU needs the torch code only
     triton = None
 
-CPU_CHUNK = 2**20  # probabilities processed at once on a CPU: several passes read them, so they should fit its cache
-SMALL = 4096  # words; a larger vocabulary is searched in two levels on a CPU, blocks first
-BLOCK = 512  # words of such a block
-CHUNK = 8192  # words of one program on a GPU
+CPU_CHUNK = 2**20  # CPU: probabilities processed at once; several passes read them, so they should fit in cache
+SMALL = 4096  # CPU: words; a larger vocabulary is searched in two levels, blocks of BLOCK words first
+BLOCK = 512
+CHUNK = 8192  # GPU: words per program
 
 
 def sample(
@@ -69,7 +69,7 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 def reference(
     logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In torch, as run on a CPU, on a few rows at a time."""
+    """Reference in torch, used on CPUs a few rows at a time."""
     logits = logits.float()
     lowest, highest = (x.item() for x in temperature.aminmax())
     if lowest == highest == 1:
@@ -81,19 +81,21 @@ def reference(
     if highest == 0:
         tokens = logits.argmax(-1, keepdim=True)
         return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
-    kept = probs
+    nucleus = probs
     if top_p.min().item() < 1:
-        kept = torch.where(probs >= nucleus_threshold(probs, top_p)[:, None], probs, 0.0)
+        nucleus = torch.where(probs >= nucleus_threshold(probs, top_p)[:, None], probs, 0.0)
     fraction = uniform(seeds, positions)[:, None]
-    if kept.shape[1] <= SMALL:
-        tokens, _ = _locate(kept, fraction)
+    if nucleus.shape[1] <= SMALL:
+        tokens, _ = _locate(nucleus, fraction)
     else:
-        whole = kept.shape[1] // BLOCK * BLOCK
-        blocks = kept[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
-        blocks = torch.cat([blocks, kept[:, whole:].sum(-1, keepdim=True)], 1)
+        whole = nucleus.shape[1] // BLOCK * BLOCK
+        blocks = nucleus[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+        blocks = torch.cat([blocks, nucleus[:, whole:].sum(-1, keepdim=True)], 1)
         block, fraction = _locate(blocks, fraction)
         columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)  # [R, BLOCK]
-        inside = kept.gather(1, columns.clamp(max=kept.shape[1] - 1)).masked_fill(columns >= kept.shape[1], 0.0)
+        inside = nucleus.gather(1, columns.clamp(max=nucleus.shape[1] - 1)).masked_fill(
+            columns >= nucleus.shape[1], 0.0
+        )
         tokens = block * BLOCK + _locate(inside, fraction)[0]
     if lowest == 0:
         tokens = torch.where(temperature[:, None] == 0, logits.argmax(-1, keepdim=True), tokens)
@@ -101,8 +103,10 @@ def reference(
 
 
 def _locate(weights, fraction):
-    """Where the cumulative mass of a row passes a fraction of the total. weights [R, N] >= 0, fraction [R, 1] in [0, 1)
-    -> index [R, 1] of positive weight, and the fraction of that weight at which this happens."""
+    """Inverts the cumulative distribution: finds where a row's cumulative mass passes a fraction of its total.
+
+    weights [R, N] >= 0, fraction [R, 1] in [0, 1) -> index [R, 1] of a positive weight, and the fraction inside it.
+    """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     point = torch.minimum(fraction * total, total.nextafter(torch.zeros_like(total)))
@@ -119,11 +123,11 @@ def nucleus_threshold(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     buckets = (probs.view(torch.int32) >> 20).add_(first)
     mass = torch.bincount(buckets.view(-1), probs.view(-1).double(), minlength=n_rows * 1024).view(n_rows, 1024).flip(1)
     downwards = mass.cumsum(1)  # [R, 1024], from the bucket of the largest p
-    place = torch.searchsorted(downwards, top_p[:, None].double()).clamp_(max=1023)
-    above = (downwards - mass).gather(1, place)
-    chosen = torch.where(top_p[:, None] < 1, first + 1023 - place, -1).int()
-    # the tokens of that bucket, row by row, as the rows of a matrix
-    row, column = (buckets == chosen).nonzero(as_tuple=True)
+    bucket = torch.searchsorted(downwards, top_p[:, None].double()).clamp_(max=1023)
+    above = (downwards - mass).gather(1, bucket)
+    threshold_bucket = torch.where(top_p[:, None] < 1, first + 1023 - bucket, -1).int()
+    # gather the tokens of that bucket, one matrix row per row
+    row, column = (buckets == threshold_bucket).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=n_rows)
     rank = torch.arange(len(row), device=probs.device) - (counts.cumsum(0) - counts)[row]
     candidates = probs.new_zeros(n_rows, max(1, int(counts.max())))
@@ -138,9 +142,9 @@ def nucleus_threshold(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
-    def _chunk(logits, row, row_stride, chunk, V: tl.constexpr, CHUNK: tl.constexpr):
+    def _chunk(logits_ptr, row, row_stride, chunk, V: tl.constexpr, CHUNK: tl.constexpr):
         column = chunk * CHUNK + tl.arange(0, CHUNK)
-        return tl.load(logits + row * row_stride + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        return tl.load(logits_ptr + row * row_stride + column, mask=column < V, other=float("-inf")).to(tl.float32)
 
     @triton.jit
     def _order(z):
@@ -149,38 +153,40 @@ if triton is not None:
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
     @triton.jit
-    def _inverse_temperature(temperature, row):
-        t = tl.load(temperature + row)
+    def _inverse_temperature(temperature_ptr, row):
+        t = tl.load(temperature_ptr + row)
         return 1.0 / tl.where(t == 0, 1.0, t)
 
     @triton.jit
-    def _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S: tl.constexpr):
-        """-> (the row's largest logit, sum of exp((z - largest) * scale)), from those of its chunks."""
+    def _softmax_terms(maxima_ptr, sums_ptr, row, n_chunks, scale, TILE_S: tl.constexpr):
+        """Merges the chunks of a row: returns (max logit, sum of exp((z - max) * scale))."""
         s = tl.arange(0, TILE_S)
-        chunk_max = tl.load(maxima + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
-        best = tl.max(chunk_max, 0)
-        chunk_sum = tl.load(sums + row * n_chunks + s, mask=s < n_chunks, other=0.0)
-        return best, tl.sum(tl.where(chunk_sum > 0, chunk_sum * tl.exp((chunk_max - best) * scale), 0.0), 0)
+        chunk_max = tl.load(maxima_ptr + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
+        row_max = tl.max(chunk_max, 0)
+        chunk_sum = tl.load(sums_ptr + row * n_chunks + s, mask=s < n_chunks, other=0.0)
+        return row_max, tl.sum(tl.where(chunk_sum > 0, chunk_sum * tl.exp((chunk_max - row_max) * scale), 0.0), 0)
 
     @triton.jit
-    def _stats_kernel(logits, maxima, sums, temperature, row_stride, V: tl.constexpr, CHUNK: tl.constexpr):
+    def _stats_kernel(
+        logits_ptr, maxima_ptr, sums_ptr, temperature_ptr, row_stride, V: tl.constexpr, CHUNK: tl.constexpr
+    ):
         row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-        z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
-        best = tl.max(z, 0)
+        z = _chunk(logits_ptr, row, row_stride, chunk, V, CHUNK)
+        row_max = tl.max(z, 0)
         # a chunk of -inf only has no mass
-        terms = tl.where(z == float("-inf"), 0.0, tl.exp((z - best) * _inverse_temperature(temperature, row)))
-        tl.store(maxima + row * n_chunks + chunk, best)
-        tl.store(sums + row * n_chunks + chunk, tl.sum(terms, 0))
+        terms = tl.where(z == float("-inf"), 0.0, tl.exp((z - row_max) * _inverse_temperature(temperature_ptr, row)))
+        tl.store(maxima_ptr + row * n_chunks + chunk, row_max)
+        tl.store(sums_ptr + row * n_chunks + chunk, tl.sum(terms, 0))
 
     @triton.jit(do_not_specialize=["level", "last_step", "step"])
     def _search_kernel(
-        logits,
-        maxima,
-        sums,
-        masses,
-        prefixes,
-        temperature,
-        top_p,
+        logits_ptr,
+        maxima_ptr,
+        sums_ptr,
+        masses_ptr,
+        prefixes_ptr,
+        temperature_ptr,
+        top_p_ptr,
         row_stride,
         n_rows,
         level,
@@ -197,26 +203,28 @@ if triton is not None:
         last level (STEPS = 1) sums the kept mass, for every row.
         """
         row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-        wanted = tl.load(top_p + row)
+        wanted = tl.load(top_p_ptr + row)
         if (wanted < 1) | (STEPS == 1):
             j = tl.arange(0, 16)
             prefix = tl.full([], -2147483648, tl.int32)
             if (wanted < 1) & (level > 0):
                 s = tl.arange(0, TILE_S)
-                at = (((level - 1) * n_rows + row) * n_chunks + s[:, None]) * 16 + j[None, :]
-                mass = tl.sum(tl.load(masses + at, mask=(s < n_chunks)[:, None], other=0.0).to(tl.float64), 0)  # [16]
+                offset = (((level - 1) * n_rows + row) * n_chunks + s[:, None]) * 16 + j[None, :]
+                mass = tl.sum(
+                    tl.load(masses_ptr + offset, mask=(s < n_chunks)[:, None], other=0.0).to(tl.float64), 0
+                )  # [16]
                 digit = tl.max(tl.where(mass >= wanted, j, 0), 0)
-                prefix = tl.load(prefixes + (level - 1) * n_rows + row) + digit * last_step
-            tl.store(prefixes + level * n_rows + row, prefix)  # all programs of a row store the same value
-            scale = _inverse_temperature(temperature, row)
-            best, total = _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S)
-            z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
-            p = tl.exp((z - best) * scale) / total
+                prefix = tl.load(prefixes_ptr + (level - 1) * n_rows + row) + digit * last_step
+            tl.store(prefixes_ptr + level * n_rows + row, prefix)  # all programs of a row store the same value
+            scale = _inverse_temperature(temperature_ptr, row)
+            row_max, total = _softmax_terms(maxima_ptr, sums_ptr, row, n_chunks, scale, TILE_S)
+            z = _chunk(logits_ptr, row, row_stride, chunk, V, CHUNK)
+            p = tl.exp((z - row_max) * scale) / total
             key = _order(z)
             mass = tl.zeros([16], tl.float32)
             for i in tl.static_range(STEPS):  # i * step may wrap past 2^31; adding the prefix wraps it back
                 mass += tl.where(j == i, tl.sum(tl.where(key >= prefix + i * step, p, 0.0), 0), 0.0)
-            tl.store(masses + ((level * n_rows + row) * n_chunks + chunk) * 16 + j, mass)
+            tl.store(masses_ptr + ((level * n_rows + row) * n_chunks + chunk) * 16 + j, mass)
 
     @triton.jit
     def _mix(z, SHIFT: tl.constexpr, FACTOR: tl.constexpr):
@@ -242,16 +250,16 @@ if triton is not None:
 
     @triton.jit
     def _pick_kernel(
-        logits,
-        maxima,
-        sums,
-        kept,
-        thresholds,
-        temperature,
-        seeds,
-        positions,
-        tokens,
-        logprobs,
+        logits_ptr,
+        maxima_ptr,
+        sums_ptr,
+        nucleus_ptr,
+        thresholds_ptr,
+        temperature_ptr,
+        seeds_ptr,
+        positions_ptr,
+        tokens_ptr,
+        logprobs_ptr,
         row_stride,
         n_chunks,
         V: tl.constexpr,
@@ -260,22 +268,24 @@ if triton is not None:
     ):
         """One program per row: finds the chunk, then the token in it."""
         row = tl.program_id(0).to(tl.int64)
-        scale = _inverse_temperature(temperature, row)
-        best, total = _softmax_terms(maxima, sums, row, n_chunks, scale, TILE_S)
+        scale = _inverse_temperature(temperature_ptr, row)
+        row_max, total = _softmax_terms(maxima_ptr, sums_ptr, row, n_chunks, scale, TILE_S)
         s = tl.arange(0, TILE_S)
-        masses = tl.load(kept + (row * n_chunks + s) * 16, mask=s < n_chunks, other=0.0)
-        chunk, fraction = _locate_point(masses, _uniform(tl.load(seeds + row), tl.load(positions + row)), TILE_S)
-        greedy = tl.load(temperature + row) == 0
-        chunk_max = tl.load(maxima + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
+        masses = tl.load(nucleus_ptr + (row * n_chunks + s) * 16, mask=s < n_chunks, other=0.0)
+        chunk, fraction = _locate_point(
+            masses, _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row)), TILE_S
+        )
+        greedy = tl.load(temperature_ptr + row) == 0
+        chunk_max = tl.load(maxima_ptr + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
         chunk = tl.where(greedy, tl.argmax(chunk_max, 0), chunk)
-        z = _chunk(logits, row, row_stride, chunk, V, CHUNK)
-        p = tl.where(_order(z) >= tl.load(thresholds + row), tl.exp((z - best) * scale), 0.0)
+        z = _chunk(logits_ptr, row, row_stride, chunk, V, CHUNK)
+        p = tl.where(_order(z) >= tl.load(thresholds_ptr + row), tl.exp((z - row_max) * scale), 0.0)
         index, _ = _locate_point(p, fraction, CHUNK)
         index = tl.where(greedy, tl.argmax(z, 0), index)
         token = tl.minimum(chunk * CHUNK + index, V - 1)  # in range even where logits are NaN
-        chosen = tl.load(logits + row * row_stride + token).to(tl.float32)
-        tl.store(tokens + row, token.to(tl.int64))
-        tl.store(logprobs + row, (chosen - best) * scale - tl.log(total))
+        logit = tl.load(logits_ptr + row * row_stride + token).to(tl.float32)
+        tl.store(tokens_ptr + row, token.to(tl.int64))
+        tl.store(logprobs_ptr + row, (logit - row_max) * scale - tl.log(total))
 
 
 def triton_sample(

@@ -33,30 +33,38 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(gate, up, out, gate_stride, up_stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    def _forward_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
         """Program (row, tile of columns)."""
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = column < WIDTH
-        g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0)
-        u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0)
+        u = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
         x = g.to(tl.float32)
         silu = (x * tl.sigmoid(x)).to(g.dtype).to(tl.float32)
-        tl.store(out + row * WIDTH + column, (silu * u).to(g.dtype), mask=mask)
+        tl.store(out_ptr + row * WIDTH + column, (silu * u).to(g.dtype), mask=mask)
 
     @triton.jit
     def _backward_kernel(
-        grad, gate, up, grad_gate, grad_up, gate_stride, up_stride, WIDTH: tl.constexpr, TILE: tl.constexpr
+        grad_ptr,
+        gate_ptr,
+        up_ptr,
+        grad_gate_ptr,
+        grad_up_ptr,
+        gate_stride,
+        up_stride,
+        WIDTH: tl.constexpr,
+        TILE: tl.constexpr,
     ):
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = column < WIDTH
-        dy = tl.load(grad + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(grad_ptr + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
         # d silu(g) / dg = s + g s (1 - s)
-        dtype = grad_gate.dtype.element_ty
-        tl.store(grad_gate + row * WIDTH + column, (dy * u * (s + g * s * (1 - s))).to(dtype), mask=mask)
-        tl.store(grad_up + row * WIDTH + column, (dy * g * s).to(dtype), mask=mask)
+        dtype = grad_gate_ptr.dtype.element_ty
+        tl.store(grad_gate_ptr + row * WIDTH + column, (dy * u * (s + g * s * (1 - s))).to(dtype), mask=mask)
+        tl.store(grad_up_ptr + row * WIDTH + column, (dy * g * s).to(dtype), mask=mask)
 
 
 class _SwiGLU(torch.autograd.Function):
