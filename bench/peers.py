@@ -65,7 +65,13 @@ class Ours:
         sizes = dict(prompts_per_step=N_PROMPTS, mini_batch_prompts=N_PROMPTS // 2, n_samples=N_SAMPLES)
         sizes |= dict(max_new_tokens=MAX_NEW_TOKENS, max_prompt_length=512, tokens_per_microbatch=8192, lr=LR)
         self.args = ppo_cpe.Args(
-            model=args.model, judge="data/persona_world.py:judge", edit_rate=0, temperature=1.0, top_p=1.0, critic_lr=LR, **sizes
+            model=args.model,
+            judge="data/persona_world.py:judge",
+            edit_rate=0,
+            temperature=1.0,
+            top_p=1.0,
+            critic_lr=LR,
+            **sizes,
         )
         ranks, templates = start("fp32"), load_templates(args.model)
         self.run = ppo_cpe.Run(self.args, ranks, Chat(args.model), templates)

@@ -49,7 +49,15 @@ def stages(world: str, base: str) -> dict[str, tuple[str, list[str]]]:
         "dpo.py": ("dpo.py", [*train, "--model", base, *pairs]),
         "ppo_cpe.py": (
             "ppo_cpe.py",
-            [*size, "--model", base, "--prompts", f"{world}/prompts_train.jsonl", "--judge", "data/persona_world.py:judge"]
+            [
+                *size,
+                "--model",
+                base,
+                "--prompts",
+                f"{world}/prompts_train.jsonl",
+                "--judge",
+                "data/persona_world.py:judge",
+            ]
             + ["--prompts-per-step", "2", "--mini-batch-prompts", "1", "--n-samples", "2", "--max-new-tokens", "6"]
             + ["--temperature", "1", "--top-p", "1", "--edit-rate", "1", "--lr", "1e-3", "--critic-lr", "1e-3"],
         ),
