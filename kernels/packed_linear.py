@@ -16,6 +16,8 @@ One or two rows are left to MKL, as a batch of products with one part of the wei
 different batch sizes differ by rounding.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +32,8 @@ class PackedLinear:
     def __init__(self, parts: list[tuple[torch.nn.Parameter, torch.nn.Parameter | None]]) -> None:
         """parts: (weight [out, in], bias [out] or None) of each layer, which become views of one joined tensor."""
         self.weight = _join([weight for weight, _ in parts])
-        self.bias = None if parts[0][1] is None else _join([bias for _, bias in parts])
+        biases = [bias for _, bias in parts if bias is not None]
+        self.bias = _join(biases) if biases else None
         self.packed = pack(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,10 +42,10 @@ class PackedLinear:
         return packed_linear(x, self.weight, self.packed, self.bias)
 
 
-def _join(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+def _join(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(parameters) == 1:
         return parameters[0]
-    joined = torch.cat(parameters)
+    joined = torch.cat(list(parameters))
     for parameter, view in zip(parameters, joined.split([len(p) for p in parameters])):
         parameter.data = view
     return joined
