@@ -1,10 +1,9 @@
-"""The seconds that `--plan` would print (runtime/roofline.py) against real phases of an RL step, on a CPU.
+"""The seconds that `--plan` would print (runtime/roofline.py), side by side with phases of an RL step on a CPU.
 
-Rates of matrix products and of reading are measured in the same run, then the phases of a step with made-up responses:
-prompts and edits are prefilled and decoded by the engine; log-probs, values and the update are those of ppo_cpe.py. The
-model is wide enough for its time to lie in matrix products: that of the tiny recipe (width 128) is bound by calls, of
-which a roofline knows nothing. Seconds are of processor time, which other processes do not add to, as long as torch
-runs one thread.
+The rates of matrix products and of reading memory are measured in the same run. The step has random responses: prompts
+and edits are prefilled and decoded by the engine, and log-probs, values and the update are those of ppo_cpe.py. The
+model is wide enough to spend its time in matrix products; the tiny recipe's (width 128) spends it in calls, which a
+roofline doesn't model. Seconds are processor time, so that other processes don't add to it while torch runs one thread.
 
     OMP_NUM_THREADS=1 python bench/plan.py
 """
@@ -15,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a generate.py too
 
@@ -27,11 +27,12 @@ from engine import Engine
 from model import Transformer, init_weights
 from model_config import Config
 from runtime import packing, roofline, training
-from runtime.distributed import start
+from runtime.distributed import Ranks, start
+from trajectory import Trajectory
 
-MEAN = 0.75  # lengths over their limits below
-LIMIT = 0.3  # of the measured time: how far off a phase may be
-PROMPT, RESPONSE, CRITIQUE = 160, 64, 48  # tokens at most; `train.made_up` draws from half of that on
+MEAN = 0.75  # mean lengths, as a fraction of the maxima below
+LIMIT = 0.3  # relative error at which a phase is marked
+PROMPT, RESPONSE, CRITIQUE = 160, 64, 48  # tokens, at most; `train.random_trajectories` draws from half of that
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Args:
     prompts: int = 6
     """Prompts of the step, with four originals and two edits each."""
     repeats: int = 3
-    """Measurements, of which the medians are reported."""
+    """Measurements. The medians are reported."""
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -55,8 +56,9 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def measured_rates(width: int) -> roofline.Rates:
-    """Of products of the size that the passes have, and of reading what no cache holds."""
-    a, b = torch.ones(512, width), torch.ones(4 * width, width)
+    """Rates of matrix products as large as those of the passes, and of reading memory that no cache holds."""
+    a = torch.ones(512, width)
+    b = torch.ones(4 * width, width)
     large = torch.ones(2**26)
     products = statistics.median(seconds_of(lambda: torch.nn.functional.linear(a, b)) for _ in range(20))
     reading = statistics.median(seconds_of(large.sum) for _ in range(5))
@@ -64,11 +66,11 @@ def measured_rates(width: int) -> roofline.Rates:
 
 
 def generation(engine: Engine, requests: list[tuple[list[int], int]]) -> tuple[float, float]:
-    """(prompt ids, tokens of the response) each -> seconds of prefill and of decoding; prompts may be known in part."""
+    """Seconds of prefill and of decoding for requests: (prompt ids, tokens of the response). Prompts may be cached."""
     spent = {"_prefill": 0.0, "_decode": 0.0}
     for name in spent:
 
-        def timed(*inputs, name=name):
+        def timed(*inputs: Any, name: str = name) -> None:
             started = time.process_time()
             getattr(Engine, name)(engine, *inputs)
             spent[name] += time.process_time() - started
@@ -82,29 +84,36 @@ def generation(engine: Engine, requests: list[tuple[list[int], int]]) -> tuple[f
     return spent["_prefill"], spent["_decode"]
 
 
-def measure(engine: Engine, models: dict, optimizers: dict, trajectories: list, args, ranks) -> dict[str, float]:
-    """{phase: seconds}, the phases of `roofline.phases`."""
+def measure(
+    engine: Engine,
+    models: dict[str, Transformer],
+    optimizers: dict[str, torch.optim.Optimizer],
+    trajectories: list[Trajectory],
+    args: ppo_cpe.Args,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Seconds by phase, with the phases of `roofline.phases`."""
     engine.reset_prefix_cache()
-    originals, edits = ([t for t in trajectories if (t.parent is None) == first] for first in (True, False))
-    length = round(MEAN * RESPONSE)  # the plan knows of no longest response, for which a batch would wait
-    first = generation(engine, [(t.prompt_ids, length) for t in originals])
-    generation(engine, [(t.parent.sampled_under + t.parent.response_ids, 1) for t in edits])  # known, as in a rollout
-    second = generation(engine, [(t.sampled_under, length) for t in edits])
-    run = ppo_cpe.Run(args, ranks, None, None)
-    for t in trajectories:
-        t.old_logprobs = None
-    batch = packing.share_prompts(trajectories, args.mini_batch_prompts, ranks)
+    originals = [t for t in trajectories if t.parent is None]
+    edits = [t for t in trajectories if t.parent is not None]
+    length = round(MEAN * RESPONSE)  # the same for all: the plan doesn't model waiting for the longest response
+    prefill, decode = generation(engine, [(t.prompt.ids, length) for t in originals])
+    # edit prompts continue these answers, so that a rollout has them in its cache
+    generation(engine, [(t.prompt.ids + t.parent.response_ids, 1) for t in edits if t.parent])
+    edit_prefill, edit_decode = generation(engine, [(t.context_ids, length) for t in edits])
 
-    def score():
-        ppo_cpe.fill_old_logprobs(batch, models["policy"], run)
-        prefixes, suffixes = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
-        for t, values in zip(batch, training.per_token(models["critic"], prefixes, suffixes, None, run)):
-            t.values = values
-
-    scored = seconds_of(score)
-    ppo_cpe.compute_advantages(batch, run)
-    updated = seconds_of(lambda: ppo_cpe.update(batch, models, optimizers, True, run))
-    return dict(prefill=first[0] + second[0], decode=first[1] + second[1], score=scored, update=updated)
+    batch = packing.balance_prompts(trajectories, args.mini_batch_prompts, ranks)
+    started = time.process_time()
+    scores = train.score(batch, models, args, ranks)
+    scored = time.process_time()
+    train.update(batch, scores, models, optimizers, args, ranks)
+    updated = time.process_time()
+    return {
+        "prefill": prefill + edit_prefill,
+        "decode": decode + edit_decode,
+        "score": scored - started,
+        "update": updated - scored,
+    }
 
 
 def main(args: Args) -> None:
@@ -112,16 +121,13 @@ def main(args: Args) -> None:
     heads = args.width // 64
     config = Config(args.vocabulary, args.width, 4 * args.width, args.layers, heads, max(1, heads // 4))
     flags = ppo_cpe.Args(prompts_per_step=args.prompts, mini_batch_prompts=args.prompts // 2, temperature=1.0)
-    trajectories = train.made_up(args.prompts, PROMPT, RESPONSE, CRITIQUE, args.vocabulary)
-    models = {
-        "policy": Transformer(config),
-        "critic": Transformer(config, scalar_head=True),
-        "engine": Transformer(config),
-    }
-    for model in models.values():
+    trajectories = train.random_trajectories(args.prompts, PROMPT, RESPONSE, CRITIQUE, args.vocabulary)
+    models = {"policy": Transformer(config), "critic": Transformer(config, scalar_head=True)}
+    sampler = Transformer(config)
+    for model in (*models.values(), sampler):
         init_weights(model, 0)
-    optimizers = {name: training.adamw(models[name], 1e-6, 0.01) for name in ("policy", "critic")}
-    engine = Engine(models["engine"], [], PROMPT + 2 * RESPONSE + CRITIQUE + 1, 6 * args.prompts)
+    optimizers = {name: training.adamw(model, 1e-6, 0.01) for name, model in models.items()}
+    engine = Engine(sampler, [], PROMPT + 2 * RESPONSE + CRITIQUE + 1, 6 * args.prompts)
 
     work = roofline.Work(
         prompts=args.prompts,
@@ -131,25 +137,28 @@ def main(args: Args) -> None:
         prompt_tokens=MEAN * PROMPT,
         response_tokens=MEAN * RESPONSE,
         critique_tokens=MEAN * CRITIQUE - roofline.REQUEST_TOKENS,
-        max_batch=engine.max_batch,
+        max_batch=6 * args.prompts,
     )
     measure(engine, models, optimizers, trajectories, flags, ranks)  # warm-up
-    rates, measured = [], []
+    rates: list[roofline.Rates] = []
+    measured: list[dict[str, float]] = []
     for _ in range(args.repeats):
         rates.append(measured_rates(args.width))
         measured.append(measure(engine, models, optimizers, trajectories, flags, ranks))
-    flops, bandwidth = (statistics.median(getattr(r, name) for r in rates) for name in ("flops", "bandwidth"))
+    flops = statistics.median(r.flops for r in rates)
+    bandwidth = statistics.median(r.bandwidth for r in rates)
     expected = roofline.phases(work, config, config, None, False, 3, roofline.Rates(flops, bandwidth, 4))
+    n_parameters = sum(p.numel() for p in models["policy"].parameters())
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flops / 1e9:.0f} GFLOP/s, "
-        f"{bandwidth / 1e9:.0f} GB/s; {sum(p.numel() for p in models['policy'].parameters()) / 1e6:.0f}M parameters"
+        f"{bandwidth / 1e9:.0f} GB/s; {n_parameters / 1e6:.0f}M parameters"
     )
     print(f"{'':10}{'expected':>10}{'measured':>10}{'ratio':>8}   seconds of processor time")
     for phase in measured[0]:
-        seconds = statistics.median(found[phase] for found in measured)
+        seconds = statistics.median(m[phase] for m in measured)
         ratio = expected[phase] / seconds
-        verdict = "" if abs(ratio - 1) <= LIMIT else f"off by more than {LIMIT:.0%}"
-        print(f"{phase:10}{expected[phase]:10.3f}{seconds:10.3f}{ratio:8.2f}   {verdict}")
+        note = "" if abs(ratio - 1) <= LIMIT else f"off by more than {LIMIT:.0%}"
+        print(f"{phase:10}{expected[phase]:10.3f}{seconds:10.3f}{ratio:8.2f}   {note}")
 
 
 if __name__ == "__main__":
