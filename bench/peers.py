@@ -1,10 +1,11 @@
-"""A whole RL step against a trainer that others use: TRL's GRPOTrainer, which generates with `transformers`.
+"""A whole RL step, side by side with TRL's GRPOTrainer, which generates with `transformers`.
 
-Both train the same SFT model on the same prompts, with the exact judge of the generated world as the reward: 16
-prompts x 6 samples of at most 96 tokens, temperature 1, two updates of 8 prompts each, no KL term. TRL has no critic,
-so ours is timed twice: as GRPO (the policy alone, advantages within the group) and as PPO (critic, values, GAE). The
-sides take turns, a step each, in one process. Reported are seconds of processor time, which other processes do not add
-to, as long as torch runs one thread (OMP_NUM_THREADS=1).
+Both train the same SFT model on the same prompts, with the exact judge of the generated world as the reward: 16 prompts
+x 6 samples of at most 96 tokens, temperature 1, two updates of 8 prompts each, no KL term. TRL has no critic, so ours
+is timed twice: as GRPO (the policy alone, advantages within a prompt's group) and as PPO (critic, values, GAE).
+
+The sides take turns, a step each, in one process. Seconds are processor time, so that other processes don't add to it
+while torch runs one thread (OMP_NUM_THREADS=1).
 
     bash recipes/tiny.sh                                    # makes the model and the prompts
     pip install trl==1.16.0                                 # in an environment of its own: nothing else needs it
@@ -17,7 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
@@ -28,17 +30,23 @@ import tyro
 from datasets import Dataset
 
 import ppo_cpe
+from bench import train
 from chat import Chat
 from data import persona_world
 from engine import Engine
 from judges import JudgeSettings, open_judge
 from model import load_pretrained
 from prompts import load_templates, read_prompts
-from runtime import packing, runs, training
+from runtime import packing, training
 from runtime.distributed import start
 from runtime.flags import user_errors
+from trajectory import Trajectory
 
-N_PROMPTS, N_SAMPLES, MAX_NEW_TOKENS, LR = 16, 6, 96, 1e-6  # a small rate: answers keep their length on both sides
+EXACT_JUDGE = "data/persona_world.py:judge"
+N_PROMPTS = 16
+N_SAMPLES = 6
+MAX_NEW_TOKENS = 96
+LR = 1e-6  # small, so that the answers of both sides keep their length
 
 
 @dataclass
@@ -48,69 +56,84 @@ class Args:
     prompts: str = "out/tiny/world/prompts_train.jsonl"
     """Prompt rows of the generated world."""
     repeats: int = 3
-    """Steps of each side after a first one that is not counted; the median is reported."""
-
-
-class Silent:
-    """In the place of a progress bar."""
-
-    def set_postfix_str(self, text: str) -> None:
-        pass
+    """Steps of each side after a first one that is not counted. The median is reported."""
 
 
 class Ours:
     """Steps of ppo_cpe.py without edits."""
 
     def __init__(self, args: Args):
-        sizes = dict(prompts_per_step=N_PROMPTS, mini_batch_prompts=N_PROMPTS // 2, n_samples=N_SAMPLES)
-        sizes |= dict(max_new_tokens=MAX_NEW_TOKENS, max_prompt_length=512, tokens_per_microbatch=8192, lr=LR)
         self.args = ppo_cpe.Args(
             model=args.model,
-            judge="data/persona_world.py:judge",
+            judge=EXACT_JUDGE,
             edit_rate=0,
             temperature=1.0,
             top_p=1.0,
+            prompts_per_step=N_PROMPTS,
+            mini_batch_prompts=N_PROMPTS // 2,
+            n_samples=N_SAMPLES,
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_prompt_length=512,
+            tokens_per_microbatch=8192,
+            lr=LR,
             critic_lr=LR,
-            **sizes,
         )
-        ranks, templates = start("fp32"), load_templates(args.model)
-        self.run = ppo_cpe.Run(self.args, ranks, Chat(args.model), templates)
-        self.prompts = read_prompts(args.prompts, self.run.chat, templates, self.args.max_prompt_length)
-        self.judge = open_judge("data/persona_world.py:judge", JudgeSettings.from_args(self.args), ranks)
-        self.models, self.optimizers = ppo_cpe.open_models(self.run)
-        sampler = load_pretrained(args.model, torch.float32, ranks.device)
-        self.engine = Engine(sampler, self.run.chat.stop_ids, self.args.max_prompt_length + MAX_NEW_TOKENS)
+        self.ranks = start("fp32")
+        self.chat = Chat(args.model)
+        self.templates = load_templates(args.model)
+        self.prompts = read_prompts(args.prompts, self.chat, self.templates, self.args.max_prompt_length)
+        self.judge = open_judge(EXACT_JUDGE, JudgeSettings.from_args(self.args), self.ranks)
+        self.models, self.optimizers = ppo_cpe.open_models(self.args, self.ranks)
+        sampler = load_pretrained(args.model, torch.float32, self.ranks.device)
+        self.engine = Engine(sampler, self.chat.stop_ids, self.args.max_prompt_length + MAX_NEW_TOKENS)
 
     def step(self, number: int, with_critic: bool) -> tuple[float, float, int]:
-        """-> seconds of the rollout (weights copied to the engine, sampled, judged) and of all that follows, tokens."""
-        run = replace(self.run, stats=runs.Stats())
-        rows = packing.batch_indices(len(self.prompts), N_PROMPTS, number, 0)
+        """Seconds of the rollout (syncing weights, sampling, judging), seconds of all that follows, tokens sampled."""
+        indices = packing.batch_indices(len(self.prompts), N_PROMPTS, number, 0)
         started = time.process_time()
         self.engine.sync_weights(self.models["policy"])
-        mine = packing.deal([self.prompts[i] for i in rows], run.ranks)
-        batch, _ = ppo_cpe.rollout(mine, self.engine, self.judge, run, number, Silent())
+        mine = ppo_cpe.step_prompts([self.prompts[i] for i in indices], self.ranks)
+        judged, _ = ppo_cpe.rollout(mine, self.engine, self.judge, self.chat, self.templates, self.args, number)
         sampled = time.process_time()
+        batch, _ = ppo_cpe.select(judged, self.args, number, self.ranks)
         if with_critic:
-            ppo_cpe.train_step(batch, self.models, self.optimizers, number, self.args.model, run, [])
+            scores = train.score(batch, self.models, self.args, self.ranks)
+            train.update(batch, scores, self.models, self.optimizers, self.args, self.ranks)
         else:
-            self.policy_alone(batch, run)
+            self.update_policy_alone(batch)
         return sampled - started, time.process_time() - sampled, sum(len(t.response_ids) for t in batch)
 
-    def policy_alone(self, batch: list[ppo_cpe.Trajectory], run: ppo_cpe.Run) -> None:
+    def update_policy_alone(self, batch: list[Trajectory]) -> None:
         """GRPO from the same parts: advantages within each prompt's group, clipped loss, two updates."""
-        policy, rewards = self.models["policy"], torch.tensor([t.reward for t in batch]).view(N_PROMPTS, N_SAMPLES)
-        edges = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-        for t, edge in zip(batch, edges.flatten().tolist()):
-            t.advantages = torch.full((len(t.response_ids),), edge)
-        ppo_cpe.fill_old_logprobs(batch, policy, run)
+        policy = self.models["policy"]
+        rewards = torch.tensor([t.reward for t in batch]).view(N_PROMPTS, N_SAMPLES)
+        group_advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+        advantages = []
+        for t, advantage in zip(batch, group_advantages.flatten().tolist()):
+            advantages.append(torch.full((len(t.response_ids),), advantage))
+        old_logprobs, _ = ppo_cpe.old_policy_logprobs(batch, policy, self.args, self.ranks)
         for first in range(0, N_PROMPTS, self.args.mini_batch_prompts):
-            mine = [t for t in batch if first <= t.place < first + self.args.mini_batch_prompts]
-            prompts, responses = [t.prompt_ids for t in mine], [t.response_ids for t in mine]
+            mini_batch = range(first, first + self.args.mini_batch_prompts)
+            mine = [i for i, t in enumerate(batch) if t.prompt.index in mini_batch]
+            prompts = [batch[i].prompt.ids for i in mine]
+            responses = [batch[i].response_ids for i in mine]
             n_tokens = sum(map(len, responses))
-            parts = packing.packed_micro_batches(prompts, responses, None, self.args.tokens_per_microbatch, run.ranks)
-            for indices, packed in parts:
-                (ppo_cpe.policy_pass(policy, packed, [mine[i] for i in indices], run) / n_tokens).backward()
-            training.optimizer_step(policy, self.optimizers["policy"], LR, 1, {}, mine, self.args, run.ranks)
+            budget = self.args.tokens_per_microbatch
+            for part, packed in packing.packed_micro_batches(prompts, responses, None, budget, self.ranks):
+                indices = [mine[k] for k in part]
+                loss, _ = ppo_cpe.policy_pass(
+                    policy,
+                    packed,
+                    [batch[i] for i in indices],
+                    [old_logprobs[i] for i in indices],
+                    [advantages[i] for i in indices],
+                    self.args,
+                )
+                (loss / n_tokens).backward()
+            run = SimpleNamespace(ranks=self.ranks, args=self.args, step=0, out="")  # a run without a folder
+            training.optimizer_step(
+                policy, self.optimizers["policy"], LR, self.args.max_grad_norm, {}, [], run, "_policy"
+            )
 
 
 def trl_trainer(args: Args, ours: Ours, folder: str) -> Any:
@@ -118,14 +141,12 @@ def trl_trainer(args: Args, ours: Ours, folder: str) -> Any:
     import trl
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    rows = [row for _, row, _ in packing.deal(ours.prompts, ours.run.ranks)]
-    texts = [tokenizer.decode(ids) for _, _, ids in packing.deal(ours.prompts, ours.run.ranks)]
-    data = Dataset.from_list([dict(prompt=text, number=i) for i, text in enumerate(texts)])
+    rows = [row for row, _ in ours.prompts]
+    data = Dataset.from_list([dict(prompt=tokenizer.decode(ids), number=i) for i, (_, ids) in enumerate(ours.prompts)])
     weights = ours.args.score_weights
 
-    def reward(completions, number, **_):
-        found = [persona_world.judge(rows[i], c) for c, i in zip(completions, number)]
-        return [judgement.score(weights) for judgement in found]
+    def reward(completions: list[str], number: list[int], **_: Any) -> list[float]:
+        return [persona_world.judge(rows[i], answer).score(weights) for answer, i in zip(completions, number)]
 
     config = trl.GRPOConfig(
         output_dir=folder,
@@ -155,40 +176,42 @@ def main(args: Args) -> None:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError("TRL is not installed; expected: pip install trl==1.16.0") from error
-    ours, times = Ours(args), {"policy alone": [], "with critic": [], "TRL": []}
+    ours = Ours(args)
+    times: dict[str, list] = {"policy alone": [], "with critic": [], "TRL": []}  # (rollout, update, tokens) of steps
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(args, ours, folder)
         generate = trainer._generate_and_score_completions
 
-        def close():
-            """TRL's step ends where its next one begins: losses, gradients, optimizer, what the trainer does beside."""
+        def end_trl_step() -> None:
+            """TRL's step ends where its next one begins: losses, gradients, optimizer, the trainer's own work."""
             if times["TRL"]:
                 times["TRL"][-1][1] = time.process_time() - times["TRL"][-1][1]
 
-        def generation(*inputs):
-            close()
+        def timed_generate(*inputs: Any) -> Any:
+            end_trl_step()
             number = 2 * len(times["TRL"])
-            times["policy alone"].append(ours.step(number, False))
-            times["with critic"].append(ours.step(number + 1, True))
+            times["policy alone"].append(ours.step(number, with_critic=False))
+            times["with critic"].append(ours.step(number + 1, with_critic=True))
             started = time.process_time()
             outputs = generate(*inputs)
             sampled = time.process_time()
             times["TRL"].append([sampled - started, sampled, int(outputs["completion_mask"].sum())])
             return outputs
 
-        trainer._generate_and_score_completions = generation
+        trainer._generate_and_score_completions = timed_generate
         trainer.train()
-        close()
+        end_trl_step()
 
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, transformers {transformers.__version__}, "
         f"trl {version}; {N_PROMPTS} prompts x {N_SAMPLES}, medians of {args.repeats} steps, seconds of processor time"
     )
     print(f"{'':16}{'rollout':>10}{'update':>10}{'step':>10}{'tokens':>10}{'TRL / it':>10}")
-    counted = {name: [statistics.median(column) for column in zip(*found[1:])] for name, found in times.items()}
-    for name, (rollout, rest, tokens) in counted.items():
-        ratio = sum(counted["TRL"][:2]) / (rollout + rest)
-        print(f"{name:16}{rollout:10.2f}{rest:10.2f}{rollout + rest:10.2f}{tokens:10.0f}{ratio:9.2f}x")
+    medians = {name: [statistics.median(column) for column in zip(*steps[1:])] for name, steps in times.items()}
+    trl_step = sum(medians["TRL"][:2])
+    for name, (rollout, update, tokens) in medians.items():
+        step = rollout + update
+        print(f"{name:16}{rollout:10.2f}{update:10.2f}{step:10.2f}{tokens:10.0f}{trl_step / step:9.2f}x")
 
 
 if __name__ == "__main__":

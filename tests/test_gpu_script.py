@@ -29,10 +29,10 @@ def test_checks_and_stages_end_in_one_table(tmp_path):
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
-    done, table = run(tmp_path / "out", "fp32-gaps bf16-gaps", LIMIT="400")
+    done, table = run(tmp_path / "out", "fp32-mismatches bf16-mismatches", LIMIT="400")
     assert done.returncode == 1
-    assert table.startswith("0 of 2 stages ok") and "failed: fp32-gaps, bf16-gaps" in table
-    assert "metrics.jsonl" in (tmp_path / "out" / "bf16-gaps.log").read_text()  # what was not there
+    assert table.startswith("0 of 2 stages ok") and "failed: fp32-mismatches, bf16-mismatches" in table
+    assert "metrics.jsonl" in (tmp_path / "out" / "bf16-mismatches.log").read_text()  # what was not there
     done, table = run(tmp_path / "late", "versions", BUDGET="0")
     assert done.returncode == 1 and "| versions | not run: the time is over |" in table
 
@@ -40,8 +40,8 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
 def test_the_table_finds_the_figures_of_the_benchmarks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     gpu, train = (importlib.import_module(f"bench.{name}") for name in ("gpu", "train"))
-    train.line("  forward and backward, 600.00 TFLOP/s", 2.0, 1.0, "")
-    train.line("  actor (limit 2.10 x), 400.00 TFLOP/s", 4.0, 2.0, ">= 1.9 x")
+    train.line("  forward and backward, 600.00 TFLOP/s", 2.0, 1.0)
+    train.line("  actor (limit 2.10 x), 400.00 TFLOP/s", 4.0, 2.0)
     (tmp_path / "training.log").write_text(capsys.readouterr().out)
     (tmp_path / "generation.log").write_text(
         "0.5b  decode 256       32768      1.50     21845         -       -         -       -      0.60      40%\n"
@@ -49,12 +49,12 @@ def test_the_table_finds_the_figures_of_the_benchmarks(tmp_path, capsys, monkeyp
     (tmp_path / "stages.txt").write_text("training 0 30\ngeneration 137 90\n")
     assert not gpu.table(str(tmp_path))
     table = (tmp_path / "table.md").read_text()
-    assert "1 of 2 stages ok on a GPU; 2 of 4 figures missed; failed: generation" in table
+    assert "1 of 2 stages ok on a GPU; 0 of 0 bounds missed; failed: generation" in table
     for row in (
-        "600.00 TFLOP/s of 798 that a product reaches | >= 558.6 | met |",
-        "2.00 x unshared | >= 1.9 | met |",
-        "400.00 TFLOP/s, half of the data sheet's 989 | >= 495 | MISSED |",
-        "40 of the limit, % | >= 55 | MISSED |",
+        "600.00 TFLOP/s |",
+        "2.00 x unshared |",
+        "400.00 TFLOP/s |",
+        "40 % of the limit |",
         "| generation | time limit, killed | 90 |",
     ):
         assert row in table
