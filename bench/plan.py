@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a generate.py too
 
@@ -67,21 +66,20 @@ def measured_rates(width: int) -> roofline.Rates:
 
 def generation(engine: Engine, requests: list[tuple[list[int], int]]) -> tuple[float, float]:
     """Seconds of prefill and of decoding for requests: (prompt ids, tokens of the response). Prompts may be cached."""
-    spent = {"_prefill": 0.0, "_decode": 0.0}
-    for name in spent:
+    prefill = 0.0
 
-        def timed(*inputs: Any, name: str = name) -> None:
-            started = time.process_time()
-            getattr(Engine, name)(engine, *inputs)
-            spent[name] += time.process_time() - started
+    def timed_prefill(chunks: list) -> None:
+        nonlocal prefill
+        prefill += seconds_of(lambda: Engine._prefill(engine, chunks))
 
-        setattr(engine, name, timed)
+    engine._prefill = timed_prefill  # type: ignore[method-assign]
     for i, (ids, length) in enumerate(requests):
         engine.submit(ids, i, max_new_tokens=length)
+    total = 0.0
     while engine.busy:
-        engine.step()
+        total += seconds_of(engine.step)
         engine.collect()
-    return spent["_prefill"], spent["_decode"]
+    return prefill, total - prefill
 
 
 def measure(
