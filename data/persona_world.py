@@ -350,7 +350,7 @@ def write_answer(
     rng.shuffle(facts)
     if rng.random() < 0.2:
         rng.shuffle(steps)
-    step_sentences = []
+    step_sentences: list[str] = []
     for step in steps:
         connector = rng.choice(["Then", "Also", "Next"]) if step_sentences else "First"
         step_sentences.append(f"{connector} {step}.")
@@ -707,7 +707,8 @@ def pair_rows(rng: Random, split: str, n: int, rarity: tuple[float, float] = COM
         row = next(prompts)
         persona, question = row["persona"], row["question"]
         answers = [write_answer(rng, persona, question, None, rarity) for _ in range(5)]
-        pair = label_pair(rng, persona, question, *rng.sample(answers, 2))
+        first, second = rng.sample(answers, 2)
+        pair = label_pair(rng, persona, question, first, second)
         if pair:
             n -= 1
             yield row | pair

@@ -419,7 +419,7 @@ def rewardbench_rows(path: str, source: str, dropped: Counter) -> Iterator[dict]
 
 def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
     """Paths by `what_it_holds`."""
-    files = {}
+    files: dict[str | None, list[str]] = {}
     for path in paths:
         files.setdefault(what_it_holds(path), []).append(path)
     return files
@@ -427,7 +427,7 @@ def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
 
 def find_personas(files: dict[str | None, list[str]]) -> dict[str, dict | str]:
     """Personas by user_id, of all files of a source."""
-    personas = {}
+    personas: dict[str, dict | str] = {}
     for path in files.get("personas", []):
         personas |= read_personas(path)
     for path in files.get("persona", []):  # one file per persona: its name is the user_id
@@ -443,7 +443,7 @@ def benchmark_rows(files: dict, root: str, args: Args, dropped: Counter) -> dict
     if files.get("alpaca"):
         return {"alpaca_eval": list(alpaca_rows(files["alpaca"], args))}
     if files.get("rewardbench"):
-        rows = []
+        rows: list[dict] = []
         for path in files["rewardbench"]:
             rows += rewardbench_rows(path, os.path.relpath(path, root), dropped)
         return {"rewardbench": rows}
@@ -466,9 +466,9 @@ def benchmark_rows(files: dict, root: str, args: Args, dropped: Counter) -> dict
 def personafeedback(files: dict, root: str, args: Args, dropped: Counter) -> dict[str, list[dict]]:
     """PersonaFeedback: prompts and pairs, split by persona. ValueError: no rows."""
     personas = find_personas(files)
-    pairs = []
-    prompts = []
-    winrate = []
+    pairs: list[dict] = []
+    prompts: list[dict] = []
+    winrate: list[dict] = []
     for path in files.get("pairs", []):
         pairs += pair_rows(path, os.path.relpath(path, root), personas, dropped)
     for path in files.get("rl", []):
@@ -603,7 +603,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
     if (args.source is None) == (args.questions is None):
         raise ValueError("give one of --source and --questions: a public data set, or a file of your own questions")
-    dropped = Counter()
+    dropped: Counter[str] = Counter()
     if args.questions is not None:
         outputs = own_rows(args, dropped)
     else:

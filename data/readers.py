@@ -123,7 +123,7 @@ def _read_csv(path):
     lines = _open_csv(path)
     number = 0
     try:
-        header = next(lines, [])
+        header: list[str] = next(lines, [])
         repeated = next((name for name in header if header.count(name) > 1), None)
         if repeated is not None:
             raise ValueError(f'{path}: two columns "{repeated}"')

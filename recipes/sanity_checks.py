@@ -138,8 +138,8 @@ def sees_other_profile(
     """The GRM's total drop in score under the next row's persona, as a fraction of the exact judge's."""
     others = rows[1:] + rows[:1]
     swapped = [row | {"persona": other["persona"]} for row, other in zip(rows, others)]
-    grm_drop = 0
-    exact_drop = 0
+    grm_drop = 0.0
+    exact_drop = 0.0
     for row, before, after, label in zip(swapped, by_grm, judgements_of(judge, swapped), by_exact):
         if before and after:
             grm_drop += before.score() - after.score()

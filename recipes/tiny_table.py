@@ -40,7 +40,7 @@ def read_json(path: str) -> dict:
         return json.load(f)
 
 
-def with_error(figure: dict[str, float], scale: float = 1) -> str:
+def with_error(figure: dict, scale: float = 1) -> str:
     """Text of a mean and its standard error."""
     return f"{scale * figure['mean']:.2f} ± {scale * figure['standard_error']:.2f}"
 
@@ -49,7 +49,7 @@ def run_line(name: str, folder: str) -> str:
     """One evaluated policy."""
     results = read_json(f"{folder}/results.json")
     rows = read_rows(f"{folder}/answers_model.jsonl", "object")
-    rare = rare_content.measure(rows)
+    rare: dict = rare_content.measure(rows)
     recites = mean_and_error(recites_profile(row["persona"], row["answer"]) for row in rows)
     figures = [with_error(results["model"]["reward"])]
     figures += [f"{100 * rare[key]:.1f}" for key in ("last_step", "advice", "wrong")]

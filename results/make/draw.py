@@ -83,7 +83,7 @@ def figure_table(header: Sequence[str], rows: Iterable[tuple[Sequence, list[Figu
     return markdown_table([*header, *(COLUMNS[name][0] for name in names)], cells)
 
 
-def search_table(rows: Iterable[tuple[str, dict[float, Figures]]], columns: dict[str, int]) -> str:
+def search_table(rows: Iterable[tuple[str, dict[float, dict[str, float]]]], columns: dict[str, int]) -> str:
     """rows: a method and its figures by learning rate; the best score is bold. columns: {figure: digits}."""
     cells = []
     for label, by_lr in rows:
@@ -150,13 +150,13 @@ def save_figure(figure: Figure, folder: str, name: str) -> None:
         figure.savefig(f"{folder}/{name}.svg", metadata={"Date": None})
 
 
-def plot_range(axis: Axes, curves: Sequence[Sequence], color: str, xs: Sequence[float] | None = None, **style) -> None:
+def plot_range(axis: Axes, curves: Sequence, color: str, xs: Sequence | None = None, **style) -> None:
     """Mean over seeds and, shaded, their range.
 
     curves: one per seed, cut to the shortest; a None in one is a gap. xs: steps from 1 on if None.
     """
     n = min(map(len, curves))
     ys = np.array([curve[:n] for curve in curves], dtype=float)
-    xs = np.arange(1, n + 1) if xs is None else xs[:n]
-    axis.plot(xs, ys.mean(0), color=color, **style)
-    axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15, lw=0)
+    steps = np.arange(1, n + 1) if xs is None else np.array(xs[:n])
+    axis.plot(steps, ys.mean(0), color=color, **style)
+    axis.fill_between(steps, ys.min(0), ys.max(0), color=color, alpha=0.15, lw=0)

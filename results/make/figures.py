@@ -6,7 +6,6 @@ Scores are the exact judge's (data/persona_world.py), unless a name says otherwi
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from recipes import rare_content
 from runtime.rows import read_rows, step_files
 
 Figures = dict[str, float | None]  # of one experiment at one seed
-Curves = dict[str, Sequence[float | None]]  # of one run: a value per step
+Curves = dict[str, list]  # of one run: a value per step; None where there is none
 
 EDIT_METRICS = (  # metrics.jsonl has them as edit/NAME
     *(
@@ -96,7 +95,7 @@ def with_rare_content(run: str) -> dict:
     answers = read_rows(f"{run}/eval/answers_model.jsonl", "object")
     rollouts = [read_rows(path, "object") for _, path in step_files(run, "rollouts")]
     sampled_advice = [rare_content.measure(rows)["advice"] for rows in rollouts]
-    figures = evaluated(run) | rare_content.measure(answers) | {"curve": sampled_advice}
+    figures: dict = evaluated(run) | rare_content.measure(answers) | {"curve": sampled_advice}
     if rollouts:
         figures |= edit_curves(read_rows(f"{run}/metrics.jsonl", "metrics"))
     return figures
@@ -117,7 +116,7 @@ def edit_curves(steps: list[dict]) -> Curves:
     -> {"novel_ratio", "followed_ratio", ...}: for novel tokens (p < 0.1) and for the other inserted tokens, which
     follow from them. None at a step without such tokens. Empty for a run without edits.
     """
-    curves = defaultdict(list)
+    curves: dict[str, list] = defaultdict(list)
     for step in steps:
         novel = step.get("edit/novel", 0)  # fractions of the edits' tokens
         followed = 1 - step.get("edit/kept", 1) - novel
@@ -139,7 +138,7 @@ def rounded(value: float | None) -> float | None:
 
 def exact_curves(run: str) -> Curves:
     """What the policy sampled, step by step: means by the exact judge, and "own" by the judge of the run."""
-    curves = defaultdict(list)
+    curves: dict[str, list] = defaultdict(list)
     steps = read_rows(f"{run}/metrics.jsonl", "metrics")
     for (_, path), step in zip(step_files(run, "rollouts"), steps, strict=True):
         rows = read_rows(path, "object")
@@ -161,7 +160,7 @@ def exact_curves(run: str) -> Curves:
         curves["generated_tokens"].append(step["generated_tokens"])
         curves["judge_calls"].append(step["judge_calls"])
     for name in ("generated_tokens", "judge_calls"):
-        curves[name] = np.cumsum(curves[name]) / 1000
+        curves[name] = list(np.cumsum(curves[name]) / 1000)
     return curves
 
 
@@ -172,7 +171,7 @@ def edit_gains(rows: list[dict]) -> np.ndarray:
 
 def held_out_curves(run: str) -> Curves:
     """{"step", "answer", "edit", "gap"}: exact scores on prompts that are not trained on, by steps trained before."""
-    curves = defaultdict(list)
+    curves: dict[str, list] = defaultdict(list)
     for step, path in step_files(run, "held_out"):
         rows = read_rows(path, "object")
         curves["step"].append(step - 1)

@@ -5,10 +5,12 @@ PPO and CPE from the same SFT policies, at a rate of rare content where edits ma
 Seconds are means over the steps of a run, with two runs side by side on half of the cores each.
 """
 
+from dataclasses import replace
+
 from results.make import rarity
 from results.make.draw import RARE_CONTENT, figure_table
 from results.make.experiments import RL_STEPS, Training
-from results.make.figures import seconds_by_phase, with_rare_content
+from results.make.figures import Figures, seconds_by_phase, with_rare_content
 from runtime.rows import write_text
 
 RATE = rarity.RARE
@@ -19,9 +21,9 @@ LR = {"ppo": 1e-3, "unclipped": 3e-4}  # the best of them (results/lora/search.m
 COLUMNS = ("reward", *(name for name in RARE_CONTENT if name != "advice_right"), "rollout", "score", "update")
 
 
-def adapter(seed: int, method: str, rank: int, lr: float, **settings) -> Training:
+def adapter(seed: int, method: str, rank: int, lr: float) -> Training:
     flags = f"{rarity.METHODS[method]} --lora-rank {rank}"
-    return Training(seed, **{"name": f"{method}_lora{rank}", "lr": lr, "flags": flags, "rate": RATE} | settings)
+    return Training(seed, f"{method}_lora{rank}", lr, flags, rate=RATE)
 
 
 def trainings(seeds: int) -> list[Training]:
@@ -35,17 +37,17 @@ def trainings(seeds: int) -> list[Training]:
 
 def searched() -> list[Training]:
     """The search for learning rates: another seed, the dev prompts."""
-    rank = RANKS[-1]
-    return [
-        adapter(rarity.SEARCH_SEED, method, rank, lr, name=f"{method}_lora{rank}_lr{lr:g}", split="dev")
-        for method in METHODS
-        for lr in LRS
-    ]
+    wanted = []
+    for method in METHODS:
+        for lr in LRS:
+            training = adapter(rarity.SEARCH_SEED, method, RANKS[-1], lr)
+            wanted.append(replace(training, name=f"{training.name}_lr{lr:g}", split="dev"))
+    return wanted
 
 
 def table(out: str, finished: list[str]) -> str:
     """A row per way of training; mean ± standard deviation over seeds."""
-    runs = {}
+    runs: dict[str, list[Figures]] = {}
     for experiment in finished:
         name = experiment.split("/")[-1]
         if name.startswith(METHODS):

@@ -8,6 +8,7 @@ missing experiment leaves a gap, never a number. Scores are the exact judge's on
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ from results.make.draw import (
     sections_text,
     spread,
 )
-from results.make.experiments import FLAGS, Training
+from results.make.experiments import FLAGS, RL_STEPS, Training
 from results.make.figures import Curves, Figures, evaluated, exact_curves, held_out_curves, read_json
 from runtime.rows import read_rows, write_text
 
@@ -117,23 +118,20 @@ def variants() -> dict[str, str]:
     return flags
 
 
-def training(method: str, seed: int, **settings) -> Training:
-    """The training of one of `variants`, or of DPO. settings: of Training, where they differ."""
-    defaults = {"name": method, "lr": LR.get(method, LR["cpe"])}
+def training(method: str, seed: int, steps: int = RL_STEPS, tracked: bool = False) -> Training:
+    """The training of one of `variants`, or of DPO."""
     if method == "dpo":
-        defaults["script"] = "dpo.py"
-    else:
-        defaults["flags"] = variants()[method]
-    if method == "ppo_bt":
-        defaults["judge"] = "bt"
-    return Training(seed, **defaults | settings)
+        return Training(seed, method, LR[method], script="dpo.py")
+    judge = "bt" if method == "ppo_bt" else "grm"
+    lr = LR.get(method, LR["cpe"])
+    return Training(seed, method, lr, variants()[method], steps, judge=judge, tracked=tracked)
 
 
 def trainings(seeds: int, quick: bool = False) -> list[Training]:
     """What the main tables need comes first."""
     main_seeds = 1 if quick else max(seeds, MAIN_SEEDS)
     other_seeds = 1 if quick else seeds
-    steps = QUICK_STEPS if quick else Training.steps
+    steps = QUICK_STEPS if quick else RL_STEPS
     wanted = []
     for seed in range(main_seeds):
         wanted.append(training("dpo", seed))
@@ -149,7 +147,7 @@ def trainings(seeds: int, quick: bool = False) -> list[Training]:
 def searched() -> list[Training]:
     """The search for learning rates: another seed, the dev prompts."""
     return [
-        training(method, SEARCH_SEED, name=f"{method}_lr{lr:g}", lr=lr, split="dev")
+        replace(training(method, SEARCH_SEED), name=f"{method}_lr{lr:g}", lr=lr, split="dev")
         for method, lrs in LRS.items()
         for lr in lrs
     ]
@@ -353,7 +351,7 @@ def plot_curves(
 
 def training_figures(curves: CurvesByName, folder: str) -> None:
     """The methods of RL side by side, and each one's reward against the exact judge."""
-    panels = {  # file: (curve, title, curve of the x axis, its title)
+    panels: dict[str, list[tuple[str, str, str | None, str]]] = {  # file: curve, title, curve of the x axis, its title
         "score": [
             ("exact", "exact judge's score", None, "step"),
             ("exact", "exact judge's score", "generated_tokens", "generated tokens, thousands"),

@@ -84,14 +84,11 @@ COLORS = {
 }
 QUICK = ("ppo", "paper", "none")
 
-LRS = (2e-5, 5e-5, 1e-4)
+LRS: tuple[float, ...] = (2e-5, 5e-5, 1e-4)
 SEARCH_SEED = 100
 # All of LRS are tried at the rate RARE, each method's two best there at two other rates
-TRIED = {
-    RARE: dict.fromkeys(COLORS, LRS),
-    0.3: dict.fromkeys(COLORS, (5e-5, 1e-4)) | {"sdpo": (2e-5, 5e-5)},
-    0.0: dict.fromkeys(COLORS, (5e-5, 1e-4)) | {"sdpo": (2e-5, 5e-5)},
-}
+TWO_BEST: dict[str, tuple[float, ...]] = dict.fromkeys(COLORS, (5e-5, 1e-4)) | {"sdpo": (2e-5, 5e-5)}
+TRIED = {RARE: dict.fromkeys(COLORS, LRS), 0.3: TWO_BEST, 0.0: TWO_BEST}
 # The best of them by the exact score on dev prompts (results/rarity/search.md)
 LR = {
     0.3: dict.fromkeys(COLORS, 5e-5),
@@ -220,10 +217,11 @@ def missing(wanted: list[Experiment], known: dict[str, dict]) -> list[Experiment
 
 def by_rate(known: dict[str, dict], seeds: Container[int]) -> BySeed:
     """The figures of these seeds, by rate and name."""
-    figures = defaultdict(dict)
+    figures: BySeed = defaultdict(dict)
     for experiment, kept in known.items():
-        seed, rate, name = parts_of(experiment)
-        if seed in seeds:
+        parts = parts_of(experiment)
+        if parts and parts[0] in seeds:
+            seed, rate, name = parts
             figures[rate, name][seed] = {key: value for key, value in kept.items() if key != "commands"}
     return figures
 
@@ -324,7 +322,7 @@ def further_questions(figures: BySeed) -> dict[str, str | None]:
         for suffix, p in TOP_P.items()
     }
     against_ppo = [(rate, CHOSEN + suffix, "ppo" + suffix) for rate in SAMPLED_RATES for suffix in TOP_P]
-    edited = {}
+    edited: dict[Key, str] = {}
     for rate in SAMPLED_RATES:
         edited |= {(rate, CHOSEN): "all edited", (rate, "edit_below"): f"below {EDIT_BELOW:g}"}
     against_all = [(rate, "edit_below", CHOSEN) for rate in SAMPLED_RATES]
@@ -367,7 +365,7 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
 def write_search(known: dict[str, dict], folder: str) -> None:
     """Writes search.md: every learning rate that was tried."""
     figures = by_rate(known, (SEARCH_SEED,))
-    sections = {}
+    sections: dict[str, str | None] = {}
     for rate, lrs in TRIED.items():
         rows = []
         for name in COLORS:
@@ -404,7 +402,8 @@ def diagram_figure(figures: BySeed, folder: str) -> None:
     figure, axes = new_figure(len(panels))
     for axis, (quantity, (title, factor, limits)) in zip(axes, panels.items()):
         for name, color in COLORS.items():
-            known = sorted((rate for rate in rates if values_of(figures, rate, name, quantity)), key=x_of.get)
+            known = [rate for rate in rates if values_of(figures, rate, name, quantity)]
+            known.sort(key=lambda rate: x_of[rate])
             if known:
                 xs = [x_of[rate] for rate in known]
                 ys = [factor * np.array(values_of(figures, rate, name, quantity)) for rate in known]
