@@ -76,19 +76,19 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     edit_strategy: EditStrategy = "random"
     """Random over the batch | best-scored per prompt | most improved per prompt | best of the batch."""
     edit_below: flags.Finite | None = None
-    """Edit only answers with a lower reward, which saves the tokens of edits that change little; none: all."""
+    """Edit only answers with a lower reward than this, which saves edits that change little; none: all."""
     edit_loss: EditLoss = "unclipped"
     """The loss on edits, see `edit_loss`."""
     ratio_cap: flags.Positive | None = None
-    """Upper bound of the ratio for unclipped and tis; none: 10 and 2."""
+    """Upper bound of the ratio in unclipped and tis; none: 10 and 2."""
     luffy_gamma: flags.Positive = 0.1
     """gamma of p / (p + gamma)."""
     edit_baseline: Literal["batch", "original"] = "batch"
-    """An edit's advantage: as for any response (critic, whitened) | its reward less its prompt's originals' mean."""
+    """Advantage of an edit: like any response's (critic, whitened) | reward less the mean of its prompt's originals."""
 
     # -- PPO (docs/method.md 1.6f, g)
     epochs: flags.Positive = 2
-    """Passes over the prompts; the last partial step of each is dropped."""
+    """Passes over the prompts; the last partial batch of each is dropped."""
     mini_batch_prompts: flags.Count = 64
     """Prompts per update."""
     ppo_epochs: flags.Count = 1
@@ -112,7 +112,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     weight_decay: flags.NonNegative = 0.01
     """AdamW's, for both models."""
     max_grad_norm: flags.Positive = 1.0
-    """Gradient clipping, for each model."""
+    """Gradient clipping of each model."""
     seed: int = 0
     """Order of the prompts, sampling, selection."""
 
@@ -212,8 +212,9 @@ def edit_loss(
     topr       -A log p, times sg(min(r, 1)) if A < 0       1 where A >= 0, else min(r, 1)
     none       -A log p                                     1
 
-    logprobs is log p, edit_logprobs is log q; both and advantages are [S]. Returns loss [S], r [S] and weight [S], the
-    last two detached. ValueError: unknown kind. To try another loss, add a branch here and its name to EditLoss.
+    logprobs is log p, edit_logprobs is log q, all inputs are [S] over the tokens of edits. Returns loss [S], r [S] and
+    weight [S]. The last two are detached and only describe the loss, in the metrics and replay.py.
+    ValueError: unknown kind. To try another loss, add a branch here and its name to EditLoss.
     """
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()
@@ -256,11 +257,17 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 def select_edits(
     edits: list[tuple[str, int, float, float]], rate: float, strategy: str, seed: int
 ) -> set[tuple[str, int]]:
-    """Chooses the edits that join the batch (docs/method.md 1.8).
+    """Chooses the edits that join the batch: a fraction `rate` of them (docs/method.md 1.8).
 
-    edits: (prompt_id, sample_id, reward, reward of the original) for the whole batch, in any order. Returns a set of
-    (prompt_id, sample_id). A fraction `rate` of a prompt's edits may not be a whole number; it is then rounded up or
-    down at random, so that the mean is right. ValueError: unknown strategy.
+    random        any edits of the batch
+    batch_rank    those with the highest reward in the batch
+    reward_rank   for each prompt, those with the highest reward
+    conditional   for each prompt, those that gained most over their originals
+
+    edits: (prompt_id, sample_id, reward, reward of the original) of all edits of all ranks, in any order. Returns the
+    selected (prompt_id, sample_id). For a prompt, `rate` times its edits may not be a whole number; it is then rounded
+    up or down at random, so that the mean is right. ValueError: unknown strategy. To try another rule, add a branch
+    here and its name to EditStrategy.
     """
     if strategy not in get_args(EditStrategy):
         raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(get_args(EditStrategy))}")
@@ -276,22 +283,25 @@ def select_edits(
         edits_of_prompt[edit[0]].append(edit)
     selected = set()
     for group in edits_of_prompt.values():
-        rng.shuffle(group)
+        rng.shuffle(group)  # ties, as above
         group.sort(key=lambda e: -e[2] if strategy == "reward_rank" else e[3] - e[2])
         n = int(rate * len(group) + rng.random())
         selected |= {e[:2] for e in group[:n]}
     return selected
 
 
-# The advantage of an edit against its originals is in units of their spread, but of at least one step between two
-# scores. Originals that are all scored alike have no spread, and dividing by it would give a gradient of any size.
+# A relative reward is divided by the spread of the originals' advantages, but by at least the smallest difference of
+# two scores. Originals that are all scored alike have no spread, and dividing by it would give a gradient of any size.
 SMALLEST_SPREAD = 0.05
 
 
 def compute_advantages(
     batch: list[Trajectory], values: list[Tensor], args: Args, ranks: Ranks
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Advantages and returns (docs/method.md 1.6f) from the critic's values: fp32 [L_i] per trajectory."""
+    """Advantages and returns of each token (docs/method.md 1.6f) from the critic's values: fp32 [L_i] per trajectory.
+
+    With --edit-baseline original, the advantage of an edit is its reward relative to its prompt's originals.
+    """
     raw: list[Tensor] = []
     returns: list[Tensor] = []
     if batch:
@@ -300,7 +310,7 @@ def compute_advantages(
         mask = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
         rewards = torch.zeros_like(padded)
         for i, t in enumerate(batch):
-            rewards[i, lengths[i] - 1] = t.reward
+            rewards[i, lengths[i] - 1] = t.reward  # on the last token
         padded_advantages, padded_returns = gae(rewards, padded, mask, args.gamma, args.gae_lambda)
         raw = [row[:n] for row, n in zip(padded_advantages, lengths)]
         returns = [row[:n] for row, n in zip(padded_returns, lengths)]
@@ -388,11 +398,12 @@ def rollout(
                     submit(context_ids, key=edit.key, seeds=[seed])
             if run:
                 run.show(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
-    judged.sort(key=lambda t: (t.prompt.index, t.key))  # not in the order in which a server happened to answer
+    judged.sort(key=lambda t: (t.prompt.index, t.key))  # whatever the order in which a server happened to answer
     return judged, dropped
 
 
 def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
+    """What the engine sampled, as a response. Its ids include the stop token, which is trained like any other."""
     stop_ids = [] if sample.stop_id is None else [sample.stop_id]
     return Response(
         **vars(origin),
@@ -404,8 +415,11 @@ def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
 
 
 def select(judged: list[Trajectory], args: Args, step: int, ranks: Ranks) -> tuple[list[Trajectory], set]:
-    """All originals and the selected edits, whole prompts balanced over the ranks. Returns this rank's batch and the
-    (prompt_id, sample_id) of the selected edits, which all ranks choose alike from the rewards of all."""
+    """The step's batch: all originals and the selected edits.
+
+    Returns this rank's trajectories (whole prompts, balanced over the ranks) and the (prompt_id, sample_id) of all
+    selected edits. Every rank makes the same selection, from the rewards of all.
+    """
     edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
     seed = derive_seed(args.seed, step, "select")
     selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
@@ -432,12 +446,12 @@ def old_policy_logprobs(
         if t.parent is None and t.key not in unscored:
             continue
         unscored.discard(t.key)
-        between = t.context_ids[len(t.prompt.ids) :]  # empty for an original
+        between = t.context_ids[len(t.prompt.ids) :]  # y_o, critique and request of an edit; empty for an original
         mask = [False] * len(between)
         owners = [position[t.key]]
         if t.parent is not None and t.parent.key in unscored:
             y_o = t.parent.response_ids
-            if between[: len(y_o)] == y_o:
+            if between[: len(y_o)] == y_o:  # unless edit_prompt had to encode y_o anew or ends it otherwise
                 unscored.remove(t.parent.key)
                 mask[: len(y_o)] = [True] * len(y_o)
                 owners = [position[t.parent.key], position[t.key]]
@@ -477,7 +491,7 @@ def policy_pass(
         packed.input_ids, context.position_ids, context, packed.index, packed.targets, args.temperature
     )
     current = logprobs.detach()
-    # no old log-probs in the first mini-batch: these are still the weights that sampled it, so the ratio is 1
+    # no old log-probs in the first mini-batch: it was sampled with the same weights, so the ratio is 1
     known = [now if old is None else old.to(now.device) for old, now in zip(old_logprobs, current.split(packed.counts))]
     old = torch.cat(known)
     advantage = torch.cat(advantages).to(current.device)
@@ -543,6 +557,7 @@ def update(
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
     for number, mini_batch in enumerate(list(range(n_mini_batches)) * args.ppo_epochs, 1):
         mine = [i for i, t in enumerate(batch) if t.prompt.index // args.mini_batch_prompts == mini_batch]
+        # an edit follows the original prompt, too: y_o and critique are not in the context that is trained
         prompts = [batch[i].prompt.ids for i in mine]
         responses = [batch[i].response_ids for i in mine]
         (n_tokens,) = all_sum(ranks, sum(map(len, responses)))
@@ -559,7 +574,7 @@ def update(
             model = models[name]
             sums: dict[str, float] = defaultdict(float)
             for indices, packed in micro_batches:
-                if packed is None:
+                if packed is None:  # other ranks have more to compute, and FSDP needs all in every pass
                     training.idle_pass(model, args.temperature, ranks)
                     continue
                 record.flops += roofline.update_flops(model, packed)
@@ -581,6 +596,7 @@ def update(
                 (loss * ranks.world_size / n_tokens).backward()
             names = ("policy_loss", "original/approx_kl") if name == "policy" else ("value_loss",)
             means = {n: sums[n] / n_tokens for n in names}  # this rank's part of each mean
+            # written to OUT/bad_steps if the update is skipped
             examples = [vars(batch[i]) | {"advantages": advantages[i], "returns": returns[i]} for i in mine]
             norm = training.optimizer_step(
                 model, optimizers[name], lr, args.max_grad_norm, means, examples, run, f"_{name}_{number}"
@@ -629,7 +645,7 @@ def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[
 
 
 def main(args: Args) -> None:
-    # the longest sequence: an edit prompt holds prompt, answer and critique
+    # the longest sequence, an edit prompt and its edit: prompt, answer, critique, edit, and 512 for the template
     max_len = args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512
     check_flags(args, max_len)
     if args.plan:
