@@ -1,33 +1,35 @@
-"""Pairs and judgements out of personas and questions, with any language models (docs/method.md 1.1, 1.2, 1.4).
+"""Makes pairs and judgements from personas and questions with any language models (docs/method.md 1.1, 1.2, 1.4).
 
-1. questions: so many questions of each kind (specific, general) for each persona, where none are given.
+1. questions: for each persona, some questions of each kind (specific, general), if none are given.
 2. answers: several models answer each question.
-3. pairs: a scorer gives each answer an overall score from 1 to 5; two answers to a question whose scores differ by more
-   than --min-gap are a pair. SFT, DPO and Bradley-Terry are trained on these.
-4. judgements: a judge writes a critique and three scores of each answer in a pair; where the weighted scores of a pair
-   tie, both leave. The GRM is trained on these. --audit-answers of them are judged again, also by other judges.
-5. split: a share of the personas is held out, by the persona alone, as in data/prepare.py.
+3. pairs: a scorer gives each answer an overall score from 1 to 5. Two answers to a question whose scores differ by more
+   than --min-gap become a pair. SFT, DPO and Bradley-Terry are trained on these.
+4. judgements: a judge writes a critique and three scores of each answer in a pair. If the weighted scores of a pair
+   tie, both answers are dropped. The GRM is trained on these. --audit-answers of them are judged again, also by other
+   judges.
+5. split: a fraction of the personas is held out, decided by the persona alone, as in data/prepare.py.
 
-    python data/annotate.py                                  # all five; one alone: python data/annotate.py pairs
+    python data/annotate.py                                  # all five; a single one: python data/annotate.py pairs
     python data/annotate.py --models a=http://HOST:8000#qwen b=out/sft/policy --scorer a=http://HOST:8000#qwen \\
         --judge https://api.openai.com/v1#gpt-4o-mini --prices gpt-4o-mini=0.15/0.60 --max-cost 20 --plan
     python report.py out/data                                # the quality sheet
 
-Models: `[NAME=]http(s)://HOST#MODEL` (OpenAI-compatible; the key in OPENAI_API_KEY), `[NAME=]FOLDER` (a checkpoint on
-the engine in this process, with the templates it was trained with), `world` (the generated world's writer and exact
-judge, for its personas and questions alone). Any request is made once: see data/ask.py for what is kept, when it stops
-and how it goes on.
+A model is `[NAME=]SPEC`. SPEC is http(s)://HOST#MODEL (OpenAI-compatible; the key is in OPENAI_API_KEY), FOLDER (a
+checkpoint on the engine in this process, with the templates it was trained with), or FILE.py:FUNCTION. A function
+(row, answer) scores or judges, as for --judge elsewhere; a function (row, seed) returns an answer or a list of
+questions. The scorer may be bt:FOLDER, too. The defaults are functions of the generated world, and know only its
+personas and questions. Each request is made once: data/ask.py says what is kept, when it stops and how it resumes.
 
-Reads --prompts (data/prepare.py makes them of your own tables), or --personas. Writes into OUT
-- pairs, judgements, prompts_train, and pairs_eval, judgements_eval, prompts_eval of the held-out personas (.jsonl;
-  the prompts only where --personas are given): what the stages read,
-- annotate/STEP.jsonl: what each step has, in the order of its input, whatever order the replies came in,
-- annotate/dropped.jsonl: what has failed (request, refused, unparsable, too long) or was discarded (duplicate, small
-  gap, tie, ...), a row each, with step, why, cause and reason. Failures are asked for again only by --retry-failed,
+Reads --prompts (data/prepare.py makes them from your own tables) or --personas. Writes to OUT
+- pairs, judgements, prompts_train, and pairs_eval, judgements_eval, prompts_eval for the held-out personas (.jsonl;
+  the prompts only with --personas): the inputs of the stages,
+- annotate/STEP.jsonl: the rows of each step, in the order of its input whatever order the replies came in,
+- annotate/dropped.jsonl: what failed (request, refused, unparsable, too long) or was discarded (duplicate, small gap,
+  tie, ...), a row each, with step, why, cause and reason. Only --retry-failed asks for failures again,
 - annotation.json: the settings and counts.
 
-Departures from the paper: which two of the answers make a pair, it leaves open; here those furthest apart, one pair for
-a question. Overall scores may have decimals.
+Departures from the paper: it does not say which two of the answers make a pair; here it is the two furthest apart, one
+pair for a question. Overall scores may have decimals.
 """
 
 import os
@@ -48,19 +50,19 @@ class Args:
     step: tyro.conf.Positional[Step] = "all"
     """all | questions | answers | pairs | judgements | split"""
     out: str = "out/data"
-    """Folder of the written files, and of the journal."""
+    """Folder of the output files and the journal."""
     prompts: tuple[str, ...] = ()
-    """Files of prompt rows; none: prompts_train and prompts_eval of OUT, as data/prepare.py leaves them."""
+    """Files of prompt rows. Default: prompts_train and prompts_eval in OUT, as data/prepare.py writes them."""
     personas: str | None = None
     """Personas to write questions for: a .csv, .jsonl or .parquet file, or a source, as for data/prepare.py."""
     persona_column: tuple[str, ...] = ()
-    """Column of the personas, or several; none: "persona" if there is one, else the whole row is the persona."""
+    """Column or columns of the personas. Default: "persona" if there is one, else the whole row."""
     id_column: str = "user_id"
-    """Column that names a persona, if there is one."""
+    """Column with the id of a persona, if there is one."""
 
     # -- who is asked
     models: tuple[str, ...] = ("world=data/persona_world.py:answer",)
-    """Who answers: as many models as you have, and as different."""
+    """Who answers questions. Several different models are best."""
     writer: str = "world=data/persona_world.py:questions"
     """Who writes questions."""
     scorer: str = "world=data/persona_world.py:score"
@@ -70,7 +72,7 @@ class Args:
     questions_template: str | None = None
     """File that replaces the request for questions (prompts.py)."""
     answer_template: str | None = None
-    """File that replaces the prompt for answers, of all models: what the policy will be trained with."""
+    """File that replaces the prompt for answers of all models. The policy will be trained with it."""
     score_template: str | None = None
     """File that replaces the request for an overall score."""
     grm_template: str | None = None
@@ -80,55 +82,55 @@ class Args:
     questions_per_persona: flags.Count = 5
     """Of each kind (specific, general)."""
     answers_per_model: flags.Count = 1
-    """To a question; with one model alone several answers are needed for a pair."""
+    """Per question. With a single model, a pair needs several."""
     min_gap: flags.NonNegative = 2
-    """The scores of a pair differ by more than this; the world's exact scores lie closer together: 0.6."""
+    """The scores of a pair differ by more than this. The world's exact scores need 0.6: they are closer together."""
     pairs_per_question: flags.Count = 1
-    """Those whose scores differ most."""
+    """Pairs with the largest difference in scores."""
     score_weights: tuple[flags.NonNegative, flags.NonNegative, flags.NonNegative] = flags.SCORE_WEIGHTS
-    """Of helpfulness, personalization, naturalness; equal sums tie."""
+    """Weights of helpfulness, personalization, naturalness. Equal weighted scores tie."""
     audit_answers: flags.Natural = 0
-    """Judged answers that are judged again, for the quality sheet; 100 say enough."""
+    """Judged answers that are judged again for the quality sheet; 100 are enough."""
     audit_repeats: flags.Count = 3
-    """Judgements of each of them by each judge; of --judge the first is the one that is trained on."""
+    """Judgements of each by each judge. The first one of --judge is the one trained on."""
     audit_judges: tuple[str, ...] = ()
-    """Other judges of these answers."""
+    """Other judges for these answers."""
     eval_share: flags.Fraction = 0.1
-    """Share of the personas held out for evaluation, in [0, 1)."""
+    """Fraction of the personas held out for evaluation, in [0, 1)."""
     seed: int = 0
-    """Of the replies' sampling and of drawn samples."""
+    """Seed of the replies and of drawn samples."""
 
     # -- sampling
     temperature: flags.NonNegative = 0.9
-    """Of answers and questions."""
+    """For answers and questions."""
     top_p: flags.TopP = 1.0
-    """Of answers and questions."""
+    """For answers and questions."""
     max_new_tokens: flags.Count = 1024
-    """Of an answer or a reply with questions; what is cut off has failed."""
+    """Tokens of an answer or a list of questions. A reply that is cut off has failed."""
     judge_temperature: flags.NonNegative = 0.9
-    """Of scores and critiques."""
+    """For scores and critiques."""
     judge_max_new_tokens: flags.Count = 512
-    """Of a score or a critique with scores."""
+    """Tokens of a score, or of a critique with scores."""
 
     # -- limits
     plan: bool = False
-    """Make some 20 requests, which are kept, and say what the whole will take: calls, tokens, money, time."""
+    """Make about 20 requests, which are kept, and estimate the whole: calls, tokens, money, time."""
     prices: tuple[str, ...] = ()
-    """NAME=IN/OUT: dollars for a million tokens of prompts and of replies of a model."""
+    """NAME=IN/OUT: dollars for a million prompt tokens and reply tokens of a model."""
     max_cost: flags.NonNegative | None = None
-    """Dollars that are spent in this folder at most, over all runs; then it stops as at Ctrl-C."""
+    """Dollars to spend in this folder at most, over all runs. Then it stops as on Ctrl-C."""
     concurrency: flags.Count = 32
-    """Requests that a server gets at a time."""
+    """Requests under way to a server."""
     requests_per_minute: tuple[str, ...] = ()
-    """NAME=NUMBER of a model, or a number for each of them."""
+    """NAME=NUMBER for a model, or a number for each of them."""
     attempts: flags.Count = 3
-    """Replies that are asked for before a request has failed for good (refused, cut off, not in the form)."""
+    """Replies to ask for before a request has failed for good (refused, cut off, unreadable)."""
     patience: flags.Positive = flags.PATIENCE
-    """Seconds that a server which is down, busy or answers rubbish is waited for."""
+    """Seconds to wait for a server that is down, busy or sends garbage."""
     max_batch: flags.Count = 256
-    """Sequences at once in the engine of a checkpoint."""
+    """Sequences at once on the engine of a checkpoint."""
     retry_failed: bool = False
-    """Ask again what has failed in earlier runs."""
+    """Ask again for what failed in earlier runs."""
 
 
 if __name__ == "__main__":
@@ -163,7 +165,7 @@ from runtime.distributed import derive_seed, start
 from runtime.rows import read_rows, write_rows, write_text
 
 PLAN_REQUESTS = 20
-PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep of it
+PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep
 
 
 # -- the requests of each step -----------------------------------------------------------------------------------------
@@ -227,7 +229,9 @@ def sampling(args: Args, text: str, number: int, judging: bool = False) -> dict:
 
 def questions(args: Args, asker: PaidAsker, model: Model) -> None:
     """personas -> annotate/questions.jsonl: prompt rows, with the kind of question."""
-    requests, rows, seen = questions_requests(args, model, read_personas(args)), [], set()
+    requests = questions_requests(args, model, read_personas(args))
+    rows = []
+    seen = set()
     done = Done("questions")
     for request, reply in zip(requests, asker.ask("questions", requests)):
         about = {name: request.row[name] for name in ("persona", "user_id", "kind")}
@@ -248,7 +252,9 @@ def questions(args: Args, asker: PaidAsker, model: Model) -> None:
 
 def answers(args: Args, asker: PaidAsker, models: list[Model]) -> None:
     """prompts -> annotate/answers.jsonl: a prompt's fields, answer, model."""
-    requests, rows, seen = answer_requests(args, models, read_prompts(args)), [], set()
+    requests = answer_requests(args, models, read_prompts(args))
+    rows = []
+    seen = set()
     done = Done("answers")
     for request, reply in zip(requests, asker.ask("answers", requests)):
         row = {k: v for k, v in request.row.items() if k in PROMPT} | {"model": request.model.name}
@@ -265,21 +271,22 @@ def answers(args: Args, asker: PaidAsker, models: list[Model]) -> None:
 
 
 def pairs(args: Args, asker: PaidAsker, model: Model) -> None:
-    """annotate/answers.jsonl -> annotate/scores.jsonl: their scores; annotate/pairs.jsonl: pair rows."""
+    """annotate/answers.jsonl -> annotate/scores.jsonl (the answers with scores), annotate/pairs.jsonl (pair rows)."""
     rows = read_rows(step_file(args, "answers"), "answer")
     requests = judging_requests(args, model, "score", rows)
     done = Done("pairs")
     of_prompt = defaultdict(list)
     for request, row, reply in zip(requests, rows, asker.ask("scores", requests)):
-        of_prompt[row["prompt_id"]]  # also of a prompt without a score
+        of_prompt[row["prompt_id"]]  # an entry even for a prompt without a score
         if reply["failure"]:
             done.failed(row, reply)
         else:
             of_prompt[row["prompt_id"]].append(row | {"score": request.parse(reply["reply"])})
     write_rows(step_file(args, "scores"), [row for scored in of_prompt.values() for row in scored])
-    found, prompts = [], {row["prompt_id"]: row for row in rows}
+    found = []
+    prompts = {row["prompt_id"]: row for row in rows}
     for prompt_id, scored in of_prompt.items():
-        # of equal gaps the pair whose answers came first
+        # the largest difference first; if equal, the pair whose answers came first
         apart = sorted(itertools.combinations(scored, 2), key=lambda pair: -abs(pair[0]["score"] - pair[1]["score"]))
         kept = [pair for pair in apart if abs(pair[0]["score"] - pair[1]["score"]) > args.min_gap]
         prompt = {k: v for k, v in prompts[prompt_id].items() if k in PROMPT}
@@ -297,7 +304,8 @@ def pairs(args: Args, asker: PaidAsker, model: Model) -> None:
 
 def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) -> None:
     """annotate/pairs.jsonl -> annotate/judgements.jsonl: judgement rows, each answer once; annotate/audit.jsonl."""
-    pair_rows, done = read_rows(step_file(args, "pairs"), "pair"), Done("judgements")
+    pair_rows = read_rows(step_file(args, "pairs"), "pair")
+    done = Done("judgements")
     rows = {}  # {(prompt_id, answer): row}: an answer may be in several pairs
     for pair in pair_rows:
         prompt = {k: v for k, v in pair.items() if k in PROMPT}
@@ -330,9 +338,10 @@ def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) 
 
 
 def audit(args: Args, asker: PaidAsker, judges: list[Model], rows: list[dict]) -> None:
-    """annotate/audit.jsonl: the same answers judged several times, by each judge; a failure is a row without scores."""
+    """annotate/audit.jsonl: some answers judged several times by each judge. A failure is a row without scores."""
     chosen = sorted(Random(args.seed).sample(range(len(rows)), min(args.audit_answers, len(rows))))
-    drawn, found = [rows[i] for i in chosen], []
+    drawn = [rows[i] for i in chosen]
+    found = []
     asked = [(judge, repeat) for judge in judges for repeat in range(args.audit_repeats)]
     requests = [r for judge, repeat in asked for r in judging_requests(args, judge, "judgement", drawn, repeat)]
     replies = iter(asker.ask("audit", requests)) if requests else iter(())
@@ -347,7 +356,7 @@ def audit(args: Args, asker: PaidAsker, judges: list[Model], rows: list[dict]) -
 
 
 def split(args: Args) -> None:
-    """What the stages read, and the same of held-out personas."""
+    """Writes the inputs of the stages, and the same for the held-out personas."""
     outputs = {}
     if args.personas is not None:
         prompts = read_rows(step_file(args, "questions"), "prompt")
@@ -391,7 +400,7 @@ def read_prompts(args: Args) -> list[dict]:
 
 
 class Done:
-    """What a step has dropped, and its files."""
+    """The rows that a step drops, and the writer of its files."""
 
     def __init__(self, step: str):
         self.step, self.dropped = step, []
@@ -408,9 +417,10 @@ class Done:
     def write(self, args: Args, rows: list[dict], asker: PaidAsker, requests: int, discarded_of: int) -> None:
         """annotate/STEP.jsonl, this step's part of annotate/dropped.jsonl and of annotation.json.
 
-        requests: what failures are a share of; discarded_of: what discards are one of. ValueError: nothing is left.
+        requests and discarded_of: the totals for the fractions of failures and discards. ValueError: nothing is left.
         """
-        file, before = step_file(args, "dropped"), []
+        file = step_file(args, "dropped")
+        before = []
         if os.path.isfile(file) and os.path.getsize(file):
             before = [row for row in read_rows(file, "object") if row["step"] != self.step]
         write_rows(file, before + self.dropped)
@@ -433,7 +443,7 @@ class Done:
 
 
 def spent_by_model(asker: PaidAsker) -> dict[str, dict]:
-    """{"step, model": COUNTS} of all requests in the journal."""
+    """{"step, model": COUNTS} over all requests in the journal."""
     found = defaultdict(Counter)
     for row in asker.rows.values():
         found[f"{row['step']}, {row['model']}"].update({"requests": 1, **{name: row[name] for name in COUNTS}})
@@ -444,23 +454,24 @@ def spent_by_model(asker: PaidAsker) -> dict[str, dict]:
 
 
 def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, scorer: Model, judge: Model) -> None:
-    """Makes some of each step's requests, drawn at random, and prints what all of them will take.
+    """Makes a few requests of each step, drawn at random, and prints an estimate for all of them.
 
-    Tokens, dollars and seconds of a call are means over those that were made, with 95 % intervals (Student's t).
+    Tokens, dollars and seconds of a call are means over the calls made, with 95 % intervals (Student's t).
     """
-    rng, steps = Random(args.seed), []  # (step, requests of the whole, replies to some)
-    share = PLAN_REQUESTS // (4 if args.personas else 3)
+    rng = Random(args.seed)
+    steps = []  # (step, requests in all, replies to a few)
+    n_drawn = PLAN_REQUESTS // (4 if args.personas else 3)
 
     def some(step, n, requests):
-        """-> [(request, row)] of those that were answered."""
-        drawn = rng.sample(requests, min(share, len(requests)))
+        """Returns (request, reply) of those that were answered."""
+        drawn = rng.sample(requests, min(n_drawn, len(requests)))
         replies = asker.ask(step, drawn)
         steps.append((step, n, replies))
         return [(request, reply["reply"]) for request, reply in zip(drawn, replies) if not reply["failure"]]
 
     if args.personas:
         personas = read_personas(args)
-        names = rng.sample(list(personas), min(share, len(personas)))
+        names = rng.sample(list(personas), min(n_drawn, len(personas)))
         requests = questions_requests(args, writer, {name: personas[name] for name in names})
         n_requests = len(personas) * len(QUESTION_KINDS)
         prompts = [
@@ -473,7 +484,7 @@ def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, score
         prompts = read_prompts(args)
         n_prompts = len(prompts)
     n_answers = n_prompts * len(models) * args.answers_per_model
-    requests = answer_requests(args, models, rng.sample(prompts, min(share, len(prompts))))
+    requests = answer_requests(args, models, rng.sample(prompts, min(n_drawn, len(prompts))))
     answered = some("answers", n_answers, requests)
     rows = [request.row | {"answer": reply.strip()} for request, reply in answered]
     some("scores", n_answers, judging_requests(args, scorer, "score", rows))
@@ -485,12 +496,13 @@ def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, score
 def print_plan(args: Args, asker: PaidAsker, steps: list[tuple], n_models: int) -> None:
     figures = {"prompt_tokens": "tokens in", "completion_tokens": "tokens out", "cost": "dollars", "seconds": "minutes"}
     table = [["step", "requests", *figures.values(), "failed"]]
-    means, squares = Counter(), Counter()  # of half widths, over the steps
+    means = Counter()
+    squares = Counter()  # sums over the steps of the squared half widths
     for step, n, replies in steps:
         cells = []
         for name in figures:
             scale = n
-            if name == "seconds":  # of requests that are made side by side
+            if name == "seconds":  # requests are made side by side
                 scale = n / 60 / (args.concurrency * (n_models if step == "answers" else 1))
             mean, half = interval([row[name] for row in replies])
             cells.append(between(scale * mean, scale * half))
@@ -519,7 +531,7 @@ def print_plan(args: Args, asker: PaidAsker, steps: list[tuple], n_models: int) 
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (infinite for one value). ValueError: no values."""
+    """The mean and half the width of its 95 % interval (infinite for one value). ValueError: no values."""
     if not values:
         raise ValueError("--plan: no request of a step has been answered; see the failures in OUT/journal")
     mean = sum(values) / len(values)
@@ -529,10 +541,12 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def between(mean: float, half: float) -> str:
-    """ "120 (90-150)"; of what is next to nothing only that."""
+    """ "120 (90-150)", or a single number if both ends read the same."""
 
     def short(x):
-        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.01 or x == 0 else "<0.01"
+        if x >= 100:
+            return f"{x:,.0f}"
+        return f"{x:.3g}" if x >= 0.01 or x == 0 else "<0.01"
 
     low, high = short(max(0, mean - half)), short(mean + half)
     return short(mean) if low == high else f"{short(mean)} ({low}-{high})"

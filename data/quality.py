@@ -1,13 +1,13 @@
-"""What data/annotate.py has made, in figures: the quality sheet that report.py draws of its folder.
+"""Quality figures of a folder of data/annotate.py, for the sheet that report.py draws of it.
 
-    stability     do scores stay the same when an answer is judged again? (the paper chose its judge by it: Table 9)
-    agreement     do judges agree with one another, a judge with itself, overall scores with the three weighted ones?
-    gates         what share was lost at each step, and why
-    distributions of scores, and of the lengths of answers by model and side
-    copies        near-duplicates among questions, and between the training and the held-out side
+    stability      do scores stay the same when an answer is judged again? (the paper chose its judge by it: Table 9)
+    agreement      do judges agree with one another, a judge with itself, overall scores with weighted ones?
+    steps          which fraction was lost at each step, and why
+    distributions  of scores, and of the lengths of answers by model and side
+    copies         near-duplicates among questions, and between the training and the held-out side
 
-The audit (--audit-answers) is what the first two need. Cohen's kappa has quadratic weights: it counts by how much two
-judges differ. Similarity is the cosine of tf-idf over runs of 3 to 5 characters, which needs no words, so no language.
+The first two need the audit (--audit-answers). Cohen's kappa has quadratic weights: it counts how far two judges are
+apart. Similarity is the cosine of tf-idf over 3 to 5 characters, which works in any language.
 """
 
 import itertools
@@ -25,8 +25,8 @@ from json_files import read_json
 from prompts import DIMENSIONS, Judgement, persona_text
 from runtime.rows import logged_rows
 
-SIMILAR = 0.9  # cosine from which two texts count as copies of one another
-DRAWN = 3000  # texts that are compared with one another; of more so many are drawn
+SIMILAR = 0.9  # two texts with this cosine or more count as copies
+DRAWN = 3000  # texts to compare with one another; a sample of so many if there are more
 SCALE = list(range(-5, 6))
 
 
@@ -37,12 +37,13 @@ def judgement_of(row: dict) -> Judgement | None:
 def stability(audit: list[dict], weights: list[float]) -> dict[str, dict]:
     """{judge: figures over the answers that it judged at least twice}.
 
-    sd: {score: mean over answers of the standard deviation over repeats}, also of the weighted score; same: share of
-    answers whose three scores were the same each time; answers, judgements, failed.
+    sd: {score: standard deviation over repeats, averaged over answers}, also for the weighted score; same: fraction of
+    answers whose three scores were the same each time; answers, judgements, failed: counts.
     """
     found = {}
     for judge in dict.fromkeys(row["judge"] for row in audit):
-        of_answer, rows = defaultdict(list), [row for row in audit if row["judge"] == judge]
+        of_answer = defaultdict(list)
+        rows = [row for row in audit if row["judge"] == judge]
         for row in rows:
             if judgement := judgement_of(row):
                 values = [getattr(judgement, name) for name in DIMENSIONS]
@@ -60,9 +61,9 @@ def stability(audit: list[dict], weights: list[float]) -> dict[str, dict]:
 
 
 def agreement(audit: list[dict], weights: list[float]) -> list[dict]:
-    """Of each two judges by their first judgements, and of each judge's first with its second: what to expect at most.
+    """Compares the first judgements of any two judges, and each judge's first with its second, which bounds the rest.
 
-    -> [{judges, answers, kappa: {score: quadratic}, pearson, spearman: of the weighted score}]; None: undefined.
+    Returns [{judges, answers, kappa: {score: kappa}, pearson, spearman: of the weighted score}]; None: undefined.
     """
     judged = defaultdict(dict)  # {(judge, repeat): {answer: Judgement}}
     for row in audit:
@@ -85,7 +86,7 @@ def agreement(audit: list[dict], weights: list[float]) -> list[dict]:
 
 
 def kappa_of(a: list[int], b: list[int]) -> float | None:
-    """Quadratic weights; None where both give one and the same value throughout."""
+    """Cohen's kappa with quadratic weights; None if both give the same single value throughout."""
     if not a or len(set(a) | set(b)) == 1:
         return None
     return float(cohen_kappa_score(a, b, labels=SCALE, weights="quadratic"))
@@ -99,7 +100,9 @@ def correlations(a: list[float], b: list[float]) -> dict[str, float | None]:
 
 def order(pairs: list[dict], judged: dict[tuple, Judgement], weights: list[float]) -> dict:
     """Does the judge put pairs in the order of the overall scores? judged: {(prompt_id, answer): Judgement}."""
-    signs, overall, weighted = [], [], []
+    signs = []  # 1: the chosen answer has the higher weighted score
+    overall = []
+    weighted = []
     for pair in pairs:
         sides = [judged.get((pair["prompt_id"], pair[side])) for side in ("chosen", "rejected")]
         if None in sides:
@@ -114,9 +117,9 @@ def order(pairs: list[dict], judged: dict[tuple, Judgement], weights: list[float
 
 
 def similarities(texts: list[str], others: list[str] | None = None) -> np.ndarray:
-    """Of each text the cosine of its nearest other one, in `texts` or in `others`; [len(texts)], 0 where there is none.
+    """The cosine of each text with the nearest other one, in `texts` or in `others`: [len(texts)], 0 if there is none.
 
-    The texts themselves should differ from one another.
+    The texts should differ from one another.
     """
     if not texts or (len(texts) < 2 if others is None else not others):
         return np.zeros(len(texts))
@@ -129,7 +132,7 @@ def similarities(texts: list[str], others: list[str] | None = None) -> np.ndarra
 
 
 def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
-    """Near-duplicates among questions, and what the held-out side shares with the training side (prompt rows)."""
+    """Counts near-duplicates among questions, and what the held-out rows have in common with the training rows."""
 
     def drawn(texts):
         texts = list(dict.fromkeys(texts))
@@ -159,7 +162,7 @@ def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
 
 
 def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[int]]:
-    """{of whom: [number, 10 %, median, 90 %] of the characters of answers}."""
+    """{whose answers: [number, and the 10 %, 50 % and 90 % quantiles of their characters]}."""
     groups = defaultdict(list)
     for row in answers:
         groups[f"answers of {row['model']}"].append(len(row["answer"]))
@@ -173,19 +176,20 @@ def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[int]]:
 
 
 def read(folder: str) -> dict[str, list[dict]]:
-    """{name: rows} of OUT/annotate, and prompts of both sides; [] where a step has not been made."""
+    """{name: rows} of OUT/annotate, and the prompts of both sides; [] if a step has not been made."""
     names = ("answers", "scores", "pairs", "judgements", "audit", "dropped")
     found = {name: logged_rows(os.path.join(folder, "annotate", f"{name}.jsonl")) for name in names}
     for side in ("train", "eval"):
         found[side] = logged_rows(os.path.join(folder, f"prompts_{side}.jsonl"))
-        if not found[side]:  # prompts that were named by --prompts: those that came to a pair
+        if not found[side]:  # the prompts were given by --prompts: take those that came to a pair
             found[side] = logged_rows(os.path.join(folder, "pairs.jsonl" if side == "train" else "pairs_eval.jsonl"))
     return found
 
 
 def sheet(folder: str) -> tuple[str, list[dict]]:
-    """-> (the sheet as Markdown, ten pairs at random: pair rows with the judgements of both sides)."""
-    summary, rows = read_json(os.path.join(folder, "annotation.json")), read(folder)
+    """Returns the sheet as Markdown, and ten random pair rows with the judgements of both sides."""
+    summary = read_json(os.path.join(folder, "annotation.json"))
+    rows = read(folder)
     args = summary["args"]
     weights = args["score_weights"]
     judged = {(row["prompt_id"], row["answer"]): judgement_of(row) for row in rows["judgements"]}
@@ -200,14 +204,17 @@ def sheet(folder: str) -> tuple[str, list[dict]]:
             lines.extend("| " + " | ".join(map(cell, row)) + " |" for row in body)
             lines.append("")
 
-    gates = []
+    steps = []
     for step, done in summary["steps"].items():
-        gates.append([step, "kept", done["rows"], ""])
+        steps.append([step, "kept", done["rows"], ""])
         for name, n in done["dropped"].items():
             of = done["of"][name.partition(":")[0]]
-            gates.append([step, name, n, f"{n / of:.1%} of {of:,}"])
+            steps.append([step, name, n, f"{n / of:.1%} of {of:,}"])
     table(
-        "What each step kept and dropped", ("step", "what", "rows", "share"), gates, "Reasons: annotate/dropped.jsonl."
+        "What each step kept and dropped",
+        ("step", "what", "rows", "fraction"),
+        steps,
+        "Reasons: annotate/dropped.jsonl.",
     )
 
     steady = stability(rows["audit"], weights)
