@@ -1,12 +1,12 @@
-"""Checkpoints of a run: whole or not there at all, with digests of their files, continued on any number of ranks.
+"""Checkpoints of a run. One is complete or absent, its files have digests, and any number of ranks can load it.
 
     OUT/checkpoints/step_000100/
         NAME/         each model in the compute dtype, as a folder that other tools load; OUT/NAME links to the newest
-        train_state/  what is trained (fp32), the optimizers' state: of each rank its shards (safetensors), index.json
+        train_state/  trainable weights (fp32) and optimizer state: the shards of each rank (safetensors), index.json
         state.json    the step, the commit, and the digest of every file, which is compared before any is read
 
-A checkpoint is written under another name (.tmp), its files and folders are flushed to the disk, then it is renamed.
-The ones before it are removed after that. Nothing in it is pickled: to read one runs no code of whoever made it.
+A checkpoint is written under another name (.tmp), flushed to the disk, then renamed. Older checkpoints are removed
+after that. Nothing in it is pickled, so loading one runs no foreign code.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from runtime.rows import check_row, json_lines, sync, write_rows, write_text
 from runtime.watch import set_phase
 from weights import GIB
 
-PART_BYTES = 2**31  # of a file of trainer state, so that host memory holds one such part at a time
+PART_BYTES = 2**31  # size of a file of trainer state; host memory holds one such part at a time
 
 
 # -- trainer state: what each rank holds of each tensor ----------------------------------------------------------------
 
 
 def _trainable(model):
-    """(name, parameter) of what the optimizer has, in its order; what is frozen comes from the folder of the model."""
+    """(name, parameter) in the order of the optimizer. Frozen parameters come from the model's folder instead."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -145,13 +145,13 @@ def _digest(file: str) -> str:
 
 
 def _files(folder: str) -> list[str]:
-    """All below a folder, relative to it."""
+    """All files below a folder, relative to it."""
     found = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
     return sorted(os.path.relpath(file, folder) for file in found)
 
 
 def _flush(folder: str, files: list[str]) -> dict[str, str]:
-    """Waits until these are on the disk -> their digests."""
+    """Flushes files to the disk and returns their digests."""
 
     def flush(name):
         sync(os.path.join(folder, name))
@@ -162,7 +162,7 @@ def _flush(folder: str, files: list[str]) -> dict[str, str]:
 
 
 def _damage(folder: str, ranks: Ranks) -> list[str]:
-    """What is wrong with a checkpoint, [] if nothing; each rank reads its share of the files, all get the answer."""
+    """Describes the damage of a checkpoint ([]: none). Each rank checks a part of the files; all get the result."""
     try:
         with open(os.path.join(folder, "state.json")) as f:
             state = json.load(f)
@@ -193,7 +193,7 @@ def _step(folder):
 
 
 def _checkpoints(out: str) -> list[str]:
-    """The finished ones, the oldest first."""
+    """Folders of the finished checkpoints, oldest first."""
     return sorted(f for f in glob.glob(f"{glob.escape(out)}/checkpoints/step_*") if re.search(r"/step_\d{6,}$", f))
 
 
@@ -221,7 +221,7 @@ def save(
     train_state = os.path.join(tmp, "train_state")
 
     def on_every_rank(action: Callable[[], Any]) -> Any:
-        """An error of one rank's disk ends them all, so that none waits for it; nobody goes on before all are done."""
+        """Runs an action on every rank. All ranks wait for it, and an I/O error on one of them is raised on all."""
         result, errors = None, []
         try:
             result = action()
@@ -268,7 +268,7 @@ def save(
 
 
 def _written_by(rank, tmp):
-    """Its own shards; rank 0 has written the rest, too."""
+    """Files that this rank wrote: its own shards, and on rank 0 everything else."""
     shards = re.compile(r"train_state/rank(\d+)_")
     return [file for file in _files(tmp) if (int(m[1]) if (m := shards.match(file)) else 0) == rank]
 
@@ -292,11 +292,11 @@ def _link_newest(out, names):
 def load(
     out: str, models: Mapping[str, torch.nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ranks: Ranks
 ) -> int:
-    """Continues from the newest whole checkpoint: fills models and optimizers in place -> steps done (0: none there).
+    """Fills models and optimizers from the newest intact checkpoint. Returns its step (0: there is none).
 
-    A damaged one is named and set aside. Lines of metrics.jsonl from after the checkpoint are dropped: their steps will
-    be run again. The links to its models are made again, since a run may have been killed between a checkpoint and its
-    links. ValueError: all are damaged.
+    A damaged checkpoint is named and set aside. Lines of metrics.jsonl after the loaded step are dropped, since those
+    steps run again. The links to the models are made again, since a run may have been killed between writing a
+    checkpoint and its links. ValueError: all checkpoints are damaged.
     """
     damages, started = {}, time.monotonic()
     for folder in reversed(_checkpoints(out)):

@@ -19,15 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
 
-# How long a rank waits for the others in a collective at most: one that has ended its rollout waits until the slowest
-# has, whose judge may be down for a while. What hangs, watch.py finds earlier.
+# Longest wait for the other ranks in a collective. A rank that has finished its rollout waits for the slowest one,
+# whose judge may be down for a while. watch.py finds a rank that hangs earlier.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `device` and compute `dtype` are what models and batches live in."""
+    """This process among all of the job, and the device and compute dtype of its models and batches."""
 
     rank: int
     world_size: int
@@ -44,9 +44,9 @@ def start(
 ) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
-    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP), None: all. timeouts: seconds of
-    a rank's start, rollout and update (watch.py). deterministic: sums on a GPU in a fixed order (`make_deterministic`).
-    ValueError: shard_size does not divide the number of ranks; not all ranks have joined within the first time-out.
+    dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP); None: all ranks. timeouts:
+    seconds of a rank's start, rollout and update (watch.py). deterministic: fixed order of sums on a GPU
+    (`make_deterministic`). ValueError: shard_size does not divide the number of ranks, or not all ranks joined in time.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
@@ -74,11 +74,12 @@ def start(
 
 
 def make_deterministic() -> None:
-    """The same bits in every run on the same GPUs (--deterministic); slower. A CPU gives them anyway.
+    """Makes runs on the same GPUs bit for bit repeatable, at some cost (--deterministic). A CPU always is.
 
-    What else would add in the order in which threads finish: `index_add_` (gradients of a shared prefix) and the
-    backward pass of attention (torch's own follows this switch, flash-attn's an argument, see varlen_attention.py). The
-    kernels here use no atomics. RuntimeError, later: an operation that torch has in no such form.
+    Two operations would otherwise add in the order in which threads finish: `index_add_` (gradients of a shared prefix)
+    and the backward pass of attention. Torch's attention follows this switch, flash-attn's takes an argument (see
+    varlen_attention.py). The project's kernels use no atomics. An operation without a deterministic form raises a
+    RuntimeError when it is called.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts: one stream's buffers
     torch.use_deterministic_algorithms(True)
@@ -86,7 +87,7 @@ def make_deterministic() -> None:
 
 
 def _join(backend, rank, world_size, timeouts):
-    """The process group of torchrun's environment."""
+    """Joins the process group that torchrun's environment names."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of each rank
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     limit = timedelta(seconds=timeouts[0])
@@ -113,7 +114,7 @@ def print0(*values: Any) -> None:
 
 
 def all_sum(ranks: Ranks, *numbers: float) -> list[float]:
-    """Each number summed over all ranks, in fp64."""
+    """Sums each number over all ranks, in fp64."""
     total = torch.tensor(numbers, dtype=torch.float64)
     if ranks.world_size > 1:
         total = total.to(ranks.device)
@@ -129,7 +130,7 @@ def all_max(ranks: Ranks, number: float) -> float:
 
 
 def all_gather(ranks: Ranks, rows: Iterable) -> list:
-    """The lists of all ranks, joined in rank order."""
+    """Concatenates the lists of all ranks, in rank order."""
     if ranks.world_size == 1:
         return list(rows)
     gathered = [None] * ranks.world_size
@@ -149,7 +150,7 @@ def barrier(ranks: Ranks) -> None:
 
 
 def moments(ranks: Ranks, values: torch.Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of fp32 [S] over all ranks (numbers). S may be 0 on a rank, not on all."""
+    """Mean and standard deviation of values [S] over all ranks. S may be 0 on a rank, but not on all."""
     x = values.double()
     n, total, square = all_sum(ranks, len(x), x.sum().item(), x.square().sum().item())
     mean = total / n

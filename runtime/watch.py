@@ -1,4 +1,4 @@
-"""How a run ends before its last step: by a signal, saved; or by a rank that dies or hangs, which is named."""
+"""Early ends of a run: a signal stops it after a checkpoint; a rank that dies or hangs ends it and is named."""
 
 import contextlib
 import json
@@ -19,20 +19,20 @@ from runtime.flags import around_main
 
 # -- a signal that asks the run to stop --------------------------------------------------------------------------------
 
-STOPPED = 75  # exit status of a run that a signal has stopped: saved, the same command continues (EX_TEMPFAIL)
+STOPPED = 75  # exit status after a signal: saved, and the same command continues (EX_TEMPFAIL)
 NOTICES = (signal.SIGTERM, signal.SIGINT)
-ONE_NOTICE = 2.0  # seconds; torchrun passes on a signal that its workers have got as well
+ONE_NOTICE = 2.0  # seconds; torchrun passes on a signal that its workers have also received
 
 
 class _Stop:
-    requested = agreed = False  # on this rank; on all ranks
+    requested = False  # on this rank
+    agreed = False  # on all ranks
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[None]:
-    """SIGTERM and SIGINT set a flag, which all ranks read at the same place (`should_stop`); a second one ends at once.
-
-    A thread reads them, since the main one may be within a collective that never returns.
+    """SIGTERM and SIGINT set a flag, which all ranks read at the same point (`should_stop`). A second signal exits at
+    once. A thread reads the signals, since the main thread may be in a collective that never returns.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -40,10 +40,11 @@ def stop_on_signal() -> Iterator[None]:
     def listen():
         first = None
         while number := os.read(reader, 1):
-            if number[0] not in NOTICES:  # of another handler
+            if number[0] not in NOTICES:  # belongs to another handler
                 continue
             if first is None:
-                first, _Stop.requested = time.monotonic(), True
+                first = time.monotonic()
+                _Stop.requested = True
                 name = signal.Signals(number[0]).name
                 print(f"{name}: the run ends with this step, saved; again: at once", file=sys.stderr, flush=True)
             elif time.monotonic() - first > ONE_NOTICE:
@@ -64,13 +65,13 @@ def stop_on_signal() -> Iterator[None]:
 
 
 def should_stop(ranks: Ranks) -> bool:
-    """Has a signal asked any rank to stop? All ranks call it and get the same answer."""
+    """Whether a signal has asked any rank to stop. All ranks call it and get the same answer."""
     _Stop.agreed = all_max(ranks, float(_Stop.requested)) > 0
     return _Stop.agreed
 
 
 def end_if_stopped(step: int) -> None:
-    """After the checkpoint of a step: leaves with status STOPPED if `should_stop` was true."""
+    """Exits with status STOPPED if `should_stop` was true. Called after the checkpoint of a step."""
     if _Stop.agreed:
         print0(f"stopped after step {step}, which is saved; the same command continues")
         sys.exit(STOPPED)
@@ -78,45 +79,53 @@ def end_if_stopped(step: int) -> None:
 
 # -- a rank that dies or hangs -----------------------------------------------------------------------------------------
 
-RANK_LOST = 70  # exit status of a job that a rank has ended (EX_SOFTWARE)
+RANK_LOST = 70  # exit status of a job that was ended because of one rank (EX_SOFTWARE)
 SILENCE = 60  # seconds without a sign of life (or the time-out of an update, where that is shorter)
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class _State:
-    """Where this rank is in the run. Every rank goes through the same phases, so the smallest `count` is behind."""
+    """Where this rank is in the run. All ranks go through the same phases, so the rank with the smallest `count` is
+    behind."""
 
-    phase, count, since = "start", 0, 0.0
-    watch = None
+    phase = "start"
+    count = 0
+    since = 0.0
+    watch: "Watch | None" = None
 
 
 def set_phase(phase: str, step: int | None = None) -> str:
-    """Each rank says which phase begins: start | rollout | update | anything else, which may take as long as a rollout.
-
-    -> what it says, such as "update of step 3".
+    """Announces the phase that begins on this rank. Its time-out is that of its first word: start | rollout | update |
+    score (as update) | anything else (as rollout). Returns its description, such as "update of step 3".
     """
     text = phase if step is None else f"{phase} of step {step}"
-    _State.phase, _State.count, _State.since = text, _State.count + 1, time.monotonic()
+    _State.phase = text
+    _State.count += 1
+    _State.since = time.monotonic()
     return text
 
 
 class Watch:
-    """A thread by which each rank tells the others, through the group's store, in which phase it is, since when, and
-    whether it only waits for them. Ranks 0 and 1 read it; what they find ends the job on every rank:
+    """A thread that reports this rank's phase, since when, and whether it only waits, through the group's store.
 
-    - a rank that is gone or has been silent for SILENCE seconds: killed, stopped, or its host is down;
-    - a rank that is over its phase's time-out, behind the others or computing while they wait for it.
+    Ranks 0 and 1 read the reports. They end the job on every rank when they find
+    - a rank that is gone or has been silent for SILENCE seconds (killed, stopped, or its host is down);
+    - a rank that exceeds the time-out of its phase, and is behind the others or computes while they wait for it.
     """
 
     def __init__(self, ranks: Ranks, timeouts: tuple[int, int, int]):
-        self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, ranks.device
+        self.rank = ranks.rank
+        self.world_size = ranks.world_size
+        self.device = ranks.device
         self.limits = dict(zip(("start", "rollout", "update"), timeouts))
         self.limits["score"] = self.limits["update"]
         self.silence = min(SILENCE, self.limits["update"])
         self.store = (
             dist.distributed_c10d._get_default_store().clone()
         )  # a client of its own: no other call holds it up
-        self.beat, self.ended, self.seen = 0, threading.Event(), {}
+        self.beat = 0
+        self.ended = threading.Event()
+        self.seen: dict[int, tuple[int, float]] = {}
         _State.since = time.monotonic()
         self.main = threading.get_ident()
         self.tell()
@@ -157,7 +166,7 @@ class Watch:
                 self.leave(found["rank"], state)
 
     def find(self):
-        """-> (rank, what is wrong with it) or None."""
+        """Returns (rank, description of its fault), or None."""
         states = [json.loads(s) for s in self.store.multi_get([f"rank/{r}" for r in range(self.world_size)])]
         now = time.monotonic()
         for rank, state in enumerate(states):
@@ -181,7 +190,7 @@ class Watch:
         return self.limits.get(phase.split()[0], self.limits["rollout"])
 
     def report(self, rank, message):
-        """The first report is what every rank sees."""
+        """Publishes a fault. Every rank sees the first one."""
         found = json.dumps(dict(rank=rank, message=message))
         if self.store.compare_set("lost", "", found).decode() == found:
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -193,7 +202,7 @@ class Watch:
             self.leave(0, self.first if self.keeper != "torchrun" else None)
 
     def leave(self, blamed, state):
-        """Ends this process: after the rank that is to blame, since torchrun names the first one that ends."""
+        """Ends this process, after the blamed rank, since torchrun names the first process that ends."""
         try:
             if blamed != self.rank:
                 time.sleep(1)
@@ -216,7 +225,7 @@ def _where(state):
 
 
 def _is_gone(state):
-    """Only a process of this host can be asked."""
+    """Whether a process has ended. Only processes of this host can be checked."""
     if state["host"] != socket.gethostname():
         return False
     try:
@@ -235,13 +244,13 @@ def _line_of_ours(frame):
         return f"{os.path.relpath(file, HERE)}:{frame.f_lineno}"
 
 
-# what a collective says when another rank has gone: it is not this rank that failed
+# error texts of a collective when another rank has gone: this rank is not the one that failed
 BROKEN = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "imed out", "NCCL", "gloo")
 
 
 @contextlib.contextmanager
-def failures_are_told() -> Iterator[None]:
-    """Around a script's main: when it fails on one rank, the others name that rank, not their own broken connection."""
+def report_failures() -> Iterator[None]:
+    """Wraps a script's main: when it fails on one rank, all ranks name that rank instead of a broken connection."""
     try:
         yield
         _end_together()
@@ -251,24 +260,28 @@ def failures_are_told() -> Iterator[None]:
         raise
     except Exception as error:
         watch = _State.watch
+        assert watch is not None
         if isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN):
             time.sleep(watch.silence + 30)  # until the watch has found who is gone, and ends this process
         with contextlib.suppress(dist.DistNetworkError):  # the store has gone with its rank, which has said why
             watch.report(watch.rank, f"rank {watch.rank} failed in {_State.phase}: {type(error).__name__}: {error}")
         raise
     finally:
-        _State.watch.ended.set()
+        if _State.watch:
+            _State.watch.ended.set()
 
 
 def _end_together():
-    """Rank 0 may hold the store, so it leaves with the others."""
+    """Rank 0 may hold the store, so all ranks leave together."""
     set_phase("the end")
     dist.barrier()
 
 
 def watch_ranks(ranks: Ranks, timeouts: tuple[int, int, int]) -> None:
-    """From now on a rank that dies, or is longer in a phase than its time-out (seconds of a start, a rollout, an
-    update), ends the job within seconds, named with its phase and place."""
+    """Starts the watch: from now on a rank that dies or exceeds a time-out ends the job, named with its phase and line.
+
+    timeouts: seconds of a start, a rollout and an update.
+    """
     if ranks.world_size > 1:
         _State.watch = Watch(ranks, timeouts)
-        around_main.enter_context(failures_are_told())
+        around_main.enter_context(report_failures())
