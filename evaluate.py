@@ -120,8 +120,8 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -182,8 +182,9 @@ def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks: Ranks)
     requests = {}
     for side in sides:
         spec = specs[side]
-        if files[side] is not None:
-            answers[side] = Answers(*given_answers(files[side], rows))
+        file = files[side]
+        if file is not None:
+            answers[side] = Answers(*given_answers(file, rows))
         elif spec == "reference":
             answers[side] = Answers("reference", reference_answers(args.prompts, rows))
         else:  # each model answers the prompt that it was trained with
@@ -238,7 +239,7 @@ class Outcome:
     """The verdict on the two answers to a prompt."""
 
     preference: float | None = None  # 1 baseline, 2 model, between them 1 + P(model); None: no verdict
-    shown: dict[str, float | None] | None = None  # P(model) by order
+    shown: dict[str, float | None] = field(default_factory=dict)  # P(model) by order
     method: str | None = None  # how the verdict came about
     failure: str | None = "no answer"  # why there is none
 
@@ -265,7 +266,7 @@ def judge_pairs(
         if model == baseline:
             outcomes[i] = Outcome(preference=1.5, method="equal texts", failure=None)
             continue
-        outcomes[i] = Outcome(shown={}, failure=None)
+        outcomes[i] = Outcome(failure=None)
         for order in shown_orders(rows[i], args):
             items.append((rows[i], (baseline, model) if order == "baseline_first" else (model, baseline)))
             asked.append((i, order))
@@ -283,8 +284,9 @@ def judge_pairs(
             outcome.method = outcome.method or verdict["method"]
         outcome.failure = outcome.failure or verdict["failure"]
     for outcome in outcomes:  # a single order would count the judge's position bias: all orders or none
-        if outcome.shown and None not in outcome.shown.values():
-            outcome.preference = 1 + sum(outcome.shown.values()) / len(outcome.shown)
+        p_model = [p for p in outcome.shown.values() if p is not None]
+        if outcome.shown and len(p_model) == len(outcome.shown):
+            outcome.preference = 1 + sum(p_model) / len(p_model)
     named = [dict(prompt_id=rows[i]["prompt_id"], order=order, **v) for (i, order), v in zip(asked, verdicts)]
     return outcomes, named
 
@@ -305,8 +307,8 @@ def judge_scores(
     outcomes = []
     for i in range(len(rows)):
         outcome = Outcome(method="scores")
-        both = [verdict_of.get((side, i)) for side in SIDES]
-        if None not in both:
+        both = [verdict_of[side, i] for side in SIDES if (side, i) in verdict_of]
+        if len(both) == 2:
             failures = [verdict["failure"] for verdict in both if verdict["reward"] is None]
             outcome.failure = failures[0] if failures else None
             if not failures:
@@ -335,7 +337,7 @@ def annotations_of(rows: list[dict], answers: dict[str, Answers], outcomes: list
             annotator=judge,
             preference=outcome.preference,
             group=group_of(row),
-            shown=outcome.shown,
+            shown=outcome.shown or None,
             method=outcome.method,
             failure=outcome.failure,
             missing=[side for side in SIDES if answer_of[side]["answer"] is None],
@@ -440,7 +442,7 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
         return print0("reward-accuracy has no answers to make: they are in the pairs")
     # neighbours share a prefix: both answers of a pair, and all pairs of a prompt
     order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
-    items = []
+    items: list[tuple] = []
     for pair in (pairs[i] for i in order):
         both = (pair["chosen"], pair["rejected"])
         items += [(pair, both), (pair, both[::-1])] if compares(args.judge) else [(pair, text) for text in both]
@@ -511,8 +513,8 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
     persons = persons_of([rows[i] for i in answered])
 
     def test(name: str) -> dict:
-        sides = [np.array([v[name] for v in side], dtype=np.float64) for side in (own, swapped)]  # None is NaN
-        return winrate.paired_test(*sides, args.seed, persons)
+        a, b = (np.array([v[name] for v in side], dtype=np.float64) for side in (own, swapped))  # None is NaN
+        return winrate.paired_test(a, b, args.seed, persons)
 
     results = dict(
         model=answers.generator,
@@ -557,7 +559,7 @@ def main(args: Args) -> None:
         return compare_files(args)
     if args.labels:
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
-    named = {name: named_server(getattr(args, name)) for name in ("model", "baseline", "judge")}
+    named: dict[str, Any] = {name: named_server(getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
     ranks = start(args.dtype)
     TASKS[args.task](args, ranks)

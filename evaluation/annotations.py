@@ -88,9 +88,9 @@ def rows_by_group(labels: Sequence[str | None]) -> dict[str, list[int]]:
 
 def mean_and_error(values: Iterable[float | None]) -> dict[str, float | None]:
     """{"mean", "standard_error"} of the values that exist; None where these are too few."""
-    values = [v for v in values if v is not None]
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)) if values else None, "standard_error": error}
+    numbers = [v for v in values if v is not None]
+    error = float(np.std(numbers, ddof=1) / len(numbers) ** 0.5) if len(numbers) > 1 else None
+    return {"mean": float(np.mean(numbers)) if numbers else None, "standard_error": error}
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,9 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
     """
     verdicts = verdicts_of(annotations)
     persons = persons_of(annotations)
-    lengths = [np.array([len(row[output]) for row in annotations]) for output in ("output_2", "output_1")]
+    model_lengths = np.array([len(row["output_2"]) for row in annotations])
+    baseline_lengths = np.array([len(row["output_1"]) for row in annotations])
+    lengths = (model_lengths, baseline_lengths)
     model = annotations[0]["generator_2"]
     baseline = annotations[0]["generator_1"]
     controlled = {}
@@ -135,7 +137,7 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
         groups[label] = win_rate(verdicts[rows], seed, persons and [persons[i] for i in rows])
 
     def ids_by_side(field: str) -> dict[str, list]:
-        ids = {side: [] for side in SIDES}
+        ids: dict[str, list] = {side: [] for side in SIDES}
         for i, row in enumerate(annotations):
             for side in SIDES:
                 if side in row.get(field, ()):
@@ -150,8 +152,8 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
         win_rate=win_rate(verdicts, seed, persons),
         length_controlled=controlled,
         groups=groups,
-        leaderboard=leaderboard_row(verdicts, lengths[0], controlled),
-        characters=dict(model=float(np.mean(lengths[0])), baseline=float(np.mean(lengths[1]))),
+        leaderboard=leaderboard_row(verdicts, model_lengths, controlled),
+        characters=dict(model=float(np.mean(model_lengths)), baseline=float(np.mean(baseline_lengths))),
         position_bias=position_bias([row.get("shown") for row in annotations], seed),
         methods=dict(Counter(row["method"] for row in annotations if row.get("method"))),
         failures=dict(Counter(row["failure"] for row in annotations if row.get("failure"))),
@@ -167,7 +169,7 @@ def leaderboard_row(verdicts: np.ndarray, lengths: np.ndarray, controlled: dict[
     return winrate.plain(verdicts) | rates | dict(mode="community", avg_length=int(np.mean(lengths)))
 
 
-def position_bias(shown: list[dict | None], seed: int) -> dict | None:
+def position_bias(shown: Sequence[dict | None], seed: int) -> dict | None:
     """The effect of the order in which answers are shown; None where no row was asked in both orders.
 
     shown: for each row {"baseline_first": P(model), "model_first": P(model)} or None.

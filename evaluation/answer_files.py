@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from json_files import read_json_list
 from prompts import persona_text
@@ -47,13 +47,13 @@ def given_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
         ]
         if times[row["question"]] == 1:
             keys.append(("instruction", row["question"]))
-        key = next((key for key in keys if key in entries_of), None)
-        if key is None:
+        matching = [key for key in keys if key in entries_of]
+        if not matching:
             given.append({**row, "answer": None})
             continue
-        entry, *others = entries_of[key]
+        entry, *others = entries_of[matching[0]]
         if others:
-            kind, text = key
+            kind, text = matching[0]
             raise ValueError(f'{others[0].where}: a second answer to {kind} "{text[:80]}"; the first is {entry.place}')
         if entry.fields.get("question", row["question"]) != row["question"]:
             raise ValueError(f'{file}: prompt "{row["prompt_id"]}": it has another question there')
@@ -103,12 +103,13 @@ def _keys_of(output: dict) -> list[tuple[str, str]]:
 
 def _persona_and_question(persona: dict | str, question: str) -> str:
     """Both as one text. A persona may be an object in one file and its JSON in the other."""
+    value: Any = persona
     if isinstance(persona, str):
         try:
-            persona = json.loads(persona)
+            value = json.loads(persona)
         except (ValueError, RecursionError):  # not JSON, but a text
-            return json.dumps([persona.strip(), question])
-    return json.dumps([persona, question], sort_keys=True)
+            value = persona.strip()
+    return json.dumps([value, question], sort_keys=True)
 
 
 def reference_answers(file: str, rows: list[dict]) -> list[dict]:

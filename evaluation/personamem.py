@@ -65,9 +65,10 @@ def read_questions(args) -> tuple[list[dict], Contexts]:
     file = args.prompts.removesuffix(".jsonl") + "_contexts.jsonl"
     contexts: Contexts = {}
     for number, row in enumerate(read_rows(file, "messages"), 1):
-        if row.get("context_id") in contexts:
-            raise ValueError(f'{file}:{number}: a second context "{row["context_id"]}"')
-        contexts[row.get("context_id")] = row["messages"]
+        context_id = row.get("context_id", "")  # rows without one belong to no question
+        if context_id in contexts:
+            raise ValueError(f'{file}:{number}: a second context "{context_id}"')
+        contexts[context_id] = row["messages"]
     for row in rows:
         if len(contexts.get(row["context_id"], ())) < row["end_index"]:
             raise ValueError(
@@ -174,13 +175,13 @@ def evaluate(args, ranks: Ranks) -> None:
         messages = choice_messages(row, contexts)
         requests.append((row["prompt_id"], without_control_tokens(messages) if is_url(args.model) else messages))
     replied = replies("choices", args.model, requests, args.temperature, args, ranks)
-    likely = None if is_url(args.model) else likelihoods(rows, contexts, args, ranks)
+    likely = [] if is_url(args.model) else likelihoods(rows, contexts, args, ranks)
     if args.stage in ("answers", "verdicts") or ranks.rank > 0:
         return
 
     judged = [reply and is_right(reply["answer"], row["correct"]) for row, reply in zip(rows, replied)]
     right = {"by choice": [reply and (verdict or 0.0) for reply, verdict in zip(replied, judged)]}
-    for name, measure in MEASURES.items() if likely is not None else ():
+    for name, measure in MEASURES.items() if likely else ():
         right[measure] = [x and float(LETTERS[np.argmax(x[name])] == row["correct"]) for x, row in zip(likely, rows)]
     results = dict(
         model=args.model,
@@ -194,7 +195,7 @@ def evaluate(args, ranks: Ranks) -> None:
     choices = []
     for i, row in enumerate(rows):
         reply = replied[i] or {"answer": None}
-        choices.append({**row, **reply, "right": judged[i], "likelihood": likely and likely[i]})
+        choices.append({**row, **reply, "right": judged[i], "likelihood": likely[i] if likely else None})
     write_rows(os.path.join(args.out, "choices.jsonl"), choices)
     table = choices_table(results, list(right))
     write_results(args.out, results, dataclasses.asdict(args), table, "choices.jsonl")

@@ -1,6 +1,7 @@
 """Plots of evaluations, as PNG and SVG."""
 
 import os
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +11,7 @@ from evaluation.annotations import verdicts_of
 from runtime.rows import DIMENSIONS
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # distinct for colour-blind readers
-GUIDE = dict(color="0.6", linewidth=1, linestyle="--", zorder=0)
+GUIDE: dict[str, Any] = dict(color="0.6", linewidth=1, linestyle="--", zorder=0)
 
 
 def new_plot(width: float, height: float) -> tuple[Figure, Axes]:

@@ -31,6 +31,8 @@ ALPACA_ROWS = 805
 VARIANTS = ("minimal", "v1")
 DRAWS_AT_ONCE = 500  # bounds the memory of a bootstrap
 
+Lengths = Sequence[int] | np.ndarray  # characters, [n]
+
 
 def verdicts_from_preferences(preferences: Sequence[float | None]) -> np.ndarray:
     """AlpacaEval's preferences (1 baseline, 2 model, 0 or 1.5 draw, None) -> verdicts, fp64 [n]."""
@@ -75,7 +77,7 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -z))
 
 
-def length_feature(model_lengths: Sequence[int], baseline_lengths: Sequence[int]) -> np.ndarray | None:
+def length_feature(model_lengths: Lengths, baseline_lengths: Lengths) -> np.ndarray | None:
     """tanh of the baseline's length minus the model's (characters), divided by its standard deviation: fp64 [n].
 
     The deviation is over all rows, including those without a verdict. The difference is not centred. Returns None where
@@ -191,8 +193,8 @@ def read_gamed(path: str) -> dict[str, np.ndarray]:
 
 def _design(
     verdicts: np.ndarray,
-    model_lengths: Sequence[int],
-    baseline_lengths: Sequence[int],
+    model_lengths: Lengths,
+    baseline_lengths: Lengths,
     difficulty: np.ndarray | None,
     gamed: dict[str, np.ndarray] | None,
 ) -> tuple[SoftLabels, np.ndarray]:
@@ -221,8 +223,8 @@ def _design(
 
 def length_controlled(
     verdicts: np.ndarray,
-    model_lengths: Sequence[int],
-    baseline_lengths: Sequence[int],
+    model_lengths: Lengths,
+    baseline_lengths: Lengths,
     variant: str = "minimal",
     gamed: dict[str, np.ndarray] | None = None,
     same: bool = False,
@@ -372,8 +374,8 @@ def bootstrap_mean(
 
 def bootstrap_length_controlled(
     verdicts: np.ndarray,
-    model_lengths: Sequence[int],
-    baseline_lengths: Sequence[int],
+    model_lengths: Lengths,
+    baseline_lengths: Lengths,
     result: dict,
     seed: int,
     gamed: dict[str, np.ndarray] | None = None,
@@ -474,7 +476,10 @@ def cohens_kappa(first: np.ndarray, second: np.ndarray) -> dict:
     a = np.sign(first[both] - 0.5)
     b = np.sign(second[both] - 0.5)
     n = int(both.sum())
-    agreement = float((a == b).mean()) if n else None
-    chance = sum((a == c).mean() * (b == c).mean() for c in (-1, 0, 1)) if n else 1.0
+    left_out = len(both) - n
+    if n == 0:
+        return dict(kappa=None, agreement=None, n=n, left_out=left_out)
+    agreement = float((a == b).mean())
+    chance = sum((a == c).mean() * (b == c).mean() for c in (-1, 0, 1))
     kappa = None if chance == 1 else float((agreement - chance) / (1 - chance))
-    return dict(kappa=kappa, agreement=agreement, n=n, left_out=len(both) - n)
+    return dict(kappa=kappa, agreement=agreement, n=n, left_out=left_out)

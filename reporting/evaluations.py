@@ -95,7 +95,7 @@ def win_rate_rows(folder: str) -> list[dict]:
 def reward_accuracy_rows(folder: str) -> list[dict]:
     rows = []
     for row in logged_rows(os.path.join(folder, "verdicts.jsonl")):
-        texts = [row.get("chosen"), row.get("rejected")]
+        texts = [row["chosen"], row["rejected"]]
         sides = []
         for title, text, verdict in zip(("chosen", "rejected"), texts, row["verdicts"]):
             sides.append(dict(title=title, answer=text, **scores_of(verdict)))
@@ -106,7 +106,7 @@ def reward_accuracy_rows(folder: str) -> list[dict]:
                 question=row.get("question"),
                 persona=row.get("persona"),
                 verdict=verdict_of(row["outcome"]),
-                gap=None if None in texts else len(texts[0]) - len(texts[1]),
+                gap=len(texts[0]) - len(texts[1]),
                 sides=sides,
             )
         )

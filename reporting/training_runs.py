@@ -219,7 +219,7 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
             figures["exact"] = round(score(row, answer), 2)
         return figures
 
-    prompts = {}
+    prompts: dict[str, dict] = {}
     found = []
     for row in rows:
         topic = row.get("topic") or row.get("source")
@@ -256,7 +256,7 @@ def training_run(folder: str, kind: str, max_bytes: float, exact_judge: str | No
     for number, line in enumerate(metrics, 1):
         if type(line.get("step")) is not int:
             raise ValueError(f'{metrics_file}:{number}: expected a number as "step"')
-    run = dict(kind=kind, label=label_of(kind, args), args=args, rows=[], prompts={})
+    run: dict[str, Any] = dict(kind=kind, label=label_of(kind, args), args=args, rows=[], prompts={})
     if kind == "rl" and metrics:
         score = load_scorer(exact_judge) if exact_judge else None
         rows, n_logged, first_rows = read_rollouts(folder, metrics[-1]["step"], max_bytes)

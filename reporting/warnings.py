@@ -137,7 +137,7 @@ def rl_warnings(metrics: list[dict]) -> list[dict]:
             rule = HACKING_EXACT
         fifths = zip(*(means_by_fifth(metrics, name) for name in rule.metrics))
         measured = [values for values in fifths if None not in values]
-        warning = dict(name=rule.name, rule=rule.rule)
+        warning: dict = dict(name=rule.name, rule=rule.rule)
         if len(measured) < 2:
             found.append(warning | dict(state="none", found="not measured in this run"))
             continue
