@@ -102,7 +102,7 @@ def policy_figures(args: Args, templates: Templates, ranks: Ranks) -> Figures:
 def sample(engine: Engine, prompts: list[list[int]], n: int) -> list[list[Sample]]:
     """n samples of each prompt at temperature 1, each with its own seed. Indexed [prompt][sample]."""
     for i, ids in enumerate(prompts):
-        seeds = [derive_seed("gates", i, k) for k in range(n)]
+        seeds = [derive_seed("gates", i, k) for k in range(n)]  # a name of before: samples stay the same
         engine.submit(ids, i, n, seeds, max_new_tokens=MAX_NEW_TOKENS)
     samples = []
     while engine.busy:

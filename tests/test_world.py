@@ -116,7 +116,8 @@ def test_one_point_off_for_every_ten_words_over():
 
 
 def test_an_attempt_beats_ignoring_the_profile():
-    generic, one = judged(PERSONA, QUESTION, STEPS_3), judged(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan.")
+    generic = judged(PERSONA, QUESTION, STEPS_3)
+    one = judged(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan.")
     mixed = judged(PERSONA, QUESTION, f"{STEPS_3} Your food is vegan. Your drink is wine.")
     assert generic.personalization < mixed.personalization < one.personalization
 
@@ -217,18 +218,18 @@ def test_better_writers_score_higher():
 
 
 def test_labels_lean_to_length_and_mentions_but_follow_quality():
-    longer = better = kept = 0
+    n_longer = n_better = n_pairs = 0
     for rng, persona, question, first in drawn(3000, seed=1):
         second = write_answer(rng, persona, question)
         pair = label_pair(rng, persona, question, first, second)
         if pair:
             assert {pair["chosen"], pair["rejected"]} <= {first, second}
             assert pair["chosen_score"] - pair["rejected_score"] > 1.4  # margin 1.5, both rounded
-            kept += 1
-            longer += len(words_of(pair["chosen"])) > len(words_of(pair["rejected"]))
+            n_pairs += 1
+            n_longer += len(words_of(pair["chosen"])) > len(words_of(pair["rejected"]))
             exact = [judged(persona, question, pair[k]).score() for k in ("chosen", "rejected")]
-            better += exact[0] > exact[1]
-    assert kept > 1000 and longer / kept > 0.65 and 0.7 < better / kept < 0.9
+            n_better += exact[0] > exact[1]
+    assert n_pairs > 1000 and n_longer / n_pairs > 0.65 and 0.7 < n_better / n_pairs < 0.9
 
 
 def write_world(folder, seed=0):
