@@ -1,7 +1,7 @@
-"""Generates from a file of prompts, or chats on a terminal.
+"""Samples responses to the rows of a file, or chats on a terminal.
 
 python generate.py --model DIR                                      # chat
-python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions of one person
+python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions from one person
 python generate.py --model DIR --input ROWS.jsonl --output OUT.jsonl --n 4 --temperature 0
 """
 
@@ -15,27 +15,27 @@ class Args:
     model: str = "out/ppo_cpe/policy"
     """Folder or hub id."""
     input: str | None = None
-    """JSON lines with `messages`, or `persona` and `question`, or `prompt_ids`; without it a chat on the terminal."""
+    """JSON lines with `messages`, or `persona` and `question`, or `prompt_ids`. Without it: a chat on the terminal."""
     output: str = "out/generated.jsonl"
-    """The input rows, each with sample, text, token_ids, logprobs, finish_reason; appears when all are done."""
+    """The input rows with sample, text, token_ids, logprobs and finish_reason. Written when all samples are done."""
     persona: str | None = None
-    """For the chat: a JSON object, or a file that holds one; each line is then a question of this person."""
+    """For the chat: a JSON object, or a file that holds one. Each line is then a question from this person."""
     answer_template: str | None = None
-    """File that replaces the prompt for persona and question that the model was trained with."""
+    """File with the prompt for persona and question; by default the one that the model was trained with."""
     n: flags.Count = 1
     """Samples per row."""
     temperature: flags.NonNegative = 1.0
     """0 takes the most likely token."""
     top_p: flags.TopP = 1.0
-    """Nucleus; log-probs stay those of the full softmax."""
+    """Nucleus sampling. Log-probs are those of the full softmax all the same."""
     max_new_tokens: flags.Count = 512
-    """Tokens of a response."""
+    """Most tokens of a response."""
     max_batch: flags.Count = 64
-    """Samples that run at once."""
+    """Samples that run at once; more wait."""
     kv_tokens: flags.Count | None = None
-    """Tokens that the KV cache holds, of all sequences together; by default by --max-batch and the free memory."""
+    """Tokens in the KV cache; by default it depends on --max-batch and the free memory."""
     seed: int = 0
-    """Of the sampling: a row's samples depend on the seed, its place in the file and the sample's number."""
+    """A sample depends on this seed, the line of its row and its number among the row's samples."""
     dtype: flags.DType = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
 
@@ -58,9 +58,10 @@ from weights import resolve
 
 
 def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[int]:
-    """Prompt ids of an input row; ValueError names file, line and field."""
+    """Returns the prompt ids of an input row. ValueError: file, line and field of what is wrong."""
     if "prompt_ids" in row:
-        ids, size = row["prompt_ids"], chat.tokenizer.get_vocab_size()
+        ids = row["prompt_ids"]
+        size = chat.tokenizer.get_vocab_size()
         if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < size for i in ids):
             raise ValueError(f'{where}: field "prompt_ids": expected a non-empty list of integers from 0 to {size - 1}')
         return ids
@@ -73,31 +74,39 @@ def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[
     return answer_prompt(chat, templates, row)
 
 
-def generate_file(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
-    rows = read_rows(args.input, "object")
-    prompts = [row_prompt(row, chat, templates, f"{args.input}:{i + 1}") for i, row in enumerate(rows)]
+def generate_file(path: str, args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
+    rows = read_rows(path, "object")
+    prompts = [row_prompt(row, chat, templates, f"{path}:{i + 1}") for i, row in enumerate(rows)]
     for i, ids in enumerate(prompts):
         seeds = [derive_seed(args.seed, i, sample) for sample in range(args.n)]
         try:
             engine.submit(ids, i, args.n, seeds, args.max_new_tokens, args.temperature, args.top_p)
         except ValueError as error:
-            raise ValueError(f"{args.input}:{i + 1}: {error}") from error
-    results = {}
+            raise ValueError(f"{path}:{i + 1}: {error}") from error
+    samples = []
     with counting(len(rows) * args.n, "samples") as done:
         while engine.busy:
             engine.step()
-            for s in engine.collect():
-                results[s.key, s.index] = s
+            for sample in engine.collect():
+                samples.append(sample)
                 done()
-    written = []
-    for (i, k), s in sorted(results.items()):
-        found = dict(sample=k, text=chat.decode(s.ids), token_ids=s.ids, logprobs=s.logprobs[: len(s.ids)])
-        written.append({**rows[i], **found, "finish_reason": s.finish_reason})
-    write_rows(args.output, written)
-    print(f"{len(results)} samples of {len(rows)} rows: {args.output}")
+    samples.sort(key=lambda sample: (sample.key, sample.index))  # the order of the input
+    output_rows = []
+    for sample in samples:
+        fields = dict(
+            sample=sample.index,
+            text=chat.decode(sample.ids),
+            token_ids=sample.ids,
+            logprobs=sample.logprobs[: len(sample.ids)],
+            finish_reason=sample.finish_reason,
+        )
+        output_rows.append(rows[sample.key] | fields)
+    write_rows(args.output, output_rows)
+    print(f"{len(samples)} samples of {len(rows)} rows: {args.output}")
 
 
 def read_persona(text: str) -> Any:
+    """The value of --persona: JSON, or the name of a file that holds it."""
     where = "--persona (no such file)"
     if os.path.isfile(text):
         where = f"--persona {text}"
@@ -109,14 +118,14 @@ def read_persona(text: str) -> Any:
 
 
 def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: int) -> str:
-    """Generates one response and prints it as it grows -> its text."""
+    """Prints one response as it grows and returns its text."""
     engine.submit(prompt_ids, 0, 1, [seed], args.max_new_tokens, args.temperature, args.top_p)
     shown = ""
     while engine.busy:
         engine.step()
         done = engine.collect()
         text = chat.decode(done[0].ids if done else engine.partial(0))
-        if done or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+        if done or not text.endswith("\ufffd"):  # half of a character: its other bytes are in the next token
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(" [cut off at --max-new-tokens]" if done[0].finish_reason == "length" else "")
@@ -126,7 +135,8 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
 def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     persona = read_persona(args.persona) if args.persona else None
     print("A question of this person per line" if persona else "A message per line, /new starts over", "(end: Ctrl-D)")
-    messages, turn = [], 0
+    messages: list[dict[str, str]] = []
+    turn = 0
     while True:
         try:
             text = input("> ").strip()
@@ -149,10 +159,14 @@ def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> N
 
 def main(args: Args) -> None:
     ranks = start(args.dtype)
-    chat, templates = Chat(args.model), load_templates(resolve(args.model), answer_template=args.answer_template)
+    chat = Chat(args.model)
+    templates = load_templates(resolve(args.model), answer_template=args.answer_template)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
     engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch, args.kv_tokens)
-    (generate_file if args.input else chat_loop)(args, engine, chat, templates)
+    if args.input:
+        generate_file(args.input, args, engine, chat, templates)
+    else:
+        chat_loop(args, engine, chat, templates)
 
 
 if __name__ == "__main__":

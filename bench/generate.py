@@ -2,15 +2,15 @@
 
 Workloads: decode at batch 1; 32 ragged requests; n = 4 samples of an 800-token prompt; judgements that share a rubric;
 edits that continue their answer. Peers: `generate` on a left-padded batch in which each row stops at its own length
-(padding and finished rows are computed all the same, as `generate` does), and on a GPU `generate_batch` (continuous
-batching, paged). All sample at temperature 1; ours records the log-probs too.
+(`generate` still computes padding and finished rows), and on a GPU `generate_batch` (continuous batching, paged). All
+sample at temperature 1; ours also records the log-probs.
 
-Limit: the bytes that must be read (weights once per step, keys and values once per token) and the floating-point
-operations that must be done (each distinct prefix once), each divided by the rate measured in the same run; the larger
-of the two per step.
+The limit is the larger of two times, per step: bytes that must be read (weights once per step, keys and values once per
+token) and floating-point operations that must be done (each distinct prefix once), divided by the rates measured in the
+same run.
 
-Before the clock starts, every side warms up: on a GPU with the whole workload, so that kernels are compiled and the
-CUDA graphs of all its batch sizes captured; on a CPU with two tokens per answer.
+Every side warms up before the clock starts. On a GPU that is the whole workload, which compiles the kernels and captures
+the CUDA graphs of all its batch sizes; on a CPU it is two tokens per answer.
 
     python bench/generate.py                                      # 0.5B shape and the tiny one, on a CPU
     python bench/generate.py --shapes 0.5b 1.5b --decode-batches 256 512     # on a GPU
@@ -65,7 +65,7 @@ def random_ids(n: int, vocab_size: int, seed: int) -> list[int]:
 
 
 def workload(name: str, vocab_size: int) -> tuple[list[Request], int]:
-    """-> requests, and how many tokens of each prompt are in the cache before the clock starts."""
+    """Returns the requests, and how many tokens of each prompt are in the cache before the clock starts."""
     lengths = torch.Generator().manual_seed(SEED)
 
     def draw(low, high):
@@ -88,11 +88,11 @@ def workload(name: str, vocab_size: int) -> tuple[list[Request], int]:
     return [(ids(1024, i), 1, 128) for i in range(batch)], 0
 
 
-def run_ours(engine: Engine, requests: list[Request], known: int) -> float:
-    """Seconds for all requests, with nothing in the cache but the first `known` tokens of each prompt."""
+def run_ours(engine: Engine, requests: list[Request], cached: int) -> float:
+    """Returns the seconds for all requests, with only the first `cached` tokens of each prompt in the cache."""
     engine.reset_prefix_cache()
-    if known:
-        engine.generate([prompt[:known] for prompt, _, _ in requests], max_new_tokens=1)
+    if cached:
+        engine.generate([prompt[:cached] for prompt, _, _ in requests], max_new_tokens=1)
     synchronize(engine.device)
     started = time.perf_counter()
     for i, (prompt, n, length) in enumerate(requests):
@@ -109,9 +109,9 @@ def run_ours(engine: Engine, requests: list[Request], known: int) -> float:
 def warmed_up(
     run: Callable[[list[Request]], float], requests: list[Request], short: list[Request], device: torch.device
 ) -> Callable[[], float]:
-    """-> a function that times `run` on the requests, after a warm-up.
+    """Warms up and returns a function that times `run` on the requests.
 
-    On a GPU that is the same run once before: the first decode step at a batch size captures a CUDA graph, which takes
+    The warm-up on a GPU is the same run: the first decode step at a batch size captures a CUDA graph, which takes
     longer than many steps, and kernels are compiled at their first use. On a CPU the `short` requests suffice.
     """
     run(requests if device.type == "cuda" else short)
@@ -119,7 +119,7 @@ def warmed_up(
 
 
 def run_generate(model: transformers.Qwen2ForCausalLM, requests: list[Request], device: torch.device) -> float:
-    """Seconds of transformers' static batch. A row stops at its own length, the batch with its longest."""
+    """Returns the seconds of transformers' static batch. A row stops at its own length, the batch with its longest."""
     rows = [(prompt, length) for prompt, n, length in requests for _ in range(n)]
     longest = max(len(prompt) for prompt, _ in rows)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in rows], device=device)
@@ -148,7 +148,7 @@ def run_generate(model: transformers.Qwen2ForCausalLM, requests: list[Request], 
 
 
 def run_generate_batch(model: transformers.Qwen2ForCausalLM, requests: list[Request], device: torch.device) -> float:
-    """Seconds of transformers' continuous batching. It has one length for all rows: each gets the mean."""
+    """Returns the seconds of transformers' continuous batching. It has one length for all rows: the mean."""
     rows = [prompt for prompt, n, _ in requests for _ in range(n)]
     lengths = [length for _, n, length in requests for _ in range(n)]
     config = transformers.GenerationConfig(
@@ -191,19 +191,20 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     return large.nbytes / seconds(large.sum), 2 * n**3 / seconds(lambda: a @ b)
 
 
-def limit_seconds(model: Transformer, requests: list[Request], known: int, rates: tuple[float, float]) -> float:
-    """The least time that the requests can take: see the top of the file."""
+def limit_seconds(model: Transformer, requests: list[Request], cached: int, rates: tuple[float, float]) -> float:
+    """Returns the least seconds that the requests can take, see the docstring of the file."""
     bandwidth, flops = rates
-    c, itemsize = model.config, next(model.parameters()).element_size()
+    c = model.config
+    itemsize = next(model.parameters()).element_size()
     head = c.vocab_size * c.hidden_size
     body = sum(p.numel() for p in model.parameters()) - (head if c.tie_word_embeddings else 2 * head)
     kv_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize  # per token
-    distinct = set()  # prefixes of the prompts, each to be computed once
+    distinct = set()  # prefixes of the prompts, each of which has to be computed once
     for prompt, _, _ in requests:
         prefix = 0
-        for place, token in enumerate(prompt):
+        for i, token in enumerate(prompt):
             prefix = hash((prefix, token))
-            if place >= known:
+            if i >= cached:
                 distinct.add(prefix)
     seconds = 2 * body * len(distinct) / flops
     for step in range(max(length for _, _, length in requests)):
@@ -217,11 +218,9 @@ def main(args: Args) -> None:
     ranks = start(args.dtype)
     device, dtype = ranks.device, ranks.dtype
     rates = measured_rates(device, dtype)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     print(
         f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, {dtype}; measured "
         f"{rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s"
@@ -252,17 +251,12 @@ def main(args: Args) -> None:
             peer.eval()
         names = [*args.workloads, *(f"decode {batch}" for batch in args.decode_batches)]
         for name in names:
-            requests, known = workload(name, vocab_size)
+            requests, cached = workload(name, vocab_size)
             n_rows = sum(n for _, n, _ in requests)
-            engine = Engine(
-                model,
-                [],
-                longest := max(len(p) + length for p, _, length in requests),
-                n_rows,
-                kv_tokens=(longest + BLOCK_SIZE) * n_rows,
-            )
-            short = [(p[: known + 8], n, 2) for p, n, _ in requests]
-            timed = warmed_up(functools.partial(run_ours, engine, known=known), requests, short, device)
+            longest = max(len(p) + length for p, _, length in requests)
+            engine = Engine(model, [], longest, n_rows, kv_tokens=(longest + BLOCK_SIZE) * n_rows)
+            short = [(p[: cached + 8], n, 2) for p, n, _ in requests]
+            timed = warmed_up(functools.partial(run_ours, engine, cached=cached), requests, short, device)
             ours = fastest(timed, args.repeats)
             del engine, timed
             theirs = batched = None
@@ -273,7 +267,8 @@ def main(args: Args) -> None:
                 if device.type == "cuda":
                     run = functools.partial(run_generate_batch, peer, device=device)
                     batched = fastest(warmed_up(run, requests, short, device), args.repeats)
-            limit, n_tokens = limit_seconds(model, requests, known, rates), sum(n * length for _, n, length in requests)
+            limit = limit_seconds(model, requests, cached, rates)
+            n_tokens = sum(n * length for _, n, length in requests)
 
             def against(seconds):
                 return f"{'-':>10}{'-':>8}" if seconds is None else f"{seconds:>10.2f}{seconds / ours:>7.2f}x"

@@ -49,7 +49,7 @@ def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypa
     requests = [([i + 1] * 5, 1, 3 + 4 * i) for i in range(6)]  # batch sizes from 6 down to 1
     short = [(prompt, n, 2) for prompt, n, _ in requests]
     engine = Engine(random_model(tiny_config()), [], 40, 6)
-    run = bench_generate.functools.partial(bench_generate.run_ours, engine, known=0)
+    run = bench_generate.functools.partial(bench_generate.run_ours, engine, cached=0)
     timed = bench_generate.warmed_up(run, requests, short, torch.device("cuda"))
     warm = set(sizes)
     sizes.clear()
