@@ -9,8 +9,8 @@ The limit is the larger of two times, per step: bytes that must be read (weights
 token) and floating-point operations that must be done (each distinct prefix once), divided by the rates measured in the
 same run.
 
-Every side warms up before the clock starts. On a GPU that is the whole workload, which compiles the kernels and captures
-the CUDA graphs of all its batch sizes; on a CPU it is two tokens per answer.
+Every side warms up before the clock starts. On a GPU that is the whole workload, which compiles the kernels and
+captures the CUDA graphs of all its batch sizes; on a CPU it is two tokens per answer.
 
     python bench/generate.py                                      # 0.5B shape and the tiny one, on a CPU
     python bench/generate.py --shapes 0.5b 1.5b --decode-batches 256 512     # on a GPU
