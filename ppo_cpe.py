@@ -152,6 +152,7 @@ from trajectory import (
     TokenArrays,
     Trajectory,
     UpdateRecord,
+    balance_prompts,
 )
 from weights import resolve
 
@@ -424,7 +425,7 @@ def select(judged: list[Trajectory], args: Args, step: int, ranks: Ranks) -> tup
     seed = derive_seed(args.seed, step, "select")
     selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
     batch = [t for t in judged if t.parent is None or t.key[:2] in selected]
-    return packing.balance_prompts(batch, args.mini_batch_prompts, ranks), selected
+    return balance_prompts(batch, args.mini_batch_prompts, ranks), selected
 
 
 def old_policy_logprobs(

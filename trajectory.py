@@ -9,12 +9,15 @@
 Each carries all that belongs to it, so that nothing is looked up by its position in a list.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Optional
 
 from torch import Tensor
 
 from prompts import Judgement
+from runtime import packing
+from runtime.distributed import Ranks, all_gather
 
 TRUNCATED = "cut off at --max-new-tokens"
 
@@ -120,3 +123,20 @@ class RolloutRecord:
     swapped: list[float]  # what held-out answers lose under another person's profile
     n_prompts: int
     judge_counts: tuple[int, int]  # judgements asked for, those that failed
+
+
+def balance_prompts(trajectories: list[Trajectory], prompts_per_mini_batch: int, ranks: Ranks) -> list[Trajectory]:
+    """Distributes whole prompts over the ranks, balanced by tokens within each mini-batch.
+
+    Responses differ in length, and every rank waits for the one that has most to compute. Returns this rank's
+    trajectories, ordered by prompt.
+    """
+    batch = sorted(all_gather(ranks, trajectories), key=lambda t: (t.prompt.index, t.key))
+    groups = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.prompt.index)]
+    mine: list[Trajectory] = []
+    for _, mini_batch in itertools.groupby(groups, key=lambda group: group[0].prompt.index // prompts_per_mini_batch):
+        prompts = list(mini_batch)
+        sizes = [len(group[0].prompt.ids) + sum(len(t.response_ids) for t in group) for group in prompts]
+        for i in packing.balance(sizes, ranks.world_size)[ranks.rank]:
+            mine += prompts[i]
+    return mine

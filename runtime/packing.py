@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from model import Packed, SharedPrefix
-from runtime.distributed import Ranks, all_gather, all_max, derive_seed
-from trajectory import Trajectory
+from runtime.distributed import Ranks, all_max, derive_seed
 
 
 def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: int) -> tuple[int, int]:
@@ -104,23 +103,6 @@ def balance(sizes: list[int], n_bins: int) -> list[list[int]]:
 def shard(rows: list, sizes: list[int], ranks: Ranks) -> list:
     """This rank's shard of a step's rows, balanced by size, since every rank waits for the one with most tokens."""
     return [rows[i] for i in balance(sizes, ranks.world_size)[ranks.rank]]
-
-
-def balance_prompts(trajectories: list[Trajectory], prompts_per_mini_batch: int, ranks: Ranks) -> list[Trajectory]:
-    """Distributes whole prompts over the ranks, balanced by tokens within each mini-batch.
-
-    Responses differ in length, and every rank waits for the one that has most to compute. Returns this rank's
-    trajectories, ordered by prompt.
-    """
-    batch = sorted(all_gather(ranks, trajectories), key=lambda t: (t.prompt.index, t.key))
-    groups = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.prompt.index)]
-    mine: list[Trajectory] = []
-    for _, mini_batch in itertools.groupby(groups, key=lambda group: group[0].prompt.index // prompts_per_mini_batch):
-        prompts = list(mini_batch)
-        sizes = [len(group[0].prompt.ids) + sum(len(t.response_ids) for t in group) for group in prompts]
-        for i in balance(sizes, ranks.world_size)[ranks.rank]:
-            mine += prompts[i]
-    return mine
 
 
 def per_token_flags(flags: list[bool], counts: list[int], device: torch.device) -> torch.Tensor:

@@ -12,9 +12,9 @@ from conftest import random_model, tiny_config
 from torch.distributed.tensor import DTensor
 
 import ppo_cpe
-from runtime import packing, training
+from runtime import training
 from runtime.distributed import start
-from trajectory import Prompt, Trajectory
+from trajectory import Prompt, Trajectory, balance_prompts
 
 
 def trajectories(n_prompts):
@@ -65,7 +65,7 @@ def main(file, budget, shard_size):
     before = {name: full(model) for name, model in models.items()}
 
     mine = [t for t in trajectories(12) if t.prompt.index % ranks.world_size == ranks.rank]
-    batch = packing.balance_prompts(mine, args.mini_batch_prompts, ranks)
+    batch = balance_prompts(mine, args.mini_batch_prompts, ranks)
     old_logprobs, _ = ppo_cpe.old_policy_logprobs(batch, models["policy"], args, ranks)
     values, _ = ppo_cpe.critic_values(batch, models["critic"], args, ranks)
     advantages, returns = ppo_cpe.compute_advantages(batch, values, args, ranks)
