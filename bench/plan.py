@@ -25,9 +25,9 @@ from bench import train
 from engine import Engine
 from model import Transformer, init_weights
 from model_config import Config
-from runtime import packing, roofline, training
+from runtime import roofline, training
 from runtime.distributed import Ranks, start
-from trajectory import Trajectory
+from trajectory import Trajectory, balance_prompts
 
 MEAN = 0.75  # mean lengths, as a fraction of the maxima below
 LIMIT = 0.3  # relative error at which a phase is marked
@@ -100,7 +100,7 @@ def measure(
     generation(engine, [(t.prompt.ids + t.parent.response_ids, 1) for t in edits if t.parent])
     edit_prefill, edit_decode = generation(engine, [(t.context_ids, length) for t in edits])
 
-    batch = packing.balance_prompts(trajectories, args.mini_batch_prompts, ranks)
+    batch = balance_prompts(trajectories, args.mini_batch_prompts, ranks)
     started = time.process_time()
     scores = train.score(batch, models, args, ranks)
     scored = time.process_time()

@@ -40,7 +40,7 @@ from model_config import Config
 from runtime import packing, roofline, training
 from runtime.distributed import Ranks, start
 from runtime.flags import user_errors
-from trajectory import Prompt, Trajectory, UpdateRecord
+from trajectory import Prompt, Trajectory, UpdateRecord, balance_prompts
 
 SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads; the LM head is tied
     "tiny": (1024, 128, 384, 4, 4, 2),
@@ -207,7 +207,7 @@ def ours_step(
     args: ppo_cpe.Args,
     ranks: Ranks,
 ) -> UpdateRecord:
-    batch = packing.balance_prompts(trajectories, args.mini_batch_prompts, ranks)
+    batch = balance_prompts(trajectories, args.mini_batch_prompts, ranks)
     return update(batch, score(batch, models, args, ranks), models, optimizers, args, ranks)
 
 
