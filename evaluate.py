@@ -421,10 +421,10 @@ def compare_files(args: Args) -> None:
         tests.append(paired(a, b, args.seed, (path_a, path_b)))
     kappas = []
     for label_path, label_rows in labels:
-        found = [judge_kappa(rows, label_rows, (path, label_path)) for path, rows in files]
-        if not any(found):
+        agreements = [judge_kappa(rows, label_rows, (path, label_path)) for path, rows in files]
+        if not any(agreements):
             raise ValueError(f"{label_path}: no instruction with the same two outputs as in --annotations")
-        kappas += [kappa for kappa in found if kappa]
+        kappas += [kappa for kappa in agreements if kappa]
     results = dict(comparisons=comparisons, paired_tests=tests, kappas=kappas, args=dataclasses.asdict(args))
     write_json(os.path.join(args.out, "results.json"), results)
     print(tables.write_tables(args.out, comparisons, [rows for _, rows in files], tests, kappas))

@@ -47,8 +47,8 @@ def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict
     rows_of = rows_by_group([group_of(pair) or "all" for pair in pairs])
 
     def part(rows: list[int]) -> dict:
-        found = accuracy(outcomes[rows], seed, persons and [persons[i] for i in rows])
-        return found | dict(longer_answer=float(longer[rows].mean()))
+        result = accuracy(outcomes[rows], seed, persons and [persons[i] for i in rows])
+        return result | dict(longer_answer=float(longer[rows].mean()))
 
     groups = {label: part(rows) for label, rows in rows_of.items()}
 

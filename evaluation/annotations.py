@@ -29,8 +29,8 @@ def read_annotations(path: str) -> list[dict]:
 
     def check(i: int, field: str, holds: bool, expected: str) -> None:
         if not holds:
-            found = json.dumps(rows[i][field])[:80]
-            raise ValueError(f'{path}, entry {i}: field "{field}" is {found}, expected {expected}')
+            value = json.dumps(rows[i][field])[:80]
+            raise ValueError(f'{path}, entry {i}: field "{field}" is {value}, expected {expected}')
 
     for i, row in enumerate(rows):
         for field in FIELDS:

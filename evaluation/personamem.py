@@ -93,8 +93,8 @@ def choice_messages(row: dict, contexts: Contexts) -> list[dict]:
 
 def letters_in(text: str) -> set[str]:
     """The option letters that a text names: those in brackets, or else single ones."""
-    found = BRACKETED.findall(text) or SINGLE.findall(text)
-    return {letter.lower() for letter in found}
+    letters = BRACKETED.findall(text) or SINGLE.findall(text)
+    return {letter.lower() for letter in letters}
 
 
 def is_right(reply: str, correct: str) -> float | None:

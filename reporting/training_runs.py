@@ -147,8 +147,8 @@ def read_rollouts(folder: str, last_step: int, max_bytes: float) -> tuple[list[d
                     add_lost(files["lost"][step], rows, index_of)
                     sizes += [size_of(row) for row in rows[len(sizes) :]]
             budget.earn(sum(sizes))
-            kept = sorted(itertools.takewhile(lambda i: budget.spend(sizes[i]), by_interest(rows)))
-            sampled += [rows[i] | {"step": step, "held_out": kind == "held_out"} for i in kept]
+            in_sample = sorted(itertools.takewhile(lambda i: budget.spend(sizes[i]), by_interest(rows)))
+            sampled += [rows[i] | {"step": step, "held_out": kind == "held_out"} for i in in_sample]
             n_logged += len(rows)
     return sampled, n_logged, first_rows
 
@@ -220,19 +220,24 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
         return figures
 
     prompts: dict[str, dict] = {}
-    found = []
+    rollouts = []
     for row in rows:
         topic = row.get("topic") or row.get("source")
         prompts.setdefault(
             row["prompt_id"], dict(persona=row.get("persona"), question=row.get("question"), topic=topic)
         )
-        one = {"step": row["step"], "prompt": row["prompt_id"], "sample": row.get("sample_id", 0), **response(row, row)}
+        rollout = {
+            "step": row["step"],
+            "prompt": row["prompt_id"],
+            "sample": row.get("sample_id", 0),
+            **response(row, row),
+        }
         if row["held_out"]:
-            one["held_out"] = True
+            rollout["held_out"] = True
         if row.get("edit"):
-            one["edit"] = response(row, row["edit"])
-        found.append(one)
-    return found, prompts
+            rollout["edit"] = response(row, row["edit"])
+        rollouts.append(rollout)
+    return rollouts, prompts
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def rl_warnings(metrics: list[dict]) -> list[dict]:
             row[UNPARSED] = row["judge_unparsed"] / row["judge_calls"]
     has_exact = any(row.get("exact/original") is not None for row in metrics)
     last_fifth = [metrics[4 * len(metrics) // 5]["step"], metrics[-1]["step"]]
-    found = []
+    warnings = []
     for rule in RULES:
         if rule is HACKING and has_exact:
             rule = HACKING_EXACT
@@ -139,12 +139,14 @@ def rl_warnings(metrics: list[dict]) -> list[dict]:
         measured = [values for values in fifths if None not in values]
         warning: dict = dict(name=rule.name, rule=rule.rule)
         if len(measured) < 2:
-            found.append(warning | dict(state="none", found="not measured in this run"))
+            warnings.append(warning | dict(state="none", found="not measured in this run"))
             continue
         series = list(zip(*measured))
         state = "warn" if rule.fires(*series) else "ok"
-        found.append(warning | dict(state=state, found=rule.text(*series), link={"steps": last_fifth, **rule.rollouts}))
-    return found
+        warnings.append(
+            warning | dict(state=state, found=rule.text(*series), link={"steps": last_fifth, **rule.rollouts})
+        )
+    return warnings
 
 
 def supervised_warnings(metrics: list[dict]) -> list[dict]:
