@@ -151,7 +151,7 @@ def test_the_engine_gives_what_it_gives_on_a_cpu():
 
 @emulated
 def test_graphs_see_new_weights():
-    """A refresh writes where the graphs read, and forgets what the old weights have put into the cache."""
+    """New weights are written where the graphs read, and the cache of the old ones is emptied."""
     prompts, settings = [tokens(5), tokens(40, seed=1)], dict(temperature=0, max_new_tokens=12)
     engine = Engine(model_on("cuda"), [], 128)
     before = engine.generate(prompts, **settings)
@@ -165,7 +165,7 @@ def test_graphs_see_new_weights():
 
 @emulated
 def test_the_host_seldom_waits_for_a_decode_step():
-    """32 rows, 64 steps: a look at what has ended every eight steps, no other read and no copy that is waited for."""
+    """32 samples, 64 steps: one poll every eight steps, no other read, and no copy that is waited for."""
     engine = Engine(model_on("cuda"), [], 200, max_batch=32, kv_tokens=32 * 208)
     for i in range(32):
         engine.submit(tokens(20 + i, seed=i), i, max_new_tokens=100)

@@ -1,4 +1,4 @@
-"""The paged cache: sharing, chunks, preemption, refresh; nothing leaks and no result depends on any of it."""
+"""The cache and the scheduler: sharing, chunks, preemption, new weights. Nothing leaks, no sample depends on any of it."""
 
 import random
 
@@ -36,7 +36,7 @@ def drain(engine, found=None):
 
 
 def check_blocks(engine):
-    """Each block is free or held as often as it stands in the lists of sequences; the tables say what the lists say."""
+    """A block is free, or its reference count is the number of lists that it is in; slots agree with the scheduler."""
     check_ref_counts(engine.scheduler)
     slots = engine.runner.slots
     for slot, s in enumerate(engine.scheduler.running):
@@ -294,7 +294,7 @@ def test_blocks_are_known_by_all_that_precedes_them():
 
 
 def test_the_scheduler_alone():
-    """Without a model: what fits runs, nothing is computed twice or lost, the youngest gives way."""
+    """Without a model: what fits runs, no sample is lost, and the youngest is preempted."""
     rng = random.Random(1)
     scheduler = Scheduler(n_blocks=21, max_slots=6, max_padded_tokens=300)
     expected, responses = set(), {}
