@@ -1,4 +1,4 @@
-"""The cache and the scheduler: sharing, chunks, preemption, new weights. Nothing leaks, no sample depends on any of it."""
+"""The cache and the scheduler: sharing, chunks, preemption, new weights; nothing leaks, and no sample depends on it."""
 
 import random
 
