@@ -19,7 +19,7 @@ from test_forks import RUN_WITH, make_forks
 pytestmark = pytest.mark.slow
 
 ELSEWHERE = {
-    r"((RARITY|UNTIL|SEED|OUT|SCALE)=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
+    r"([A-Z_]+=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
     r"python SCRIPT\.py": "any of the scripts",
     r"torchrun .* -m exp\.mine": "test_forks.py starts a copy in this way",
     r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
