@@ -622,7 +622,7 @@ def check_flags(args: Args, max_len: int) -> None:
 
 def print_plan(args: Args, max_len: int) -> None:
     """--plan. The trained models are named here, so that a fork without a critic plans without one."""
-    settings = JudgeSettings.from_args(args)
+    settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
     machine = plan.machine_of(args)
     resident: dict[str, int] = {}
     for name, spec in (("judge", args.judge), ("audit judge", args.audit_judge)):
@@ -659,7 +659,7 @@ def main(args: Args) -> None:
     prompts = read(args.prompts)  # (row, token ids) of each
     held_out = step_prompts(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
-    settings = JudgeSettings.from_args(args)
+    settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
     judge = open_judge(args.judge, settings, ranks)
     second_judge = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
     if args.edit_rate > 0 and judge.writes_critiques is False:  # None: not known yet

@@ -109,9 +109,14 @@ def answer_in(choice: dict) -> dict:
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
+def judge_settings(args) -> JudgeSettings:
+    names = ("answer_template", "pair_template", "max_batch", "concurrency")
+    return JudgeSettings.from_args(args, votes=args.judge_votes, **{name: getattr(args, name) for name in names})
+
+
 def check_judge(args, ranks: Ranks) -> None:
     """Finds an absent judge before any answer is sampled."""
-    settings = JudgeSettings.from_args(args)
+    settings = judge_settings(args)
     fingerprint(args.judge, settings)
     if is_url(parse_spec(args.judge)[1]) and args.stage in ("all", "verdicts"):
         open_judge(args.judge, settings, ranks)
@@ -124,7 +129,7 @@ def verdicts_on(items: list[tuple], args, ranks: Ranks) -> list[dict]:
     method, error, failure. Both sides get the same random numbers for a prompt, so that equal answers tie. The journal
     keeps scores rather than their weighted sum: other --score-weights ask for nothing again.
     """
-    settings = JudgeSettings.from_args(args)
+    settings = judge_settings(args)
     judge_parts = (
         fingerprint(args.judge, settings),
         settings.temperature,

@@ -11,7 +11,7 @@ from prompts import SCORE_WEIGHTS, Judgement, Templates, load_templates
 from runtime import plan
 from runtime.digests import input_digest
 from runtime.distributed import Ranks
-from runtime.flags import PATIENCE
+from runtime.flags import PATIENCE, JudgeArgs
 from weights import resolve
 
 
@@ -48,17 +48,16 @@ class JudgeSettings:
     patience: float = PATIENCE  # seconds to wait for a server that gives no reply
 
     @classmethod
-    def from_args(cls, args: Any) -> "JudgeSettings":
-        """From the flags of a script (`flags.JudgeArgs`), and those of these names that it has besides."""
-        names = ("answer_template", "grm_template", "pair_template", "max_batch", "concurrency")
+    def from_args(cls, args: JudgeArgs, **more: Any) -> "JudgeSettings":
+        """From the flags that scripts share. more: the fields that a script has other flags for."""
         return cls(
             weights=args.score_weights,
             attempts=args.judge_attempts,
             temperature=args.judge_temperature,
             max_new_tokens=args.judge_max_new_tokens,
-            votes=getattr(args, "judge_votes", cls.votes),
+            grm_template=args.grm_template,
             patience=args.judge_patience,
-            **{name: getattr(args, name) for name in names if hasattr(args, name)},
+            **more,
         )
 
 
