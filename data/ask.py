@@ -45,7 +45,7 @@ from runtime.progress import counting
 from runtime.watch import STOPPED
 from weights import load_config, resolve
 
-COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cost", "seconds")  # of a row, over all its attempts
+COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cost", "seconds")  # summed over all attempts of a row
 STOPPED_HERE = "stopped"  # failure of a request that a stop has cut short between two attempts: any run asks again
 
 
@@ -220,7 +220,7 @@ class PaidAsker:
         self.limits = limits
         self.ranks = ranks
         self.journal = Journal(limits.out, "replies", 0)
-        self.rows: dict[str, dict] = {}  # of the journal, by key
+        self.rows: dict[str, dict] = {}  # the journal by key
         self.servers: dict[str, ChatServer] = {}
         self.uncounted: set[str] = set()  # models whose server counts no tokens
         self.stopped: str | None = None  # why nothing more is asked

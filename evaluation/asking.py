@@ -1,4 +1,4 @@
-"""What evaluate.py asks models and judges for, each thing once (judges/journal.py).
+"""Asks models for replies and judges for verdicts, each once, for evaluate.py (judges/journal.py).
 
     replies(name, spec, requests, ...)   a model's replies to messages, from the engine or a chat server
     verdicts_on(items, ...)              a judge's verdicts on answers

@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a question: a value, or None and the failure of its last call."""
+    """The result of a question: a value, or None and the failure of its last call."""
 
     value: Any
     calls: int  # those that reached the model
@@ -51,7 +51,7 @@ class Reply:
 
 
 Question = Generator[Call, dict, Reply]
-Outcome = dict | Failure | ServerDown  # of a call: a choice, or what went wrong
+Outcome = dict | Failure | ServerDown  # a choice, or what went wrong
 Ended = list[tuple[Any, Outcome, float]]  # number, outcome and seconds of calls
 
 

@@ -1,4 +1,4 @@
-"""What every judge has: the protocol, verdicts, settings."""
+"""The judge protocol, verdicts and settings."""
 
 import glob
 import os
@@ -30,12 +30,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What a judge is opened with. Each kind of judge uses its own part."""
+    """Settings to open a judge with. Each kind of judge uses some of them."""
 
     weights: tuple[float, float, float] = SCORE_WEIGHTS  # of helpfulness, personalization, naturalness in the reward
     attempts: int = 3  # judgements asked for before an answer is given up
-    temperature: float = 0.9  # of a judgement
-    max_new_tokens: int = 512  # of a judgement
+    temperature: float = 0.9  # for sampling a judgement
+    max_new_tokens: int = 512  # per judgement
     votes: int = 5  # verdicts on a pair that replace its probability if a server gives no log-probs
     # files that replace the templates a model was trained with, or the built-in ones
     answer_template: str | None = None
@@ -85,8 +85,8 @@ class Judge(Protocol):
 
 
 class BaseJudge:
-    """What the kinds of judge share. A subclass has `open`, `submit`, `advance`; class attributes and class methods are
-    what can be known of it without loading a model.
+    """Shared by all kinds of judge. A subclass defines `open`, `submit` and `advance`. Class attributes and class methods
+    need no model to be loaded.
     """
 
     writes_critiques: bool | None = True
@@ -110,7 +110,7 @@ class BaseJudge:
 
     @classmethod
     def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
-        """What its verdicts depend on, as JSON."""
+        """Everything that its verdicts depend on, as JSON."""
         identity = target if is_url(target) else weights_fingerprint(target)
         return [identity, cls.load_templates(target, settings).texts(cls.template)]
 

@@ -278,7 +278,7 @@ class BradleyTerryJudge(BaseJudge):
 
     writes_critiques = False
     template = "answer"
-    tokens_per_batch = 16384  # of one poll
+    tokens_per_batch = 16384  # per poll
 
     @classmethod
     def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> BaseJudge:
