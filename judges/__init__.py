@@ -87,7 +87,7 @@ def open_judge(spec: str, settings: JudgeSettings, ranks: Ranks) -> BaseJudge:
 
 
 def fingerprint(spec: str, settings: JudgeSettings) -> list:
-    """Everything that a judge's verdicts depend on, as JSON: new weights, templates or code make another judge."""
+    """All that a judge's verdicts depend on, as JSON: new weights, templates or code make another judge."""
     kind, target = parse_spec(spec)
     try:
         return kind.fingerprint(target, settings)
