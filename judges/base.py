@@ -85,8 +85,8 @@ class Judge(Protocol):
 
 
 class BaseJudge:
-    """Shared by all kinds of judge. A subclass defines `open`, `submit` and `advance`. Class attributes and class methods
-    need no model to be loaded.
+    """Shared by all kinds of judge. A subclass defines `open`, `submit` and `advance`. Class attributes and class
+    methods need no model to be loaded.
     """
 
     writes_critiques: bool | None = True
