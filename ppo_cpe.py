@@ -270,8 +270,6 @@ def select_edits(
     up or down at random, so that the mean is right. ValueError: unknown strategy. To try another rule, add a branch
     here and its name to EditStrategy.
     """
-    if strategy not in get_args(EditStrategy):
-        raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(get_args(EditStrategy))}")
     edits = sorted(edits)
     rng = random.Random(seed)
     if strategy in ("random", "batch_rank"):
@@ -279,13 +277,19 @@ def select_edits(
         if strategy == "batch_rank":
             edits.sort(key=lambda e: -e[2])
         return {e[:2] for e in edits[: round(rate * len(edits))]}
+    if strategy == "reward_rank":
+        sort_key = lambda e: -e[2]  # noqa: E731
+    elif strategy == "conditional":
+        sort_key = lambda e: e[3] - e[2]  # noqa: E731  the least gain last
+    else:
+        raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(get_args(EditStrategy))}")
     edits_of_prompt = defaultdict(list)
     for edit in edits:
         edits_of_prompt[edit[0]].append(edit)
     selected = set()
     for group in edits_of_prompt.values():
         rng.shuffle(group)  # ties, as above
-        group.sort(key=lambda e: -e[2] if strategy == "reward_rank" else e[3] - e[2])
+        group.sort(key=sort_key)
         n = int(rate * len(group) + rng.random())
         selected |= {e[:2] for e in group[:n]}
     return selected
@@ -507,10 +511,10 @@ def policy_pass(
         logprobs[is_edit],
         old[is_edit],  # pi_e(y_e | edit prompt)
         advantage[is_edit],
-        args.eps_low,
-        args.eps_high,
-        args.ratio_cap,
-        args.luffy_gamma,
+        eps_low=args.eps_low,
+        eps_high=args.eps_high,
+        cap=args.ratio_cap,
+        gamma=args.luffy_gamma,
     )
     loss = torch.empty_like(current)
     ratio = torch.empty_like(current)

@@ -122,8 +122,8 @@ def test_policy_critic_and_sampler_share_the_base(tmp_path, tied):
     save_pretrained(random_model(tiny_config(tie_word_embeddings=tied)), str(tmp_path / "m"), None)
     ranks = start("bf16")
     args = sft.Args(lora_rank=4, checkpoint_activations=True)
-    policy = training.open_model(str(tmp_path / "m"), args, ranks)
-    critic = training.open_model(str(tmp_path / "m"), args, ranks, scalar_head=True, other=policy)
+    policy = training.open_model(str(tmp_path / "m"), args, args.seed, ranks)
+    critic = training.open_model(str(tmp_path / "m"), args, args.seed, ranks, scalar_head=True, other=policy)
     sampler = training.open_sampler(str(tmp_path / "m"), policy, ranks)
     assert policy.lora.alpha == 8 and critic.checkpoint_activations and loss_of(critic) == 0
     theirs = dict(policy.named_parameters())
@@ -146,7 +146,7 @@ def test_updates_reach_the_engine(tmp_path):
     prompt = list(range(5, 30))
     for dtype in ("fp32", "bf16"):
         ranks = start(dtype)
-        policy = training.open_model(str(tmp_path / "m"), sft.Args(lora_rank=4), ranks)
+        policy = training.open_model(str(tmp_path / "m"), sft.Args(lora_rank=4), 0, ranks)
         engine = Engine(training.open_sampler(str(tmp_path / "m"), policy, ranks), [], 64)
         (before,) = engine.generate([prompt], temperature=0, max_new_tokens=16)
         engine.sync_weights(policy)

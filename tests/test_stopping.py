@@ -107,7 +107,7 @@ HANGS = {
     "hangs in its rollout": (
         "time.sleep(1000)",
         (60, 4, 60),
-        r"rank 1 .* has been in rollout of step \d+ at [a-z_.]+:\d+",
+        r"rank 1 .* has been in rollout of step \d+ at [a-z_/.]+:\d+",
     ),
     "fails in its rollout": (
         "raise ValueError('no tea')",
