@@ -139,20 +139,6 @@ def test_no_whole_checkpoint_is_left(three, tiny, capsys):
     assert (three / "metrics.jsonl").read_bytes() == before
 
 
-def test_pickled_trainer_state_is_not_read(three, tiny, tmp_path, capsys):
-    class Bomb:
-        def __reduce__(self):
-            return open, (str(tmp_path / "it_ran"), "w")
-
-    import pickle
-
-    file = three / "checkpoints" / "step_000003" / "train_state" / ".metadata"
-    file.write_bytes(pickle.dumps(Bomb()))
-    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 4))
-    assert "was pickled by an older version" in error and "--model" in error
-    assert not (tmp_path / "it_ran").exists()
-
-
 def test_nothing_is_unpickled(three):
     """The project reads no pickle at all but a batch of its own with weights_only (replay.py)."""
     for folder, _, names in os.walk(three):
