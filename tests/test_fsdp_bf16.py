@@ -19,12 +19,15 @@ def test_two_ranks_in_bf16_learn_what_one_in_fp32_does(name, tiny, tmp_path):
     for run in (one, two):
         finish(run)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for ours, theirs in zip(two, one, strict=True):
-        # bf16 keeps 8 bits: some 0.5 % of a loss, and less of a mean over tokens; more of a norm, where Adam's steps at
-        # this rate tell apart gradients near zero (17 % in the third step of bt). Half a gradient is half a norm
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02, abs=0.01)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.25)
-        assert ours["tokens"] == theirs["tokens"]
+    assert [m["tokens"] for m in two] == [m["tokens"] for m in one]
+    # bf16 keeps 8 bits, a relative rounding of .4 %; means over tokens and norms over weights round less. Half a
+    # gradient is half a norm
+    for ours, theirs in zip(two[:2], one[:2], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.005)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.02)
+    # Adam's first steps at this rate are as large for gradients near zero, whose signs are rounding. From the third
+    # step on, the norm depends on the processor (2 or 32 % in bt), the loss less (.1 or 2 %)
+    assert two[2]["loss"] == pytest.approx(one[2]["loss"], rel=0.04)
     assert abs(one[2]["loss"] - one[0]["loss"]) > 0.01
     load_pretrained(str(tmp_path / "two" / WEIGHTS[name]), scalar_head=name == "bt")
 
