@@ -215,7 +215,7 @@ def _plain_tokenizer(raw: dict, control: dict[str, int], path: str) -> Tokenizer
 
 @dataclass(frozen=True)
 class TemplateAdditions:
-    """What a checkpoint's chat template adds to a conversation."""
+    """The text that a checkpoint's chat template adds to a conversation."""
 
     before: str = ""  # before the first turn: a token that begins every text, if any
     system: str | None = None  # the system message where none is given

@@ -383,7 +383,7 @@ def audit(
 
 
 def swap_personas(held_out: tuple[list[Trajectory], list[Dropped]] | None, judge: Judge) -> list[float]:
-    """What held-out answers lose in reward when they are judged under the next prompt's persona."""
+    """The reward that held-out answers lose when they are judged under the next prompt's persona."""
     if held_out is None:
         return []
     originals = [t for t in held_out[0] if not t.parent]
@@ -478,7 +478,7 @@ def text_pieces(chat: Chat, ids: list[int]) -> list[str]:
 
 
 def token_rows(record: UpdateRecord, chat: Chat, n: int, seed: int, step: int, ranks: Ranks) -> list[dict]:
-    """What the last update did with the tokens of n answers of a step (over all ranks) and of their trained edits.
+    """Rows on the tokens of n answers of a step (over all ranks) and of their trained edits, after the last update.
 
     The answers are drawn at random, those with a trained edit first. One row per response: prompt_id, sample_id, edit
     (bool) and lists over its tokens: text, logp (log p under the policy), logq (of what sampled it: pi_old, or pi_e

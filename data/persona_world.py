@@ -524,7 +524,7 @@ def rare_answer(row: dict, seed: int) -> str:
 
 
 def describe(row: dict, answer: str) -> dict[str, float]:
-    """What evaluate.py reports of an answer besides its scores."""
+    """Figures of an answer that evaluate.py reports besides its scores."""
     return {"recites_profile": recites_profile(row["persona"], answer)}
 
 

@@ -1,4 +1,4 @@
-"""What the CPU's and the GPU's runner have in common: the paged KV cache, prefill, and sampling into slots."""
+"""Shared by the CPU and GPU runners: the paged KV cache, prefill, and sampling into slots."""
 
 from collections.abc import Iterable
 
@@ -168,7 +168,7 @@ class Runner:
         return self.slots.done[:n].cpu().nonzero()[:, 0].tolist()
 
     def response(self, slot: int) -> tuple[list[int], list[float]]:
-        """What a slot has sampled so far: ids and log-probs."""
+        """The ids and log-probs that a slot has sampled so far."""
         n = int(self.slots.position[slot])
         return self.slots.ids[slot, :n].tolist(), self.slots.logprobs[slot, :n].tolist()
 

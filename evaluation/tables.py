@@ -130,7 +130,7 @@ def comparison_markdown(comparisons: list[dict], tests: Sequence[dict] = (), kap
 
 
 def remarks(comparison: dict) -> list[str]:
-    """What a reader of the numbers has to know: notes on the fits, the judge's bias, what is missing."""
+    """Notes that a reader of the numbers needs: on the fits, on the judge's bias, on missing answers."""
     name = comparison["generators"]["model"]
     lines = []
     for variant, lc in comparison["length_controlled"].items():

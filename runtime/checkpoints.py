@@ -56,7 +56,7 @@ def _tensors(models, optimizers) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _piece(tensor: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int, bool]:
-    """What this rank holds of a tensor -> (local tensor, its first row in the whole, is this rank the one to write it).
+    """This rank's piece of a tensor: (local tensor, its first row in the whole, whether this rank writes it).
 
     FSDP2 gives the ranks of a copy consecutive rows; the copies of HSDP hold the same.
     """

@@ -156,7 +156,7 @@ MENDABLE_NAMES = ("SafetensorError", "OutOfMemoryError")
 
 @contextlib.contextmanager
 def user_errors():
-    """What a user can mend ends in one line and exit status 2, without a traceback; an interruption in 130."""
+    """Ends an error that a user can mend in one line and exit status 2, without a traceback; an interruption in 130."""
     try:
         yield
     except KeyboardInterrupt:

@@ -83,7 +83,7 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
     """AdamW on the trainable parameters. ValueError: the learning rate is as large as the weights, which the first step
     would destroy."""
     parameters = trainable(model)
-    norm = whole_number(torch.nn.utils.get_total_norm([p.detach() for p in parameters]))
+    norm = unsharded_value(torch.nn.utils.get_total_norm([p.detach() for p in parameters]))
     rms = norm / sum(p.numel() for p in parameters) ** 0.5
     if lr > rms:
         raise ValueError(
@@ -93,7 +93,7 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused)
 
 
-def whole_number(scalar: torch.Tensor) -> float:
+def unsharded_value(scalar: torch.Tensor) -> float:
     """The value of a scalar tensor, which may be sharded."""
     return (scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item()
 
@@ -159,7 +159,7 @@ def optimizer_step(
     If the norm or a mean is not finite or out of bounds, the update is left out and its examples are written to
     OUT/bad_steps. FloatingPointError: that has happened more than --skip-bad-steps times.
     """
-    norm = whole_number(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    norm = unsharded_value(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     means = dict(zip(figures, all_sum(run.ranks, *figures.values())))
     is_finite = math.isfinite(norm)
     for name, mean in means.items():
