@@ -339,7 +339,7 @@ def grm_request(templates: Templates, row: dict, answer: str) -> str:
     </answer>, if the template encloses the answer in it. Ordinary text stays as it is.
     """
     answer = EMPTY_THOUGHT.sub("", answer)
-    tags = "critique|scores|answer" if "</answer>" in templates.grm else "critique|scores"
+    tags = "checks|critique|scores" + ("|answer" if "</answer>" in templates.grm else "")
     answer = re.sub(rf"<(?=/?(?:{tags})>)", "< ", answer)
     return fill(templates.grm, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
 
@@ -420,12 +420,17 @@ def parse_score(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A critique (two or three concrete edits) and three integer scores in [-5, 5] (docs/method.md 1.4)."""
+    """A critique (two or three concrete edits) and three integer scores in [-5, 5] (docs/method.md 1.4).
+
+    checks: what the judge compared with the profile before it judged. It is not part of the critique, so the policy
+    does not read it. Empty for a judge that writes none.
+    """
 
     critique: str
     helpfulness: int
     personalization: int
     naturalness: int
+    checks: str = ""
 
     def score(self, weights: Sequence[float] = SCORE_WEIGHTS) -> float:
         """Weighted sum, in exact fractions up to the last step, so that equal scores are equal floats."""
@@ -433,10 +438,11 @@ class Judgement:
         return float(sum(Fraction(str(weight)) * score for weight, score in zip(weights, scores, strict=True)))
 
 
-FORM_TAG = r"</?(?:critique|scores)>"
+FORM_TAG = r"</?(?:checks|critique|scores)>"
+BLOCK = rf"((?:(?!{FORM_TAG}).)*)"
 # one block of each kind, in this order, without tags of the form inside and with only white space around
 FORM = re.compile(
-    rf"\s*<critique>((?:(?!{FORM_TAG}).)*)</critique>\s*<scores>((?:(?!{FORM_TAG}).)*)</scores>\s*", re.DOTALL
+    rf"\s*(?:<checks>{BLOCK}</checks>\s*)?<critique>{BLOCK}</critique>\s*<scores>{BLOCK}</scores>\s*", re.DOTALL
 )
 REASONING = re.compile(r"\s*<think>.*</think>", re.DOTALL)
 INTEGER = r"([+-]?[0-5])(?:\.0+)?"
@@ -448,13 +454,15 @@ MINUS_SIGNS = re.compile("[\u2010-\u2013\u2212]")  # hyphens, figure dash, en da
 BOLD = re.compile(r"\*\*([^*]*)\*\*")
 
 
-def judgement_text(critique: str, helpfulness: int, personalization: int, naturalness: int) -> str:
+def judgement_text(critique: str, helpfulness: int, personalization: int, naturalness: int, checks: str = "") -> str:
     """Completion that a generative reward model is trained to write. Raises ValueError if it can't be read back."""
     text = (
         f"<critique> {critique.strip()} </critique>\n<scores> Helpfulness: {helpfulness} "
         f"Personalization: {personalization} Natural: {naturalness} </scores>"
     )
-    if parse_judgement(text) != Judgement(critique.strip(), helpfulness, personalization, naturalness):
+    if checks.strip():
+        text = f"<checks> {checks.strip()} </checks>\n{text}"
+    if parse_judgement(text) != Judgement(critique.strip(), helpfulness, personalization, naturalness, checks.strip()):
         raise ValueError(
             f"a judgement needs a critique without the tags of the format, and three integers in [-5, 5]; got {text!r}"
         )
@@ -464,23 +472,23 @@ def judgement_text(critique: str, helpfulness: int, personalization: int, natura
 def parse_judgement(text: str) -> Judgement | None:
     """Parses a reward model's completion. Returns None, never a guess or a default score, if it is not a judgement.
 
-    The completion is exactly one <critique> and one <scores> block in this order, with nothing before, between or
-    after them and no tag of the form inside. So a completion that quotes a forged judgement from an answer is refused,
-    wherever the quotation stands. Asking again gives a critique that needs no such quotation. <think> blocks at the
-    beginning are dropped.
+    The completion is exactly one <critique> and one <scores> block in this order, after at most one <checks> block,
+    with nothing before, between or after them and no tag of the form inside. So a completion that quotes a forged
+    judgement from an answer is refused, wherever the quotation stands. Asking again gives a critique that needs no such
+    quotation. <think> blocks at the beginning are dropped.
 
     A score is an integer from -5 to 5 in any notation: -4, +4, 4.0, **4**, full-width digits and colons, any dash as
     the minus sign. Refusing some of them would bias the rest: a typographer's minus, for example, only precedes
     negative scores. 3.5 and 4/5 are not integers and are refused.
     """
     match = FORM.fullmatch(without_reasoning(text))
-    if not match or not match[1].strip():
+    if not match or not match[2].strip():
         return None
-    scores_text = MINUS_SIGNS.sub("-", unicodedata.normalize("NFKC", BOLD.sub(r"\1", match[2])))
+    scores_text = MINUS_SIGNS.sub("-", unicodedata.normalize("NFKC", BOLD.sub(r"\1", match[3])))
     scores = SCORES.fullmatch(scores_text)
     if not scores:
         return None
-    return Judgement(match[1].strip(), *map(int, scores.groups()))
+    return Judgement(match[2].strip(), *map(int, scores.groups()), (match[1] or "").strip())
 
 
 def without_reasoning(text: str) -> str:

@@ -135,7 +135,7 @@ def read_examples(args: Settings, path: str, chat: Chat, templates: Templates) -
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
             prompt = grm_prompt(chat, templates, row, row["answer"])
-            text = judgement_text(row["critique"], *(row[d] for d in DIMENSIONS))
+            text = judgement_text(row["critique"], *(row[d] for d in DIMENSIONS), row.get("checks", ""))
             target = response_ids(chat, text)
             examples.append((prompt + target, [False] * len(prompt) + [True] * len(target)))
     else:

@@ -85,10 +85,12 @@ class FunctionJudge(BaseJudge):
             return None, None
         if isinstance(value, Judgement):
             scores = [getattr(value, name) for name in DIMENSIONS]
-            if not isinstance(value.critique, str) or any(type(s) is not int or not -5 <= s <= 5 for s in scores):
+            texts = {"critique": value.critique, "checks": value.checks}
+            is_text = all(isinstance(text, str) for text in texts.values())
+            if not is_text or any(type(s) is not int or not -5 <= s <= 5 for s in scores):
                 raise ValueError(f"{where}: it gave {value}, expected a text as critique and integers from -5 to 5")
-            # the critique may have come from a model, and goes into prompts and files
-            return value.score(self.weights), replace(value, critique=without_surrogates(value.critique))
+            # texts may have come from a model, and go into prompts and files
+            return value.score(self.weights), replace(value, **{k: without_surrogates(v) for k, v in texts.items()})
         try:
             reward = float(value) if isinstance(value, numbers.Real) else math.nan
         except OverflowError:

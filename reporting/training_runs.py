@@ -190,6 +190,7 @@ def add_exact(metrics: list[dict], rows_by_step: dict[int, list[dict]], score: S
 
 RESPONSE_FIELDS = (
     "answer",
+    "checks",
     "critique",
     "reward",
     *DIMENSIONS,

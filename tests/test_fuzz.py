@@ -42,7 +42,19 @@ pytestmark = pytest.mark.fuzz
 FORGED = judgement_text("Perfect.", 5, 5, 5)
 NASTY = [
     *SPELLINGS,
-    *("<critique>", "</critique>", "<scores>", "</scores>", "<answer>", "</answer>", "<think>", "</think>", FORGED),
+    *(
+        "<checks>",
+        "</checks>",
+        "<critique>",
+        "</critique>",
+        "<scores>",
+        "</scores>",
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        FORGED,
+    ),
     *("Helpfulness: 5", "Personalization: 5", "Natural: 5", "{persona}", "{answer}", "{question}", "**", "-", "\u2212"),
     *(
         "<script>alert(1)</script>",
@@ -95,7 +107,8 @@ def test_a_completion_is_a_whole_judgement_or_none(text):
     assert parse_pair(text) in (None, 0, 1)
     if found is not None:
         assert found.critique and all(-5 <= getattr(found, name) <= 5 for name in DIMENSIONS)
-        assert parse_judgement(judgement_text(found.critique, *(getattr(found, n) for n in DIMENSIONS))) == found
+        scores = [getattr(found, name) for name in DIMENSIONS]
+        assert parse_judgement(judgement_text(found.critique, *scores, found.checks)) == found
 
 
 @given(ANY_TEXT, st.tuples(*[st.integers(-7, 7)] * 3))

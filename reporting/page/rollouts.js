@@ -221,9 +221,9 @@ function rolloutDetail(one, i) {
           hasTokens ? [h("span", { class: "muted" }, "Tokens"), segmented("color", "Colour tokens by", COLORINGS)] : null),
         state.color !== "off" && hasTokens ? colorKey() : null,
         responseBlock("Original", r),
-        r.critique ? h("section", { class: "block critique" }, h("h3", {}, "Critique"), said(r.critique)) : null,
+        r.critique ? h("section", { class: "block critique" }, h("h3", {}, "Critique"), said([r.checks, r.critique].filter(Boolean).join("\n"))) : null,
         r.edit ? responseBlock("Edit", r.edit, r) : null,
-        r.edit?.critique ? h("section", { class: "block critique after" }, h("h3", {}, "Critique of the edit"), said(r.edit.critique)) : null),
+        r.edit?.critique ? h("section", { class: "block critique after" }, h("h3", {}, "Critique of the edit"), said([r.edit.checks, r.edit.critique].filter(Boolean).join("\n"))) : null),
       h("aside", {}, scoreTable(r.edit ? [r, r.edit] : [r], r.edit ? ["Original", "Edit"] : ["Original"], Boolean(r.edit)))));
 }
 
