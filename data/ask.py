@@ -409,7 +409,7 @@ class PaidAsker:
             try:
                 if isinstance(reply, Failure):
                     raise reply
-                self.record(key, requests[key].text_in({"message": {"content": reply}}), None)
+                self.record(key, requests[key].text_in({"message": {"content": reply}, "finish_reason": "stop"}), None)
             except Failure as failure:
                 self.record(key, None, failure)
             if self.stopped:

@@ -14,7 +14,7 @@ import torch
 
 from chat import Chat
 from judges import JudgeSettings, fingerprint, open_judge, parse_spec
-from judges.asking import Asker, ServerBackend, ask_until_parsed, open_engine
+from judges.asking import Asker, ServerBackend, ask_until_parsed, finish_of, open_engine
 from judges.base import weights_fingerprint
 from judges.chat_client import ChatServer, Failure, ServerDown, is_url
 from judges.journal import Record, made_once
@@ -96,14 +96,20 @@ def replies(
 
 
 def answer_in(choice: dict) -> dict:
-    """A reply as an answer, even if it is cut off. A refusal is the answer, too; a server's empty reply is none."""
+    """A reply as an answer, even if it is cut off at the limit. A refusal is the answer, too.
+
+    Failure: the reply broke off, or a server's is empty.
+    """
     message = choice["message"]
     text = message.get("content") or message.get("refusal")
     if "sample" in choice:  # from the engine: the model may well say nothing
         text = message["content"]
     if not isinstance(text, str):
         raise Failure("a reply without text", "unparsable", retry=True)
-    return dict(answer=text, truncated=choice.get("finish_reason") == "length")
+    finish = finish_of(choice)
+    if finish == "broken off":
+        raise Failure(f"broken off (finish reason {choice.get('finish_reason')})", "unparsable", retry=True)
+    return dict(answer=text, truncated=finish != "stop")
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------

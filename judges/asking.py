@@ -71,11 +71,31 @@ def ask_until_parsed(
     return Reply(None, calls, calls, failure)
 
 
+# What servers call it. A reply under any other reason (null, "error", "abort", "tool_calls") has broken off.
+FINISH = {
+    "stop": "stop",
+    "stop_sequence": "stop",
+    "end_turn": "stop",
+    "eos_token": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "content_filter": "refused",
+    "safety": "refused",
+    "refusal": "refused",
+}
+
+
+def finish_of(choice: dict) -> str:
+    """How a reply ended: stop (only then is it whole) | length | refused | broken off."""
+    return FINISH.get(str(choice.get("finish_reason")).lower(), "broken off")
+
+
 def text_of(choice: dict) -> str:
     """The text of a complete reply. Failure: it was refused, cut off, or is no text."""
     check_refusal(choice)
-    if choice.get("finish_reason") == "length":  # the end of a cut-off reply may be a quotation
-        raise Failure("cut off at the limit", "unparsable", retry=True)
+    if finish_of(choice) != "stop":  # the end of a cut-off reply may be a quotation
+        raise Failure(f"cut off (finish reason {choice.get('finish_reason')})", "unparsable", retry=True)
     content = choice["message"].get("content")
     if not isinstance(content, str):
         raise Failure("a reply without text", "unparsable", retry=True)
@@ -83,8 +103,8 @@ def text_of(choice: dict) -> str:
 
 
 def check_refusal(choice: dict) -> None:
-    if choice.get("finish_reason") == "content_filter" or choice["message"].get("refusal"):
-        raise Failure("refused", "refused", retry=True)
+    if finish_of(choice) == "refused" or choice["message"].get("refusal"):
+        raise Failure(f"refused (finish reason {choice.get('finish_reason')})", "refused", retry=True)
 
 
 # -- backends ----------------------------------------------------------------------------------------------------------

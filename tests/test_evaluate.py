@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import error_of, finish, launch, random_model, tiny_config
-from test_judge_servers import REFUSALS, PairServer, pair_server, server  # noqa: F401
+from test_judge_servers import GOOD, REFUSALS, PairServer, pair_server, server  # noqa: F401
 from test_serve import Running
 
 import evaluate
@@ -585,8 +585,8 @@ def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):
         "question 0": [429, 500],
         "question 1": ["drop"],
         "question 2": ["garbage"],
-        "question 3": ["empty", "garbage"],
-        "question 4": ["cut"],
+        "question 3": ["empty", "garbage", ("half", "error")],
+        "question 4": [(GOOD, "MAX_TOKENS")],
         "never 5": [400],
     }
     (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
@@ -613,7 +613,7 @@ def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):
         assert all("</scores>" in a["answer"] for a in answers)
         assert [a["truncated"] for a in answers] == [False] * 4 + [True]
     asked = {question: len(requests) for question, requests in server.requests.items()}
-    assert asked == {"question 0": 3, "question 1": 2, "question 2": 2, "question 3": 3, "question 4": 1, "never 5": 2}
+    assert asked == {"question 0": 3, "question 1": 2, "question 2": 2, "question 3": 4, "question 4": 1, "never 5": 2}
     error = capfd.readouterr().err
     assert f'no answer to prompt "{prompts[5]["prompt_id"]}": BadRequestError' in error
 

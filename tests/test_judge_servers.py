@@ -83,7 +83,7 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
             return None
         if fault in BODIES:
             return self.reply(200, BODIES[fault])
-        content, reason = (GOOD, "length") if fault == "cut" else (fault, "stop")
+        content, reason = fault if isinstance(fault, tuple) else (fault, "stop")
         message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": reason}
         self.reply(200, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
@@ -123,7 +123,7 @@ def test_server_judge_through_faults(server, opened):
         "down": [500, 503],
         "lost": ["drop"],
         "garbage": ["garbage"],
-        "empty": ["empty", "cut"],
+        "empty": ["empty", (GOOD, "length")],
         "odd": ["<scores> 5 5 5 </scores>"],
         "never parses": ["no idea"],
         "never allowed": [400],
@@ -191,6 +191,38 @@ def test_failures_under_http_200(server, opened):
     assert (found["never whole"].failure, found["never whole"].attempts) == ("request", 1)
     assert "though the server answers others" in found["never whole"].error
     assert len(server.requests["never whole"]) == chat_client.SUSPECT + 1
+
+
+@pytest.mark.parametrize("reason", ["stop", "STOP", "stop_sequence", "end_turn", "eos_token"])
+def test_a_whole_reply_under_any_name(server, opened, reason):
+    server.faults = {"fine": [(GOOD, reason)]}
+    assert (answers_in_time(opened(server.url)).reward, len(server.requests["fine"])) == (0.85, 1)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "length",
+        "model_length",
+        "max_tokens",
+        "MAX_TOKENS",
+        "SAFETY",
+        "content_filter",
+        "error",
+        "abort",
+        "tool_calls",
+        None,
+    ],
+)
+def test_a_reply_that_does_not_end_by_itself_is_no_judgement(server, opened, reason):
+    """It may be cut in the middle of a quotation that reads like scores."""
+    server.faults = {"never": [(GOOD, reason)]}
+    judge = opened(server.url)
+    judge.submit("never", ROW, "never", seed=0)
+    found = verdicts(judge)["never"]
+    refused = reason in ("SAFETY", "content_filter")
+    assert (found.reward, found.attempts, found.failure) == (None, 3, "refused" if refused else "unparsable")
+    assert str(reason) in found.error
 
 
 # -- patience
