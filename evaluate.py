@@ -392,6 +392,12 @@ def win_rate(args: Args, ranks: Ranks) -> None:
     answers = answers_of(SIDES, rows, args, ranks)
     if args.stage == "answers":
         return
+    model, baseline = (answers[side] for side in SIDES)
+    if model.generator == baseline.generator and model.texts != baseline.texts:
+        raise ValueError(
+            f"the model and the baseline are both called {model.generator}, and their answers differ; expected another "
+            "`generator` in the rows of --answers or --baseline-answers"
+        )
     judge = judge_pairs if compares(args.judge) else judge_scores
     outcomes, verdicts = judge(rows, answers, args, ranks)
     if ranks.rank == 0:

@@ -148,7 +148,7 @@ from typing import Any
 from scipy import stats
 
 from data import prepare
-from data.ask import COUNTS, Limits, Model, PaidAsker, Request, named, open_model
+from data.ask import COUNTS, Limits, Model, PaidAsker, Request, named, open_models
 from data.readers import normal
 from judges import BradleyTerryJudge
 from prompts import (
@@ -605,7 +605,7 @@ def main(args: Args) -> None:
     )
     ranks = start("auto")
     templates = {f"{k}_template": getattr(args, f"{k}_template") for k in ("questions", "answer", "score", "grm")}
-    opened = {flag: open_model(flag, ranks, limits, args.score_weights, **templates) for flag in who}
+    opened = open_models(who, ranks, limits, args.score_weights, **templates)
     models, others = [opened[flag] for flag in args.models], [opened[flag] for flag in args.audit_judges]
     writer, scorer, judge = opened[args.writer], opened[args.scorer], opened[args.judge]
     for flag in (args.judge, *args.audit_judges):

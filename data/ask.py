@@ -20,6 +20,7 @@ money wait for the replies under way, keep them, and end with status 75.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -27,7 +28,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +121,25 @@ def open_model(
         limits.prices.get(name, (0.0, 0.0)),
         limits.per_minute.get(name, limits.per_minute.get("")),
     )
+
+
+def open_models(
+    flags: Sequence[str], ranks: Ranks, limits: "Limits", weights: tuple[float, float, float], **templates: str | None
+) -> dict[str, Model]:
+    """{flag: Model} of a command, see open_model.
+
+    ValueError: two models (other than functions) have one name, by which prices and rows know them, or two servers
+    call their model alike, which is how the journal knows it.
+    """
+    models = {flag: open_model(flag, ranks, limits, weights, **templates) for flag in flags}
+    for (flag, model), (other_flag, other) in itertools.combinations(models.items(), 2):
+        if model.spec == other.spec or {model.kind, other.kind} == {FunctionJudge}:
+            continue
+        shares_replies = is_url(model.spec) and model.identity == other.identity
+        if shares_replies or model.name == other.name:
+            name = model.identity if shares_replies else model.name
+            raise ValueError(f"{flag} and {other_flag}: both models are called {name}; expected one address for a name")
+    return models
 
 
 @dataclass(frozen=True)

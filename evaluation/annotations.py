@@ -123,9 +123,10 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
     lengths = (model_lengths, baseline_lengths)
     model = annotations[0]["generator_2"]
     baseline = annotations[0]["generator_1"]
+    is_baseline = model == baseline and all(row["output_1"] == row["output_2"] for row in annotations)
     controlled = {}
     for variant in ("minimal",) if gamed is None else winrate.VARIANTS:
-        result = winrate.length_controlled(verdicts, *lengths, variant, gamed, same=model == baseline)
+        result = winrate.length_controlled(verdicts, *lengths, variant, gamed, same=is_baseline)
         predictions = result.pop("predictions")
         if variant == "minimal" and predictions is not None:
             for row, prediction in zip(annotations, predictions):

@@ -141,6 +141,17 @@ def test_equal_answers_tie(world, tmp_path):
     assert results["win_rate"]["ties"] == 6 and results["win_rate"]["win_rate"] == 0.5
 
 
+def test_two_sets_of_answers_under_one_name_are_refused(world, tmp_path, capsys):
+    """A length-controlled rate of 50 "by construction" would be wrong, and the plots would show one side."""
+    flags = ["--prompts", world / "prompts.jsonl", "--judge", "world", "--out", tmp_path / "out"]
+    for side, flag in (("good", "--answers"), ("bad", "--baseline-answers")):
+        rows = [json.loads(line) for line in (world / f"{side}.jsonl").read_text().splitlines()]
+        flags += [flag, write(tmp_path / f"{side}.jsonl", [row | {"generator": "gpt"} for row in rows])]
+    assert "the model and the baseline are both called gpt, and their answers differ" in error_of(
+        evaluate, capsys, *flags
+    )
+
+
 def test_a_grm_prefers_what_it_was_taught(tiny, tiny_grm, tmp_path):
     """Chosen against rejected answers by a GRM in process; the baseline is the prompts' own reference."""
     pairs = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold
 
 from evaluation import winrate
+from evaluation.annotations import compare
 
 
 def annotations(kind, n):
@@ -261,6 +262,15 @@ def test_the_model_against_itself():
     y = winrate.verdicts_from_preferences([1.5] * 10)
     result = winrate.length_controlled(y, [1] * 10, [2] * 10, same=True)
     assert result["length_controlled_winrate"] == 50 and "by construction" in result["notes"][0]
+
+
+def test_a_second_sample_of_the_baseline_is_not_the_baseline():
+    """Its name alone makes no rate of 50: the texts decide."""
+    rows = [row | {"generator_2": row["generator_1"]} for row in annotations("strong", 60)]
+    comparison = compare(rows, seed=0, draws=5)
+    assert comparison["length_controlled"]["minimal"]["length_controlled_winrate"] > 80
+    same = compare([row | {"output_2": row["output_1"]} for row in rows], seed=0, draws=5)
+    assert same["length_controlled"]["minimal"]["length_controlled_winrate"] == 50
 
 
 def test_v1_is_refused_on_other_rows(gamed, tmp_path):
