@@ -80,7 +80,7 @@ from runtime import packing, plan, roofline, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
 from runtime.progress import counting
-from runtime.rows import read_rows, write_text
+from runtime.rows import read_rows, refuse_held_out, write_text
 from runtime.runs import Run
 from runtime.watch import set_phase
 from weights import resolve
@@ -219,6 +219,7 @@ def main(args: Args) -> None:
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
     pairs = read_pairs(args, chat, templates)
+    refuse_held_out(args.data)
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(pairs), args.batch_size)
     inputs = {
         "--data": input_digest(args.data),

@@ -141,6 +141,7 @@ from prompts import Templates, edit_prompt, load_templates, read_prompts
 from runtime import packing, plan, roofline, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, derive_seed, moments, start
+from runtime.rows import refuse_held_out
 from runtime.runs import Run
 from trajectory import (
     TRUNCATED,
@@ -661,6 +662,7 @@ def main(args: Args) -> None:
     templates = load_templates(folder, args.answer_template, args.edit_template)
     read = functools.partial(read_prompts, chat=chat, templates=templates, limit=args.max_prompt_length)
     prompts = read(args.prompts)  # (row, token ids) of each
+    refuse_held_out(args.prompts)
     held_out = step_prompts(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)

@@ -76,7 +76,7 @@ from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import packing, plan, roofline, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_sum, print0, start
-from runtime.rows import read_rows
+from runtime.rows import read_rows, refuse_held_out
 from runtime.runs import Run
 from weights import resolve
 
@@ -182,6 +182,7 @@ def main(args: Args) -> None:
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
     examples = read_examples(args, chat, templates)
+    refuse_held_out(args.data)
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
     inputs = {
         "--data": input_digest(args.data),

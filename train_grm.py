@@ -108,7 +108,7 @@ from prompts import (
 from runtime import packing, plan, roofline, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
-from runtime.rows import read_rows, write_rows, write_text
+from runtime.rows import read_rows, refuse_held_out, write_rows, write_text
 from runtime.runs import Run
 from weights import resolve
 
@@ -277,6 +277,7 @@ def main(cli_args: Args) -> None:
     templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
     template_texts = templates.texts("answer" if args.objective == "bt" else "grm")
     examples = read_examples(args, args.data, chat, templates)
+    refuse_held_out(args.data)
     if len(examples) < args.batch_size:
         raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
     held_out = read_examples(args, args.eval_data, chat, templates) if args.eval_data else []

@@ -7,7 +7,7 @@
 4. judgements: a judge writes a critique and three scores of each answer in a pair. If the weighted scores of a pair
    tie, both answers are dropped. The GRM is trained on these. --audit-answers of them are judged again, also by other
    judges.
-5. split: a fraction of the personas is held out, decided by the persona alone, as in data/prepare.py.
+5. split: a row goes where its prompt lies. Rows of held-out prompts are for evaluation.
 
     python data/annotate.py                                  # all five; a single one: python data/annotate.py pairs
     python data/annotate.py --models a=http://HOST:8000#qwen b=out/sft/policy --scorer a=http://HOST:8000#qwen \\
@@ -20,9 +20,10 @@ checkpoint on the engine in this process, with the templates it was trained with
 questions. The scorer may be bt:FOLDER, too. The defaults are functions of the generated world, and know only its
 personas and questions. Each request is made once: data/ask.py says what is kept, when it stops and how it resumes.
 
-Reads --prompts (data/prepare.py makes them from your own tables) or --personas. Writes to OUT
-- pairs, judgements, prompts_train, and pairs_eval, judgements_eval, prompts_eval for the held-out personas (.jsonl;
-  the prompts only with --personas): the inputs of the stages,
+Reads prompts_train and prompts_eval in OUT (data/prepare.py makes them from your own tables), or --prompts and
+--eval-prompts, or --personas. With --personas, questions are written into prompts_train and, for a fraction of the
+personas, prompts_eval. Writes to OUT
+- pairs, judgements, and pairs_eval, judgements_eval for the held-out prompts (.jsonl): the inputs of the stages,
 - annotate/STEP.jsonl: the rows of each step, in the order of its input whatever order the replies came in,
 - annotate/dropped.jsonl: what failed (request, refused, unparsable, too long) or was discarded (duplicate, small gap,
   tie, ...), a row each, with step, why, cause and reason. Only --retry-failed asks for failures again,
@@ -52,7 +53,9 @@ class Args:
     out: str = "out/data"
     """Folder of the output files and the journal."""
     prompts: tuple[str, ...] = ()
-    """Files of prompt rows. Default: prompts_train and prompts_eval in OUT, as data/prepare.py writes them."""
+    """Files of prompt rows to train on. Default: prompts_train in OUT, as data/prepare.py writes it."""
+    eval_prompts: tuple[str, ...] = ()
+    """Files of held-out prompt rows. Default, without --prompts: prompts_eval in OUT, if it exists."""
     personas: str | None = None
     """Personas to write questions for: a .csv, .jsonl or .parquet file, or a source, as for data/prepare.py."""
     persona_column: tuple[str, ...] = ()
@@ -95,8 +98,8 @@ class Args:
     """Judgements of each by each judge. The first one of --judge is the one trained on."""
     audit_judges: tuple[str, ...] = ()
     """Other judges for these answers."""
-    eval_share: flags.Fraction = 0.1
-    """Fraction of the personas held out for evaluation, in [0, 1)."""
+    eval_share: flags.Fraction | None = None
+    """With --personas: fraction of them held out for evaluation, in [0, 1); none: 0.1."""
     seed: int = 0
     """Seed of the replies and of drawn samples."""
 
@@ -162,7 +165,7 @@ from prompts import (
     score_request,
 )
 from runtime.distributed import derive_seed, start
-from runtime.rows import read_rows, write_rows, write_text
+from runtime.rows import read_rows, refuse_held_out, write_rows, write_text
 
 PLAN_REQUESTS = 20
 PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep
@@ -228,7 +231,7 @@ def sampling(args: Args, text: str, number: int, judging: bool = False) -> dict:
 
 
 def questions(args: Args, asker: PaidAsker, model: Model) -> None:
-    """personas -> annotate/questions.jsonl: prompt rows, with the kind of question."""
+    """personas -> annotate/questions.jsonl: prompt rows, with the kind of question; prompts_train, prompts_eval."""
     requests = questions_requests(args, model, read_personas(args))
     rows = []
     seen = set()
@@ -248,11 +251,16 @@ def questions(args: Args, asker: PaidAsker, model: Model) -> None:
                 rows.append(row)
     written = len(rows) + sum(row["why"] == "discarded" for row in done.dropped)
     done.write(args, rows, asker, len(requests), written)
+    share = 0.1 if args.eval_share is None else args.eval_share
+    train, held_out = prepare.split(rows, lambda row: prepare.in_held_out_share(row["persona"], share))
+    write_side(args, "prompts_train", train)
+    write_side(args, "prompts_eval", held_out)
 
 
 def answers(args: Args, asker: PaidAsker, models: list[Model]) -> None:
     """prompts -> annotate/answers.jsonl: a prompt's fields, answer, model."""
-    requests = answer_requests(args, models, read_prompts(args))
+    train, held_out = read_prompts(args)
+    requests = answer_requests(args, models, train + held_out)
     rows = []
     seen = set()
     done = Done("answers")
@@ -356,21 +364,16 @@ def audit(args: Args, asker: PaidAsker, judges: list[Model], rows: list[dict]) -
 
 
 def split(args: Args) -> None:
-    """Writes the inputs of the stages, and the same for the held-out personas."""
-    outputs = {}
-    if args.personas is not None:
-        prompts = read_rows(step_file(args, "questions"), "prompt")
-        outputs |= dict(prompts_train=prompts, prompts_eval=prompts)
-    pair_rows, judged = (read_rows(step_file(args, name), name[:-1]) for name in ("pairs", "judgements"))
-    outputs |= dict(pairs=pair_rows, pairs_eval=pair_rows, judgements=judged, judgements_eval=judged)
-
-    def held_out(row):
-        return prepare.in_held_out_share(row["persona"], args.eval_share)
-
-    for name, rows in outputs.items():
-        mine = [row for row in rows if held_out(row) == name.endswith("_eval")]
-        write_rows(os.path.join(args.out, f"{name}.jsonl"), mine)
-        print(f"{len(mine):7d} {args.out}/{name}.jsonl")
+    """Writes the rows to train on, and those of the held-out prompts. ValueError: a row of neither."""
+    train, held_out = ({row["prompt_id"] for row in prompts} for prompts in read_prompts(args))
+    for name, kind in (("pairs", "pair"), ("judgements", "judgement")):
+        file = step_file(args, name)
+        rows = read_rows(file, kind)
+        for row in rows:
+            if row["prompt_id"] not in train | held_out:
+                raise ValueError(f'{file}: prompt_id "{row["prompt_id"]}" is none of the prompts; make {name} again')
+        write_side(args, name, [row for row in rows if row["prompt_id"] in train])
+        write_side(args, f"{name}_eval", [row for row in rows if row["prompt_id"] in held_out])
     print(f"next: python train_grm.py --data {args.out}/judgements.jsonl, and python report.py {args.out}")
 
 
@@ -386,17 +389,26 @@ def read_personas(args: Args) -> dict[str, dict | str]:
     return prepare.own_personas(table, needs_ids=False)
 
 
-def read_prompts(args: Args) -> list[dict]:
-    if args.personas is not None:
-        return read_rows(step_file(args, "questions"), "prompt")
-    files = [os.path.join(args.out, f"prompts_{name}.jsonl") for name in ("train", "eval")]
-    rows = [row for file in args.prompts or filter(os.path.isfile, files) for row in read_rows(file, "prompt")]
-    if not rows:
+def write_side(args: Args, name: str, rows: list[dict]) -> None:
+    write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
+    print(f"{len(rows):7d} {args.out}/{name}.jsonl")
+
+
+def read_prompts(args: Args) -> tuple[list[dict], list[dict]]:
+    """-> prompts to train on, and held-out prompts. ValueError: none, or one that is both."""
+    sides = [args.prompts, args.eval_prompts]
+    if not any(sides):
+        files = [os.path.join(args.out, f"prompts_{name}.jsonl") for name in ("train", "eval")]
+        sides = [[file] if os.path.isfile(file) and os.path.getsize(file) else [] for file in files]
+    train, held_out = ([row for file in files for row in read_rows(file, "prompt")] for files in sides)
+    for file in sides[0]:
+        refuse_held_out(file, *sides[1])
+    if not train + held_out:
         raise ValueError(
             f"no prompts: {args.out} has no prompts_train.jsonl (data/prepare.py makes it of your tables); give "
             "--prompts FILE, or --personas FILE to have questions written"
         )
-    return list({row["prompt_id"]: row for row in rows}.values())
+    return train, held_out
 
 
 class Done:
@@ -481,7 +493,8 @@ def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, score
         ]
         n_prompts = n_requests * args.questions_per_persona
     else:
-        prompts = read_prompts(args)
+        train, held_out = read_prompts(args)
+        prompts = train + held_out
         n_prompts = len(prompts)
     n_answers = n_prompts * len(models) * args.answers_per_model
     requests = answer_requests(args, models, rng.sample(prompts, min(n_drawn, len(prompts))))
@@ -584,8 +597,12 @@ def prices(text: str) -> tuple[float, float]:
 
 
 def main(args: Args) -> None:
-    if args.eval_share >= 1:
-        raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
+    if args.eval_share is not None and args.personas is None:
+        raise ValueError(
+            f"--eval-share {args.eval_share}: only with --personas; the prompts of --prompts have their sides"
+        )
+    if args.eval_share == 1:
+        raise ValueError("--eval-share 1.0: expected a share in [0, 1)")
     if args.step == "questions" and args.personas is None:
         raise ValueError("questions: give --personas, for whom to write them")
     if args.step == "split":

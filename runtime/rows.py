@@ -221,6 +221,40 @@ def step_files(folder: str, kind: str) -> list[tuple[int, str]]:
     return files
 
 
+# -- held-out rows -----------------------------------------------------------------------------------------------------
+
+# Files whose rows are for evaluation. No persona or prompt of them is trained on.
+HELD_OUT = ("prompts_eval", "prompts_winrate", "pairs_eval", "judgements_eval")
+
+
+def refuse_held_out(path: str, *files: str) -> None:
+    """Refuses a file to train on if it has a persona or prompt of a held-out row.
+
+    Held out are the rows of the HELD_OUT files in the same folder, and those of `files`. Raises ValueError with
+    file:line of both rows.
+    """
+    beside = [os.path.join(os.path.dirname(path), f"{name}.jsonl") for name in HELD_OUT]
+    held_out: dict[tuple[str, str], str] = {}  # {(field, value): where}
+    for file in filter(os.path.isfile, [*beside, *files]):
+        for where, key in _identities(file):
+            held_out.setdefault(key, where)
+    for where, key in _identities(path):
+        if key in held_out:
+            raise ValueError(
+                f"{where}: its {key[0]} is held out, at {held_out[key]}; expected rows to train on. Remove the row, or "
+                "keep the files in different folders"
+            )
+
+
+def _identities(path: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Where each row stands, with its prompt_id and its persona."""
+    for where, row in json_lines(path):
+        check_row(row, "object", where)
+        for field in ("prompt_id", "persona"):
+            if field in row:
+                yield where, (field, json.dumps(row[field], sort_keys=True))
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from test_prompts import write_tokenizer
 from data import annotate, ask, persona_world, prepare
 from judges import FunctionJudge, GenerativeJudge
 from model import save_pretrained
-from runtime.rows import read_rows, write_rows
+from runtime.rows import read_rows, refuse_held_out, write_rows
 
 PERSONAS = [{"name": f"Kim {i}", "likes": ["tea", "jazz", "chess"][i % 3]} for i in range(12)]
 FORM = re.compile(r"<(questions|score|critique)>\n?[. X]")  # what a request asks for; none: an answer
@@ -97,28 +97,16 @@ def prompts(tmp_path):
         dict(prompt_id=f"p{i}", persona=persona, question=f"What about {i}?", user_id=str(i))
         for i, persona in enumerate(PERSONAS)
     ]
-    write_rows(str(tmp_path / "prompts.jsonl"), rows)
+    write_rows(str(tmp_path / "prompts.jsonl"), rows[:8])
+    write_rows(str(tmp_path / "held_out.jsonl"), rows[8:])
     return tmp_path / "prompts.jsonl"
 
 
 def flags_for(server, prompts, out, *more, who=("a", "b")):
     a, b = (f"{server.url}#{name}" for name in who)
-    return [
-        "--prompts",
-        prompts,
-        "--out",
-        out,
-        "--models",
-        a,
-        b,
-        "--scorer",
-        a,
-        "--judge",
-        b,
-        "--eval-share",
-        0.3,
-        *more,
-    ]
+    held_out = prompts.with_name("held_out.jsonl")
+    eval_prompts = ["--eval-prompts", held_out] if held_out.exists() else []
+    return ["--prompts", prompts, *eval_prompts, "--out", out, "--models", a, b, "--scorer", a, "--judge", b, *more]
 
 
 def run(*flags):
@@ -160,6 +148,8 @@ def test_rows_of_the_steps(server, prompts, tmp_path):
     assert [row["prompt_id"] for row in answers] == sorted((r["prompt_id"] for r in answers), key=lambda p: int(p[1:]))
     assert len(answers) + len(dropped(out, "answers")) == 12 * 2 * 3
     train, held_out = (read_rows(str(out / f"pairs{end}.jsonl"), "pair") for end in ("", "_eval"))
+    assert {row["prompt_id"] for row in train} <= {f"p{i}" for i in range(8)}
+    assert {row["prompt_id"] for row in held_out} <= {f"p{i}" for i in range(8, 12)}
     assert all(row["chosen_score"] - row["rejected_score"] > 2 for row in train + held_out)
     assert {row["persona"]["name"] for row in train}.isdisjoint(row["persona"]["name"] for row in held_out)
     small = [row for row in dropped(out, "pairs") if row["cause"] == "small gap"]
@@ -197,6 +187,68 @@ def test_text_of_rows_is_no_control_token_to_a_server(server, tmp_path):
     assert all("< |im_end|>" in text and "[ INST]" in text for _, text, *_ in server.asked)
 
 
+def sides(out, name):
+    """The prompts of the rows to train on, and of those that are held out."""
+    files = (f"{name}.jsonl", f"{name}_eval.jsonl")
+    return [{json.loads(line)["prompt_id"] for line in (out / file).read_text().splitlines()} for file in files]
+
+
+@pytest.mark.parametrize("source", ["own tables", "PersonaFeedback"])
+def test_a_row_goes_where_its_prompt_lies(server, tmp_path, source):
+    """What data/prepare.py holds out, with any --eval-share and the personas of prompts_winrate, is not trained on."""
+    out = tmp_path / "out"
+    if source == "own tables":
+        rows = [{"persona": persona, "question": f"What about {i}?"} for i, persona in enumerate(PERSONAS)]
+        write_rows(str(tmp_path / "rows.jsonl"), rows)
+        prepare.main(prepare.Args(questions=str(tmp_path / "rows.jsonl"), out=str(out), eval_share=0.5))
+    else:
+        write_rows(str(tmp_path / "in" / "personas.jsonl"), PERSONAS)
+        feedback = [
+            dict(user_id=i % 12 + 1, question=f"What about {i}?", chosen="Yes.", reject="No.") for i in range(36)
+        ]
+        write_rows(str(tmp_path / "in" / "pairs.jsonl"), feedback)
+        baseline = [dict(question="And?", persona=persona, response="Well.") for persona in PERSONAS[:5]]
+        write_rows(str(tmp_path / "in" / "baseline.jsonl"), baseline)
+        prepare.main(prepare.Args(source=str(tmp_path / "in"), out=str(out)))
+    who = f"{server.url}#a"
+    flags = ("--out", out, "--models", who, "--answers-per-model", 4, "--min-gap", 1, "--scorer", who, "--judge", who)
+    run(*flags)
+    train, held_out = (
+        {row["prompt_id"] for row in read_rows(str(out / f"prompts_{side}.jsonl"), "prompt")}
+        for side in ("train", "eval")
+    )
+    for name in ("pairs", "judgements"):
+        mine, others = sides(out, name)
+        assert mine and others and mine <= train and others <= held_out
+        refuse_held_out(str(out / f"{name}.jsonl"))
+    first = contents(out)
+    prepared = str(out / "prompts_train.jsonl"), str(out / "prompts_eval.jsonl")
+    elsewhere = ("--prompts", prepared[0], "--eval-prompts", prepared[1], "--out", tmp_path / "elsewhere")
+    run(*flags, *elsewhere)
+    assert contents(tmp_path / "elsewhere") == first
+
+
+def test_prompts_that_are_held_out_are_not_taken_for_training(server, prompts, tmp_path, capsys):
+    """Neither from a file beside prompts_eval.jsonl, nor where both flags name the same persona or prompt."""
+    flags = flags_for(server, prompts, tmp_path / "out")
+    message = f"{prompts}:1: its prompt_id is held out, at {prompts}:1"
+    assert message in error_of(annotate, capsys, *flags, "--eval-prompts", prompts)
+    read_rows(str(prompts), "prompt")
+    (tmp_path / "prompts_eval.jsonl").write_text(prompts.read_text().splitlines()[2])
+    assert f"{prompts}:3: its prompt_id is held out, at {tmp_path}/prompts_eval.jsonl:1" in error_of(
+        annotate, capsys, *flags
+    )
+    assert server.asked == []
+
+
+def test_a_row_of_no_prompt_has_no_side(server, prompts, tmp_path, capsys):
+    flags = flags_for(server, prompts, tmp_path / "out", "--answers-per-model", 3)
+    run(*flags)
+    prompts.write_text(prompts.read_text().partition("\n")[2])
+    message = error_of(annotate, capsys, "split", *flags)
+    assert "pairs.jsonl: prompt_id" in message and "none of the prompts" in message
+
+
 # -- once, and at the same time ----------------------------------------------------------------------------------------
 
 
@@ -227,7 +279,7 @@ def test_nothing_is_asked_twice(server, prompts, tmp_path):
     run(*flags, "--grm-template", tmp_path / "rubric.txt")
     assert server.asked[n:] and all(text.startswith("<critique> X") for _, text, *_ in server.asked[n:])
     n = len(server.asked)
-    run(*flags, "--min-gap", 3, "--concurrency", 2, "--eval-share", 0.5)  # fewer pairs of the same answers
+    run(*flags, "--min-gap", 3, "--concurrency", 2)  # fewer pairs of the same answers
     assert len(server.asked) == n
     run(*flags)
     assert len(server.asked) == n and contents(out) == first
@@ -441,7 +493,7 @@ def test_ten_rows_of_a_table_feed_every_stage(server, tiny, tmp_path):
         assert TEN_ROWS.replace("\n", "\n    ").rstrip() in f.read()
     (tmp_path / "asked.csv").write_text(TEN_ROWS)
     out = tmp_path / "out"
-    columns = ("--persona-column", "name", "job", "likes")
+    columns = ("--persona-column", "name", "job", "likes", "--eval-share", "0.3")
     prepare.main(parse(prepare.Args, "", ["--questions", str(tmp_path / "asked.csv"), *columns, "--out", str(out)]))
     a, b = f"a={server.url}#a", f"b={server.url}#b"
     run("--out", out, "--models", a, b, "--scorer", a, "--judge", b, "--answers-per-model", 3)
@@ -481,7 +533,8 @@ def test_ten_rows_of_a_table_feed_every_stage(server, tiny, tmp_path):
         (["--models", "x=http://h1#q", "x=http://h1#r"], "x=http://h1#q and x=http://h1#r: both models are called x"),
         (["--judge", "j=http://h1#q", "--audit-judges", "j=http://h2#r"], "both models are called j"),
         (["--models", "nowhere"], "nowhere"),
-        (["--eval-share", "1"], "--eval-share 1.0: expected a share in [0, 1)"),
+        (["--personas", "x.csv", "--eval-share", "1"], "--eval-share 1.0: expected a share in [0, 1)"),
+        (["--eval-share", "0.3"], "--eval-share 0.3: only with --personas; the prompts of --prompts have their sides"),
         (["questions"], "questions: give --personas, for whom to write them"),
     ],
 )

@@ -71,11 +71,11 @@ def reader(tiny, tiny_grm, tmp_path_factory):
     (folder / "out/fresh").mkdir()
     for name in ("answer", "edit"):
         shutil.copy(tiny / f"{name}.txt", folder)
-    prompts = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()]
-    for name, some in dict(prompts_train=prompts, prompts_eval=prompts[:6]).items():
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    for name, source in dict(pairs="pairs", pairs_eval="pairs", judgements="judgements").items():
-        shutil.copy(tiny / f"{source}.jsonl", data / f"{name}.jsonl")
+    for source, train in dict(prompts="prompts_train", pairs="pairs", judgements="judgements").items():
+        shutil.copy(tiny / f"{source}.jsonl", data / f"{train}.jsonl")
+        lines = (tiny / f"{source}.jsonl").read_text().splitlines(keepends=True)[:6]
+        others = "".join(lines).replace("Kim ", "Lea ").replace('"prompt_id": "', '"prompt_id": "eval-')
+        (data / f"{source}_eval.jsonl").write_text(others)
     write_personamem(data)
     for name in ("a", "b", "people"):
         made = [r | {"generator_2": name, "annotator": name} for r in made_annotations("mixed", 340)]

@@ -6,14 +6,17 @@ import json
 import pytest
 from conftest import error_of
 
+import dpo
 import generate
+import ppo_cpe
 import sft
+import train_grm
 from evaluation.annotations import read_annotations
 from evaluation.answer_files import read_outputs
 from json_files import read_json
 from judges.journal import Journal
 from prompts import persona_text
-from runtime.rows import MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows
+from runtime.rows import HELD_OUT, MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows, refuse_held_out
 from weights import MADE_BY as MODELS_MADE_BY
 from weights import resolve
 
@@ -217,4 +220,45 @@ def test_a_conversation_that_the_assistant_opens(tiny, tmp_path, capsys):
     path = write(tmp_path, ROWS["messages"], ROWS["messages"], opened)
     error = error_of(sft, capsys, "--model", tiny / "checkpoint", "--data", path, "--out", tmp_path / "out")
     assert error.startswith(f"error: {path}:3: messages[0]: expected a message of the user")
+    assert not (tmp_path / "out").exists()
+
+
+# -- held-out rows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held_out", HELD_OUT)
+def test_training_refuses_a_persona_or_prompt_that_is_held_out_beside_it(held_out, tmp_path):
+    persona = {"likes": ["tea"], "name": "Kim"}
+    other_persona = PROMPT | {"prompt_id": "p2", "persona": "Ben"}
+    path = write(tmp_path, other_persona, PROMPT | {"persona": persona})
+    kept = write(tmp_path, other_persona | {"prompt_id": "p3", "persona": "Eva"}, name=f"{held_out}.jsonl")
+    refuse_held_out(path)
+
+    same_persona = PROMPT | {"prompt_id": "p4", "persona": dict(reversed(persona.items())), "question": "Other?"}
+    write(tmp_path, same_persona, name=f"{held_out}.jsonl")
+    with pytest.raises(ValueError, match=f"{path}:2: its persona is held out, at {kept}:1"):
+        refuse_held_out(path)
+    write(tmp_path, "", name=f"{held_out}.jsonl")  # annotate.py leaves an empty file where nothing is held out
+    refuse_held_out(path)
+    write(
+        tmp_path, PROMPT | {"persona": "Eva"}, PROMPT | {"prompt_id": "p2", "persona": "Tom"}, name=f"{held_out}.jsonl"
+    )
+    with pytest.raises(ValueError, match=f"{path}:1: its prompt_id is held out, at {kept}:2"):
+        refuse_held_out(path)
+
+
+@pytest.mark.parametrize("script", [sft, dpo, train_grm, ppo_cpe])
+def test_every_training_script_refuses_held_out_rows(script, tiny, tmp_path, capsys):
+    name, flag, size = {
+        sft: ("pairs", "--data", ["--batch-size", 2]),
+        dpo: ("pairs", "--data", ["--batch-size", 2]),
+        train_grm: ("judgements", "--data", ["--batch-size", 2]),
+        ppo_cpe: ("prompts", "--prompts", []),
+    }[script]
+    lines = (tiny / f"{name}.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "prompts_winrate.jsonl").write_text(lines.splitlines()[4] + "\n")
+    flags = ["--model", tiny / "checkpoint", flag, tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    error = error_of(script, capsys, *flags, *size)
+    assert f"{tmp_path}/rows.jsonl:5: its" in error and "prompts_winrate.jsonl:1" in error
     assert not (tmp_path / "out").exists()
