@@ -23,15 +23,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
-import openai
 
 from runtime.flags import PATIENCE
 from runtime.rows import without_surrogates
 
 ADAPTABLE = ("max_tokens", "seed", "top_p", "temperature")  # parameters that some servers refuse
 UNSUPPORTED = re.compile(
-    r"unsupported|not? support|n.t support|unrecognized|unknown|unexpected|not (be )?(permitted|allowed)|deprecated|"
-    r"only the default|cannot both",
+    r"unsupported|not? support|n.t support|unrecognized|unknown|unexpected|not (be )?(permitted|allowed)|forbidden|"
+    r"deprecated|only the default|cannot both",
     re.IGNORECASE,
 )
 SHOWN = 300  # characters of a server's words in a message
@@ -56,7 +55,8 @@ class Failure(Exception):
 
     def __init__(self, reason: str, kind: str, retry: bool):
         super().__init__(reason)
-        self.kind, self.retry = kind, retry
+        self.kind = kind
+        self.retry = retry
 
 
 class Unanswered(Failure):
@@ -67,9 +67,23 @@ class Unanswered(Failure):
     be again under the same seed.
     """
 
-    def __init__(self, reason: str, busy=False, passing=True, pause: float = 0, malformed=False):
+    def __init__(
+        self, reason: str, busy: bool = False, passing: bool = True, pause: float = 0, malformed: bool = False
+    ):
         super().__init__(reason, "request", retry=False)
-        self.busy, self.passing, self.pause, self.malformed = busy, passing, pause, malformed
+        self.busy = busy
+        self.passing = passing
+        self.pause = pause
+        self.malformed = malformed
+
+
+class BadStatus(Failure):
+    """The server refuses the request, by an HTTP status that no other request of its kind would mend."""
+
+    def __init__(self, status: int, body: str):
+        super().__init__(f"HTTP {status}: {shown(body)}", "request", retry=False)
+        self.status = status
+        self.body = body
 
 
 class ServerDown(ValueError):
@@ -77,7 +91,21 @@ class ServerDown(ValueError):
 
 
 def is_url(spec: str) -> bool:
-    return spec.startswith(("http://", "https://"))
+    return spec.lower().startswith(("http://", "https://"))
+
+
+def base_url(address: str) -> str:
+    """The address of an API with a slash at its end; the path defaults to /v1."""
+    address = address.rstrip("/").removesuffix("/chat/completions")
+    return f"{address}/" if urlsplit(address).path else f"{address}/v1/"
+
+
+def api_key() -> str:
+    """OPENAI_API_KEY, or "none" if it is not set. ValueError: it is no key."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("OPENAI_API_KEY: expected printable ASCII characters in one line")
+    return key
 
 
 class RateLimit:
@@ -99,43 +127,6 @@ class RateLimit:
         time.sleep(max(0.0, slot - time.monotonic()))
 
 
-class Waiting:
-    """Timeouts and retry policy of one request."""
-
-    def __init__(self, patience: float):
-        self.patience = patience
-        self.began = time.monotonic()
-        self.failures = 0
-        self.stumbled = False  # the server answered a plain question after the last failure
-
-    def timeout(self) -> float:
-        """Seconds for the next reply."""
-        left = max(self.began + self.patience - time.monotonic(), min(PLAIN_TIMEOUT, self.patience))
-        return min(TIMEOUT * 2**self.failures, left)
-
-    def failed(self, failure: Unanswered) -> None:
-        """Sets the pause before the next try, the seconds left, whether these are used up, and whether the server is
-        in doubt, so that a plain question should decide.
-        """
-        self.pause = min(max(FIRST_PAUSE * 2**self.failures, failure.pause), LONGEST_PAUSE)
-        self.failures += 1
-        self.left = self.began + self.patience - time.monotonic()
-        self.is_over = self.left < self.pause
-        self.in_doubt = self.is_over or self.failures >= SUSPECT and not failure.busy
-        self.before, self.stumbled = self.stumbled, False
-
-    def others_are_answered(self, failure: Unanswered) -> None:
-        """The server answered a plain question. Failure: it did so before this try too, so it has not just come up."""
-        if self.before:
-            reason = f"{failure}; {self.failures} times, though the server answers others"
-            raise Failure(reason, "request", retry=False) from failure
-        self.stumbled = True
-
-    @property
-    def is_long(self) -> bool:
-        return time.monotonic() - self.began > TOLD_AFTER
-
-
 class ChatServer:
     """http(s)://HOST[/PATH][#MODEL]; the path defaults to /v1. The key in OPENAI_API_KEY is sent, if set.
 
@@ -152,11 +143,13 @@ class ChatServer:
         per_minute: float | None = None,
         strict: bool = False,
     ):
-        base_url, _, name = url.partition("#")
-        if urlsplit(base_url).path in ("", "/"):
-            base_url = base_url.rstrip("/") + "/v1"
-        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # an empty one is as good as unset
-        self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
+        address, _, name = url.partition("#")
+        self.url = base_url(address)
+        self.client = httpx2.Client(
+            headers={"Authorization": f"Bearer {api_key()}"},
+            limits=httpx2.Limits(max_connections=None),
+            follow_redirects=True,
+        )
         self.patience = patience
         self.limit = RateLimit(per_minute)
         self.strict = strict
@@ -170,22 +163,14 @@ class ChatServer:
 
     def served_model(self, name: str) -> str:
         try:
-            response = self.client.with_options(timeout=20, max_retries=2).models.with_raw_response.list()
-            reply = parsed(response.http_response.text)
+            reply = parsed(self.request("GET", "models", timeout=20))
             names = [model["id"] for model in reply["data"]]
-        except openai.APIConnectionError as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"no server answers at {self.client.base_url} ({reason})") from error
-        except openai.APIStatusError as error:
-            if name and error.status_code in (404, 405):  # a server that does not list its models
+        except Failure as error:
+            if name and isinstance(error, BadStatus) and error.status in (404, 405):  # it does not list its models
                 return name
-            raise ValueError(f"{self.client.base_url}models answers {error}") from error
-        except (openai.APIError, Failure) as error:
-            raise ValueError(f"{self.client.base_url} is no OpenAI-compatible server: {error}") from error
+            raise ValueError(f"no OpenAI-compatible server answers at {self.url}models: {error}") from error
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.client.base_url}models lists no models; it answers {json.dumps(reply)[:SHOWN]}"
-            ) from error
+            raise ValueError(f"{self.url}models lists no models; it answers {shown(json.dumps(reply))}") from error
         if name in names or not name and len(names) == 1:
             return name or names[0]
         raise ValueError(f"the server has the models {names[:10]}: name one of them, as in URL#MODEL")
@@ -198,40 +183,53 @@ class ChatServer:
         max_tokens, temperature, top_p, seed, logprobs, ... Failure: this request gets no reply. ServerDown:
         no request does.
         """
-        waiting = Waiting(self.patience)
+        began = time.monotonic()
+        timeout: float = TIMEOUT
+        pause = FIRST_PAUSE
+        failures = 0
+        others_are_answered = False  # a plain question was answered after the last failure
         while True:
             if self.down:
                 raise ServerDown(self.down)
+            left = began + self.patience - time.monotonic()
             try:
-                choice = self.ask(messages, waiting.timeout(), wanted)
-            except Unanswered as failure:
-                if not failure.passing and not self.has_answered:
-                    if not self.strict:
-                        raise
-                    self.down = str(failure)
-                    continue
-                if failure.malformed and "seed" in wanted:
-                    wanted["seed"] += 1
-                waiting.failed(failure)
-                if waiting.in_doubt and self.is_up():
-                    waiting.others_are_answered(failure)
-                elif waiting.is_over:
-                    self.down = (
-                        f"{self.client.base_url} has given no answer for {self.patience:g} s (--judge-patience); the "
-                        f"last reason: {failure}"
-                    )
-                else:
-                    self.trouble = (
-                        f"{failure}; asked again for {waiting.left:.0f} s more (--judge-patience {self.patience:g})"
-                    )
-                    if waiting.is_long:
-                        self.tell(self.trouble)
-                    # not all requests at the same moment
-                    time.sleep(waiting.pause * random.uniform(1, 1.25))
-                    self.limit.wait()
+                choice = self.ask(messages, min(timeout, max(left, min(PLAIN_TIMEOUT, self.patience))), wanted)
+            except Unanswered as error:
+                failure = error
             else:
                 self.answered()
                 return choice
+            if not failure.passing and not self.has_answered:
+                if not self.strict:
+                    raise failure
+                self.down = str(failure)
+                continue
+            if failure.malformed and "seed" in wanted:
+                wanted["seed"] += 1
+            failures += 1
+            timeout *= 2
+            wait = min(max(pause, failure.pause), LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            left = began + self.patience - time.monotonic()
+            is_suspect = failures >= SUSPECT and not failure.busy
+            if (left < wait or is_suspect) and self.is_up():
+                if others_are_answered:  # so the server had not just come up
+                    reason = f"{failure}; {failures} times, though the server answers others"
+                    raise Failure(reason, "request", retry=False) from failure
+                others_are_answered = True
+                continue
+            others_are_answered = False
+            if left < wait:
+                self.down = (
+                    f"{self.url} has given no answer for {self.patience:g} s (--judge-patience); the last reason: "
+                    f"{failure}"
+                )
+                continue
+            self.trouble = f"{failure}; asked again for {left:.0f} s more (--judge-patience {self.patience:g})"
+            if time.monotonic() - began > TOLD_AFTER:
+                self.tell(self.trouble)
+            time.sleep(wait * random.uniform(1, 1.25))  # not all requests at the same moment
+            self.limit.wait()
 
     def tell(self, state: str) -> None:
         """Prints what is waited for, at most once a minute over all threads."""
@@ -239,13 +237,15 @@ class ChatServer:
             now = time.monotonic()
             if self.told is None or now - self.told >= TOLD_EVERY:
                 self.told = now
-                print(f"waiting for {self.client.base_url}: {state}", file=sys.stderr, flush=True)
+                print(f"waiting for {self.url}: {state}", file=sys.stderr, flush=True)
 
     def answered(self) -> None:
         with self.lock:
             if self.told is not None:
-                print(f"{self.client.base_url} answers again", file=sys.stderr, flush=True)
-            self.has_answered, self.told, self.trouble = True, None, "no reply yet"
+                print(f"{self.url} answers again", file=sys.stderr, flush=True)
+            self.has_answered = True
+            self.told = None
+            self.trouble = "no reply yet"
 
     def is_up(self) -> bool:
         """Whether the server answers a plain question. A refusal is an answer."""
@@ -258,66 +258,68 @@ class ChatServer:
         return True
 
     def ask(self, messages: Any, timeout: float, wanted: dict) -> dict:
-        """Sends one request. timeout: seconds for the whole reply. Failure, also Unanswered."""
-        deadline = time.monotonic() + timeout
+        """Sends one request, again without a parameter that the server refuses. Failure, also Unanswered."""
         while True:
-            sent = self.parameters(wanted)
-            create = self.client.chat.completions.with_streaming_response.create
+            sent = {name: value for name, value in wanted.items() if name not in self.refused}
+            if "max_tokens" in wanted and "max_tokens" not in sent:
+                sent["max_completion_tokens"] = wanted["max_tokens"]
+            body = dict(model=self.model, messages=messages, **sent)
             try:
-                with create(model=self.model, messages=messages, timeout=timeout, **sent) as response:
-                    text = read_reply(response, deadline)
-            except ERRORS as error:
-                if self.adapts(error, sent):
-                    continue
-                raise failure_from(error, timeout) from error
-            return first_choice(text)
+                return first_choice(self.request("POST", "chat/completions", timeout, body))
+            except BadStatus as error:
+                if not self.adapts(error, sent):
+                    raise
 
-    def parameters(self, wanted: dict) -> dict:
-        """`wanted` without the parameters that the server has refused."""
-        sent = {k: v for k, v in wanted.items() if k not in self.refused}
-        if "max_tokens" in wanted and "max_tokens" not in sent:
-            sent["max_completion_tokens"] = wanted["max_tokens"]
-        return sent
+    def request(self, method: str, path: str, timeout: float, body: dict | None = None) -> str:
+        """Sends one request -> the text of the reply. timeout: seconds for all of it. Failure: a status of 400 or more;
+        Unanswered, if it passes.
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            with self.client.stream(method, self.url + path, json=body, timeout=timeout) as response:
+                text = read_reply(response, deadline)
+        except httpx2.TimeoutException as error:
+            raise Unanswered(f"no reply within {timeout:.3g} s", busy=True) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise Unanswered(f"no connection: {type(error).__name__}: {error}") from error
+        if response.status_code >= 400:
+            raise failure_of(response.status_code, text, seconds_of(response.headers.get("retry-after")))
+        return text
 
-    def adapts(self, error: Exception, sent: dict) -> bool:
+    def adapts(self, error: BadStatus, sent: dict) -> bool:
         """Whether the server refused a parameter that can be left out. Remembers it, and prints it once."""
-        words = str(error)
-        if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 422):
-            return False
-        if not UNSUPPORTED.search(words):
-            return False
-        named = [error.param] if error.param else [p for p in ADAPTABLE if re.search(rf"\b{p}\b", words)]
-        refused = next((p for p in named if p in ADAPTABLE and p in sent), None)
-        if refused is None:
+        refused = refused_parameter(error.body)
+        if error.status not in (400, 422) or refused is None or refused not in sent:
             return False
         with self.lock:
             if refused not in self.refused:
                 self.refused.add(refused)
                 instead = "asked for max_completion_tokens" if refused == "max_tokens" else "its own default holds"
-                print(f"{self.client.base_url} refuses {refused}: {instead} from now on ({words})", file=sys.stderr)
+                print(f"{self.url} refuses {refused}: {instead} from now on ({error})", file=sys.stderr)
         return True
 
 
-ERRORS = (openai.APIError, httpx2.HTTPError)  # what a request may raise
+def refused_parameter(body: str) -> str | None:
+    """The parameter among ADAPTABLE that a server does not take, by the body of its error."""
+    try:  # without what it repeats of the request
+        words = json.dumps(json.loads(body, object_hook=lambda value: value | {"input": None}))
+    except (ValueError, RecursionError):
+        words = body
+    if not UNSUPPORTED.search(words):
+        return None
+    param = re.search(r'"param": "([^"]+)"', words)  # its own field, which may be a path such as body.seed
+    named = param[1] if param else words
+    return next((name for name in ADAPTABLE if re.search(rf"\b{name}\b", named)), None)
 
 
-def failure_from(error: Exception, timeout: float) -> Failure:
-    """The Failure that one of ERRORS stands for. timeout: seconds that the reply had."""
-    if isinstance(error, openai.APIStatusError):
-        pause = seconds_of(error.response.headers.get("retry-after"))
-        return failure_of(error.status_code, f"{type(error).__name__}: {error}", pause)
-    if isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException)):
-        return Unanswered(f"no reply within {timeout:.3g} s", busy=True)
-    return Unanswered(f"{type(error).__name__}: {error} ({error.__cause__ or error})")
-
-
-def failure_of(status: int, reason: str, pause: float = 0) -> Failure:
+def failure_of(status: int, body: str, pause: float = 0) -> Failure:
     """The Failure that an HTTP status stands for: the server's trouble, which passes, or a request that fails again."""
+    reason = f"HTTP {status}: {shown(body)}"
     if status in BUSY or status >= 500:
         return Unanswered(reason, busy=status in BUSY, pause=pause)
     if status in SERVER_SIDE:
         return Unanswered(reason, passing=False, pause=pause)
-    return Failure(reason, "request", retry=False)
+    return BadStatus(status, body)
 
 
 def seconds_of(retry_after: str | None) -> float:
@@ -329,9 +331,10 @@ def seconds_of(retry_after: str | None) -> float:
     return seconds if math.isfinite(seconds) else 0
 
 
-def read_reply(response, deadline: float) -> str:
+def read_reply(response: httpx2.Response, deadline: float) -> str:
     """Reads a reply, which has to end by the deadline even if it arrives byte by byte."""
-    parts, size = [], 0
+    parts = []
+    size = 0
     for part in response.iter_bytes():
         parts.append(part)
         size += len(part)
@@ -342,7 +345,7 @@ def read_reply(response, deadline: float) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def parsed(text: str):
+def parsed(text: str) -> Any:
     """The JSON of a reply. Unanswered: it is empty, a web page, or JSON that is cut off or nested too deep."""
     if not text.lstrip().startswith(("{", "[")):
         raise Unanswered(f"the server answered without JSON: {shown(text)}", passing=not text.strip())
@@ -363,11 +366,10 @@ def first_choice(text: str) -> dict:
     choice = choices[0] if isinstance(choices, list) and choices else None
     for place in (found, choice if isinstance(choice, dict) else {}):
         if error := place.get("error"):
-            reason = f"the server answered with an error: {error_words(error)}"
             code = error.get("code") if isinstance(error, dict) else None
             if type(code) is int and 400 <= code < 600:  # a provider's status under HTTP 200
-                raise failure_of(code, reason)
-            raise Unanswered(reason, passing=False)
+                raise failure_of(code, text)
+            raise Unanswered(f"the server answered with an error: {shown(text)}", passing=False)
     if "choices" not in found:
         raise Unanswered(f"the reply holds no choices: {shown(text)}", passing=False)
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
@@ -386,11 +388,6 @@ def usage_of(reply: dict) -> tuple[int, int] | None:
     if type(n_prompt) is int and type(n_reply) is int and min(n_prompt, n_reply) >= 0:
         return n_prompt, n_reply
     return None
-
-
-def error_words(error) -> str:
-    message = error.get("message") if isinstance(error, dict) else error
-    return shown(message if isinstance(message, str) else json.dumps(error))
 
 
 def shown(text: str) -> str:

@@ -626,7 +626,7 @@ def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):
     asked = {question: len(requests) for question, requests in server.requests.items()}
     assert asked == {"question 0": 3, "question 1": 2, "question 2": 2, "question 3": 4, "question 4": 1, "never 5": 2}
     error = capfd.readouterr().err
-    assert f'no answer to prompt "{prompts[5]["prompt_id"]}": BadRequestError' in error
+    assert f'no answer to prompt "{prompts[5]["prompt_id"]}": HTTP 400: ' in error
 
 
 def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path, server, capfd):

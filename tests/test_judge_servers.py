@@ -62,8 +62,10 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         answer = "never plain" if text == "Hi" else text[text.rindex("<<") + 2 : text.rindex(">>")]
         if refused := next((p for p in self.server.refuses if p in request), None):
             self.server.requests["refused"].append(request)
-            message = self.server.refuses[refused]
-            return self.reply(400, json.dumps({"error": {"message": message, "param": None}}).encode())
+            reason = self.server.refuses[refused]
+            if isinstance(reason, str):
+                reason = 400, {"error": {"message": reason, "param": None}}
+            return self.reply(reason[0], json.dumps(reason[1]).encode())
         self.server.requests[answer].append(request)
         faults = self.server.faults.get(answer, [])
         times = len(self.server.requests[answer])
@@ -257,14 +259,14 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(server, opened, told_so
     assert judge.take_counts() == (2, 0)
     told = [line for line in capsys.readouterr().err.splitlines() if server.url in line]
     assert 2 <= len(told) <= 5  # not one a request
-    assert "APIConnectionError" in told[0] and "s more (--judge-patience 1800)" in told[0]
+    assert "no connection" in told[0] and "s more (--judge-patience 1800)" in told[0]
     assert told[-1].endswith("answers again")
 
 
 @pytest.mark.parametrize(
     "fault, reason",
     [
-        ("drop", "APIConnectionError"),
+        ("drop", "no connection"),
         (503, "scripted"),
         ("garbage", "malformed JSON"),
         ("page", "Log in first"),
@@ -382,6 +384,64 @@ def test_a_wrong_value_is_no_unknown_parameter(server, opened, message):
     assert len(server.requests["refused"]) == 1
 
 
+EXTRA = {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": 7}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"detail": [EXTRA]},
+        {"detail": [EXTRA | {"msg": "Remove it."}]},
+        {"object": "error", "message": {"detail": [EXTRA]}, "code": "1000"},
+        {"error": {"message": "Invalid request.", "code": "unsupported_parameter", "param": "seed"}},
+        {"error": {"message": "Unknown: temperature and the rest stay.", "code": 422, "param": "body.seed"}},
+        {"message": "Unknown parameter.", "param": "seed"},
+        "unknown field seed",
+    ],
+)
+def test_a_parameter_is_refused_anywhere_in_the_body(server, opened, body, capsys):
+    server.refuses = {"seed": (422, body)}
+    judge = opened(server.url, concurrency=1)
+    for n in range(2):
+        judge.submit(n, ROW, f"fine {n}", seed=n)
+    assert all((v.reward, v.attempts) == (0.85, 1) for v in verdicts(judge).values())
+    assert len(server.requests.pop("refused")) == 1
+    assert all("seed" not in request and "temperature" in request for [request] in server.requests.values())
+    assert "refuses seed: its own default holds" in capsys.readouterr().err
+
+
+def test_the_reason_of_a_422_is_shown(server, opened):
+    """What it repeats of the request refuses no parameter."""
+    echo = {"seed": 1, "messages": "max_tokens are not supported"}
+    server.refuses = {"seed": (422, {"detail": [{"loc": ["body", "user"], "msg": "Field required", "input": echo}]})}
+    found = answers_in_time(opened(server.url))
+    assert (found.reward, found.failure, len(server.requests["refused"])) == (None, "request", 1)
+    assert "HTTP 422" in found.error and "Field required" in found.error
+
+
+@pytest.mark.parametrize("suffix", ["/v1/chat/completions", "/v1/chat/completions/", "/chat/completions", "/v1/"])
+def test_addresses_of_a_server(server, opened, suffix):
+    """As they stand in a manual, whose scheme may have capitals."""
+    paths = []
+    real = FaultyServer.do_POST
+
+    class Handler(FaultyServer):
+        def do_POST(self):
+            paths.append(self.path)
+            real(self)
+
+    server.RequestHandlerClass = Handler
+    judge = opened(f"{server.url.replace('http', 'HTTP')}{suffix}#tiny")
+    assert answers_in_time(judge).reward == 0.85 and paths == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("key", ["sk-\u2026abc", "sk-abc\nsk-def", "sk-\xe4"])
+def test_a_key_that_is_none_is_named(server, opened, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="--judge http.*OPENAI_API_KEY: expected printable ASCII"):
+        opened(server.url)
+
+
 @pytest.mark.parametrize("key", ["", " \n"])
 def test_an_empty_key_is_as_good_as_none(server, opened, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -412,7 +472,7 @@ def test_a_request_that_a_server_dies_of_is_lost_alone(server, opened):
         judge.submit(answer, ROW, answer, seed=0)
     found = verdicts(judge)
     assert found["fine"].reward == 0.85 and found["never back"].reward is None
-    assert "APIConnectionError" in found["never back"].error
+    assert "no connection" in found["never back"].error
     assert len(server.requests["never back"]) == chat_client.SUSPECT + 1
 
 
