@@ -19,12 +19,12 @@ from torch import Tensor
 
 from chat import Chat
 from judges import Judge, ask_all
-from model import Transformer, save_pretrained
+from model import save_pretrained
 from prompts import DIMENSIONS, Judgement
 from runtime import training
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed, moments, print0
 from runtime.runs import Run
-from trajectory import Dropped, RolloutRecord, TokenArrays, Trajectory, UpdateRecord
+from trajectory import Batch, Checks, Dropped, Rollout, TokenArrays, Trajectory, UpdateRecord
 
 
 class Means:
@@ -114,11 +114,7 @@ DISTINCT_OF = 32  # answers, per rank: distinct pairs get rarer with the number 
 
 
 def describe_rollout(
-    means: Means,
-    judged: list[Trajectory],
-    dropped: list[Dropped],
-    selected: set[tuple[str, int]] | None = None,
-    prefix: str = "",
+    means: Means, rollout: Rollout, selected: set[tuple[str, int]] | None = None, prefix: str = ""
 ) -> None:
     """Adds rewards, gains, lengths and scores of originals and edits."""
 
@@ -126,17 +122,17 @@ def describe_rollout(
         means.add(prefix + name, value)
 
     for kind in ("original", "edit"):
-        of_kind = [t for t in judged if (t.parent is not None) == (kind == "edit")]
+        of_kind = [t for t in rollout.judged if (t.parent is not None) == (kind == "edit")]
         # the first samples of each prompt first, so that as many count whatever the number of samples
         of_kind.sort(key=lambda t: (t.sample_id, t.prompt.index))
         answers = [t.answer for t in of_kind[:DISTINCT_OF]]
         if answers:
             add(f"{kind}/distinct_2", distinct(answers, 2))
-    for d in dropped:  # are the responses without a judgement longer, or worse?
+    for d in rollout.dropped:  # are the responses without a judgement longer, or worse?
         if d.kind != "truncated":
             add("lost/length", len(d.response_ids))
             add("lost/recited", recited(d.prompt.row["persona"], d.answer))
-    for t in judged:
+    for t in rollout.judged:
         kind = "edit" if t.parent else "original"
         add(f"{kind}/reward", t.reward)
         add(f"{kind}/length", len(t.response_ids))
@@ -161,10 +157,10 @@ def scores_of(judgement: Judgement | None) -> dict[str, int]:
     return {name: getattr(judgement, name) for name in DIMENSIONS} if judgement else {}
 
 
-def describe_audits(means: Means, record: RolloutRecord) -> None:
+def describe_audits(means: Means, rollout: Rollout, audits: dict[tuple, dict[str, float | None]]) -> None:
     """Adds the noise of the judge, and how it compares with a second one."""
-    reward = {t.key: t.reward for t in record.judged}
-    for key, audit in record.audits.items():
+    reward = {t.key: t.reward for t in rollout.judged}
+    for key, audit in audits.items():
         if audit["again"] is not None:
             means.add("audit/noise", abs(reward[key] - audit["again"]))
         if audit["second"] is not None:
@@ -194,9 +190,9 @@ def describe_update(means: Means, record: UpdateRecord, eps_low: float, eps_high
         means.add("original/clipfrac", tokens.weight[original] == 0)
         means.add("original/approx_kl", tokens.approx_kl())
         describe_edits(means, tokens, eps_low, eps_high)
-    for loss, clipped in record.critic:
-        means.add("value_loss", loss)
-        means.add("value_clipfrac", clipped)
+    for values in record.critic:
+        means.add("value_loss", values.loss)
+        means.add("value_clipfrac", values.clipped)
     for name, norms in record.grad_norms.items():
         for norm in norms:
             means.add(f"grad_norm_{name}", norm)
@@ -256,24 +252,26 @@ def explained_variance(returns: list[Tensor], values: list[Tensor], ranks: Ranks
 
 
 def step_metrics(
-    rollout: RolloutRecord,
+    rollout: Rollout,
+    selected: set[tuple[str, int]],
+    checks: Checks,
+    batch: Batch,
     update: UpdateRecord,
-    n_batch: int,
-    figures: dict[str, float],
+    sync_error: float,
     clip: tuple[float, float],
     run: Run,
 ) -> dict[str, Any]:
     """The line of metrics.jsonl of a step, over all ranks. Warns where many responses are dropped.
 
-    n_batch: this rank's trajectories. figures: more metrics of the whole step. clip: eps_low, eps_high.
+    clip: eps_low, eps_high.
     """
     ranks = run.ranks
     means = Means()
-    describe_rollout(means, rollout.judged, rollout.dropped, rollout.selected)
-    describe_audits(means, rollout)
-    if rollout.held_out:
-        describe_rollout(means, *rollout.held_out, prefix="held_out/")
-    for difference in rollout.swapped:
+    describe_rollout(means, rollout, selected)
+    describe_audits(means, rollout, checks.audits)
+    if checks.held_out:
+        describe_rollout(means, checks.held_out, prefix="held_out/")
+    for difference in checks.swapped:
         means.add("held_out/swap", difference)
     describe_update(means, update, *clip)
 
@@ -283,19 +281,19 @@ def step_metrics(
     counts["generated_tokens"] = sum(len(t.response_ids) for t in rollout.judged)
     counts["trained_tokens"] = update.logical_tokens
     counts["computed_tokens"] = update.computed_tokens
-    counts["batch"] = n_batch
+    counts["batch"] = len(batch.trajectories)
     counts["judged"] = len(rollout.judged)
     counts = dict(zip(counts, map(int, all_sum(ranks, *counts.values()))))
     warn_of_lost(counts, run.step + 1)
     del counts["judged"]  # not a metric of its own
 
     training_seconds = run.seconds["score"] + run.seconds["update"]
-    machine = training.machine_metrics(ranks, update.flops, training_seconds, run.args.peak_tflops)
     metrics = {
         **means.over_ranks(ranks),
         **counts,
-        **machine,
-        **figures,
+        **training.machine_metrics(ranks, update.flops, training_seconds, run.args.peak_tflops),
+        "explained_variance": explained_variance(batch.returns, batch.values, ranks),
+        "weight_sync_error": sync_error,
         "generated_tokens_per_second": counts["generated_tokens"] / run.seconds["rollout"],
         "trained_tokens_per_second": counts["trained_tokens"] / training_seconds,
         **{f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()},
@@ -364,6 +362,22 @@ def warn_of_lost(counts: dict[str, int], step: int) -> None:
 # -- diagnostics that ask the judge ------------------------------------------------------------------------------------
 
 
+def ask_again(
+    rollout: Rollout,
+    held_out: Rollout | None,
+    judge: Judge,
+    second: Judge | None,
+    fraction: float,
+    seed: int,
+    step: int,
+) -> Checks:
+    """Audits a fraction of the originals, and judges held-out answers under other personas."""
+    audits = audit(rollout.judged, judge, second, fraction, seed, step)
+    swapped = swap_personas(held_out, judge) if held_out else []
+    judge.take_counts()  # no cost of the training
+    return Checks(audits, held_out, swapped)
+
+
 def audit(
     judged: list[Trajectory], judge: Judge, second: Judge | None, fraction: float, seed: int, step: int
 ) -> dict[tuple, dict[str, float | None]]:
@@ -382,11 +396,9 @@ def audit(
     return {t.key: {"again": own, "second": other} for t, own, other in zip(chosen, again, others)}
 
 
-def swap_personas(held_out: tuple[list[Trajectory], list[Dropped]] | None, judge: Judge) -> list[float]:
+def swap_personas(held_out: Rollout, judge: Judge) -> list[float]:
     """The reward that held-out answers lose when they are judged under the next prompt's persona."""
-    if held_out is None:
-        return []
-    originals = [t for t in held_out[0] if not t.parent]
+    originals = [t for t in held_out.judged if not t.parent]
     swapped = []
     for t, other in zip(originals, originals[1:] + originals[:1]):
         persona = other.prompt.row["persona"]
@@ -397,13 +409,12 @@ def swap_personas(held_out: tuple[list[Trajectory], list[Dropped]] | None, judge
     return [t.reward - v.reward for (t, _), v in zip(swapped, verdicts) if v.reward is not None]
 
 
-def check_judge(judged: list[Trajectory], dropped: list[Dropped], judge: Judge, spec: str, ranks: Ranks) -> None:
+def check_judge(probe: Rollout, judge: Judge, spec: str, ranks: Ranks) -> None:
     """Prints how many of a few answers got a judgement at the start of a run. ValueError: none did."""
     if judge.down:
         raise ValueError(judge.down)
-    n_lost = sum(d.kind == "originals" for d in dropped)
-    n_judged, n_lost = map(int, all_sum(ranks, len(judged), n_lost))
-    judge.take_counts()
+    n_lost = sum(d.kind == "originals" for d in probe.dropped)
+    n_judged, n_lost = map(int, all_sum(ranks, len(probe.judged), n_lost))
     judge.forget()  # so that the first step is computed as without this
     if n_lost and not n_judged:
         raise ValueError(f"--judge {spec}: not one of {n_lost} answers got a judgement; is it a reward model?")
@@ -507,15 +518,22 @@ def token_rows(record: UpdateRecord, chat: Chat, n: int, seed: int, step: int, r
 
 
 def write_rollouts(
-    rollout: RolloutRecord, update: UpdateRecord, chat: Chat, log_tokens: int, seed: int, run: Run
+    rollout: Rollout,
+    selected: set[tuple[str, int]],
+    checks: Checks,
+    update: UpdateRecord,
+    chat: Chat,
+    log_tokens: int,
+    seed: int,
+    run: Run,
 ) -> None:
     """Writes OUT/rollouts, and where there is something OUT/held_out, OUT/lost (dropped responses) and OUT/tokens."""
-    run.write_rows("rollouts", rollout_rows(rollout.judged, rollout.selected, rollout.audits))
+    run.write_rows("rollouts", rollout_rows(rollout.judged, selected, checks.audits))
     lost = dropped_rows(rollout.dropped)
     if any(all_gather(run.ranks, lost)):
         run.write_rows("lost", lost)
-    if rollout.held_out:
-        run.write_rows("held_out", rollout_rows(rollout.held_out[0]))
+    if checks.held_out:
+        run.write_rows("held_out", rollout_rows(checks.held_out.judged))
     if log_tokens:
         run.write_rows("tokens", token_rows(update, chat, log_tokens, seed, run.step + 1, run.ranks))
 
@@ -523,27 +541,16 @@ def write_rollouts(
 # -- a batch for replay.py ---------------------------------------------------------------------------------------------
 
 
-def save_batch(
-    script: str,
-    batch: list[Trajectory],
-    old_logprobs: list[Tensor | None],
-    advantages: list[Tensor],
-    policy: Transformer,
-    tokenizer_from: str,
-    templates: dict[str, str],
-    run: Run,
-) -> None:
+def save_batch(script: str, batch: Batch, run: Run) -> None:
     """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN, for replay.py.
 
     script: the file whose losses it was made for, which replay.py loads.
     """
     folder = os.path.join(run.out, f"batch_{run.step + 1:06d}")
-    mine = [
-        dict(trajectory=dataclasses.asdict(t), old_logprobs=old, advantages=advantage)
-        for t, old, advantage in zip(batch, old_logprobs, advantages)
-    ]
-    whole = all_gather(run.ranks, mine)
-    save_pretrained(policy, os.path.join(folder, "policy"), tokenizer_from, torch.float32, templates)
+    columns = dict(vars(batch), trajectories=[dataclasses.asdict(t) for t in batch.trajectories])
+    whole = all_gather(run.ranks, [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)])
+    policy = run.models["policy"]
+    save_pretrained(policy, os.path.join(folder, "policy"), run.tokenizer_from, torch.float32, run.templates)
     if run.ranks.rank == 0:
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=whole)
         torch.save(content, os.path.join(folder, "batch.pt"))

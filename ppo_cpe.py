@@ -28,7 +28,7 @@ Departures from the paper and its code (docs/method.md 2 has the whole table):
 import os
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
@@ -68,7 +68,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     max_new_tokens: flags.Count = 2048
     """Tokens of an original or an edit."""
     truncated: Literal["judge", "drop", "min_score"] = "judge"
-    """A response that hits the limit is scored as it stands | leaves the batch | gets the lowest possible score."""
+    """A response that hits the limit is scored as it stands | leaves the batch | gets the judge's lowest reward."""
 
     # -- edits (docs/method.md 1.6e, 1.7, 1.8 and 2)
     edit_rate: flags.Fraction = 0.5
@@ -127,6 +127,7 @@ import functools
 import math
 import random
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -145,14 +146,17 @@ from runtime.rows import refuse_held_out
 from runtime.runs import Run
 from trajectory import (
     TRUNCATED,
+    Arrays,
+    Batch,
     Dropped,
     Origin,
     Prompt,
     Response,
-    RolloutRecord,
+    Rollout,
     TokenArrays,
     Trajectory,
     UpdateRecord,
+    ValueArrays,
     balance_prompts,
 )
 from weights import resolve
@@ -177,18 +181,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_low: float, eps_high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's clipped loss per token (Schulman 2017, eq. 7).
-
-    All inputs [S]. Returns loss [S], ratio [S] and the weight on grad log p [S]: the ratio, 0 where it is clipped.
-    """
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
+    """PPO's clipped loss per token (Schulman 2017, eq. 7). All inputs and the result are [S]."""
     ratio = torch.exp(logprobs - old_logprobs)
     pg_loss1 = -ratio * advantages
     pg_loss2 = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
-    weight = ratio.masked_fill(pg_loss2 > pg_loss1, 0)
-    return torch.maximum(pg_loss1, pg_loss2), ratio.detach(), weight.detach()
+    return torch.maximum(pg_loss1, pg_loss2)
 
 
 RATIO_CAPS = {"unclipped": 10.0, "tis": 2.0}  # bounds against outliers, where --ratio-cap gives none
@@ -203,10 +201,10 @@ def edit_loss(
     eps_high: float = 0.2,
     cap: float | None = None,
     gamma: float = 0.1,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """The loss on edits per token (docs/method.md 2): p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
 
-    kind       loss                                         weight: the loss has the gradient -weight A grad log p
+    kind       loss                                         weight: the gradient is -weight A grad log p
     paper      -clip(r, 1-eps_low, 1+eps_high) A            r inside the range, else 0
     unclipped  -min(r, cap) A                               r, 0 above the cap
     tis        -sg(min(r, cap)) A log p                     min(r, cap)
@@ -214,38 +212,59 @@ def edit_loss(
     topr       -A log p, times sg(min(r, 1)) if A < 0       1 where A >= 0, else min(r, 1)
     none       -A log p                                     1
 
-    logprobs is log p, edit_logprobs is log q, all inputs are [S] over the tokens of edits. Returns loss [S], r [S] and
-    weight [S]. The last two are detached and only describe the loss, in the metrics and replay.py.
-    ValueError: unknown kind. To try another loss, add a branch here and its name to EditLoss.
+    logprobs is log p, edit_logprobs is log q; all inputs and the result are [S], over the tokens of edits. ValueError:
+    unknown kind. To try another loss, add a branch here and its name to EditLoss; `loss_weight` finds its weight.
     """
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()
     cap = cap or RATIO_CAPS.get(kind, math.inf)
     if kind == "paper":
-        low = math.log(1 - eps_low)
-        high = math.log(1 + eps_high)
-        loss = -log_ratio.clamp(low, high).exp() * advantages
-        weight = torch.where((log_ratio >= low) & (log_ratio <= high), ratio, 0.0)
-    elif kind == "unclipped":
+        return -log_ratio.clamp(math.log(1 - eps_low), math.log(1 + eps_high)).exp() * advantages
+    if kind == "unclipped":
         # clamp the log: the exponential of an outlier would be infinite and its gradient NaN
-        loss = -log_ratio.clamp(max=math.log(cap)).exp() * advantages
-        weight = torch.where(ratio <= cap, ratio, 0.0)
-    elif kind == "tis":
-        weight = ratio.clamp(max=cap)
-        loss = -weight * advantages * logprobs
-    elif kind == "luffy":
+        return -log_ratio.clamp(max=math.log(cap)).exp() * advantages
+    if kind == "tis":
+        return -ratio.clamp(max=cap) * advantages * logprobs
+    if kind == "luffy":
         p = logprobs.exp()
-        loss = -advantages * p / (p + gamma)
-        weight = gamma * p / (p + gamma) ** 2
-    elif kind == "topr":  # arXiv 2503.14286: a bad edit is unlearned only as far as the policy would say it
-        weight = torch.where(advantages < 0, ratio.clamp(max=1), 1.0)
-        loss = -weight * advantages * logprobs
-    elif kind == "none":
-        weight = torch.ones_like(ratio)
-        loss = -advantages * logprobs
-    else:
-        raise ValueError(f"edit loss {kind!r}: expected one of {', '.join(EDIT_LOSSES)}")
-    return loss, ratio, weight.detach()
+        return -advantages * p / (p + gamma)
+    if kind == "topr":  # arXiv 2503.14286: a bad edit is unlearned only as far as the policy would say it
+        return -torch.where(advantages < 0, ratio.clamp(max=1), 1.0) * advantages * logprobs
+    if kind == "none":
+        return -advantages * logprobs
+    raise ValueError(f"edit loss {kind!r}: expected one of {', '.join(EDIT_LOSSES)}")
+
+
+def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_edit: Tensor, args: "Args") -> Tensor:
+    """The loss of each token [S]: `policy_loss` on originals, `edit_loss` where is_edit (bool [S])."""
+    original = ~is_edit
+    loss = torch.empty_like(logprobs)
+    loss[original] = policy_loss(
+        logprobs[original], old_logprobs[original], advantages[original], args.eps_low, args.eps_high
+    )
+    loss[is_edit] = edit_loss(
+        args.edit_loss,
+        logprobs[is_edit],
+        old_logprobs[is_edit],  # pi_e(y_e | edit prompt)
+        advantages[is_edit],
+        eps_low=args.eps_low,
+        eps_high=args.eps_high,
+        cap=args.ratio_cap,
+        gamma=args.luffy_gamma,
+    )
+    return loss
+
+
+def loss_weight(loss_of: Callable[[Tensor, Tensor], Tensor], logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """The weight of each token in a loss: its gradient is -weight * advantage * grad log p. fp32 [S].
+
+    loss_of: (logprobs, advantages) -> loss [S]. The weight is 1 for a plain policy gradient and 0 for a clipped token.
+    It only describes the loss, in the metrics and replay.py. A zero advantage is taken as 1.
+    """
+    logprobs = logprobs.detach().requires_grad_()
+    advantages = torch.where(advantages == 0, 1.0, advantages)
+    (gradient,) = torch.autograd.grad(loss_of(logprobs, advantages).sum(), logprobs)
+    return -gradient / advantages
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -256,9 +275,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     return 0.5 * torch.maximum(loss1, loss2), loss2 > loss1
 
 
-def select_edits(
-    edits: list[tuple[str, int, float, float]], rate: float, strategy: str, seed: int
-) -> set[tuple[str, int]]:
+class EditReward(NamedTuple):
+    prompt_id: str
+    sample_id: int
+    reward: float
+    original_reward: float
+
+
+def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int) -> set[tuple[str, int]]:
     """Chooses the edits that join the batch: a fraction `rate` of them (docs/method.md 1.8).
 
     random        any edits of the batch
@@ -266,34 +290,32 @@ def select_edits(
     reward_rank   for each prompt, those with the highest reward
     conditional   for each prompt, those that gained most over their originals
 
-    edits: (prompt_id, sample_id, reward, reward of the original) of all edits of all ranks, in any order. Returns the
-    selected (prompt_id, sample_id). For a prompt, `rate` times its edits may not be a whole number; it is then rounded
-    up or down at random, so that the mean is right. ValueError: unknown strategy. To try another rule, add a branch
-    here and its name to EditStrategy.
+    edits: all edits of all ranks, in any order. Returns the selected (prompt_id, sample_id). For a prompt, `rate` times
+    its edits may not be a whole number; it is then rounded up or down at random, so that the mean is right.
+    ValueError: unknown strategy. To try another rule, add a branch here and its name to EditStrategy.
     """
     edits = sorted(edits)
     rng = random.Random(seed)
+    chosen = []
     if strategy in ("random", "batch_rank"):
         rng.shuffle(edits)  # ties between equal rewards are broken at random
         if strategy == "batch_rank":
-            edits.sort(key=lambda e: -e[2])
-        return {e[:2] for e in edits[: round(rate * len(edits))]}
-    if strategy == "reward_rank":
-        sort_key = lambda e: -e[2]  # noqa: E731
-    elif strategy == "conditional":
-        sort_key = lambda e: e[3] - e[2]  # noqa: E731  the least gain last
+            edits.sort(key=lambda edit: -edit.reward)
+        chosen = edits[: round(rate * len(edits))]
+    elif strategy in ("reward_rank", "conditional"):
+        edits_of_prompt = defaultdict(list)
+        for edit in edits:
+            edits_of_prompt[edit.prompt_id].append(edit)
+        for group in edits_of_prompt.values():
+            rng.shuffle(group)  # ties, as above
+            if strategy == "reward_rank":
+                group.sort(key=lambda edit: -edit.reward)
+            else:
+                group.sort(key=lambda edit: edit.original_reward - edit.reward)  # the least gain last
+            chosen += group[: int(rate * len(group) + rng.random())]
     else:
         raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(get_args(EditStrategy))}")
-    edits_of_prompt = defaultdict(list)
-    for edit in edits:
-        edits_of_prompt[edit[0]].append(edit)
-    selected = set()
-    for group in edits_of_prompt.values():
-        rng.shuffle(group)  # ties, as above
-        group.sort(key=sort_key)
-        n = int(rate * len(group) + rng.random())
-        selected |= {e[:2] for e in group[:n]}
-    return selected
+    return {(edit.prompt_id, edit.sample_id) for edit in chosen}
 
 
 # A relative reward is divided by the spread of the originals' advantages, but by at least the smallest difference of
@@ -302,7 +324,7 @@ SMALLEST_SPREAD = 0.05
 
 
 def compute_advantages(
-    batch: list[Trajectory], values: list[Tensor], args: Args, ranks: Ranks
+    trajectories: list[Trajectory], values: list[Tensor], args: Args, ranks: Ranks
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Advantages and returns of each token (docs/method.md 1.6f) from the critic's values: fp32 [L_i] per trajectory.
 
@@ -310,28 +332,28 @@ def compute_advantages(
     """
     raw: list[Tensor] = []
     returns: list[Tensor] = []
-    if batch:
+    if trajectories:
         lengths = [len(v) for v in values]
         padded = pad_sequence(values, batch_first=True)  # [N, L]
         mask = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
         rewards = torch.zeros_like(padded)
-        for i, t in enumerate(batch):
+        for i, t in enumerate(trajectories):
             rewards[i, lengths[i] - 1] = t.reward  # on the last token
         padded_advantages, padded_returns = gae(rewards, padded, mask, args.gamma, args.gae_lambda)
         raw = [row[:n] for row, n in zip(padded_advantages, lengths)]
         returns = [row[:n] for row, n in zip(padded_returns, lengths)]
 
-    relative = [args.edit_baseline == "original" and t.parent is not None for t in batch]
+    relative = [args.edit_baseline == "original" and t.parent is not None for t in trajectories]
     whitened = [a for a, is_relative in zip(raw, relative) if not is_relative]
     mean, std = moments(ranks, torch.cat(whitened or [torch.zeros(0)]))
     original_rewards = defaultdict(list)
-    for t in batch:
+    for t in trajectories:
         if t.parent is None:
             original_rewards[t.prompt.index].append(t.reward)
     advantages = []
-    for t, own, is_relative in zip(batch, raw, relative):
+    for t, own, is_relative in zip(trajectories, raw, relative):
         if is_relative:
-            # in units of the same spread, but not shifted by the mean of the batch
+            # in units of the same spread, but not shifted by their mean
             baseline = sum(original_rewards[t.prompt.index]) / len(original_rewards[t.prompt.index])
             relative_reward = (t.reward - baseline) / max(std, SMALLEST_SPREAD)
             advantages.append(torch.full_like(own, relative_reward))
@@ -345,19 +367,19 @@ def compute_advantages(
 
 def rollout(
     prompts: list[Prompt],
+    args: Args,
+    step: int | str,
+    *,
     engine: Engine,
     judge: Judge,
     chat: Chat,
     templates: Templates,
-    args: Args,
-    step: int | str,
-    run: Run | None = None,
-) -> tuple[list[Trajectory], list[Dropped]]:
+    show: Callable[[str], None],
+) -> Rollout:
     """Samples and judges the originals of this rank's prompts, then their edits (docs/method.md 1.6a-d), overlapping.
 
-    step: part of every seed. run: shows the progress. ValueError: an answer that would be edited got no critique.
+    step: part of every seed. show: is told of the progress. ValueError: an answer that would be edited got no critique.
     """
-    editing = args.edit_rate > 0
     submit = functools.partial(
         engine.submit, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
     )
@@ -388,24 +410,27 @@ def rollout(
             if verdict.reward is None:
                 dropped.append(Dropped(**vars(response), drop_reason=verdict.error or "no judgement"))
                 continue
-            reward = verdict.reward
-            if response.truncated and args.truncated == "min_score":
-                reward = -5.0 * sum(args.score_weights)
-            t = Trajectory(**vars(response), reward=reward, judgement=verdict.judgement)
+            t = Trajectory(**vars(response), reward=verdict.reward, judgement=verdict.judgement)
+            if t.truncated and args.truncated == "min_score" and judge.lowest_reward is not None:
+                t.reward = judge.lowest_reward
             judged.append(t)
-            if editing and t.parent is None:
-                if not t.critique.strip():
-                    raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.key[0]}")
-                if args.edit_below is None or t.reward < args.edit_below:
-                    context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
-                    edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
-                    in_engine[edit.key, 0] = edit
-                    seed = derive_seed(args.seed, step, *edit.key[:2], "edit")
-                    submit(context_ids, key=edit.key, seeds=[seed])
-            if run:
-                run.show(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
+            if is_edited(t, args):
+                context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
+                edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
+                in_engine[edit.key, 0] = edit
+                submit(context_ids, key=edit.key, seeds=[derive_seed(args.seed, step, *edit.key[:2], "edit")])
+        show(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
     judged.sort(key=lambda t: (t.prompt.index, t.key))  # whatever the order in which a server happened to answer
-    return judged, dropped
+    return Rollout(len(prompts), judged, dropped, judge.take_counts())
+
+
+def is_edited(t: Trajectory, args: Args) -> bool:
+    """Whether the policy rewrites a judged response. ValueError: there is no critique to rewrite it by."""
+    if t.parent is not None or args.edit_rate == 0:
+        return False
+    if not t.critique.strip():
+        raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.key[0]}")
+    return args.edit_below is None or t.reward < args.edit_below
 
 
 def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
@@ -420,35 +445,52 @@ def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
     )
 
 
-def select(judged: list[Trajectory], args: Args, step: int, ranks: Ranks) -> tuple[list[Trajectory], set]:
+def select(rollout: Rollout, args: Args, step: int, ranks: Ranks) -> tuple[list[Trajectory], set[tuple[str, int]]]:
     """The step's batch: all originals and the selected edits.
 
     Returns this rank's trajectories (whole prompts, balanced over the ranks) and the (prompt_id, sample_id) of all
-    selected edits. Every rank makes the same selection, from the rewards of all.
+    selected edits. Every rank makes the same selection, from the rewards of all. ValueError: nothing is left to train.
     """
-    edits = [(*t.key[:2], t.reward, t.parent.reward) for t in judged if t.parent]
+    edits = [EditReward(*t.key[:2], t.reward, t.parent.reward) for t in rollout.judged if t.parent]
     seed = derive_seed(args.seed, step, "select")
     selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
-    batch = [t for t in judged if t.parent is None or t.key[:2] in selected]
-    return balance_prompts(batch, args.mini_batch_prompts, ranks), selected
+    trajectories = [t for t in rollout.judged if t.parent is None or t.key[:2] in selected]
+    diagnostics.check_batch(trajectories, rollout.dropped, step, ranks)
+    return balance_prompts(trajectories, args.mini_batch_prompts, ranks), selected
+
+
+def score(
+    trajectories: list[Trajectory], models: dict[str, Transformer], args: Args, step: int, ranks: Ranks
+) -> tuple[list[Tensor | None], list[Tensor], float]:
+    """Old log-probs and values of the response tokens, [L_i] per trajectory, and the FLOPs.
+
+    Old log-probs are None where none are needed: see `old_policy_logprobs`, and while only the critic is trained.
+    """
+    old_logprobs: list[Tensor | None] = [None] * len(trajectories)
+    policy_flops = 0.0
+    if step >= args.critic_warmup_steps:
+        old_logprobs, policy_flops = old_policy_logprobs(trajectories, models["policy"], args, ranks)
+    values, critic_flops = critic_values(trajectories, models["critic"], args, ranks)
+    return old_logprobs, values, policy_flops + critic_flops
 
 
 def old_policy_logprobs(
-    batch: list[Trajectory], policy: Transformer, args: Args, ranks: Ranks
+    trajectories: list[Trajectory], policy: Transformer, args: Args, ranks: Ranks
 ) -> tuple[list[Tensor | None], float]:
     """Behaviour log-probs by the trainer's own forward pass: pi_old(y_o | x), and for edits pi_e(y_e | edit prompt).
 
-    Returns fp32 [L_i] per trajectory and the FLOPs. An original of the first mini-batch has None: it is trained with
-    the weights that sampled it, so its ratio is 1 and `update` takes the log-probs of its own pass. An edit prompt
-    continues prompt and y_o, so all of these share the prompt, and y_o is scored on the way to its edit.
+    Returns fp32 [L_i] per trajectory and the FLOPs. An original of the first mini-batch has None where it is trained
+    once: with the weights that sampled it, so that its ratio is 1. An edit prompt continues prompt and y_o, so all of
+    these share the prompt, and y_o is scored on the way to its edit.
     """
-    position = {t.key: i for i, t in enumerate(batch)}
-    unscored = {t.key for t in batch if t.parent is None and t.prompt.index >= args.mini_batch_prompts}
+    position = {t.key: i for i, t in enumerate(trajectories)}
+    first = args.mini_batch_prompts if args.ppo_epochs == 1 else 0  # the first prompt whose ratio may differ from 1
+    unscored = {t.key for t in trajectories if t.parent is None and t.prompt.index >= first}
     prefixes: list[list[int]] = []
     suffixes: list[list[int]] = []
     masks: list[list[bool]] = []  # which tokens of a suffix are scored
     scored: list[list[int]] = []  # the trajectories that these tokens belong to, in order
-    for t in sorted(batch, key=lambda t: (t.prompt.index, t.parent is None)):  # the edits of a prompt come first
+    for t in sorted(trajectories, key=lambda t: (t.prompt.index, t.parent is None)):  # the edits of a prompt come first
         if t.parent is None and t.key not in unscored:
             continue
         unscored.discard(t.key)
@@ -468,90 +510,91 @@ def old_policy_logprobs(
     rows, flops = training.per_token(
         policy, prefixes, suffixes, masks, args.temperature, args.tokens_per_microbatch, ranks
     )
-    logprobs: list[Tensor | None] = [None] * len(batch)
+    logprobs: list[Tensor | None] = [None] * len(trajectories)
     for owners, row in zip(scored, rows):
-        lengths = [len(batch[i].response_ids) for i in owners]
+        lengths = [len(trajectories[i].response_ids) for i in owners]
         for i, own in zip(owners, row.split(lengths)):
             logprobs[i] = own
     return logprobs, flops
 
 
-def critic_values(batch: list[Trajectory], critic: Transformer, args: Args, ranks: Ranks) -> tuple[list[Tensor], float]:
+def critic_values(
+    trajectories: list[Trajectory], critic: Transformer, args: Args, ranks: Ranks
+) -> tuple[list[Tensor], float]:
     """The critic's value before each response token: fp32 [L_i] per trajectory, and the FLOPs."""
-    prefixes = [t.prompt.ids for t in batch]
-    suffixes = [t.response_ids for t in batch]
+    prefixes = [t.prompt.ids for t in trajectories]
+    suffixes = [t.response_ids for t in trajectories]
     return training.per_token(critic, prefixes, suffixes, None, args.temperature, args.tokens_per_microbatch, ranks)
 
 
-def policy_pass(
-    policy: Transformer,
-    packed: packing.Batch,
-    trajectories: list[Trajectory],
-    old_logprobs: list[Tensor | None],
-    advantages: list[Tensor],
-    args: Args,
-) -> tuple[Tensor, TokenArrays]:
+def policy_pass(policy: Transformer, packed: packing.Batch, batch: Batch, args: Args) -> tuple[Tensor, TokenArrays]:
     """One micro-batch: the sum of its token losses, with the graph, and what the update does with each token."""
     context = packed.context
     logprobs, entropy = policy(
         packed.input_ids, context.position_ids, context, packed.index, packed.targets, args.temperature
     )
     current = logprobs.detach()
-    # no old log-probs in the first mini-batch: it was sampled with the same weights, so the ratio is 1
-    known = [now if old is None else old.to(now.device) for old, now in zip(old_logprobs, current.split(packed.counts))]
-    old = torch.cat(known)
-    advantage = torch.cat(advantages).to(current.device)
-    is_edit = packing.per_token_flags([t.parent is not None for t in trajectories], packed.counts, current.device)
-
-    original = ~is_edit
-    loss_o, ratio_o, weight_o = policy_loss(
-        logprobs[original], old[original], advantage[original], args.eps_low, args.eps_high
+    device = current.device
+    # no old log-probs: sampled with the same weights, so the ratio is 1
+    old_logprobs = torch.cat(
+        [now if old is None else old.to(device) for old, now in zip(batch.old_logprobs, current.split(packed.counts))]
     )
-    loss_e, ratio_e, weight_e = edit_loss(
-        args.edit_loss,
-        logprobs[is_edit],
-        old[is_edit],  # pi_e(y_e | edit prompt)
-        advantage[is_edit],
-        eps_low=args.eps_low,
-        eps_high=args.eps_high,
-        cap=args.ratio_cap,
-        gamma=args.luffy_gamma,
+    advantages = torch.cat(batch.advantages).to(device)
+    is_edit = packing.per_token_flags([t.parent is not None for t in batch.trajectories], packed.counts, device)
+
+    def loss_of(logprobs: Tensor, advantages: Tensor) -> Tensor:
+        return token_losses(logprobs, old_logprobs, advantages, is_edit, args)
+
+    loss = loss_of(logprobs, advantages)
+    arrays = TokenArrays(
+        trajectories=batch.trajectories,
+        counts=packed.counts,
+        is_edit=is_edit.cpu(),
+        logprobs=current.cpu(),
+        old_logprobs=old_logprobs.cpu(),
+        advantages=advantages.cpu(),
+        entropy=entropy.cpu(),
+        loss=loss.detach().cpu(),
+        weight=loss_weight(loss_of, current, advantages).cpu(),
     )
-    loss = torch.empty_like(current)
-    ratio = torch.empty_like(current)
-    weight = torch.empty_like(current)
-    for array, of_originals, of_edits in (
-        (loss, loss_o.detach(), loss_e.detach()),
-        (ratio, ratio_o, ratio_e),
-        (weight, weight_o, weight_e),
-    ):
-        array[original] = of_originals
-        array[is_edit] = of_edits
-    tokens = TokenArrays(trajectories, packed.counts, is_edit, current, old, advantage, entropy, loss, ratio, weight)
-    return loss_o.sum() + loss_e.sum(), tokens.cpu()
+    return loss.sum(), arrays
 
 
-def critic_pass(
-    critic: Transformer, packed: packing.Batch, old_values: list[Tensor], returns: list[Tensor], args: Args
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The same for the critic: the sum of its token losses, with the graph; (loss, clipped) of each token."""
+def critic_pass(critic: Transformer, packed: packing.Batch, batch: Batch, args: Args) -> tuple[Tensor, ValueArrays]:
+    """The same for the critic."""
     values = training.forward(critic, packed, args.temperature)
-    loss, clipped = value_loss(
-        values, torch.cat(old_values).to(values.device), torch.cat(returns).to(values.device), args.value_clip
-    )
-    return loss.sum(), (loss.detach().cpu(), clipped.cpu())
+    old_values = torch.cat(batch.values).to(values.device)
+    returns = torch.cat(batch.returns).to(values.device)
+    loss, clipped = value_loss(values, old_values, returns, args.value_clip)
+    return loss.sum(), ValueArrays(loss=loss.detach().cpu(), clipped=clipped.cpu())
+
+
+def backward(
+    model: Transformer,
+    one_pass: Callable[[Transformer, packing.Batch, Batch, Args], tuple[Tensor, Arrays]],
+    micro_batches: list[tuple[list[int], packing.Batch | None]],
+    batch: Batch,
+    n_tokens: int,
+    args: Args,
+    ranks: Ranks,
+) -> tuple[list[Arrays], float]:
+    """Gradients of the mean loss over the n_tokens of all ranks. Returns the arrays of each pass, and the FLOPs."""
+    arrays = []
+    flops = 0.0
+    for indices, packed in micro_batches:
+        if packed is None:  # other ranks have more to compute, and FSDP needs all in every pass
+            training.idle_pass(model, args.temperature, ranks)
+            continue
+        loss, of_tokens = one_pass(model, packed, batch.take(indices), args)
+        # FSDP averages gradients over the ranks; times world_size makes that the sum
+        (loss * ranks.world_size / n_tokens).backward()
+        arrays.append(of_tokens)
+        flops += roofline.update_flops(model, packed)
+    return arrays, flops
 
 
 def update(
-    models: dict[str, Transformer],
-    optimizers: dict[str, torch.optim.AdamW],
-    batch: list[Trajectory],
-    old_logprobs: list[Tensor | None],
-    values: list[Tensor],
-    advantages: list[Tensor],
-    returns: list[Tensor],
-    run: Run,
-    args: Args,
+    models: dict[str, Transformer], optimizers: dict[str, torch.optim.AdamW], batch: Batch, args: Args, run: Run
 ) -> UpdateRecord:
     """PPO epochs over mini-batches of prompts (docs/method.md 1.6g). A loss is the mean over the tokens of all ranks.
 
@@ -559,56 +602,59 @@ def update(
     """
     ranks = run.ranks
     record = UpdateRecord()
-    old_logprobs = list(old_logprobs)  # the first mini-batch adds its own
     n_mini_batches = math.ceil(args.prompts_per_step / args.mini_batch_prompts)
     for number, mini_batch in enumerate(list(range(n_mini_batches)) * args.ppo_epochs, 1):
-        mine = [i for i, t in enumerate(batch) if t.prompt.index // args.mini_batch_prompts == mini_batch]
+        prompt_indices = range(mini_batch * args.mini_batch_prompts, (mini_batch + 1) * args.mini_batch_prompts)
+        mine = batch.take(i for i, t in enumerate(batch.trajectories) if t.prompt.index in prompt_indices)
         # an edit follows the original prompt, too: y_o and critique are not in the context that is trained
-        prompts = [batch[i].prompt.ids for i in mine]
-        responses = [batch[i].response_ids for i in mine]
-        (n_tokens,) = all_sum(ranks, sum(map(len, responses)))
+        prompts = [t.prompt.ids for t in mine.trajectories]
+        responses = [t.response_ids for t in mine.trajectories]
+        (n_tokens,) = map(int, all_sum(ranks, sum(map(len, responses))))
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
-        parts = packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks)
-        micro_batches = [([mine[k] for k in indices], packed) for indices, packed in parts]
+        micro_batches = list(packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks))
         record.logical_tokens += sum(map(len, prompts + responses))
         record.computed_tokens += sum(len(packed.input_ids) for _, packed in micro_batches if packed)
 
-        for name, lr in (("policy", args.lr), ("critic", args.critic_lr)):
-            if name == "policy" and run.step < args.critic_warmup_steps:
-                continue
-            model = models[name]
-            sums: dict[str, float] = defaultdict(float)
-            for indices, packed in micro_batches:
-                if packed is None:  # other ranks have more to compute, and FSDP needs all in every pass
-                    training.idle_pass(model, args.temperature, ranks)
-                    continue
-                record.flops += roofline.update_flops(model, packed)
-                if name == "policy":
-                    trajectories = [batch[i] for i in indices]
-                    old = [old_logprobs[i] for i in indices]
-                    loss, tokens = policy_pass(model, packed, trajectories, old, [advantages[i] for i in indices], args)
-                    record.policy.append(tokens)
-                    for i, own in zip(indices, tokens.old_logprobs.split(tokens.counts)):
-                        old_logprobs[i] = own
-                    sums["policy_loss"] += tokens.loss.double().sum().item()
-                    sums["original/approx_kl"] += tokens.approx_kl().double().sum().item()
-                else:
-                    old_values = [values[i] for i in indices]
-                    loss, losses = critic_pass(model, packed, old_values, [returns[i] for i in indices], args)
-                    record.critic.append(losses)
-                    sums["value_loss"] += losses[0].double().sum().item()
-                # FSDP averages gradients over the ranks; times world_size makes that the sum
-                (loss * ranks.world_size / n_tokens).backward()
-            names = ("policy_loss", "original/approx_kl") if name == "policy" else ("value_loss",)
-            means = {n: sums[n] / n_tokens for n in names}  # this rank's part of each mean
-            # written to OUT/bad_steps if the update is skipped
-            examples = [vars(batch[i]) | {"advantages": advantages[i], "returns": returns[i]} for i in mine]
+        if run.step >= args.critic_warmup_steps:
+            tokens, flops = backward(models["policy"], policy_pass, micro_batches, mine, n_tokens, args, ranks)
+            means = {
+                "policy_loss": sum_of([arrays.loss for arrays in tokens]) / n_tokens,
+                "original/approx_kl": sum_of([arrays.approx_kl() for arrays in tokens]) / n_tokens,
+            }
             norm = training.optimizer_step(
-                model, optimizers[name], lr, args.max_grad_norm, means, examples, run, f"_{name}_{number}"
+                models["policy"],
+                optimizers["policy"],
+                args.lr,
+                args.max_grad_norm,
+                means,
+                mine.rows(),
+                run,
+                f"_policy_{number}",
             )
-            record.grad_norms[name].append(norm)
+            record.grad_norms["policy"].append(norm)
+            record.policy += tokens
+            record.flops += flops
+        values, flops = backward(models["critic"], critic_pass, micro_batches, mine, n_tokens, args, ranks)
+        means = {"value_loss": sum_of([arrays.loss for arrays in values]) / n_tokens}
+        norm = training.optimizer_step(
+            models["critic"],
+            optimizers["critic"],
+            args.critic_lr,
+            args.max_grad_norm,
+            means,
+            mine.rows(),
+            run,
+            f"_critic_{number}",
+        )
+        record.grad_norms["critic"].append(norm)
+        record.critic += values
+        record.flops += flops
     return record
+
+
+def sum_of(tensors: list[Tensor]) -> float:
+    return sum(x.double().sum().item() for x in tensors)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -623,6 +669,14 @@ def check_flags(args: Args, max_len: int) -> None:
     for flag, spec in (("--judge", args.judge), ("--audit-judge", args.audit_judge)):
         if spec and parse_spec(spec)[0].compares:
             raise ValueError(f"{flag} {spec} compares answers; expected a judge that scores one")
+
+
+def check_judge_suits(judge: Judge, args: Args) -> None:
+    """ValueError: the flags need what this judge does not give."""
+    if args.edit_rate > 0 and judge.writes_critiques is False:  # None: not known yet
+        raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) need")
+    if args.truncated == "min_score" and judge.lowest_reward is None:
+        raise ValueError(f"--judge {args.judge} has no lowest reward, which --truncated min_score would give")
 
 
 def print_plan(args: Args, max_len: int) -> None:
@@ -663,13 +717,12 @@ def main(args: Args) -> None:
     read = functools.partial(read_prompts, chat=chat, templates=templates, limit=args.max_prompt_length)
     prompts = read(args.prompts)  # (row, token ids) of each
     refuse_held_out(args.prompts)
-    held_out = step_prompts(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
+    held_out_prompts = shard(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
     judge = open_judge(args.judge, settings, ranks)
     second_judge = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
-    if args.edit_rate > 0 and judge.writes_critiques is False:  # None: not known yet
-        raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) need")
+    check_judge_suits(judge, args)
     inputs = {
         "--prompts": input_digest(args.prompts),
         "--model": input_digest(folder),
@@ -684,75 +737,52 @@ def main(args: Args) -> None:
     engine = Engine(
         training.open_sampler(args.model, policy, ranks), chat.stop_ids, max_len, args.max_batch, args.kv_tokens
     )
+    sample = functools.partial(rollout, engine=engine, judge=judge, chat=chat, templates=templates, show=run.show)
     # a few answers first: does this judge give judgements at all?
-    probe_args = replace(args, n_samples=1, edit_rate=0)
-    probe = rollout(step_prompts(prompts[:8], ranks), engine, judge, chat, templates, probe_args, "probe")
-    diagnostics.check_judge(*probe, judge, args.judge, ranks)
+    probe = sample(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
+    diagnostics.check_judge(probe, judge, args.judge, ranks)
 
     for step in run.steps():
-        # 1. Rollout, with the weights as they are now: originals, critiques, edits and their scores
-        indices = packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)
-        batch_prompts = [prompts[i] for i in indices]
+        step_prompts = [prompts[i] for i in packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)]
         with run.phase("sync_weights"):
             engine.sync_weights(policy)
-            sync_error = training.weight_sync_error(engine.model, policy, batch_prompts[0][1], ranks)
+            sync_error = training.weight_sync_error(engine.model, policy, step_prompts[0][1], ranks)
+
         with training.offloaded(models, optimizers, ranks.device, args.offload):
-            with run.phase("rollout"):
-                mine = step_prompts(batch_prompts, ranks)
-                judged, dropped = rollout(mine, engine, judge, chat, templates, args, step, run)
-                judge_counts = judge.take_counts()
+            with run.phase("rollout"):  # sample, judge, edit, judge
+                responses = sample(shard(step_prompts, ranks), args, step)
             with run.phase("diagnostics"):  # these change nothing in the training
-                audits = diagnostics.audit(judged, judge, second_judge, args.audit_share, args.seed, step)
-                held_out_rollout = None
+                held_out = None
                 if args.eval_data and step % args.eval_every == 0:
-                    once = replace(args, n_samples=1)
-                    held_out_rollout = rollout(held_out, engine, judge, chat, templates, once, "held out", run)
-                swapped = diagnostics.swap_personas(held_out_rollout, judge)
-                judge.take_counts()  # their judgements are no cost of the training
+                    held_out = sample(held_out_prompts, replace(args, n_samples=1), "held out")
+                checks = diagnostics.ask_again(
+                    responses, held_out, judge, second_judge, args.audit_share, args.seed, step
+                )
         run.stop_if([j.down for j in (judge, second_judge) if j and j.down])
 
-        # 2. Selection: all originals and a fraction of the edits
-        batch, selected = select(judged, args, step, ranks)
-        diagnostics.check_batch(batch, dropped, step, ranks)
-
-        # 3. Log-probs, values, advantages
+        trajectories, selected = select(responses, args, step, ranks)
         with run.phase("score"):
-            training_policy = step >= args.critic_warmup_steps
-            old_logprobs: list[Tensor | None] = [None] * len(batch)
-            policy_flops = 0.0
-            if training_policy:
-                old_logprobs, policy_flops = old_policy_logprobs(batch, policy, args, ranks)
-            values, critic_flops = critic_values(batch, models["critic"], args, ranks)
-            advantages, returns = compute_advantages(batch, values, args, ranks)
+            old_logprobs, values, scoring_flops = score(trajectories, models, args, step, ranks)
+            advantages, returns = compute_advantages(trajectories, values, args, ranks)
+            batch = Batch(trajectories, old_logprobs, values, advantages, returns)
         if step + 1 == args.save_batch:
-            template_texts = templates.texts("answer", "edit")
-            diagnostics.save_batch(__file__, batch, old_logprobs, advantages, policy, folder, template_texts, run)
-
-        # 4. Update
+            diagnostics.save_batch(__file__, batch, run)
         with run.phase("update"):
-            record = update(models, optimizers, batch, old_logprobs, values, advantages, returns, run, args)
-            record.flops += policy_flops + critic_flops
+            record = update(models, optimizers, batch, args, run)
+            record.flops += scoring_flops
 
-        # 5. Log and save
-        rollout_record = RolloutRecord(
-            judged, dropped, selected, audits, held_out_rollout, swapped, len(mine), judge_counts
-        )
-        figures = {
-            "explained_variance": diagnostics.explained_variance(returns, values, ranks),
-            "weight_sync_error": sync_error,
-        }
         clip = (args.eps_low, args.eps_high)
-        metrics = diagnostics.step_metrics(rollout_record, record, len(batch), figures, clip, run)
-        diagnostics.write_rollouts(rollout_record, record, chat, args.log_tokens, args.seed, run)
+        metrics = diagnostics.step_metrics(responses, selected, checks, batch, record, sync_error, clip, run)
+        diagnostics.write_rollouts(responses, selected, checks, record, chat, args.log_tokens, args.seed, run)
         run.log(metrics, diagnostics.headline(metrics))
         run.save_if_due()
     run.finish("policy", f"python evaluate.py --model {args.out}/policy")
 
 
-def step_prompts(prompts: list[tuple[dict, list[int]]], ranks: Ranks) -> list[Prompt]:
-    """This rank's shard of the prompts, each with its index in the global batch."""
-    all_prompts = [Prompt(index=i, row=row, ids=ids) for i, (row, ids) in enumerate(prompts)]
-    return all_prompts[ranks.rank :: ranks.world_size]
+def shard(rows: list[tuple[dict, list[int]]], ranks: Ranks) -> list[Prompt]:
+    """This rank's share of the prompts of a batch, each with its index in the whole batch."""
+    prompts = [Prompt(index=i, row=row, ids=ids) for i, (row, ids) in enumerate(rows)]
+    return prompts[ranks.rank :: ranks.world_size]
 
 
 if __name__ == "__main__":

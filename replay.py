@@ -30,6 +30,7 @@ import os
 import sys
 from dataclasses import fields, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from model import Transformer, load_pretrained
 from prompts import Judgement
 from runtime import packing
 from runtime.distributed import Ranks, start
-from trajectory import Prompt, Trajectory, UpdateRecord
+from trajectory import Batch, Prompt, Trajectory, UpdateRecord
 
 
 def load_script(path: str) -> ModuleType:
@@ -54,8 +55,8 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
-def load_batch(folder: str, script_file: str | None = None) -> tuple:
-    """The script as a module, its Args of the run, and (trajectory, old log-probs or None, advantages) of each."""
+def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType, Any, Batch]:
+    """The script as a module, its Args of the run, and the batch."""
     saved = torch.load(os.path.join(folder, "batch.pt"), weights_only=True)
     script = load_script(script_file or saved["script"])
 
@@ -66,20 +67,21 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple:
 
     names = {f.name for f in fields(script.Args)}
     args = script.Args(**{name: value for name, value in saved["args"].items() if name in names})
-    return script, args, [(trajectory(b["trajectory"]), b["old_logprobs"], b["advantages"]) for b in saved["batch"]]
+    columns = {f.name: [row[f.name] for row in saved["batch"]] for f in fields(Batch)}
+    columns["trajectories"] = [trajectory(values) for values in columns["trajectories"]]
+    return script, args, Batch(**columns)
 
 
 def gradient(
-    script: ModuleType, policy: Transformer, batch: list[tuple], args, n_tokens: int, ranks: Ranks
+    script: ModuleType, policy: Transformer, batch: Batch, args: Any, n_tokens: int, ranks: Ranks
 ) -> tuple[Tensor, dict[str, float]]:
     """Gradient of the script's `policy_pass` on a batch, as a mean over n_tokens: fp32 [parameters]; its metrics."""
     policy.zero_grad()
-    prompts = [t.prompt.ids for t, _, _ in batch]
-    responses = [t.response_ids for t, _, _ in batch]
+    prompts = [t.prompt.ids for t in batch.trajectories]
+    responses = [t.response_ids for t in batch.trajectories]
     record = UpdateRecord()
     for indices, packed in packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks):
-        trajectories, old_logprobs, advantages = zip(*(batch[i] for i in indices))
-        loss, tokens = script.policy_pass(policy, packed, trajectories, old_logprobs, advantages, args)
+        loss, tokens = script.policy_pass(policy, packed, batch.take(indices), args)
         (loss / n_tokens).backward()
         record.policy.append(tokens)
     means = diagnostics.Means()
@@ -93,10 +95,10 @@ def replay(folder: str, script_file: str | None = None) -> dict[str, Tensor]:
     ranks = start("fp32")
     script, args, batch = load_batch(folder, script_file)
     policy = load_pretrained(f"{folder}/policy", torch.float32, ranks.device)
-    originals = [b for b in batch if b[0].parent is None]
-    edits = [b for b in batch if b[0].parent is not None]
-    n_tokens = sum(len(t.response_ids) for t, _, _ in batch)
-    if not edits:
+    originals = batch.take(i for i, t in enumerate(batch.trajectories) if t.parent is None)
+    edits = batch.take(i for i, t in enumerate(batch.trajectories) if t.parent is not None)
+    n_tokens = sum(len(t.response_ids) for t in batch.trajectories)
+    if not edits.trajectories:
         raise ValueError(f"{folder}: the batch has no edits, so no loss on edits to compare")
     gradients = {"originals": gradient(script, policy, originals, args, n_tokens, ranks)[0]}
     metrics = {}
@@ -104,7 +106,8 @@ def replay(folder: str, script_file: str | None = None) -> dict[str, Tensor]:
         # the cap of the run was chosen for its own loss
         own = args if kind == args.edit_loss else replace(args, edit_loss=kind, ratio_cap=None)
         gradients[kind], metrics[kind] = gradient(script, policy, edits, own, n_tokens, ranks)
-    print(f"{len(originals)} originals, {len(edits)} edits, {n_tokens} tokens; losses are means over all of them")
+    counts = f"{len(originals.trajectories)} originals, {len(edits.trajectories)} edits, {n_tokens} tokens"
+    print(f"{counts}; losses are means over all of them")
     print_table(gradients, metrics)
     return gradients
 

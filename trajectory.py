@@ -4,14 +4,17 @@
     Response       what the engine sampled for it
     Trajectory     a response with a reward, which can be trained on
     Dropped        a response that leaves the batch, with the reason
-    RolloutRecord, UpdateRecord     what a step did, from which diagnostics.py makes its metrics
+    Rollout        all of these in a step
+    Batch          the trajectories that are trained on, with log-probs, values and advantages of their tokens
+    UpdateRecord   what the update did, from which diagnostics.py makes its metrics
 
 Each carries all that belongs to it, so that nothing is looked up by its position in a list.
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, TypeVar
 
 from torch import Tensor
 
@@ -75,8 +78,48 @@ class Dropped(Response):
 
 
 @dataclass
+class Rollout:
+    """The responses of this rank's prompts."""
+
+    n_prompts: int
+    judged: list[Trajectory]
+    dropped: list[Dropped]
+    judge_counts: tuple[int, int]  # judgements asked for, those that failed
+
+
+@dataclass
+class Checks:
+    """Further judgements in a step, which change nothing in the training."""
+
+    audits: dict[tuple, dict[str, float | None]]  # by the key of an original: its rewards in the audit
+    held_out: Rollout | None
+    swapped: list[float]  # what held-out answers lose under another person's profile
+
+
+@dataclass
+class Batch:
+    """The trajectories that this rank trains on in a step, and fp32 [L_i] for the response tokens of each."""
+
+    trajectories: list[Trajectory]
+    old_logprobs: list[Tensor | None]  # None: nothing to compare with, the ratio is 1
+    values: list[Tensor]
+    advantages: list[Tensor]
+    returns: list[Tensor]
+
+    def take(self, indices: Iterable[int]) -> "Batch":
+        """Some of them, in the order of the indices."""
+        chosen = list(indices)
+        return Batch(*([column[i] for i in chosen] for column in vars(self).values()))
+
+    def rows(self) -> list[dict]:
+        """Everything about each trajectory, for OUT/bad_steps."""
+        columns = zip(self.trajectories, self.advantages, self.returns, strict=True)
+        return [vars(t) | dict(advantages=advantages, returns=returns) for t, advantages, returns in columns]
+
+
+@dataclass(kw_only=True)
 class TokenArrays:
-    """What one policy pass of an update did with the tokens of a micro-batch; tensors [S], in the order of `counts`."""
+    """What a policy pass of an update did with the tokens of a micro-batch: [S] on the CPU."""
 
     trajectories: list[Trajectory]
     counts: list[int]  # tokens of each; their sum is S
@@ -86,12 +129,11 @@ class TokenArrays:
     advantages: Tensor
     entropy: Tensor
     loss: Tensor
-    ratio: Tensor
-    weight: Tensor  # on grad log p
+    weight: Tensor  # the gradient of the loss is -weight * advantage * grad log p
 
-    def cpu(self) -> "TokenArrays":
-        tensors = (x for x in vars(self).values() if isinstance(x, Tensor))
-        return TokenArrays(self.trajectories, self.counts, *(x.cpu() for x in tensors))
+    @property
+    def ratio(self) -> Tensor:
+        return (self.logprobs - self.old_logprobs).exp()
 
     def approx_kl(self) -> Tensor:
         """KL of originals from the policy that sampled them, by the estimator r - 1 - log r."""
@@ -99,30 +141,27 @@ class TokenArrays:
         return ratio - 1 - ratio.log()
 
 
+@dataclass(kw_only=True)
+class ValueArrays:
+    """What a critic pass did with the tokens of a micro-batch: [S] on the CPU."""
+
+    loss: Tensor  # fp32
+    clipped: Tensor  # bool: gets no gradient
+
+
+Arrays = TypeVar("Arrays", TokenArrays, ValueArrays)
+
+
 @dataclass
 class UpdateRecord:
     """What the update of a step did on this rank."""
 
     policy: list[TokenArrays] = field(default_factory=list)  # one for each pass
-    critic: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # loss, clipped of each pass
+    critic: list[ValueArrays] = field(default_factory=list)
     grad_norms: dict[str, list[float]] = field(default_factory=lambda: {"policy": [], "critic": []})
     flops: float = 0.0
     logical_tokens: int = 0  # of prompts and responses, as if no prompt was shared
     computed_tokens: int = 0
-
-
-@dataclass
-class RolloutRecord:
-    """What the rollout of a step brought on this rank."""
-
-    judged: list[Trajectory]
-    dropped: list[Dropped]
-    selected: set[tuple[str, int]]  # (prompt_id, sample_id) of the edits that are trained, on all ranks
-    audits: dict[tuple, dict[str, float | None]]  # by the key of an original: its rewards in the audit
-    held_out: tuple[list[Trajectory], list[Dropped]] | None
-    swapped: list[float]  # what held-out answers lose under another person's profile
-    n_prompts: int
-    judge_counts: tuple[int, int]  # judgements asked for, those that failed
 
 
 def balance_prompts(trajectories: list[Trajectory], prompts_per_mini_batch: int, ranks: Ranks) -> list[Trajectory]:

@@ -40,7 +40,7 @@ from prompts import load_templates, read_prompts
 from runtime import packing, training
 from runtime.distributed import start
 from runtime.flags import user_errors
-from trajectory import Trajectory
+from trajectory import Batch, Trajectory
 
 EXACT_JUDGE = "data/persona_world.py:judge"
 N_PROMPTS = 16
@@ -92,44 +92,44 @@ class Ours:
         indices = packing.batch_indices(len(self.prompts), N_PROMPTS, number, 0)
         started = time.process_time()
         self.engine.sync_weights(self.models["policy"])
-        mine = ppo_cpe.step_prompts([self.prompts[i] for i in indices], self.ranks)
-        judged, _ = ppo_cpe.rollout(mine, self.engine, self.judge, self.chat, self.templates, self.args, number)
+        responses = ppo_cpe.rollout(
+            ppo_cpe.shard([self.prompts[i] for i in indices], self.ranks),
+            self.args,
+            number,
+            engine=self.engine,
+            judge=self.judge,
+            chat=self.chat,
+            templates=self.templates,
+            show=lambda text: None,
+        )
         sampled = time.process_time()
-        batch, _ = ppo_cpe.select(judged, self.args, number, self.ranks)
+        trajectories, _ = ppo_cpe.select(responses, self.args, number, self.ranks)
         if with_critic:
-            scores = train.score(batch, self.models, self.args, self.ranks)
-            train.update(batch, scores, self.models, self.optimizers, self.args, self.ranks)
+            batch = train.score(trajectories, self.models, self.args, self.ranks)
+            train.update(batch, self.models, self.optimizers, self.args, self.ranks)
         else:
-            self.update_policy_alone(batch)
-        return sampled - started, time.process_time() - sampled, sum(len(t.response_ids) for t in batch)
+            self.update_policy_alone(trajectories)
+        return sampled - started, time.process_time() - sampled, sum(len(t.response_ids) for t in trajectories)
 
-    def update_policy_alone(self, batch: list[Trajectory]) -> None:
+    def update_policy_alone(self, trajectories: list[Trajectory]) -> None:
         """GRPO from the same parts: advantages within each prompt's group, clipped loss, two updates."""
         policy = self.models["policy"]
-        rewards = torch.tensor([t.reward for t in batch]).view(N_PROMPTS, N_SAMPLES)
+        rewards = torch.tensor([t.reward for t in trajectories]).view(N_PROMPTS, N_SAMPLES)
         group_advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
         advantages = []
-        for t, advantage in zip(batch, group_advantages.flatten().tolist()):
+        for t, advantage in zip(trajectories, group_advantages.flatten().tolist()):
             advantages.append(torch.full((len(t.response_ids),), advantage))
-        old_logprobs, _ = ppo_cpe.old_policy_logprobs(batch, policy, self.args, self.ranks)
+        old_logprobs, _ = ppo_cpe.old_policy_logprobs(trajectories, policy, self.args, self.ranks)
+        batch = Batch(trajectories, old_logprobs, advantages, advantages, advantages)  # no critic: no values
         for first in range(0, N_PROMPTS, self.args.mini_batch_prompts):
             mini_batch = range(first, first + self.args.mini_batch_prompts)
-            mine = [i for i, t in enumerate(batch) if t.prompt.index in mini_batch]
-            prompts = [batch[i].prompt.ids for i in mine]
-            responses = [batch[i].response_ids for i in mine]
-            n_tokens = sum(map(len, responses))
+            mine = batch.take(i for i, t in enumerate(trajectories) if t.prompt.index in mini_batch)
+            prompts = [t.prompt.ids for t in mine.trajectories]
+            responses = [t.response_ids for t in mine.trajectories]
             budget = self.args.tokens_per_microbatch
-            for part, packed in packing.packed_micro_batches(prompts, responses, None, budget, self.ranks):
-                indices = [mine[k] for k in part]
-                loss, _ = ppo_cpe.policy_pass(
-                    policy,
-                    packed,
-                    [batch[i] for i in indices],
-                    [old_logprobs[i] for i in indices],
-                    [advantages[i] for i in indices],
-                    self.args,
-                )
-                (loss / n_tokens).backward()
+            parts = list(packing.packed_micro_batches(prompts, responses, None, budget, self.ranks))
+            n_tokens = sum(map(len, responses))
+            ppo_cpe.backward(policy, ppo_cpe.policy_pass, parts, mine, n_tokens, self.args, self.ranks)
             run = SimpleNamespace(ranks=self.ranks, args=self.args, step=0, out="")  # a run without a folder
             training.optimizer_step(
                 policy, self.optimizers["policy"], LR, self.args.max_grad_norm, {}, [], run, "_policy"

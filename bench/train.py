@@ -40,7 +40,7 @@ from model_config import Config
 from runtime import packing, roofline, training
 from runtime.distributed import Ranks, start
 from runtime.flags import user_errors
-from trajectory import Prompt, Trajectory, UpdateRecord, balance_prompts
+from trajectory import Batch, Prompt, Trajectory, UpdateRecord, balance_prompts
 
 SHAPES = {  # vocabulary, width, MLP, layers, heads, key-value heads; the LM head is tied
     "tiny": (1024, 128, 384, 4, 4, 2),
@@ -158,10 +158,8 @@ def peer_step(
             logprobs = peer_logprobs(policy, batch, args.temperature, True).float()
             edit = torch.tensor([t.parent is not None for t in parts[i]], device=device)[:, None] & mask
             original = mask & ~edit
-            loss, _, _ = ppo_cpe.policy_loss(
-                logprobs[original], old_logprobs[i][original], advantages[i][original], 0.2, 0.2
-            )
-            loss_e, _, _ = ppo_cpe.edit_loss("unclipped", logprobs[edit], old_logprobs[i][edit], advantages[i][edit])
+            loss = ppo_cpe.policy_loss(logprobs[original], old_logprobs[i][original], advantages[i][original], 0.2, 0.2)
+            loss_e = ppo_cpe.edit_loss("unclipped", logprobs[edit], old_logprobs[i][edit], advantages[i][edit])
             ((loss.sum() + loss_e.sum()) / n_tokens).backward()
             value = peer_values(critic, batch).float()
             v_loss, _ = ppo_cpe.value_loss(value[mask], values[i][mask], returns[i][mask], 0.5)
@@ -175,29 +173,22 @@ def peer_step(
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-Scores = tuple[list[torch.Tensor | None], list[torch.Tensor]]
-
-
-def score(batch: list[Trajectory], models: dict[str, Transformer], args: ppo_cpe.Args, ranks: Ranks) -> Scores:
-    """Old log-probs and values of a batch, one tensor a trajectory."""
-    old_logprobs, _ = ppo_cpe.old_policy_logprobs(batch, models["policy"], args, ranks)
-    values, _ = ppo_cpe.critic_values(batch, models["critic"], args, ranks)
-    return old_logprobs, values
+def score(trajectories: list[Trajectory], models: dict[str, Transformer], args: ppo_cpe.Args, ranks: Ranks) -> Batch:
+    """Old log-probs, values and advantages."""
+    old_logprobs, values, _ = ppo_cpe.score(trajectories, models, args, 0, ranks)
+    advantages, returns = ppo_cpe.compute_advantages(trajectories, values, args, ranks)
+    return Batch(trajectories, old_logprobs, values, advantages, returns)
 
 
 def update(
-    batch: list[Trajectory],
-    scores: Scores,
+    batch: Batch,
     models: dict[str, Transformer],
     optimizers: dict[str, torch.optim.Optimizer],
     args: ppo_cpe.Args,
     ranks: Ranks,
 ) -> UpdateRecord:
-    """Advantages, and the update of policy and critic."""
-    old_logprobs, values = scores
-    advantages, returns = ppo_cpe.compute_advantages(batch, values, args, ranks)
     run = SimpleNamespace(ranks=ranks, args=args, step=0, out="")  # a run without a folder
-    return ppo_cpe.update(models, optimizers, batch, old_logprobs, values, advantages, returns, run, args)
+    return ppo_cpe.update(models, optimizers, batch, args, run)
 
 
 def ours_step(
@@ -207,8 +198,8 @@ def ours_step(
     args: ppo_cpe.Args,
     ranks: Ranks,
 ) -> UpdateRecord:
-    batch = balance_prompts(trajectories, args.mini_batch_prompts, ranks)
-    return update(batch, score(batch, models, args, ranks), models, optimizers, args, ranks)
+    mine = balance_prompts(trajectories, args.mini_batch_prompts, ranks)
+    return update(score(mine, models, args, ranks), models, optimizers, args, ranks)
 
 
 def random_trajectories(

@@ -65,6 +65,7 @@ class Judge(Protocol):
     """Scores answers. All judges are fed and polled alike, so that judging overlaps sampling."""
 
     writes_critiques: bool | None  # None: the first verdict will show
+    lowest_reward: float | None  # None: there is no bound
     down: str | None  # why no more judgements are to be had, once a server is given up
 
     @property
@@ -90,6 +91,7 @@ class BaseJudge:
     """
 
     writes_critiques: bool | None = True
+    lowest_reward: float | None = None
     compares = False  # two answers at a time
     template: str  # the one of prompts.Templates that it fills
     down: str | None = None
@@ -168,6 +170,11 @@ class BaseJudge:
             self.complaints.add(error[:40])
             print(f"judge: an answer got no judgement: {error}", file=sys.stderr)
         self.finished.append(Verdict(key, reward, judgement, attempts, error, failure, method))
+
+
+def lowest_score(weights: tuple[float, float, float]) -> float:
+    """The reward of a judgement whose scores are all the lowest."""
+    return Judgement("", -5, -5, -5).score(weights)
 
 
 def weights_fingerprint(target: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from judges.base import BaseJudge, JudgeSettings
+from judges.base import BaseJudge, JudgeSettings, lowest_score
 from prompts import DIMENSIONS, Judgement
 from runtime import plan
 from runtime.digests import file_digest
@@ -62,6 +62,7 @@ class FunctionJudge(BaseJudge):
         self.function = function
         self.weights = weights
         self.writes_critiques = writes_critiques
+        self.lowest_reward = lowest_score(weights) if writes_critiques else None
         self.waiting: collections.deque[tuple[Any, dict, str]] = collections.deque()
 
     def submit(self, key: Any, row: dict, answer: str, seed: int) -> None:

@@ -23,7 +23,7 @@ from judges.asking import (
     open_engine,
     text_of,
 )
-from judges.base import BaseJudge, JudgeSettings
+from judges.base import BaseJudge, JudgeSettings, lowest_score
 from judges.chat_client import ChatServer, Failure, is_url
 from model import Packed, Transformer, load_pretrained
 from prompts import PAIR_NAMES, Judgement, Templates, bt_ids, grm_request, pair_request, parse_judgement, parse_pair
@@ -101,6 +101,10 @@ class GenerativeJudge(LanguageModelJudge):
     """A generative reward model (docs/method.md 1.4): critique and scores."""
 
     template = "grm"
+
+    def __init__(self, backend: EngineBackend | ServerBackend, templates: Templates, settings: JudgeSettings):
+        super().__init__(backend, templates, settings)
+        self.lowest_reward = lowest_score(settings.weights)
 
     def submit(self, key: Any, row: dict, answer: str, seed: int) -> None:
         row, answer = self.readable((row, answer))

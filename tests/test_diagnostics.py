@@ -15,7 +15,7 @@ from diagnostics import (
     warn_of_lost,
 )
 from runtime.distributed import start
-from trajectory import Prompt, TokenArrays, Trajectory
+from trajectory import Prompt, Rollout, TokenArrays, Trajectory
 
 PERSONA = {"name": "Ada Novak", "food": ["vegan", "green tea"], "age": 41, "city": {"now": "北京"}}
 
@@ -71,7 +71,15 @@ def test_ledger_of_edits():
     is_edit = torch.tensor([False, True, True, True, True])
     zeros = torch.zeros(5)
     tokens = TokenArrays(
-        [trajectory([1]), *edits], [1, 3, 1], is_edit, logprobs, zeros, advantages, zeros, zeros, ratio, weight
+        trajectories=[trajectory([1]), *edits],
+        counts=[1, 3, 1],
+        is_edit=is_edit,
+        logprobs=logprobs,
+        old_logprobs=logprobs - ratio.log(),
+        advantages=advantages,
+        entropy=zeros,
+        loss=zeros,
+        weight=weight,
     )
     means = Means()
     describe_edits(means, tokens, 0.2, 0.2)
@@ -122,7 +130,7 @@ def test_distinct_pairs_do_not_depend_on_the_number_of_samples():
     found = []
     for n in (4, 6):
         means = Means()
-        describe_rollout(means, responses(n), [])
+        describe_rollout(means, Rollout(16, responses(n), [], (0, 0)))
         found.append(means.over_ranks(start("fp32"))["original/distinct_2"])
     assert found[0] == found[1]
 

@@ -193,6 +193,9 @@ def test_nobody_waits_for_a_straggler(tiny):
             verdicts, self.pending = self.pending, ()
             return verdicts
 
+        def take_counts(self):
+            return 16, 0
+
     chat, templates = (
         Chat(str(tiny / "checkpoint")),
         load_templates(None, *(str(tiny / f"{n}.txt") for n in ("answer", "edit", "grm"))),
@@ -201,8 +204,9 @@ def test_nobody_waits_for_a_straggler(tiny):
     prompts = [Prompt(index=i, row=row, ids=answer_prompt(chat, templates, row)) for i, row in enumerate(rows)]
     engine = Recorded(load_pretrained(str(tiny / "checkpoint")), [], 400)
     args = ppo_cpe.Args(n_samples=2, temperature=1.0, top_p=1.0)
-    judged, dropped = ppo_cpe.rollout(prompts, engine, AtOnce(), chat, templates, args, 0)
-    assert len(judged) == 16 and not dropped
+    asked = dict(engine=engine, judge=AtOnce(), chat=chat, templates=templates, show=events.count)
+    responses = ppo_cpe.rollout(prompts, args, 0, **asked)
+    assert len(responses.judged) == 16 and not responses.dropped
     # 2 x 4 originals and their edits; the straggler is the first prompt's, and its edits come last
     straggler = min(events.index((0, i)) for i in range(2))
     assert straggler == 12 and all(key[2] for key, _ in events[6:12])
@@ -268,7 +272,7 @@ def test_replay_gives_the_gradients_of_the_update(watched, capsys):
     gradients = replay.replay(str(watched / "batch_000002"))
     script, args, batch = replay.load_batch(str(watched / "batch_000002"))
     policy = load_pretrained(str(watched / "batch_000002" / "policy"), torch.float32)
-    n_tokens = sum(len(t.response_ids) for t, _, _ in batch)
+    n_tokens = sum(len(t.response_ids) for t in batch.trajectories)
     together, _ = replay.gradient(script, policy, batch, args, n_tokens, start("fp32"))
     # sums in another order: a wrong loss or count differs by tens of percent
     assert torch.allclose(gradients["originals"] + gradients["unclipped"], together, atol=1e-4 * together.abs().max())
@@ -346,6 +350,15 @@ def test_every_option_runs(tiny, judge, tmp_path, changes):
         assert "edit/gain" not in metrics[1] and metrics[1]["batch"] <= 12
 
 
+def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny, judge, tmp_path):
+    flags = [*flags_of(tiny, judge), "--edit-rate", 0, "--mini-batch-prompts", 4, "--max-steps", 1]
+    for epochs in (1, 2):
+        run_script("ppo_cpe.py", *flags, "--ppo-epochs", epochs, "--out", tmp_path / f"{epochs}")
+    (once,), (twice,) = (read_metrics(tmp_path / f"{epochs}") for epochs in (1, 2))
+    assert once["original/ratio_max"] == 1 and once["original/approx_kl"] == 0
+    assert twice["original/ratio_max"] > 1.001 and twice["original/approx_kl"] > 1e-6
+
+
 def test_truncated_responses_can_leave_the_batch(tiny, judge, tmp_path):
     # an untrained policy never ends its responses, so nothing is left
     assert "'lost/truncated': 8" in bad(tiny, judge, tmp_path, "--truncated", "drop")
@@ -403,6 +416,21 @@ def test_a_function_in_a_file_as_the_judge(tiny, judge, tmp_path):
     # without an annotation it is the first judgement that shows
     output = run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no", status=2)
     assert "my.py:short: no critique of an answer to prompt" in output and "Traceback" not in output
+
+
+def test_a_truncated_response_gets_the_lowest_reward_of_its_own_judge(tiny, judge, tmp_path):
+    """Nothing of a function that returns numbers is known to be low: -5 would be the best of a batch."""
+    (tmp_path / "my.py").write_text(REWARDS)
+    flags = [*flags_of(tiny, judge), "--max-steps", 1, "--truncated", "min_score", "--judge"]
+    output = run_script(
+        "ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--edit-rate", 0, "--out", tmp_path / "no", status=2
+    )
+    assert "my.py:short has no lowest reward, which --truncated min_score would give" in output
+    weights = ("--score-weights", 2, 1, 1)
+    run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:critic", *weights, "--out", tmp_path / "yes")
+    rows = [json.loads(line) for line in (tmp_path / "yes/rollouts/step_000001.jsonl").read_text().splitlines()]
+    assert rows and all(row["reward"] == (-20 if row["truncated"] else 2 * (len(row["answer"]) % 6)) for row in rows)
+    assert any(row["truncated"] for row in rows)
 
 
 def bad(tiny, judge, tmp_path, *changes):

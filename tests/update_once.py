@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import ppo_cpe
 from runtime import training
 from runtime.distributed import start
-from trajectory import Prompt, Trajectory, balance_prompts
+from trajectory import Batch, Prompt, Trajectory, balance_prompts
 
 
 def trajectories(n_prompts):
@@ -65,10 +65,9 @@ def main(file, budget, shard_size):
     before = {name: full(model) for name, model in models.items()}
 
     mine = [t for t in trajectories(12) if t.prompt.index % ranks.world_size == ranks.rank]
-    batch = balance_prompts(mine, args.mini_batch_prompts, ranks)
-    old_logprobs, _ = ppo_cpe.old_policy_logprobs(batch, models["policy"], args, ranks)
-    values, _ = ppo_cpe.critic_values(batch, models["critic"], args, ranks)
-    advantages, returns = ppo_cpe.compute_advantages(batch, values, args, ranks)
+    mine = balance_prompts(mine, args.mini_batch_prompts, ranks)
+    old_logprobs, values, _ = ppo_cpe.score(mine, models, args, 0, ranks)
+    batch = Batch(mine, old_logprobs, values, *ppo_cpe.compute_advantages(mine, values, args, ranks))
     passes = 0
 
     def count(*_):
@@ -77,7 +76,7 @@ def main(file, budget, shard_size):
 
     models["policy"].register_forward_hook(count)
     run = SimpleNamespace(ranks=ranks, args=args, step=0, out="")
-    ppo_cpe.update(models, optimizers, batch, old_logprobs, values, advantages, returns, run, args)
+    ppo_cpe.update(models, optimizers, batch, args, run)
     after = {name: full(model) for name, model in models.items()}
     if ranks.rank == 0:
         changes = {name: {k: before[name][k] - after[name][k] for k in before[name]} for name in models}
