@@ -235,12 +235,11 @@ def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat
     if reference.chat_template is None:
         return TemplateAdditions()
 
-    def render(turns: list[tuple[str, str]], **settings: bool) -> str:
+    def render(turns: list[tuple[str, str]], **settings: Any) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
+        settings |= dict(tokenize=False, add_generation_prompt=True, date_string=LLAMA_DATE)
         try:
-            return reference.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string=LLAMA_DATE, **settings
-            )
+            return str(reference.apply_chat_template(messages, **settings))
         except TemplateError as error:
             raise ValueError(f"{path}: its chat template fails on a plain talk: {error}") from error
 

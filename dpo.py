@@ -69,6 +69,8 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import json
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +78,9 @@ import torch.nn.functional as F
 from chat import Chat
 from model import Transformer
 from prompts import Templates, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, roofline, training
+from runtime import packing, plan, training
 from runtime.digests import digest_of, input_digest
-from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, print0, start
+from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, start
 from runtime.progress import counting
 from runtime.rows import read_rows, refuse_held_out, write_text
 from runtime.runs import Run
@@ -86,77 +88,80 @@ from runtime.watch import set_phase
 from weights import resolve
 
 
-def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+class Pair(NamedTuple):
+    """Ids of a pair's prompt x and of its two answers, and their log-probs under the reference."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    reference_chosen: float = 0.0
+    reference_rejected: float = 0.0
+
+
+DUMMY_PAIR = Pair([0], [0], [0])  # for a rank that has no pair left; its loss gets weight zero
+
+
+def dpo_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    reference_chosen: torch.Tensor,
+    reference_rejected: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of whole answers, fp32 [P] each -> (loss [P], margin [P]); DPO eq. 7."""
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -F.logsigmoid(margin), margin
 
 
-def read_pairs(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[int], list[int], list[int]]]:
-    """Per pair the ids of (prompt, chosen, rejected)."""
+def read_pairs(args: Args, chat: Chat, templates: Templates) -> list[Pair]:
+    """The pairs, without reference log-probs."""
     pairs = []
     for row in read_rows(args.data, "pair"):
         prompt = answer_prompt(chat, templates, row)
-        pairs.append((prompt, response_ids(chat, row["chosen"]), response_ids(chat, row["rejected"])))
-    kept = [
-        (prompt, y_w, y_l) for prompt, y_w, y_l in pairs if len(prompt) + max(len(y_w), len(y_l)) <= args.max_length
-    ]
-    print0(
-        f"{len(kept)} pairs from {args.data}; {len(pairs) - len(kept)} left out "
-        f"(over --max-length {args.max_length} tokens)"
-    )
-    if len(kept) < args.batch_size:
-        raise ValueError(f"{args.data}: {len(kept)} usable pairs, fewer than --batch-size {args.batch_size}")
-    return kept
+        pairs.append(Pair(prompt, response_ids(chat, row["chosen"]), response_ids(chat, row["rejected"])))
+
+    def longest(pair: Pair) -> int:
+        return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+    return packing.within_length(pairs, longest, args.max_length, args.data, args.batch_size)
 
 
-Pair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
-DUMMY_PAIR: Pair = ([0], [0], [0])  # for a rank that has no pair left; its loss gets weight zero
+def size(pair: Pair) -> int:
+    """Tokens that a pass over a pair computes: its prompt once."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
-def pair_size(pair: Pair) -> int:
-    return sum(map(len, pair))
-
-
-def pair_micro_batches(args: Args, pairs: list[Pair], ranks: Ranks) -> list[list[int]]:
-    """Indices into `pairs` by token budget; both answers of a pair stay together."""
-    return packing.micro_batches([pair_size(p) for p in pairs], args.tokens_per_microbatch, ranks)
-
-
-def pair_batch(pairs: list[Pair], device: torch.device) -> packing.Batch:
-    """Sequences lie as chosen, rejected, chosen, rejected, ... behind the prompt of each pair."""
-    prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
-    answers = [answer for _, *both in pairs for answer in both]
-    return packing.pack_shared(prompts, answers, [[True] * len(a) for a in answers], device)
-
-
-def pair_logprobs(model: Transformer, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass -> log-probs of whole answers, chosen [P] and rejected [P]."""
-    sums = torch.stack([part.sum() for part in training.forward(model, batch).split(batch.counts)])
-    return sums[0::2], sums[1::2]
+def answer_logprobs(
+    model: Transformer, pairs: list[Pair], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, packing.Batch]:
+    """One pass -> log-probs of whole answers, chosen [P] and rejected [P], and what was computed."""
+    prompts: list[list[int]] = []
+    answers: list[list[int]] = []
+    for pair in pairs or [DUMMY_PAIR]:
+        prompts += [pair.prompt, pair.prompt]
+        answers += [pair.chosen, pair.rejected]
+    batch = packing.pack_shared(prompts, answers, [[True] * len(answer) for answer in answers], device)
+    sums = torch.stack([logprobs.sum() for logprobs in training.forward(model, batch).split(batch.counts)])
+    return sums[0::2], sums[1::2], batch
 
 
 @torch.no_grad()
-def reference_logprobs(
-    args: Args, model: Transformer, pairs: list[Pair], ranks: Ranks
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs under the start model, fp32: chosen [N], rejected [N]; kept in OUT/reference.json.
+def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ranks) -> list[Pair]:
+    """The pairs with their log-probs under the start model, which are kept in OUT/reference.json.
 
     ValueError where that file is of other pairs: the data changed under an unfinished run.
     """
     file = os.path.join(args.out, "reference.json")
-    digest = derive_seed(*(derive_seed(*ids) for pair in pairs for ids in pair))
+    digest = derive_seed(*(derive_seed(*ids) for pair in pairs for ids in pair[:3]))
     if not os.path.isfile(file):
-        mine = pairs[ranks.rank :: ranks.world_size]
+        mine = list(range(ranks.rank, len(pairs), ranks.world_size))
+        parts = packing.split(mine, lambda i: size(pairs[i]), args.tokens_per_microbatch, ranks)
         scored: list[tuple[int, float, float]] = []
-        passes = pair_micro_batches(args, mine, ranks)
-        with counting(len(passes), "reference", ranks.rank > 0) as done:
-            for indices in passes:
+        with counting(len(parts), "reference", ranks.rank > 0) as done:
+            for part in parts:
                 set_phase("reference")  # each pass has a time-out of its own
-                part = [mine[i] for i in indices] or [DUMMY_PAIR]
-                chosen, rejected = pair_logprobs(model, pair_batch(part, ranks.device))
-                positions = [i * ranks.world_size + ranks.rank for i in indices]
-                scored += zip(positions, chosen.tolist(), rejected.tolist())  # zip leaves out a dummy pair
+                chosen, rejected, _ = answer_logprobs(model, [pairs[i] for i in part], ranks.device)
+                scored += zip(part, chosen.tolist(), rejected.tolist())  # zip leaves out a dummy pair
                 done()
         scored = sorted(all_gather(ranks, scored))
         if ranks.rank == 0:
@@ -168,47 +173,29 @@ def reference_logprobs(
         content = json.load(f)
     if content["pairs"] != digest:
         raise ValueError(f"{file}: made from other pairs than {args.data} now holds; choose another --out or remove it")
-    return torch.tensor(content["chosen"]), torch.tensor(content["rejected"])
+    return [
+        pair._replace(reference_chosen=chosen_logprob, reference_rejected=rejected_logprob)
+        for pair, chosen_logprob, rejected_logprob in zip(pairs, content["chosen"], content["rejected"], strict=True)
+    ]
 
 
-def forward_backward(
-    args: Args,
-    model: Transformer,
-    pairs: list[Pair],
-    reference: tuple[torch.Tensor, torch.Tensor],
-    mine: list[int],
-    ranks: Ranks,
-) -> tuple[dict[str, float], int, float]:
-    """Passes over this rank's pairs (`mine` indexes all pairs) -> means over the batch, tokens, this rank's FLOPs."""
-    reference_chosen, reference_rejected = reference
-    names = ("loss", "sft_loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
-    totals = torch.zeros(len(names))
-    flops = 0.0
-    for indices in pair_micro_batches(args, [pairs[i] for i in mine], ranks):
-        weight = float(len(indices) > 0)
-        chosen_pairs = [mine[k] for k in indices]
-        batch = pair_batch([pairs[i] for i in chosen_pairs] or [DUMMY_PAIR], ranks.device)
-        flops += roofline.update_flops(model, batch)
-        chosen, rejected = pair_logprobs(model, batch)
-        preference_loss, margin = dpo_loss(
-            chosen,
-            rejected,
-            reference_chosen[chosen_pairs or [0]].to(ranks.device),
-            reference_rejected[chosen_pairs or [0]].to(ranks.device),
-            args.beta,
-        )
-        sft_loss = -chosen / torch.tensor(batch.counts[0::2], device=ranks.device)
-        loss = preference_loss + args.sft_weight * sft_loss
-        # FSDP averages gradients over the ranks; times world_size makes that the sum
-        (loss.sum() * weight * ranks.world_size / args.batch_size).backward()
-        values = (loss, sft_loss, margin, (margin > 0).float(), chosen, rejected)
-        totals += weight * torch.stack([v.detach().sum() for v in values]).cpu()
-    n_tokens = 0
-    for i in mine:
-        prompt, y_w, y_l = pairs[i]
-        n_tokens += 2 * len(prompt) + len(y_w) + len(y_l)
-    *sums, token_count = all_sum(ranks, *totals.tolist(), n_tokens)
-    return {name: total / args.batch_size for name, total in zip(names, sums)}, int(token_count), flops
+def loss_of(
+    args: Args, model: Transformer, pairs: list[Pair], device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], packing.Batch]:
+    """The loss of a micro-batch and what else is measured, summed over its pairs (see `training.forward_backward`)."""
+    chosen, rejected, batch = answer_logprobs(model, pairs, device)
+    references = torch.tensor([pair[3:] for pair in pairs or [DUMMY_PAIR]], device=device)  # [P, 2]
+    preference_loss, margin = dpo_loss(chosen, rejected, references[:, 0], references[:, 1], args.beta)
+    sft_loss = -chosen / torch.tensor(batch.counts[0::2], device=device)
+    loss = preference_loss + args.sft_weight * sft_loss
+    sums = dict(
+        sft_loss=sft_loss.sum(),
+        margin=margin.sum(),
+        accuracy=(margin > 0).sum(),
+        chosen_logprob=chosen.sum(),
+        rejected_logprob=rejected.sum(),
+    )
+    return loss.sum(), sums, batch
 
 
 def main(args: Args) -> None:
@@ -230,30 +217,20 @@ def main(args: Args) -> None:
     model = training.open_model(args.model, args, args.seed, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference (B of an adapter is zero)
-    reference = reference_logprobs(args, model, pairs, ranks)
+    pairs = with_reference(args, model, pairs, ranks)
     run.resume({"policy": model}, {"policy": optimizer}, tokenizer_from, templates.texts("answer"))
 
     for step in run.steps():
         with run.phase("update"):
-            indices = packing.batch_indices(len(pairs), args.batch_size, step, args.seed)
-            mine = packing.shard(indices, [pair_size(pairs[i]) for i in indices], ranks)
-            means, n_tokens, flops = forward_backward(args, model, pairs, reference, mine, ranks)
+            mine = packing.step_shard(pairs, size, args.batch_size, step, args.seed, ranks)
+            (n_tokens,) = all_sum(ranks, sum(size(pair) + len(pair.prompt) for pair in mine))
+            parts = packing.split(mine, size, args.tokens_per_microbatch, ranks)
+            means, flops = training.forward_backward(partial(loss_of, args), model, parts, args.batch_size, ranks)
             lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
             part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
-            examples = [pairs[i] for i in mine]
-            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, examples, run)
-        seconds = run.seconds["update"]
-        metrics = dict(
-            **means,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=n_tokens,
-            seconds=seconds,
-            tokens_per_second=n_tokens / seconds,
-            **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-        )
-        headline = {name: metrics[name] for name in ("loss", "accuracy", "margin", "grad_norm", "seconds")}
-        run.log(metrics, headline)
+            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
+        metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
+        run.log(metrics, {name: metrics[name] for name in ("loss", "accuracy", "margin", "grad_norm", "seconds")})
         run.save_if_due()
     run.finish("policy", f"python evaluate.py --model {args.out}/policy")
 

@@ -119,9 +119,10 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Ten
     """
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        is_projection_weight = isinstance(module, Linear) and parameter is module.weight
-        full = module.merged() if is_projection_weight else full_tensor(parameter)
-        yield name, parameter, full.detach()
+        if isinstance(module, Linear) and parameter is module.weight:
+            yield name, parameter, module.merged().detach()
+        else:
+            yield name, parameter, full_tensor(parameter).detach()
 
 
 def save_adapter(tensors: dict[str, Tensor], lora: Lora, folder: str, scalar_head: bool) -> None:

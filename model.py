@@ -250,6 +250,16 @@ class ScalarHead(nn.Linear):
         return F.linear(x.to(acc_dtype), self.weight.to(acc_dtype))
 
 
+class Trunk(nn.Module):
+    """What comes before the head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Transformer(nn.Module):
     """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
 
@@ -261,13 +271,7 @@ class Transformer(nn.Module):
         self.scalar_head = scalar_head
         self.lora: Lora | None = None  # set by `add_adapters`
         self.checkpoint_activations = False  # recompute layers in the backward pass: less memory, a third more time
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-                layers=nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
-                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            )
-        )
+        self.model = Trunk(config)
         if scalar_head:
             self.score = ScalarHead(config.hidden_size, 1, bias=False)
         elif not config.tie_word_embeddings:
@@ -345,6 +349,7 @@ def pack_weights(model: Transformer) -> None:
         return PackedLinear([(p.merged(), p.bias) for p in projections])
 
     for layer in model.model.layers:
+        assert isinstance(layer, Layer)
         attention, mlp = layer.self_attn, layer.mlp
         attention.packed_qkv = packed(attention.q_proj, attention.k_proj, attention.v_proj)
         attention.o_proj.packed = packed(attention.o_proj)

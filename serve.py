@@ -82,7 +82,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import h11
 import pydantic
@@ -95,7 +95,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import Chat
 from engine import Engine, Sample
-from engine.thread import EngineThread, Event, Listener, RequestFailed, ServerBusy
+from engine.thread import EngineThread, Event, Listener, Progress, RequestFailed, ServerBusy
 from model import load_pretrained
 from runtime.distributed import derive_seed, start
 
@@ -155,7 +155,7 @@ class TextPart(Fields):
 class Message(Fields):
     harmless = frozenset({"name"})
     role: Literal["system", "user", "assistant"]
-    content: str | pydantic.conlist(TextPart, max_length=1000)
+    content: str | Annotated[list[TextPart], pydantic.Field(max_length=1000)]
 
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -186,7 +186,7 @@ class ChatRequest(Fields):
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod
-    def up_to_four(cls, value: object) -> list[str]:
+    def up_to_four(cls, value: object) -> object:
         if value is None:
             return []
         stops = value if isinstance(value, list) else [value]
@@ -474,7 +474,7 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
 
     async def whole(gone, key, listener, n, n_prompt, request, head):
         """Returns the answer when all samples are done. If the client goes, nobody reads it."""
-        done = []
+        done: list[Choice] = []
         while len(done) < n:
             event = await next_event(listener, gone)
             if event is None:
@@ -483,7 +483,7 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
                 return error_response(failure.message, failure.status)
             if isinstance(event, Sample):
                 done.append(choice_of(chat, event, request.stop))
-            elif find_stop(chat.decode(event.ids), request.stop) is not None:
+            elif isinstance(event, Progress) and find_stop(chat.decode(event.ids), request.stop) is not None:
                 worker.finish(key, event.index)
         done.sort(key=lambda choice: choice.sample.index)
         choices = [
@@ -543,15 +543,18 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
     ]
     app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
     app.state.worker = worker
+    app.state.limits = limits
     return app
 
 
 class Connection(H11Protocol):
     """Closes when the head of a request does not arrive in time, or the client stops reading."""
 
-    def __init__(self, *args, limits: ServerLimits, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.limits = limits
+    def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        app = config.app
+        assert isinstance(app, Starlette)
+        self.limits: ServerLimits = app.state.limits
         self.head_timer: asyncio.TimerHandle | None = None
         self.reading_timer: asyncio.TimerHandle | None = None
 
@@ -566,7 +569,8 @@ class Connection(H11Protocol):
 
     def time_head(self):
         if self.conn.their_state is not h11.IDLE:
-            self.head_timer = cancel_timer(self.head_timer)
+            cancel_timer(self.head_timer)
+            self.head_timer = None
         elif self.head_timer is None:  # the head has not begun to arrive, or only in part
             self.head_timer = self.loop.call_later(self.limits.read_timeout, self.transport.abort)
 
@@ -584,12 +588,12 @@ class Connection(H11Protocol):
 
     def resume_writing(self):
         super().resume_writing()
-        self.reading_timer = cancel_timer(self.reading_timer)
+        cancel_timer(self.reading_timer)
 
     def connection_lost(self, exc):
         super().connection_lost(exc)
-        self.head_timer = cancel_timer(self.head_timer)
-        self.reading_timer = cancel_timer(self.reading_timer)
+        cancel_timer(self.head_timer)
+        cancel_timer(self.reading_timer)
 
 
 def cancel_timer(timer: asyncio.TimerHandle | None) -> None:
@@ -599,12 +603,7 @@ def cancel_timer(timer: asyncio.TimerHandle | None) -> None:
 
 def server_config(app: Starlette, limits: ServerLimits, **settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
-        http=partial(Connection, limits=limits),
-        ws="none",
-        limit_concurrency=limits.max_connections,
-        log_level="warning",
-        **settings,
+        app, http=Connection, ws="none", limit_concurrency=limits.max_connections, log_level="warning", **settings
     )
 
 

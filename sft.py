@@ -73,7 +73,7 @@ from chat import Chat
 from model import Transformer, init_weights
 from model_config import Config
 from prompts import Templates, answer_prompt, load_templates, response_ids
-from runtime import packing, plan, roofline, training
+from runtime import packing, plan, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows, refuse_held_out
@@ -81,44 +81,50 @@ from runtime.runs import Run
 from weights import resolve
 
 
-def read_examples(args: Args, chat: Chat, templates: Templates) -> list[tuple[list[int], list[bool]]]:
+def read_examples(args: Args, chat: Chat, templates: Templates) -> list[packing.Masked]:
     """(ids, loss_mask) of each row: token ids, and which of them are learned."""
-    first = read_rows(args.data, "object")[0]
-    examples = []
-    if "messages" in first:
-        for line, row in enumerate(read_rows(args.data, "messages"), 1):
-            if row["messages"][0]["role"] == "assistant":
-                raise ValueError(f"{args.data}:{line}: messages[0]: expected a message of the user (or the system's)")
-            ids: list[int] = []
-            loss_mask: list[bool] = []
-            before: list[dict] = []
-            for message in row["messages"]:
-                if message["role"] != "assistant":
-                    before.append(message)
-                    continue
-                # later turns continue the ids of the earlier ones, as an edit does in RL
-                turns = [i for m in before for i in chat.turn(m["role"], m["content"])]
-                prompt = ids + chat.after_turn + turns + chat.header if ids else chat.messages(before)
-                answer = response_ids(chat, message["content"])
-                loss_mask += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
-                ids = prompt + answer
-                before = []
-            if args.from_scratch:  # pretraining learns from the questions too
-                loss_mask = [False] + [True] * (len(ids) - 1)
-            examples.append((ids, loss_mask))
-    else:
+    examples: list[packing.Masked] = []
+    if "messages" not in read_rows(args.data, "object")[0]:
         for row in read_rows(args.data, "pair"):
             prompt = answer_prompt(chat, templates, row)
             answer = response_ids(chat, row["chosen"])
             examples.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
-    kept = [e for e in examples if len(e[0]) <= args.max_length and any(e[1])]
-    print0(
-        f"{len(kept)} rows from {args.data}; {len(examples) - len(kept)} left out "
-        f"(over --max-length {args.max_length} tokens, or without an assistant turn)"
-    )
-    if len(kept) < args.batch_size:
-        raise ValueError(f"{args.data}: {len(kept)} usable rows are fewer than --batch-size {args.batch_size}")
-    return kept
+    else:
+        for line, row in enumerate(read_rows(args.data, "messages"), 1):
+            if row["messages"][0]["role"] == "assistant":
+                raise ValueError(f"{args.data}:{line}: messages[0]: expected a message of the user (or the system's)")
+            ids, loss_mask = conversation(chat, row["messages"])
+            if args.from_scratch:  # pretraining learns from the questions too
+                loss_mask = [False] + [True] * (len(ids) - 1)
+            examples.append((ids, loss_mask))
+        n_rows = len(examples)
+        examples = [(ids, loss_mask) for ids, loss_mask in examples if any(loss_mask)]
+        print0(f"{n_rows - len(examples)} rows of {args.data} are left out: no turn of the assistant")
+    return packing.within_length(examples, size, args.max_length, args.data, args.batch_size)
+
+
+def conversation(chat: Chat, messages: list[dict]) -> packing.Masked:
+    """Ids of a conversation, and which are learned: the assistant's turns. What follows the last of them is dropped."""
+    ids: list[int] = []
+    loss_mask: list[bool] = []
+    before: list[dict] = []
+    for message in messages:
+        if message["role"] != "assistant":
+            before.append(message)
+            continue
+        # later turns continue the ids of the earlier ones, as an edit does in RL
+        turns = [i for m in before for i in chat.turn(m["role"], m["content"])]
+        prompt = ids + chat.after_turn + turns + chat.header if ids else chat.messages(before)
+        answer = response_ids(chat, message["content"])
+        loss_mask += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
+        ids = prompt + answer
+        before = []
+    return ids, loss_mask
+
+
+def size(example: packing.Masked) -> int:
+    """Tokens of an example."""
+    return len(example[0])
 
 
 def scratch_config(args: Args, chat: Chat) -> Config:
@@ -143,32 +149,6 @@ def open_model(args: Args, chat: Chat, ranks: Ranks) -> Transformer:
     init_weights(model, args.seed)
     model.checkpoint_activations = args.checkpoint_activations
     return model
-
-
-def forward_backward(
-    args: Args, model: Transformer, examples: list[tuple[list[int], list[bool]]], ranks: Ranks
-) -> tuple[float, int, int, float]:
-    """Passes over this rank's examples; the gradients are those of the mean loss over the tokens of all ranks.
-
-    Returns that mean, its number of tokens, the number of all tokens (over all ranks), and this rank's FLOPs.
-    """
-    # the mean is over all ranks and micro-batches: the count must be known before any backward pass
-    loss_count, token_count = all_sum(
-        ranks, sum(sum(loss_mask) for _, loss_mask in examples), sum(len(ids) for ids, _ in examples)
-    )
-    loss_sum = 0.0
-    flops = 0.0
-    for indices in packing.micro_batches([len(ids) for ids, _ in examples], args.tokens_per_microbatch, ranks):
-        chosen = [examples[i] for i in indices] or [packing.DUMMY]
-        ids, loss_masks = zip(*chosen)
-        batch = packing.pack(ids, loss_masks, ranks.device)
-        flops += roofline.update_flops(model, batch)
-        loss = -training.forward(model, batch).sum() * (len(indices) > 0)
-        # FSDP averages gradients over the ranks; times world_size makes that the sum
-        (loss * ranks.world_size / loss_count).backward()
-        loss_sum += loss.item()
-    (total_loss,) = all_sum(ranks, loss_sum)
-    return total_loss / loss_count, int(loss_count), int(token_count), flops
 
 
 def main(args: Args) -> None:
@@ -196,24 +176,16 @@ def main(args: Args) -> None:
 
     for step in run.steps():
         with run.phase("update"):
-            indices = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
-            mine = [examples[i] for i in packing.shard(indices, [len(examples[i][0]) for i in indices], ranks)]
-            loss, n_loss_tokens, n_tokens, flops = forward_backward(args, model, mine, ranks)
+            mine = packing.step_shard(examples, size, args.batch_size, step, args.seed, ranks)
+            n_learned, n_tokens = all_sum(ranks, sum(sum(loss_mask) for _, loss_mask in mine), sum(map(size, mine)))
+            parts = packing.split(mine, size, args.tokens_per_microbatch, ranks)
+            means, flops = training.forward_backward(training.nll, model, parts, n_learned, ranks)
             lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-            part = {"loss": loss / ranks.world_size}  # the mean is over all ranks already
+            part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
             grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
-        seconds = run.seconds["update"]
-        metrics = dict(
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=n_tokens,
-            trained_tokens=n_loss_tokens,
-            seconds=seconds,
-            tokens_per_second=n_tokens / seconds,
-            **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-        )
-        run.log(metrics, dict(loss=loss, grad_norm=grad_norm, lr=lr, seconds=seconds))
+        metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
+        metrics["trained_tokens"] = int(n_learned)
+        run.log(metrics, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "seconds")})
         run.save_if_due()
     after = f"sft.py --model {args.out}/policy" if args.from_scratch else f"train_grm.py --model {args.model}"
     run.finish("policy", f"python {after}")

@@ -25,12 +25,12 @@ Departure: rows over the length limit are left out and counted, not cut.
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "grm": dict(data="out/data/judgements.jsonl", out="out/grm", lr=4e-5, epochs=2.0, max_length=16384),
     "bt": dict(data="out/data/pairs.jsonl", out="out/bt", lr=1e-5, epochs=1.0, max_length=8192),
 }
@@ -86,6 +86,8 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +107,7 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
-from runtime import packing, plan, roofline, training
+from runtime import packing, plan, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows, refuse_held_out, write_rows, write_text
@@ -129,9 +131,12 @@ def with_defaults(args: Args) -> Settings:
     return Settings(**DEFAULTS[args.objective] | given)
 
 
-def read_examples(args: Settings, path: str, chat: Chat, templates: Templates) -> list[tuple[list, list]]:
-    """grm: (ids, loss_mask) of each judgement. bt: (ids of x + chosen, ids of x + rejected)."""
-    examples = []
+# grm: ids of a judgement, and which of them are learned. bt: ids of x + chosen, and of x + rejected.
+Example = tuple[Sequence[int], Sequence[int]]
+
+
+def read_examples(args: Settings, path: str, chat: Chat, templates: Templates, batch_size: int = 1) -> list[Example]:
+    examples: list[Example] = []
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
             prompt = grm_prompt(chat, templates, row, row["answer"])
@@ -140,20 +145,14 @@ def read_examples(args: Settings, path: str, chat: Chat, templates: Templates) -
             examples.append((prompt + target, [False] * len(prompt) + [True] * len(target)))
     else:
         for row in read_rows(path, "pair"):
-            both = (row["chosen"], row["rejected"])
-            examples.append(tuple(bt_ids(chat, templates, row, answer) for answer in both))
-    # of a judgement both lists are as long as its tokens, of a pair the longer answer counts
-    kept = [e for e in examples if max(map(len, e)) <= args.max_length]
-    print0(
-        f"{len(kept)} rows from {path}; {len(examples) - len(kept)} left out "
-        f"(over --max-length {args.max_length} tokens)"
-    )
-    if not kept:
-        raise ValueError(f"{path}: no row is within --max-length {args.max_length} tokens")
-    return kept
+            chosen, rejected = (bt_ids(chat, templates, row, row[side]) for side in ("chosen", "rejected"))
+            examples.append((chosen, rejected))
+    return packing.within_length(examples, lambda e: max(len(e[0]), len(e[1])), args.max_length, path, batch_size)
 
 
-# -- the two losses --------------------------------------------------------------------------------
+def size(objective: str, example: Example) -> int:
+    """Tokens of an example: of a judgement, or of both answers of a pair."""
+    return len(example[0]) if objective == "grm" else len(example[0]) + len(example[1])
 
 
 def bt_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -161,31 +160,37 @@ def bt_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
-def grm_sums(
-    model: Transformer, examples: list, device: torch.device
-) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
-    """One forward pass: (sum of the losses with its graph, {name: sum over the examples}, what was computed)."""
-    ids, loss_masks = zip(*examples)
-    batch = packing.pack(ids, loss_masks, device)
-    return -training.forward(model, batch).sum(), {}, batch
-
-
 def bt_sums(
-    model: Transformer, examples: list, device: torch.device
-) -> tuple[torch.Tensor, dict[str, float], packing.Batch]:
-    """The same for pairs; what both answers begin with, the prompt at least, is computed once."""
-    input_ids, groups = [], []
-    for chosen, rejected in examples:
-        n = min(len(os.path.commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1)
-        groups.append((n, [len(chosen) - n, len(rejected) - n]))
-        input_ids += chosen + rejected[n:]
-    ends = torch.tensor([(n, *suffixes) for n, suffixes in groups]).flatten().cumsum(0).view(-1, 3)
-    last_tokens = (ends[:, 1:].flatten() - 1).to(device)  # [2 P]: chosen, rejected, chosen, ...
+    model: Transformer, pairs: Sequence[Example], device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], packing.Batch]:
+    """The loss and what else is measured, summed over pairs, for `training.forward_backward`.
+
+    What both answers begin with, the prompt at least, is computed once.
+    """
+    input_ids: list[int] = []
+    groups = []
+    last_tokens = []  # chosen, rejected, chosen, ...
+    for chosen_ids, rejected_ids in pairs or [([0], [0])]:
+        n = min(
+            len(os.path.commonprefix([list(chosen_ids), list(rejected_ids)])),
+            len(chosen_ids) - 1,
+            len(rejected_ids) - 1,
+        )
+        groups.append((n, [len(chosen_ids) - n, len(rejected_ids) - n]))
+        input_ids += chosen_ids
+        last_tokens.append(len(input_ids) - 1)
+        input_ids += rejected_ids[n:]
+        last_tokens.append(len(input_ids) - 1)
     batch = packing.Batch(
-        torch.tensor(input_ids, device=device), SharedPrefix(groups, device), last_tokens, None, [1] * 2 * len(examples)
+        input_ids=torch.tensor(input_ids, device=device),
+        context=SharedPrefix(groups, device),
+        index=torch.tensor(last_tokens, device=device),
+        targets=None,
+        counts=[1] * len(last_tokens),
     )
     rewards = training.forward(model, batch)
-    chosen, rejected = rewards[0::2], rewards[1::2]
+    loss = bt_loss(rewards[0::2], rewards[1::2]).sum()
+    chosen, rejected = rewards.detach().unflatten(0, (-1, 2)).unbind(1)
     sums = dict(
         correct=(chosen > rejected).sum(),
         ties=(chosen == rejected).sum(),
@@ -193,49 +198,25 @@ def bt_sums(
         chosen_reward=chosen.sum(),
         rejected_reward=rejected.sum(),
     )
-    return (bt_loss(chosen, rejected).sum(), {name: value.item() for name, value in sums.items()}, batch)
+    return loss, sums, batch
 
 
-def size(example: tuple[list, list]) -> int:
-    """Tokens of an example: of a judgement, or of both answers of a pair."""
-    first, second = example
-    return len(first) if isinstance(second[0], bool) else len(first) + len(second)
-
-
-def over_examples(
-    args: Settings, model: Transformer, examples: list, ranks: Ranks, train: bool
+def passes(
+    args: Settings, model: Transformer, examples: list[Example], ranks: Ranks, train: bool = True
 ) -> tuple[dict[str, float], int, int, float]:
     """Passes over this rank's examples -> (metrics over those of all ranks, tokens, trained, FLOPs).
 
-    The loss is a mean over trained tokens (grm) or pairs (bt): `trained` is their number. With
-    `train` each pass is followed by its backward pass.
+    The loss is a mean over learned tokens (grm) or pairs (bt): `trained` is their number.
     """
-    if args.objective == "bt":
-        sums_of, dummy = bt_sums, ([0], [0])
-        n_trained = len(examples)
-    else:
-        sums_of, dummy = grm_sums, packing.DUMMY
-        n_trained = sum(sum(t) for _, t in examples)
-    lengths = [size(example) for example in examples]
-    # the mean is over all ranks and micro-batches: the count must be known before any backward pass
-    trained_count, token_count = all_sum(ranks, n_trained, sum(lengths))
-
-    totals: dict[str, float] = {}
-    flops = 0.0
-    for indices in packing.micro_batches(lengths, args.tokens_per_microbatch, ranks):
-        chosen = [examples[i] for i in indices] or [dummy]
-        with torch.set_grad_enabled(train):
-            loss, sums, batch = sums_of(model, chosen, ranks.device)
-        flops += (roofline.update_flops if train else roofline.forward_flops)(model, batch)
-        weight = float(len(indices) > 0)
-        if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
-            (loss * weight * ranks.world_size / trained_count).backward()
-        for name, value in dict(loss=loss.item(), **sums).items():
-            totals[name] = totals.get(name, 0.0) + value * weight
-    training.reshard(model)  # passes without gradients leave the root gathered, which has no optimizer state
-    metrics = {k: v / trained_count for k, v in zip(totals, all_sum(ranks, *totals.values()))}
+    size_of = partial(size, args.objective)
+    parts = packing.split(examples, size_of, args.tokens_per_microbatch, ranks)
+    n_trained = len(examples) if args.objective == "bt" else sum(sum(loss_mask) for _, loss_mask in examples)
+    trained_count, token_count = all_sum(ranks, n_trained, sum(map(size_of, examples)))
+    loss_of = bt_sums if args.objective == "bt" else training.nll
+    metrics, flops = training.forward_backward(loss_of, model, parts, trained_count, ranks, train)
     if args.objective == "bt":  # a tie is neither right nor wrong
-        correct, decided = metrics.pop("correct"), 1 - metrics["ties"]
+        correct = metrics.pop("correct")
+        decided = 1 - metrics["ties"]
         metrics["accuracy"] = correct / decided if decided else float("nan")
     return metrics, int(token_count), int(trained_count), flops
 
@@ -243,43 +224,43 @@ def over_examples(
 # -- judgements of held-out answers ----------------------------------------------------------------
 
 
-def judge_held_out(args: Settings, chat: Chat, templates: Templates, ranks: Ranks) -> dict[str, float | None]:
-    """The saved model judges the first held-out answers (greedy) -> `agreement` with the labels.
+def judge_held_out(args: Settings, path: str, chat: Chat, templates: Templates, ranks: Ranks) -> None:
+    """The saved model judges the first held-out answers (greedy). OUT/held_out.json gets `agreement` with the labels.
 
     OUT/held_out.jsonl gets the rows, each with `judged`: what the model said, or null where that does not parse.
     """
-    rows = read_rows(args.eval_data, "judgement")[: args.eval_judgements]
+    rows = read_rows(path, "judgement")[: args.eval_judgements]
     mine = rows[ranks.rank :: ranks.world_size]
     prompts = [grm_prompt(chat, templates, row, row["answer"]) for row in mine]
-    found = []
+    found: list[Judgement | None] = []
     if prompts:
         model = load_pretrained(f"{args.out}/model", ranks.dtype, ranks.device)
         engine = Engine(model, chat.stop_ids, max(map(len, prompts)) + args.eval_max_new_tokens)
         samples = engine.generate(prompts, temperature=0.0, max_new_tokens=args.eval_max_new_tokens)
         found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
-    labels = [Judgement(row["critique"], *(row[d] for d in DIMENSIONS)) for row in mine]
-    both = all_gather(ranks, zip(mine, labels, found, strict=True))
-    rows, labels, found = zip(*both)
+    judged = all_gather(ranks, zip(mine, found, strict=True))
+    labels = [Judgement(row["critique"], *(row[d] for d in DIMENSIONS)) for row, _ in judged]
+    result = agreement(labels, [judgement for _, judgement in judged])
+    print0("held-out judgements:", result)
     if ranks.rank == 0:
-        judged = [row | {"judged": own and dataclasses.asdict(own)} for row, own in zip(rows, found)]
-        write_rows(os.path.join(args.out, "held_out.jsonl"), judged)
-    return agreement(labels, found)
+        write_text(os.path.join(args.out, "held_out.json"), json.dumps(result, indent=2))
+        with_judgements = [row | {"judged": own and dataclasses.asdict(own)} for row, own in judged]
+        write_rows(os.path.join(args.out, "held_out.jsonl"), with_judgements)
 
 
 def main(cli_args: Args) -> None:
     args = with_defaults(cli_args)
+    is_bt = args.objective == "bt"
     if args.plan:
-        return plan.one_model(args, plan.config_of(args.model), args.objective == "bt")
+        return plan.one_model(args, plan.config_of(args.model), is_bt)
     ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
     templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
-    template_texts = templates.texts("answer" if args.objective == "bt" else "grm")
-    examples = read_examples(args, args.data, chat, templates)
+    template_texts = templates.texts("answer" if is_bt else "grm")
+    examples = read_examples(args, args.data, chat, templates, args.batch_size)
     refuse_held_out(args.data)
-    if len(examples) < args.batch_size:
-        raise ValueError(f"{args.data}: {len(examples)} usable rows, fewer than --batch-size {args.batch_size}")
     held_out = read_examples(args, args.eval_data, chat, templates) if args.eval_data else []
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
     inputs = {
@@ -288,44 +269,32 @@ def main(cli_args: Args) -> None:
         "the template": digest_of(*template_texts.values()),
     }
     run = Run(args.out, args, ranks, inputs, last_step)
-    model = training.open_model(args.model, args, args.seed, ranks, scalar_head=args.objective == "bt")
+    model = training.open_model(args.model, args, args.seed, ranks, scalar_head=is_bt)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     run.resume({"model": model}, {"model": optimizer}, tokenizer_from, template_texts)
 
     for step in run.steps():
         with run.phase("update"):
-            indices = packing.batch_indices(len(examples), args.batch_size, step, args.seed)
-            mine = [examples[i] for i in packing.shard(indices, [size(examples[i]) for i in indices], ranks)]
-            metrics, n_tokens, n_trained, flops = over_examples(args, model, mine, ranks, train=True)
+            size_of = partial(size, args.objective)
+            mine = packing.step_shard(examples, size_of, args.batch_size, step, args.seed, ranks)
+            means, n_tokens, n_trained, flops = passes(args, model, mine, ranks)
             lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-            part = {"loss": metrics["loss"] / ranks.world_size}  # the mean is over all ranks already
+            part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
             grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
-        seconds = run.seconds["update"]
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == run.last_step):
             with run.phase("evaluation"):
                 shard = held_out[ranks.rank :: ranks.world_size]
-                held_out_metrics, *_ = over_examples(args, model, shard, ranks, train=False)
-            metrics |= {f"held_out_{name}": value for name, value in held_out_metrics.items()}
-        headline = {**metrics, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
-        metrics |= dict(
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=n_tokens,
-            trained=n_trained,
-            seconds=seconds,
-            tokens_per_second=n_tokens / seconds,
-            **training.machine_metrics(ranks, flops, seconds, args.peak_tflops),
-        )
-        run.log(metrics, headline)
+                held_out_means, *_ = passes(args, model, shard, ranks, train=False)
+            means |= {f"held_out_{name}": value for name, value in held_out_means.items()}
+        metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
+        metrics["trained"] = n_trained
+        run.log(metrics, {name: metrics[name] for name in (*means, "grad_norm", "lr", "seconds")})
         run.save_if_due()
-    if args.objective == "grm" and held_out:
+    if args.objective == "grm" and args.eval_data:
         del model, optimizer  # the engine needs their memory
         run.release_models()
-        result = judge_held_out(args, chat, templates, ranks)
-        print0("held-out judgements:", result)
-        if ranks.rank == 0:
-            write_text(os.path.join(args.out, "held_out.json"), json.dumps(result, indent=2))
-    judge = f"{args.out}/model" if args.objective == "grm" else f"bt:{args.out}/model --edit-rate 0"
+        judge_held_out(args, args.eval_data, chat, templates, ranks)
+    judge = f"bt:{args.out}/model --edit-rate 0" if is_bt else f"{args.out}/model"
     run.finish("model", f"python ppo_cpe.py --judge {judge}")
 
 

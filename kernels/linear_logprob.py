@@ -141,7 +141,7 @@ class _Torch:
         acc_dtype = logsumexp.dtype
         grad_hidden = torch.zeros(hidden.shape, dtype=acc_dtype, device=hidden.device)
         grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else None
-        upcast_hidden, slice_grad = hidden.to(acc_dtype), None
+        upcast_hidden = hidden.to(acc_dtype)
         for start, words, rows, tile in _Torch.tiles(hidden, weight, temperature):
             inside, column = _Torch.target_in_tile(targets[rows], start, tile)
             tile.sub_(logsumexp[rows, None]).exp_().neg_()
@@ -152,7 +152,8 @@ class _Torch:
                 if weight.dtype == acc_dtype:
                     grad_weight[slice_rows].addmm_(tile.t(), upcast_hidden[rows])
                 else:  # sums over the tokens in fp32, rounded once
-                    slice_grad = torch.zeros_like(words) if rows.start == 0 else slice_grad
+                    if rows.start == 0:
+                        slice_grad = torch.zeros_like(words)
                     slice_grad.addmm_(tile.t(), upcast_hidden[rows])
                     if rows.stop == len(hidden):
                         grad_weight[slice_rows] = slice_grad
@@ -367,6 +368,6 @@ class _Triton:
                 **blocks,
             )
             grad_hidden += _product(grad, words)
-            if needs_weight:
+            if grad_weight is not None:
                 torch.mm(grad.t(), hidden, out=grad_weight[start : start + slice_words])
         return grad_hidden.to(hidden.dtype), grad_weight

@@ -29,7 +29,7 @@ class PackedLinear:
     """x [T, in] -> [T, sum of out]. Not differentiable."""
 
     @torch.no_grad()
-    def __init__(self, parts: list[tuple[torch.nn.Parameter, torch.nn.Parameter | None]]) -> None:
+    def __init__(self, parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         """parts: (weight [out, in], bias [out] or None) of each layer, which become views of one joined tensor."""
         self.weight = _join([weight for weight, _ in parts])
         biases = [bias for _, bias in parts if bias is not None]

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from model import save_pretrained
+from model import Transformer, save_pretrained
 from runtime.digests import digest_of, git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.rows import check_row, json_lines, sync, write_rows, write_text
@@ -76,7 +76,9 @@ def _piece(tensor: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int, bool]
 
 def _write_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> dict[str, list]:
     """This rank's shards as safetensors -> {tensor: [its whole shape, {file: first row of the piece in there}]}."""
-    parts, index, size = [{}], {}, 0
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    index: dict[str, list] = {}
+    size = 0
     for key, tensor in _tensors(models, optimizers):
         local, first, writes = _piece(tensor, ranks)
         if not writes or local.numel() == 0:
@@ -120,13 +122,13 @@ def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: 
                 raise ValueError(f"{folder}: {key} has {filled} of the {len(local)} rows of this rank")
             return tensor
 
-        kinds = defaultdict(dict)  # of the state of a parameter: {"exp_avg": its shape, ...}
+        kinds: defaultdict[tuple[str, str], dict[str, list[int]]] = defaultdict(dict)  # {"exp_avg": its shape, ...}
         for key, (shape, _) in index.items():
             name, parameter_name, *kind = key.split("/")
             if kind:
                 kinds[name, parameter_name][kind[0]] = shape
         for name, model in models.items():
-            state = {}
+            state: dict[int, dict[str, torch.Tensor]] = {}
             for i, (parameter_name, parameter) in enumerate(_trainable(model)):
                 fill(f"{name}/{parameter_name}", parameter.detach())
                 for kind, shape in kinds[name, parameter_name].items():
@@ -203,7 +205,7 @@ def _checkpoints(out: str) -> list[str]:
 def save(
     out: str,
     step: int,
-    models: Mapping[str, torch.nn.Module],
+    models: Mapping[str, Transformer],
     optimizers: Mapping[str, torch.optim.Optimizer],
     tokenizer_from: str,
     templates: dict[str, str],
@@ -290,7 +292,7 @@ def _link_newest(out, names):
 
 
 def load(
-    out: str, models: Mapping[str, torch.nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ranks: Ranks
+    out: str, models: Mapping[str, Transformer], optimizers: Mapping[str, torch.optim.Optimizer], ranks: Ranks
 ) -> int:
     """Fills models and optimizers from the newest intact checkpoint. Returns its step (0: there is none).
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from runtime.flags import TIMEOUTS
 # Longest wait for the other ranks in a collective. A rank that has finished its rollout waits for the slowest one,
 # whose judge may be down for a while. watch.py finds a rank that hangs earlier.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -69,8 +70,9 @@ def start(
         mesh = init_device_mesh(
             device.type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
         )
-    dtype = DTYPES["bf16" if cuda else "fp32"] if dtype == "auto" else DTYPES[dtype]
-    return Ranks(rank, world_size, device, dtype, mesh)
+    if dtype == "auto":
+        dtype = "bf16" if cuda else "fp32"
+    return Ranks(rank, world_size, device, DTYPES[dtype], mesh)
 
 
 def make_deterministic() -> None:
@@ -83,10 +85,11 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts: one stream's buffers
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor; nothing reads it unset
+    # saves a pass over each new tensor; nothing reads it unset. The attribute is made by torch at import.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _join(backend, rank, world_size, timeouts):
+def _join(backend: str, rank: int, world_size: int, timeouts: tuple[int, int, int]) -> None:
     """Joins the process group that torchrun's environment names."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of each rank
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -129,11 +132,11 @@ def all_max(ranks: Ranks, number: float) -> float:
     return largest.item()
 
 
-def all_gather(ranks: Ranks, rows: Iterable) -> list:
+def all_gather(ranks: Ranks, rows: Iterable[T]) -> list[T]:
     """Concatenates the lists of all ranks, in rank order."""
     if ranks.world_size == 1:
         return list(rows)
-    gathered = [None] * ranks.world_size
+    gathered: list[list[T]] = [[]] * ranks.world_size
     dist.all_gather_object(gathered, list(rows))
     return [row for part in gathered for row in part]
 

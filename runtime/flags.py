@@ -19,11 +19,12 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
@@ -32,7 +33,7 @@ import tyro
 T = TypeVar("T")
 MAY_CHANGE = "may change between the start of a run and its continuation"
 MayChange = Annotated[T, MAY_CHANGE]
-(POSITIONAL,) = tyro.conf.Positional[int].__metadata__
+_, POSITIONAL = get_args(tyro.conf.Positional[int])
 Count = Annotated[int, pydantic.Field(ge=1)]
 Natural = Annotated[int, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
@@ -225,58 +226,61 @@ def help_text(args_class: type, doc: str) -> str:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
         add_help=False,
     )
-    hints, defaults = get_type_hints(args_class), {f.name: f for f in dataclasses.fields(args_class)}
+    hints = get_type_hints(args_class)
     annotated = get_type_hints(args_class, include_extras=True)
-    positional = {name for name, hint in annotated.items() if POSITIONAL in getattr(hint, "__metadata__", ())}
-    group = parser
+    fields = {field.name: field for field in dataclasses.fields(args_class)}
+    group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for title, name, text in _documented(args_class):
         if title is not None:
             group = parser.add_argument_group(title)
-        metavar, default = _metavar(hints[name]), defaults[name].default
-        required = default is dataclasses.MISSING
-        shown = "required" if required else "default: " + ("none" if default is None else _value_text(default))
-        text = " ".join(f"{text} ({shown})".split()).replace("%", "%%")
-        if name in positional:
+        text = f"{text} ({_default_text(fields[name].default)})".replace("%", "%%")
+        if POSITIONAL in getattr(annotated[name], "__metadata__", ()):
             group.add_argument(name, metavar=name.upper(), nargs="*", help=text)
         elif hints[name] is bool:
             group.add_argument(flag(name), action="store_true", help=text)
         else:
-            group.add_argument(flag(name), metavar=metavar, help=text)
+            group.add_argument(flag(name), metavar=_metavar(hints[name]), help=text)
     return parser.format_help()
 
 
-def _documented(args_class):
-    """(title of a group that begins here or None, field, its docstring): of the class, then of those it extends."""
+def _documented(args_class: type) -> Iterator[tuple[str | None, str, str]]:
+    """Yields (title of a group that begins here or None, field, its docstring): of the class, then of its bases."""
     seen = set()
     for c in args_class.__mro__[:-1]:
-        for title, name, text in _documented_in(c):
+        source = inspect.cleandoc(inspect.getsource(c))
+        lines = source.splitlines()
+        (definition,) = ast.parse(source).body
+        assert isinstance(definition, ast.ClassDef)
+        title = None
+        for node, following in itertools.pairwise([*definition.body, ast.Pass()]):
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+                continue
+            above = re.match(r"\s*# -- (.*)", lines[node.lineno - 2])
+            if above:
+                title = above[1]
+            name = node.target.id
+            text = ""
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                text = str(following.value.value)
             if name not in seen:
-                seen.add(name)
                 yield title, name, text
+            title = None
+            seen.add(name)
 
 
-def _documented_in(args_class):
-    source = inspect.cleandoc(inspect.getsource(args_class))
-    lines, body = source.splitlines(), ast.parse(source).body[0].body
-    previous = 0
-    for node, following in zip(body, [*body[1:], None]):
-        if isinstance(node, ast.AnnAssign):
-            titles = [m[1] for line in lines[previous : node.lineno - 1] if (m := re.match(r"\s*# -- (.*)", line))]
-            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            yield titles[-1] if titles else None, node.target.id, following.value.value if documented else ""
-        previous = node.end_lineno
+def _default_text(default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default)) or None
+    return "default: none" if default is None else f"default: {default}"
 
 
-def _metavar(hint):
+def _metavar(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         return "{" + ",".join(map(str, get_args(hint))) + "}"
     if get_origin(hint) is tuple:
-        parts = [p for p in get_args(hint) if p is not Ellipsis]
-        return " ".join(_metavar(p) for p in parts) + (" ..." if Ellipsis in get_args(hint) else "")
+        return " ".join("..." if part is Ellipsis else _metavar(part) for part in get_args(hint))
     return {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, getattr(hint, "__name__", str(hint)).upper())
-
-
-def _value_text(value):
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

@@ -1,13 +1,17 @@
 """From rows to batches: the rows of a step, their shards on the ranks, and packing within a token budget."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from model import Packed, SharedPrefix
-from runtime.distributed import Ranks, all_max, derive_seed
+from runtime.distributed import Ranks, all_max, derive_seed, print0
+
+Masked = tuple[list[int], list[bool]]  # ids of a sequence, and which of them are learned
+E = TypeVar("E")
 
 
 def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: int) -> tuple[int, int]:
@@ -27,6 +31,37 @@ def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> list[in
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(derive_seed("order", seed, epoch)))
     return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def within_length(
+    examples: list[E], longest: Callable[[E], int], max_length: int, path: str, batch_size: int = 1
+) -> list[E]:
+    """Examples of at most --max-length tokens; prints how many are left out. ValueError: too few are left.
+
+    longest: tokens of an example's longest sequence.
+    """
+    kept = [example for example in examples if longest(example) <= max_length]
+    n_left_out = len(examples) - len(kept)
+    print0(f"{len(kept)} rows from {path}; {n_left_out} left out (over --max-length {max_length} tokens)")
+    if not kept:
+        raise ValueError(f"{path}: no row is within --max-length {max_length} tokens")
+    if len(kept) < batch_size:
+        raise ValueError(f"{path}: {len(kept)} usable rows, fewer than --batch-size {batch_size}")
+    return kept
+
+
+def step_shard(
+    examples: list[E], size: Callable[[E], int], batch_size: int, step: int, seed: int, ranks: Ranks
+) -> list[E]:
+    """This rank's examples of a step, balanced by size (tokens of an example)."""
+    batch = [examples[i] for i in batch_indices(len(examples), batch_size, step, seed)]
+    return shard(batch, [size(example) for example in batch], ranks)
+
+
+def split(examples: list[E], size: Callable[[E], int], tokens_per_microbatch: int, ranks: Ranks) -> list[list[E]]:
+    """`micro_batches` of examples."""
+    parts = micro_batches([size(example) for example in examples], tokens_per_microbatch, ranks)
+    return [[examples[i] for i in part] for part in parts]
 
 
 @dataclass
@@ -170,8 +205,10 @@ def packed_micro_batches(
         if not indices:
             yield [], None
             continue
-        part = [(prefixes[i], suffixes[i], loss_masks[i]) for i in indices]
-        yield indices, pack_shared(*zip(*part), ranks.device)
+        part_prefixes = [prefixes[i] for i in indices]
+        part_suffixes = [suffixes[i] for i in indices]
+        part_masks = [loss_masks[i] for i in indices]
+        yield indices, pack_shared(part_prefixes, part_suffixes, part_masks, ranks.device)
 
 
-DUMMY = ([0, 0], [False, True])  # stands for an empty micro-batch; its loss gets weight zero
+DUMMY: Masked = ([0, 0], [False, True])  # stands for an empty micro-batch; its loss gets weight zero

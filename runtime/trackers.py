@@ -9,7 +9,9 @@ import os
 from runtime.flags import RuntimeArgs
 from runtime.rows import write_text
 
-opened = []  # of this process, which is rank 0; `runs` gives each every step's metrics and rows
+opened: list[
+    "_Wandb | _TensorBoard"
+] = []  # of this process, which is rank 0; `runs` gives each every step's metrics and rows
 
 
 def _optional(package, name, why):

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -20,6 +21,8 @@ from runtime.packing import DUMMY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
 from runtime.runs import Run, count_bad_steps
 from weights import GIB
+
+E = TypeVar("E")
 
 
 def open_model(
@@ -70,7 +73,8 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
     if model.scalar_head and ranks.dtype != torch.float32:  # values and rewards: fp32, or they come in steps of 1/32
         fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         fully_shard(model.score, mesh=ranks.mesh, mp_policy=fp32)
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
 
 
 def reshard(model: Transformer) -> None:
@@ -246,7 +250,63 @@ def forward(model: Transformer, batch: Batch, temperature: float = 1.0) -> torch
     return logprobs
 
 
+def nll(
+    model: Transformer, examples: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Batch]:
+    """Negative log-likelihood of the learned tokens, summed, for `forward_backward`.
+
+    examples: (ids, which of them are learned) of each sequence.
+    """
+    ids, loss_masks = zip(*examples or [DUMMY])
+    batch = pack(ids, loss_masks, device)
+    return -forward(model, batch).sum(), {}, batch
+
+
+def forward_backward(
+    loss_of: Callable[[Transformer, list[E], torch.device], tuple[torch.Tensor, dict[str, torch.Tensor], Batch]],
+    model: Transformer,
+    parts: list[list[E]],
+    count: float,
+    ranks: Ranks,
+    train: bool = True,
+) -> tuple[dict[str, float], float]:
+    """A pass over each of this rank's micro-batches, followed by its backward pass if `train`.
+
+    loss_of: the summed loss of a micro-batch with its graph, {name: another sum}, and what was computed. It computes a
+    dummy for an empty micro-batch, which counts zero.
+    count: the loss is a mean over so many tokens or pairs, those of all ranks and micro-batches.
+
+    Returns {"loss": mean, name: mean} over all ranks, and this rank's FLOPs.
+    """
+    totals: dict[str, float] = {}
+    flops = 0.0
+    for part in parts:
+        with torch.set_grad_enabled(train):
+            loss, sums, batch = loss_of(model, part, ranks.device)
+        weight = float(len(part) > 0)
+        if train:  # FSDP averages gradients over the ranks; times world_size makes that the sum
+            (loss * weight * ranks.world_size / count).backward()
+        flops += roofline.update_flops(model, batch) if train else roofline.forward_flops(model, batch)
+        for name, value in {"loss": loss, **sums}.items():
+            totals[name] = totals.get(name, 0.0) + weight * value.item()
+    reshard(model)  # passes without gradients leave the root gathered, which has no optimizer state
+    return {name: total / count for name, total in zip(totals, all_sum(ranks, *totals.values()))}, flops
+
+
 # -- figures of the machine -------------------------------------------------------------------------------------------
+
+
+def update_metrics(run: Run, grad_norm: float, lr: float, n_tokens: float, flops: float) -> dict[str, float | None]:
+    """What every update is described by besides its losses. n_tokens: of all ranks; flops: of this one."""
+    seconds = run.seconds["update"]
+    return dict(
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=int(n_tokens),
+        seconds=seconds,
+        tokens_per_second=n_tokens / seconds,
+        **machine_metrics(run.ranks, flops, seconds, run.args.peak_tflops),
+    )
 
 
 def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | None) -> dict[str, float | None]:

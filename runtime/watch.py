@@ -120,9 +120,8 @@ class Watch:
         self.limits = dict(zip(("start", "rollout", "update"), timeouts))
         self.limits["score"] = self.limits["update"]
         self.silence = min(SILENCE, self.limits["update"])
-        self.store = (
-            dist.distributed_c10d._get_default_store().clone()
-        )  # a client of its own: no other call holds it up
+        # a client of its own, so that no other call holds it up; torch's stubs lack the method
+        self.store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self.beat = 0
         self.ended = threading.Event()
         self.seen: dict[int, tuple[int, float]] = {}
@@ -165,7 +164,7 @@ class Watch:
             if found:
                 self.leave(found["rank"], state)
 
-    def find(self):
+    def find(self) -> tuple[int, str] | None:
         """Returns (rank, description of its fault), or None."""
         states = [json.loads(s) for s in self.store.multi_get([f"rank/{r}" for r in range(self.world_size)])]
         now = time.monotonic()
@@ -185,6 +184,7 @@ class Watch:
         if late:
             said = [f"{_who(r, s)} has been in {_where(s)} for {s['seconds']:.0f} s" for r, s in late.items()]
             return min(late), "; ".join(said) + ": over its time-out (--timeouts)"
+        return None
 
     def limit(self, phase):
         return self.limits.get(phase.split()[0], self.limits["rollout"])
@@ -211,7 +211,7 @@ class Watch:
                 time.sleep(2)
             if self.device.type == "cuda":
                 with open(f"nccl_trace_rank{self.rank}.pickle", "wb") as f:  # read by `torchfrtrace`
-                    f.write(torch._C._distributed_c10d._dump_nccl_trace())
+                    f.write(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]  # not in stubs
         finally:
             os._exit(RANK_LOST)
 

@@ -273,14 +273,13 @@ def install_kernels() -> None:
     sampling.triton = rope_kv.triton = SimpleNamespace()
     sampling.triton_sample = functools.partial(launch, sample_definition)
     rope_kv.triton_rope_kv = lambda *tensors: launch(rope_kv.reference, *tensors, written=tensors[5:7])
-    if varlen_attention.varlen_attn is not None:
-        signature = inspect.signature(varlen_attention.varlen_attn)
+    signature = inspect.signature(varlen_attention.varlen_attn)
 
-        def checked(*args, **kwargs):
-            signature.bind(*args, **kwargs)
-            return flash_attention(*args, **kwargs)
+    def checked(*args, **kwargs):
+        signature.bind(*args, **kwargs)
+        return flash_attention(*args, **kwargs)
 
-        varlen_attention.varlen_attn = checked
+    varlen_attention.varlen_attn = checked
 
 
 # -- torch.cuda, and what needs nccl -----------------------------------------------------------------------------------
