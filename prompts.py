@@ -488,7 +488,8 @@ def parse_judgement(text: str) -> Judgement | None:
     scores = SCORES.fullmatch(scores_text)
     if not scores:
         return None
-    return Judgement(match[2].strip(), *map(int, scores.groups()), (match[1] or "").strip())
+    helpfulness, personalization, naturalness = map(int, scores.groups())
+    return Judgement(match[2].strip(), helpfulness, personalization, naturalness, (match[1] or "").strip())
 
 
 def without_reasoning(text: str) -> str:

@@ -140,7 +140,8 @@ def read_examples(args: Settings, path: str, chat: Chat, templates: Templates, b
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
             prompt = grm_prompt(chat, templates, row, row["answer"])
-            text = judgement_text(row["critique"], *(row[d] for d in DIMENSIONS), row.get("checks", ""))
+            scores = {dimension: row[dimension] for dimension in DIMENSIONS}
+            text = judgement_text(row["critique"], **scores, checks=row.get("checks", ""))
             target = response_ids(chat, text)
             examples.append((prompt + target, [False] * len(prompt) + [True] * len(target)))
     else:

@@ -86,12 +86,13 @@ class FunctionJudge(BaseJudge):
             return None, None
         if isinstance(value, Judgement):
             scores = [getattr(value, name) for name in DIMENSIONS]
-            texts = {"critique": value.critique, "checks": value.checks}
-            is_text = all(isinstance(text, str) for text in texts.values())
+            is_text = isinstance(value.critique, str) and isinstance(value.checks, str)
             if not is_text or any(type(s) is not int or not -5 <= s <= 5 for s in scores):
                 raise ValueError(f"{where}: it gave {value}, expected a text as critique and integers from -5 to 5")
             # texts may have come from a model, and go into prompts and files
-            return value.score(self.weights), replace(value, **{k: without_surrogates(v) for k, v in texts.items()})
+            critique = without_surrogates(value.critique)
+            checks = without_surrogates(value.checks)
+            return value.score(self.weights), replace(value, critique=critique, checks=checks)
         try:
             reward = float(value) if isinstance(value, numbers.Real) else math.nan
         except OverflowError:
