@@ -14,8 +14,9 @@ failure (judges/chat_client.py). A reply that is refused, cut off or unreadable 
 another seed each time.
 
 A server has at most `concurrency` requests under way, and no more a minute than its limit. A request is sent only if
-the most it may cost fits into `max_cost` beside what was paid and what is under way. Ctrl-C, SIGTERM and the end of the
-money wait for the replies under way, keep them, and end with status 75.
+the most it may cost fits into `max_cost` beside what was paid and what is under way. That is the price of its longest
+reply, or of the dearest call so far: thoughts of reasoning models are paid, and may be longer than a reply may be.
+Ctrl-C, SIGTERM and the end of the money wait for the replies under way, keep them, and end with status 75.
 """
 
 import dataclasses
@@ -246,6 +247,7 @@ class PaidAsker:
         self.stopped: str | None = None  # why nothing more is asked
         self.spent = 0.0  # dollars
         self.reserved: dict[str, float] = {}  # dollars that each request under way may cost
+        self.dearest: dict[str, float] = defaultdict(float)  # {name of a model: dollars of its most expensive call}
         self.tokens = 0
 
     def __enter__(self) -> "PaidAsker":
@@ -253,6 +255,9 @@ class PaidAsker:
         self.writing.__enter__()
         self.rows = self.journal.rows()
         self.spent = sum(row["cost"] for row in self.rows.values())
+        for row in self.rows.values():
+            if row["calls"]:
+                self.dearest[row["model"]] = max(self.dearest[row["model"]], row["cost"] / row["calls"])
         self.tokens = sum(row["prompt_tokens"] + row["completion_tokens"] for row in self.rows.values())
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -322,7 +327,8 @@ class PaidAsker:
         """Sets aside what a request may cost. False: it has to wait for others to be paid, or the money is spent."""
         if self.stopped:
             return False
-        cost = self.missing[key].highest_cost
+        request = self.missing[key]
+        cost = max(request.highest_cost, self.dearest[request.model.name])  # thoughts may pass max_tokens
         limit = self.limits.max_cost
         if limit is not None and self.spent + sum(self.reserved.values()) + cost > limit:
             if not self.reserved:
@@ -355,6 +361,7 @@ class PaidAsker:
             self.tokens += sum(usage)
         counts["cost"] += cost
         self.spent += cost
+        self.dearest[model.name] = max(self.dearest[model.name], cost)
 
     # -- language models
 

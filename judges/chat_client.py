@@ -43,7 +43,8 @@ TOLD_AFTER = 2  # seconds of waiting before a line about it is printed
 TOLD_EVERY = 60  # seconds between two such lines
 LONGEST_REPLY = 2**26  # bytes
 BUSY = (408, 409, 425, 429, 503)  # HTTP statuses that ask the client to come back later
-SERVER_SIDE = (401, 402, 403, 404)  # an expired key, used-up credits, a model that is gone: nothing about the request
+SERVER_SIDE = (0, 401, 403, 404)  # an expired key, a model that is gone, any error under HTTP 200 (0)
+UNPAID = re.compile(r'"(insufficient_quota|billing_hard_limit_reached|billing_not_active)"')
 
 
 class Failure(Exception):
@@ -87,7 +88,7 @@ class BadStatus(Failure):
 
 
 class ServerDown(ValueError):
-    """The server gave no reply for `patience` seconds."""
+    """The server gave no reply for `patience` seconds, or wants money first."""
 
 
 def is_url(spec: str) -> bool:
@@ -312,9 +313,14 @@ def refused_parameter(body: str) -> str | None:
     return next((name for name in ADAPTABLE if re.search(rf"\b{name}\b", named)), None)
 
 
-def failure_of(status: int, body: str, pause: float = 0) -> Failure:
-    """The Failure that an HTTP status stands for: the server's trouble, which passes, or a request that fails again."""
-    reason = f"HTTP {status}: {shown(body)}"
+def failure_of(status: int, body: str, pause: float = 0) -> Failure | ServerDown:
+    """What an HTTP status stands for: the server's trouble, which passes, or a request that fails again.
+
+    status: 0 for an error under HTTP 200. ServerDown: no money is left, and nobody waits until it comes.
+    """
+    reason = f"HTTP {status}: {shown(body)}" if status else f"the server answered with an error: {shown(body)}"
+    if status == 402 or UNPAID.search(body):
+        return ServerDown(f"no money is left: {reason}")
     if status in BUSY or status >= 500:
         return Unanswered(reason, busy=status in BUSY, pause=pause)
     if status in SERVER_SIDE:
@@ -367,9 +373,9 @@ def first_choice(text: str) -> dict:
     for place in (found, choice if isinstance(choice, dict) else {}):
         if error := place.get("error"):
             code = error.get("code") if isinstance(error, dict) else None
-            if type(code) is int and 400 <= code < 600:  # a provider's status under HTTP 200
-                raise failure_of(code, text)
-            raise Unanswered(f"the server answered with an error: {shown(text)}", passing=False)
+            if type(code) is not int or not 400 <= code < 600:  # else a provider's status
+                code = 0
+            raise failure_of(code, text)
     if "choices" not in found:
         raise Unanswered(f"the reply holds no choices: {shown(text)}", passing=False)
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
@@ -379,15 +385,14 @@ def first_choice(text: str) -> dict:
 
 
 def usage_of(reply: dict) -> tuple[int, int] | None:
-    """Tokens of the prompt and of the reply, or None if the server does not count them."""
+    """Tokens of the prompt and of the reply, thoughts included, or None if the server does not count them."""
     usage = reply.get("usage")
     if not isinstance(usage, dict):
         return None
-    n_prompt = usage.get("prompt_tokens")
-    n_reply = usage.get("completion_tokens")
-    if type(n_prompt) is int and type(n_reply) is int and min(n_prompt, n_reply) >= 0:
-        return n_prompt, n_reply
-    return None
+    counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    n_prompt, n_reply, n_total = (n if type(n) is int else -1 for n in counts)
+    n_reply = max(n_reply, n_total - n_prompt)  # thoughts may be in the total alone
+    return (n_prompt, n_reply) if n_prompt > 0 and n_reply >= 0 else None
 
 
 def shown(text: str) -> str:

@@ -61,6 +61,7 @@ class Writer(http.server.BaseHTTPRequestHandler):
             return self.reply(status, {"error": {"message": "scripted"}})
         message = message or {"content": said(request, text)}
         usage = dict(prompt_tokens=len(text) // 4, completion_tokens=10)
+        usage["total_tokens"] = usage["prompt_tokens"] + 10 + server.thoughts
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"} | message}
         self.reply(200, {"choices": [choice], "usage": usage})
 
@@ -86,7 +87,7 @@ def said(request, text):
 def server(short_pauses):
     found = Quiet(Writer)
     found.lock, found.asked, found.times, found.under_way, found.most = threading.Lock(), [], [], 0, 0
-    found.meet, found.delay, found.answered, found.fault = None, 0, 0, lambda request, text: None
+    found.meet, found.delay, found.answered, found.thoughts, found.fault = None, 0, 0, 0, lambda request, text: None
     yield found
     found.end()
 
@@ -402,6 +403,15 @@ def test_max_cost_is_never_passed(server, prompts, tmp_path, capsys):
     assert sum(row["cost"] for row in journal(out)) <= 6
     run(*flags_for(server, prompts, out, *more, "--max-cost", 1000))
     assert len(set(server.asked)) == len(server.asked) > n
+
+
+def test_thoughts_are_paid(server, prompts, tmp_path):
+    """They may be in total_tokens alone, and more than a reply may have: the next call is taken to cost as much."""
+    out, server.thoughts = tmp_path / "out", 1000
+    more = ("--prices", "a=0/1000", "b=0/1000", "--max-new-tokens", 20, "--concurrency", 1)
+    stopped("answers", *flags_for(server, prompts, out, *more, "--max-cost", 6.5))
+    rows = journal(out)
+    assert sum(row["cost"] for row in rows) == pytest.approx(1.01 * len(rows)) and len(rows) == len(server.asked) == 6
 
 
 def test_plan_makes_a_few_requests_and_keeps_them(server, prompts, tmp_path, capsys):

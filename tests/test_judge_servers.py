@@ -25,6 +25,7 @@ BODIES = {  # of replies under HTTP 200
     "no message": b'{"choices": [{"index": 0, "finish_reason": "stop"}]}',
     "deep": b'{"choices": ' + b"[" * 100_000,
     "credits": b'{"error": {"message": "You are out of credits"}}',
+    "no quota": b'{"error": {"message": "Check your plan.", "type":"insufficient_quota"}}',
     "busy inside": b'{"error": {"message": "try later", "code": 429}}',
     "in the choice": b'{"choices": [{"error": {"message": "provider down"}, "message": {"content": ""}}]}',
     "detail": b'{"detail": "no such deployment"}',
@@ -73,6 +74,8 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         fault = faults[min(times, len(faults)) - 1]
         if isinstance(fault, int):
             return self.reply(fault, b'{"error": {"message": "scripted"}}')
+        if fault == "429, no quota":
+            return self.reply(429, b'{"error": {"message": "Check your plan.", "code": "insufficient_quota"}}')
         if fault == "drop":
             self.close_connection = True
             return self.connection.close()
@@ -292,6 +295,37 @@ def test_patience_ends(server, opened, monkeypatch, fault, reason):
     )
     judge.submit("fine", ROW, "fine", seed=5)  # nothing more is asked
     assert verdicts(judge)["fine"].reward is None
+
+
+@pytest.mark.parametrize("fault", ["429, no quota", "no quota", 402])
+@pytest.mark.parametrize("has_answered", [True, False])
+def test_a_bill_that_is_not_paid_is_not_waited_for(server, opened, fault, has_answered):
+    server.faults = {"never": [fault]}
+    judge = opened(server.url)
+    if has_answered:
+        assert answers_in_time(judge).reward == 0.85
+    found = answers_in_time(judge, "never")  # the patience would be half an hour
+    assert (found.reward, found.failure, found.error) == (None, "request", judge.down)
+    assert "no money is left" in judge.down and len(server.requests["never"]) == 1
+
+
+@pytest.mark.parametrize(
+    "usage, tokens",
+    [
+        (dict(prompt_tokens=10, completion_tokens=5, total_tokens=15), (10, 5)),
+        (dict(prompt_tokens=10, completion_tokens=5), (10, 5)),
+        (dict(prompt_tokens=10, completion_tokens=5, total_tokens=1015), (10, 1005)),  # the rest are thoughts
+        (dict(prompt_tokens=10, completion_tokens=0, total_tokens=1010), (10, 1000)),
+        (dict(prompt_tokens=10, total_tokens=1010), (10, 1000)),
+        (dict(prompt_tokens=10, completion_tokens=5, total_tokens=None), (10, 5)),
+        (dict(prompt_tokens=0, completion_tokens=0, total_tokens=0), None),  # no prompt is empty: nothing was counted
+        (dict(prompt_tokens=10), None),
+        (None, None),
+    ],
+)
+def test_tokens_that_are_paid(usage, tokens):
+    choice = {"message": {"content": "x"}, "finish_reason": "stop"}
+    assert chat_client.first_choice(json.dumps({"choices": [choice], "usage": usage}))["usage"] == tokens
 
 
 def test_a_server_that_accepts_and_does_not_answer_is_asked_again(server, opened, monkeypatch, told_soon, capsys):
