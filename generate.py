@@ -53,7 +53,7 @@ from model import load_pretrained
 from prompts import Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
 from runtime.progress import counting
-from runtime.rows import check_row, parse_json, read_rows, write_rows
+from runtime.rows import check_row, normalized, parse_json, read_rows, write_rows
 from weights import resolve
 
 
@@ -76,7 +76,7 @@ def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[
 
 def generate_file(path: str, args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     rows = read_rows(path, "object")
-    prompts = [row_prompt(row, chat, templates, f"{path}:{i + 1}") for i, row in enumerate(rows)]
+    prompts = [row_prompt(normalized(row), chat, templates, f"{path}:{i + 1}") for i, row in enumerate(rows)]
     for i, ids in enumerate(prompts):
         seeds = [derive_seed(args.seed, i, sample) for sample in range(args.n)]
         try:
@@ -112,7 +112,7 @@ def read_persona(text: str) -> Any:
         where = f"--persona {text}"
         with open(text, encoding="utf-8-sig") as f:
             text = f.read()
-    persona = parse_json(text, where)
+    persona = normalized(parse_json(text, where))
     check_row({"prompt_id": "-", "question": "-", "persona": persona}, "prompt", "--persona")
     return persona
 

@@ -84,7 +84,7 @@ from weights import resolve
 def read_examples(args: Args, chat: Chat, templates: Templates) -> list[packing.Masked]:
     """(ids, loss_mask) of each row: token ids, and which of them are learned."""
     examples: list[packing.Masked] = []
-    if "messages" not in read_rows(args.data, "object")[0]:
+    if read_rows(args.data, "object")[0].get("messages") is None:  # null: a table that holds conversations too
         for row in read_rows(args.data, "pair"):
             prompt = answer_prompt(chat, templates, row)
             answer = response_ids(chat, row["chosen"])

@@ -89,21 +89,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data.readers import (
-    DECODER,
-    ENDINGS,
-    check_compression,
-    check_text,
-    normalized,
-    parse_json,
-    read_objects,
-    read_raw,
-    read_table,
-    read_text,
-)
+from data.readers import ENDINGS, read_objects, read_raw, read_table, read_text
 from runtime import flags
 from runtime.distributed import derive_seed
-from runtime.rows import check_row, write_rows
+from runtime.rows import check_compression, check_row, normalized, parse_json, refuse_surrogates, write_rows
 
 # What precedes the persona (as JSON) and the question in the text of the release's RL prompts
 PERSONA_MARK = "当前用户配置："
@@ -157,7 +146,8 @@ def what_it_holds(path: str) -> str | None:
         return "personamem" if name.startswith("questions_") else None
     if name.startswith("shared_contexts_"):
         return "contexts"
-    _, first = next(read_raw(path), (None, {}))
+    _, first = next(read_raw(path), (path, {}))
+    check_row(first, "object", path)
     if {"question", "persona", "response"} <= set(first):
         return "baseline"
     if {"question", "profile", "chosen", "rejected"} <= set(first):
@@ -172,9 +162,9 @@ def what_it_holds(path: str) -> str | None:
 def checked_persona(persona: Any, where: str) -> dict | str:
     """A persona that is a non-empty object or text. ValueError: it is not."""
     if isinstance(persona, str) and persona.lstrip().startswith("{"):  # an object as text
-        persona = parse_json(persona, where, "persona")
+        persona = parse_json(persona, f'{where}: field "persona"')
     persona = normalized(persona)
-    check_text({"persona": persona}, where)
+    refuse_surrogates({"persona": persona}, where)
     if not isinstance(persona, (dict, str)) or not persona or not str(persona).strip():
         raise ValueError(f'{where}: field "persona" is {json.dumps(persona)[:80]}, expected a non-empty object or text')
     return persona
@@ -226,7 +216,7 @@ def parse_rl_prompt(row: dict, where: str) -> tuple[dict | str, str]:
     if not mark:
         raise ValueError(f'{where}: no "{PERSONA_MARK}" in the prompt, so no persona')
     try:
-        persona, end = DECODER.raw_decode(rest.lstrip())
+        persona, end = json.JSONDecoder().raw_decode(rest.lstrip())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the persona in the prompt is not JSON ({error})") from error
     _, mark, question = rest.lstrip()[end:].rpartition(QUESTION_MARK)
@@ -325,7 +315,9 @@ def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
     if not pool:
         raise ValueError(f"--personas {args.personas}: no personas there")
     user_ids = sorted(pool)
-    for i, row in enumerate(parse_json(read_text(path), path)):
+    outputs = parse_json(read_text(path), path)
+    refuse_surrogates(outputs, path)
+    for i, row in enumerate(outputs):
         user_id = user_ids[derive_seed("persona", args.seed, i) % len(user_ids)]
         yield dict(
             prompt_id=f"alpaca-{i}",
@@ -382,7 +374,7 @@ def personamem_options(row: dict, where: str) -> tuple[list[str], str]:
         texts = {match[1]: option[match.end() :] for option in options if (match := OPTION.match(option))}
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f'{where}: field "all_options" is no list of texts ({error})') from error
-    check_text({"all_options": options}, where)
+    refuse_surrogates({"all_options": options}, where)
     correct = text_field(row, "correct_answer", where).strip().strip("()")
     if sorted(texts) != list("abcd") or correct not in texts:
         raise ValueError(

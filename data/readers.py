@@ -1,23 +1,19 @@
 """Reads rows from .jsonl, .csv, .parquet and .json files, for data/prepare.py.
 
-The same data give the same rows in each format (`normalized`): a table has every column in every row, so keys without a
-value are dropped, at any depth. Whatever cannot become a row of JSON lines (broken JSON, text that is not UTF-8, half a
-surrogate pair, dates) stops the script with a ValueError that names the file and the line or row.
+The same data give the same rows in each format (`runtime.rows.normalized`). Whatever cannot become a row of JSON lines
+(broken JSON, text that is not UTF-8, half a surrogate pair, dates) stops the script with a ValueError that names the
+file and the line or row.
 """
 
 import csv
 import io
-import json
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from runtime.rows import first_lone_surrogate
+from runtime.rows import check_compression, check_row, data_row, decode, json_lines
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-GZIP = b"\x1f\x8b"
 
 
 def normal(text: str) -> str:
@@ -25,93 +21,12 @@ def normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def check_text(value: Any, where: str) -> None:
-    """ValueError naming where and the field, if any text in the value holds half a surrogate pair."""
-    refuse_surrogate(first_lone_surrogate(value), where)
-
-
-def refuse_surrogate(path: str | None, where: str) -> None:
-    if path is not None:
-        field = f'field "{path}"' if path else "the text"
-        raise ValueError(f"{where}: {field} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
-
-
-def normalized(value: Any) -> Any:
-    """The value without traces of a table's layout, at any depth.
-
-    Keys whose value is null or NaN, or an object of such keys only, are dropped. 36.0 becomes 36, because a column of
-    integers with gaps, or with one fraction in it, is stored as floats.
-    """
-    if isinstance(value, dict):
-        inner_values = {key: normalized(inner) for key, inner in value.items()}
-        return {k: v for k, v in inner_values.items() if v is not None and (v != {} or value[k] == {})}
-    if isinstance(value, (list, tuple)):
-        return [normalized(inner) for inner in value]
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return int(value) if value.is_integer() and abs(value) < 2**53 else value
-    return value
-
-
-def _refuse(constant):
-    raise ValueError(f"{constant} is no JSON value")
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
-def parse_json(text: str, where: str, field: str = "") -> Any:
-    """The value of a JSON text, which may be the text of a field. ValueError: where and why it is not JSON."""
-    subject = f"the {field} is " if field else ""
-    try:
-        value = DECODER.decode(text.strip())
-        path = first_lone_surrogate({field: value} if field else value)
-    except RecursionError:
-        raise ValueError(f"{where}: {subject}nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {subject}not JSON ({error})") from error
-    refuse_surrogate(path, where)
-    return value
-
-
-def check_compression(path: str, start: bytes) -> None:
-    """ValueError: the file is compressed with gzip."""
-    if path.endswith(".gz") or start.startswith(GZIP):
-        raise ValueError(f"{path}: compressed with gzip; unpack it first (gunzip)")
-
-
-def _decode(data, path, line):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from error
-
-
 def read_text(path: str) -> str:
     """The text of a UTF-8 file, without its byte order mark. ValueError: file:line that is not UTF-8."""
     with open(path, "rb") as f:
-        data = f.read().removeprefix(BYTE_ORDER_MARK)
+        data = f.read()
     check_compression(path, data)
-    return _decode(data, path, 1)
-
-
-def _read_jsonl(path):
-    with open(path, "rb") as f:
-        check_compression(path, f.peek(2))
-        blank = None
-        for number, line in enumerate(f, 1):
-            text = _decode(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, path, number)
-            if not text.strip():
-                blank = blank or number
-                continue
-            if blank:  # harmless at the end; here a row may be lost
-                raise ValueError(f"{path}:{blank}: a blank line between rows")
-            row = parse_json(text, f"{path}:{number}")
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object")
-            yield f"{path}:{number}", row
+    return decode(data, path)
 
 
 def _open_csv(path):
@@ -154,22 +69,19 @@ def _read_parquet(path):
     number = 0
     for batch in _open_parquet(path).iter_batches(batch_size=1000):
         try:
-            rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, rows {number + 1} to {number + len(batch)}: not UTF-8 ({error})") from error
+            rows = batch.to_pylist(maps_as_pydicts="strict")
+        except (UnicodeDecodeError, KeyError) as error:  # KeyError: a map with two equal keys
+            place = f"{path}, rows {number + 1} to {number + len(batch)}"
+            raise ValueError(f"{place}: {error}; expected UTF-8 texts, and objects with different keys") from error
         for row in rows:
             number += 1
-            try:
-                json.dumps(normalized(row), allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, row {number}: {error}; expected text, numbers, lists, objects") from error
             yield f"{path}, row {number}", row
 
 
-def read_raw(path: str) -> Iterator[tuple[str, dict]]:
-    """Where it stands and the object, of each row, including keys without a value."""
+def read_raw(path: str) -> Iterator[tuple[str, Any]]:
+    """Where it stands and the value, of each row, including keys without a value."""
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    return readers.get(os.path.splitext(path)[1], _read_jsonl)(path)
+    return readers.get(os.path.splitext(path)[1], json_lines)(path)
 
 
 def read_objects(path: str) -> Iterator[tuple[str, dict]]:
@@ -177,8 +89,10 @@ def read_objects(path: str) -> Iterator[tuple[str, dict]]:
 
     path: a .jsonl, .csv or .parquet file. The cells of a CSV file are text. ValueError: where and why it is no row.
     """
-    for where, row in read_raw(path):
-        yield where, normalized(row)
+    for where, raw in read_raw(path):
+        row = data_row(raw, where)
+        check_row(row, "object", where)
+        yield where, row
 
 
 def read_table(path: str) -> tuple[list[str], list[tuple[str, dict]]]:

@@ -324,7 +324,7 @@ def load(
         print0(f"resumed from {folder} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")
     metrics = os.path.join(out, "metrics.jsonl")
     if ranks.rank == 0 and os.path.isfile(metrics):
-        lines = json_lines(metrics, growing=True)
+        lines = list(json_lines(metrics, growing=True))
         for where, row in lines:
             check_row(row, "metrics", where)
         write_rows(metrics, [row for _, row in lines if row["step"] <= step])

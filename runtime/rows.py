@@ -1,9 +1,11 @@
 """JSON-lines rows, checked before any work is done, and files that appear whole or not at all."""
 
+import codecs
 import contextlib
 import errno
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +49,14 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def without_surrogates(text: str) -> str:
     """Replaces each half of a surrogate pair by U+FFFD, as decoders do with invalid text."""
     return SURROGATE.sub("\ufffd", text)
+
+
+def refuse_surrogates(value: Any, where: str) -> None:
+    """Raises ValueError, with the place, if a text or key in a JSON value holds half of a surrogate pair."""
+    path = first_lone_surrogate(value)
+    if path is not None:
+        field = f'field "{path}"' if path else "the text"
+        raise ValueError(f"{where}: {field} holds half of a surrogate pair (such as \\ud83d), which is no text")
 
 
 def first_lone_surrogate(value: Any) -> str | None:
@@ -109,11 +119,7 @@ def check_row(row: Any, kind: str, where: str) -> None:
             raise ValueError(f'{where}: field "{field}" is missing, expected {expected} ({kind} row)')
         if not is_valid(row[field]):
             raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
-    broken = first_lone_surrogate(row)
-    if broken is not None:
-        raise ValueError(
-            f'{where}: field "{broken}" holds half of a surrogate pair (such as \\ud83d), which is no text'
-        )
+    refuse_surrogates(row, where)
 
 
 def _depth(value: Any) -> int:
@@ -142,8 +148,23 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
-    """Parses each line of a file -> [("FILE:LINE", value)]. Skips a byte order mark and blank lines at the end.
+def check_compression(path: str, start: bytes) -> None:
+    """Raises ValueError if a file, of which `start` are the first bytes, is compressed with gzip."""
+    if path.endswith(".gz") or start.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{path}: compressed with gzip; unpack it first (gunzip)")
+
+
+def decode(data: bytes, path: str, line: int = 1) -> str:
+    """Text of a file from a line on, without a byte order mark. Raises ValueError with file:line if it is not UTF-8."""
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8") if line == 1 else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error})") from error
+
+
+def json_lines(path: str, growing: bool = False) -> Iterator[tuple[str, Any]]:
+    """Parses each line of a file: ("FILE:LINE", value). Skips a byte order mark and blank lines at the end.
 
     growing: also skips a last line without a line break, which is being written or was when its writer was killed.
 
@@ -151,29 +172,53 @@ def json_lines(path: str, growing: bool = False) -> list[tuple[str, Any]]:
     compressed file.
     """
     with open(path, "rb") as f:
-        content = f.read()
-    if content[:2] == b"\x1f\x8b":
-        raise ValueError(f"{path}: a gzip file; expected JSON lines as text (gunzip it first)")
-    if growing:
-        content = content[: content.rfind(b"\n") + 1]
-    content = content.removeprefix(b"\xef\xbb\xbf").rstrip()
-    if not content:
-        return []
-    values = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error})") from error
-        values.append((where, parse_json(text, where)))
-    return values
+        check_compression(path, f.peek(2))
+        blank = None
+        for number, line in enumerate(f, 1):
+            if growing and not line.endswith(b"\n"):
+                return
+            where = f"{path}:{number}"
+            text = decode(line, path, number)
+            if not text.strip():
+                blank = blank or where
+            elif blank:  # harmless at the end; here a row may be lost
+                raise ValueError(f"{blank}: a blank line between rows")
+            else:
+                yield where, parse_json(text, where)
+
+
+def normalized(value: Any) -> Any:
+    """The value without traces of a table (Arrow, pandas, CSV), at any depth, so that a row is the same in any format.
+
+    A table has every column in every row. Keys whose value is null or NaN, or an object of such keys only, are dropped.
+    36.0 becomes 36, because a column of integers with gaps, or with one fraction in it, is stored as floats.
+    """
+    if isinstance(value, dict):
+        inner_values = {key: normalized(inner) for key, inner in value.items()}
+        return {k: v for k, v in inner_values.items() if v is not None and (v != {} or value[k] == {})}
+    if isinstance(value, (list, tuple)):
+        return [normalized(inner) for inner in value]
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    return value
+
+
+def data_row(value: Any, where: str) -> Any:
+    """A row of data, `normalized`. Raises ValueError, with the place, for what JSON cannot hold: infinity, dates."""
+    row = normalized(value)
+    try:
+        json.dumps(row, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}; expected text, finite numbers, lists, objects") from error
+    return row
 
 
 def read_rows(path: str, kind: str) -> list[dict[str, Any]]:
     """Reads and checks all rows of a JSON-lines file.
 
-    kind: prompt | pair | answer | judgement | messages | metrics (of a run) | object (any).
+    kind: prompt | pair | answer | judgement | messages: rows of data, `normalized`; metrics (of a run) | object (any).
 
     Rows are read with `json`, not into Arrow tables: personas are free objects, and a table would give every persona
     the keys of all others. Raises ValueError with file:line, the field and what was expected.
@@ -183,6 +228,8 @@ def read_rows(path: str, kind: str) -> list[dict[str, Any]]:
     rows = []
     first_place: dict[str, str] = {}  # of each prompt_id
     for where, row in json_lines(path, growing=kind == "metrics"):
+        if kind not in ("metrics", "object"):
+            row = data_row(row, where)
         check_row(row, kind, where)
         if kind == "prompt":
             first = first_place.setdefault(row["prompt_id"], where)
@@ -250,6 +297,7 @@ def _identities(path: str) -> Iterator[tuple[str, tuple[str, str]]]:
     """Where each row stands, with its prompt_id and its persona."""
     for where, row in json_lines(path):
         check_row(row, "object", where)
+        row = normalized(row)
         for field in ("prompt_id", "persona"):
             if field in row:
                 yield where, (field, json.dumps(row[field], sort_keys=True))

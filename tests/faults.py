@@ -143,9 +143,9 @@ def check_readable(out):
     from runtime.rows import json_lines
 
     for file in glob.glob(f"{out}/rollouts/*.jsonl"):
-        json_lines(file)
+        list(json_lines(file))
     if os.path.exists(f"{out}/metrics.jsonl"):
-        json_lines(f"{out}/metrics.jsonl", growing=True)
+        list(json_lines(f"{out}/metrics.jsonl", growing=True))
     for link in glob.glob(f"{out}/*"):
         if os.path.islink(link):
             assert os.path.isfile(f"{link}/config.json") and glob.glob(f"{link}/*.safetensors"), link

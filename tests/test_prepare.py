@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
@@ -146,7 +147,10 @@ BAD_RL["prompt"][0]["content"] = BAD_RL["prompt"][0]["content"].replace('"Name":
         ({"personas": {**PERSONAS, "X": {}}}, r"personas.jsonl:21: .*persona.* is \{\}"),
         ({"personas": {**PERSONAS, "X": None}}, r"personas.jsonl:21: .*persona.* is null"),
         ({"personas": {**PERSONAS, "X": '{"Name": '}}, r"personas.jsonl:21: .*not JSON"),
-        ({"personas": {**PERSONAS, "X": '{"Name": 1}, "b": {"c": 2}'}}, r"personas.jsonl:21: the persona is not JSON"),
+        (
+            {"personas": {**PERSONAS, "X": '{"Name": 1}, "b": {"c": 2}'}},
+            r'personas.jsonl:21: field "persona": not JSON',
+        ),
         ({"pairs": [*PAIRS, broken(PAIRS[0], user_id="Nobody")]}, r"rm_pairs.jsonl:41: .*Nobody"),
         ({"pairs": [*PAIRS, broken(PAIRS[0], reject=...)]}, r"rm_pairs.jsonl:41: .*reject"),
         ({"rl": [*RL, BAD_RL]}, r"rl_prompts.jsonl:21: the persona in the prompt is not JSON"),
@@ -366,6 +370,22 @@ def test_a_table_gives_nobody_the_keys_of_others(tmp_path, write, ending):
     assert [row["persona"] for row in found] == list(UNEVEN.values())
 
 
+def test_a_map_of_a_table_is_an_object(tmp_path):
+    """Arrow's maps are lists of pairs in Python unless asked for otherwise."""
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    people = [{"Ann": {"tea": 1, "jazz": 2}}, {"Ben": {}, "Cy": {"chess": 3}}]
+    users = {"user_id": ["1", "2"], "persona": pyarrow.array([list(p.items()) for p in people], kind)}
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(users), tmp_path / "in/personas.parquet")
+    write_lines(tmp_path / "in/pairs.jsonl", [broken(PAIRS[0], user_id=user) for user in "12"])
+    rows = run(str(tmp_path / "in"), tmp_path / "out", eval_share=0.0)["pairs"]
+    assert [row["persona"] for row in rows] == people
+    twice = pyarrow.array([[("a", []), ("a", [])], []], kind)
+    pyarrow.parquet.write_table(pyarrow.table(users | {"persona": twice}), tmp_path / "in/personas.parquet")
+    with pytest.raises(ValueError, match="personas.parquet, rows 1 to 2: .*objects with different keys"):
+        run(str(tmp_path / "in"), tmp_path / "again")
+
+
 def test_user_ids_that_a_table_made_floats(tmp_path):
     """An integer column with gaps is a column of floats: 1.0 is still user 1; NaN is no value."""
     write_parquet(tmp_path / "in/personas.parquet", [{"user_id": n, "persona": f"P{n}"} for n in (1, 2)])
@@ -393,7 +413,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, file, line, problem):
     flat(tmp_path / "in")
     with open(tmp_path / "in" / file, "a") as f:
         f.write(line.replace("HALF", HALF) + "\n")
-    with pytest.raises(ValueError, match=rf'{file}:\d\d: field "{problem}".* half a surrogate pair') as error:
+    with pytest.raises(ValueError, match=rf'{file}:\d\d: field "{problem}".* half of a surrogate pair') as error:
         run(str(tmp_path / "in"), tmp_path / "out")
     str(error.value).encode()
     assert not (tmp_path / "out").exists()
@@ -401,20 +421,20 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, file, line, problem):
 
 def test_half_a_surrogate_pair_in_other_files(tmp_path):
     source, _ = personamem(tmp_path / "options", all_options=r'["(a) \ud83d", "(b) x", "(c) y", "(d) z"]')
-    with pytest.raises(ValueError, match=r'row 1: field "all_options\[0\]".* half a surrogate pair'):
+    with pytest.raises(ValueError, match=r'row 1: field "all_options\[0\]".* half of a surrogate pair'):
         run(source, tmp_path / "out")
     source, _ = personamem(tmp_path / "context")
     write_lines(tmp_path / "context/shared_contexts_32k.jsonl", [])
     (tmp_path / "context/shared_contexts_32k.jsonl").write_text('{"c1": [{"role": "user", "content": "\\udc00"}]}\n')
-    with pytest.raises(ValueError, match=r'contexts_32k.jsonl:1: field "c1\[0\].content".* half a surrogate pair'):
+    with pytest.raises(ValueError, match=r'contexts_32k.jsonl:1: field "c1\[0\].content".* half of a surrogate pair'):
         run(source, tmp_path / "out")
     authors(tmp_path / "authors")
     (tmp_path / "authors/eval/data/persona_all/Z.json").write_text('{"a": {"b": "\\ud83d"}}')
-    with pytest.raises(ValueError, match=r'Z.json: field "persona.a.b".* half a surrogate pair'):
+    with pytest.raises(ValueError, match=r'Z.json: field "persona.a.b".* half of a surrogate pair'):
         run(str(tmp_path / "authors"), tmp_path / "out")
     (tmp_path / "alpaca").mkdir()
     (tmp_path / "alpaca/o.json").write_text('[{"instruction": "a", "output": "b\\ud83d"}]')
-    with pytest.raises(ValueError, match=r'o.json: field "\[0\].output".* half a surrogate pair'):
+    with pytest.raises(ValueError, match=r'o.json: field "\[0\].output".* half of a surrogate pair'):
         run(str(tmp_path / "alpaca"), tmp_path / "out", personas=str(flat(tmp_path / "pool")))
 
 
@@ -443,8 +463,9 @@ LINE = json.dumps({"user_id": "X", "persona": {"Name": "Zoë"}}, ensure_ascii=Fa
         (f"{LINE}\n\n{LINE}\n".encode(), r"personas.jsonl:2: a blank line"),
         (b"\n\n", r"personas.jsonl: empty"),
         (b"", r"personas.jsonl: empty"),
-        (b'{"persona": NaN}', r"personas.jsonl:1: not JSON \(NaN"),
-        (b'{"persona": ' + b"[" * 100_000, r"personas.jsonl:1: .*nested too deeply"),
+        (b'{"persona": NaN}', r"personas.jsonl:1: .*persona.* is \{\}"),
+        (b'{"persona": {"age": Infinity}}', r"personas.jsonl:1: .*expected text, finite numbers"),
+        (b'{"persona": ' + b"[" * 100_000, r"personas.jsonl:1: not JSON \(maximum recursion depth"),
     ],
 )
 def test_damaged_files_name_their_place(tmp_path, data, problem):

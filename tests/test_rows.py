@@ -11,12 +11,13 @@ import generate
 import ppo_cpe
 import sft
 import train_grm
+from chat import Chat
 from evaluation.annotations import read_annotations
 from evaluation.answer_files import read_outputs
 from json_files import read_json
 from judges.journal import Journal
-from prompts import persona_text
-from runtime.rows import HELD_OUT, MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, read_rows, refuse_held_out
+from prompts import load_templates, persona_text
+from runtime.rows import HELD_OUT, MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, normalized, read_rows, refuse_held_out
 from weights import MADE_BY as MODELS_MADE_BY
 from weights import resolve
 
@@ -109,7 +110,7 @@ def test_bytes_that_are_no_utf8(tmp_path):
 
 def test_a_compressed_file(tmp_path):
     path = write(tmp_path, gzip.compress(json.dumps(PROMPT).encode()))
-    assert refused(path, "prompt") == f"{path}: a gzip file; expected JSON lines as text (gunzip it first)"
+    assert refused(path, "prompt") == f"{path}: compressed with gzip; unpack it first (gunzip)"
 
 
 def test_a_byte_order_mark_and_line_ends(tmp_path):
@@ -123,9 +124,9 @@ def test_a_byte_order_mark_and_line_ends(tmp_path):
 def test_a_blank_line_in_the_middle(tmp_path):
     for blank in ("", "  ", "\r"):
         path = write(tmp_path, PROMPT, blank, other("prompt"))
-        assert refused(path, "prompt").startswith(f"{path}:2: not JSON (")
+        assert refused(path, "prompt") == f"{path}:2: a blank line between rows"
     path = write(tmp_path, "", PROMPT)
-    assert refused(path, "prompt").startswith(f"{path}:1: not JSON (")
+    assert refused(path, "prompt") == f"{path}:1: a blank line between rows"
 
 
 def test_unicode_line_separators_are_text(tmp_path):
@@ -221,6 +222,56 @@ def test_a_conversation_that_the_assistant_opens(tiny, tmp_path, capsys):
     error = error_of(sft, capsys, "--model", tiny / "checkpoint", "--data", path, "--out", tmp_path / "out")
     assert error.startswith(f"error: {path}:3: messages[0]: expected a message of the user")
     assert not (tmp_path / "out").exists()
+
+
+# -- rows that went through a table --------------------------------------------------------------------------------
+
+OTHERS = {"name": "Ben", "job": {"title": "nurse", "since": 1999}, "pets": [{"cat": "Mia"}]}
+
+
+@pytest.mark.parametrize("kind", ["prompt", "pair", "answer", "judgement"])
+def test_a_table_leaves_no_traces_in_rows(kind, tmp_path):
+    """Arrow gives each row the keys of all others, as null. pandas writes NaN for them, and integers as floats."""
+    from datasets import Dataset
+
+    rows = [ROWS[kind] | {"persona": {"name": "Kim", "age": 36}}, other(kind) | {"persona": OTHERS, "tier": "hard"}]
+    Dataset.from_list([{"tier": None} | row for row in rows]).to_json(str(tmp_path / "arrow.jsonl"), force_ascii=False)
+    lines = (tmp_path / "arrow.jsonl").read_text().splitlines()
+    assert '"job":null' in lines[0] and '"tier":null' in lines[0]
+    assert read_rows(str(tmp_path / "arrow.jsonl"), kind) == rows
+    table = [json.loads(line.replace("36", "36.0").replace("null", "NaN")) for line in lines]
+    if kind == "judgement":
+        table[0]["helpfulness"] = 1.0
+    path = write(tmp_path, *table)
+    assert "NaN" in (tmp_path / "rows.jsonl").read_text()
+    assert read_rows(path, kind) == rows
+    assert persona_text(read_rows(path, kind)[0]["persona"]) == "name: Kim\nage: 36"
+
+
+def test_a_table_leaves_no_traces_in_input_of_generate_and_conversations(tiny, tmp_path):
+    plain = {"persona": {"name": "Kim"}, "question": "What about tea?"}
+    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(None)
+    table = plain | {"persona": {"name": "Kim", "job": None, "age": float("nan")}, "messages": None, "prompt_ids": None}
+    path = write(tmp_path, table)
+    expected = generate.row_prompt(plain, chat, templates, path)
+    assert generate.row_prompt(normalized(read_rows(path, "object")[0]), chat, templates, path) == expected
+    assert generate.read_persona(json.dumps(table["persona"])) == {"name": "Kim"}
+    pairs = [ROWS["pair"] | {"messages": None}, other("pair")]
+    args = sft.Args(data=write(tmp_path, *pairs), batch_size=2)
+    assert len(sft.read_examples(args, chat, templates)) == 2
+    turns = [message | {"name": None} for message in ROWS["messages"]["messages"]]
+    assert read_rows(write(tmp_path, {"messages": turns, "chosen": None}), "messages") == [ROWS["messages"]]
+
+
+def test_numbers_that_are_no_value_in_json(tmp_path):
+    path = write(tmp_path, PROMPT | {"persona": {"height": float("inf")}})
+    assert refused(path, "prompt").startswith(f"{path}:1: Out of range float values are not JSON compliant")
+
+
+def test_annotations_with_a_byte_order_mark(tmp_path):
+    row = dict(instruction="Q", output_1="a", output_2="b", generator_1="x", generator_2="y", preference=2.0)
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([row]))
+    assert read_annotations(str(tmp_path / "a.json"))[0]["output_1"] == "a"
 
 
 # -- held-out rows -------------------------------------------------------------------------------------------------
