@@ -177,18 +177,32 @@ def text_field(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
+def personas_by_id(
+    rows: Iterable[tuple[str, dict]], id_column: str, has_ids: bool, persona_of: Callable[[dict], Any]
+) -> dict[str, dict | str]:
+    """Personas of a file's rows by id. Without ids (has_ids) these are row numbers, from 1.
+
+    ValueError: a row without an id among rows that have one, two rows of one id, or no rows.
+    """
+    personas = {}
+    for number, (where, row) in enumerate(rows, 1):
+        if has_ids and id_column not in row:
+            raise ValueError(f'{where}: field "{id_column}" is missing; expected an id, as in the other rows')
+        persona_id = str(row[id_column] if has_ids else number)
+        if persona_id in personas:
+            raise ValueError(f'{where}: {id_column} "{persona_id}" occurs twice')
+        personas[persona_id] = checked_persona(persona_of(row), where)
+    return personas
+
+
 def read_personas(path: str) -> dict[str, dict | str]:
     """Personas by user_id, which is the line number, from 1, where rows have none (as on the hub)."""
-    personas = {}
-    for number, (where, row) in enumerate(read_objects(path), 1):
-        user_id = str(row.get("user_id", number))
-        persona = row.get("persona") if {"user_id", "persona"} & set(row) else row
-        if user_id in personas:
-            raise ValueError(f'{where}: user_id "{user_id}" occurs twice')
-        personas[user_id] = checked_persona(persona, where)
-    if not personas:
+    rows = list(read_objects(path))
+    if not rows:
         raise ValueError(f"{path}: empty, no personas")
-    return personas
+    names = {name for _, row in rows for name in row}
+    is_wrapped = bool(names & {"user_id", "persona"})  # else the row is the persona
+    return personas_by_id(rows, "user_id", "user_id" in names, lambda row: row.get("persona") if is_wrapped else row)
 
 
 def digest(*parts: Any) -> str:
@@ -418,12 +432,16 @@ def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
 
 
 def find_personas(files: dict[str | None, list[str]]) -> dict[str, dict | str]:
-    """Personas by user_id, of all files of a source."""
-    personas: dict[str, dict | str] = {}
-    for path in files.get("personas", []):
-        personas |= read_personas(path)
+    """Personas by user_id, of all files of a source. ValueError: two persons have one user_id."""
+    in_files = [(path, read_personas(path)) for path in files.get("personas", [])]
     for path in files.get("persona", []):  # one file per persona: its name is the user_id
-        personas[os.path.basename(path).removesuffix(".json")] = checked_persona(read_text(path), path)
+        user_id = os.path.basename(path).removesuffix(".json")
+        in_files.append((path, {user_id: checked_persona(read_text(path), path)}))
+    personas: dict[str, dict | str] = {}
+    for path, by_id in in_files:
+        for user_id, persona in by_id.items():
+            if personas.setdefault(user_id, persona) != persona:
+                raise ValueError(f'{path}: user_id "{user_id}" is of another person in another file')
     return personas
 
 
@@ -515,17 +533,13 @@ def own_personas(args: Args, needs_ids: bool) -> dict[str, dict | str]:
     if needs_ids:
         reason = f", by which the questions of {args.questions} name their persona"
         require_column(args.id_column, columns, args.personas, reason)
-    personas = {}
-    for number, (where, row) in enumerate(rows, 1):
-        persona_id = str(row.get(args.id_column, number))
-        if persona_id in personas:
-            raise ValueError(f'{where}: {args.id_column} "{persona_id}" occurs twice')
+
+    def persona(row: dict) -> Any:
         if persona_columns:
-            persona = persona_of(row, persona_columns)
-        else:
-            persona = {column: value for column, value in row.items() if column != args.id_column}
-        personas[persona_id] = checked_persona(persona, where)
-    return personas
+            return persona_of(row, persona_columns)
+        return {column: value for column, value in row.items() if column != args.id_column}
+
+    return personas_by_id(rows, args.id_column, args.id_column in columns, persona)
 
 
 def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:

@@ -31,7 +31,7 @@ def read_text(path: str) -> str:
 
 def _open_csv(path):
     csv.field_size_limit(2**30)
-    return csv.reader(io.StringIO(read_text(path), newline=""))
+    return csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
 
 
 def _read_csv(path):
@@ -46,11 +46,13 @@ def _read_csv(path):
             if not cells:  # a blank line
                 continue
             number += 1
-            if len(cells) > len(header):
-                raise ValueError(f"{path}, row {number}: more cells than the header has ({len(cells)}, {len(header)})")
+            if len(cells) != len(header):
+                raise ValueError(f"{path}, row {number}: {len(cells)} cells, expected {len(header)} as in the header")
             yield f"{path}, row {number}", dict(zip(header, cells))
     except csv.Error as error:
-        raise ValueError(f"{path}, row {number + 1}: not CSV ({error})") from error
+        raise ValueError(
+            f"{path}, row {number + 1}: not CSV, such as a quotation mark that is not closed ({error})"
+        ) from error
 
 
 def _open_parquet(path):

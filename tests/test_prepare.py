@@ -165,6 +165,44 @@ def test_broken_rows_name_their_place(tmp_path, sources, problem):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_persona_that_lost_its_id_is_not_found_by_its_place(tmp_path):
+    """In a public source, too: the second row is not user 2."""
+    rows = [{"user_id": "1", "persona": "Ann"}, {"persona": "Ben"}]
+    for lost in (rows, rows[::-1]):
+        flat(tmp_path / "in", pairs=[broken(PAIRS[0], user_id="2")])
+        write_lines(tmp_path / "in/personas.jsonl", lost)
+        with pytest.raises(ValueError, match=rf'personas.jsonl:{lost.index(rows[1]) + 1}: field "user_id" is missing'):
+            run(str(tmp_path / "in"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"more_personas.jsonl": [{"user_id": "User1_aB1", "persona": "Ben"}]}, {"persona_all/User1_aB1.json": ["Ben"]}],
+)
+def test_two_persons_of_one_id_in_two_files(tmp_path, others):
+    flat(tmp_path / "in")
+    for name, rows in others.items():
+        write_lines(tmp_path / "in" / name, rows)
+    with pytest.raises(ValueError, match='user_id "User1_aB1" is of another person in another file'):
+        run(str(tmp_path / "in"), tmp_path / "out")
+
+
+def test_two_files_that_agree_about_a_persona(tmp_path):
+    plain = run(flat(tmp_path / "in"), tmp_path / "out")
+    write_lines(tmp_path / "in/more_personas.jsonl", [{"user_id": "X", "persona": "Eva"}])
+    (tmp_path / "in/persona_all").mkdir()
+    (tmp_path / "in/persona_all/User1_aB1.json").write_text(json.dumps(PERSONAS["User1_aB1"]))
+    assert run(str(tmp_path / "in"), tmp_path / "again") == plain
+
+
+def test_two_files_of_personas_without_ids(tmp_path):
+    """Their rows would have the same numbers."""
+    hub(tmp_path / "in")
+    write_lines(tmp_path / "in/persona/more_personas.jsonl", [{"name": "Ann"}])
+    with pytest.raises(ValueError, match='more_personas.jsonl: user_id "1" is of another person'):
+        run(str(tmp_path / "in"), tmp_path / "out")
+
+
 def test_one_line_for_a_source_that_has_nothing(tmp_path):
     command = [sys.executable, f"{ROOT}/data/prepare.py", "--source", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -599,7 +637,14 @@ def test_one_table_of_personas_and_questions(tmp_path):
         ("id,persona\n1,P\n", "id,question\n1, \n", {}, r'q.csv, row 1: field "question" is missing or blank'),
         ("id,persona\n1,P\n1,R\n", "id,question\n1,Q\n", {}, r'p.csv, row 2: id "1" occurs twice'),
         ("id,persona\n1,\n", "id,question\n1,Q\n", {}, r'p.csv, row 1: field "persona" is null'),
-        ("id,persona\n1,P,R\n", "id,question\n1,Q\n", {}, r"p.csv, row 1: more cells than the header has"),
+        ("id,persona\n1,P,R\n", "id,question\n1,Q\n", {}, r"p.csv, row 1: 3 cells, expected 2 as in the header"),
+        ("id,persona\n1\n", "id,question\n1,Q\n", {}, r"p.csv, row 1: 1 cells, expected 2 as in the header"),
+        ('id,persona\n1,"P\n2,R\n3,S\n', "id,question\n1,Q\n", {}, r"p.csv, row 1: not CSV, such as a quotation mark"),
+        ('id,persona\n1,P\n2,"R\n3,"S"\n', "id,question\n1,Q\n", {}, r"p.csv, row 2: not CSV, such as a quotation"),
+        ("id,persona\n1,P\n", 'id,question\n1,"Q\n1,R\n', {}, r"q.csv, row 1: not CSV, such as a quotation mark"),
+        ("id,persona\n1,P\n,R\n", "id,question\n2,Q\n", {}, r'p.csv, row 2: field "id" is missing; expected an id'),
+        ("id,persona\n,P\n,R\n", "id,question\n2,Q\n", {}, r'p.csv, row 1: field "id" is missing; expected an id'),
+        ("id,persona\n1,P\n,R\n", "question\nQ\n", {}, r'p.csv, row 2: field "id" is missing; expected an id'),
         ("id,id\n1,P\n", "id,question\n1,Q\n", {}, r'p.csv: two columns "id"'),
         ("persona\nP\n", "id,question\n1,Q\n", {}, r'p.csv: no column "id", by which .*q.csv.* persona'),
         (None, "id,question\n1,Q\n", {}, r'q.csv: no column "persona".*--personas .*id, question'),
