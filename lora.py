@@ -41,7 +41,7 @@ class Linear(nn.Linear):
     A is [rank, in], B is [out, rank]; both are applied in the dtype of x.
     """
 
-    packed: PackedLinear | None = None  # see `model.pack_weights`
+    packed: PackedLinear | None = None  # see packed_weights.py
     scale: float
 
     def __init__(self, n_in: int, n_out: int, bias: bool):

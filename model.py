@@ -1,11 +1,8 @@
 """Qwen2.5, Qwen3 (dense) and Llama: one forward pass for training, scoring and decoding.
 
 Tokens are packed: sequences of different lengths lie one after another in a [T] tensor, without padding. The attention
-context that is passed to `Transformer.forward` decides which tokens a token attends to:
-
-- `Packed`: each token attends to its own sequence. Training and scoring.
-- `SharedPrefix`: several sequences share the tokens of their common prefix. Training and scoring.
-- the engine's contexts: prefill and decoding against a paged KV cache.
+context that is passed to `Transformer.forward` decides which tokens a token attends to (attention.py; engine/ for
+decoding).
 
 The families differ in two places: which projections have a bias and whether queries and keys are normalised
 (`Attention`), and the frequencies of RoPE (model_config.py). Parameters have the names that checkpoints on the hub use.
@@ -13,8 +10,8 @@ The critic and the Bradley-Terry reward model are the same trunk with a scalar h
 `Qwen2ForSequenceClassification` with one label.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,127 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
+from attention import AttentionContext
+from kernels.gather_rows import gather_rows
 from kernels.linear_logprob import linear_logprob, logits
 from kernels.packed_linear import PackedLinear
 from kernels.rmsnorm import add_rms_norm, rms_norm
-from kernels.rope_kv import apply_rope
 from kernels.swiglu import swiglu
-from kernels.varlen_attention import varlen_attention
 from lora import Linear, Lora, add_adapters, init_adapters, merged_parameters, save_adapter
 from model_config import Config, rope_inv_freq
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copies a host tensor to the device. For a GPU it is pinned first, so that the host doesn't wait for the copy."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-# -- attention contexts ------------------------------------------------------------------------------------------------
-
-
-class AttentionContext(Protocol):
-    """Which tokens a token attends to, and where its keys and values are stored."""
-
-    position_ids: Tensor  # int64 [T], for RoPE
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D], before RoPE; cos and sin [T, 1, D] -> [T, Hq, D]."""
-        ...
-
-
-class SeqLens:
-    """Lengths of the sequences in a packed tensor, in tokens and in order."""
-
-    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
-        self.lengths = [int(n) for n in lengths]
-        self.max_seqlen = max(self.lengths)
-        cu_seqlens = torch.tensor([0] + self.lengths).cumsum(0)  # where each sequence starts; the last entry is T
-        self.cu_seqlens = to_device(cu_seqlens.int(), device)
-
-
-class Packed(SeqLens):
-    """Packed sequences: each token attends to its own sequence, up to itself."""
-
-    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
-        super().__init__(lengths, device)
-        self.position_ids = to_device(torch.cat([torch.arange(n) for n in self.lengths]), device)  # [T]
-        self.attention_pairs = count_attention_pairs(self, self)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return varlen_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self, self)
-
-
-class SharedPrefix:
-    """Packed groups: a prefix, stored once, followed by n suffixes that do not attend to one another.
-
-    groups: (tokens of the prefix, may be 0; tokens of each suffix, at least 1). Positions in every suffix continue from
-    the end of the prefix. The queries are P, S1, ..., Sn. The keys of a suffix are those of its prefix and its own, so
-    the keys are P, P S1, ..., P Sn.
-    """
-
-    def __init__(self, groups: Iterable[tuple[int, list[int]]], device: torch.device | str = "cpu"):
-        query_lengths: list[int] = []
-        key_lengths: list[int] = []
-        positions: list[Tensor] = []
-        key_index: list[Tensor] = []
-        start = 0
-        for prefix, suffixes in groups:
-            if len(suffixes) == 1:  # nothing to share: one plain causal sequence
-                prefix, suffixes = prefix + suffixes[0], []
-            prefix_index = torch.arange(start, start + prefix)
-            if prefix:
-                query_lengths.append(prefix)
-                key_lengths.append(prefix)
-            positions.append(torch.arange(prefix))
-            key_index.append(prefix_index)
-            start += prefix
-            for n in suffixes:
-                query_lengths.append(n)
-                key_lengths.append(prefix + n)
-                positions.append(torch.arange(prefix, prefix + n))
-                key_index += [prefix_index, torch.arange(start, start + n)]
-                start += n
-        self.queries = SeqLens(query_lengths, device)
-        self.keys = SeqLens(key_lengths, device)
-        self.position_ids = to_device(torch.cat(positions), device)  # [T]
-        self.key_index = to_device(torch.cat(key_index), device)  # [Tk]
-        self.attention_pairs = count_attention_pairs(self.queries, self.keys)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
-        shape = k.shape[1:]
-        k = gather_rows(k.flatten(1), self.key_index).unflatten(1, shape)  # [Tk, Hkv, D]
-        v = gather_rows(v.flatten(1), self.key_index).unflatten(1, shape)
-        return varlen_attention(q, k, v, self.queries, self.keys)
-
-
-def count_attention_pairs(queries: SeqLens, keys: SeqLens) -> int:
-    """Number of (query, key) pairs that causal attention computes, over all sequences."""
-    return sum(q * k - q * (q - 1) // 2 for q, k in zip(queries.lengths, keys.lengths))
-
-
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for x [N, d] and int64 index [M] -> [M, d]. Gradients of a row that occurs often are summed in fp32."""
-    return _GatherRows.apply(x, index)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.n_rows = x.shape[0]
-        return x[index]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        acc_dtype = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(ctx.n_rows, grad.shape[1], dtype=acc_dtype, device=grad.device)
-        return total.index_add_(0, index, grad.to(acc_dtype)).to(grad.dtype), None
-
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
@@ -172,7 +56,7 @@ def rope_tables(config: Config, position_ids: Tensor, dtype: torch.dtype) -> tup
 
 
 class Attention(nn.Module):
-    packed_qkv: PackedLinear | None = None  # q_proj, k_proj and v_proj as one product; see `pack_weights`
+    packed_qkv: PackedLinear | None = None  # q_proj, k_proj and v_proj as one product; see packed_weights.py
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -208,7 +92,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    packed_gate_up: PackedLinear | None = None  # gate_proj and up_proj as one product; see `pack_weights`
+    packed_gate_up: PackedLinear | None = None  # gate_proj and up_proj as one product; see packed_weights.py
 
     def __init__(self, config: Config):
         super().__init__()
@@ -263,7 +147,7 @@ class Trunk(nn.Module):
 class Transformer(nn.Module):
     """The decoder with an LM head, or with a scalar head (critic, Bradley-Terry reward model)."""
 
-    packed_head: PackedLinear | None = None  # the LM head; see `pack_weights`
+    packed_head: PackedLinear | None = None  # the LM head; see packed_weights.py
 
     def __init__(self, config: Config, scalar_head: bool = False):
         super().__init__()
@@ -331,34 +215,6 @@ class Transformer(nn.Module):
             del self.lm_head
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def pack_weights(model: Transformer) -> None:
-    """Prepares fast inference on a CPU. Does nothing elsewhere; call it again after the weights have changed.
-
-    In fp32, adapters are merged into the packed weights. In bf16, as on a GPU, they are applied next to the shared
-    base: a merged weight would be rounded to steps of 1/256 of its size, and early updates are smaller than that.
-    """
-    weight = model.model.embed_tokens.weight
-    if weight.device.type != "cpu" or (model.lora and weight.dtype == torch.bfloat16):
-        return
-
-    def packed(*projections: Linear) -> PackedLinear:
-        return PackedLinear([(p.merged(), p.bias) for p in projections])
-
-    for layer in model.model.layers:
-        assert isinstance(layer, Layer)
-        attention, mlp = layer.self_attn, layer.mlp
-        attention.packed_qkv = packed(attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.o_proj.packed = packed(attention.o_proj)
-        mlp.packed_gate_up = packed(mlp.gate_proj, mlp.up_proj)
-        mlp.down_proj.packed = packed(mlp.down_proj)
-    if not model.scalar_head:
-        model.packed_head = PackedLinear([(model.head_weight, None)])
-
-
 def init_weights(model: Transformer, seed: int, std: float | None = None) -> None:
     """Initialises a model that is trained from scratch, like GPT-2: residual outputs are scaled down by depth.
 
@@ -402,13 +258,7 @@ def load_pretrained(
     with torch.device("meta"):
         model = Transformer(config, scalar_head)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    file_of = weights.weight_files(path)
-    ignored = {"lm_head.weight"} if scalar_head or config.tie_word_embeddings else set()
-    weights.check_names(path, file_of, shapes, optional={"score.weight"}, ignored=ignored)
-    with weights.open_files(file_of) as files:
-        weights.check_shapes(path, files, shapes)
-        if config.tie_word_embeddings and not scalar_head:
-            weights.check_tied_head(file_of, files)
+    with weights.open_weights(path, shapes, scalar_head, config.tie_word_embeddings) as files:
         model.to(dtype or files["model.norm.weight"].get_tensor("model.norm.weight").dtype)
         if scalar_head:
             model.score.to(torch.promote_types(model.score.weight.dtype, torch.float32))

@@ -92,10 +92,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from attention import SharedPrefix
 from chat import Chat
 from diagnostics import agreement
 from engine import Engine
-from model import SharedPrefix, Transformer, load_pretrained
+from model import Transformer, load_pretrained
 from prompts import (
     DIMENSIONS,
     Judgement,

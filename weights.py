@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -84,7 +84,45 @@ def copy_into(parameter: Tensor, full: Tensor) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def weight_files(folder: str) -> dict[str, str]:
+@contextlib.contextmanager
+def open_weights(
+    folder: str, shapes: dict[str, torch.Size], scalar_head: bool, is_tied: bool
+) -> Iterator[dict[str, safe_open]]:
+    """Opens the weights of a folder -> {tensor: open file that holds it}.
+
+    shapes: of the model's parameters. `score.weight` may be missing. An LM head is superfluous if the model has a
+    scalar head or is tied; so are old checkpoints' rotary buffers.
+
+    Raises ValueError, naming the file or tensor, for a file that is cut off or is not a safetensors file, and for a
+    missing, superfluous or misshapen tensor.
+    """
+    file_of = _weight_files(folder)
+    ignored = {"lm_head.weight"} if scalar_head or is_tied else set()
+    missing = [name for name in shapes if name not in file_of and name != "score.weight"]
+    unknown = [name for name in file_of if name not in shapes and name not in ignored]
+    superfluous = [name for name in unknown if "rotary_emb" not in name]
+    if missing or superfluous:
+        raise ValueError(
+            f"{folder}: not the tensors of its config.json; missing {missing[:3]} ({len(missing)} in all), "
+            f"superfluous {superfluous[:3]} ({len(superfluous)} in all)"
+        )
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(_open_file(file)) for file in set(file_of.values())}
+        held = {file: set(f.keys()) for file, f in opened.items()}
+        for name, file in file_of.items():
+            if name not in held[file]:
+                raise ValueError(f"{file}: lacks {name}, which the index says it holds")
+        files = {name: opened[file] for name, file in file_of.items()}
+        for name in set(shapes) & set(files):
+            shape = files[name].get_slice(name).get_shape()
+            if shape != list(shapes[name]):
+                raise ValueError(f"{folder}: {name} has shape {shape}, its config.json says {list(shapes[name])}")
+        if is_tied and not scalar_head:
+            _check_tied_head(file_of, files)
+        yield files
+
+
+def _weight_files(folder: str) -> dict[str, str]:
     """Returns {tensor: file that holds it}. Raises ValueError without weights, or for an index that is not one."""
     index_file = os.path.join(folder, "model.safetensors.index.json")
     single = os.path.join(folder, "model.safetensors")
@@ -113,49 +151,7 @@ def _open_file(file: str) -> safe_open:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
 
 
-@contextlib.contextmanager
-def open_files(file_of: dict[str, str]) -> Iterator[dict[str, safe_open]]:
-    """Opens the files of `weight_files` -> {tensor: open file that holds it}.
-
-    Raises ValueError for a file that is cut off, is not a safetensors file or lacks a tensor.
-    """
-    with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(_open_file(file)) for file in set(file_of.values())}
-        held = {file: set(f.keys()) for file, f in opened.items()}
-        for name, file in file_of.items():
-            if name not in held[file]:
-                raise ValueError(f"{file}: lacks {name}, which the index says it holds")
-        yield {name: opened[file] for name, file in file_of.items()}
-
-
-def check_names(
-    folder: str, file_of: dict[str, str], shapes: dict[str, torch.Size], optional: set[str], ignored: set[str]
-) -> None:
-    """Raises ValueError unless the files hold the tensors in `shapes`, and no others.
-
-    Tensors in `optional` may be missing. Those in `ignored`, and old checkpoints' rotary buffers, may be superfluous.
-    """
-    missing = [name for name in shapes if name not in file_of and name not in optional]
-    unknown = [name for name in file_of if name not in shapes and name not in ignored]
-    superfluous = [name for name in unknown if "rotary_emb" not in name]
-    if missing or superfluous:
-        raise ValueError(
-            f"{folder}: not the tensors of its config.json; missing {missing[:3]} ({len(missing)} in all), "
-            f"superfluous {superfluous[:3]} ({len(superfluous)} in all)"
-        )
-
-
-def check_shapes(folder: str, files: dict[str, safe_open], shapes: dict[str, torch.Size]) -> None:
-    """Raises ValueError for a tensor of another shape than the config's."""
-    for name, expected in shapes.items():
-        if name not in files:
-            continue
-        shape = files[name].get_slice(name).get_shape()
-        if tuple(shape) != tuple(expected):
-            raise ValueError(f"{folder}: {name} has shape {shape}, its config.json says {list(expected)}")
-
-
-def check_tied_head(file_of: dict[str, str], files: dict[str, safe_open]) -> None:
+def _check_tied_head(file_of: dict[str, str], files: dict[str, safe_open]) -> None:
     """Raises ValueError for a tied model whose files hold an LM head other than the embedding.
 
     Tools disagree about such files: transformers uses the head, vLLM ignores it.
@@ -234,27 +230,7 @@ def replaced_folder(path: str) -> Iterator[str]:
 
 def save_tensors(tensors: dict[str, Tensor], folder: str) -> None:
     """Writes safetensors files of at most SHARD_BYTES, or one tensor, and their index if there are several."""
-    shards: list[dict[str, Tensor]] = [{}]
-    shard_bytes = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and shard_bytes + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            shard_bytes = 0
-        shards[-1][name] = tensor
-        shard_bytes += tensor.nbytes
-    if len(shards) == 1:
-        save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, os.path.join(folder, file), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(
-        os.path.join(folder, "model.safetensors.index.json"),
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
 
 
 def save_config(config: Config, scalar_head: bool, dtype: torch.dtype, special: dict, folder: str) -> None:

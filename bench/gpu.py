@@ -126,8 +126,8 @@ def engine() -> bool:
 
 def attention() -> bool:
     """Output and gradients in bf16 against fp32, where SDPA computes one sequence at a time."""
+    from attention import SeqLens
     from kernels.varlen_attention import varlen_attention
-    from model import SeqLens
 
     device = torch.device("cuda", 0)
     torch.manual_seed(0)

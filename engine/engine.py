@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from attention import to_device
 from engine.block_manager import BLOCK_SIZE
 from engine.cache_size import default_kv_tokens
 from engine.cpu_runner import CPURunner
@@ -15,7 +16,8 @@ from engine.gpu_runner import GPURunner
 from engine.requests import MIN_TOP_P, Sample, SamplingParams, check_ids, check_request
 from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
-from model import Transformer, pack_weights, to_device
+from model import Transformer
+from packed_weights import pack_weights
 
 
 class Engine:

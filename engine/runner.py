@@ -5,13 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from attention import SeqLens, to_device
 from engine.block_manager import BLOCK_SIZE
 from engine.requests import Sequence
 from engine.scheduler import Chunk, NewBlock
 from kernels.rope_kv import apply_rope
 from kernels.sampling import sample
 from kernels.varlen_attention import varlen_attention
-from model import SeqLens, Transformer, to_device
+from model import Transformer
 
 
 class PrefillContext:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attention import Packed
 from chat import Chat, without_control_tokens
 from engine.cache_size import likely_tokens
 from judges.asking import (
@@ -25,7 +26,7 @@ from judges.asking import (
 )
 from judges.base import BaseJudge, JudgeSettings, lowest_score
 from judges.chat_client import ChatServer, Failure, is_url
-from model import Packed, Transformer, load_pretrained
+from model import Transformer, load_pretrained
 from prompts import PAIR_NAMES, Judgement, Templates, bt_ids, grm_request, pair_request, parse_judgement, parse_pair
 from runtime import plan
 from runtime.distributed import Ranks, derive_seed

@@ -47,8 +47,8 @@ def attention_used(on_tensor_cores: bool) -> str:
 def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Any, keys: Any) -> torch.Tensor:
     """Causal attention of each segment of the queries to the segment of the keys with the same number.
 
-    q [Tq, Hq, D], k and v [Tk, Hkv, D], Hq a multiple of Hkv; queries, keys: `model.SeqLens` -> [Tq, Hq, D]. A segment
-    of the keys is at least as long as that of the queries. They end together: the last query sees all of it.
+    q [Tq, Hq, D], k and v [Tk, Hkv, D], Hq a multiple of Hkv; queries, keys: `attention.SeqLens` -> [Tq, Hq, D]. A
+    segment of the keys is at least as long as that of the queries. They end together: the last query sees all of it.
     """
     on_tensor_cores = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if q.is_cuda:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from model import Packed, SharedPrefix
+from attention import Packed, SharedPrefix
 from runtime.distributed import Ranks, all_max, derive_seed, print0
 
 Masked = tuple[list[int], list[bool]]  # ids of a sequence, and which of them are learned

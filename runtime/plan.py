@@ -14,10 +14,11 @@ import sys
 
 import torch
 
+from attention import Packed
 from engine.cache_size import likely_tokens
 from kernels.rope_kv import apply_rope
 from lora import Linear, add_adapters, lora_settings
-from model import Packed, Transformer
+from model import Transformer
 from runtime import roofline
 from weights import GIB, load_config, resolve
 
@@ -163,7 +164,7 @@ def inference(config, machine, kv_tokens, scalar_head=False):
 
 def sampler(config, machine, kv_tokens, lora):
     """The same for the engine of a policy. Under adapters the frozen weights are the policy's where one process has
-    both; on a CPU in fp32 adapters are merged into copies of the matrices (`model.pack_weights`)."""
+    both; on a CPU in fp32 adapters are merged into copies of the matrices (`pack_weights`)."""
     weights, cache = inference(config, machine, kv_tokens)
     if lora:
         model = meta_model(config, lora=lora)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from attention import Packed
 from chat import Chat
 from engine import Engine
-from model import Packed, load_pretrained, save_pretrained
+from model import load_pretrained, save_pretrained
 
 CHECKPOINT = os.environ.get("CHECKPOINT")
 pytestmark = pytest.mark.skipif(CHECKPOINT is None, reason="CHECKPOINT is not set")

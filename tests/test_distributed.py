@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
+from attention import SeqLens
 from kernels import varlen_attention
-from model import SeqLens
 from runtime.distributed import make_deterministic
 from runtime.flags import PATIENCE, TIMEOUTS
 

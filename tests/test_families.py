@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config, Qwen3Config
 
+from attention import Packed, SharedPrefix
 from engine import Engine
-from model import Packed, SharedPrefix, load_pretrained, save_pretrained
+from model import load_pretrained, save_pretrained
 from runtime import plan, roofline
 from runtime.packing import pack
 

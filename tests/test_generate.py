@@ -10,10 +10,11 @@ from conftest import error_of, random_model, run_script, tiny_config
 from transformers import AutoModelForCausalLM
 
 import generate
+from attention import Packed
 from chat import Chat
 from engine import Engine
 from kernels.sampling import sample, uniform
-from model import Packed, load_pretrained, save_pretrained
+from model import load_pretrained, save_pretrained
 
 RAGGED = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8, 8, 8]]
 

@@ -12,12 +12,13 @@ import torch
 from conftest import random_model, tiny_config
 from test_prompts import write_tokenizer
 
+from attention import Packed
 from chat import Chat
 from data import persona_world
 from judges import BradleyTerryJudge, GenerativeJudge, JudgeSettings, fingerprint, open_judge
 from judges.asking import EngineBackend
 from judges.models import probability_of_first, scalar_rewards
-from model import Packed, save_pretrained
+from model import save_pretrained
 from prompts import Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
 
 WEIGHTS = (0.35, 0.40, 0.25)

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dpo
 import sft
+from attention import Packed
 from engine import Engine
 from lora import Linear, Lora, add_adapters, init_adapters
-from model import Packed, load_pretrained, pack_weights, save_pretrained
+from model import load_pretrained, save_pretrained
+from packed_weights import pack_weights
 from runtime import training
 from runtime.distributed import start
 

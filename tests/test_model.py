@@ -12,9 +12,10 @@ from conftest import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from attention import Packed, SeqLens
 from chat import Chat
 from kernels import varlen_attention
-from model import Packed, SeqLens, load_pretrained, save_pretrained
+from model import load_pretrained, save_pretrained
 from model_config import Config
 
 CONFIGS = [

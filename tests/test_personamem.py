@@ -9,9 +9,9 @@ import tyro
 from conftest import error_of, random_model, tiny_config
 
 import evaluate
+from attention import Packed
 from chat import Chat
 from evaluation import personamem
-from model import Packed
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 
 import ppo_cpe
 import sft
+from attention import Packed
 from lora import Lora, add_adapters
-from model import Packed, save_pretrained
+from model import save_pretrained
 from runtime import plan, training
 from runtime.packing import Batch
 from weights import GIB

@@ -7,7 +7,8 @@ import torch
 from conftest import finish, launch, random_model, tiny_config
 
 import ppo_cpe
-from model import SharedPrefix, gather_rows
+from attention import SharedPrefix
+from kernels.gather_rows import gather_rows
 from runtime import packing, training
 from runtime.distributed import start
 from trajectory import Prompt, Trajectory

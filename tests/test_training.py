@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import dpo
 import sft
 import train_grm
+from attention import Packed
 from chat import Chat
-from model import Packed, load_pretrained
+from model import load_pretrained
 from prompts import Judgement, answer_prompt, load_templates, response_ids
 from runtime import packing
 from runtime.flags import parse
