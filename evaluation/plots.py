@@ -42,7 +42,13 @@ def win_rates(comparisons: list[dict], folder: str) -> None:
             continue
         add(c["generators"]["model"], c["win_rate"], "win_rate", 100, COLORS[0])
         for variant, lc in c["length_controlled"].items():
-            add(f"length-controlled, {variant}", lc, "length_controlled_winrate", 1, COLORS[1])
+            add(
+                f"length-controlled, {variant}" + " *" * bool(lc["notes"]),
+                lc,
+                "length_controlled_winrate",
+                1,
+                COLORS[1],
+            )
         for group, rate in c["groups"].items():
             n = rate["wins"] + rate["ties"] + rate["losses"]
             add(f"{group} (n = {n})", rate, "win_rate", 100, COLORS[2])

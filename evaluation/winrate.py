@@ -21,6 +21,7 @@ import numpy as np
 import pandas
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from scipy.optimize import linprog
 from sklearn.linear_model import LogisticRegression
 
 PENALTIES = np.logspace(-4, 4, 10)  # values of C that cross-validation chooses from
@@ -138,8 +139,28 @@ def choose_penalty(train: SoftLabels) -> float:
     return PENALTIES[scores.mean(0).argmax()]
 
 
+def is_separated(train: SoftLabels) -> bool:
+    """Whether the likelihood has no maximum in the model term, so that the penalty alone makes the rate.
+
+    So it is where coefficients with a model term (the last one) lower no win and raise no loss, and leave rows with a
+    label between 0 and 1 where they are. A linear program finds them, as in Konis 2007.
+    """
+    x, y, _ = train
+    is_soft = (y > 0) & (y < 1)
+    rising = np.where(y == 1, 1, -1)[~is_soft, None] * x[~is_soft]
+    soft = x[is_soft]
+    model_term = np.eye(x.shape[1])[-1]
+    for target in (model_term, -model_term):
+        found = linprog(target, -rising, np.zeros(len(rising)), soft, np.zeros(len(soft)), bounds=(-1, 1))
+        if found.fun < -1e-6:
+            return True
+    return False
+
+
 def _fit_unpenalized(train: SoftLabels) -> np.ndarray | None:
     """Coefficients of the greatest likelihood by Newton's method; None where it has no finite maximum."""
+    if is_separated(train):
+        return None
     x, y, weight = train
     coefficients = np.zeros(x.shape[1])
     for _ in range(100):
@@ -149,8 +170,6 @@ def _fit_unpenalized(train: SoftLabels) -> np.ndarray | None:
             return None
         step = np.linalg.solve(hessian, x.T @ (weight * (y - p)))
         coefficients = coefficients + step
-        if np.abs(coefficients).max() > 20:  # a probability of 1 - 2e-9: the data are separable
-            return None
         if np.abs(step).max() < 1e-10:
             return coefficients
     return None
@@ -238,9 +257,10 @@ def length_controlled(
         same: the model is the baseline itself, so the rate is 50 by construction.
 
     Returns:
-        length_controlled_winrate and lc_standard_error (None without a fit), unpenalized, penalty (C), coefficients,
-        predictions [n], and notes: what is wrong with the rate, empty if nothing is. lc_standard_error is AlpacaEval's:
-        the spread over instructions, without sampling error.
+        length_controlled_winrate and lc_standard_error (None without a fit), unpenalized, separated, penalty (C),
+        coefficients, predictions [n], and notes: what is wrong with the rate, empty if nothing is. lc_standard_error is
+        AlpacaEval's: the spread over instructions, without sampling error. separated: the likelihood has no maximum,
+        so that the penalty alone makes the rate.
 
     Raises:
         ValueError: v1 on other than AlpacaEval's 805 rows.
@@ -257,6 +277,7 @@ def length_controlled(
         length_controlled_winrate=None,
         lc_standard_error=None,
         unpenalized=None,
+        separated=False,
         penalty=None,
         coefficients=None,
         predictions=None,
@@ -287,19 +308,28 @@ def length_controlled(
     unpenalized = None if free is None else 100 * float(sigmoid(test @ free).mean())
     difference = np.asarray(baseline_lengths) - np.asarray(model_lengths)
     constant = bool((difference == difference[0]).all())
+    judged = verdicts[~np.isnan(verdicts)]
+    one_class = judged[0] in (0, 1) and bool((judged == judged[0]).all())
+    separated = not constant and not one_class and is_separated(train)
     return result | dict(
         length_controlled_winrate=rate,
         lc_standard_error=100 * float(predictions.std(ddof=1)) / n**0.5,
         unpenalized=unpenalized,
+        separated=separated,
         penalty=float(penalty),
         coefficients=coefficients,
         predictions=predictions,
-        notes=_notes(verdicts[~np.isnan(verdicts)], constant, rate, unpenalized, coefficients),
+        notes=_notes(judged, constant, separated, rate, unpenalized, coefficients),
     )
 
 
 def _notes(
-    y: np.ndarray, constant_difference: bool, rate: float, unpenalized: float | None, coefficients: dict[str, float]
+    y: np.ndarray,
+    constant_difference: bool,
+    separated: bool,
+    rate: float,
+    unpenalized: float | None,
+    coefficients: dict[str, float],
 ) -> list[str]:
     """Reasons to distrust a length-controlled rate. y: the verdicts that exist."""
     win_rate = 100 * y.mean()
@@ -309,6 +339,11 @@ def _notes(
         notes.append("all answers are as long as the baseline's: the length term was left out")
     elif constant_difference:
         notes.append("the difference of lengths is the same in all rows: length and model cannot be told apart")
+    if separated:
+        notes.append(
+            "wins and losses are separated by length: the fit has no maximum, and the penalty alone makes the rate; do "
+            "not use the rate"
+        )
     if coefficients["model"] == 0:
         notes.append(f"the L1 penalty set the model term to 0: the rate is 50.0 at any win rate{without_penalty}")
     n_not_lost = (y > 0).sum()
@@ -382,13 +417,14 @@ def bootstrap_length_controlled(
     groups: Sequence | None = None,
     draws: int = 1000,
 ) -> tuple[float | None, float | None]:
-    """95 % interval (low, high) of a length-controlled win rate. (None, None) where there is no fit, or one class.
+    """95 % interval (low, high) of a length-controlled win rate. (None, None) where there is no fit, one class, or
+    classes that are separated.
 
     Rows or groups are drawn again, lengths standardized again, and the model fitted again, at the C of `result`.
     Cross-validation would not work here: over rows that were drawn twice it would test on its training rows.
     """
     judged = verdicts[~np.isnan(verdicts)]
-    if result["penalty"] is None or not judged.any() or (judged == 1).all():
+    if result["penalty"] is None or result["separated"] or not judged.any() or (judged == 1).all():
         return None, None
     if result["variant"] != "v1":
         gamed = None

@@ -14,6 +14,7 @@ from sklearn.model_selection import GroupKFold
 
 from evaluation import winrate
 from evaluation.annotations import compare
+from evaluation.tables import comparison_markdown
 
 
 def annotations(kind, n):
@@ -233,6 +234,42 @@ def test_all_lost_is_named():
     assert any("only 1 verdicts are not clear losses" in note for note in result["notes"])
     won = controlled([row | {"preference": 2} for row in rows])
     assert won["length_controlled_winrate"] == pytest.approx(99.99995, abs=1e-4) and won["notes"] == []
+
+
+def by_length(n_won, limit, n=200):
+    """Annotations of one answer length, n_won won: the model wins as long as it is not `limit` characters longer."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n):
+        difference = rng.integers(-300, limit) if i < n_won else rng.integers(limit + 1, limit + 500)
+        text = {"instruction": f"q{i}", "output_1": "b" * 1000, "output_2": "m" * int(1000 + difference)}
+        names = {"generator_1": "base", "generator_2": "model", "annotator": "judge"}
+        rows.append(text | names | {"preference": 2 if i < n_won else 1})
+    return rows
+
+
+@pytest.mark.parametrize("n_won, limit", [(189, 300), (180, 250), (20, -100), (199, 200), (1, -200)])
+def test_separated_verdicts_are_named(n_won, limit):
+    """Where the lengths tell wins from losses, the rate is what the penalty makes of it, and no interval says how sure
+    it is. It may look like any other number: 100.0 (100.0 to 100.0) for 189 of 200.
+    """
+    comparison = compare(by_length(n_won, limit), seed=0, draws=20)
+    lc = comparison["length_controlled"]["minimal"]
+    assert any("wins and losses are separated" in note for note in lc["notes"]), lc
+    assert (lc["separated"], lc["unpenalized"], lc["low"], lc["high"]) == (True, None, None, None)
+    page = comparison_markdown([comparison])
+    assert f"| {lc['length_controlled_winrate']:.1f} * |" in page and "do not use the rate" in page
+
+
+def test_verdicts_that_are_not_quite_separated():
+    rows = by_length(189, 300)
+    rows[0]["preference"] = 1  # one loss among the wins
+    lc = compare(rows, seed=0, draws=20)["length_controlled"]["minimal"]
+    assert lc["separated"] is False and lc["low"] < lc["length_controlled_winrate"] <= lc["high"]
+    for row in rows[1:]:  # a single row tells the length, and does not move the rate
+        row["output_2"] = row["output_1"]
+    lc = compare(rows, seed=0, draws=20)["length_controlled"]["minimal"]
+    assert lc["separated"] is False and 90 < lc["length_controlled_winrate"] < 99
 
 
 def test_equal_lengths_and_constant_differences():
