@@ -20,7 +20,7 @@ from torch import Tensor
 from chat import Chat
 from judges import Judge, ask_all
 from model import save_pretrained
-from prompts import DIMENSIONS, Judgement
+from prompts import DIMENSIONS, Judgement, has_control_text
 from runtime import training
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed, moments, print0
 from runtime.runs import Run
@@ -121,6 +121,7 @@ def describe_rollout(
     def add(name: str, value: float) -> None:
         means.add(prefix + name, value)
 
+    edited = {(t.prompt.index, t.sample_id) for t in rollout.judged if t.parent}
     for kind in ("original", "edit"):
         of_kind = [t for t in rollout.judged if (t.parent is not None) == (kind == "edit")]
         # the first samples of each prompt first, so that as many count whatever the number of samples
@@ -137,10 +138,12 @@ def describe_rollout(
         add(f"{kind}/reward", t.reward)
         add(f"{kind}/length", len(t.response_ids))
         add(f"{kind}/truncated", t.truncated)
+        add(f"{kind}/control_text", has_control_text(t.answer))
         add(f"{kind}/recited", recited(t.prompt.row["persona"], t.answer))
         for name, score in scores_of(t.judgement).items():
             add(f"{kind}/{name}", score)
         if t.parent is None:
+            add("original/edited", (t.prompt.index, t.sample_id) in edited)
             continue
         add("edit/gain", t.reward - t.parent.reward)
         add("edit/improved", t.reward > t.parent.reward)
@@ -409,15 +412,19 @@ def swap_personas(held_out: Rollout, judge: Judge) -> list[float]:
     return [t.reward - v.reward for (t, _), v in zip(swapped, verdicts) if v.reward is not None]
 
 
-def check_judge(probe: Rollout, judge: Judge, spec: str, ranks: Ranks) -> None:
-    """Prints how many of a few answers got a judgement at the start of a run. ValueError: none did."""
+def check_judge(probe: Rollout, judge: Judge, spec: str, editing: bool, ranks: Ranks) -> None:
+    """Prints how many of a few answers got a judgement at the start of a run. ValueError: none did, or none of the
+    critiques that edits need says anything."""
     if judge.down:
         raise ValueError(judge.down)
     n_lost = sum(d.kind == "originals" for d in probe.dropped)
-    n_judged, n_lost = map(int, all_sum(ranks, len(probe.judged), n_lost))
+    n_critiques = sum(bool(t.critique.strip()) for t in probe.judged)
+    n_judged, n_lost, n_critiques = map(int, all_sum(ranks, len(probe.judged), n_lost, n_critiques))
     judge.forget()  # so that the first step is computed as without this
     if n_lost and not n_judged:
         raise ValueError(f"--judge {spec}: not one of {n_lost} answers got a judgement; is it a reward model?")
+    if editing and n_judged and not n_critiques:
+        raise ValueError(f"--judge {spec}: no critique of {n_judged} answers, which edits (--edit-rate > 0) need")
     print0(f"--judge {spec}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
 
 

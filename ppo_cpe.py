@@ -3,10 +3,11 @@
 One step:
 
 1. Rollout. The policy samples `n_samples` originals y_o for each of `prompts_per_step` prompts. The judge writes a
-   critique and scores of each. The policy rewrites y_o once by its critique, and the judge scores this edit y_e. The
-   phases overlap: a critique starts when its answer ends, an edit starts when its critique arrives.
-2. Selection. The batch is all originals and a fraction `edit_rate` of the edits. An edit is trained *under the
-   original prompt*: neither y_o nor the critique is in its context.
+   critique and scores of each. The policy rewrites a fraction `edit_rate` of them once by their critiques, unless there
+   is nothing to fix, and the judge scores these edits y_e. The phases overlap: a critique starts when its answer ends,
+   an edit starts when its critique arrives.
+2. Selection. The batch is all originals and the edits; strategies that rank edits make all of them and take the best.
+   An edit is trained *under the original prompt*: neither y_o nor the critique is in its context.
 3. Values of the critic, and GAE with the reward on the last token. Advantages are whitened over all response tokens.
 4. Update, in mini-batches of prompts. Originals get PPO's clipped loss. Edits get one of six losses on the ratio
    r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The critic gets a clipped value loss.
@@ -72,9 +73,10 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
 
     # -- edits (docs/method.md 1.6e, 1.7, 1.8 and 2)
     edit_rate: flags.Fraction = 0.5
-    """Fraction r_e of the edits that joins the batch; 0 is plain PPO."""
+    """Edits in the batch as a fraction r_e of the originals; 0 is plain PPO."""
     edit_strategy: EditStrategy = "random"
-    """Random over the batch | best-scored per prompt | most improved per prompt | best of the batch."""
+    """Edits of random originals, drawn beforehand | best-scored per prompt | most improved per prompt | best of the
+    batch. All but the first make an edit of every original."""
     edit_below: flags.Finite | None = None
     """Edit only answers with a lower reward than this, which saves edits that change little; none: all."""
     edit_loss: EditLoss = "unclipped"
@@ -285,7 +287,7 @@ class EditReward(NamedTuple):
 def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int) -> set[tuple[str, int]]:
     """Chooses the edits that join the batch: a fraction `rate` of them (docs/method.md 1.8).
 
-    random        any edits of the batch
+    random        all, since `draw_edited` chose at random which to make
     batch_rank    those with the highest reward in the batch
     reward_rank   for each prompt, those with the highest reward
     conditional   for each prompt, those that gained most over their originals
@@ -297,10 +299,11 @@ def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int)
     edits = sorted(edits)
     rng = random.Random(seed)
     chosen = []
-    if strategy in ("random", "batch_rank"):
+    if strategy == "random":
+        chosen = edits
+    elif strategy == "batch_rank":
         rng.shuffle(edits)  # ties between equal rewards are broken at random
-        if strategy == "batch_rank":
-            edits.sort(key=lambda edit: -edit.reward)
+        edits.sort(key=lambda edit: -edit.reward)
         chosen = edits[: round(rate * len(edits))]
     elif strategy in ("reward_rank", "conditional"):
         edits_of_prompt = defaultdict(list)
@@ -378,7 +381,7 @@ def rollout(
 ) -> Rollout:
     """Samples and judges the originals of this rank's prompts, then their edits (docs/method.md 1.6a-d), overlapping.
 
-    step: part of every seed. show: is told of the progress. ValueError: an answer that would be edited got no critique.
+    step: part of every seed. show: is told of the progress.
     """
     submit = functools.partial(
         engine.submit, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
@@ -387,8 +390,10 @@ def rollout(
     dropped: list[Dropped] = []
     in_engine: dict[tuple, Origin] = {}  # by the key of a request and the number of the sample
     in_judge: dict[tuple, Response] = {}
+    edited: set[tuple[str, int]] = set()
 
     for prompt in prompts:
+        edited |= draw_edited(prompt, args, step)
         seeds = []
         for i in range(args.n_samples):
             in_engine[prompt.index, i] = Origin(prompt=prompt, sample_id=i, context_ids=prompt.ids)
@@ -414,7 +419,7 @@ def rollout(
             if t.truncated and args.truncated == "min_score" and judge.lowest_reward is not None:
                 t.reward = judge.lowest_reward
             judged.append(t)
-            if is_edited(t, args):
+            if t.parent is None and t.key[:2] in edited and should_edit(t, args):
                 context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
                 edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
                 in_engine[edit.key, 0] = edit
@@ -424,13 +429,26 @@ def rollout(
     return Rollout(len(prompts), judged, dropped, judge.take_counts())
 
 
-def is_edited(t: Trajectory, args: Args) -> bool:
-    """Whether the policy rewrites a judged response. ValueError: there is no critique to rewrite it by."""
-    if t.parent is not None or args.edit_rate == 0:
+def draw_edited(prompt: Prompt, args: Args, step: int | str) -> set[tuple[str, int]]:
+    """The (prompt_id, sample_id) of the originals of a prompt that are to be edited.
+
+    With the strategy `random` they are drawn beforehand, so that no edit is made and then left out. The number is
+    rounded up or down at random, so that its mean is right.
+    """
+    n = args.n_samples
+    rng = random.Random(derive_seed(args.seed, step, prompt.row["prompt_id"], "edited"))
+    if args.edit_strategy == "random":
+        n = int(args.edit_rate * n + rng.random())
+    elif args.edit_rate == 0:
+        n = 0
+    return {(prompt.row["prompt_id"], i) for i in rng.sample(range(args.n_samples), n)}
+
+
+def should_edit(original: Trajectory, args: Args) -> bool:
+    """Whether there is something to fix."""
+    if original.judgement is None or original.judgement.nothing_to_fix:
         return False
-    if not t.critique.strip():
-        raise ValueError(f"--judge {args.judge}: no critique of an answer to prompt {t.key[0]}")
-    return args.edit_below is None or t.reward < args.edit_below
+    return args.edit_below is None or original.reward < args.edit_below
 
 
 def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
@@ -688,8 +706,8 @@ def print_plan(args: Args, max_len: int) -> None:
         parts = planned_memory(spec, settings, machine) if spec else {}
         resident |= {f"{name}: {part}": size for part, size in parts.items()}
     trained = {"policy": (args.model, False), "critic": (args.critic or args.model, True)}  # folder, scalar head
-    sampled = args.n_samples * (2 if args.edit_rate > 0 else 1)
-    plan.rl(args, max_len, trained, resident, sampled, args.n_samples * (1 + args.edit_rate))
+    made = args.edit_rate if args.edit_strategy == "random" else math.ceil(args.edit_rate)  # edits per original
+    plan.rl(args, max_len, trained, resident, args.n_samples * (1 + made), args.n_samples * (1 + args.edit_rate))
 
 
 def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[str, torch.optim.AdamW]]:
@@ -740,7 +758,7 @@ def main(args: Args) -> None:
     sample = functools.partial(rollout, engine=engine, judge=judge, chat=chat, templates=templates, show=run.show)
     # a few answers first: does this judge give judgements at all?
     probe = sample(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
-    diagnostics.check_judge(probe, judge, args.judge, ranks)
+    diagnostics.check_judge(probe, judge, args.judge, args.edit_rate > 0, ranks)
 
     for step in run.steps():
         step_prompts = [prompts[i] for i in packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)]
@@ -754,7 +772,8 @@ def main(args: Args) -> None:
             with run.phase("diagnostics"):  # these change nothing in the training
                 held_out = None
                 if args.eval_data and step % args.eval_every == 0:
-                    held_out = sample(held_out_prompts, replace(args, n_samples=1), "held out")
+                    once = replace(args, n_samples=1, edit_rate=math.ceil(args.edit_rate))
+                    held_out = sample(held_out_prompts, once, "held out")
                 checks = diagnostics.ask_again(
                     responses, held_out, judge, second_judge, args.audit_share, args.seed, step
                 )

@@ -96,6 +96,13 @@ RULES = (
         lambda entropy: f"{entropy[0]:.2f} to {entropy[-1]:.2f} nats",
     ),
     Rule(
+        "Control text",
+        "In some fifth, more than a hundredth of the originals spell out a control token or a tag of the judge's form.",
+        ("original/control_text",),
+        lambda leaked: max(leaked) > 0.01,
+        lambda leaked: f"at most {100 * max(leaked):.1f} %, last {100 * leaked[-1]:.1f} %",
+    ),
+    Rule(
         "Recitation",
         "In some fifth, originals repeat at least 1.5 times as much of the persona as in the first, and 3 points more.",
         ("original/recited",),

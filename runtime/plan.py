@@ -282,7 +282,7 @@ def expected_seconds(args, machine, policy, critic, judges, sampled, per_prompt)
 
 
 def rl(
-    args, max_len: int, trained: dict[str, tuple[str, bool]], judges: dict[str, int], sampled: int, per_prompt: float
+    args, max_len: int, trained: dict[str, tuple[str, bool]], judges: dict[str, int], sampled: float, per_prompt: float
 ) -> float:
     """The plan of ppo_cpe.py and its forks: while responses are sampled, in the passes, in the optimizer.
 

@@ -183,8 +183,10 @@ def test_another_reward(tiny, tmp_path):
     flags[flags.index("--prompts") + 1] = tmp_path / "prompts.jsonl"
     flags[-1] = f"{tmp_path / 'judge.py'}:brief"
     run_script("ppo_cpe.py", *flags)
-    (row, *_) = map(json.loads, (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines())
-    assert row["critique"] == "Say your food is soup." and row["personalization"] == -5 and row["edit"]["answer"]
+    lines = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["edit"]]
+    assert rows and all(row["critique"] == "Say your food is soup." and row["edit"]["answer"] for row in rows)
+    assert all(row["personalization"] == -5 for row in rows)
 
 
 # -- a copy in a folder of one's own, however it is started ------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The mathematics of ppo_cpe.py against numbers worked by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from ppo_cpe import (
     Args,
     EditReward,
     compute_advantages,
+    draw_edited,
     edit_loss,
     gae,
     loss_weight,
     policy_loss,
     select_edits,
+    should_edit,
     value_loss,
 )
+from prompts import Judgement
 from runtime.distributed import start
 from trajectory import Prompt, Trajectory
 
@@ -189,13 +193,45 @@ def test_select_edits():
     assert select_edits(EDITS, 0.5, "reward_rank", 0) == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
     assert select_edits(EDITS, 0.5, "conditional", 0) == {("a", 1), ("a", 2), ("b", 0), ("b", 1)}
     assert select_edits(EDITS, 0.5, "batch_rank", 0) == {("a", 0), ("a", 1), ("a", 2), ("a", 3)}
-    for strategy in ("random", "reward_rank", "conditional", "batch_rank"):
+    for strategy in ("reward_rank", "conditional", "batch_rank"):
         chosen = select_edits(EDITS, 0.5, strategy, 7)
         assert len(chosen) == 4
         assert chosen == select_edits(EDITS[::-1], 0.5, strategy, 7)  # the order of the rows plays no part
         assert len(select_edits(EDITS, 1.0, strategy, 7)) == 8
         assert select_edits(EDITS, 0.0, strategy, 7) == set()
-    assert len({frozenset(select_edits(EDITS, 0.5, "random", seed)) for seed in range(20)}) > 10
+    assert len(select_edits(EDITS, 0.5, "random", 0)) == 8  # they were drawn before they were made
+
+
+def test_originals_to_edit_are_drawn_beforehand():
+    prompt = Prompt(index=0, row={"prompt_id": "p"}, ids=[1])
+    args = Args(n_samples=4, edit_rate=0.4)
+    draws = [draw_edited(prompt, args, step) for step in range(400)]
+    assert draws[0] == draw_edited(prompt, args, 0)  # resumed runs draw alike
+    assert {len(drawn) for drawn in draws} == {1, 2}
+    # 1.6 on average, with a variance of .24 a draw: four standard errors are 0.1
+    assert abs(sum(map(len, draws)) / 400 - 1.6) < 0.1
+    for sample_id in range(4):  # each as often: 160 of 400, and four standard errors are 39
+        assert abs(sum(("p", sample_id) in drawn for drawn in draws) - 160) < 39
+    assert draw_edited(prompt, replace(args, edit_rate=0), 0) == set()
+    ranked = replace(args, edit_strategy="reward_rank")
+    assert len(draw_edited(prompt, ranked, 0)) == 4 and not draw_edited(prompt, replace(ranked, edit_rate=0), 0)
+
+
+@pytest.mark.parametrize(
+    "critique, reward, below, expected",
+    [
+        ("Say it shorter.", 4.0, None, True),
+        ("Say it shorter.", 4.0, 4.0, False),
+        ("Say it shorter.", 3.9, 4.0, True),
+        ("Nothing to fix.", 1.0, None, False),
+        (" nothing to fix\n", 1.0, None, False),
+        ("", 1.0, None, False),
+        ("Nothing to fix but the length.", 1.0, None, True),
+    ],
+)
+def test_edits_are_made_where_there_is_something_to_fix(critique, reward, below, expected):
+    original = replace(trajectory(reward, 1), judgement=Judgement(critique, 1, 1, 1))
+    assert should_edit(original, Args(edit_below=below)) == expected
 
 
 def test_a_rate_below_one_edit_per_prompt_is_right_on_average():

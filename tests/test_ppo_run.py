@@ -119,10 +119,12 @@ def test_a_step_does_what_the_method_says(whole):
     first = metrics[0]
     assert len(rows) + first["lost/originals"] == 4 * 2
     edits = [r["edit"] for r in rows if r["edit"]]
-    assert len(edits) + first["lost/edits"] == len(rows)
-    selected = sum(e["selected"] for e in edits)
-    assert selected == round(0.5 * len(edits)) > 0
-    assert first["batch"] == len(rows) + selected
+    # --edit-rate 0.5: one of the two originals of each prompt, unless it was dropped
+    edited = [r["prompt_id"] for r in rows if r["edit"]]
+    assert len(set(edited)) == len(edited) and 0 < len(edits) + first["lost/edits"] <= 4
+    assert all(e["selected"] for e in edits)
+    assert first["batch"] == len(rows) + len(edits)
+    assert first["original/edited"] == pytest.approx(len(edits) / len(rows))
     assert first["edit/gain"] == pytest.approx(
         sum(r["edit"]["reward"] - r["reward"] for r in rows if r["edit"]) / len(edits), abs=1e-9
     )
@@ -203,7 +205,7 @@ def test_nobody_waits_for_a_straggler(tiny):
     rows = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()[:4]]
     prompts = [Prompt(index=i, row=row, ids=answer_prompt(chat, templates, row)) for i, row in enumerate(rows)]
     engine = Recorded(load_pretrained(str(tiny / "checkpoint")), [], 400)
-    args = ppo_cpe.Args(n_samples=2, temperature=1.0, top_p=1.0)
+    args = ppo_cpe.Args(n_samples=2, edit_rate=1, temperature=1.0, top_p=1.0)
     asked = dict(engine=engine, judge=AtOnce(), chat=chat, templates=templates, show=events.count)
     responses = ppo_cpe.rollout(prompts, args, 0, **asked)
     assert len(responses.judged) == 16 and not responses.dropped
@@ -415,7 +417,10 @@ def test_a_function_in_a_file_as_the_judge(tiny, judge, tmp_path):
     assert metrics["batch"] == 12 and metrics["edit/gain"] is not None
     # without an annotation it is the first judgement that shows
     output = run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no", status=2)
-    assert "my.py:short: no critique of an answer to prompt" in output and "Traceback" not in output
+    assert (
+        "my.py:short: no critique of 8 answers, which edits (--edit-rate > 0) need" in output
+        and "Traceback" not in output
+    )
 
 
 def test_a_truncated_response_gets_the_lowest_reward_of_its_own_judge(tiny, judge, tmp_path):

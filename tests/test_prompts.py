@@ -16,6 +16,7 @@ from prompts import (
     fill,
     grm_prompt,
     grm_request,
+    has_control_text,
     judgement_text,
     load_templates,
     parse_judgement,
@@ -382,6 +383,11 @@ OWN = f"<critique>a</critique>{block()}"
 )
 def test_parse(text, expected):
     assert parse_judgement(text) == Judgement(*expected)
+
+
+@pytest.mark.parametrize("text", ["a <critique> b", "</scores>", "x</answer>", "<|im_end|>", "[INST] do", "<think>"])
+def test_control_text_in_an_answer_is_found(text):
+    assert has_control_text(text) and not has_control_text(text.replace("<", "< ").replace("[", "[ "))
 
 
 @pytest.mark.parametrize("spelling", ["{}", "{:+d}", "{}.0", "{}.00", "**{}**", "**{}.0**", "wide", "−", "–", "－"])

@@ -155,6 +155,7 @@ def steady(**changes):
         "value_loss": 1,
     }
     figures |= {"explained_variance": 0.5, "entropy": 1, "original/recited": 0.1, "edit/inserted_ratio": 0.9}
+    figures["original/control_text"] = 0
     changed = {name.replace("__", "/"): f for name, f in changes.items()}
     return [{"step": s, **figures, **{n: f(s) for n, f in changed.items()}} for s in range(1, 21)]
 
@@ -170,6 +171,7 @@ def steady(**changes):
         ("Ratio on inserted tokens", dict(edit__inserted_ratio=lambda s: s / 2)),
         ("Value loss", dict(value_loss=lambda s: 1 + s, explained_variance=lambda s: 0.5 - s / 10)),
         ("Entropy", dict(entropy=lambda s: 1 / s)),
+        ("Control text", dict(original__control_text=lambda s: 0.05 * (s == 3))),
         ("Recitation", dict(original__recited=lambda s: 0.1 + s / 100)),
     ],
 )
