@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -27,19 +28,18 @@ sys.path[0] = ROOT  # not bench/, which has a kernels.py too
 import torch
 
 EMULATED = os.environ.get("EMULATED") == "1"  # tests/on_emulated_gpu.py: small sizes
-NEEDED = {  # module: what needs it, besides torch
-    "triton": "the kernels",
-    "pytest": "tests of the kernels and of several ranks",
-    "tyro": "flags of every script",
-    "pydantic": "ranges of flags",
-    "tokenizers": "every stage of the pipeline",
-    "safetensors": "every stage of the pipeline",
-    "tqdm": "every stage of the pipeline",
-    "transformers": "chat templates; the peer of the benchmarks",
-    "numpy": "the engine",
-    "openai": "evaluate.py and judges on servers, which ppo_cpe.py imports",
-}
-OPTIONAL = {"flash_attn": "attention, else torch's own"}
+NEEDED = [
+    "triton",
+    "pytest",
+    "tyro",
+    "pydantic",
+    "tokenizers",
+    "safetensors",
+    "tqdm",
+    "transformers",
+    "numpy",
+    "openai",
+]
 # Figures of the benchmarks for the table: (stage, pattern of a line with the figure, unit)
 BENCHMARKS = (
     ("kernels", r"paged_attention .* ([\d.]+)%$", "% of the bandwidth limit"),
@@ -63,20 +63,15 @@ def figure(name: str, value: float, bound: float, at_least: bool = False) -> boo
 
 
 def versions() -> bool:
+    from kernels.varlen_attention import attention_used
+
     print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         print(f"{device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}")
-    missing = []
-    for name, why in (NEEDED | OPTIONAL).items():
-        if importlib.util.find_spec(name) is None:
-            print(f"{name} is missing: {why}")
-            if name in NEEDED:
-                missing.append(name)
-        else:
-            print(f"{name} {importlib.metadata.version(name)}")
-    from kernels.varlen_attention import attention_used
-
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    for name in NEEDED:
+        print(name, "is missing" if name in missing else importlib.metadata.version(name))
     print(attention_used(True))
     if missing:
         print(f"install {' '.join(missing)}, or lay their wheels into a folder and name it: WHEELS=FOLDER")
@@ -92,36 +87,41 @@ def engine() -> bool:
     from model import Transformer, init_weights
     from model_config import Config
 
-    def model(device: torch.device, seed: int) -> Transformer:
+    def model(device: str, seed: int) -> Transformer:
         made = Transformer(Config(1000, 128, 256, 2, 4, 2))
         init_weights(made, seed, std=0.2)
         return made.to(device)
 
-    n = 12 if EMULATED else 64
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 80, (n,), generator=generator).tolist()
-    prompts = [torch.randint(0, 1000, (length,), generator=generator).tolist() for length in lengths]
-    samples = {}
-    for name in ("cpu", "cuda"):
-        device = torch.device(name, 0)
-        # a cache so small that samples are preempted
-        limits = dict(max_batch=16, kv_tokens=(14 if EMULATED else 32) * 16) if name == "cuda" else {}
-        made = Engine(model(device, 0), [7], 160, **limits)
+    rng = random.Random(0)
+    prompts = [rng.choices(range(1000), k=rng.randint(1, 79)) for _ in range(12 if EMULATED else 64)]
+    # a cache so small that samples are preempted
+    on_gpu = Engine(model("cuda", 0), [7], 160, max_batch=16, kv_tokens=(14 if EMULATED else 32) * 16)
+    samples = []
+    for made, device in ((Engine(model("cpu", 0), [7], 160), "cpu"), (on_gpu, "cuda")):
         groups = made.generate(prompts, n=2, max_new_tokens=24, top_p=0.95)
         made.sync_weights(model(device, 1))
         groups += made.generate(prompts, n=2, max_new_tokens=24)
-        samples[name] = [sample for group in groups for sample in group]
-    pairs = list(zip(samples["cpu"], samples["cuda"], strict=True))
+        samples.append([sample for group in groups for sample in group])
+    pairs = list(zip(*samples, strict=True))
     equal = [(a, b) for a, b in pairs if a.ids == b.ids]
     difference = max(abs(x - y) for a, b in equal for x, y in zip(a.logprobs, b.logprobs))
-    print(f"{len(pairs)} samples, {made.scheduler.preemptions} preempted, graphs of {sorted(made.runner.graphs)} rows")
+    preemptions = on_gpu.scheduler.preemptions
+    print(f"{len(pairs)} samples, {preemptions} preempted, graphs of {sorted(on_gpu.runner.graphs)} rows")
     # a draw at the border of two tokens may go the other way, and then all tokens after it differ
     checks = [
         figure("samples as on the CPU, fraction", len(equal) / len(pairs), 0.95, at_least=True),
         figure("engine, largest difference of a log-prob", difference, 1e-3),
-        figure("engine, preemptions tried", made.scheduler.preemptions, 1, at_least=True),
+        figure("engine, preemptions tried", preemptions, 1, at_least=True),
     ]
     return all(checks)
+
+
+def random_bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to("cuda", torch.bfloat16).requires_grad_()
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((ours - exact).abs().max() / exact.abs().max()).item()
 
 
 def attention() -> bool:
@@ -129,22 +129,21 @@ def attention() -> bool:
     from attention import SeqLens
     from kernels.varlen_attention import varlen_attention
 
-    device = torch.device("cuda", 0)
     torch.manual_seed(0)
-    queries = SeqLens([1, 5, 17, 128, 77], device)
-    keys = SeqLens([1, 5, 64, 128, 300], device)
+    queries = SeqLens([1, 5, 17, 128, 77], "cuda")
+    keys = SeqLens([1, 5, 64, 128, 300], "cuda")
     checks = []
     for heads, kv_heads, dim in ((14, 2, 64), (28, 4, 128)):
-        q_shape = (sum(queries.lengths), heads, dim)
-        kv_shape = (sum(keys.lengths), kv_heads, dim)
-        q, k, v = (torch.randn(s).to(device, torch.bfloat16).requires_grad_() for s in (q_shape, kv_shape, kv_shape))
-        weight = torch.randn(q_shape).to(device)
+        q = random_bf16(sum(queries.lengths), heads, dim)
+        k = random_bf16(sum(keys.lengths), kv_heads, dim)
+        v = random_bf16(sum(keys.lengths), kv_heads, dim)
+        weight = torch.randn(q.shape).to("cuda")
         results = {}
         for dtype in (torch.bfloat16, torch.float32):
             out = varlen_attention(q.to(dtype), k.to(dtype), v.to(dtype), queries, keys).float()
             results[dtype] = (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))
         for name, ours, exact in zip(("output", "dq", "dk", "dv"), results[torch.bfloat16], results[torch.float32]):
-            error = ((ours - exact).abs().max() / exact.abs().max()).item()
+            error = relative_error(ours, exact)
             # bf16 has 8 bits, and sums have rounded weights. One key too many or too few would be an error of
             # 1 / length in the short sequences.
             checks.append(figure(f"attention, {heads} / {kv_heads} heads of {dim}, {name}: error", error, 0.02))
@@ -154,19 +153,19 @@ def attention() -> bool:
 def logprob() -> bool:
     from kernels.linear_logprob import linear_logprob, reference
 
-    device = torch.device("cuda", 0)
     n_tokens, width, vocab = (67, 64, 1519) if EMULATED else (4099, 896, 151936)
     torch.manual_seed(0)
-    hidden = torch.randn(n_tokens, width).to(device, torch.bfloat16).requires_grad_()
-    weight = (torch.randn(vocab, width) * 0.05).to(device, torch.bfloat16).requires_grad_()
-    targets = torch.randint(0, vocab, (n_tokens,)).to(device)
-    scale = torch.randn(n_tokens).to(device)
+    hidden = random_bf16(n_tokens, width)
+    weight = random_bf16(vocab, width)
+    targets = torch.randint(0, vocab, (n_tokens,)).to("cuda")
+    scale = torch.randn(n_tokens).to("cuda")
+    temperature = 20.0  # logits of a spread of 1.5
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    logprobs, entropy = linear_logprob(hidden, weight, targets, 0.9)
+    logprobs, entropy = linear_logprob(hidden, weight, targets, temperature)
     grads = torch.autograd.grad((logprobs * scale).sum(), (hidden, weight))
     extra = (torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads)) / 2**30
-    exact, exact_entropy = reference(hidden, weight, targets, 0.9)
+    exact, exact_entropy = reference(hidden, weight, targets, temperature)
     exact_grads = torch.autograd.grad((exact * scale).sum(), (hidden, weight))
     # logits are exact products of bf16 numbers in fp32; gradients are sums of terms that are rounded to 8 bits
     checks = [
@@ -174,8 +173,7 @@ def logprob() -> bool:
         figure("entropy, largest difference", (entropy - exact_entropy).abs().max().item(), 1e-3),
     ]
     for name, ours, expected in zip(("hidden states", "head"), grads, exact_grads):
-        error = ((ours - expected).abs().max() / expected.abs().max()).item()
-        checks.append(figure(f"log-probs, gradient of the {name}: error", error, 0.02))
+        checks.append(figure(f"log-probs, gradient of the {name}: error", relative_error(ours, expected), 0.02))
     checks.append(figure("log-probs, GiB beyond gradients", extra, 1))
     return all(checks)
 

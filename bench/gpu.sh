@@ -92,10 +92,10 @@ if ((gpus > 1)); then
 fi
 
 if [ -z "$EMULATED" ]; then # times; what transformers takes comes last
-    stage kernels 60 python bench/kernels.py --seconds 1
-    stage generation 90 python bench/generate.py --shapes 0.5b 1.5b --workloads ragged --decode-batches 256 --no-peers
-    stage training 90 python bench/train.py --device cuda --only logprob shared --repeats 2
-    stage peers-training 90 python bench/train.py --device cuda --only step --repeats 1
-    stage peers 120 python bench/generate.py --shapes 0.5b --workloads ragged --decode-batches 256
+    stage kernels 60 python bench/kernels.py
+    stage generation 90 python bench/generate.py --shapes 0.5b 1.5b --workloads ragged "decode 256" --no-peers
+    stage training 90 python bench/train.py --only logprob shared --repeats 2
+    stage peers-training 90 python bench/train.py --only step --repeats 1
+    stage peers 120 python bench/generate.py --shapes 0.5b --workloads ragged "decode 256"
 fi
 python bench/gpu.py table "$OUT"

@@ -8,184 +8,175 @@ the others are the same code, and only their fraction of the limit is informativ
 """
 
 import os
-import platform
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import tyro
-
-try:
-    import triton
-except ImportError:  # a CPU needs the torch code only
-    triton = None
+from torch import Tensor
 
 # instead of this file's folder, where `kernels` would be this file
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from bench.common import device_name, seconds_of
 from kernels.paged_attention import paged_attention
 from kernels.rmsnorm import add_rms_norm
 from kernels.rope_kv import apply_rope, rope_kv
 from kernels.sampling import sample
 from kernels.swiglu import swiglu
 
-
-@dataclass
-class Args:
-    repeats: int = 20
-    """Runs per measurement; the fastest counts."""
-    seconds: float = 5.0
-    """Time limit of a measurement."""
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
-def main(args: Args) -> None:
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    torch.manual_seed(0)
+def seconds(function: Callable[[], object]) -> float:
+    if not ON_GPU:
+        return seconds_of({"": function}, repeats=5)[""]
+    import triton
 
-    def seconds(function):
-        function()
-        best, start = float("inf"), time.perf_counter()
-        for _ in range(args.repeats):
-            if on_gpu:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()  # evicts the last run's data from the L2 cache
-                begin.record()
-                function()
-                end.record()
-                torch.cuda.synchronize()
-                best = min(best, begin.elapsed_time(end) / 1e3)
-            else:
-                begin = time.perf_counter()
-                function()
-                best = min(best, time.perf_counter() - begin)
-            if time.perf_counter() - start > args.seconds:
-                break
-        return best
+    # measured by events, with an empty L2 cache before each run
+    return triton.testing.do_bench(function, return_mode="median") / 1e3
 
-    def randn(*shape):
-        return torch.randn(shape, device=device, dtype=dtype)
 
-    flush = torch.empty(2**28 if on_gpu else 2**26, dtype=torch.uint8, device=device)
-    other = torch.empty_like(flush)
-    rate = 2 * flush.nbytes / seconds(lambda: other.copy_(flush))  # bytes/s, read and written
-    name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = f"torch {torch.__version__}, triton {triton.__version__}" if on_gpu else f"torch {torch.__version__}"
-    print(f"device {name}; {versions}; {dtype}; copy rate {rate / 1e9:.1f} GB/s")
+def copy_rate() -> float:
+    """Bytes/s that are read or written by copying a large tensor."""
+    large = torch.ones(2**28 if ON_GPU else 2**26, dtype=torch.uint8, device=DEVICE)
+    other = torch.empty_like(large)
+    return 2 * large.nbytes / seconds(lambda: other.copy_(large))
+
+
+def row(
+    kernel: str, workload: str, ours: Callable[[], object], peer: Callable[[], object], nbytes: int, rate: float
+) -> None:
+    """nbytes: what the operation must read and write; rate: bytes/s."""
+    ours_ms = seconds(ours) * 1e3
+    peer_ms = seconds(peer) * 1e3
+    limit_ms = nbytes / rate * 1e3
+    print(
+        f"{kernel:16s} {workload:58s} {ours_ms:9.3f} {peer_ms:9.3f} {peer_ms / ours_ms:6.2f} {limit_ms:9.3f} "
+        f"{limit_ms / ours_ms:8.1%}",
+        flush=True,
+    )
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def bench_attention(n_rows: int, length: int, n_kv: int, group: int, dim: int, rate: float) -> None:
+    """Peer: torch's attention on a dense cache of equal lengths, without a block table."""
+    n_blocks = n_rows * length // 16
+    k_cache = randn(n_blocks, 16, n_kv, dim)
+    v_cache = randn(n_blocks, 16, n_kv, dim)
+    block_table = torch.randperm(n_blocks, device=DEVICE).int().view(n_rows, -1)
+    lengths = torch.full((n_rows,), length, dtype=torch.int32, device=DEVICE)
+    q = randn(n_rows, n_kv * group, dim)
+    keys = randn(n_rows, n_kv, length, dim)
+    values = randn(n_rows, n_kv, length, dim)
+    row(
+        "paged_attention",
+        f"{n_rows} rows x {length} tokens, {n_kv * group} / {n_kv} heads of {dim}; dense SDPA",
+        lambda: paged_attention(q, k_cache, v_cache, block_table, lengths),
+        lambda: F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True),
+        2 * keys.nbytes + 2 * q.nbytes,
+        rate,
+    )
+
+
+def bench_sampling(n_rows: int, vocab_size: int, rate: float) -> None:
+    """Peer: sorting the vocabulary, and nothing else."""
+    logits = torch.randn(n_rows, vocab_size, device=DEVICE) * 3
+    temperature = torch.full((n_rows,), 1.0, device=DEVICE)
+    top_p = torch.full((n_rows,), 0.9, device=DEVICE)
+    seeds = torch.arange(n_rows, device=DEVICE)
+    row(
+        "sample",
+        f"{n_rows} x {vocab_size} fp32, top-p 0.9; torch.sort",
+        lambda: sample(logits, temperature, top_p, seeds, seeds),
+        lambda: logits.sort(-1, descending=True),
+        logits.nbytes,
+        rate,
+    )
+
+
+def bench_layer(n_tokens: int, d: int, f: int, rate: float) -> None:
+    """Forward and backward of what a layer computes besides products and attention."""
+    x = randn(n_tokens, d).requires_grad_()
+    residual = randn(n_tokens, d)
+    weight = randn(d).requires_grad_()
+    ones = torch.ones_like(x)
+
+    def torch_norm() -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.rms_norm(total, (d,), weight, 1e-6), total
+
+    row(
+        "add_rms_norm",
+        f"{n_tokens} x {d}; add, F.rms_norm",
+        lambda: torch.autograd.grad(add_rms_norm(x, residual, weight, 1e-6), (x, weight), (ones, ones)),
+        lambda: torch.autograd.grad(torch_norm(), (x, weight), (ones, ones)),
+        8 * x.nbytes,  # backward: reads dy, d(sum) and the sum, writes dx
+        rate,
+    )
+    gate = randn(n_tokens, f).requires_grad_()
+    up = randn(n_tokens, f).requires_grad_()
+    ones_like_up = torch.ones_like(up)
+    row(
+        "swiglu",
+        f"{n_tokens} x {f}; F.silu, product",
+        lambda: torch.autograd.grad(swiglu(gate, up), (gate, up), ones_like_up),
+        lambda: torch.autograd.grad(F.silu(gate) * up, (gate, up), ones_like_up),
+        8 * up.nbytes,  # backward: reads dy, gate and up, writes two
+        rate,
+    )
+
+
+def bench_rope(n_tokens: int, n_heads: int, n_kv: int, dim: int, rate: float) -> None:
+    q = randn(n_tokens, n_heads, dim)
+    k = randn(n_tokens, n_kv, dim)
+    v = randn(n_tokens, n_kv, dim)
+    cos = randn(n_tokens, 1, dim)
+    sin = randn(n_tokens, 1, dim)
+    k_cache = randn(n_tokens // 16, 16, n_kv, dim)
+    v_cache = randn(n_tokens // 16, 16, n_kv, dim)
+    slots = torch.randperm(n_tokens, device=DEVICE)
+
+    def torch_rope() -> Tensor:
+        k_cache.view(-1, n_kv, dim)[slots] = apply_rope(k, cos, sin)
+        v_cache.view(-1, n_kv, dim)[slots] = v
+        return apply_rope(q, cos, sin)
+
+    row(
+        "rope_kv",
+        f"{n_tokens} tokens, {n_heads} / {n_kv} heads of {dim}; apply_rope, indexed writes",
+        lambda: rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots),
+        torch_rope,
+        2 * (q.nbytes + 2 * k.nbytes + cos.nbytes),
+        rate,
+    )
+
+
+def main() -> None:
+    rate = copy_rate()
+    print(f"{device_name()}; {DTYPE}; copy rate {rate / 1e9:.1f} GB/s")
     print(
         f"{'kernel':16s} {'workload':58s} {'ours ms':>9s} {'torch ms':>9s} {'ratio':>6s} {'limit ms':>9s} "
         f"{'of limit':>8s}"
     )
-
-    def row(kernel, workload, ours, peer, nbytes):
-        ours, peer, limit = seconds(ours), seconds(peer), nbytes / rate
-        print(
-            f"{kernel:16s} {workload:58s} {ours * 1e3:9.3f} {peer * 1e3:9.3f} {peer / ours:6.2f} {limit * 1e3:9.3f} "
-            f"{limit / ours:8.1%}",
-            flush=True,
-        )
-
-    # paged attention; peer: torch's attention on a dense cache of equal lengths, without a block table
-    shapes = ((32, 512, 2, 7, 64), (64, 192, 2, 2, 32), (1, 1024, 2, 7, 64))
-    if on_gpu:
-        shapes = ((256, 1024, 2, 7, 64), (256, 1024, 4, 7, 128), (1, 4096, 4, 7, 128))
-    for n_rows, length, n_kv, group, dim in shapes:
-        n_blocks = n_rows * length // 16
-        k_cache, v_cache = randn(n_blocks, 16, n_kv, dim), randn(n_blocks, 16, n_kv, dim)
-        block_table = torch.randperm(n_blocks, device=device).int().view(n_rows, -1)
-        lengths = torch.full((n_rows,), length, dtype=torch.int32, device=device)
-        q, keys, values = randn(n_rows, n_kv * group, dim), *(randn(n_rows, n_kv, length, dim) for _ in range(2))
-        row(
-            "paged_attention",
-            f"{n_rows} rows x {length} tokens, {n_kv * group} / {n_kv} heads of {dim}; dense SDPA",
-            lambda: paged_attention(q, k_cache, v_cache, block_table, lengths),
-            lambda: F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True),
-            2 * keys.nbytes + 2 * q.nbytes,
-        )
-
-    # sampling; peer: sorting the vocabulary (and nothing else), or at top-p 1 softmax and multinomial
-    for n_rows, vocab_size in ((256, 151936), (1, 151936)) if on_gpu else ((32, 151936), (1, 151936), (64, 1400)):
-        logits = torch.randn(n_rows, vocab_size, device=device) * 3
-        settings = [torch.full((n_rows,), x, device=device) for x in (1.0, 0.9)]
-        seeds = torch.arange(n_rows, device=device)
-        row(
-            "sample",
-            f"{n_rows} x {vocab_size} fp32, top-p 0.9; torch.sort",
-            lambda: sample(logits, *settings, seeds, seeds),
-            lambda: logits.sort(-1, descending=True),
-            logits.nbytes,
-        )
-        whole = [settings[0], torch.ones_like(settings[1])]
-        row(
-            "sample",
-            f"{n_rows} x {vocab_size} fp32, top-p 1; softmax, multinomial",
-            lambda: sample(logits, *whole, seeds, seeds),
-            lambda: torch.multinomial(logits.softmax(-1), 1),
-            logits.nbytes,
-        )
-
-    for n_tokens, d, f in ((8192, 896, 4864), (256, 3584, 18944)) if on_gpu else ((512, 896, 4864),):
-        x, residual, weight = randn(n_tokens, d), randn(n_tokens, d), randn(d)
-
-        def torch_norm(x, residual):
-            total = x + residual
-            return F.rms_norm(total, (d,), weight, 1e-6), total
-
-        row(
-            "add_rms_norm",
-            f"{n_tokens} x {d}; add, F.rms_norm",
-            lambda: add_rms_norm(x, residual, weight, 1e-6),
-            lambda: torch_norm(x, residual),
-            4 * x.nbytes,
-        )
-        gate, up = randn(n_tokens, f), randn(n_tokens, f)
-        row(
-            "swiglu",
-            f"{n_tokens} x {f}; F.silu, product",
-            lambda: swiglu(gate, up),
-            lambda: F.silu(gate) * up,
-            3 * up.nbytes,
-        )
-
-        # backward: the norm reads dy, d(sum) and the sum and writes dx; SwiGLU reads dy, gate and up and writes two
-        x.requires_grad_(), weight.requires_grad_(), gate.requires_grad_(), up.requires_grad_()
-        both, grad = (torch.ones_like(x),) * 2, torch.ones_like(up)
-        row(
-            "add_rms_norm",
-            f"{n_tokens} x {d}, forward + backward",
-            lambda: torch.autograd.grad(add_rms_norm(x, residual, weight, 1e-6), (x, weight), both),
-            lambda: torch.autograd.grad(torch_norm(x, residual), (x, weight), both),
-            8 * x.nbytes,
-        )
-        row(
-            "swiglu",
-            f"{n_tokens} x {f}, forward + backward",
-            lambda: torch.autograd.grad(swiglu(gate, up), (gate, up), grad),
-            lambda: torch.autograd.grad(F.silu(gate) * up, (gate, up), grad),
-            8 * up.nbytes,
-        )
-
-    for n_tokens, n_heads, n_kv, dim in ((8192, 14, 2, 64), (256, 28, 4, 128)) if on_gpu else ((512, 14, 2, 64),):
-        q, k, v = (randn(n_tokens, heads, dim) for heads in (n_heads, n_kv, n_kv))
-        cos, sin = randn(n_tokens, 1, dim), randn(n_tokens, 1, dim)
-        k_cache, v_cache = (torch.zeros(n_tokens // 16, 16, n_kv, dim, device=device, dtype=dtype) for _ in range(2))
-        slots = torch.randperm(n_tokens, device=device)
-
-        def torch_rope():
-            k_cache.view(-1, n_kv, dim)[slots] = apply_rope(k, cos, sin)
-            v_cache.view(-1, n_kv, dim)[slots] = v
-            return apply_rope(q, cos, sin)
-
-        row(
-            "rope_kv",
-            f"{n_tokens} tokens, {n_heads} / {n_kv} heads of {dim}; apply_rope, indexed writes",
-            lambda: rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots),
-            torch_rope,
-            2 * (q.nbytes + 2 * k.nbytes + cos.nbytes),
-        )
+    if ON_GPU:
+        for shape in ((256, 1024, 2, 7, 64), (256, 1024, 4, 7, 128), (1, 4096, 4, 7, 128)):
+            bench_attention(*shape, rate)
+        bench_sampling(256, 151936, rate)
+        bench_layer(8192, 896, 4864, rate)
+        bench_layer(256, 3584, 18944, rate)
+        bench_rope(8192, 14, 2, 64, rate)
+    else:
+        bench_attention(32, 512, 2, 7, 64, rate)
+        bench_sampling(32, 151936, rate)
+        bench_layer(512, 896, 4864, rate)
+        bench_rope(512, 14, 2, 64, rate)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main()

@@ -2,7 +2,7 @@
 
 Both train the same SFT model on the same prompts, with the exact judge of the generated world as the reward: 16 prompts
 x 6 samples of at most 96 tokens, temperature 1, two updates of 8 prompts each, no KL term. TRL has no critic, so ours
-is timed twice: as GRPO (the policy alone, advantages within a prompt's group) and as PPO (critic, values, GAE).
+is timed twice: with the policy alone, and with a critic.
 
 The sides take turns, a step each, in one process. Seconds are processor time, so that other processes don't add to it
 while torch runs one thread (OMP_NUM_THREADS=1).
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
@@ -31,16 +30,17 @@ from datasets import Dataset
 
 import ppo_cpe
 from bench import train
+from bench.common import device_name, random_model
 from chat import Chat
 from data import persona_world
 from engine import Engine
 from judges import JudgeSettings, open_judge
 from model import load_pretrained
+from model_config import Config
 from prompts import load_templates, read_prompts
 from runtime import packing, training
 from runtime.distributed import start
 from runtime.flags import user_errors
-from trajectory import Batch, Trajectory
 
 EXACT_JUDGE = "data/persona_world.py:judge"
 N_PROMPTS = 16
@@ -68,7 +68,6 @@ class Ours:
             judge=EXACT_JUDGE,
             edit_rate=0,
             temperature=1.0,
-            top_p=1.0,
             prompts_per_step=N_PROMPTS,
             mini_batch_prompts=N_PROMPTS // 2,
             n_samples=N_SAMPLES,
@@ -85,13 +84,21 @@ class Ours:
         self.judge = open_judge(EXACT_JUDGE, JudgeSettings.from_args(self.args), self.ranks)
         self.models, self.optimizers = ppo_cpe.open_models(self.args, self.ranks)
         sampler = load_pretrained(args.model, torch.float32, self.ranks.device)
+        # stands for no critic: it is so small that it takes next to no time
+        self.no_critic = random_model(Config(sampler.config.vocab_size, 16, 16, 1, 1, 1), "cpu", torch.float32, True)
+        self.no_optimizer = training.adamw(self.no_critic, LR, 0.0)
         self.engine = Engine(sampler, self.chat.stop_ids, self.args.max_prompt_length + MAX_NEW_TOKENS)
 
     def step(self, number: int, with_critic: bool) -> tuple[float, float, int]:
         """Seconds of the rollout (syncing weights, sampling, judging), seconds of all that follows, tokens sampled."""
+        models = self.models
+        optimizers = self.optimizers
+        if not with_critic:
+            models = models | {"critic": self.no_critic}
+            optimizers = optimizers | {"critic": self.no_optimizer}
         indices = packing.batch_indices(len(self.prompts), N_PROMPTS, number, 0)
         started = time.process_time()
-        self.engine.sync_weights(self.models["policy"])
+        self.engine.sync_weights(models["policy"])
         responses = ppo_cpe.rollout(
             ppo_cpe.shard([self.prompts[i] for i in indices], self.ranks),
             self.args,
@@ -104,36 +111,8 @@ class Ours:
         )
         sampled = time.process_time()
         trajectories, _ = ppo_cpe.select(responses, self.args, number, self.ranks)
-        if with_critic:
-            batch = train.score(trajectories, self.models, self.args, self.ranks)
-            train.update(batch, self.models, self.optimizers, self.args, self.ranks)
-        else:
-            self.update_policy_alone(trajectories)
+        train.ours_step(models, optimizers, trajectories, self.args, self.ranks)
         return sampled - started, time.process_time() - sampled, sum(len(t.response_ids) for t in trajectories)
-
-    def update_policy_alone(self, trajectories: list[Trajectory]) -> None:
-        """GRPO from the same parts: advantages within each prompt's group, clipped loss, two updates."""
-        policy = self.models["policy"]
-        rewards = torch.tensor([t.reward for t in trajectories]).view(N_PROMPTS, N_SAMPLES)
-        group_advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-        advantages = []
-        for t, advantage in zip(trajectories, group_advantages.flatten().tolist()):
-            advantages.append(torch.full((len(t.response_ids),), advantage))
-        old_logprobs, _ = ppo_cpe.old_policy_logprobs(trajectories, policy, self.args, self.ranks)
-        batch = Batch(trajectories, old_logprobs, advantages, advantages, advantages)  # no critic: no values
-        for first in range(0, N_PROMPTS, self.args.mini_batch_prompts):
-            mini_batch = range(first, first + self.args.mini_batch_prompts)
-            mine = batch.take(i for i, t in enumerate(trajectories) if t.prompt.index in mini_batch)
-            prompts = [t.prompt.ids for t in mine.trajectories]
-            responses = [t.response_ids for t in mine.trajectories]
-            budget = self.args.tokens_per_microbatch
-            parts = list(packing.packed_micro_batches(prompts, responses, None, budget, self.ranks))
-            n_tokens = sum(map(len, responses))
-            ppo_cpe.backward(policy, ppo_cpe.policy_pass, parts, mine, n_tokens, self.args, self.ranks)
-            run = SimpleNamespace(ranks=self.ranks, args=self.args, step=0, out="")  # a run without a folder
-            training.optimizer_step(
-                policy, self.optimizers["policy"], LR, self.args.max_grad_norm, {}, [], run, "_policy"
-            )
 
 
 def trl_trainer(args: Args, ours: Ours, folder: str) -> Any:
@@ -203,8 +182,8 @@ def main(args: Args) -> None:
         end_trl_step()
 
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, transformers {transformers.__version__}, "
-        f"trl {version}; {N_PROMPTS} prompts x {N_SAMPLES}, medians of {args.repeats} steps, seconds of processor time"
+        f"{device_name()}, transformers {transformers.__version__}, trl {version}; {N_PROMPTS} prompts x {N_SAMPLES}, "
+        f"medians of {args.repeats} steps, seconds of processor time"
     )
     print(f"{'':16}{'rollout':>10}{'update':>10}{'step':>10}{'tokens':>10}{'TRL / it':>10}")
     medians = {name: [statistics.median(column) for column in zip(*steps[1:])] for name, steps in times.items()}

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: bounded passes, no warm-up inside the clock."""
 
+import functools
 import importlib
 import importlib.metadata
 import sys
@@ -10,6 +11,7 @@ from conftest import random_model, tiny_config
 
 from engine import Engine
 from engine.cpu_runner import CPURunner
+from runtime.distributed import start
 
 
 @pytest.fixture
@@ -22,47 +24,41 @@ def bench(monkeypatch):
 def test_passes_of_the_shared_prefix_bench_are_bounded(bench):
     """All responses apart in one pass would not fit a GPU; in several, the same tokens are trained on."""
     train = bench("train")
-    prompts = [[i] * 8 for i in range(4)]
-    responses = [[[9 - j] * 4 for j in range(6)] for _ in prompts]
-    shared, apart = train.shared_and_apart(prompts, responses, 40, "cpu")
+    ranks = start("fp32")
+    prompts = [[i] * 8 for i in range(4) for _ in range(6)]
+    responses = [[9 - j, i] * 2 for i in range(4) for j in range(6)]
+    shared, apart = train.shared_and_apart(prompts, responses, 40, ranks)
     assert max(len(b.input_ids) for b in (*shared, *apart)) <= 40
     assert len(shared) == 4 and len(apart) == 8  # 8 + 6 x 4 tokens; three times 8 + 4
-    expected = [ids for group in responses for ids in group]
     for batches in (shared, apart):
-        assert torch.cat([b.targets for b in batches]).view(-1, 4).tolist() == expected
-    (one,), (other,) = train.shared_and_apart(prompts, responses, 10**6, "cpu")
+        assert sorted(torch.cat([b.targets for b in batches]).view(-1, 4).tolist()) == sorted(responses)
+    (one,), (other,) = train.shared_and_apart(prompts, responses, 10**6, ranks)
     assert len(one.input_ids) == 4 * 32 and len(other.input_ids) == 24 * 12
-    assert [len(b.input_ids) for b in train.shared_and_apart(prompts[:1], [[[1] * 50]], 40, "cpu")[1]] == [58]
+    assert [len(b.input_ids) for b in train.shared_and_apart(prompts[:1], [[1] * 50], 40, ranks)[1]] == [58]
 
 
 def test_no_batch_size_is_new_to_the_engine_while_the_clock_runs(bench, monkeypatch):
     """On a GPU the first decode step at a batch size captures a CUDA graph."""
-    bench_generate = bench("generate")
-    sizes = []
+    common, generate = bench("common"), bench("generate")
+    sizes = []  # of each run
     decode = CPURunner.decode
 
     def recorded(runner, n):
-        sizes.append(n)
+        sizes[-1].add(n)
         return decode(runner, n)
 
     monkeypatch.setattr(CPURunner, "decode", recorded)
     requests = [([i + 1] * 5, 1, 3 + 4 * i) for i in range(6)]  # batch sizes from 6 down to 1
-    short = [(prompt, n, 2) for prompt, n, _ in requests]
     engine = Engine(random_model(tiny_config()), [], 40, 6)
-    run = bench_generate.functools.partial(bench_generate.run_ours, engine, cached=0)
-    timed = bench_generate.warmed_up(run, requests, short, torch.device("cuda"))
-    warm = set(sizes)
-    sizes.clear()
-    timed()
-    assert {1, 6} <= set(sizes) <= warm
-    sizes.clear()
-    bench_generate.warmed_up(run, requests, short, torch.device("cpu"))  # a CPU has no graphs: two tokens per answer
-    assert len(sizes) == 1
+    run = functools.partial(generate.run_ours, engine, requests)
+    common.seconds_of({"ours": run}, 2, before=lambda: sizes.append(set()))
+    warm_up, *timed = sizes
+    assert len(timed) == 2 and all({1, 6} <= run <= warm_up for run in timed)
 
 
 def test_the_plans_seconds_are_measured_by_phase(bench, capsys):
     plan = bench("plan")
-    plan.main(plan.Args(width=64, layers=1, vocabulary=300, prompts=2, repeats=1))
+    plan.main(plan.Args(width=64, layers=1, prompts=2, repeats=1))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[0] for line in lines] == ["prefill", "decode", "score", "update"]
     for _, expected, measured, ratio, *_ in lines:  # width 64 is bound by calls: of the ratio nothing is asked
