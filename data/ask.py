@@ -28,16 +28,27 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from chat import Chat, without_control_tokens
-from judges import BaseJudge, FunctionJudge, GenerativeJudge, JudgeSettings, annotated_critiques, parse_spec
-from judges.asking import Asker, Backend, Call, Outcome, Question, ServerBackend, ask_until_parsed, open_engine, text_of
+from judges import BaseJudge, FunctionJudge, GenerativeJudge, JudgeSettings, Verdict, annotated_critiques, parse_spec
+from judges.asking import (
+    Asker,
+    Backend,
+    Call,
+    Ended,
+    Outcome,
+    Question,
+    ServerBackend,
+    ask_until_parsed,
+    open_engine,
+    text_of,
+)
 from judges.base import weights_fingerprint
-from judges.chat_client import ChatServer, Failure, RateLimit, ServerDown, is_url, shown
+from judges.chat_client import ChatServer, Failure, ServerDown, is_url, shown
 from judges.functions import call, load_function
 from judges.journal import Journal
 from prompts import Templates, judgement_text, load_templates
@@ -45,7 +56,7 @@ from runtime.distributed import Ranks, derive_seed
 from runtime.flags import PATIENCE
 from runtime.progress import counting
 from runtime.watch import STOPPED
-from weights import load_config, resolve
+from weights import resolve
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cost", "seconds")  # summed over all attempts of a row
 STOPPED_HERE = "stopped"  # failure of a request that a stop has cut short between two attempts: any run asks again
@@ -169,14 +180,6 @@ class Request:
     def messages(self) -> list[dict]:
         return [{"role": "user", "content": self.text}]
 
-    def seed(self, attempt: int) -> int:
-        """The first attempt has the seed of the settings."""
-        return self.settings["seed"] if attempt == 1 else derive_seed(self.settings["seed"], attempt)
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        return {name: value for name, value in self.settings.items() if name != "seed"}
-
     @property
     def highest_cost(self) -> float:
         """Dollars, if each byte of the prompt is a token (and 64 are the chat template's) and the reply is as long as
@@ -214,24 +217,48 @@ class Limits:
     """{name of a model, "" for all: requests a minute}."""
 
 
-class ModelAsker(Asker):
-    """The asker of one language model. It sends only what PaidAsker allows, and reports every call to it."""
+class FunctionBackend:
+    """A function or a Bradley-Terry model. The prompt of a call is its Request."""
 
-    def __init__(self, paid: "PaidAsker", backend: Backend, limit: RateLimit | None = None, at_once: float = math.inf):
-        super().__init__(backend, at_once)
-        self.paid = paid
-        self.limit = limit  # None: a model in this process, which costs nothing but time
+    def __init__(self, model: Model, judges: bool, ranks: Ranks):
+        self.model = model
+        self.judge = model.kind.open(model.spec, model.settings, ranks) if judges else None
+        self.waiting: deque[tuple[int, Call]] = deque()
 
-    def may_send(self, key: str, call: Call) -> bool:
-        if self.limit is None:
-            return not self.paid.stopped
-        if not self.limit.is_free() or not self.paid.reserve(key):
-            return False
-        self.limit.wait()
-        return True
+    def start(self, number: int, call: Call) -> None:
+        if self.judge:
+            self.judge.submit((number, call.prompt.asks_for), call.prompt.row, call.prompt.answer, call.seed)
+        else:
+            self.waiting.append((number, call))
 
-    def received(self, key: str, outcome: Outcome, seconds: float) -> None:
-        self.paid.received(key, outcome, seconds)
+    def poll(self) -> Ended:
+        began = time.monotonic()
+        outcomes: list[tuple[int, Outcome]] = []
+        if self.judge:
+            outcomes = [(verdict.key[0], self.judged(verdict)) for verdict in self.judge.poll()]
+        elif self.waiting:
+            number, asked = self.waiting.popleft()
+            value = call(self.model.name, load_function(self.model.spec), asked.prompt.row, asked.seed)
+            if isinstance(value, list):
+                value = "\n".join(["<questions>", *map(str, value), "</questions>"])
+            outcomes = [(number, whole(value))]
+        seconds = time.monotonic() - began
+        return [(number, outcome, seconds / len(outcomes)) for number, outcome in outcomes]
+
+    def judged(self, verdict: Verdict) -> dict | Failure:
+        """A score or a judgement as the text that a language model would have written."""
+        if verdict.reward is None:
+            return Failure(str(verdict.error), str(verdict.failure), retry=False)
+        if verdict.key[1] == "score":
+            return whole(repr(verdict.reward))
+        if verdict.judgement is None:
+            raise ValueError(f"{self.model.name} writes no critiques, which judgements need")
+        return whole(judgement_text(**dataclasses.asdict(verdict.judgement)))
+
+
+def whole(text: Any) -> dict:
+    """A choice, as a server would return it."""
+    return dict(message={"content": text}, finish_reason="stop", usage=(0, 0))
 
 
 class PaidAsker:
@@ -294,14 +321,10 @@ class PaidAsker:
             of_model[request.model.spec].append(key)
         print(f"{step}: {len(self.missing)} requests to make, {len(set(keys)) - len(self.missing)} kept", flush=True)
         with counting(len(self.missing), step, figures=self.figures) as self.done:
-            self.run([self.open_server(asked) for spec, asked in of_model.items() if is_url(spec)])
+            self.run([self.open_asker(asked) for spec, asked in of_model.items() if is_url(spec)])
             for spec, asked in of_model.items():
-                if self.stopped or is_url(spec):
-                    continue
-                if not self.missing[asked[0]].model.is_language_model:
-                    self.ask_function(asked)
-                elif asker := self.open_checkpoint(spec, asked):
-                    self.run([asker])
+                if not is_url(spec) and not self.stopped:
+                    self.run([self.open_asker(asked)])
         if self.stopped:
             left = sum(not self.is_known(key) for key in self.missing)
             print(f"stopped ({self.stopped}): {left} {step} are left; the same command goes on", file=sys.stderr)
@@ -323,9 +346,16 @@ class PaidAsker:
 
     # -- money
 
-    def reserve(self, key: str) -> bool:
-        """Sets aside what a request may cost. False: it has to wait for others to be paid, or the money is spent."""
+    def may_send(self, key: str) -> bool:
+        """Sets aside what a request may cost. False: it has to wait for its slot or for others to be paid, or the money
+        is spent.
+        """
         if self.stopped:
+            return False
+        server = self.servers.get(self.missing[key].model.spec)
+        if server is None:  # a model in this process, which costs nothing but time
+            return True
+        if not server.limit.is_free():
             return False
         request = self.missing[key]
         cost = max(request.highest_cost, self.dearest[request.model.name])  # thoughts may pass max_tokens
@@ -335,6 +365,7 @@ class PaidAsker:
                 self.stopped = f"--max-cost {limit:g}: ${self.spent:.4f} are spent, the next call may cost ${cost:.4f}"
             return False
         self.reserved[key] = cost
+        server.limit.wait()
         return True
 
     def received(self, key: str, outcome: Outcome, seconds: float) -> None:
@@ -363,110 +394,58 @@ class PaidAsker:
         self.spent += cost
         self.dearest[model.name] = max(self.dearest[model.name], cost)
 
-    # -- language models
+    # -- models
 
-    def open_server(self, asked: list[str]) -> ModelAsker:
-        model = self.missing[asked[0]].model
-        if model.spec not in self.servers:
-            patience = self.limits.patience
-            server = ChatServer(model.spec, patience=patience, per_minute=model.per_minute, strict=True)
-            self.servers[model.spec] = server
-        server = self.servers[model.spec]
-        n = self.limits.concurrency
-        asker = ModelAsker(self, ServerBackend(server, n), server.limit, at_once=n)
+    def open_asker(self, asked: list[str]) -> Asker:
+        """An asker of the model that all these requests are for, with their questions."""
+        requests = [self.missing[key] for key in asked]
+        model = requests[0].model
+        at_once = math.inf
+        backend: Backend
+        if is_url(model.spec):
+            if model.spec not in self.servers:
+                patience = self.limits.patience
+                server = ChatServer(model.spec, patience=patience, per_minute=model.per_minute, strict=True)
+                self.servers[model.spec] = server
+            at_once = self.limits.concurrency
+            backend = ServerBackend(self.servers[model.spec], self.limits.concurrency)
+        elif model.is_language_model:
+            chat = Chat(model.spec)
+            max_len = max(len(chat.messages(r.messages)) + r.settings["max_tokens"] for r in requests)
+            backend = open_engine(model.spec, self.ranks, max_len, self.limits.max_batch)
+        else:
+            backend = FunctionBackend(model, requests[0].asks_for in ("score", "judgement"), self.ranks)
+        asker = Asker(backend, at_once, self.may_send, self.received)
         for key in asked:
-            asker.submit(key, self.question(key))
-        return asker
-
-    def open_checkpoint(self, spec: str, asked: list[str]) -> ModelAsker | None:
-        """Puts a checkpoint on the engine. None: all requests are too long for it."""
-        chat = Chat(spec)
-        limit = load_config(resolve(spec)).max_position_embeddings
-        lengths = {}
-        for key in asked:
-            request = self.missing[key]
-            n_prompt = len(chat.messages(request.messages))
-            n_reply = request.settings["max_tokens"]
-            if n_prompt + n_reply <= limit:
-                lengths[key] = n_prompt + n_reply
-            else:
-                reason = f"{n_prompt} tokens leave no room for {n_reply} in {limit} positions"
-                self.record(key, None, Failure(reason, "too long", retry=False))
-        if not lengths:
-            return None
-        asker = ModelAsker(self, open_engine(spec, self.ranks, max(lengths.values()), self.limits.max_batch))
-        for key in lengths:
             asker.submit(key, self.question(key))
         return asker
 
     def question(self, key: str) -> Question:
         request = self.missing[key]
+        if not request.model.is_language_model:
+            return ask_until_parsed(request, [request.settings["seed"]], {}, request.text_in)
+        sampling = dict(request.settings)
+        seed = sampling.pop("seed")
         first = int(self.rows.get(key, {}).get("calls", 0)) + 1  # a failure that is asked again gets other seeds
-        n = self.limits.attempts if request.settings["temperature"] > 0 else 1
-        seeds = [request.seed(attempt) for attempt in range(first, first + n)]
-        return ask_until_parsed(request.messages, seeds, request.sampling, request.text_in)
+        n = self.limits.attempts if sampling["temperature"] > 0 else 1
+        seeds = [seed if attempt == 1 else derive_seed(seed, attempt) for attempt in range(first, first + n)]
+        return ask_until_parsed(request.messages, seeds, sampling, request.text_in)
 
-    def run(self, askers: list[ModelAsker]) -> None:
+    def run(self, askers: list[Asker]) -> None:
         """Runs askers side by side. After a stop, replies under way from servers are kept; those of an engine cost
         nothing but time, and are dropped. ServerDown: one of the servers is given up.
         """
-        while any(asker.limit and asker.under_way if self.stopped else asker.busy for asker in askers):
+        paid = [asker for asker in askers if isinstance(asker.backend, ServerBackend)]
+        while any(a.under_way for a in paid) if self.stopped else any(a.busy for a in askers):
             for asker in askers:
                 for key, reply in asker.poll():
                     self.record(key, reply.value, reply.failure)
                 if asker.down:
                     self.stopped = self.stopped or asker.down
-        for asker in askers:
+        for asker in paid:
             for key in asker.abandon():
-                if asker.limit and self.counts[key]:  # calls that have failed are paid, though no other follows now
+                if self.counts[key]:  # calls that have failed are paid, though no other follows now
                     self.record(key, None, Failure("between two attempts", STOPPED_HERE, retry=True))
-        for asker in askers:
+        for asker in paid:
             if asker.down:
                 raise ServerDown(f"{asker.down}; what was answered is kept, the same command goes on")
-
-    # -- functions and Bradley-Terry models
-
-    def ask_function(self, asked: list[str]) -> None:
-        """One call for each request, without attempts and for nothing."""
-        requests = {key: self.missing[key] for key in asked}
-        judges = requests[asked[0]].asks_for in ("score", "judgement")
-        began = time.monotonic()
-        for key, reply in judged(requests, self.ranks) if judges else written(requests):
-            self.counts[key] |= dict(calls=1, seconds=time.monotonic() - began)
-            try:
-                if isinstance(reply, Failure):
-                    raise reply
-                self.record(key, requests[key].text_in({"message": {"content": reply}, "finish_reason": "stop"}), None)
-            except Failure as failure:
-                self.record(key, None, failure)
-            if self.stopped:
-                return
-            began = time.monotonic()
-
-
-def written(requests: dict[str, Request]) -> Iterator[tuple[str, Any]]:
-    """(key, text) of each: the questions or the answer that a function returns."""
-    for key, request in requests.items():
-        model = request.model
-        value = call(model.name, load_function(model.spec), request.row, request.settings["seed"])
-        if isinstance(value, list):
-            value = "\n".join(["<questions>", *map(str, value), "</questions>"])
-        yield key, value
-
-
-def judged(requests: dict[str, Request], ranks: Ranks) -> Iterator[tuple[str, str | Failure]]:
-    """(key, text) of each: the score or judgement of a function or Bradley-Terry model."""
-    model = next(iter(requests.values())).model
-    judge = model.kind.open(model.spec, model.settings, ranks)
-    for key, request in requests.items():
-        judge.submit(key, request.row, request.answer, request.settings["seed"])
-    while judge.busy:
-        for verdict in judge.poll():
-            if verdict.reward is None:
-                yield verdict.key, Failure(verdict.error, verdict.failure, retry=False)
-            elif requests[verdict.key].asks_for == "score":
-                yield verdict.key, repr(verdict.reward)
-            elif verdict.judgement is None:
-                raise ValueError(f"{model.name} writes no critiques, which judgements need")
-            else:
-                yield verdict.key, judgement_text(**dataclasses.asdict(verdict.judgement))

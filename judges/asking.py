@@ -33,9 +33,9 @@ from runtime.distributed import Ranks
 
 @dataclass(frozen=True)
 class Call:
-    """One request to a model. settings: max_tokens, temperature, top_p, and what else the backend takes."""
+    """One request to a model. prompt: messages, or whatever the backend takes. settings: max_tokens, top_p, ..."""
 
-    messages: list[dict]
+    prompt: Any
     seed: int
     settings: dict[str, Any]
 
@@ -55,13 +55,11 @@ Outcome = dict | Failure | ServerDown  # a choice, or what went wrong
 Ended = list[tuple[Any, Outcome, float]]  # number, outcome and seconds of calls
 
 
-def ask_until_parsed(
-    messages: list[dict], seeds: list[int], settings: dict[str, Any], parse: Callable[[dict], Any]
-) -> Question:
+def ask_until_parsed(prompt: Any, seeds: list[int], settings: dict[str, Any], parse: Callable[[dict], Any]) -> Question:
     """Asks with one seed after another until `parse` accepts the choice; parse raises Failure for an unusable one."""
     for attempt, seed in enumerate(seeds, 1):
         try:
-            choice = yield Call(messages, seed, settings)
+            choice = yield Call(prompt, seed, settings)
             return Reply(parse(choice), attempt, attempt - 1)
         except Failure as error:
             failure = error
@@ -129,7 +127,7 @@ class EngineBackend:
     def start(self, number: int, call: Call) -> None:
         settings = dict(call.settings)
         settings["max_new_tokens"] = settings.pop("max_tokens")
-        prompt_ids = self.chat.messages(call.messages)
+        prompt_ids = self.chat.messages(call.prompt)
         try:
             self.engine.submit(prompt_ids, key=number, seeds=[call.seed], **settings)
         except ValueError as error:  # longer than the engine's sequences
@@ -203,7 +201,7 @@ class ServerBackend:
             began = time.monotonic()
             outcome: Outcome
             try:
-                outcome = self.server.complete(call.messages, seed=call.seed % 2**31, **call.settings)
+                outcome = self.server.complete(call.prompt, seed=call.seed % 2**31, **call.settings)
             except (Failure, ServerDown) as error:
                 outcome = error
             except Exception as error:  # in a thread nobody would see it, and the run would wait for ever
@@ -217,9 +215,17 @@ class ServerBackend:
 class Asker:
     """Keeps many questions to one model under way. down: why the server is given up, once it is."""
 
-    def __init__(self, backend: Backend, at_once: float = float("inf")):
+    def __init__(
+        self,
+        backend: Backend,
+        at_once: float = float("inf"),
+        may_send: Callable[[Any], bool] = lambda key: True,
+        received: Callable[[Any, Outcome, float], None] = lambda key, outcome, seconds: None,
+    ):
         self.backend = backend
         self.at_once = at_once  # calls under way
+        self.may_send = may_send  # whether a call of the question with this key may be made now
+        self.received = received  # is told of each call that ended: key, outcome, seconds
         self.questions: dict[int, tuple[Any, Question]] = {}  # {number: (key, question)}
         self.waiting: deque[int] = deque()  # questions that have not begun
         self.ready: deque[tuple[int, Call]] = deque()  # calls to be sent, of those that have
@@ -283,7 +289,7 @@ class Asker:
                 self.resume(self.waiting.popleft(), None)
                 continue
             number, call = self.ready[0]
-            if not self.may_send(self.questions[number][0], call):
+            if not self.may_send(self.questions[number][0]):
                 break
             self.ready.popleft()
             try:
@@ -292,11 +298,3 @@ class Asker:
                 self.resume(number, failure)
             else:
                 self.under_way.add(number)
-
-    # What data/ask.py adds: limits on what is sent, and a count of what is paid
-
-    def may_send(self, key: Any, call: Call) -> bool:
-        return True
-
-    def received(self, key: Any, outcome: Outcome, seconds: float) -> None:
-        pass
