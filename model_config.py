@@ -12,7 +12,6 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type: what its frequencies d
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
 }
-YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}  # None: 1 + 0.1 log(factor)
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,12 @@ class Config:
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim is {head_dim}, expected an even number: RoPE rotates pairs")
 
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # of transformers 5, and of 4
+        # As transformers 5 reads them: the older name wins, and nothing of the other is used.
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{where}: rope parameters are {rope!r}, expected an object")
-        max_positions = count("max_position_embeddings", 32768)
-        rope_theta = _positive("rope_theta", raw, rope.get("rope_theta") or 10000.0, where)
+        max_positions = count("max_position_embeddings", 2048 if family == "llama" else 32768)
+        rope_theta = _positive("rope_theta", {"rope_theta": raw.get("rope_theta"), **rope}, 10000.0, where)
         return Config(
             **fields,
             rms_norm_eps=_positive("rms_norm_eps", raw, 1e-6, where),
@@ -86,7 +86,7 @@ class Config:
             model_type=family,
             head_dim=head_dim,
             attention_bias=bool(raw.get("attention_bias")) and family != "qwen2",
-            rope_scaling=_rope_scaling(rope, max_positions, where),
+            rope_scaling=_rope_scaling(rope, raw.get("original_max_position_embeddings"), max_positions, where),
             raw=raw,
         )
 
@@ -109,8 +109,13 @@ def _positive(field: str, values: dict[str, Any], default: Any, where: str, type
     return value
 
 
-def _rope_scaling(rope: dict[str, Any], max_positions: int, where: str) -> dict[str, Any] | None:
-    """`Config.rope_scaling` from a file's RoPE parameters; None for plain RoPE."""
+def _rope_scaling(
+    rope: dict[str, Any], original_context: int | None, max_positions: int, where: str
+) -> dict[str, Any] | None:
+    """`Config.rope_scaling` from a file's RoPE parameters; None for plain RoPE.
+
+    original_context: original_max_position_embeddings at the top of the file, which counts before the one in `rope`.
+    """
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_FIELDS:
         raise ValueError(f"{where}: rope type is {rope_type!r}, this code computes {', '.join(ROPE_FIELDS)}")
@@ -121,10 +126,15 @@ def _rope_scaling(rope: dict[str, Any], max_positions: int, where: str) -> dict[
             raise ValueError(f"{where}: rope parameter {name} = {value!r} of type {rope_type!r}: not computed")
     if not fields:
         return None
-    defaults = {"original_max_position_embeddings": max_positions, **YARN_DEFAULTS}
-    scaling = {name: rope.get(name) or defaults.get(name) for name in fields}
+    scaling = {name: rope.get(name) for name in fields}
+    scaling["original_max_position_embeddings"] = (
+        original_context or rope.get("original_max_position_embeddings") or max_positions
+    )
+    if rope_type == "yarn":
+        scaling["beta_fast"] = rope.get("beta_fast") or 32
+        scaling["beta_slow"] = rope.get("beta_slow") or 1
     for name, value in scaling.items():
-        if name != "attention_factor" or value is not None:
+        if name != "attention_factor" or value is not None:  # None: 1 + 0.1 log(factor)
             _positive(name, scaling, None, where)
     return {"rope_type": rope_type, **scaling}
 
@@ -157,7 +167,8 @@ def rope_inv_freq(config: Config, device: torch.device) -> tuple[torch.Tensor, f
 
     low = max(math.floor(pair_with(scaling["beta_fast"])), 0)
     high = min(math.ceil(pair_with(scaling["beta_slow"])), config.head_dim - 1)
-    high = max(high, low + 0.001)  # an empty ramp would divide by zero
+    if low == high:
+        high += 0.001  # an empty ramp would divide by zero
     kept = 1 - ((torch.arange(len(inv_freq), device=device) - low) / (high - low)).clamp(0, 1)
     scale = scaling["attention_factor"]
     if scale is None:

@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from attention import Packed, SharedPrefix
 from engine import Engine
 from model import load_pretrained, save_pretrained
+from model_config import Config, rope_inv_freq
 from runtime import plan, roofline
 from runtime.packing import pack
 
@@ -150,3 +159,56 @@ def test_operations_and_memory_count_the_heads_as_they_are(checkpoint):
     machine = plan.Machine(1, None, torch.float32, "cpu", False)
     trained = plan.Trained(config, False, machine, 64, False)
     assert trained.n_parameters == sum(p.numel() for p in model.parameters())
+
+
+# -- which of several spellings of RoPE counts -------------------------------------------------------------------------
+
+YARN_CARD = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}  # as model cards say to add it
+PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+LONG = {"rope_type": "yarn", "factor": 4.0}
+ROPE_VARIANTS = {
+    "nothing": {},
+    "theta at the top": dict(rope_theta=1e6),
+    "theta inside": dict(rope_parameters=PLAIN),
+    "theta inside and at the top": dict(rope_parameters=PLAIN, rope_theta=1e6),
+    "theta in rope_scaling and at the top": dict(rope_scaling={**YARN_CARD, "rope_theta": 2e5}, rope_theta=1e6),
+    "yarn added to rope_parameters": dict(rope_parameters=PLAIN, rope_scaling=YARN_CARD),
+    "yarn added, theta at the top": dict(rope_parameters=PLAIN, rope_scaling=YARN_CARD, rope_theta=1e6),
+    "yarn in both": dict(rope_parameters={**LONG, "factor": 2.0}, rope_scaling=YARN_CARD),
+    "yarn taken back": dict(rope_parameters=YARN, rope_scaling={"rope_type": "default"}),
+    "rope_scaling empty": dict(rope_parameters=YARN, rope_scaling={}),
+    "rope_scaling null": dict(rope_parameters=YARN, rope_scaling=None, rope_theta=1e6),
+    "both null": dict(rope_parameters=None, rope_scaling=None, rope_theta=1e6),
+    "type and rope_type": dict(rope_scaling={**LONG, "type": "default", "original_max_position_embeddings": 32}),
+    "original context at the top": dict(rope_parameters=LONG, original_max_position_embeddings=64),
+    "original context twice": dict(rope_parameters=YARN, original_max_position_embeddings=64),
+    "original context twice, llama3": dict(rope_parameters=LLAMA3, original_max_position_embeddings=64),
+    "original context of plain RoPE": dict(rope_parameters=PLAIN, original_max_position_embeddings=64),
+    "no original context": dict(rope_parameters=LONG, max_position_embeddings=64),
+    "no context at all": dict(rope_parameters=LONG, max_position_embeddings=None),
+    "beta of zero": dict(rope_scaling={**YARN_CARD, "beta_fast": 0, "beta_slow": 0}),
+    "betas swapped": dict(rope_scaling={**YARN_CARD, "beta_fast": 0.1, "beta_slow": 2}),
+    "attention factor": dict(rope_scaling={**YARN_CARD, "attention_factor": 0.7}),
+    "factor of one": dict(rope_scaling={**YARN_CARD, "factor": 1}),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("variant", ROPE_VARIANTS)
+def test_rope_is_that_of_transformers(variant, family, tmp_path):
+    """Its frequencies and factor, as transformers' own config and rotary code compute them from the same file."""
+    raw = {"model_type": family, **SHAPE, "head_dim": 16, **ROPE_VARIANTS[variant]}
+    if raw["max_position_embeddings"] is None:
+        del raw["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    reference = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path)).rotary_emb
+    inv_freq, scale = rope_inv_freq(Config.from_dict(raw), torch.device("cpu"))
+    torch.testing.assert_close(inv_freq, reference.inv_freq, rtol=1e-6, atol=0)
+    assert scale == pytest.approx(reference.attention_scaling, rel=1e-6)
+
+
+def test_an_attention_factor_of_zero_is_refused():
+    """cos and sin would be zero; it does not mean the default."""
+    raw = {"model_type": "qwen2", **SHAPE, "rope_scaling": {**YARN_CARD, "attention_factor": 0}}
+    with pytest.raises(ValueError, match="here: attention_factor is 0, expected a positive number"):
+        Config.from_dict(raw, "here")
