@@ -98,6 +98,26 @@ def test_ids_equal_the_checkpoints_chat_template(path):
             )
 
 
+CUT = dict(direction="Left", max_length=8, strategy="LongestFirst", stride=0)
+FILLED = dict(direction="Right", strategy={"Fixed": 500}, pad_id=0, pad_type_id=0, pad_token="x", pad_to_multiple_of=None)
+
+
+@pytest.mark.parametrize("state", [dict(truncation=CUT), dict(padding=FILLED), dict(truncation=CUT, padding=FILLED)])
+@pytest.mark.parametrize("tokenizer_class", ["Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_the_state_of_an_earlier_call_is_not_used(tmp_path, state, tokenizer_class):
+    """transformers saves truncation and padding of its last call into tokenizer.json, and ignores them in a chat."""
+    folder = write_tokenizer(tmp_path / "chat")
+    for name, changes in (("tokenizer.json", state), ("tokenizer_config.json", dict(tokenizer_class=tokenizer_class))):
+        content = json.loads((tmp_path / "chat" / name).read_text())
+        (tmp_path / "chat" / name).write_text(json.dumps(content | changes))
+    chat, reference = Chat(folder), AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "Where to? To the hills, or to the sea. " * 20}]
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat.messages(messages) == expected and len(expected) > 100
+    text = messages[0]["content"]
+    assert chat.decode(chat.encode(text)) == text and chat.tokenizer.encode(text).ids == chat.encode(text)
+
+
 def test_no_text_becomes_a_control_token(path):
     chat = Chat(path)
     assert {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"} <= set(chat.control)
