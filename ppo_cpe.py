@@ -748,6 +748,11 @@ def main(args: Args) -> None:
         "--judge": digest_of(fingerprint(args.judge, settings)),
         "the templates": digest_of(templates.answer, templates.edit),
     }
+    # these two flags may change, what a file of theirs holds may not
+    if args.eval_data:
+        inputs[f"--eval-data {args.eval_data}"] = input_digest(args.eval_data)
+    if args.audit_judge:
+        inputs[f"--audit-judge {args.audit_judge}"] = digest_of(fingerprint(args.audit_judge, settings))
     run = Run(args.out, args, ranks, inputs, last_step)
     models, optimizers = open_models(args, ranks)
     run.resume(models, optimizers, folder, templates.texts("answer", "edit"))

@@ -270,6 +270,8 @@ def main(cli_args: Args) -> None:
         "--model": input_digest(tokenizer_from),
         "the template": digest_of(*template_texts.values()),
     }
+    if args.eval_data:
+        inputs[f"--eval-data {args.eval_data}"] = input_digest(args.eval_data)
     run = Run(args.out, args, ranks, inputs, last_step)
     model = training.open_model(args.model, args, args.seed, ranks, scalar_head=is_bt)
     optimizer = training.adamw(model, args.lr, args.weight_decay)

@@ -7,6 +7,8 @@ import os
 import subprocess
 from typing import Any
 
+from weights import TOKENIZER_FILES
+
 WHOLE_BYTES = 2**26  # up to this size all bytes of a file are read
 SAMPLED_PARTS = 256  # of a larger one (weights) so many parts, spread evenly, and its size
 PART_BYTES = 2**16
@@ -32,12 +34,14 @@ def digest_of(*parts: Any) -> str:
 
 
 def input_digest(path: str) -> str:
-    """Digest of a file, or of a model's folder: its weights, config and tokenizer."""
+    """Digest of a file, or of what is read from a model's folder: weights, config, tokenizer, chat template."""
     if os.path.isfile(path):
         return file_digest(path)
-    names = ("*.safetensors", "config.json", "tokenizer.json")
-    files = sorted(file for name in names for file in glob.glob(os.path.join(path, name)))
-    return digest_of(*(part for file in files for part in (os.path.basename(file), file_digest(file))))
+    parts = []
+    for name in ("*.safetensors", "config.json", *TOKENIZER_FILES):
+        for file in sorted(glob.glob(os.path.join(glob.escape(path), name))):
+            parts += [os.path.basename(file), file_digest(file)]
+    return digest_of(*parts)
 
 
 def git_hash() -> str:

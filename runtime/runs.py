@@ -38,7 +38,8 @@ class Run:
             run.save_if_due()
         run.finish("policy", next_command)
 
-    inputs: {flag or name: digest} of everything that the run reads (runtime/digests.py). last_step: where it ends.
+    inputs: {flag or name: digest} of everything that the run reads (runtime/digests.py). A flag that a continuation may
+    change is named with its value. last_step: where it ends.
     step: the current step, from 0. seconds: {phase: seconds} of the current step.
     ValueError: the folder holds a run with other flags or inputs, or another process is running in it.
     """

@@ -99,7 +99,8 @@ def test_ids_equal_the_checkpoints_chat_template(path):
 
 
 CUT = dict(direction="Left", max_length=8, strategy="LongestFirst", stride=0)
-FILLED = dict(direction="Right", strategy={"Fixed": 500}, pad_id=0, pad_type_id=0, pad_token="x", pad_to_multiple_of=None)
+FILLED = dict(direction="Right", strategy={"Fixed": 500}, pad_id=0, pad_type_id=0, pad_token="x")
+FILLED["pad_to_multiple_of"] = None
 
 
 @pytest.mark.parametrize("state", [dict(truncation=CUT), dict(padding=FILLED), dict(truncation=CUT, padding=FILLED)])

@@ -40,6 +40,7 @@ def here(tiny, tmp_path):
         shutil.copy(tiny / f"{name}.txt", tmp_path)
     shutil.copytree(tiny / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "judge.py").write_text(JUDGE)
+    (tmp_path / "second.py").write_text(JUDGE)
     return tmp_path
 
 
@@ -50,8 +51,13 @@ def flags_of(module, here, *more):
         flags += ["--prompts", here / "prompts.jsonl", "--judge", f"{here}/judge.py:score", "--edit-rate", 0]
         flags += ["--edit-template", here / "edit.txt", "--prompts-per-step", 2, "--mini-batch-prompts", 2]
         flags += ["--n-samples", 1, "--max-new-tokens", 4, "--answer-template", here / "answer.txt"]
+        shutil.copy(here / "prompts.jsonl", here / "held_out.jsonl")
+        flags += ["--eval-data", here / "held_out.jsonl", "--eval-n", 1]
+        flags += ["--audit-judge", f"{here}/second.py:score", "--audit-share", 0.5]
     elif module is train_grm:
         flags += ["--data", here / "judgements.jsonl", "--grm-template", here / "grm.txt", "--batch-size", 4]
+        shutil.copy(here / "judgements.jsonl", here / "held_out.jsonl")
+        flags += ["--eval-data", here / "held_out.jsonl", "--eval-judgements", 1, "--eval-max-new-tokens", 4]
     else:
         flags += ["--data", here / "pairs.jsonl", "--answer-template", here / "answer.txt", "--batch-size", 4]
     return [*flags, *more]
@@ -81,18 +87,39 @@ CHANGES = {  # what is changed: how
     "--data": lambda here, kind: replace_in(here / f"{kind}.jsonl", "Plan", "Schedule"),
     "--prompts": lambda here, kind: replace_in(here / "prompts.jsonl", "What about", "How about"),
     "--model": lambda here, kind: other_weights(here / "checkpoint"),
+    "its chat template": lambda here, kind: replace_in(
+        here / "checkpoint" / "tokenizer_config.json",
+        "{% for",
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\\nBe kind.<|im_end|>\\n{% endif %}{% for",
+    ),
+    "its stop ids": lambda here, kind: (here / "checkpoint" / "generation_config.json").write_text(
+        '{"eos_token_id": [258]}'
+    ),
+    "--eval-data": lambda here, kind: replace_in(here / "held_out.jsonl", "tea", "coffee"),
+    "--audit-judge": lambda here, kind: replace_in(here / "second.py", "% 5", "% 4"),
     "--judge": lambda here, kind: replace_in(here / "judge.py", "% 5", "% 4"),
     "--answer-template": lambda here, kind: replace_in(here / "answer.txt", "Question", "They ask"),
     "--grm-template": lambda here, kind: replace_in(here / "grm.txt", "Judge", "Rate"),
     "--edit-template": lambda here, kind: replace_in(here / "edit.txt", "Rewrite", "Improve"),
 }
 INPUTS = {
-    sft: ("--data", "--model", "--answer-template"),
+    sft: ("--data", "--model", "--answer-template", "its chat template"),
     dpo: ("--data", "--model", "--answer-template"),
-    train_grm: ("--data", "--model", "--grm-template"),
-    ppo_cpe: ("--prompts", "--model", "--judge", "--answer-template", "--edit-template"),
+    train_grm: ("--data", "--model", "--grm-template", "its chat template", "--eval-data"),
+    ppo_cpe: (
+        "--prompts",
+        "--model",
+        "--judge",
+        "--answer-template",
+        "--edit-template",
+        "its chat template",
+        "its stop ids",
+        "--eval-data",
+        "--audit-judge",
+    ),
 }
 
+NAMED_WITH_FILE = {"--eval-data": "held_out.jsonl", "--audit-judge": "second.py:score"}
 AS_SAID = {  # a template may be built in, or lie beside the weights: no flag need be given
     (train_grm, "--grm-template"): "the template",
     (ppo_cpe, "--answer-template"): "the templates",
@@ -111,12 +138,24 @@ def test_the_same_command_on_changed_inputs(module, here, capsys):
         error = error_of(module, capsys, *flags, "--max-steps", 2)
         found = re.search(f"{here}/run holds a run on other inputs: what (.*) names has changed since; choose", error)
         named = AS_SAID.get((module, changed), changed)
-        also = ["--critic"] if module is ppo_cpe and changed == "--model" else []  # it starts from --model
+        if changed in NAMED_WITH_FILE:  # another file may be given, so a change is one of this file
+            named = f"{changed} {here / NAMED_WITH_FILE[changed]}"
+        if changed.startswith("its "):
+            named = "--model"
+        also = ["--critic"] if module is ppo_cpe and named == "--model" else []  # it starts from --model
         assert found[1].split(", ") == [named, *also]
         shutil.copytree(here / "before", here, dirs_exist_ok=True)
     assert kept == {name: (here / "run" / name).read_bytes() for name in kept}
     run(module, *flags)  # as it was: nothing to do
     assert kept["metrics.jsonl"] == (here / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_a_continuation_may_hold_out_other_rows(here):
+    """--eval-data may change, to another file and to none."""
+    run(train_grm, *flags_of(train_grm, here))
+    (here / "other.jsonl").write_text((here / "judgements.jsonl").read_text().replace("tea", "coffee"))
+    run(train_grm, *flags_of(train_grm, here, "--eval-data", here / "other.jsonl", "--max-steps", 2))
+    assert (here / "run" / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_a_template_that_says_the_same_may_lie_elsewhere(here):
@@ -250,7 +289,7 @@ def test_the_digest_of_a_small_file_and_a_folder(tiny, tmp_path):
     same = digests.input_digest(str(tiny / "checkpoint"))
     (folder / "README.md").write_text("not read")
     assert digests.input_digest(str(folder)) == same
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copytree(tiny / "checkpoint", folder, dirs_exist_ok=True)
         (folder / name).write_text((folder / name).read_text() + "\n")
         assert digests.input_digest(str(folder)) != same
