@@ -24,7 +24,7 @@ from typing import Any
 from chat import CONTROL_TOKEN, Chat
 from runtime.distributed import print0
 from runtime.flags import SCORE_WEIGHTS
-from runtime.rows import DIMENSIONS, read_rows
+from runtime.rows import DIMENSIONS, EMPTY_THOUGHT, read_rows
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -342,10 +342,6 @@ def grm_request(templates: Templates, row: dict, answer: str) -> str:
     tags = "checks|critique|scores" + ("|answer" if "</answer>" in templates.grm else "")
     answer = re.sub(rf"<(?=/?(?:{tags})>)", "< ", answer)
     return fill(templates.grm, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
-
-
-# An empty thought, which rows hold that were made with a model told not to reason. It is not part of the answer.
-EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 
 
 def response_ids(chat: Chat, text: str) -> list[int]:

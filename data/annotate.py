@@ -165,7 +165,7 @@ from prompts import (
     score_request,
 )
 from runtime.distributed import derive_seed, start
-from runtime.rows import read_rows, refuse_held_out, write_rows, write_text
+from runtime.rows import final_answer, read_rows, refuse_held_out, write_rows, write_text
 
 PLAN_REQUESTS = 20
 PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep
@@ -187,7 +187,7 @@ def make_request(
         parse = parse_questions
     elif asks_for == "answer":
         text = answer_request(model.templates, readable_row)
-        parse = str.strip
+        parse = final_answer
     elif asks_for == "score":
         text = score_request(model.templates, readable_row, readable_answer)
         parse = parse_score if model.is_language_model else float
@@ -269,7 +269,7 @@ def answers(args: Args, asker: PaidAsker, models: list[Model]) -> None:
         if reply["failure"]:
             done.failed(row, reply)
             continue
-        row["answer"] = reply["reply"].strip()
+        row["answer"] = request.parse(reply["reply"]).strip()
         if (row["prompt_id"], normal(row["answer"])) in seen:
             done.discard(row, "duplicate", "the same answer to this question a second time")
         else:
@@ -499,7 +499,7 @@ def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, score
     n_answers = n_prompts * len(models) * args.answers_per_model
     requests = answer_requests(args, models, rng.sample(prompts, min(n_drawn, len(prompts))))
     answered = some("answers", n_answers, requests)
-    rows = [request.row | {"answer": reply.strip()} for request, reply in answered]
+    rows = [request.row | {"answer": request.parse(reply).strip()} for request, reply in answered]
     some("scores", n_answers, judging_requests(args, scorer, "score", rows))
     at_most = min(n_answers, 2 * args.pairs_per_question * n_prompts)
     some("judgements", at_most, judging_requests(args, judge, "judgement", rows))

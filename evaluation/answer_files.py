@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from json_files import read_json_list
 from prompts import persona_text
-from runtime.rows import read_rows
+from runtime.rows import read_rows, refuse_thoughts
 
 
 class Entry(NamedTuple):
@@ -83,6 +83,7 @@ def read_outputs(file: str) -> tuple[str, list[Entry]]:
                     f'{file}, entry {i}: field "{field}" is missing or no text; expected AlpacaEval\'s outputs, a JSON '
                     "list of instruction, output, generator"
                 )
+        refuse_thoughts({"output": output["output"]}, f"{file}, entry {i}")
         generator = output.get("generator") or generator
         entry = Entry(f"entry {i}", f"{file}, entry {i}", _keys_of(output), {"answer": output["output"]})
         entries.append(entry)

@@ -21,7 +21,7 @@ from judges.journal import Record, made_once
 from prompts import DIMENSIONS, Judgement
 from runtime.digests import digest_of
 from runtime.distributed import Ranks, all_gather, derive_seed
-from runtime.rows import read_rows
+from runtime.rows import final_answer, read_rows
 from weights import load_config, resolve
 
 
@@ -104,8 +104,10 @@ def answer_in(choice: dict) -> dict:
     text = message.get("content") or message.get("refusal")
     if "sample" in choice:  # from the engine: the model may well say nothing
         text = message["content"]
+    elif isinstance(text, str) and text.strip():  # a reasoning model's server may show its thoughts
+        text = final_answer(text)
     if not isinstance(text, str):
-        raise Failure("a reply without text", "unparsable", retry=True)
+        raise Failure("a reply without an answer", "unparsable", retry=True)
     finish = finish_of(choice)
     if finish == "broken off":
         raise Failure(f"broken off (finish reason {choice.get('finish_reason')})", "unparsable", retry=True)

@@ -25,6 +25,8 @@ ROW_FIELDS: dict[str, dict[str, str]] = {
     "object": {},
 }
 
+DATA_KINDS = ("prompt", "pair", "answer", "judgement", "messages")
+
 # Limit on the nesting of objects and lists in a row, so that code which walks through one can be recursive.
 MAX_DEPTH = 100
 
@@ -85,6 +87,50 @@ def _find_surrogate(value: Any, path: str) -> str | None:
     return None
 
 
+# -- thoughts of reasoning models ------------------------------------------------------------------------------------
+
+# How models of several makers enclose them: most, Seed, Mistral, Kimi
+THOUGHTS_START = re.compile(r"<(?:seed:)?think(?:ing)?>|\[THINK\]|◁think▷")
+THOUGHTS_END = re.compile(r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|◁/think▷")
+# An empty thought, which rows hold that were made with a model told not to reason. It is not part of the answer.
+EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+
+
+def final_answer(text: str) -> str | None:
+    """A reply without the thoughts at its beginning. None: it is empty, or thoughts without an answer.
+
+    Some chat templates write the opening tag, so that a reply begins within the thoughts. An answer that mentions both
+    tags later is left as it is.
+    """
+    ends = [match.end() for match in THOUGHTS_END.finditer(text)]
+    if THOUGHTS_START.match(text.lstrip()):
+        text = text[ends[-1] :].strip() if ends else ""
+    elif ends and not THOUGHTS_START.search(text, 0, ends[0]):
+        text = text[ends[0] :].strip()
+    return text if text.strip() else None
+
+
+def refuse_thoughts(answers: dict[str, Any], where: str) -> None:
+    """Raises ValueError if an answer begins with thoughts, which would be trained or judged as a part of it.
+
+    answers: {field: text}. Other values are skipped.
+    """
+    for field, text in answers.items():
+        answer = EMPTY_THOUGHT.sub("", text) if isinstance(text, str) else ""
+        if answer.strip() and final_answer(answer) != answer:
+            raise ValueError(
+                f'{where}: field "{field}" begins with the thoughts of a reasoning model ({text[:40]!r}), expected the '
+                "answer alone"
+            )
+
+
+def _answers_in(row: dict, kind: str) -> dict[str, Any]:
+    if kind == "messages":
+        turns = enumerate(row["messages"])
+        return {f"messages[{i}].content": turn["content"] for i, turn in turns if turn["role"] == "assistant"}
+    return {name: row.get(name) for name in ("chosen", "rejected", "answer", "reference")}
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +166,8 @@ def check_row(row: Any, kind: str, where: str) -> None:
         if not is_valid(row[field]):
             raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
     refuse_surrogates(row, where)
+    if kind in DATA_KINDS:
+        refuse_thoughts(_answers_in(row, kind), where)
 
 
 def _depth(value: Any) -> int:
@@ -228,7 +276,7 @@ def read_rows(path: str, kind: str) -> list[dict[str, Any]]:
     rows = []
     first_place: dict[str, str] = {}  # of each prompt_id
     for where, row in json_lines(path, growing=kind == "metrics"):
-        if kind not in ("metrics", "object"):
+        if kind in DATA_KINDS:
             row = data_row(row, where)
         check_row(row, kind, where)
         if kind == "prompt":

@@ -250,6 +250,26 @@ def test_a_row_of_no_prompt_has_no_side(server, prompts, tmp_path, capsys):
     assert "pairs.jsonl: prompt_id" in message and "none of the prompts" in message
 
 
+@pytest.mark.parametrize("thoughts", ["<think>\nHm.\n</think>\n\n", "Hm.\n</think>\n\n", "[THINK]Hm.[/THINK]"])
+def test_thoughts_of_a_model_are_no_part_of_its_answer(server, prompts, tmp_path, thoughts):
+    """Thoughts without an answer have failed."""
+
+    def think(request, text):
+        if FORM.search(text):
+            return None
+        if "What about 1?" in text:
+            return 200, {"content": "<think>Hm, "}
+        return 200, {"content": thoughts + said(request, text)}
+
+    server.fault = think
+    run(*flags_for(server, prompts, tmp_path / "out", "--answers-per-model", 3))
+    answers = read_rows(str(tmp_path / "out" / "annotate" / "answers.jsonl"), "answer")
+    assert len(answers) > 50 and all(re.fullmatch(r"Answer \d+ of [ab]\.", row["answer"]) for row in answers)
+    lost = [row for row in dropped(tmp_path / "out", "answers") if row["why"] == "failed"]
+    assert [(row["prompt_id"], row["cause"]) for row in lost] == [("p1", "unparsable")] * 6
+    assert not any("Hm." in text for _, text, *_ in server.asked)  # the scorer and the judge read the answer alone
+
+
 # -- once, and at the same time ----------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,9 @@ from test_serve import Running
 import evaluate
 from data import persona_world
 from evaluation import asking
+from evaluation.asking import answer_in
 from judges import journal
-from judges.chat_client import ServerDown
+from judges.chat_client import Failure, ServerDown
 from model import save_pretrained
 from prompts import judgement_text
 from weights import load_config
@@ -585,6 +586,16 @@ def test_answers_of_a_server(tiny, tmp_path):
     assert len(answers["model"]) == 5 and results["win_rate"]["ties"] == 5
     running.server.should_exit = True
     running.thread.join(10)
+
+
+@pytest.mark.parametrize("thoughts", ["<think>Hm.</think>\n\n", "Hm.\n</think>\n\n", ""])
+def test_thoughts_of_a_server_are_no_part_of_the_answer(thoughts):
+    """A model of ours is told not to think. What it writes anyway is its answer."""
+    choice = {"message": {"content": f"{thoughts}Take tea."}, "finish_reason": "stop"}
+    assert answer_in(choice) == {"answer": "Take tea.", "truncated": False}
+    assert answer_in(choice | {"sample": 0})["answer"] == f"{thoughts}Take tea."
+    with pytest.raises(Failure, match="a reply without an answer"):
+        answer_in({"message": {"content": "<think>Hm, "}, "finish_reason": "length"})
 
 
 def test_answers_of_a_server_through_faults(world, tmp_path, server, capfd):

@@ -17,7 +17,17 @@ from evaluation.answer_files import read_outputs
 from json_files import read_json
 from judges.journal import Journal
 from prompts import load_templates, persona_text
-from runtime.rows import HELD_OUT, MADE_BY, MAX_DEPTH, ROW_FIELDS, made_by, normalized, read_rows, refuse_held_out
+from runtime.rows import (
+    HELD_OUT,
+    MADE_BY,
+    MAX_DEPTH,
+    ROW_FIELDS,
+    final_answer,
+    made_by,
+    normalized,
+    read_rows,
+    refuse_held_out,
+)
 from weights import MADE_BY as MODELS_MADE_BY
 from weights import resolve
 
@@ -211,6 +221,63 @@ def test_a_missing_default_model_names_the_script_that_makes_it():
     for folder, script in MODELS_MADE_BY.items():
         with pytest.raises(ValueError, match=f"no such folder; run {script} first"):
             resolve(f"{folder}nowhere")
+
+
+# -- thoughts of reasoning models ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("Take tea.", "Take tea."),
+        ("<think>\nHm.\n</think>\n\nTake tea.", "Take tea."),
+        ("\n<think></think> Take tea.", "Take tea."),
+        ("Hm, a nurse.\n</think>\n\nTake tea.", "Take tea."),  # the template has opened the block
+        ("<think>It ends in </think>, I guess.</think>Take tea.", "Take tea."),
+        ("<think>a</think><think>b</think>Take tea.", "Take tea."),
+        ("<thinking>Hm.</thinking>Take tea.", "Take tea."),
+        ("[THINK]Hm.[/THINK]Take tea.", "Take tea."),
+        ("◁think▷Hm.◁/think▷Take tea.", "Take tea."),
+        ("<seed:think>Hm.</seed:think>Take tea.", "Take tea."),
+        ("Models write <think> and </think> around thoughts.", "Models write <think> and </think> around thoughts."),
+        ("<think>Hm, a nurse", None),
+        ("<think>Hm.</think>\n", None),
+        ("Hm.</think>", None),
+        (" \n", None),
+    ],
+)
+def test_the_answer_of_a_reply(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("thoughts", ["<think>Hm.</think>", "Hm.</think>", "[THINK]Hm.[/THINK]", "<think>Hm. "])
+@pytest.mark.parametrize(
+    "kind, field",
+    [("pair", "chosen"), ("pair", "rejected"), ("judgement", "answer"), ("answer", "answer"), ("prompt", "reference")],
+)
+def test_answers_with_thoughts_are_refused(kind, field, thoughts, tmp_path):
+    """On Qwen3 they would be trained as a second block, as text."""
+    path = write(tmp_path, ROWS[kind], other(kind) | {field: f"{thoughts}\n\nYes."})
+    assert refused(path, kind).startswith(f'{path}:2: field "{field}" begins with the thoughts of a reasoning model (')
+    for text in ("<think>\n\n</think>\n\nYes.", "Write <think> and </think>."):
+        assert read_rows(write(tmp_path, ROWS[kind] | {field: text}), kind)[0][field] == text
+
+
+def test_outputs_with_thoughts_are_refused(tmp_path):
+    outputs = [{"instruction": "Q", "output": "Yes."}, {"instruction": "R", "output": "Hm.</think>Yes."}]
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs))
+    with pytest.raises(ValueError, match='outputs.json, entry 1: field "output" begins with the thoughts'):
+        read_outputs(str(tmp_path / "outputs.json"))
+
+
+def test_turns_with_thoughts_are_refused(tmp_path):
+    def turns(answer):
+        user = {"role": "user", "content": "Why </think>?"}
+        return {"messages": [user, {"role": "assistant", "content": "Hello"}, user, answer]}
+
+    path = write(tmp_path, turns({"role": "assistant", "content": "<think>Hm.</think>Yes."}))
+    assert refused(path, "messages").startswith(f'{path}:1: field "messages[3].content" begins with the thoughts')
+    read_rows(write(tmp_path, turns({"role": "assistant", "content": "Yes."})), "messages")
 
 
 # -- conversations -------------------------------------------------------------------------------------------------
