@@ -130,7 +130,7 @@ def describe_rollout(
         if answers:
             add(f"{kind}/distinct_2", distinct(answers, 2))
     for d in rollout.dropped:  # are the responses without a judgement longer, or worse?
-        if d.kind != "truncated":
+        if d.kind != "truncated" and d.response_ids:
             add("lost/length", len(d.response_ids))
             add("lost/recited", recited(d.prompt.row["persona"], d.answer))
     for t in rollout.judged:

@@ -422,6 +422,9 @@ def rollout(
             if t.parent is None and t.key[:2] in edited and should_edit(t, args):
                 context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
                 edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
+                if len(context_ids) >= engine.max_len:  # a critique may be of any length
+                    dropped.append(never_sampled(edit, f"an edit prompt of {len(context_ids)} tokens"))
+                    continue
                 in_engine[edit.key, 0] = edit
                 submit(context_ids, key=edit.key, seeds=[derive_seed(args.seed, step, *edit.key[:2], "edit")])
         show(f"{len(judged)} judged, {len(in_engine)} sampling, {len(in_judge)} at judge")
@@ -461,6 +464,11 @@ def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
         answer=chat.decode(sample.ids),
         truncated=sample.finish_reason == "length",
     )
+
+
+def never_sampled(origin: Origin, reason: str) -> Dropped:
+    empty = Response(**vars(origin), response_ids=[], engine_logprobs=[], answer="", truncated=False)
+    return Dropped(**vars(empty), drop_reason=reason)
 
 
 def select(rollout: Rollout, args: Args, step: int, ranks: Ranks) -> tuple[list[Trajectory], set[tuple[str, int]]]:

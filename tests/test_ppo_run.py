@@ -214,6 +214,22 @@ def test_nobody_waits_for_a_straggler(tiny):
     assert straggler == 12 and all(key[2] for key, _ in events[6:12])
 
 
+def test_one_endless_critique_costs_its_edit_alone(tiny, tmp_path):
+    """Its edit prompt has no room in the engine. The run goes on, and says what became of it."""
+    (tmp_path / "my.py").write_text(
+        "from prompts import Judgement\n\n\ndef judge(row, answer) -> Judgement:\n"
+        "    endless = row['prompt_id'] in ('p1', 'p2', 'p10')\n"
+        "    return Judgement('Say it shorter. ' * (2000 if endless else 1), len(answer) % 6, 0, 0)\n"
+    )
+    flags = [*flags_of(tiny, f"{tmp_path}/my.py:judge"), "--edit-rate", 1, "--max-steps", 1, "--prompts-per-step", 16]
+    run_script("ppo_cpe.py", *flags, "--out", tmp_path / "run")
+    (metrics,) = read_metrics(tmp_path / "run")
+    lost = [json.loads(line) for line in (tmp_path / "run/lost/step_000001.jsonl").read_text().splitlines()]
+    assert len(lost) == metrics["lost/edits"] == 32 - metrics["original/edited"] * 32 > 0
+    assert all("an edit prompt of " in row["edit"]["drop_reason"] for row in lost)
+    assert metrics["lost/originals"] == 0 and metrics["grad_norm_policy"] > 0
+
+
 @pytest.fixture(scope="module")
 def watched(tiny, judge, tmp_path_factory):
     """The first three steps of `whole` with all diagnostics."""
