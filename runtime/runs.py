@@ -120,8 +120,7 @@ class Run:
             line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         line["bad_steps"] = count_bad_steps(self.out, self.step + 1)
         append_line(os.path.join(self.out, "metrics.jsonl"), json.dumps(line))
-        for tracker in trackers.opened:
-            tracker.figures({name: value for name, value in line.items() if value is not None})
+        trackers.log_metrics(line)
         figures = [f"{name} {value:.4g}" for name, value in headline.items() if value is not None]
         tqdm.write("  ".join([f"step {self.step + 1}/{self.last_step}", *figures]))
         sys.stdout.flush()
@@ -132,8 +131,7 @@ class Run:
         if self.ranks.rank == 0:
             path = os.path.join(self.out, kind, f"step_{self.step + 1:06d}.jsonl")
             write_rows(path, rows)
-            for tracker in trackers.opened:
-                tracker.rows(kind, self.step + 1, rows, path)
+            trackers.log_rows(kind, self.step + 1, rows, path)
 
     def save_if_due(self) -> None:
         """Saves every --save-every steps, after the last step, and when a signal has asked any rank to stop."""

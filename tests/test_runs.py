@@ -17,9 +17,10 @@ import ppo_cpe
 import replay
 import sft
 import train_grm
+from kernels.varlen_attention import say_once
 from model import load_pretrained, save_pretrained
-from runtime import digests, progress
-from runtime.flags import parse
+from runtime import digests, progress, trackers
+from runtime.flags import RuntimeArgs, parse
 
 JUDGE = "def score(row, answer) -> float:\n    return float(len(answer) % 5)\n"
 EDITING_JUDGE = """
@@ -357,8 +358,72 @@ class FakeWandb:
         save = lambda path, base_path, policy: self.saved.append(os.path.relpath(path, base_path))  # noqa: E731
         return SimpleNamespace(id=settings["id"] or "abc", log=log, save=save)
 
-    def Table(self, columns, data):
+    def Table(self, columns, data, allow_mixed_types=False):
+        """Like the real one: values of a column other than None have one type, unless types may be mixed."""
+        kinds = {bool: "boolean", int: "number", float: "number", str: "text"}
+        for n, name in enumerate(columns):
+            found = {kinds[type(cells[n])] for cells in data if cells[n] is not None}
+            if len(found) > 1 and not allow_mixed_types:
+                raise TypeError(f"Data row contained incompatible types: {name}: {found}")
         return [dict(zip(columns, cells)) for cells in data]
+
+
+ODD_ROWS = [  # None, a number here and text there, a truth value here and a number there, fields that differ
+    dict(reward=1.5, parent=None, failed=True, scores=[1, 2], only_here="x"),
+    dict(reward=None, parent="p1", failed=0, scores=None),
+    dict(reward="lost", parent=3, failed=None, scores={"a": None}),
+]
+
+
+@pytest.mark.parametrize("library", ["fake", "real"])
+def test_odd_rows_in_a_wandb_table(tmp_path, monkeypatch, capsys, library):
+    """With the real library where it is installed (offline), and a fake that checks types as it does."""
+    fake = FakeWandb([], [])
+    if library == "fake":
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+    else:
+        pytest.importorskip("wandb")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_SILENT", "true")
+    trackers.open_trackers(str(tmp_path), RuntimeArgs(wandb="cpe"))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    trackers.log_rows("rollouts", 1, ODD_ROWS, str(tmp_path / "rows.jsonl"))
+    trackers.log_rows("rollouts", 2, [], str(tmp_path / "rows.jsonl"))
+    trackers.log_metrics({"step": 2, "loss": 1.0, "accuracy": None})
+    assert "warning" not in capsys.readouterr().err
+    if library == "fake":
+        assert fake.logged[0][1]["rollouts"][2] == dict(
+            reward="lost", parent=3, failed=None, scores='{"a": null}', only_here=None
+        )
+        assert fake.logged[1] == (2, {"rollouts": []}) and fake.logged[2] == (2, {"step": 2, "loss": 1.0})
+    else:
+        tables = [json.loads(f.read_text()) for f in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+        (full,) = [table for table in tables if table["data"]]
+        assert full["columns"] == ["failed", "only_here", "parent", "reward", "scores"]
+        assert full["data"][1] == [0, None, "p1", None, None] and full["data"][2][3] == "lost"
+        trackers.opened[0].run.finish()
+    trackers.opened.clear()
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "save"])
+def test_no_tracker_ends_a_run(here, monkeypatch, capsys, broken):
+    class Broken(FakeWandb):
+        def fail(self, *_, **__):
+            raise RuntimeError("no network")
+
+        def init(self, **settings):
+            if broken == "init":
+                self.fail()
+            opened = super().init(**settings)
+            setattr(opened, broken, self.fail)
+            return opened
+
+    monkeypatch.setitem(sys.modules, "wandb", Broken([], []))
+    run(ppo_cpe, *flags_of(ppo_cpe, here, "--wandb", f"cpe-{broken}"), "--max-steps", 2)
+    assert len((here / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    say_once.cache_clear()
+    run(ppo_cpe, *flags_of(ppo_cpe, here, "--wandb", f"cpe-{broken}"), "--max-steps", 3)
+    assert "warning: --wandb failed (RuntimeError: no network); the run goes on" in capsys.readouterr().err
 
 
 def test_wandb_gets_metrics_and_rollouts_of_every_step(here, monkeypatch):
