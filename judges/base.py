@@ -180,6 +180,6 @@ def lowest_score(weights: tuple[float, float, float]) -> float:
 def weights_fingerprint(target: str) -> str:
     """Digest of a model's weights, config and tokenizer. ValueError: there are no weights."""
     folder = resolve(target)
-    if not glob.glob(os.path.join(folder, "*.safetensors")):
+    if not glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         raise ValueError(f"{folder}: no *.safetensors there")
     return input_digest(folder)

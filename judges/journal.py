@@ -24,13 +24,13 @@ class Journal:
 
     def __init__(self, out: str, name: str, rank: int):
         self.name = name
-        self.pattern = os.path.join(out, "journal", f"{name}.*.jsonl")
-        self.path = self.pattern.replace("*", str(rank))
+        self.folder = os.path.join(out, "journal")
+        self.path = os.path.join(self.folder, f"{name}.{rank}.jsonl")
 
     def rows(self) -> dict[str, dict]:
         """{made_by: row} of all ranks, without a torn last line."""
         rows = {}
-        for path in sorted(glob.glob(self.pattern)):
+        for path in sorted(glob.glob(f"{glob.escape(self.folder)}/{self.name}.*.jsonl")):
             with open(path, "rb") as f:
                 for number, line in enumerate(f, 1):
                     if not line.endswith(b"\n"):

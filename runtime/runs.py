@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -41,7 +42,8 @@ class Run:
     inputs: {flag or name: digest} of everything that the run reads (runtime/digests.py). A flag that a continuation may
     change is named with its value. last_step: where it ends.
     step: the current step, from 0. seconds: {phase: seconds} of the current step.
-    ValueError: the folder holds a run with other flags or inputs, or another process is running in it.
+    ValueError: the ranks have different flags or inputs, the folder holds a run with others, or another process is
+    running in it.
     """
 
     def __init__(self, out: str, args: RuntimeArgs, ranks: Ranks, inputs: dict[str, str], last_step: int):
@@ -54,12 +56,15 @@ class Run:
         self.bar: tqdm | None = None
         file = os.path.join(out, "args.json")
         flags_of_run = json.loads(json.dumps(dataclasses.asdict(args)))
-        if os.path.isfile(file):
+        _check_same_on_ranks(flags_of_run, inputs, ranks)
+        continued = os.path.isfile(file)
+        if continued:
             _check_unchanged(out, _read_args(file), flags_of_run, inputs, may_change(type(args)))
         if ranks.rank == 0:
             os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
             _lock(out)
-            _remove_unfinished(out)
+            if continued:
+                _remove_unfinished(out)
             write_text(file, json.dumps({**flags_of_run, "inputs": inputs, "git": git_hash()}, indent=2))
             trackers.open_trackers(out, args)
         barrier(ranks)
@@ -214,13 +219,35 @@ def _read_args(file: str) -> dict:
         ) from error
 
 
-def _remove_unfinished(out):
-    """Removes the files that a killed run had begun to write or to remove."""
+def _check_same_on_ranks(flags_of_run: dict, inputs: dict[str, str], ranks: Ranks) -> None:
+    """ValueError: a rank was started with other flags, or reads other data, than rank 0."""
+    mine = {
+        **{flag(name): value for name, value in flags_of_run.items()},
+        **{f"the input {k}": inputs[k] for k in inputs},
+    }
+    first, *others = all_gather(ranks, [mine])
+    for rank, other in enumerate(others, 1):
+        different = [
+            f"{name} is {first[name]} there and {other[name]} here" for name in first if other[name] != first[name]
+        ]
+        if different:
+            raise ValueError(f"rank {rank} differs from rank 0: {', '.join(different)}; start all ranks alike")
+
+
+UNFINISHED = re.compile(r"(args|reference)\.json\.tmp|[^/]+/step_\d{6,}(\.jsonl)?\.tmp|[^/]+/batch_\d{6,}\.tmp")
+
+
+def _remove_unfinished(out: str) -> None:
+    """Removes the files that a killed run had begun to write or to remove: only names that a run gives."""
     for path in [*glob.glob(f"{glob.escape(out)}/*.tmp"), *glob.glob(f"{glob.escape(out)}/*/*.tmp")]:
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
+        if os.path.islink(path):
+            if os.readlink(path).startswith("checkpoints/"):
+                os.unlink(path)
+        elif UNFINISHED.fullmatch(os.path.relpath(path, out)):
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
 
 
 _locks: dict[str, IO] = {}  # path -> file held open: the lock, which the system releases when the process ends

@@ -517,6 +517,16 @@ def without_flags(results):
     return {k: v for k, v in results.items() if k != "args"}
 
 
+def test_a_journal_in_a_folder_with_brackets_is_found_again(tmp_path):
+    out = str(tmp_path / "run [a-c]*")
+    with journal.Journal(out, "verdicts", 0).writing():
+        pass
+    book = journal.Journal(out, "verdicts", 1)
+    with book.writing():
+        book.append({"made_by": "x"})
+    assert journal.Journal(out, "verdicts", 0).rows() == {"x": {"made_by": "x"}}
+
+
 def test_the_journal(tmp_path):
     book = journal.Journal(str(tmp_path), "verdicts", 0)
     with book.writing():

@@ -154,6 +154,20 @@ def test_what_a_killed_run_had_begun_is_removed(three, tiny):
     assert (three / "policy" / "config.json").is_file()
 
 
+def test_files_of_the_user_are_kept(three, tiny, tmp_path):
+    """A run removes only names that runs give, and in a folder without a run nothing at all."""
+    (tmp_path / "new" / "data").mkdir(parents=True)
+    mine = [tmp_path / "new" / "notes.tmp", tmp_path / "new" / "data" / "step_000001.jsonl.tmp"]
+    mine += [three / "notes.tmp", three / "rows" / "a.tmp", three / "link.tmp"]
+    (three / "rows").mkdir()
+    for path in mine[:-1]:
+        path.write_text("mine")
+    mine[-1].symlink_to(tmp_path / "new")
+    for out in (three, tmp_path / "new"):
+        run(sft, *sft_flags(tiny, out, "--max-steps", 3))
+    assert all(path.exists() for path in mine)
+
+
 def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(three, tiny, monkeypatch):
     """Every file and folder of it, and the metrics up to its step."""
     fsync, rename, flushed, at_rename = os.fsync, os.rename, set(), []

@@ -298,6 +298,33 @@ def test_the_digest_of_a_small_file_and_a_folder(tiny, tmp_path):
     assert digests.input_digest(str(tmp_path / "other")) != same
 
 
+@pytest.mark.parametrize(
+    "flags, found",
+    [
+        (["--lr", "0.5"], "--lr is 1e-05 there and 0.5 here"),
+        (["--seed", "7"], "--seed is 0 there and 7 here"),
+        (["--data", "other.jsonl"], "the input --data is "),
+    ],
+)
+def test_ranks_that_were_started_otherwise_do_not_train(here, flags, found):
+    """A flag, and rows of another content: torchrun on two machines with two checkouts."""
+    (here / "other.jsonl").write_text("".join((here / "pairs.jsonl").read_text().splitlines(keepends=True)[::-1]))
+    flags = [str(here / f) if f.endswith(".jsonl") else f for f in flags]
+    start = f"""
+import os, sys
+sys.path.insert(0, {ROOT!r})
+import sft
+from runtime import flags
+more = {flags!r} if os.environ["RANK"] == "1" else []
+given = {list(map(str, flags_of(sft, here, "--lr", "1e-5")))!r}
+flags.run(sft.main, flags.parse(sft.Args, sft.__doc__, given + more))
+"""
+    (here / "start.py").write_text(start)
+    output = finish(launch(here / "start.py", processes=2), status=2)
+    assert "rank 1 differs from rank 0: " in output and found in output
+    assert not (here / "run" / "args.json").exists()
+
+
 # -- forks: a copy of ppo_cpe.py with an idea of its own -----------------------------------------------------------
 
 
