@@ -142,8 +142,9 @@ from evaluation.annotations import (
 from evaluation.answer_files import given_answers, instruction_of, reference_answers
 from evaluation.asking import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import interval_text, markdown_table, number_text, write_json, write_results
-from judges import describing_function, named_server, parse_spec
-from judges.chat_client import is_url
+from judges import FunctionJudge, parse_spec
+from judges.chat_client import ChatServer, is_url
+from judges.functions import file_and_name, load_file
 from prompts import DIMENSIONS, answer_request, load_templates
 from runtime.distributed import Ranks, derive_seed, print0, start
 from runtime.rows import write_rows
@@ -214,7 +215,10 @@ def add_figures(answers: Answers, chat: Chat | None, judge: str) -> None:
 
     Tokens are counted by `chat`; without it they are what the row says. Unknown figures are None.
     """
-    describe = describing_function(judge)
+    kind, target = parse_spec(judge)
+    describe = None
+    if kind is FunctionJudge:
+        describe = getattr(load_file(file_and_name(target)[0]), "describe", None)
     rows = []
     names = dict.fromkeys(("n_characters", "n_tokens", "truncated"))
     for row in answers.rows:
@@ -558,6 +562,12 @@ TASKS = {
     "persona-swap": persona_swap,
     "personamem": personamem.evaluate,
 }
+
+
+def named_server(spec: str) -> str:
+    """Adds the name of the server's model to the spec of a judge or model behind a server, if it has none."""
+    url = spec.removeprefix("pair:")
+    return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
 
 
 def main(args: Args) -> None:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chat import Chat, without_control_tokens
-from judges import BaseJudge, FunctionJudge, GenerativeJudge, JudgeSettings, Verdict, annotated_critiques, parse_spec
+from judges import FunctionJudge, GenerativeJudge, Judge, JudgeSettings, Verdict, annotated_critiques, parse_spec
 from judges.asking import (
     Asker,
     Backend,
@@ -69,7 +69,7 @@ class Model:
     """
 
     name: str
-    kind: type[BaseJudge]
+    kind: type[Judge]
     spec: str
     identity: str
     templates: Templates

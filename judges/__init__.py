@@ -22,46 +22,43 @@ no reward and says why: no score is ever made up.
 
     asking.py       the loop that asks a model many things at once, and asks again; engine and server behind it
     chat_client.py  a server's trouble: waiting, retries, refused parameters
-    models.py       GenerativeJudge, PairJudge, BradleyTerryJudge       functions.py  FunctionJudge
+    models.py       GenerativeJudge, BradleyTerryJudge       functions.py  FunctionJudge       pairs.py  PairJudge
     journal.py      rows that are made once, appended to disk as they come
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from judges.base import BaseJudge, Judge, JudgeSettings, Verdict
-from judges.chat_client import ChatServer, is_url
-from judges.functions import FUNCTION_SPEC, FunctionJudge, annotated_critiques, file_and_name, load_file, load_function
-from judges.models import BradleyTerryJudge, GenerativeJudge, PairJudge
+from judges.base import Judge, JudgeSettings, Verdict
+from judges.chat_client import is_url
+from judges.functions import FUNCTION_SPEC, FunctionJudge, annotated_critiques, load_function
+from judges.models import BradleyTerryJudge, GenerativeJudge
 from runtime import plan
 from runtime.distributed import Ranks
 
 __all__ = [
-    "BaseJudge",
     "BradleyTerryJudge",
     "FunctionJudge",
     "GenerativeJudge",
     "Judge",
     "JudgeSettings",
-    "PairJudge",
     "Verdict",
     "annotated_critiques",
     "ask_all",
-    "describing_function",
     "fingerprint",
     "load_function",
-    "named_server",
     "open_judge",
     "parse_spec",
     "planned_memory",
 ]
 
 
-def parse_spec(spec: str) -> tuple[type[BaseJudge], str]:
+def parse_spec(spec: str) -> tuple[type[Judge], str]:
     """The value of a --judge flag -> the class of judge, and its folder, hub id, URL or FILE.py:FUNCTION."""
     if spec == "world":
         spec = "data/persona_world.py:judge"
     if spec.startswith("pair:"):
+        from judges.pairs import PairJudge  # evaluate.py alone compares answers
+
         return PairJudge, spec.removeprefix("pair:")
     if spec.startswith("bt:"):
         return BradleyTerryJudge, spec.removeprefix("bt:")
@@ -74,7 +71,7 @@ def parse_spec(spec: str) -> tuple[type[BaseJudge], str]:
     return GenerativeJudge, spec
 
 
-def open_judge(spec: str, settings: JudgeSettings, ranks: Ranks) -> BaseJudge:
+def open_judge(spec: str, settings: JudgeSettings, ranks: Ranks) -> Judge:
     """Opens the judge of a --judge flag. ranks: device and dtype of a model in this process.
 
     ValueError: it cannot judge.
@@ -99,21 +96,6 @@ def planned_memory(spec: str, settings: JudgeSettings, machine: plan.Machine) ->
     """{part: bytes per rank} that a judge will hold, for --plan; of a model only its config.json is read."""
     kind, target = parse_spec(spec)
     return kind.planned_memory(target, settings, machine)
-
-
-def describing_function(spec: str) -> Callable[[dict, str], dict[str, float]] | None:
-    """The function `describe` beside a judge's function (judges/functions.py), if there is one."""
-    kind, target = parse_spec(spec)
-    if kind is not FunctionJudge:
-        return None
-    file, _ = file_and_name(target)
-    return getattr(load_file(file), "describe", None)
-
-
-def named_server(spec: str) -> str:
-    """Adds the name of the server's model to the spec of a judge or model behind a server, if it has none."""
-    url = spec.removeprefix("pair:")
-    return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
 
 
 def ask_all(judge: Judge, asked: list[tuple[dict, Any, int]]) -> list[Verdict]:

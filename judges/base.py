@@ -1,10 +1,10 @@
-"""The judge protocol, verdicts and settings."""
+"""What all judges are: the class Judge, verdicts and settings."""
 
 import glob
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from judges.chat_client import is_url
 from prompts import SCORE_WEIGHTS, Judgement, Templates, load_templates
@@ -19,9 +19,9 @@ from weights import resolve
 class Verdict:
     key: Any
     reward: float | None  # None: no judgement, the sample has to leave the batch
-    judgement: Judgement | None  # None if the judge writes none
-    attempts: int  # judgements that were asked for
-    error: str | None  # why there is no reward
+    judgement: Judgement | None = None  # None if the judge writes none
+    attempts: int = 1  # judgements that were asked for
+    error: str | None = None  # why there is no reward
     # the kind of failure: unparsable | refused | too long | not a number | no judgement (a function returned None) |
     # request (no reply arrived; it may the next time)
     failure: str | None = None
@@ -61,40 +61,17 @@ class JudgeSettings:
         )
 
 
-class Judge(Protocol):
-    """Scores answers. All judges are fed and polled alike, so that judging overlaps sampling."""
+class Judge:
+    """Scores answers. All judges are fed and polled alike, so that judging overlaps sampling.
 
-    writes_critiques: bool | None  # None: the first verdict will show
-    lowest_reward: float | None  # None: there is no bound
-    down: str | None  # why no more judgements are to be had, once a server is given up
-
-    @property
-    def busy(self) -> bool:
-        """Whether something submitted has no verdict yet."""
-
-    def submit(self, key: Any, row: dict, answer: Any, seed: int) -> None:
-        """answer: a text, or two texts for a judge that compares. key: returned in the verdict."""
-
-    def poll(self) -> list[Verdict]:
-        """A little work; then the finished verdicts, each once."""
-
-    def take_counts(self) -> tuple[int, int]:
-        """(judgements asked for, those that failed) since the last call."""
-
-    def forget(self) -> None:
-        """Drops caches of earlier judgements, so that the next are computed like the first ones."""
-
-
-class BaseJudge:
-    """Shared by all kinds of judge. A subclass defines `open`, `submit` and `advance`. Class attributes and class
-    methods need no model to be loaded.
+    A subclass defines `open`, `submit` and `advance`. Class attributes and class methods need no model to be loaded.
     """
 
-    writes_critiques: bool | None = True
-    lowest_reward: float | None = None
+    writes_critiques: bool | None = True  # None: the first verdict will show
+    lowest_reward: float | None = None  # None: there is no bound
     compares = False  # two answers at a time
     template: str  # the one of prompts.Templates that it fills
-    down: str | None = None
+    down: str | None = None  # why no more judgements are to be had, once a server is given up
 
     def __init__(self) -> None:
         self.pending = 0
@@ -122,14 +99,16 @@ class BaseJudge:
         return {}
 
     @classmethod
-    def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> "BaseJudge":
+    def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> "Judge":
         raise NotImplementedError
 
     @property
     def busy(self) -> bool:
+        """Whether something submitted has no verdict yet."""
         return self.pending > 0
 
     def submit(self, key: Any, row: dict, answer: Any, seed: int) -> None:
+        """answer: a text, or two texts for a judge that compares. key: returned in the verdict."""
         raise NotImplementedError
 
     def advance(self) -> None:
@@ -137,39 +116,32 @@ class BaseJudge:
         raise NotImplementedError
 
     def poll(self) -> list[Verdict]:
+        """A little work; then the finished verdicts, each once."""
         self.advance()  # if it raises, the verdicts before it are not lost
-        verdicts, self.finished = self.finished, []
+        verdicts = self.finished
+        self.finished = []
         self.pending -= len(verdicts)
         return verdicts
 
     def forget(self) -> None:
-        pass
+        """Drops caches of earlier judgements, so that the next are computed like the first ones."""
 
     def take_counts(self) -> tuple[int, int]:
+        """(judgements asked for, those that failed) since the last call."""
         counts = self.asked, self.failed
         self.asked = 0
         self.failed = 0
         return counts
 
-    def finish(
-        self,
-        key: Any,
-        reward: float | None,
-        judgement: Judgement | None = None,
-        *,
-        attempts: int = 1,
-        failed: int | None = None,
-        error: str | None = None,
-        failure: str | None = None,
-        method: str | None = None,
-    ) -> None:
-        """failed: of the attempts; by default all but the one that gave a reward."""
-        self.asked += attempts
-        self.failed += attempts - (reward is not None) if failed is None else failed
+    def finish(self, verdict: Verdict, failed: int) -> None:
+        """failed: of the verdict's attempts."""
+        self.asked += verdict.attempts
+        self.failed += failed
+        error = verdict.error
         if error is not None and error[:40] not in self.complaints:  # each kind once
             self.complaints.add(error[:40])
             print(f"judge: an answer got no judgement: {error}", file=sys.stderr)
-        self.finished.append(Verdict(key, reward, judgement, attempts, error, failure, method))
+        self.finished.append(verdict)
 
 
 def lowest_score(weights: tuple[float, float, float]) -> float:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from judges.base import BaseJudge, JudgeSettings, lowest_score
+from judges.base import Judge, JudgeSettings, Verdict, lowest_score
 from prompts import DIMENSIONS, Judgement
 from runtime import plan
 from runtime.digests import file_digest
@@ -28,7 +28,7 @@ from runtime.rows import without_surrogates
 FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 
 
-class FunctionJudge(BaseJudge):
+class FunctionJudge(Judge):
     """Calls the function once for each answer, in turn.
 
     The return annotation says whether it writes critiques: `-> Judgement` does, `-> float` does not. ValueError, which
@@ -38,7 +38,7 @@ class FunctionJudge(BaseJudge):
     answers_per_poll = 16  # so that a slow function holds up neither sampling nor the journal of its verdicts
 
     @classmethod
-    def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> BaseJudge:
+    def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> Judge:
         function = load_function(target)
         return cls(target, function, settings.weights, annotated_critiques(function))
 
@@ -72,12 +72,12 @@ class FunctionJudge(BaseJudge):
     def advance(self) -> None:
         for _ in range(min(len(self.waiting), self.answers_per_poll)):
             key, row, answer = self.waiting[0]
-            reward, judgement = self.judge(row, answer)
+            verdict = Verdict(key, *self.judge(row, answer))
             self.waiting.popleft()
-            if reward is None:
-                self.finish(key, None, error=f"{self.name} gave None", failure="no judgement")
-            else:
-                self.finish(key, reward, judgement)
+            if verdict.reward is None:
+                verdict.error = f"{self.name} gave None"
+                verdict.failure = "no judgement"
+            self.finish(verdict, failed=verdict.reward is None)
 
     def judge(self, row: dict, answer: str) -> tuple[float | None, Judgement | None]:
         where = f'{self.name}, prompt "{row["prompt_id"]}"'

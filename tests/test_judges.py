@@ -17,7 +17,8 @@ from chat import Chat
 from data import persona_world
 from judges import BradleyTerryJudge, GenerativeJudge, JudgeSettings, fingerprint, open_judge
 from judges.asking import EngineBackend
-from judges.models import probability_of_first, scalar_rewards
+from judges.models import scalar_rewards
+from judges.pairs import probability_of_first
 from model import save_pretrained
 from prompts import Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
 
