@@ -24,7 +24,7 @@ from typing import Any
 from chat import CONTROL_TOKEN, Chat
 from runtime.distributed import print0
 from runtime.flags import SCORE_WEIGHTS
-from runtime.rows import DIMENSIONS, EMPTY_THOUGHT, read_rows
+from runtime.rows import DIMENSIONS, EMPTY_THOUGHT, FORM_TAG, read_rows
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -384,16 +384,22 @@ def questions_request(templates: Templates, persona: dict | str, kind: str, numb
 
 
 QUESTION_BLOCK = re.compile(r"\s*<questions>\s*\n(.*?)</questions>\s*", re.DOTALL)
-BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d{1,3}[.)])\s+")
+BULLET = re.compile(r"\s*[-*\u2022\u2013\u2014]\s+")
+NUMBER = re.compile(r"\s*\(?(?:Q|Question )?\d{1,3}[.):](?!\d)\s*")  # not of 9:30 or 1.5
 
 
 def parse_questions(text: str) -> list[str] | None:
-    """Questions of a reply, one a line, without bullets and numbers. None if the reply doesn't have the form."""
+    """Questions of a reply, one a line, without bullets, numbers and bold. None if the reply doesn't have the form."""
     match = QUESTION_BLOCK.fullmatch(without_reasoning(text))
     if not match:
         return None
-    lines = [BULLET.sub("", line).strip() for line in match[1].splitlines()]
-    return [line for line in lines if line] or None
+    questions = []
+    for line in match[1].split("\n"):  # other characters that break a line stand within a question
+        line = BOLD.sub(r"\1", line)
+        for mark in (BULLET, NUMBER):
+            line = line[found.end() :] if (found := mark.match(line)) else line
+        questions.append(line.strip())
+    return [question for question in questions if question] or None
 
 
 def score_request(templates: Templates, row: dict, answer: str) -> str:
@@ -439,7 +445,6 @@ class Judgement:
         return float(sum(Fraction(str(weight)) * score for weight, score in zip(weights, scores, strict=True)))
 
 
-FORM_TAG = r"</?(?:checks|critique|scores)>"
 BLOCK = rf"((?:(?!{FORM_TAG}).)*)"
 # one block of each kind, in this order, without tags of the form inside and with only white space around
 FORM = re.compile(

@@ -253,7 +253,11 @@ class FunctionBackend:
             return whole(repr(verdict.reward))
         if verdict.judgement is None:
             raise ValueError(f"{self.model.name} writes no critiques, which judgements need")
-        return whole(judgement_text(**dataclasses.asdict(verdict.judgement)))
+        try:
+            text = judgement_text(**dataclasses.asdict(verdict.judgement))
+        except ValueError as error:  # its critique holds a tag of the form
+            raise ValueError(f"{self.model.name}: {error}") from error
+        return whole(text)
 
 
 def whole(text: Any) -> dict:

@@ -42,7 +42,8 @@ then end with <final_answer> and the letter of that reply, such as <final_answer
 LETTERS = "abcd"
 MARK = "<final_answer>"
 BRACKETED = re.compile(r"\(([a-dA-D])\)")
-SINGLE = re.compile(r"\b([a-dA-D])\b(?!['’]|\s+[a-z])")  # not the article of "a reply", nor the d of "I'd"
+# not the article of "a reply", nor the d of "I'd"
+SINGLE = re.compile(r"(?<!['’])\b([b-dB-D]|[aA](?!\s+(?!(?:is|was|fits|suits|because|since|as)\b)[a-z]))\b(?!['’])")
 FIELDS = {"question_type": str, "options": list, "correct": str, "context_id": str, "end_index": int}
 MEASURES = {"sums": "by likelihood", "means": "by likelihood per token"}
 

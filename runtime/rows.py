@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+FORM_TAG = r"</?(?:checks|critique|scores)>"  # of a judge's reply
 DIMENSIONS = ("helpfulness", "personalization", "naturalness")  # of a judgement
 
 # kind of row: {field: its entry of CHECKS}
@@ -19,7 +20,7 @@ ROW_FIELDS: dict[str, dict[str, str]] = {
     "prompt": PROMPT,
     "pair": {**PROMPT, "chosen": "text", "rejected": "text"},
     "answer": {**PROMPT, "answer": "string"},
-    "judgement": {**PROMPT, "answer": "text", "critique": "text", **dict.fromkeys(DIMENSIONS, "score")},
+    "judgement": {**PROMPT, "answer": "text", "critique": "critique", **dict.fromkeys(DIMENSIONS, "score")},
     "messages": {"messages": "messages"},
     "metrics": {"step": "step"},
     "object": {},
@@ -147,6 +148,10 @@ def _are_messages(value: Any) -> bool:
 
 CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # name: (what is expected, whether a value is that)
     "text": ("a non-empty string", lambda v: isinstance(v, str) and bool(v.strip())),
+    "critique": (
+        "a non-empty string without the tags of a judgement (such as <scores>)",
+        lambda v: isinstance(v, str) and bool(v.strip()) and not re.search(FORM_TAG, v),
+    ),
     "string": ("a string", lambda v: isinstance(v, str)),
     "persona": ("a non-empty JSON object or string", lambda v: isinstance(v, (dict, str)) and bool(v)),
     "score": ("an integer from -5 to 5", lambda v: type(v) is int and -5 <= v <= 5),
@@ -165,6 +170,8 @@ def check_row(row: Any, kind: str, where: str) -> None:
             raise ValueError(f'{where}: field "{field}" is missing, expected {expected} ({kind} row)')
         if not is_valid(row[field]):
             raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
+    if kind == "judgement" and re.search(FORM_TAG, row.get("checks") or ""):
+        raise ValueError(f'{where}: field "checks" holds a tag of a judgement (such as <scores>), expected text')
     refuse_surrogates(row, where)
     if kind in DATA_KINDS:
         refuse_thoughts(_answers_in(row, kind), where)

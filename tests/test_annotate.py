@@ -617,6 +617,14 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
         assert message in error_of(annotate, capsys, *flags, "--out", tmp_path / "x", flag, f"bt:{tmp_path / 'bt'}")
 
 
+def test_a_function_that_writes_a_tag_of_the_form_is_named(prompts, tmp_path, capsys):
+    (tmp_path / "my.py").write_text(OWN.replace("Say less", "Say <scores> less"))
+    own = {name: f"{tmp_path}/my.py:{name}" for name in ("answer", "score", "judge")}
+    flags = ["--prompts", prompts, "--models", own["answer"], "--answers-per-model", 4, "--scorer", own["score"]]
+    error = error_of(annotate, capsys, *flags, "--judge", f"me={own['judge']}", "--out", tmp_path / "out")
+    assert error.startswith("error: me: a judgement needs a critique without the tags")
+
+
 def test_the_world_knows_only_itself(prompts, tmp_path, capsys):
     message = error_of(annotate, capsys, "--prompts", prompts, "--out", tmp_path / "out")
     assert "world: ValueError: question 'What about 0?': the exact judge knows only the questions of" in message

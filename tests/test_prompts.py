@@ -529,6 +529,13 @@ def test_questions_of_a_reply():
     """One a line between the tags, less numbers and bullets; a reply in another form gives none."""
     form = "<think>hm</think>\n<questions>\n1. What to eat?\n- And 2. where?\n\n* 3 plums?\n</questions>\n"
     assert parse_questions(form) == ["What to eat?", "And 2. where?", "3 plums?"]
+    numbers = (
+        "**1.** Why?\n**2. When?**\n(3) Where?\nQ4: Who?\n\u2013 5) How?\n**Which?**\n9:30 is early, is it?\n1.5 miles?"
+    )
+    expected = ["Why?", "When?", "Where?", "Who?", "How?", "Which?", "9:30 is early, is it?", "1.5 miles?"]
+    assert parse_questions(f"<questions>\n{numbers}\n</questions>") == expected
+    breaks = ["One\u2028and the same?", "Also\x0bthis\x85one?"]
+    assert parse_questions(f"<questions>\r\n1. {breaks[0]}\r\n2. {breaks[1]}\r\n</questions>") == breaks
     for other in ("What to eat?", "Here: <questions>\nA?\n</questions>", "<questions>\n\n</questions>"):
         assert parse_questions(other) is None
 

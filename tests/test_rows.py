@@ -223,6 +223,18 @@ def test_a_missing_default_model_names_the_script_that_makes_it():
             resolve(f"{folder}nowhere")
 
 
+# -- judgements ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", ["<critique>", "</critique>", "<scores>", "</scores>", "<checks>"])
+@pytest.mark.parametrize("field", ["critique", "checks"])
+def test_a_judgement_with_a_tag_of_its_form_is_refused(field, tag, tmp_path):
+    path = write(tmp_path, ROWS["judgement"], ROWS["judgement"] | {field: f"Say {tag} less."})
+    assert refused(path, "judgement").startswith(f'{path}:2: field "{field}"')
+    row = ROWS["judgement"] | {field: "Say <b> less. </answer>"}
+    assert read_rows(write(tmp_path, row), "judgement") == [row]
+
+
 # -- thoughts of reasoning models ----------------------------------------------------------------------------------
 
 
