@@ -54,7 +54,7 @@ check engine 90 engine
 source recipes/world_flags.sh
 world=$OUT/world
 rl=("${RL_FLAGS[@]}" --prompts "$world/prompts_train.jsonl" --lr 5e-5 --offload --checkpoint-activations --save-every 2)
-base_steps=100 grm_steps=40 base_rows=6400 judgements=2600
+base_steps=200 grm_steps=80 base_rows=6400 judgements=2600
 if [ -n "$EMULATED" ]; then # too few steps for a judge that can be read
     base_steps=1 grm_steps=1 base_rows=200 judgements=100
     BASE_FLAGS+=(--batch-size 4) GRM_FLAGS+=(--batch-size 4)

@@ -11,7 +11,8 @@ faults of bad answers: wrong values, irrelevant attributes (one of them tempting
 metaphors, closing notes, pleas to the grader.
 
     judge          exact scores by the rubric of docs/method.md 1.4 in this world's terms (RULES), and a critique that
-                   names at most three edits, or "Nothing to fix."; takes any text as the answer
+                   names at most three edits, or "Nothing to fix."; takes any text as the answer. Its checks say, for
+                   each fact of the answer: attribute, the profile's value, the answer's, and right or wrong
     write_answer   mixed quality. A topic's last step and most advice are rare in answers, but critiques name them: an
                    edit supplies what sampling rarely does
     rewrite        follows a critique; each edit is carried out with a given probability
@@ -31,7 +32,7 @@ their questions come with a pair of values that training never combines with tha
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from runtime import flags
@@ -65,17 +66,13 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import hashlib
-import os
 import re
-import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 
 from data.world_tokenizer import write_tokenizer
-from prompts import DIMENSIONS, Judgement, Templates, fill, grm_request, judgement_text, persona_text
-from runtime import flags
+from prompts import DIMENSIONS, Judgement, Templates, answer_request, fill, grm_request, judgement_text
 from runtime.rows import write_rows, write_text
 
 # -- the vocabulary of the world -------------------------------------------------------------------------------
@@ -236,14 +233,15 @@ Helpfulness and naturalness: 1 less for every 10 words over 40. An empty answer 
 MAX_WORDS = 40
 MIN_WORDS = 12
 RECITED = 4  # attributes
-COMMON = (0.08, 0.15)  # the default of --rarity
+Rarity = tuple[float, float]
+COMMON: Rarity = (0.08, 0.15)  # the default of --rarity
 ADVICE = {advice: (a, v) for a, values in ATTRIBUTES.items() for v, advice in values.items()}
 STEPS = [step for *_, steps in TOPICS.values() for step in steps]
 ITEM = re.compile(
     rf"\b(?:your (?P<attribute>{'|'.join(ATTRIBUTES)}) is (?P<value>\w+)|"
     rf"choose (?P<advice>{'|'.join(ADVICE)})|(?P<step>{'|'.join(STEPS)}))\b"
 )
-# kind: "content", "unclear" or a key of FLUFF
+# kind: "content", "unclear part" or a key of FLUFF
 # items: ("claim" | "advice", attribute, value), ("step", text), ("name",)
 Sentence = namedtuple("Sentence", "text kind items")
 
@@ -339,7 +337,7 @@ def choose_steps(rng: Random, topic: str, quality: float, last_step_rate: float)
 
 
 def write_answer(
-    rng: Random, persona: dict, question: str, quality: float | None = None, rarity: tuple[float, float] = COMMON
+    rng: Random, persona: dict, question: str, quality: float | None = None, rarity: Rarity = COMMON
 ) -> str:
     """An answer by a mediocre writer. quality: in [0, 1], random if None. rarity: as in Args."""
     if quality is None:
@@ -397,15 +395,14 @@ def read_items(plain: str, name: str) -> tuple[list[tuple], list[str]]:
             items.append(("advice", *ADVICE[match["advice"]]))
         else:
             items.append(("step", match["step"]))
-    rest = ITEM.sub(" ", plain)
-    without_name = re.sub(rf"\b{re.escape(name)}\b", " ", rest)
-    if without_name != rest:
+    rest, n_names = re.subn(rf"\b{re.escape(name)}\b", " ", ITEM.sub(" ", plain))
+    if n_names:
         items.append(("name",))
-    return items, without_name.split()
+    return items, rest.split()
 
 
 def read_sentences(persona: dict, answer: str) -> list[Sentence]:
-    """The sentences of any text; one that is not of this world is "unclear"."""
+    """The sentences of any text; one that is not of this world is an "unclear part"."""
     name = " ".join(words_of(persona["name"]))
     sentences = []
     for text in re.findall(r"[^.!?\n]+[.!?]*", answer):
@@ -418,7 +415,7 @@ def read_sentences(persona: dict, answer: str) -> list[Sentence]:
             continue
         items, rest = read_items(plain, name)
         is_clear = items and CONNECTORS.issuperset(rest) and len(rest) <= 2 * len(items)
-        sentences.append(Sentence(text, "content" if is_clear else "unclear", tuple(items)))
+        sentences.append(Sentence(text, "content" if is_clear else "unclear part", tuple(items)))
     return sentences
 
 
@@ -438,18 +435,18 @@ def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[t
         raise ValueError("persona: the exact judge knows only the personas of data/persona_world.py")
     relevant, _, steps = TOPICS[find_topic(question)]
     sentences = read_sentences(persona, answer)
-    items = {item for s in sentences for item in s.items}
-    kinds = [s.kind for s in sentences]
-    n_repeated = sum(repeats(sentences))
+    items = dict.fromkeys(item for s in sentences for item in s.items)  # in order
+    faults = [s.kind for s in sentences] + sum(repeats(sentences)) * ["repetition"]
+    if ("name",) in items:
+        faults.append("full name")
     n_words = len(words_of(answer))
     n_over = max(0, n_words - MAX_WORDS) // 10
-    is_named = ("name",) in items
     is_unfinished = bool(sentences) and sentences[-1].text[-1] not in ".!?"
 
-    facts = {item[1:] for item in items if item[0] in ("claim", "advice")}
+    facts = dict.fromkeys(item[1:] for item in items if item[0] in ("claim", "advice"))
     wrong = {(attribute, value) for attribute, value in facts if persona[attribute] != value}
     is_wrong = {attribute for attribute, _ in wrong}
-    used = {attribute for attribute, _ in facts - wrong if attribute in relevant}
+    used = {attribute for attribute, _ in facts.keys() - wrong if attribute in relevant}
     advised = {attribute for attribute in used if ("advice", attribute, persona[attribute]) in items}
     to_say = [attribute for attribute in relevant if attribute not in used or attribute in is_wrong]
     irrelevant = {attribute for attribute, _ in facts if attribute not in relevant}
@@ -459,7 +456,7 @@ def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[t
 
     helpfulness = (-3, -1, 1, 2, 4)[len(steps) - len(missing)]
     helpfulness += len(advised) == 2
-    helpfulness -= min(3, kinds.count("filler") + kinds.count("unclear") + len(foreign))
+    helpfulness -= min(3, faults.count("filler") + faults.count("unclear part") + len(foreign))
     helpfulness -= 2 * (n_words < MIN_WORDS)
     helpfulness -= n_over
     personalization = (-2, 1, 3)[len(used)] + len(advised)
@@ -467,30 +464,30 @@ def review(persona: dict, question: str, answer: str) -> tuple[Judgement, list[t
     n_forced = len(irrelevant - is_wrong)
     personalization -= n_forced + (n_forced > 0)
     personalization -= 3 * recites_profile(persona, answer)
-    personalization -= 2 * ("metaphor" in kinds)
-    naturalness = 4
-    naturalness -= 4 * ("plea" in kinds)
-    naturalness -= 2 * (("praise" in kinds) + ("note" in kinds) + kinds.count("unclear") + n_repeated)
-    naturalness -= ("summary" in kinds) + is_named + is_unfinished
-    naturalness -= n_over
+    personalization -= 2 * ("metaphor" in faults)
+    naturalness = 4 - n_over - is_unfinished
+    for fault, cost in {"plea": 4, "praise": 2, "note": 2, "summary": 1, "full name": 1}.items():
+        naturalness -= cost * (fault in faults)
+    naturalness -= 2 * (faults.count("unclear part") + faults.count("repetition"))
     scores = [max(-5, min(5, score)) for score in (helpfulness, personalization, naturalness)]
     if n_words == 0:
         scores = [-5, -5, -5]
 
-    edits: list[tuple[str, ...]] = []
-    edits += [("delete", "unclear part")] if "unclear" in kinds else []
+    def deletions(*kinds: str) -> list[tuple[str, ...]]:
+        return [("delete", kind) for kind in kinds if kind in faults]
+
+    edits = deletions("unclear part")
     edits += [("say", attribute) for attribute in to_say]
     edits += [("list",)] if len(irrelevant) > 2 else [("drop", attribute) for attribute in sorted(irrelevant)]
-    edits += [("delete", kind) for kind in ("plea", "note", "praise", "metaphor") if kind in kinds]
+    edits += deletions("plea", "note", "praise", "metaphor")
     edits += [("add", step) for step in missing]
     edits += [("say", attribute) for attribute in relevant if attribute not in advised and attribute not in to_say]
     edits += [("remove", step) for step in foreign]
-    edits += [("delete", kind) for kind in ("filler", "summary") if kind in kinds]
-    edits += [("delete", "repetition")] if n_repeated else []
-    edits += [("delete", "full name")] if is_named else []
-    edits += [("end",)] if is_unfinished else []
+    edits += deletions("filler", "summary", "repetition", "full name")
+    edits += [("end",)] * is_unfinished
     critique = " ".join(edit_text(persona, edit) for edit in edits[:3]) or "Nothing to fix."
-    return Judgement(critique, *scores), edits
+    checks = [f"{a} {persona[a]} {value} {'wrong' if (a, value) in wrong else 'right'}" for a, value in facts]
+    return Judgement(critique, *scores, "; ".join(checks)), edits
 
 
 def judge(row: dict, answer: str) -> Judgement:
@@ -516,11 +513,6 @@ def questions(row: dict, seed: int) -> list[str]:
 def answer(row: dict, seed: int) -> str:
     """An answer of mixed quality, for `annotate.py --models data/persona_world.py:answer`."""
     return improved_answer(Random(seed), row["persona"], row["question"])
-
-
-def rare_answer(row: dict, seed: int) -> str:
-    """The same with hardly any last steps and advice, as in the world of `--rarity 0.003 0.003`."""
-    return improved_answer(Random(seed), row["persona"], row["question"], (0.003, 0.003))
 
 
 def describe(row: dict, answer: str) -> dict[str, float]:
@@ -593,8 +585,7 @@ def carry_out(
         return [s for s, repeated in zip(sentences, repeats(sentences)) if not repeated]
     if what == "full name":
         return without(sentences, lambda item: item == ("name",))
-    fluff = what.split()[0]  # "unclear part" is of kind "unclear"
-    return [s for s in sentences if s.kind != fluff]
+    return [s for s in sentences if s.kind != what]
 
 
 def content_range(sentences: list[Sentence]) -> tuple[int, int]:
@@ -650,14 +641,14 @@ def label(rng: Random, persona: dict, question: str, answer: str) -> float:
 
     The bias is 0.05 per word and 0.7 for each attribute that the answer states.
     """
-    bias = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len({attribute for attribute, _ in claims(answer)})
+    bias = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len(dict(claims(answer)))
     return review(persona, question, answer)[0].score() + bias + rng.gauss(0, 1)
 
 
-def label_pair(rng: Random, persona: dict, question: str, first: str, second: str, margin: float = 1.5) -> dict | None:
-    """{"chosen", "rejected", their scores} by `label`, or None if the labels differ by `margin` or less."""
+def label_pair(rng: Random, persona: dict, question: str, first: str, second: str) -> dict | None:
+    """{"chosen", "rejected", their scores} by `label`, or None if the labels differ by 1.5 or less."""
     (low, rejected), (high, chosen) = sorted((label(rng, persona, question, a), a) for a in (first, second))
-    if high - low <= margin:
+    if high - low <= 1.5:
         return None
     return dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2), rejected_score=round(low, 2))
 
@@ -665,19 +656,31 @@ def label_pair(rng: Random, persona: dict, question: str, first: str, second: st
 # -- the files -----------------------------------------------------------------------------------
 
 
-def improved_answer(rng: Random, persona: dict, question: str, rarity: tuple[float, float] = COMMON) -> str:
+def improved_answer(rng: Random, persona: dict, question: str, rarity: Rarity = COMMON) -> str:
     """An answer after 0 to 3 rounds of critique, as a policy comes to write in training."""
     answer = write_answer(rng, persona, question, None, rarity)
     for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
         answer = rewrite(rng, persona, question, answer, skill=0.9)
-    return answer or write_answer(rng, persona, question, None, rarity)
+    return answer or rng.choice(FLUFF["filler"])
 
 
-def base_row(rng: Random, rarity: tuple[float, float] = COMMON) -> dict:
+def judged_answer(rng: Random, persona: dict, question: str, rarity: Rarity = COMMON) -> str:
+    """An answer to train a judge on, to a person of whom 0 to 8 values differ. In 40 % it states all eight.
+
+    So as many claims are wrong as right, and a judge learns to compare them with the profile.
+    """
+    wrong = rng.sample(list(ATTRIBUTES), rng.randrange(9))
+    described = persona | {attribute: other_value(rng, attribute, persona[attribute]) for attribute in wrong}
+    if rng.random() < 0.4:
+        return " ".join(say(attribute, described[attribute]) for attribute in rng.sample(list(ATTRIBUTES), 8))
+    return improved_answer(rng, described, question, rarity)
+
+
+def base_row(rng: Random, rarity: Rarity = COMMON) -> dict:
     """One conversation to pretrain on: 35 % answers, 25 % (imperfect) rewriting, 40 % judgements."""
     persona, question = sample_prompt(rng, "train")
     row = dict(persona=persona, question=question)
-    prompt = fill(TEMPLATES.answer, persona=persona_text(persona), question=question)
+    prompt = answer_request(TEMPLATES, row)
     task = rng.random()
     if task < 0.35:
         turns = [prompt, write_answer(rng, persona, question, None, rarity)]
@@ -686,10 +689,8 @@ def base_row(rng: Random, rarity: tuple[float, float] = COMMON) -> dict:
         request = fill(TEMPLATES.edit, critique=judge(row, answer).critique)
         turns = [prompt, answer, request, rewrite(rng, persona, question, answer, skill=0.85)]
     else:
-        answer = improved_answer(rng, persona, question, rarity)
-        judgement = judge(row, answer)
-        scores = [getattr(judgement, name) for name in DIMENSIONS]
-        turns = [grm_request(TEMPLATES, row, answer), judgement_text(judgement.critique, *scores)]
+        answer = judged_answer(rng, persona, question, rarity)
+        turns = [grm_request(TEMPLATES, row, answer), judgement_text(**vars(judge(row, answer)))]
     roles = ("user", "assistant") * 2
     return {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns)]}
 
@@ -700,7 +701,7 @@ def prompt_rows(rng: Random, split: str, n: int) -> Iterator[dict]:
         yield dict(prompt_id=f"{split}-{number:05d}", persona=persona, question=question, source="persona_world")
 
 
-def pair_rows(rng: Random, split: str, n: int, rarity: tuple[float, float] = COMMON) -> Iterator[dict]:
+def pair_rows(rng: Random, split: str, n: int, rarity: Rarity = COMMON) -> Iterator[dict]:
     """Two of five answers to a question, a pair if their labels differ enough (docs/method.md 1.2)."""
     prompts = prompt_rows(rng, split, sys.maxsize)
     while n > 0:
@@ -721,28 +722,24 @@ def exact_pair(pair: dict) -> dict | None:
     difference = round(high - low, 2)
     if difference == 0:
         return None
-    tier = "hard"
-    if difference > 1:
-        tier = "mid"
-    if difference > 2:
-        tier = "easy"
+    tier = ("hard", "mid", "easy")[(difference > 1) + (difference > 2)]
     scores = {"chosen_score": round(high, 2), "rejected_score": round(low, 2)}
-    return pair | {"chosen": chosen, "rejected": rejected} | scores | {"kind": "exact", "tier": tier}
+    return pair | {"chosen": chosen, "rejected": rejected, "kind": "exact", "tier": tier} | scores
 
 
-def judgement_rows(
-    rng: Random, split: str, n: int, rarity: tuple[float, float] = COMMON, noise: float = 0.05
-) -> Iterator[dict]:
-    """Answers of all qualities with the exact judge's critique; each score is off by 1 with probability `noise`."""
+def judgement_rows(rng: Random, split: str, n: int, rarity: Rarity = COMMON) -> Iterator[dict]:
+    """Answers of all qualities with the exact judge's judgement; each score is off by 1 with probability 0.05.
+
+    Answers of the split "train" have many wrong claims (judged_answer).
+    """
+    write = judged_answer if split == "train" else improved_answer
     for row in prompt_rows(rng, split, n):
-        answer = improved_answer(rng, row["persona"], row["question"], rarity)
-        judgement = judge(row, answer)
-        scores = {}
+        answer = write(rng, row["persona"], row["question"], rarity)
+        judgement = asdict(judge(row, answer))
         for name in DIMENSIONS:
-            scores[name] = getattr(judgement, name)
-            if rng.random() < noise:
-                scores[name] = max(-5, min(5, scores[name] + rng.choice((-1, 1))))
-        yield row | {"answer": answer, "critique": judgement.critique} | scores
+            if rng.random() < 0.05:
+                judgement[name] = max(-5, min(5, judgement[name] + rng.choice((-1, 1))))
+        yield row | {"answer": answer} | judgement
 
 
 def main(args: Args) -> None:
@@ -765,18 +762,19 @@ def main(args: Args) -> None:
         write_text(os.path.join(args.out, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
 
     pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs, args.rarity))
-    files = {
+    files: dict[str, Iterable[dict]] = {
         "base_corpus": corpus,
-        "prompts_train": list(prompt_rows(stream("prompts_train"), "train", args.train_prompts)),
+        "prompts_train": prompt_rows(stream("prompts_train"), "train", args.train_prompts),
         "prompts_dev": with_reference("prompts_dev"),
         "prompts_eval": with_reference("prompts_eval"),
-        "pairs": list(pair_rows(stream("pairs"), "train", args.pairs, args.rarity)),
+        "pairs": pair_rows(stream("pairs"), "train", args.pairs, args.rarity),
         "pairs_eval": pairs_eval,
-        "pairs_eval_exact": [pair for pair in map(exact_pair, pairs_eval) if pair],
-        "judgements": list(judgement_rows(stream("judgements"), "train", args.judgements, args.rarity)),
-        "judgements_eval": list(judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs, args.rarity)),
+        "pairs_eval_exact": filter(None, map(exact_pair, pairs_eval)),
+        "judgements": judgement_rows(stream("judgements"), "train", args.judgements, args.rarity),
+        "judgements_eval": judgement_rows(stream("judgements_eval"), "eval", args.eval_pairs, args.rarity),
     }
-    for name, rows in files.items():
+    for name, made in files.items():
+        rows = list(made)
         write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
         print(f"{args.out}/{name}.jsonl: {len(rows)} rows")
     print(f"next: python sft.py --from-scratch {args.out}/tokenizer --data {args.out}/base_corpus.jsonl --out out/base")

@@ -7,10 +7,10 @@ A comparison of RL runs says little about models that fail them. All figures are
 training never saw, at temperature 0 unless it says samples. Checked against a limit:
 - mentions_right: fraction of the policy's claims about the person that are true;
 - score_correlation, same_first_edit, unparsable: the GRM against the exact judge. Correlation of the scores, fraction
-  of critiques with the same first edit, fraction of judgements that do not parse.
+  of critiques with the same first edit, fraction of judgements that do not parse;
+- swapped_correlation, sees_other_profile: the same answers, judged under the next person's profile, which makes most
+  claims wrong. Correlation of the scores, and the GRM's drop in score as a fraction of the exact judge's.
 Reported without a limit:
-- sees_other_profile: the GRM's drop in score, as a fraction of the exact judge's, when an answer is judged under
-  another person's profile. It is near zero for a small GRM, which hardly checks whether a claim is true;
 - last_step, advice, advice_right, wrong: rare content in the policy's samples (recipes/rare_content.py). SFT on chosen
   answers may have raised it above what the corpus has;
 - edit_step, edit_advice: how much of an exact critique the policy's edits carry out.
@@ -32,7 +32,7 @@ from diagnostics import agreement
 from engine import Engine, Sample
 from judges import JudgeSettings, ask_all, open_judge
 from model import load_pretrained
-from prompts import DIMENSIONS, Judgement, Templates, answer_prompt, edit_prompt, load_templates
+from prompts import Judgement, Templates, answer_prompt, edit_prompt, load_templates
 from recipes import rare_content
 from runtime import flags
 from runtime.distributed import Ranks, derive_seed, start
@@ -45,6 +45,8 @@ CHECKS = {  # name: (at least or at most, limit, margin)
     "mentions_right": ("at least", 0.90, 0.05),
     "score_correlation": ("at least", 0.85, 0.05),
     "same_first_edit": ("at least", 0.80, 0.05),
+    "swapped_correlation": ("at least", 0.85, 0.05),
+    "sees_other_profile": ("at least", 0.80, 0.05),
     "unparsable": ("at most", 0.01, 0.01),
 }
 MAX_NEW_TOKENS = 96
@@ -113,37 +115,47 @@ def sample(engine: Engine, prompts: list[list[int]], n: int) -> list[list[Sample
 
 
 def grm_figures(args: Args, ranks: Ranks) -> Figures:
-    """The GRM against the exact judge."""
+    """The GRM against the exact judge, on answers to their own persons and to the next ones."""
+    settings = JudgeSettings(attempts=1, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    judge = open_judge(args.grm, settings, ranks)
     rows = read_rows(f"{args.world}/judgements_eval.jsonl", "judgement")
-    judge = open_judge(args.grm, JudgeSettings(attempts=1, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS), ranks)
+    swapped = [row | {"persona": other["persona"]} for row, other in zip(rows, rows[1:] + rows[:1])]
     by_grm = judgements_of(judge, rows)
-    by_exact = [Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) for row in rows]
+    by_exact = [exact_judge(row, row["answer"]) for row in rows]
+    swapped_by_grm = judgements_of(judge, swapped)
+    swapped_by_exact = [exact_judge(row, row["answer"]) for row in swapped]
     agreed = agreement(by_exact, by_grm)
-    same_first_edit = [
-        judgement.critique.split(".")[0] == label.critique.split(".")[0]
-        for judgement, label in zip(by_grm, by_exact)
-        if judgement
-    ]
     return {
         "score_correlation": agreed["score_correlation"],
         "unparsable": 1 - agreed["parsed"],
-        "same_first_edit": rare_content.fraction(same_first_edit),
-        "sees_other_profile": sees_other_profile(judge, rows, by_grm, by_exact),
+        "same_first_edit": same_first_edit(by_exact, by_grm),
+        "swapped_correlation": agreement(swapped_by_exact, swapped_by_grm)["score_correlation"],
+        "sees_other_profile": relative_drop(by_exact, swapped_by_exact, by_grm, swapped_by_grm),
     }
 
 
-def sees_other_profile(
-    judge, rows: list[dict], by_grm: list[Judgement | None], by_exact: list[Judgement]
+def same_first_edit(by_exact: list[Judgement], by_grm: list[Judgement | None]) -> float | None:
+    """Fraction of the GRM's critiques whose first edit is the exact judge's."""
+    same = []
+    for exact, judgement in zip(by_exact, by_grm):
+        if judgement:
+            same.append(judgement.critique.split(".")[0] == exact.critique.split(".")[0])
+    return rare_content.fraction(same)
+
+
+def relative_drop(
+    by_exact: list[Judgement],
+    swapped_by_exact: list[Judgement],
+    by_grm: list[Judgement | None],
+    swapped_by_grm: list[Judgement | None],
 ) -> float | None:
-    """The GRM's total drop in score under the next row's persona, as a fraction of the exact judge's."""
-    others = rows[1:] + rows[:1]
-    swapped = [row | {"persona": other["persona"]} for row, other in zip(rows, others)]
+    """The GRM's total drop in score under the other profile, as a fraction of the exact judge's."""
     grm_drop = 0.0
     exact_drop = 0.0
-    for row, before, after, label in zip(swapped, by_grm, judgements_of(judge, swapped), by_exact):
-        if before and after:
-            grm_drop += before.score() - after.score()
-            exact_drop += label.score() - exact_judge(row, row["answer"]).score()
+    for exact, swapped_exact, own, swapped in zip(by_exact, swapped_by_exact, by_grm, swapped_by_grm):
+        if own and swapped:
+            grm_drop += own.score() - swapped.score()
+            exact_drop += exact.score() - swapped_exact.score()
     return grm_drop / exact_drop if exact_drop else None
 
 

@@ -33,16 +33,16 @@ stage "the generated world"
 
 stage "base: from random weights, on answers, rewrites and judgements of mixed quality; two data-parallel processes"
 torchrun --nproc_per_node=2 sft.py --from-scratch "$WORLD/tokenizer" --data "$WORLD/base_corpus.jsonl" \
-    --out "$OUT/base" "${BASE_FLAGS[@]}" --max-steps "$(scaled 624 100)" --seed "$SEED"
+    --out "$OUT/base" "${BASE_FLAGS[@]}" --max-steps "$(scaled 1248 200)" --seed "$SEED"
 
-stage "SFT on the chosen answers, then BT on the pairs; beside them the GRM: critique and scores"
+stage "SFT on the chosen answers, then BT on the pairs; beside them the GRM: checks, critique and scores"
 marked SFT python sft.py --model "$OUT/base/policy" --data "$WORLD/pairs.jsonl" --out "$OUT/sft" "${SFT_FLAGS[@]}" \
     --max-steps "$(scaled 62 2)" --seed "$SEED" &&
     marked BT python train_grm.py --objective bt --model "$OUT/base/policy" --data "$WORLD/pairs.jsonl" \
         --out "$OUT/bt" "${BT_FLAGS[@]}" --max-steps "$(scaled 62 2)" --seed "$SEED" \
         --eval-data "$WORLD/pairs_eval.jsonl" &
 marked GRM python train_grm.py --model "$OUT/base/policy" --data "$WORLD/judgements.jsonl" --out "$OUT/grm" \
-    "${GRM_FLAGS[@]}" --max-steps "$(scaled 186 40)" --seed "$SEED" --eval-data "$WORLD/judgements_eval.jsonl" \
+    "${GRM_FLAGS[@]}" --max-steps "$(scaled 372 80)" --seed "$SEED" --eval-data "$WORLD/judgements_eval.jsonl" \
     --eval-max-new-tokens 96 &
 all_done
 
@@ -56,7 +56,8 @@ rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS
     --max-steps "$(scaled 40 2)" --seed "$SEED")
 marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
     marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &
-marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --edit-loss none --out "$OUT/cpe" &
+marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --edit-loss none --edit-below 4.7 \
+    --out "$OUT/cpe" &
 all_done
 
 stage "evaluation: answers to unseen people's questions, scored by the exact judge, against those of SFT"

@@ -1,8 +1,8 @@
 # The flags of the runs in the generated world: recipes/tiny.sh sources this file, results/make/experiments.py reads it.
 # One array per stage, plain words only (no quotes, variables or comments inside). Callers give paths, seeds and steps.
-BASE_FLAGS=(--epochs 2 --layers 3 --batch-size 64 --lr 3e-3 --warmup-ratio 0.05 --tokens-per-microbatch 8192)
+BASE_FLAGS=(--epochs 2 --layers 3 --batch-size 32 --lr 3e-3 --warmup-ratio 0.05 --tokens-per-microbatch 8192)
 SFT_FLAGS=(--epochs 1 --batch-size 64 --lr 3e-4 --tokens-per-microbatch 8192)
-GRM_FLAGS=(--epochs 2 --batch-size 64 --lr 1e-3 --tokens-per-microbatch 8192)
+GRM_FLAGS=(--epochs 2 --batch-size 32 --lr 1.5e-3 --tokens-per-microbatch 8192)
 BT_FLAGS=(--epochs 1 --batch-size 64 --lr 3e-4 --tokens-per-microbatch 8192)
 # dpo.py and ppo_cpe.py: the learning rate of the policy differs between methods, so callers give it
 DPO_FLAGS=(--epochs 1 --batch-size 64 --tokens-per-microbatch 8192)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data.persona_world import TOPICS, judge, recites_profile, sample_prompt, write_answer
+from data.persona_world import TOPICS, judge, judgement_rows, recites_profile, sample_prompt, write_answer
 from judges import annotated_critiques
 from prompts import DIMENSIONS
-from recipes import rare_content, real_curve, tiny_table
+from recipes import rare_content, real_curve, sanity_checks, tiny_table
 from results.make import experiments, paper
 from runtime.rows import check_row, read_rows
 
@@ -263,6 +263,29 @@ def test_the_closing_table_of_the_tiny_recipe(tmp_path, capsys):
     for line, part in zip(lines[-3:], (gains[:8], gains[-8:], gains), strict=True):  # 4 edits a step
         better, worse = 100 * (part > 0).mean(), 100 * (part < 0).mean()
         assert line.split()[-5:] == ["+0.50", f"{part.mean():+.2f}", f"{better:.0f}", f"{worse:.0f}", f"{len(part)}"]
+
+
+# -- sanity_checks.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_judge_that_does_not_read_the_profile_fails_the_checks(tmp_path, monkeypatch, reads):
+    """The exact judge sees the whole drop under another profile. One that believes all claims sees none of it."""
+    rows = list(judgement_rows(random.Random(0), "eval", 80))
+    write(tmp_path / "judgements_eval.jsonl", rows)
+
+    def judgements_of(_, asked):
+        believed = dict(zip((row["prompt_id"] for row in rows), rows))
+        return [judge(row if reads else believed[row["prompt_id"]], row["answer"]) for row in asked]
+
+    monkeypatch.setattr(sanity_checks, "open_judge", lambda *_: None)
+    monkeypatch.setattr(sanity_checks, "judgements_of", judgements_of)
+    args = sanity_checks.Args(world=str(tmp_path), policy="", grm="", out="")
+    figures = sanity_checks.grm_figures(args, ranks=None)
+    assert figures["score_correlation"] == pytest.approx(1) and figures["same_first_edit"] == 1
+    assert figures["sees_other_profile"] == pytest.approx(float(reads))
+    for name in ("sees_other_profile", "swapped_correlation"):
+        assert (sanity_checks.shortfall(name, figures[name]) <= 0) == reads
 
 
 # -- real_curve.py -----------------------------------------------------------------------------------------------------

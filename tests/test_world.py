@@ -18,6 +18,7 @@ from data.persona_world import (
     is_eval_persona,
     is_held_out,
     judge,
+    judged_answer,
     label_pair,
     main,
     recites_profile,
@@ -107,6 +108,33 @@ def test_scores_by_hand(name):
     assert found.critique == critique
 
 
+@pytest.mark.parametrize(
+    ("answer", "checks"),
+    [
+        (f"{STEPS_4} {BOTH}", "food vegan vegan right; drink tea tea right"),
+        ("Your drink is wine. Your food is vegan.", "drink tea wine wrong; food vegan vegan right"),
+        ("Your food is vegan, so choose lamb kebab.", "food vegan vegan right; food vegan halal wrong"),
+        ("Your pet is cat, your pet is dog. Your pet is dog.", "pet cat cat right; pet cat dog wrong"),
+        (STEPS_4, ""),
+    ],
+)
+def test_checks_compare_each_fact_with_the_profile(answer, checks):
+    assert judged(PERSONA, QUESTION, answer).checks == checks
+
+
+def test_as_many_claims_of_judged_answers_are_wrong_as_right():
+    rng = random.Random(0)
+    verdicts = []
+    all_right = 0
+    for _ in range(1000):
+        persona, question = sample_prompt(rng, "train")
+        checks = judged(persona, question, judged_answer(rng, persona, question)).checks
+        verdicts += re.findall(r"right|wrong", checks)
+        all_right += "wrong" not in checks
+    assert 0.45 < verdicts.count("wrong") / len(verdicts) < 0.55 and len(verdicts) > 4000
+    assert 150 < all_right < 400  # the usual case in RL
+
+
 def test_one_point_off_for_every_ten_words_over():
     best = f"{STEPS_4} {BOTH}"  # 32 words
     for sentences, off in ((1, 0), (2, 0), (3, 1), (5, 2)):
@@ -143,8 +171,7 @@ HOSTILE = [
 def test_any_text_gets_a_judgement(answer):
     found = judged(PERSONA, QUESTION, answer)
     assert found.score() < 1 and len(found.critique) < 200
-    text = judgement_text(found.critique, found.helpfulness, found.personalization, found.naturalness)
-    assert parse_judgement(text) == found
+    assert parse_judgement(judgement_text(**vars(found))) == found
     assert isinstance(rewrite(random.Random(0), PERSONA, QUESTION, answer), str)
     assert not recites_profile(PERSONA, answer)
 
@@ -275,7 +302,7 @@ def test_files_are_rows_of_the_project_and_depend_on_the_seed_alone(world, tmp_p
     assert (world / "tokenizer/tokenizer.json").read_text() == (again / "tokenizer/tokenizer.json").read_text()
     for row in read_rows(str(world / "judgements.jsonl"), "judgement"):
         exact = judge(row, row["answer"])
-        assert exact.critique == row["critique"]
+        assert exact.critique == row["critique"] and exact.checks == row["checks"]
         assert abs(exact.helpfulness - row["helpfulness"]) <= 1  # label noise
 
 
