@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from json_files import read_json
-from weights import resolve, stop_ids
+from weights import TEMPLATE_DEFAULTS, resolve, stop_ids
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
@@ -225,10 +225,6 @@ class TemplateAdditions:
     no_think_suffix: str = ""  # after the header of a response that must not reason first
 
 
-# Llama 3's template takes this as today's date if it has no clock. With a clock, prompts would change at midnight.
-LLAMA_DATE = "26 Jul 2024"
-
-
 def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat, path: str) -> TemplateAdditions:
     """Finds out what the checkpoint's chat template adds by rendering conversations with it.
 
@@ -239,7 +235,7 @@ def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat
 
     def render(turns: list[tuple[str, str]], **settings: Any) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
-        settings |= dict(tokenize=False, add_generation_prompt=True, date_string=LLAMA_DATE)
+        settings = {**TEMPLATE_DEFAULTS, **settings, "tokenize": False, "add_generation_prompt": True}
         try:
             return str(reference.apply_chat_template(messages, **settings))
         except TemplateError as error:
@@ -253,8 +249,8 @@ def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat
         return before + "".join(written) + opened("assistant")
 
     talk = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
-    text = render(talk)
-    text_with_system = render([("system", "S"), *talk])
+    text = render(talk, enable_thinking=True)
+    text_with_system = render([("system", "S"), *talk], enable_thinking=True)
     before = text[: max(0, text.find(turn_format.start))]
     system_turn = re.compile(re.escape(before + opened("system")) + "(.*?)" + re.escape(turn_format.end), re.DOTALL)
     inserted = system_turn.match(text)
@@ -263,7 +259,7 @@ def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat
     turns = [("system", inserted[1]), *talk] if inserted else talk
     if text != expected(turns) or text_with_system != expected([("system", f"{preamble}S"), *talk]):
         raise ValueError(f"{path}: its chat template is not plain {turn_format.name}; a talk gives {text!r}")
-    no_think = render(talk, enable_thinking=False)
+    no_think = render(talk)
     if not no_think.startswith(text):
         raise ValueError(
             f"{path}: with enable_thinking=False its chat template is not plain {turn_format.name}: {no_think!r}"

@@ -129,7 +129,7 @@ NEUTRAL = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "chat_template_kwargs": ({},),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
     # in messages, as clients send an answer back
     "tool_calls": ([],),
     "annotations": ([],),

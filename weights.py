@@ -1,7 +1,9 @@
 """Checkpoint folders: where they come from, strict reading of their tensors, and writing what other tools load."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 
@@ -28,6 +30,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# What a chat template may take from its caller, with the values that prompts are made with here. Llama 3's takes the
+# date as today's if it has no clock; with one, prompts would change at midnight.
+TEMPLATE_DEFAULTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# The model's own distribution, which RL samples from. top_k 0: the whole vocabulary.
+PLAIN_SAMPLING = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
 MADE_BY = {  # scripts that write the model folders which other scripts read by default
     "out/sft/": "sft.py",
     "out/grm/": "train_grm.py",
@@ -248,15 +255,45 @@ def save_config(config: Config, scalar_head: bool, dtype: torch.dtype, special: 
 
 
 def copy_tokenizer(source: str, special: dict, folder: str) -> None:
-    """Copies a folder's tokenizer files and templates. generation_config.json gets the special ids as well."""
+    """Copies a folder's tokenizer files and templates; the chat template and generation_config.json with new defaults.
+
+    A server renders and samples by these what a request leaves open. So the template takes what this project trains
+    with as defaults, and a response is sampled from the model's own distribution.
+    """
     for name in TOKENIZER_FILES:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), folder)
     if os.path.isdir(os.path.join(source, "templates")):
         shutil.copytree(os.path.join(source, "templates"), os.path.join(folder, "templates"))
+
+    file = os.path.join(folder, "chat_template.jinja")
+    if os.path.isfile(file):
+        with open(file, encoding="utf-8") as f:
+            text = f.read()
+        with open(file, "w", encoding="utf-8") as f:
+            f.write(_with_template_defaults(text))
+    file = os.path.join(folder, "tokenizer_config.json")
+    content = read_json(file) if os.path.isfile(file) else {}
+    template = content.get("chat_template")
+    if isinstance(template, str):
+        write_json(file, content | {"chat_template": _with_template_defaults(template)})
+    elif template:  # [{"name", "template"}, ...]
+        named = [entry | {"template": _with_template_defaults(entry["template"])} for entry in template]
+        write_json(file, content | {"chat_template": named})
+
     file = os.path.join(folder, "generation_config.json")
-    generation = read_json(file) if os.path.isfile(file) else {}
-    write_json(file, generation | special)
+    before = read_json(file) if os.path.isfile(file) else {}
+    ids = {name: value for name, value in before.items() if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(file, {**ids, **special, **PLAIN_SAMPLING})
+
+
+def _with_template_defaults(template: str) -> str:
+    """Sets what the template reads of TEMPLATE_DEFAULTS, at its start, unless its caller does."""
+    for name, value in TEMPLATE_DEFAULTS.items():
+        default = f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}\n"
+        if re.search(rf"\b{name}\b", template) and default not in template:
+            template = default + template
+    return template
 
 
 def save_templates(templates: dict[str, str], folder: str) -> None:

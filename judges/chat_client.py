@@ -7,8 +7,8 @@ A request to a server that is down, busy, slow or sends garbage (a web page, an 
 sent again after growing pauses, for at most `patience` seconds; a line a minute says what is waited for. When patience
 ends, a plain question decides: if the server answers it, only this request is lost (Failure), else ServerDown.
 
-Some servers refuse `max_tokens`, `seed`, `top_p` or `temperature`. The first refusal is printed; from then on the
-parameter is left out, or renamed.
+Every sampling parameter is sent, also one that a caller does not name. Some servers refuse `max_tokens`, `seed`,
+`top_k` or another. The first refusal is printed; from then on the parameter is left out, or renamed.
 """
 
 import json
@@ -27,7 +27,10 @@ import httpx2
 from runtime.flags import PATIENCE
 from runtime.rows import without_surrogates
 
-ADAPTABLE = ("max_tokens", "seed", "top_p", "temperature")  # parameters that some servers refuse
+# Sent with every request: what is not named comes from the server's own defaults, such as generation_config.json. -1 is
+# the whole vocabulary.
+PLAIN_SAMPLING = dict(top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
+ADAPTABLE = ("max_tokens", "seed", "temperature", *PLAIN_SAMPLING)  # parameters that some servers refuse
 UNSUPPORTED = re.compile(
     r"unsupported|not? support|n.t support|unrecognized|unknown|unexpected|not (be )?(permitted|allowed)|forbidden|"
     r"deprecated|only the default|cannot both",
@@ -184,6 +187,7 @@ class ChatServer:
         max_tokens, temperature, top_p, seed, logprobs, ... Failure: this request gets no reply. ServerDown:
         no request does.
         """
+        wanted = PLAIN_SAMPLING | wanted
         began = time.monotonic()
         timeout: float = TIMEOUT
         pause = FIRST_PAUSE

@@ -405,6 +405,29 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(server, opened, 
     assert [printed.count(f"refuses {name}") for name in server.refuses] == [1, 1, 1]
 
 
+def test_every_sampling_parameter_is_named(server, opened, capsys):
+    """What a request leaves open is the server's choice, such as the top_k of the folder's generation_config.json."""
+    judge = opened(server.url, concurrency=1)
+    judge.submit(0, ROW, "fine", seed=0)
+    assert verdicts(judge)[0].reward == 0.85
+    (request,) = server.requests["fine"]
+    plain = dict(top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
+    assert {name: request.get(name) for name in plain} == plain and request["temperature"] == 0.9
+
+    # as OpenAI's own server answers, which has no such parameters
+    server.refuses = {
+        "top_k": "Unrecognized request arguments supplied: min_p, repetition_penalty, top_k",
+        "min_p": "Unrecognized request arguments supplied: min_p, repetition_penalty",
+        "repetition_penalty": "Unrecognized request argument supplied: repetition_penalty",
+    }
+    judge = opened(server.url, concurrency=1)
+    judge.submit(0, ROW, "fine again", seed=0)
+    assert verdicts(judge)[0].reward == 0.85
+    (request,) = server.requests["fine again"]
+    assert not set(server.refuses) & set(request) and request["top_p"] == 1.0
+    assert capsys.readouterr().err.count("its own default holds from now on") == 3
+
+
 @pytest.mark.parametrize(
     "message",
     ["max_tokens is too large: 512. This model supports at most 256 tokens", "temperature: expected at most 0.5"],

@@ -194,6 +194,33 @@ def test_a_response_ends_at_im_end_in_transformers(base_tokenizer, tmp_path, sou
     assert any(im_end in row[3:] for row in ended.tolist()) and ended.shape[1] < 3 + 20
 
 
+def test_a_saved_model_is_sampled_as_it_is(base_tokenizer, tmp_path):
+    """Nothing of a chat model's own defaults: transformers and vLLM apply these to whatever a request leaves open."""
+    source = tmp_path / "source"
+    shutil.copytree(base_tokenizer[0], source)
+    defaults = dict(do_sample=True, repetition_penalty=1.05, temperature=0.7, top_p=0.8, top_k=20)  # Qwen2.5-Instruct's
+    more = dict(max_new_tokens=3, min_p=0.1, no_repeat_ngram_size=2, suppress_tokens=[5], bos_token_id=9)
+    (source / "generation_config.json").write_text(json.dumps({**defaults, **more}))
+    save_pretrained(random_model(tiny_config(vocab_size=512), std=0.02), str(tmp_path / "m"), str(source))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    torch.manual_seed(0)
+    found = reference.generate(
+        torch.tensor([[3, 4, 5, 3, 4]]),
+        max_new_tokens=12,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    assert found.sequences.shape[1] > 5 + 3
+    for scores, logits in zip(found.scores, found.logits):  # after and before what the folder's defaults do
+        assert torch.equal(scores, logits)
+    saved = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    # what vLLM reads as the server's defaults; top_k 0 is the whole vocabulary there and in transformers
+    sampling = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    assert {name: saved[name] for name in sampling} == sampling and "max_new_tokens" not in saved
+    assert saved["bos_token_id"] == 9 and saved["eos_token_id"] == reference.generation_config.eos_token_id
+
+
 def test_the_dtype_of_the_file_is_the_only_one(tmp_path):
     """A source that says bfloat16 in either of the two names, saved in fp32: transformers loads fp32."""
     model = random_model(tiny_config())

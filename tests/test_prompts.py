@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from conftest import random_model, tiny_config
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from chat import Chat
+from model import save_pretrained
 from prompts import (
     Judgement,
     Templates,
@@ -217,6 +219,44 @@ def test_a_model_that_can_reason_is_told_not_to(tmp_path):
     edit = edit_prompt(chat, templates, prompt, response_ids(chat, "To the hills."), "shorter")
     assert edit[: len(prompt)] == prompt and [edit.count(i) for i in think] == [2, 2]
     assert edit[-len(chat.header) :] == chat.header
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "a list"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "plain"])
+def test_a_saved_template_has_the_settings_of_training_as_defaults(tmp_path, family, where):
+    """What a server renders that is told nothing: no thoughts, and the date that the prompts were trained with."""
+    template = {"qwen3": QWEN3, "llama3": LLAMA3, "plain": TEMPLATE}[family]
+    if family == "llama3":
+        path = write_tokenizer(tmp_path / "source", template, control=LLAMA3_CONTROL)
+    else:
+        path = write_tokenizer(tmp_path / "source", template)
+    file = tmp_path / "source" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    if family == "llama3":
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
+    if where == "chat_template.jinja":
+        (tmp_path / "source" / where).write_text(config.pop("chat_template"))
+    elif where == "a list":
+        config["chat_template"] = [{"name": "default", "template": template}]
+    file.write_text(json.dumps(config))
+    chat = Chat(path)
+    source = path
+    for name in ("saved", "saved again"):
+        save_pretrained(random_model(tiny_config(vocab_size=512)), str(tmp_path / name), source)
+        source = str(tmp_path / name)
+        talk = [{"role": "user", "content": "Tea?"}]
+        served = AutoTokenizer.from_pretrained(source).apply_chat_template(
+            talk, add_generation_prompt=True, return_dict=False
+        )
+        assert served == chat.messages(talk) == Chat(source).messages(talk)
+        assert Chat(source).header == chat.header
+    texts = [(tmp_path / name / "tokenizer_config.json").read_text() for name in ("saved", "saved again")]
+    assert texts[0] == texts[1]  # the defaults are there once
+    if family == "qwen3":  # thoughts can still be asked for
+        thinking = AutoTokenizer.from_pretrained(source).apply_chat_template(
+            talk, add_generation_prompt=True, return_dict=False, enable_thinking=True
+        )
+        assert served[: len(thinking)] == thinking and len(thinking) < len(served)
 
 
 def test_models_that_always_reason_are_refused(tmp_path):
