@@ -9,17 +9,19 @@ One step:
 2. Selection. The batch is all originals and the edits; strategies that rank edits make all of them and take the best.
    An edit is trained *under the original prompt*: neither y_o nor the critique is in its context.
 3. Values of the critic, and GAE with the reward on the last token. Advantages are whitened over all response tokens.
-4. Update, in mini-batches of prompts. Originals get PPO's clipped loss. Edits get one of six losses on the ratio
-   r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The critic gets a clipped value loss.
+4. Update, in mini-batches of prompts. Originals get PPO's clipped loss on pi_theta(y_o | x) / pi_old(y_o | x).
+   Edits get one of six losses on the ratio r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The loss
+   is the mean over the tokens of originals and edits together. The critic gets a clipped value loss.
+
+pi_old is the policy that sampled the step. pi_e is the same policy, given x, y_o and the critique: the edit prompt.
 
 `--edit-rate 0` is the PPO baseline: nothing is edited, and the paper samples n = 6. `--judge bt:out/bt/model` is the
 Bradley-Terry baseline.
 
 Departures from the paper and its code (docs/method.md 2 has the whole table):
-- A judgement that does not parse is asked for again. If it still fails, its sample leaves the batch. No score is
-  made up.
-- The default loss on edits is `unclipped` with a cap, as in the released results. Under `paper`, the printed clip,
-  words that only the critique suggested get no gradient.
+- A judgement that does not parse is asked for again. If it still fails, the response is left out. No score is made up.
+- The default loss on edits is `unclipped` with a cap, as in the released results. With `paper`, the clip as printed,
+  words that only the critique suggested have r near 0, outside the clip, and get no gradient.
 
     python ppo_cpe.py                                             # one CPU or GPU
     torchrun --nproc_per_node=8 ppo_cpe.py                        # eight GPUs
@@ -82,9 +84,9 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     edit_loss: EditLoss = "unclipped"
     """The loss on edits, see `edit_loss`."""
     ratio_cap: flags.Positive | None = None
-    """Upper bound of the ratio in unclipped and tis; none: 10 and 2."""
+    """Upper bound of the ratio in unclipped and tis; unset: 10 and 2."""
     luffy_gamma: flags.Positive = 0.1
-    """gamma of p / (p + gamma)."""
+    """gamma of p / (p + gamma) in luffy."""
     edit_baseline: Literal["batch", "original"] = "batch"
     """Advantage of an edit: like any response's (critic, whitened) | reward less the mean of its prompt's originals."""
 
@@ -106,7 +108,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     eps_high: flags.Positive = 0.2
     """Upper clip of the ratio, 1 + eps_high."""
     value_clip: flags.Positive = 0.5
-    """Largest change of a value within an update."""
+    """Clip range of the value loss, around the values at the start of the step."""
     gamma: flags.Fraction = 1.0
     """Discount per token."""
     gae_lambda: flags.Fraction = 1.0
@@ -199,6 +201,7 @@ def edit_loss(
     logprobs: Tensor,
     edit_logprobs: Tensor,
     advantages: Tensor,
+    *,
     eps_low: float = 0.2,
     eps_high: float = 0.2,
     cap: float | None = None,
@@ -214,16 +217,17 @@ def edit_loss(
     topr       -A log p, times sg(min(r, 1)) if A < 0       1 where A >= 0, else min(r, 1)
     none       -A log p                                     1
 
-    logprobs is log p, edit_logprobs is log q; all inputs and the result are [S], over the tokens of edits. ValueError:
-    unknown kind. To try another loss, add a branch here and its name to EditLoss; `loss_weight` finds its weight.
+    sg stops the gradient. logprobs is log p, edit_logprobs is log q; all inputs and the result are [S], over the tokens
+    of edits. ValueError: unknown kind. To try another loss, add a branch here and its name to EditLoss. It has to treat
+    each token by itself, so that `gradient_weight` can find its weight for metrics and replay.py.
     """
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()
     cap = cap or RATIO_CAPS.get(kind, math.inf)
     if kind == "paper":
-        return -log_ratio.clamp(math.log(1 - eps_low), math.log(1 + eps_high)).exp() * advantages
+        # the upper bound in log space: the exponential of an outlier would be infinite and its gradient NaN
+        return -log_ratio.clamp(max=math.log(1 + eps_high)).exp().clamp(min=1 - eps_low) * advantages
     if kind == "unclipped":
-        # clamp the log: the exponential of an outlier would be infinite and its gradient NaN
         return -log_ratio.clamp(max=math.log(cap)).exp() * advantages
     if kind == "tis":
         return -ratio.clamp(max=cap) * advantages * logprobs
@@ -237,17 +241,17 @@ def edit_loss(
     raise ValueError(f"edit loss {kind!r}: expected one of {', '.join(EDIT_LOSSES)}")
 
 
-def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_edit: Tensor, args: "Args") -> Tensor:
+def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_edit: Tensor, args: Args) -> Tensor:
     """The loss of each token [S]: `policy_loss` on originals, `edit_loss` where is_edit (bool [S])."""
-    original = ~is_edit
+    is_original = ~is_edit
     loss = torch.empty_like(logprobs)
-    loss[original] = policy_loss(
-        logprobs[original], old_logprobs[original], advantages[original], args.eps_low, args.eps_high
+    loss[is_original] = policy_loss(
+        logprobs[is_original], old_logprobs[is_original], advantages[is_original], args.eps_low, args.eps_high
     )
     loss[is_edit] = edit_loss(
         args.edit_loss,
         logprobs[is_edit],
-        old_logprobs[is_edit],  # pi_e(y_e | edit prompt)
+        old_logprobs[is_edit],  # log pi_e(y_e | edit prompt)
         advantages[is_edit],
         eps_low=args.eps_low,
         eps_high=args.eps_high,
@@ -257,11 +261,11 @@ def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_
     return loss
 
 
-def loss_weight(loss_of: Callable[[Tensor, Tensor], Tensor], logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The weight of each token in a loss: its gradient is -weight * advantage * grad log p. fp32 [S].
+def gradient_weight(loss_of: Callable[[Tensor, Tensor], Tensor], logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """A diagnostic: how much each token counts in a loss, whose gradient is -weight * advantage * grad log p. fp32 [S].
 
     loss_of: (logprobs, advantages) -> loss [S]. The weight is 1 for a plain policy gradient and 0 for a clipped token.
-    It only describes the loss, in the metrics and replay.py. A zero advantage is taken as 1.
+    A zero advantage is taken as 1.
     """
     logprobs = logprobs.detach().requires_grad_()
     advantages = torch.where(advantages == 0, 1.0, advantages)
@@ -274,14 +278,21 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     clipped_values = old_values + (values - old_values).clamp(-clip, clip)
     loss1 = (values - returns).square()
     loss2 = (clipped_values - returns).square()
-    return 0.5 * torch.maximum(loss1, loss2), loss2 > loss1
+    clipped = ((values - old_values).abs() > clip) & (loss2 > loss1)
+    return 0.5 * torch.maximum(loss1, loss2), clipped
 
 
 class EditReward(NamedTuple):
+    """What selection knows of an edit; prompt_id and sample_id are those of its original."""
+
     prompt_id: str
     sample_id: int
     reward: float
     original_reward: float
+
+    @property
+    def gain(self) -> float:
+        return self.reward - self.original_reward
 
 
 def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int) -> set[tuple[str, int]]:
@@ -292,11 +303,12 @@ def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int)
     reward_rank   for each prompt, those with the highest reward
     conditional   for each prompt, those that gained most over their originals
 
-    edits: all edits of all ranks, in any order. Returns the selected (prompt_id, sample_id). For a prompt, `rate` times
-    its edits may not be a whole number; it is then rounded up or down at random, so that the mean is right.
-    ValueError: unknown strategy. To try another rule, add a branch here and its name to EditStrategy.
+    edits: all edits that were made, on all ranks, in any order. Returns the selected (prompt_id, sample_id). For a
+    prompt, `rate` times its edits may not be a whole number; it is then rounded up or down at random, so that the mean
+    is right. ValueError: unknown strategy. To try another rule, add a branch here and its name to EditStrategy. Unless
+    it is `random`, every original with something to fix is edited (`draw_edited`, `should_edit`).
     """
-    edits = sorted(edits)
+    edits = sorted(edits)  # every rank draws alike
     rng = random.Random(seed)
     chosen = []
     if strategy == "random":
@@ -314,16 +326,14 @@ def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int)
             if strategy == "reward_rank":
                 group.sort(key=lambda edit: -edit.reward)
             else:
-                group.sort(key=lambda edit: edit.original_reward - edit.reward)  # the least gain last
+                group.sort(key=lambda edit: -edit.gain)
             chosen += group[: int(rate * len(group) + rng.random())]
     else:
         raise ValueError(f"edit strategy {strategy!r}: expected one of {', '.join(get_args(EditStrategy))}")
     return {(edit.prompt_id, edit.sample_id) for edit in chosen}
 
 
-# A relative reward is divided by the spread of the originals' advantages, but by at least the smallest difference of
-# two scores. Originals that are all scored alike have no spread, and dividing by it would give a gradient of any size.
-SMALLEST_SPREAD = 0.05
+SMALLEST_SPREAD = 0.05  # the smallest difference of two scores
 
 
 def compute_advantages(
@@ -347,21 +357,22 @@ def compute_advantages(
         returns = [row[:n] for row, n in zip(padded_returns, lengths)]
 
     relative = [args.edit_baseline == "original" and t.parent is not None for t in trajectories]
-    whitened = [a for a, is_relative in zip(raw, relative) if not is_relative]
-    mean, std = moments(ranks, torch.cat(whitened or [torch.zeros(0)]))
-    original_rewards = defaultdict(list)
+    to_whiten = [advantage for advantage, is_relative in zip(raw, relative) if not is_relative]
+    mean, std = moments(ranks, torch.cat(to_whiten or [torch.zeros(0)]))
+    original_rewards = defaultdict(list)  # a rank has all responses of a prompt
     for t in trajectories:
         if t.parent is None:
             original_rewards[t.prompt.index].append(t.reward)
     advantages = []
-    for t, own, is_relative in zip(trajectories, raw, relative):
+    for t, advantage, is_relative in zip(trajectories, raw, relative):
         if is_relative:
-            # in units of the same spread, but not shifted by their mean
             baseline = sum(original_rewards[t.prompt.index]) / len(original_rewards[t.prompt.index])
+            # In units of the originals' spread, but not shifted by their mean. Originals that are all scored alike have
+            # no spread, and dividing by it would give a gradient of any size.
             relative_reward = (t.reward - baseline) / max(std, SMALLEST_SPREAD)
-            advantages.append(torch.full_like(own, relative_reward))
+            advantages.append(torch.full_like(advantage, relative_reward))
         else:
-            advantages.append((own - mean) / (std + 1e-8))
+            advantages.append((advantage - mean) / (std + 1e-8))
     return advantages, returns
 
 
@@ -388,7 +399,7 @@ def rollout(
     )
     judged: list[Trajectory] = []
     dropped: list[Dropped] = []
-    in_engine: dict[tuple, Origin] = {}  # by the key of a request and the number of the sample
+    in_engine: dict[tuple, Origin] = {}  # by (prompt index, sample) of an original, (key, 0) of an edit
     in_judge: dict[tuple, Response] = {}
     edited: set[tuple[str, int]] = set()
 
@@ -416,7 +427,8 @@ def rollout(
                 dropped.append(Dropped(**vars(response), drop_reason=verdict.error or "no judgement"))
                 continue
             t = Trajectory(**vars(response), reward=verdict.reward, judgement=verdict.judgement)
-            if t.truncated and args.truncated == "min_score" and judge.lowest_reward is not None:
+            if t.truncated and args.truncated == "min_score":
+                assert judge.lowest_reward is not None  # check_judge_suits
                 t.reward = judge.lowest_reward
             judged.append(t)
             if t.parent is None and t.key[:2] in edited and should_edit(t, args):
@@ -438,12 +450,13 @@ def draw_edited(prompt: Prompt, args: Args, step: int | str) -> set[tuple[str, i
     With the strategy `random` they are drawn beforehand, so that no edit is made and then left out. The number is
     rounded up or down at random, so that its mean is right.
     """
-    n = args.n_samples
     rng = random.Random(derive_seed(args.seed, step, prompt.row["prompt_id"], "edited"))
-    if args.edit_strategy == "random":
-        n = int(args.edit_rate * n + rng.random())
-    elif args.edit_rate == 0:
+    if args.edit_rate == 0:
         n = 0
+    elif args.edit_strategy == "random":
+        n = int(args.edit_rate * args.n_samples + rng.random())
+    else:
+        n = args.n_samples
     return {(prompt.row["prompt_id"], i) for i in rng.sample(range(args.n_samples), n)}
 
 
@@ -505,42 +518,40 @@ def old_policy_logprobs(
 ) -> tuple[list[Tensor | None], float]:
     """Behaviour log-probs by the trainer's own forward pass: pi_old(y_o | x), and for edits pi_e(y_e | edit prompt).
 
-    Returns fp32 [L_i] per trajectory and the FLOPs. An original of the first mini-batch has None where it is trained
-    once: with the weights that sampled it, so that its ratio is 1. An edit prompt continues prompt and y_o, so all of
-    these share the prompt, and y_o is scored on the way to its edit.
+    Returns fp32 [L_i] per trajectory and the FLOPs. With one PPO epoch, originals of the first mini-batch have None:
+    the policy has not changed since it sampled them, so their ratio is 1.
+
+    An edit prompt continues prompt and y_o, so y_o is scored in the same pass, on the way to its edit.
     """
-    position = {t.key: i for i, t in enumerate(trajectories)}
-    first = args.mini_batch_prompts if args.ppo_epochs == 1 else 0  # the first prompt whose ratio may differ from 1
-    unscored = {t.key for t in trajectories if t.parent is None and t.prompt.index >= first}
+    first = args.mini_batch_prompts if args.ppo_epochs == 1 else 0
+    pending = {t.key: i for i, t in enumerate(trajectories) if t.parent is not None or t.prompt.index >= first}
     prefixes: list[list[int]] = []
     suffixes: list[list[int]] = []
     masks: list[list[bool]] = []  # which tokens of a suffix are scored
-    scored: list[list[int]] = []  # the trajectories that these tokens belong to, in order
+    owners: list[list[int]] = []  # indices of the trajectories that these tokens belong to, in order
     for t in sorted(trajectories, key=lambda t: (t.prompt.index, t.parent is None)):  # the edits of a prompt come first
-        if t.parent is None and t.key not in unscored:
+        if t.key not in pending:
             continue
-        unscored.discard(t.key)
         between = t.context_ids[len(t.prompt.ids) :]  # y_o, critique and request of an edit; empty for an original
         mask = [False] * len(between)
-        owners = [position[t.key]]
-        if t.parent is not None and t.parent.key in unscored:
+        scored = [pending.pop(t.key)]
+        if t.parent is not None and t.parent.key in pending:
             y_o = t.parent.response_ids
             if between[: len(y_o)] == y_o:  # unless edit_prompt had to encode y_o anew or ends it otherwise
-                unscored.remove(t.parent.key)
                 mask[: len(y_o)] = [True] * len(y_o)
-                owners = [position[t.parent.key], position[t.key]]
+                scored.insert(0, pending.pop(t.parent.key))
         prefixes.append(t.prompt.ids)
         suffixes.append(between + t.response_ids)
         masks.append(mask + [True] * len(t.response_ids))
-        scored.append(owners)
+        owners.append(scored)
     rows, flops = training.per_token(
         policy, prefixes, suffixes, masks, args.temperature, args.tokens_per_microbatch, ranks
     )
     logprobs: list[Tensor | None] = [None] * len(trajectories)
-    for owners, row in zip(scored, rows):
-        lengths = [len(trajectories[i].response_ids) for i in owners]
-        for i, own in zip(owners, row.split(lengths)):
-            logprobs[i] = own
+    for scored, row in zip(owners, rows):
+        lengths = [len(trajectories[i].response_ids) for i in scored]
+        for i, part in zip(scored, row.split(lengths)):
+            logprobs[i] = part
     return logprobs, flops
 
 
@@ -554,17 +565,19 @@ def critic_values(
 
 
 def policy_pass(policy: Transformer, packed: packing.Batch, batch: Batch, args: Args) -> tuple[Tensor, TokenArrays]:
-    """One micro-batch: the sum of its token losses, with the graph, and what the update does with each token."""
+    """A micro-batch of the policy: returns the sum of its token losses, a scalar with the graph, and arrays [S] of what
+    the update does with each token.
+    """
     context = packed.context
     logprobs, entropy = policy(
         packed.input_ids, context.position_ids, context, packed.index, packed.targets, args.temperature
     )
     current = logprobs.detach()
     device = current.device
-    # no old log-probs: sampled with the same weights, so the ratio is 1
-    old_logprobs = torch.cat(
-        [now if old is None else old.to(device) for old, now in zip(batch.old_logprobs, current.split(packed.counts))]
-    )
+    old = []
+    for given, now in zip(batch.old_logprobs, current.split(packed.counts)):
+        old.append(now if given is None else given.to(device))  # None: sampled with the same weights
+    old_logprobs = torch.cat(old)
     advantages = torch.cat(batch.advantages).to(device)
     is_edit = packing.per_token_flags([t.parent is not None for t in batch.trajectories], packed.counts, device)
 
@@ -581,13 +594,13 @@ def policy_pass(policy: Transformer, packed: packing.Batch, batch: Batch, args: 
         advantages=advantages.cpu(),
         entropy=entropy.cpu(),
         loss=loss.detach().cpu(),
-        weight=loss_weight(loss_of, current, advantages).cpu(),
+        weight=gradient_weight(loss_of, current, advantages).cpu(),
     )
     return loss.sum(), arrays
 
 
 def critic_pass(critic: Transformer, packed: packing.Batch, batch: Batch, args: Args) -> tuple[Tensor, ValueArrays]:
-    """The same for the critic."""
+    """A micro-batch of the critic: the sum of its token losses, a scalar with the graph, and arrays [S]."""
     values = training.forward(critic, packed, args.temperature)
     old_values = torch.cat(batch.values).to(values.device)
     returns = torch.cat(batch.returns).to(values.device)
@@ -608,7 +621,7 @@ def backward(
     arrays = []
     flops = 0.0
     for indices, packed in micro_batches:
-        if packed is None:  # other ranks have more to compute, and FSDP needs all in every pass
+        if packed is None:  # other ranks have more to compute, and FSDP needs every rank in each pass
             training.idle_pass(model, args.temperature, ranks)
             continue
         loss, of_tokens = one_pass(model, packed, batch.take(indices), args)
@@ -624,7 +637,8 @@ def update(
 ) -> UpdateRecord:
     """PPO epochs over mini-batches of prompts (docs/method.md 1.6g). A loss is the mean over the tokens of all ranks.
 
-    One model after the other, so that only one has gradients at a time. The policy rests in --critic-warmup-steps.
+    One model after the other, so that only one has gradients at a time. The policy is left alone in
+    --critic-warmup-steps.
     """
     ranks = run.ranks
     record = UpdateRecord()
@@ -635,7 +649,7 @@ def update(
         # an edit follows the original prompt, too: y_o and critique are not in the context that is trained
         prompts = [t.prompt.ids for t in mine.trajectories]
         responses = [t.response_ids for t in mine.trajectories]
-        (n_tokens,) = map(int, all_sum(ranks, sum(map(len, responses))))
+        n_tokens = int(all_sum(ranks, sum(map(len, responses)))[0])
         if n_tokens == 0:  # every prompt of it lost its judgements
             continue
         micro_batches = list(packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks))
@@ -692,6 +706,8 @@ def check_flags(args: Args, max_len: int) -> None:
         raise ValueError(f"--kv-tokens {args.kv_tokens}: expected at least {max_len}, an edit prompt and its response")
     if args.audit_judge and not args.audit_share:
         raise ValueError(f"--audit-judge {args.audit_judge}: expected an --audit-share above 0")
+    if args.save_batch and args.save_batch <= args.critic_warmup_steps:
+        raise ValueError(f"--save-batch {args.save_batch}: expected more than --critic-warmup-steps")
     for flag, spec in (("--judge", args.judge), ("--audit-judge", args.audit_judge)):
         if spec and parse_spec(spec)[0].compares:
             raise ValueError(f"{flag} {spec} compares answers; expected a judge that scores one")
@@ -768,9 +784,11 @@ def main(args: Args) -> None:
     engine = Engine(
         training.open_sampler(args.model, policy, ranks), chat.stop_ids, max_len, args.max_batch, args.kv_tokens
     )
-    sample = functools.partial(rollout, engine=engine, judge=judge, chat=chat, templates=templates, show=run.show)
+    sample_and_judge = functools.partial(
+        rollout, engine=engine, judge=judge, chat=chat, templates=templates, show=run.show
+    )
     # a few answers first: does this judge give judgements at all?
-    probe = sample(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
+    probe = sample_and_judge(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
     diagnostics.check_judge(probe, judge, args.judge, args.edit_rate > 0, ranks)
 
     for step in run.steps():
@@ -781,12 +799,12 @@ def main(args: Args) -> None:
 
         with training.offloaded(models, optimizers, ranks.device, args.offload):
             with run.phase("rollout"):  # sample, judge, edit, judge
-                responses = sample(shard(step_prompts, ranks), args, step)
+                responses = sample_and_judge(shard(step_prompts, ranks), args, step)
             with run.phase("diagnostics"):  # these change nothing in the training
                 held_out = None
                 if args.eval_data and step % args.eval_every == 0:
                     once = replace(args, n_samples=1, edit_rate=math.ceil(args.edit_rate))
-                    held_out = sample(held_out_prompts, once, "held out")
+                    held_out = sample_and_judge(held_out_prompts, once, "held out")
                 checks = diagnostics.ask_again(
                     responses, held_out, judge, second_judge, args.audit_share, args.seed, step
                 )

@@ -1,14 +1,14 @@
-"""What a PPO step passes from phase to phase: responses, and what became of them (ppo_cpe.py).
+"""What a PPO step passes from phase to phase (ppo_cpe.py).
 
-    Origin         what is to be sampled: an original y_o of a prompt x, or the edit y_e of an original
-    Response       what the engine sampled for it
-    Trajectory     a response with a reward, which can be trained on
-    Dropped        a response that leaves the batch, with the reason
-    Rollout        all of these in a step
-    Batch          the trajectories that are trained on, with log-probs, values and advantages of their tokens
-    UpdateRecord   what the update did, from which diagnostics.py makes its metrics
-
-Each carries all that belongs to it, so that nothing is looked up by its position in a list.
+Prompt         a row and its ids x
+Origin         a request to the engine: an original y_o of x, or the edit y_e of an original
+Response       what the engine sampled for it
+Trajectory     a response with a reward, which can be trained on
+Dropped        a response that leaves the batch, with the reason
+Rollout        a rank's responses of a step
+Checks         more judgements of them, which change nothing in the training
+Batch          the trajectories that a rank trains on, with log-probs, values and advantages of their tokens
+UpdateRecord   what the update did with each token (TokenArrays, ValueArrays), for the metrics
 """
 
 import itertools
@@ -101,7 +101,7 @@ class Batch:
     """The trajectories that this rank trains on in a step, and fp32 [L_i] for the response tokens of each."""
 
     trajectories: list[Trajectory]
-    old_logprobs: list[Tensor | None]  # None: nothing to compare with, the ratio is 1
+    old_logprobs: list[Tensor | None]  # None: the ratio is 1, or only the critic is trained
     values: list[Tensor]
     advantages: list[Tensor]
     returns: list[Tensor]
@@ -109,7 +109,13 @@ class Batch:
     def take(self, indices: Iterable[int]) -> "Batch":
         """Some of them, in the order of the indices."""
         chosen = list(indices)
-        return Batch(*([column[i] for i in chosen] for column in vars(self).values()))
+        return Batch(
+            trajectories=[self.trajectories[i] for i in chosen],
+            old_logprobs=[self.old_logprobs[i] for i in chosen],
+            values=[self.values[i] for i in chosen],
+            advantages=[self.advantages[i] for i in chosen],
+            returns=[self.returns[i] for i in chosen],
+        )
 
     def rows(self) -> list[dict]:
         """Everything about each trajectory, for OUT/bad_steps."""
@@ -132,13 +138,17 @@ class TokenArrays:
     weight: Tensor  # the gradient of the loss is -weight * advantage * grad log p
 
     @property
+    def log_ratio(self) -> Tensor:
+        return self.logprobs - self.old_logprobs
+
+    @property
     def ratio(self) -> Tensor:
-        return (self.logprobs - self.old_logprobs).exp()
+        return self.log_ratio.exp()
 
     def approx_kl(self) -> Tensor:
         """KL of originals from the policy that sampled them, by the estimator r - 1 - log r."""
-        ratio = self.ratio[~self.is_edit]
-        return ratio - 1 - ratio.log()
+        log_ratio = self.log_ratio[~self.is_edit]
+        return log_ratio.exp() - 1 - log_ratio
 
 
 @dataclass(kw_only=True)
@@ -160,7 +170,7 @@ class UpdateRecord:
     critic: list[ValueArrays] = field(default_factory=list)
     grad_norms: dict[str, list[float]] = field(default_factory=lambda: {"policy": [], "critic": []})
     flops: float = 0.0
-    logical_tokens: int = 0  # of prompts and responses, as if no prompt was shared
+    logical_tokens: int = 0  # of prompts and responses, as if no prompt were shared
     computed_tokens: int = 0
 
 

@@ -14,7 +14,7 @@ from ppo_cpe import (
     draw_edited,
     edit_loss,
     gae,
-    loss_weight,
+    gradient_weight,
     policy_loss,
     select_edits,
     should_edit,
@@ -35,7 +35,7 @@ def run_edit_loss(kind, p, q, advantage, **options):
         return edit_loss(kind, logprobs, logq, advantages, **options)
 
     given = torch.tensor([[math.log(p)], [advantage]], dtype=torch.float64)
-    return loss_of(*given).item(), loss_weight(loss_of, *given).item()
+    return loss_of(*given).item(), gradient_weight(loss_of, *given).item()
 
 
 # kind, p, q, A, options, loss, weight on grad log p; every number by hand from the table in docs/method.md 2
@@ -67,9 +67,13 @@ def test_the_weight_of_a_loss_that_is_not_linear_in_the_advantage():
     """Its gradient is -weight A grad log p by definition, whatever the loss."""
     logprobs = torch.tensor([-1.0, -2.0, -3.0])
     advantages = torch.tensor([2.0, -1.0, 0.0])
-    weight = loss_weight(lambda logprobs, advantages: -advantages.exp() * logprobs, logprobs, advantages)
+    weight = gradient_weight(lambda logprobs, advantages: -advantages.exp() * logprobs, logprobs, advantages)
     assert weight.tolist() == pytest.approx([math.exp(2) / 2, -math.exp(-1), math.e])  # a zero counts as 1
-    assert loss_weight(lambda logprobs, advantages: -advantages * logprobs, logprobs, advantages).tolist() == [1, 1, 1]
+    assert gradient_weight(lambda logprobs, advantages: -advantages * logprobs, logprobs, advantages).tolist() == [
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,7 @@ def test_policy_loss_by_hand():
     # A > 0, r too high: held at 1.2 | A < 0, r too high: not held | A < 0, r too low: held at 0.8 | inside
     assert loss.tolist() == pytest.approx([-2.4, 3.0, 1.6, -2.2])
     # a clipped token gets no gradient
-    assert loss_weight(loss_of, logprobs, advantages).tolist() == pytest.approx([0, 1.5, 0, 1.1])
+    assert gradient_weight(loss_of, logprobs, advantages).tolist() == pytest.approx([0, 1.5, 0, 1.1])
 
 
 def test_value_loss_by_hand():
