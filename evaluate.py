@@ -468,7 +468,9 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
             continue
         if compares(args.judge):  # a and b are P(first), with chosen first and with rejected first
             shown.append({"baseline_first": 1 - b, "model_first": a})
-            a, b = a + (1 - b), b + (1 - a)
+            chosen_first, rejected_first = a, b
+            a = chosen_first + (1 - rejected_first)
+            b = rejected_first + (1 - chosen_first)
         outcomes[i] = 0.5 if a == b else float(a > b)
     results = accuracy_by_tier(pairs, outcomes, args.seed) | dict(
         position_bias=position_bias(shown, args.seed),

@@ -5,7 +5,8 @@
 
 A model is `[NAME=]SPEC`. SPEC is what --judge takes (judges/), for scores and judgements; for questions and answers it
 is a server (http://HOST#MODEL), a checkpoint (FOLDER), or a function FILE.py:FUNCTION(row, seed) that returns a list of
-questions or an answer.
+questions or an answer. Names in one command differ, and so do the names of models behind servers: a request is known
+by the latter, so that a model may move to another address.
 
 A request is known by a digest of its model, text and sampling settings. What came of it, a reply or a failure, is a
 line of OUT/journal/replies.0.jsonl as soon as it is known, and the request is not sent again: not after a kill, not in

@@ -16,11 +16,7 @@ def accuracy(outcomes: np.ndarray, seed: int, persons: list | None = None) -> di
     """
     judged = outcomes[~np.isnan(outcomes)]
     right = np.where(np.isnan(outcomes), np.nan, outcomes == 1)
-    low, high = winrate.bootstrap_mean(right, seed, persons)
-    return dict(
-        accuracy=float((judged == 1).mean()) if len(judged) else None,
-        low=low,
-        high=high,
+    return winrate.mean_and_interval(right, seed, persons, "accuracy") | dict(
         ties_half=float(judged.mean()) if len(judged) else None,
         ties=int((judged == 0.5).sum()),
         n=len(judged),

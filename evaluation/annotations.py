@@ -98,12 +98,8 @@ def mean_and_error(values: Iterable[float | None]) -> dict[str, float | None]:
 
 def win_rate(verdicts: np.ndarray, seed: int, persons: list | None = None) -> dict:
     """The win rate in [0, 1] with a 95 % bootstrap interval, and counts. Rows without a verdict are left out."""
-    low, high = winrate.bootstrap_mean(verdicts, seed, persons)
     y = verdicts[~np.isnan(verdicts)]
-    return dict(
-        win_rate=float(y.mean()) if len(y) else None,
-        low=low,
-        high=high,
+    return winrate.mean_and_interval(verdicts, seed, persons, "win_rate") | dict(
         wins=int((y > 0.5).sum()),
         ties=int((y == 0.5).sum()),
         losses=int((y < 0.5).sum()),
@@ -136,15 +132,12 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
     groups = {}
     for label, rows in rows_by_group([row.get("group") for row in annotations]).items():
         groups[label] = win_rate(verdicts[rows], seed, persons and [persons[i] for i in rows])
-
-    def ids_by_side(field: str) -> dict[str, list]:
-        ids: dict[str, list] = {side: [] for side in SIDES}
+    ids: dict[str, dict[str, list]] = {field: {side: [] for side in SIDES} for field in ("missing", "truncated")}
+    for field, of_side in ids.items():
         for i, row in enumerate(annotations):
             for side in SIDES:
                 if side in row.get(field, ()):
-                    ids[side].append(row.get("prompt_id", i))
-        return ids
-
+                    of_side[side].append(row.get("prompt_id", i))
     return dict(
         generators=dict(model=model, baseline=baseline),
         annotator=annotations[0].get("annotator"),
@@ -158,8 +151,7 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
         position_bias=position_bias([row.get("shown") for row in annotations], seed),
         methods=dict(Counter(row["method"] for row in annotations if row.get("method"))),
         failures=dict(Counter(row["failure"] for row in annotations if row.get("failure"))),
-        missing=ids_by_side("missing"),
-        truncated=ids_by_side("truncated"),
+        **ids,
     )
 
 
@@ -185,9 +177,8 @@ def position_bias(shown: Sequence[dict | None], seed: int) -> dict | None:
     baseline_first = np.array([s["baseline_first"] for s in both], dtype=np.float64)
     model_first = np.array([s["model_first"] for s in both], dtype=np.float64)
     first = (1 - baseline_first + model_first) / 2
-    low, high = winrate.bootstrap_mean(first, seed)
     agree = np.mean(np.sign(baseline_first - 0.5) == np.sign(model_first - 0.5))
-    return dict(first_place=float(first.mean()), low=low, high=high, agree=float(agree), rows=len(both))
+    return winrate.mean_and_interval(first, seed, name="first_place") | dict(agree=float(agree), rows=len(both))
 
 
 # -- two files ---------------------------------------------------------------------------------------------------------

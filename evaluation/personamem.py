@@ -161,10 +161,9 @@ def by_type(rows: list[dict], right: np.ndarray, seed: int) -> dict[str, dict]:
     for name in [*sorted(set(types)), "total"]:
         indices = [i for i, kind in enumerate(types) if name in (kind, "total")]
         values = right[indices]
-        low, high = winrate.bootstrap_mean(values, seed, persons and [persons[i] for i in indices])
         n = int((~np.isnan(values)).sum())
-        accuracy = float(np.nanmean(values)) if n else None
-        results[name] = dict(accuracy=accuracy, low=low, high=high, n=n, not_answered=len(values) - n)
+        rate = winrate.mean_and_interval(values, seed, persons and [persons[i] for i in indices], "accuracy")
+        results[name] = rate | dict(n=n, not_answered=len(values) - n)
     return results
 
 

@@ -11,7 +11,6 @@ term. Then `notes` says so, and `unpenalized` gives the rate without a penalty.
 """
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import pandas
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from scipy.optimize import linprog
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 PENALTIES = np.logspace(-4, 4, 10)  # values of C that cross-validation chooses from
@@ -272,26 +272,14 @@ def length_controlled(
             f"the variant v1 needs AlpacaEval's {ALPACA_ROWS} rows in their order, to which its difficulties belong "
             f"(null where there is no verdict), and --gamed-data; got {n} rows"
         )
-    result: dict = dict(
-        variant=variant,
-        length_controlled_winrate=None,
-        lc_standard_error=None,
-        unpenalized=None,
-        separated=False,
-        penalty=None,
-        coefficients=None,
-        predictions=None,
-        notes=[],
-    )
+    names = ("length_controlled_winrate", "lc_standard_error", "unpenalized", "penalty", "coefficients", "predictions")
+    result = dict.fromkeys(names) | dict(variant=variant, separated=False, notes=[])
     if same:
-        return result | dict(
-            length_controlled_winrate=50.0,
-            lc_standard_error=0.0,
-            predictions=np.full(n, 0.5),
-            notes=["the model is the baseline: 50 by construction, nothing was fitted"],
-        )
+        result["notes"] = ["the model is the baseline: 50 by construction, nothing was fitted"]
+        return result | dict(length_controlled_winrate=50.0, lc_standard_error=0.0, predictions=np.full(n, 0.5))
     if n_judged < FOLDS:
-        return result | dict(notes=[f"no rate: {n_judged} verdicts, fewer than the {FOLDS} folds of the fit"])
+        result["notes"] = [f"no rate: {n_judged} verdicts, fewer than the {FOLDS} folds of the fit"]
+        return result
 
     if variant != "v1":
         gamed = None
@@ -300,8 +288,8 @@ def length_controlled(
     with _without_solver_output():
         penalty = choose_penalty(train)
         fitted = _fit(train, penalty, np.random.RandomState(SEED))
-    names = ["length", "model"] if gamed is None else ["length", "difficulty", "model"]
-    coefficients = dict(zip(names[-train.x.shape[1] :], fitted.tolist()))  # without "length" where lengths are equal
+    terms = ["length", "model"] if gamed is None else ["length", "difficulty", "model"]
+    coefficients = dict(zip(terms[-train.x.shape[1] :], fitted.tolist()))  # without "length" where lengths are equal
     predictions = sigmoid(test @ fitted)
     rate = 100 * float(predictions.mean())
     free = _fit_unpenalized(train)
@@ -310,36 +298,33 @@ def length_controlled(
     constant = bool((difference == difference[0]).all())
     judged = verdicts[~np.isnan(verdicts)]
     one_class = judged[0] in (0, 1) and bool((judged == judged[0]).all())
-    separated = not constant and not one_class and is_separated(train)
-    return result | dict(
+    result |= dict(
         length_controlled_winrate=rate,
         lc_standard_error=100 * float(predictions.std(ddof=1)) / n**0.5,
         unpenalized=unpenalized,
-        separated=separated,
+        separated=not constant and not one_class and is_separated(train),
         penalty=float(penalty),
         coefficients=coefficients,
         predictions=predictions,
-        notes=_notes(judged, constant, separated, rate, unpenalized, coefficients),
     )
+    result["notes"] = _notes(result, judged, constant)
+    return result
 
 
-def _notes(
-    y: np.ndarray,
-    constant_difference: bool,
-    separated: bool,
-    rate: float,
-    unpenalized: float | None,
-    coefficients: dict[str, float],
-) -> list[str]:
+def _notes(result: dict, y: np.ndarray, constant_difference: bool) -> list[str]:
     """Reasons to distrust a length-controlled rate. y: the verdicts that exist."""
+    rate = result["length_controlled_winrate"]
+    coefficients = result["coefficients"]
     win_rate = 100 * y.mean()
-    without_penalty = "; unpenalized it " + ("has no finite fit" if unpenalized is None else f"is {unpenalized:.2f}")
+    without_penalty = "; unpenalized it has no finite fit"
+    if result["unpenalized"] is not None:
+        without_penalty = f"; unpenalized it is {result['unpenalized']:.2f}"
     notes = []
     if "length" not in coefficients:
         notes.append("all answers are as long as the baseline's: the length term was left out")
     elif constant_difference:
         notes.append("the difference of lengths is the same in all rows: length and model cannot be told apart")
-    if separated:
+    if result["separated"]:
         notes.append(
             "wins and losses are separated by length: the fit has no maximum, and the penalty alone makes the rate; do "
             "not use the rate"
@@ -407,6 +392,13 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
+def mean_and_interval(values: np.ndarray, seed: int, groups: Sequence | None = None, name: str = "mean") -> dict:
+    """{name, "low", "high"}: the mean of the values that exist and its interval (bootstrap_mean); None without any."""
+    low, high = bootstrap_mean(values, seed, groups)
+    values = values[~np.isnan(values)]
+    return {name: float(values.mean()) if len(values) else None, "low": low, "high": high}
+
+
 def bootstrap_length_controlled(
     verdicts: np.ndarray,
     model_lengths: Lengths,
@@ -461,7 +453,7 @@ def paired_test(
     """
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     left_out = int(np.isnan(difference).sum())
-    low, high = bootstrap_mean(difference, seed, groups, draws)
+    result = mean_and_interval(difference, seed, groups, "difference")
     difference, clusters = _without_nan(difference, groups)
     better = int((difference > 0).sum())
     worse = int((difference < 0).sum())
@@ -475,10 +467,7 @@ def paired_test(
             signs = rng.choice([-1.0, 1.0], size=(size, len(sums)))
             n_extreme += int((np.abs(signs @ sums) >= observed - 1e-9).sum())
         p_permutation = n_extreme / (draws + 1)
-    return dict(
-        difference=float(difference.mean()) if clusters else None,
-        low=low,
-        high=high,
+    return result | dict(
         p_permutation=p_permutation,
         better=better,
         worse=worse,
@@ -491,9 +480,7 @@ def paired_test(
 
 def sign_test(better: int, worse: int) -> float:
     """Two-sided exact p-value of a split at least as uneven, under even odds. Ties are left out."""
-    n = better + worse
-    tail = sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------------

@@ -255,7 +255,8 @@ class Asker:
             else:
                 self.resume(number, outcome)
         self.send()
-        finished, self.finished = self.finished, []
+        finished = self.finished
+        self.finished = []
         return finished
 
     def abandon(self) -> list[Any]:

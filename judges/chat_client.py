@@ -400,5 +400,8 @@ def usage_of(reply: dict) -> tuple[int, int] | None:
 
 
 def shown(text: str) -> str:
+    """The beginning of a server's words on one line."""
     text = " ".join(without_surrogates(text[: 10 * SHOWN]).split())
-    return text[:SHOWN] + ("..." if len(text) > SHOWN else "") if text else "an empty reply"
+    if len(text) > SHOWN:
+        return f"{text[:SHOWN]}..."
+    return text or "an empty reply"
