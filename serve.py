@@ -76,28 +76,31 @@ import itertools
 import json
 import math
 import os
+import secrets
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import h11
 import pydantic
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import Chat
 from engine import Engine, Sample
-from engine.thread import EngineThread, Event, Listener, Progress, RequestFailed, ServerBusy
+from engine.thread import EngineThread, Listener, Progress, RequestFailed, ServerBusy
 from model import load_pretrained
 from runtime.distributed import derive_seed, start
+
+T = TypeVar("T")
 
 # -- what a request may hold -------------------------------------------------------------------------------------------
 
@@ -317,11 +320,27 @@ RETRY_AFTER = 5  # seconds; a client that was answered 503 may ask again then
 BODIES = 32  # of the largest size; so many bytes may be arriving or being encoded at once
 
 
-def error_response(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    headers = {"Retry-After": str(RETRY_AFTER)} if status == 503 else None
-    error = {"message": message[:1000], "type": kind, "param": param and param[:100], "code": code}
-    return JSONResponse({"error": error}, status, headers)
+def error_body(error: BadRequest) -> dict:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    param = error.param and error.param[:100]
+    return {"error": {"message": str(error)[:1000], "type": kind, "param": param, "code": error.code}}
+
+
+async def refused(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, BadRequest)
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 503 else None
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+async def not_found(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"no {http.method} {http.url.path} here; try /v1/chat/completions"
+    return await refused(http, BadRequest(message, status=error.status_code))
+
+
+async def left_alone(http: Request, error: Exception) -> JSONResponse:
+    """The client has gone: nobody reads the answer."""
+    return JSONResponse(None, 499)
 
 
 def token_entry(chat: Chat, token_id: int, logprob: float) -> dict:
@@ -345,11 +364,80 @@ def usage(n_prompt: int, choices: list[Choice]) -> dict:
     return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
 
 
-def failure_of(event: Event) -> RequestFailed | None:
-    """Returns how a request fails, or None. One failed sample fails it: there is no answer with fewer choices."""
-    if isinstance(event, Sample) and event.error:
-        return RequestFailed(f"generation failed: {event.error}", 500)
-    return event if isinstance(event, RequestFailed) else None
+async def while_connected(http: Request, work: Awaitable[T]) -> T:
+    """The result of `work`. ClientDisconnect: the client has gone before it was there."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(http.receive())  # after the body, the next message says that the client has gone
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+Piece = tuple[int, str, Choice | None]  # index of a sample, its text so far, and the whole of it when it has ended
+
+
+async def pieces_of(chat: Chat, worker: EngineThread, key: int, listener: Listener, request: ChatRequest):
+    """Yields pieces until all samples have ended. BadRequest: one has failed, and there is no answer with fewer."""
+    samples_left = request.n or 1
+    while samples_left:
+        event = await listener.get()
+        if isinstance(event, RequestFailed):
+            raise BadRequest(event.message, status=event.status)
+        if isinstance(event, Progress):
+            text = chat.decode(event.ids)
+            if find_stop(text, request.stop) is not None:
+                worker.finish(key, event.index)
+            yield event.index, shown_so_far(text, request.stop), None
+            continue
+        if event.error:
+            raise BadRequest(f"generation failed: {event.error}", status=500)
+        samples_left -= 1
+        choice = choice_of(chat, event, request.stop)
+        yield event.index, choice.text, choice
+
+
+async def choices_of(pieces: AsyncGenerator[Piece, None]) -> list[Choice]:
+    choices = [choice async for _, _, choice in pieces if choice is not None]
+    return sorted(choices, key=lambda choice: choice.sample.index)
+
+
+async def stream_chunks(
+    head: dict, first: Piece, pieces: AsyncGenerator[Piece, None], n_prompt: int, request: ChatRequest
+) -> AsyncIterator[str]:
+    """Yields server-sent events: for each sample a role, pieces of text, a finish_reason; then [DONE]."""
+
+    def chunk(choices: list[dict], **more: dict) -> str:
+        return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+
+    def delta_chunk(index: int, delta: dict, finish_reason: str | None = None) -> str:
+        return chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
+
+    shown = [""] * (request.n or 1)
+    choices: list[Choice] = []
+    for index in range(len(shown)):
+        yield delta_chunk(index, {"role": "assistant", "content": ""})
+    piece: Piece | None = first
+    while piece is not None:
+        index, text, choice = piece
+        if len(text) > len(shown[index]):
+            yield delta_chunk(index, {"content": text[len(shown[index]) :]})
+            shown[index] = text
+        if choice is not None:
+            choices.append(choice)
+            yield delta_chunk(index, {}, choice.finish_reason)
+        try:
+            piece = await anext(pieces, None)
+        except BadRequest as error:  # the status has been sent
+            yield f"data: {json.dumps(error_body(error))}\n\n"
+            return
+    if request.stream_options and request.stream_options.include_usage:
+        yield chunk([], usage=usage(n_prompt, choices))
+    yield "data: [DONE]\n\n"
 
 
 class Stream(StreamingResponse):
@@ -366,75 +454,65 @@ class Stream(StreamingResponse):
             self.release()
 
 
-async def next_event(listener: Listener, gone: asyncio.Future) -> Event | None:
-    """Returns the next event, or None if the client has gone."""
-    arrived = asyncio.ensure_future(listener.get())
-    await asyncio.wait([arrived, gone], return_when=asyncio.FIRST_COMPLETED)
-    if arrived.done():
-        return arrived.result()
-    arrived.cancel()
-    return None
-
-
 def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Starlette:
     worker = EngineThread(engine, limits.max_samples, limits.max_tokens_held)
     numbers = itertools.count()
     encoders = concurrent.futures.ThreadPoolExecutor(2)
-    arriving: Counter[str] = Counter()  # "bytes" of requests that are arriving or being encoded
+    bytes_arriving = 0  # of requests that are arriving or being encoded
 
     def with_key(handler):
         expected = f"Bearer {limits.api_key or os.environ.get('SERVE_API_KEY', '')}"
 
-        async def checked(http):
+        async def checked(http: Request):
             sent = http.headers.get("authorization", "")
-            if expected == "Bearer " or hmac.compare_digest(sent.encode(), expected.encode()):
-                return await handler(http)
-            return error_response("expected the header Authorization: Bearer KEY", 401, None, "invalid_api_key")
+            if expected != "Bearer " and not hmac.compare_digest(sent.encode(), expected.encode()):
+                raise BadRequest("expected the header Authorization: Bearer KEY", code="invalid_api_key", status=401)
+            return await handler(http)
 
         return checked
 
-    async def models(http):
+    async def models(http: Request):
         model = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def health(http):
-        ended = worker.ended
-        return JSONResponse({"status": "the engine has ended" if ended else "ok"}, 500 if ended else 200)
+    async def health(http: Request):
+        if worker.ended:
+            return JSONResponse({"status": "the engine has ended"}, 500)
+        return JSONResponse({"status": "ok"})
 
-    def prepare(body):
+    def prepare(body: bytes) -> tuple[ChatRequest, list[int]]:
         request = read_request(body, name, limits.max_n)
         return request, encode_messages(chat, request.messages, engine.max_len)
 
-    async def prepared(http):
-        """Returns the ChatRequest and the prompt ids. BadRequest: also for a body that is too large or too slow."""
-        parts = []
-        size = 0
+    async def prepared(http: Request) -> tuple[ChatRequest, list[int]]:
+        """Returns the request and the prompt ids. BadRequest: also for a body that is too large or too slow."""
+        nonlocal bytes_arriving
+        body = bytearray()
         try:
             async with asyncio.timeout(limits.read_timeout):
                 async for part in http.stream():
-                    parts.append(part)
-                    size += len(part)
-                    arriving["bytes"] += len(part)
-                    if size > limits.max_body:
+                    body += part
+                    bytes_arriving += len(part)
+                    if len(body) > limits.max_body:
                         raise BadRequest(f"the request has more than {limits.max_body} bytes", status=413)
-                    if arriving["bytes"] > BODIES * limits.max_body:
+                    if bytes_arriving > BODIES * limits.max_body:
                         raise BadRequest("too many large requests are on their way", status=503)
-            return await asyncio.get_running_loop().run_in_executor(encoders, prepare, b"".join(parts))
+            return await asyncio.get_running_loop().run_in_executor(encoders, prepare, bytes(body))
         except TimeoutError as error:
             raise BadRequest(f"the request did not arrive within {limits.read_timeout:g} s", status=408) from error
         finally:
-            arriving["bytes"] -= size
+            bytes_arriving -= len(body)
 
-    async def completions(http):
+    def submit(http: Request, request: ChatRequest, prompt_ids: list[int]) -> tuple[int, Listener]:
+        """Hands a request to the engine's thread. BadRequest: it does not fit in now, or never will."""
+        n = request.n or 1
+        tokens_left = engine.max_len - len(prompt_ids)
+        wanted = request.max_completion_tokens or request.max_tokens or tokens_left
+        max_new_tokens = min(wanted, tokens_left)
+        top_logprobs = request.top_logprobs or 0
+        seed = secrets.randbits(56) if request.seed is None else request.seed
         try:
-            request, prompt_ids = await prepared(http)
-            n = request.n or 1
-            tokens_left = engine.max_len - len(prompt_ids)
-            seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
-            wanted = request.max_completion_tokens or request.max_tokens or tokens_left
-            max_new_tokens = min(wanted, tokens_left)
-            top_logprobs = request.top_logprobs or 0
-            key, listener = worker.submit(
+            return worker.submit(
                 http.client.host if http.client else "",
                 bool(request.stream or request.stop),
                 seeds=[derive_seed(seed, i) for i in range(n)],
@@ -445,103 +523,47 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
                 top_p=1.0 if request.top_p is None else request.top_p,
                 top_logprobs=top_logprobs,
             )
-        except BadRequest as error:
-            return error_response(str(error), error.status, error.param, error.code)
         except ValueError as error:
-            return error_response(str(error), 400)
+            raise BadRequest(str(error)) from error
         except ServerBusy as error:
-            return error_response(str(error), 503)
-        except ClientDisconnect:
-            return JSONResponse(None, 499)  # nobody reads it
+            raise BadRequest(str(error), status=503) from error
+
+    async def completions(http: Request):
+        request, prompt_ids = await prepared(http)
+        key, listener = submit(http, request, prompt_ids)
         head = {"id": f"chatcmpl-{os.getpid()}-{next(numbers)}", "created": int(time.time()), "model": name}
-        gone = asyncio.ensure_future(http.receive())  # after the body, the next message says that the client has gone
+        pieces = pieces_of(chat, worker, key, listener, request)
         stream = None
         try:
-            if not request.stream:
-                return await whole(gone, key, listener, n, len(prompt_ids), request, head)
-            first = await next_event(listener, gone)  # before the header, so that a refusal gets its status
-            if first is None:
-                return JSONResponse(None, 499)
-            if failure := failure_of(first):
-                return error_response(failure.message, failure.status)
-            chunks = stream_chunks(key, listener, first, n, len(prompt_ids), request, head)
-            stream = Stream(chunks, partial(worker.release, key))
-            return stream
+            if request.stream:
+                first = await while_connected(http, anext(pieces))  # before the header: a refusal gets its status
+                chunks = stream_chunks(head, first, pieces, len(prompt_ids), request)
+                stream = Stream(chunks, partial(worker.release, key))
+                return stream
+            choices = await while_connected(http, choices_of(pieces))
         finally:
-            gone.cancel()
             if stream is None:
                 worker.release(key)
-
-    async def whole(gone, key, listener, n, n_prompt, request, head):
-        """Returns the answer when all samples are done. If the client goes, nobody reads it."""
-        done: list[Choice] = []
-        while len(done) < n:
-            event = await next_event(listener, gone)
-            if event is None:
-                return JSONResponse(None, 499)
-            if failure := failure_of(event):
-                return error_response(failure.message, failure.status)
-            if isinstance(event, Sample):
-                done.append(choice_of(chat, event, request.stop))
-            elif isinstance(event, Progress) and find_stop(chat.decode(event.ids), request.stop) is not None:
-                worker.finish(key, event.index)
-        done.sort(key=lambda choice: choice.sample.index)
-        choices = [
+        answers = [
             {
                 "index": choice.sample.index,
                 "finish_reason": choice.finish_reason,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
                 "logprobs": logprobs_of(chat, choice.sample, request.top_logprobs) if request.logprobs else None,
             }
-            for choice in done
+            for choice in choices
         ]
-        body = {"object": "chat.completion", "choices": choices, "usage": usage(n_prompt, done)}
+        body = {"object": "chat.completion", "choices": answers, "usage": usage(len(prompt_ids), choices)}
         return JSONResponse(head | body)
 
-    async def stream_chunks(key, listener, event, n, n_prompt, request, head):
-        """Yields server-sent events: for each sample a role, pieces of text, a finish_reason; then [DONE]."""
-
-        def chunk(choices, **more):
-            return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
-
-        def piece(index, delta, finish_reason=None):
-            return chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
-
-        shown = [""] * n
-        done = []
-        for index in range(n):
-            yield piece(index, {"role": "assistant", "content": ""})
-        while True:
-            if failure := failure_of(event):
-                yield f"data: {json.dumps({'error': {'message': failure.message, 'type': 'server_error'}})}\n\n"
-                return
-            choice = choice_of(chat, event, request.stop) if isinstance(event, Sample) else None
-            text = choice.text if choice else chat.decode(event.ids)
-            if not choice and find_stop(text, request.stop) is not None:
-                worker.finish(key, event.index)
-            text = text if choice else shown_so_far(text, request.stop)
-            if len(text) > len(shown[event.index]):
-                yield piece(event.index, {"content": text[len(shown[event.index]) :]})
-                shown[event.index] = text
-            if choice:
-                done.append(choice)
-                yield piece(event.index, {}, choice.finish_reason)
-            if len(done) == n:
-                break
-            event = await listener.get()
-        if request.stream_options and request.stream_options.include_usage:
-            yield chunk([], usage=usage(n_prompt, done))
-        yield "data: [DONE]\n\n"
-
-    async def not_found(http, error):
-        return error_response(f"no {http.method} {http.url.path} here; try /v1/chat/completions", error.status_code)
-
-    routes = [
-        Route("/v1/models", with_key(models)),
-        Route("/health", health),
-        Route("/v1/chat/completions", with_key(completions), methods=["POST"]),
-    ]
-    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    app = Starlette(
+        routes=[
+            Route("/v1/models", with_key(models)),
+            Route("/health", health),
+            Route("/v1/chat/completions", with_key(completions), methods=["POST"]),
+        ],
+        exception_handlers={404: not_found, 405: not_found, BadRequest: refused, ClientDisconnect: left_alone},
+    )
     app.state.worker = worker
     app.state.limits = limits
     return app
