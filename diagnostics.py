@@ -5,6 +5,7 @@ Nothing here changes what is trained. docs/metrics.md explains every name.
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from chat import Chat
@@ -23,6 +25,7 @@ from model import save_pretrained
 from prompts import DIMENSIONS, Judgement, has_control_text
 from runtime import training
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed, moments, print0
+from runtime.rows import write_text
 from runtime.runs import Run
 from trajectory import Batch, Checks, Dropped, Rollout, TokenArrays, Trajectory, UpdateRecord
 
@@ -551,13 +554,16 @@ def write_rollouts(
 def save_batch(script: str, batch: Batch, run: Run) -> None:
     """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN, for replay.py.
 
-    script: the file whose losses it was made for, which replay.py loads.
+    script: the file whose losses it was made for. batch.json is written last, so that a batch with it is whole.
     """
     folder = os.path.join(run.out, f"batch_{run.step + 1:06d}")
     columns = dict(vars(batch), trajectories=[dataclasses.asdict(t) for t in batch.trajectories])
-    whole = all_gather(run.ranks, [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)])
+    rows = all_gather(run.ranks, [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)])
     policy = run.models["policy"]
     save_pretrained(policy, os.path.join(folder, "policy"), run.tokenizer_from, torch.float32, run.templates)
     if run.ranks.rank == 0:
-        content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), batch=whole)
-        torch.save(content, os.path.join(folder, "batch.pt"))
+        trajectories = [row.pop("trajectories") for row in rows]
+        tensors = {f"{name}.{i}": x for i, row in enumerate(rows) for name, x in row.items() if x is not None}
+        save_file(tensors, os.path.join(folder, "batch.safetensors"))
+        content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), trajectories=trajectories)
+        write_text(os.path.join(folder, "batch.json"), json.dumps(content))

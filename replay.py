@@ -19,13 +19,14 @@ class Args:
     batch: tyro.conf.Positional[str]
     """Folder that --save-batch wrote."""
     script: str | None = None
-    """Script whose losses are compared, where it is no longer the file that the batch names."""
+    """Script whose losses are compared. It is run. None: the one that the batch names, if this checkout has it."""
 
 
 if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import fields, replace
@@ -33,6 +34,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import diagnostics
@@ -44,9 +46,9 @@ from trajectory import Batch, Prompt, Trajectory, UpdateRecord
 
 
 def load_script(path: str) -> ModuleType:
-    """The script that wrote a batch, as a module. FileNotFoundError: it is not there any more."""
+    """A script as a module, without running its main. ValueError: there is no such file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file, though the batch names it as its script; give --script")
+        raise ValueError(f"{path}: no such file; --script names the script whose losses are compared")
     spec = importlib.util.spec_from_file_location("script_of_the_batch", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
@@ -56,9 +58,23 @@ def load_script(path: str) -> ModuleType:
 
 
 def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType, Any, Batch]:
-    """The script as a module, its Args of the run, and the batch."""
-    saved = torch.load(os.path.join(folder, "batch.pt"), weights_only=True)
-    script = load_script(script_file or saved["script"])
+    """The script as a module, its Args of the run, and the batch.
+
+    Loading a script runs it, and a batch may come from anybody. So the script that it names is taken only if it lies at
+    the top of this checkout or in exp/. ValueError: it does not, or the batch is not whole.
+    """
+    file = os.path.join(folder, "batch.json")
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: no such file; expected a folder that --save-batch wrote to its end")
+    with open(file, encoding="utf-8") as f:
+        saved = json.load(f)
+    root = os.path.dirname(os.path.realpath(__file__))
+    named = os.path.realpath(saved["script"])
+    if script_file is None and os.path.dirname(named) not in (root, os.path.join(root, "exp")):
+        raise ValueError(
+            f"{file} names {saved['script']}, which is no script of this checkout; if you trust it: --script"
+        )
+    script = load_script(script_file or named)
 
     def trajectory(values: dict) -> Trajectory:
         judgement = values["judgement"] and Judgement(**values["judgement"])
@@ -67,9 +83,14 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType,
 
     names = {f.name for f in fields(script.Args)}
     args = script.Args(**{name: value for name, value in saved["args"].items() if name in names})
-    columns = {f.name: [row[f.name] for row in saved["batch"]] for f in fields(Batch)}
-    columns["trajectories"] = [trajectory(values) for values in columns["trajectories"]]
-    return script, args, Batch(**columns)
+    tensors = load_file(os.path.join(folder, "batch.safetensors"))
+    trajectories = [trajectory(values) for values in saved["trajectories"]]
+
+    def column(name: str) -> list[Any]:
+        return [tensors.get(f"{name}.{i}") for i in range(len(trajectories))]
+
+    columns = [column(name) for name in ("old_logprobs", "values", "advantages", "returns")]
+    return script, args, Batch(trajectories, *columns)
 
 
 def gradient(

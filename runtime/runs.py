@@ -234,7 +234,7 @@ def _check_same_on_ranks(flags_of_run: dict, inputs: dict[str, str], ranks: Rank
             raise ValueError(f"rank {rank} differs from rank 0: {', '.join(different)}; start all ranks alike")
 
 
-UNFINISHED = re.compile(r"(args|reference)\.json\.tmp|[^/]+/step_\d{6,}(\.jsonl)?\.tmp|[^/]+/batch_\d{6,}\.tmp")
+UNFINISHED = re.compile(r"(args|reference)\.json\.tmp|[^/]+/step_\d{6,}(\.jsonl)?\.tmp")
 
 
 def _remove_unfinished(out: str) -> None:

@@ -140,7 +140,7 @@ def test_no_whole_checkpoint_is_left(three, tiny, capsys):
 
 
 def test_nothing_is_unpickled(three):
-    """The project reads no pickle at all but a batch of its own with weights_only (replay.py)."""
+    """The project reads no pickle at all."""
     for folder, _, names in os.walk(three):
         assert all(name.endswith((".safetensors", ".json", ".jsonl", ".txt")) for name in names), (folder, names)
 

@@ -100,10 +100,28 @@ def test_a_loss_is_replayed_by_the_copys_own_code(tiny, tmp_path):
     more = ("--edit-loss", "root", "--edit-rate", 1, "--save-batch", 1, "--max-steps", 1)
     run_script(script, *flags_of(tiny, tmp_path), *more)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["edit_loss"] == "root"
-    gradients = replay.replay(str(tmp_path / "run" / "batch_000001"))
+    gradients = replay.replay(str(tmp_path / "run" / "batch_000001"), str(script))
     assert gradients["root"].norm() > 0
     for name in ("tis", "none"):
         assert not torch.equal(gradients["root"], gradients[name])
+
+
+@pytest.mark.parametrize("place", ["batch", "beside", "relative"])
+def test_a_batch_runs_no_script_of_its_own(place, tiny, tmp_path, monkeypatch):
+    """A batch that somebody sent may name any file."""
+    folder = tmp_path / "out" / "batch_000001"
+    folder.mkdir(parents=True)
+    file = {"batch": folder / "a.py", "beside": tmp_path / "a.py", "relative": tmp_path / "a.py"}[place]
+    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    named = "a.py" if place == "relative" else str(file)
+    (folder / "batch.json").write_text(json.dumps(dict(script=named, args={}, trajectories=[])))
+    with pytest.raises(ValueError, match="no script of this checkout; if you trust it: --script"):
+        replay.replay(str(folder))
+    assert not (tmp_path / "ran").exists()
+    (folder / "batch.json").unlink()
+    with pytest.raises(ValueError, match="expected a folder that --save-batch wrote to its end"):
+        replay.replay(str(folder))
 
 
 def test_grpo_has_no_critic(tiny, tmp_path):

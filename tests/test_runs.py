@@ -340,12 +340,11 @@ def fork(folder, *changes):
 
 
 def test_a_further_loss_on_edits(here, capsys):
-    branch = '    elif kind == "half":\n        weight = torch.full_like(ratio, 0.5)\n'
-    branch += "        loss = -weight * advantages * logprobs\n"
+    branch = '    if kind == "half":\n        return -0.5 * advantages * logprobs\n'
     script = fork(
         here,
         (r'(EditLoss = Literal\[[^]]*"none")', r'\1, "half"'),
-        (r"(?m)^    else:\n(?=        raise ValueError\(f\"edit loss)", f"{branch}    else:\n"),
+        (r"(?m)^(?=    raise ValueError\(f\"edit loss)", branch),
     )
     (here / "judge.py").write_text(EDITING_JUDGE)
     flags = flags_of(ppo_cpe, here, "--edit-rate", 1, "--edit-loss", "half", "--save-batch", 1, "--n-samples", 2)
@@ -353,7 +352,7 @@ def test_a_further_loss_on_edits(here, capsys):
     batch = here / "run" / "batch_000001"
     assert json.loads((here / "run" / "args.json").read_text())["edit_loss"] == "half"
 
-    gradients = replay.replay(str(batch))
+    gradients = replay.replay(str(batch), script)
     losses = ("paper", "unclipped", "tis", "luffy", "topr", "none", "half")
     assert tuple(name for name in gradients if name != "originals") == losses
     assert gradients["none"].norm() > 0
