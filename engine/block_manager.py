@@ -76,4 +76,6 @@ class BlockManager:
                 del self.prefix_id[block]
 
     def evict_all(self) -> None:
+        """Empties the prefix cache. Low blocks go first from then on, so that memory once touched is used again."""
         self.evict(list(self.cache_key))
+        self.free = dict.fromkeys(sorted(self.free))

@@ -293,6 +293,17 @@ def test_blocks_are_known_by_all_that_precedes_them():
         blocks.allocate(1)
 
 
+def test_new_weights_start_again_from_the_lowest_blocks():
+    """Otherwise memory creeps until the whole cache has been touched."""
+    blocks = BlockManager(100)
+    for _ in range(30):
+        held = blocks.allocate(3), blocks.allocate(4)
+        assert max(held[0] + held[1]) <= 7
+        blocks.release(held[0])
+        blocks.release(held[1])
+        blocks.evict_all()
+
+
 def test_the_scheduler_alone():
     """Without a model: what fits runs, no sample is lost, and the youngest is preempted."""
     rng = random.Random(1)
