@@ -144,15 +144,16 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import pandas as pd
 from scipy import stats
 
 from data import prepare
 from data.ask import COUNTS, Limits, Model, PaidAsker, Request, named, open_models
 from data.readers import normal
+from json_files import read_json
 from judges import BradleyTerryJudge
 from prompts import (
     QUESTION_KINDS,
@@ -165,38 +166,43 @@ from prompts import (
     score_request,
 )
 from runtime.distributed import derive_seed, start
-from runtime.rows import final_answer, read_rows, refuse_held_out, write_rows, write_text
+from runtime.rows import final_answer, logged_rows, read_rows, refuse_held_out, write_rows, write_text
 
 PLAN_REQUESTS = 20
 PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep
+SIDES = ("chosen", "rejected")
+
+
+def prompt_of(row: dict) -> dict:
+    return {name: row[name] for name in PROMPT if name in row}
 
 
 # -- the requests of each step -----------------------------------------------------------------------------------------
 
 
-def make_request(
-    args: Args, model: Model, asks_for: str, row: dict, answer: str | None = None, number: int = 0
-) -> Request:
-    """asks_for: questions | answer | score | judgement. number: tells apart equal requests, by their seed."""
-    readable_row = model.readable(row)
-    readable_answer = model.readable(answer)
-    parse: Callable[[str], Any]
+def make_request(args: Args, model: Model, asks_for: str, row: dict, number: int = 0) -> Request:
+    """asks_for: questions | answer | score | judgement, of row["answer"]. number: tells apart equal requests, by their
+    seed.
+    """
+    readable = model.readable(row)
+    parse: Any  # text -> a value
     if asks_for == "questions":
-        persona = readable_row["persona"]
-        text = questions_request(model.templates, persona, row["kind"], row["number"])
+        text = questions_request(model.templates, readable["persona"], row["kind"], row["number"])
         parse = parse_questions
     elif asks_for == "answer":
-        text = answer_request(model.templates, readable_row)
+        text = answer_request(model.templates, readable)
         parse = final_answer
     elif asks_for == "score":
-        text = score_request(model.templates, readable_row, readable_answer)
+        text = score_request(model.templates, readable, readable["answer"])
         parse = parse_score if model.is_language_model else float
     else:
-        text = grm_request(model.templates, readable_row, readable_answer)
+        text = grm_request(model.templates, readable, readable["answer"])
         parse = parse_judgement
-    judging = asks_for in ("score", "judgement")
-    settings = sampling(args, text, number, judging)
-    return Request(model, asks_for, text, settings, parse, row, answer)
+    settings = dict(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
+    if asks_for in ("score", "judgement"):
+        settings = dict(temperature=args.judge_temperature, top_p=1.0, max_tokens=args.judge_max_new_tokens)
+    settings["seed"] = derive_seed(args.seed, text, number)
+    return Request(model, asks_for, text, settings, parse, row, row.get("answer"))
 
 
 def questions_requests(args: Args, model: Model, personas: dict[str, dict | str]) -> list[Request]:
@@ -211,48 +217,42 @@ def questions_requests(args: Args, model: Model, personas: dict[str, dict | str]
 def answer_requests(args: Args, models: list[Model], prompts: list[dict]) -> list[Request]:
     """Those of a prompt follow one another."""
     asked = itertools.product(prompts, models, range(args.answers_per_model))
-    return [make_request(args, model, "answer", row, number=i) for row, model, i in asked]
-
-
-def judging_requests(args: Args, model: Model, asks_for: str, answers: list[dict], repeat: int = 0) -> list[Request]:
-    """asks_for: score | judgement."""
-    return [make_request(args, model, asks_for, row, row["answer"], repeat) for row in answers]
-
-
-def sampling(args: Args, text: str, number: int, judging: bool = False) -> dict:
-    """Settings of a request; the seed tells apart what is asked several times with the same text."""
-    seed = derive_seed(args.seed, text, number)
-    if judging:
-        return dict(temperature=args.judge_temperature, top_p=1.0, max_tokens=args.judge_max_new_tokens, seed=seed)
-    return dict(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens, seed=seed)
+    return [make_request(args, model, "answer", row, number) for row, model, number in asked]
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
 
+def failed(step: str, reply: dict, row: dict) -> dict:
+    """A row of annotate/dropped.jsonl."""
+    return dict(step=step, why="failed", cause=reply["failure"], reason=reply["reason"]) | row
+
+
+def discarded(step: str, cause: str, reason: str, row: dict) -> dict:
+    return dict(step=step, why="discarded", cause=cause, reason=reason) | row
+
+
 def questions(args: Args, asker: PaidAsker, model: Model) -> None:
     """personas -> annotate/questions.jsonl: prompt rows, with the kind of question; prompts_train, prompts_eval."""
     requests = questions_requests(args, model, read_personas(args))
-    rows = []
-    seen = set()
-    done = Done("questions")
+    rows = {}  # by persona and question
+    dropped = []
+    n_written = 0
     for request, reply in zip(requests, asker.ask("questions", requests)):
         about = {name: request.row[name] for name in ("persona", "user_id", "kind")}
         if reply["failure"]:
-            done.failed(about, reply)
+            dropped.append(failed("questions", reply, about))
             continue
-        for question in parse_questions(reply["reply"])[: args.questions_per_persona]:
+        for question in request.parse(reply["reply"])[: args.questions_per_persona]:
+            n_written += 1
             row = prepare.prompt_row(about["persona"], question, f"written by {model.name}") | about
             key = prepare.digest(about["persona"], normal(question))
-            if key in seen:
-                done.discard(row, "duplicate", "this person's question a second time")
-            else:
-                seen.add(key)
-                rows.append(row)
-    written = len(rows) + sum(row["why"] == "discarded" for row in done.dropped)
-    done.write(args, rows, asker, len(requests), written)
+            if rows.setdefault(key, row) is not row:
+                dropped.append(discarded("questions", "duplicate", "this person's question a second time", row))
+    prompts = list(rows.values())
+    write_step(args, "questions", prompts, dropped, asker, len(requests), n_written)
     share = 0.1 if args.eval_share is None else args.eval_share
-    train, held_out = prepare.split(rows, lambda row: prepare.in_held_out_share(row["persona"], share))
+    train, held_out = prepare.split(prompts, lambda row: prepare.in_held_out_share(row["persona"], share))
     write_side(args, "prompts_train", train)
     write_side(args, "prompts_eval", held_out)
 
@@ -261,114 +261,108 @@ def answers(args: Args, asker: PaidAsker, models: list[Model]) -> None:
     """prompts -> annotate/answers.jsonl: a prompt's fields, answer, model."""
     train, held_out = read_prompts(args)
     requests = answer_requests(args, models, train + held_out)
-    rows = []
-    seen = set()
-    done = Done("answers")
+    rows = {}  # by prompt and answer
+    dropped = []
     for request, reply in zip(requests, asker.ask("answers", requests)):
-        row = {k: v for k, v in request.row.items() if k in PROMPT} | {"model": request.model.name}
+        row = prompt_of(request.row) | {"model": request.model.name}
         if reply["failure"]:
-            done.failed(row, reply)
+            dropped.append(failed("answers", reply, row))
             continue
         row["answer"] = request.parse(reply["reply"]).strip()
-        if (row["prompt_id"], normal(row["answer"])) in seen:
-            done.discard(row, "duplicate", "the same answer to this question a second time")
-        else:
-            seen.add((row["prompt_id"], normal(row["answer"])))
-            rows.append(row)
-    done.write(args, rows, asker, len(requests), len(requests))
+        if rows.setdefault((row["prompt_id"], normal(row["answer"])), row) is not row:
+            dropped.append(discarded("answers", "duplicate", "the same answer to this question a second time", row))
+    write_step(args, "answers", list(rows.values()), dropped, asker, len(requests), len(requests))
 
 
 def pairs(args: Args, asker: PaidAsker, model: Model) -> None:
     """annotate/answers.jsonl -> annotate/scores.jsonl (the answers with scores), annotate/pairs.jsonl (pair rows)."""
     rows = read_rows(step_file(args, "answers"), "answer")
-    requests = judging_requests(args, model, "score", rows)
-    done = Done("pairs")
-    of_prompt = defaultdict(list)
-    for request, row, reply in zip(requests, rows, asker.ask("scores", requests)):
-        of_prompt[row["prompt_id"]]  # an entry even for a prompt without a score
+    requests = [make_request(args, model, "score", row) for row in rows]
+    dropped = []
+    of_prompt: dict[str, list[dict]] = {row["prompt_id"]: [] for row in rows}
+    for request, reply in zip(requests, asker.ask("scores", requests)):
         if reply["failure"]:
-            done.failed(row, reply)
+            dropped.append(failed("pairs", reply, request.row))
         else:
-            of_prompt[row["prompt_id"]].append(row | {"score": request.parse(reply["reply"])})
+            of_prompt[request.row["prompt_id"]].append(request.row | {"score": request.parse(reply["reply"])})
     write_rows(step_file(args, "scores"), [row for scored in of_prompt.values() for row in scored])
+    prompts = {row["prompt_id"]: prompt_of(row) for row in rows}
     found = []
-    prompts = {row["prompt_id"]: row for row in rows}
     for prompt_id, scored in of_prompt.items():
+        apart = [sorted(pair, key=lambda row: row["score"]) for pair in itertools.combinations(scored, 2)]
         # the largest difference first; if equal, the pair whose answers came first
-        apart = sorted(itertools.combinations(scored, 2), key=lambda pair: -abs(pair[0]["score"] - pair[1]["score"]))
-        kept = [pair for pair in apart if abs(pair[0]["score"] - pair[1]["score"]) > args.min_gap]
-        prompt = {k: v for k, v in prompts[prompt_id].items() if k in PROMPT}
-        if not kept:
-            about = prompt | {"scores": [row["score"] for row in scored]}
-            reason = f"no two scores differ by more than {args.min_gap:g}" if apart else "fewer than two scored answers"
-            done.discard(about, "small gap" if apart else "no pair", reason)
+        apart.sort(key=lambda pair: pair[0]["score"] - pair[1]["score"])
+        kept = [pair for pair in apart if pair[1]["score"] - pair[0]["score"] > args.min_gap]
         for pair in kept[: args.pairs_per_question]:
-            sides = zip(("rejected", "chosen"), sorted(pair, key=lambda row: row["score"]))
-            for side, row in sides:
-                prompt |= {side: row["answer"], f"{side}_score": row["score"], f"{side}_model": row["model"]}
-            found.append(dict(prompt))
-    done.write(args, found, asker, len(requests), len(of_prompt))
+            row = dict(prompts[prompt_id])
+            for side, answer in zip(("rejected", "chosen"), pair):
+                row |= {side: answer["answer"], f"{side}_score": answer["score"], f"{side}_model": answer["model"]}
+            found.append(row)
+        if not kept:
+            about = prompts[prompt_id] | {"scores": [row["score"] for row in scored]}
+            cause, reason = "no pair", "fewer than two scored answers"
+            if apart:
+                cause, reason = "small gap", f"no two scores differ by more than {args.min_gap:g}"
+            dropped.append(discarded("pairs", cause, reason, about))
+    write_step(args, "pairs", found, dropped, asker, len(requests), len(of_prompt))
 
 
 def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) -> None:
     """annotate/pairs.jsonl -> annotate/judgements.jsonl: judgement rows, each answer once; annotate/audit.jsonl."""
     pair_rows = read_rows(step_file(args, "pairs"), "pair")
-    done = Done("judgements")
-    rows = {}  # {(prompt_id, answer): row}: an answer may be in several pairs
+    rows: dict[tuple[str, str], dict] = {}  # {(prompt_id, answer): row}: an answer may be in several pairs
     for pair in pair_rows:
-        prompt = {k: v for k, v in pair.items() if k in PROMPT}
-        for side in ("chosen", "rejected"):
-            row = prompt | dict(answer=pair[side], model=pair[f"{side}_model"], score=pair[f"{side}_score"])
+        for side in SIDES:
+            row = prompt_of(pair)
+            row |= dict(answer=pair[side], model=pair[f"{side}_model"], score=pair[f"{side}_score"])
             rows.setdefault((pair["prompt_id"], pair[side]), row)
-    replies = asker.ask("judgements", judging_requests(args, model, "judgement", list(rows.values())))
+    requests = [make_request(args, model, "judgement", row) for row in rows.values()]
+    dropped = []
     judged = {}
-    for (key, row), reply in zip(rows.items(), replies):
+    for (key, row), reply in zip(rows.items(), asker.ask("judgements", requests)):
         if reply["failure"]:
-            done.failed(row, reply)
+            dropped.append(failed("judgements", reply, row))
         else:
             judged[key] = parse_judgement(reply["reply"])
+    judged_rows = {key: rows[key] | dataclasses.asdict(judgement) for key, judgement in judged.items()}
     kept = set()
     for pair in pair_rows:
-        sides = [(pair["prompt_id"], pair[side]) for side in ("chosen", "rejected")]
-        scores = [judged[key].score(args.score_weights) for key in sides if key in judged]
-        if len(scores) == 2 and scores[0] != scores[1]:
+        sides = [(pair["prompt_id"], pair[side]) for side in SIDES]
+        keys = [key for key in sides if key in judged]
+        scores = [judged[key].score(args.score_weights) for key in keys]
+        if len(set(scores)) == 2:
             kept |= set(sides)
             continue
-        for key in sides:
-            if key in judged:
-                tie = f"both answers have the weighted score {scores[0]:g}"
-                alone = "the other answer of its pair has no judgement, so that a tie can't be seen"
-                row = rows[key] | dataclasses.asdict(judged[key])
-                done.discard(row, *(("tie", tie) if len(scores) == 2 else ("alone", alone)))
-    found = [row | dataclasses.asdict(judged[key]) | {"judge": model.name} for key, row in rows.items() if key in kept]
+        cause, reason = "alone", "the other answer of its pair has no judgement, so that a tie can't be seen"
+        if len(scores) == 2:
+            cause, reason = "tie", f"both answers have the weighted score {scores[0]:g}"
+        dropped += [discarded("judgements", cause, reason, judged_rows[key]) for key in keys]
+    found = [judged_rows[key] | {"judge": model.name} for key in rows if key in kept]
     audit(args, asker, [model, *others], found)
-    done.write(args, found, asker, len(rows), len(rows))
+    write_step(args, "judgements", found, dropped, asker, len(rows), len(rows))
 
 
 def audit(args: Args, asker: PaidAsker, judges: list[Model], rows: list[dict]) -> None:
     """annotate/audit.jsonl: some answers judged several times by each judge. A failure is a row without scores."""
-    chosen = sorted(Random(args.seed).sample(range(len(rows)), min(args.audit_answers, len(rows))))
-    drawn = [rows[i] for i in chosen]
+    drawn = sorted(Random(args.seed).sample(range(len(rows)), min(args.audit_answers, len(rows))))
+    asked = list(itertools.product(judges, range(args.audit_repeats), [rows[i] for i in drawn]))
+    requests = [make_request(args, judge, "judgement", row, repeat) for judge, repeat, row in asked]
     found = []
-    asked = [(judge, repeat) for judge in judges for repeat in range(args.audit_repeats)]
-    requests = [r for judge, repeat in asked for r in judging_requests(args, judge, "judgement", drawn, repeat)]
-    replies = iter(asker.ask("audit", requests)) if requests else iter(())
-    for (judge, repeat), row in itertools.product(asked, drawn):
-        reply = next(replies)
-        found.append(dict(prompt_id=row["prompt_id"], answer=row["answer"], judge=judge.name, repeat=repeat))
+    for (judge, repeat, row), reply in zip(asked, asker.ask("audit", requests) if requests else ()):
+        about = dict(prompt_id=row["prompt_id"], answer=row["answer"], judge=judge.name, repeat=repeat)
         if reply["failure"]:
-            found[-1] |= dict(failure=reply["failure"], reason=reply["reason"])
+            found.append(about | dict(failure=reply["failure"], reason=reply["reason"]))
         else:
-            found[-1] |= dataclasses.asdict(parse_judgement(reply["reply"]))
+            found.append(about | dataclasses.asdict(parse_judgement(reply["reply"])))
     write_rows(step_file(args, "audit"), found)
 
 
 def split(args: Args) -> None:
     """Writes the rows to train on, and those of the held-out prompts. ValueError: a row of neither."""
     train, held_out = ({row["prompt_id"] for row in prompts} for prompts in read_prompts(args))
-    for name, kind in (("pairs", "pair"), ("judgements", "judgement")):
+    for name in ("pairs", "judgements"):
         file = step_file(args, name)
-        rows = read_rows(file, kind)
+        rows = read_rows(file, name[:-1])
         for row in rows:
             if row["prompt_id"] not in train | held_out:
                 raise ValueError(f'{file}: prompt_id "{row["prompt_id"]}" is none of the prompts; make {name} again')
@@ -389,11 +383,6 @@ def read_personas(args: Args) -> dict[str, dict | str]:
     return prepare.own_personas(table, needs_ids=False)
 
 
-def write_side(args: Args, name: str, rows: list[dict]) -> None:
-    write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
-    print(f"{len(rows):7d} {args.out}/{name}.jsonl")
-
-
 def read_prompts(args: Args) -> tuple[list[dict], list[dict]]:
     """-> prompts to train on, and held-out prompts. ValueError: none, or one that is both."""
     sides = [args.prompts, args.eval_prompts]
@@ -411,52 +400,38 @@ def read_prompts(args: Args) -> tuple[list[dict], list[dict]]:
     return train, held_out
 
 
-class Done:
-    """The rows that a step drops, and the writer of its files."""
+def write_side(args: Args, name: str, rows: list[dict]) -> None:
+    write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
+    print(f"{len(rows):7d} {args.out}/{name}.jsonl")
 
-    def __init__(self, step: str):
-        self.step, self.dropped = step, []
 
-    def failed(self, row: dict, reply: dict) -> None:
-        self.drop("failed", reply["failure"], reply["reason"], row)
+def write_step(
+    args: Args, step: str, rows: list[dict], dropped: list[dict], asker: PaidAsker, requests: int, discarded_of: int
+) -> None:
+    """annotate/STEP.jsonl, this step's part of annotate/dropped.jsonl and of annotation.json.
 
-    def discard(self, row: dict, cause: str, reason: str) -> None:
-        self.drop("discarded", cause, reason, row)
-
-    def drop(self, why: str, cause: str, reason: str, row: dict) -> None:
-        self.dropped.append(dict(step=self.step, why=why, cause=cause, reason=reason) | row)
-
-    def write(self, args: Args, rows: list[dict], asker: PaidAsker, requests: int, discarded_of: int) -> None:
-        """annotate/STEP.jsonl, this step's part of annotate/dropped.jsonl and of annotation.json.
-
-        requests and discarded_of: the totals for the fractions of failures and discards. ValueError: nothing is left.
-        """
-        file = step_file(args, "dropped")
-        before = []
-        if os.path.isfile(file) and os.path.getsize(file):
-            before = [row for row in read_rows(file, "object") if row["step"] != self.step]
-        write_rows(file, before + self.dropped)
-        write_rows(step_file(args, self.step), rows)
-        counts = Counter(f"{row['why']}: {row['cause']}" for row in self.dropped)
-        say = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
-        print(f"{self.step}: {len(rows)} rows" + (f"; {say} (annotate/dropped.jsonl)" if say else ""), flush=True)
-        file = os.path.join(args.out, "annotation.json")
-        summary = {"steps": {}}
-        if os.path.isfile(file):
-            with open(file, encoding="utf-8") as f:
-                summary = json.load(f)
-        summary["args"] = dataclasses.asdict(args)
-        shares_of = dict(failed=requests, discarded=discarded_of)
-        summary["steps"][self.step] = dict(rows=len(rows), dropped=dict(sorted(counts.items())), of=shares_of)
-        summary["models"] = spent_by_model(asker)
-        write_text(file, json.dumps(summary, ensure_ascii=False, indent=1))
-        if not rows:
-            raise ValueError(f"{self.step}: nothing is left; {say}: see {step_file(args, 'dropped')}")
+    requests and discarded_of: the totals for the fractions of failures and discards. ValueError: nothing is left.
+    """
+    file = step_file(args, "dropped")
+    write_rows(file, [row for row in logged_rows(file) if row["step"] != step] + dropped)
+    write_rows(step_file(args, step), rows)
+    counts = dict(sorted(Counter(f"{row['why']}: {row['cause']}" for row in dropped).items()))
+    say = ", ".join(f"{n} {what}" for what, n in counts.items())
+    print(f"{step}: {len(rows)} rows" + (f"; {say} (annotate/dropped.jsonl)" if say else ""), flush=True)
+    summary_file = os.path.join(args.out, "annotation.json")
+    summary = read_json(summary_file) if os.path.isfile(summary_file) else {"steps": {}}
+    fractions_of = dict(failed=requests, discarded=discarded_of)
+    summary["args"] = dataclasses.asdict(args)
+    summary["steps"][step] = dict(rows=len(rows), dropped=counts, of=fractions_of)
+    summary["models"] = spent_by_model(asker)
+    write_text(summary_file, json.dumps(summary, ensure_ascii=False, indent=1))
+    if not rows:
+        raise ValueError(f"{step}: nothing is left; {say}: see {file}")
 
 
 def spent_by_model(asker: PaidAsker) -> dict[str, dict]:
     """{"step, model": COUNTS} over all requests in the journal."""
-    found = defaultdict(Counter)
+    found: dict[str, Counter] = defaultdict(Counter)
     for row in asker.rows.values():
         found[f"{row['step']}, {row['model']}"].update({"requests": 1, **{name: row[name] for name in COUNTS}})
     return {name: {k: round(v, 6) for k, v in counts.items()} for name, counts in sorted(found.items())}
@@ -474,64 +449,61 @@ def plan(args: Args, asker: PaidAsker, models: list[Model], writer: Model, score
     steps = []  # (step, requests in all, replies to a few)
     n_drawn = PLAN_REQUESTS // (4 if args.personas else 3)
 
-    def some(step, n, requests):
-        """Returns (request, reply) of those that were answered."""
-        drawn = rng.sample(requests, min(n_drawn, len(requests)))
+    def draw(items: list) -> list:
+        return rng.sample(items, min(n_drawn, len(items)))
+
+    def answered(step: str, n: int, requests: list[Request]) -> list[tuple[Request, Any]]:
+        """(request, value of its reply) of a few."""
+        drawn = draw(requests)
         replies = asker.ask(step, drawn)
         steps.append((step, n, replies))
-        return [(request, reply["reply"]) for request, reply in zip(drawn, replies) if not reply["failure"]]
+        pairs = zip(drawn, replies)
+        return [(request, request.parse(reply["reply"])) for request, reply in pairs if not reply["failure"]]
 
     if args.personas:
         personas = read_personas(args)
-        names = rng.sample(list(personas), min(n_drawn, len(personas)))
-        requests = questions_requests(args, writer, {name: personas[name] for name in names})
+        requests = questions_requests(args, writer, {name: personas[name] for name in draw(list(personas))})
         n_requests = len(personas) * len(QUESTION_KINDS)
-        prompts = [
-            prepare.prompt_row(request.row["persona"], question, "plan")
-            for request, reply in some("questions", n_requests, requests)
-            for question in parse_questions(reply)
-        ]
+        prompts = []
+        for request, written in answered("questions", n_requests, requests):
+            prompts += [prepare.prompt_row(request.row["persona"], question, "plan") for question in written]
         n_prompts = n_requests * args.questions_per_persona
     else:
         train, held_out = read_prompts(args)
         prompts = train + held_out
         n_prompts = len(prompts)
     n_answers = n_prompts * len(models) * args.answers_per_model
-    requests = answer_requests(args, models, rng.sample(prompts, min(n_drawn, len(prompts))))
-    answered = some("answers", n_answers, requests)
-    rows = [request.row | {"answer": request.parse(reply).strip()} for request, reply in answered]
-    some("scores", n_answers, judging_requests(args, scorer, "score", rows))
+    replies = answered("answers", n_answers, answer_requests(args, models, draw(prompts)))
+    rows = [request.row | {"answer": answer.strip()} for request, answer in replies]
+    answered("scores", n_answers, [make_request(args, scorer, "score", row) for row in rows])
     at_most = min(n_answers, 2 * args.pairs_per_question * n_prompts)
-    some("judgements", at_most, judging_requests(args, judge, "judgement", rows))
+    answered("judgements", at_most, [make_request(args, judge, "judgement", row) for row in rows])
     print_plan(args, asker, steps, len(models))
 
 
-def print_plan(args: Args, asker: PaidAsker, steps: list[tuple], n_models: int) -> None:
-    figures = {"prompt_tokens": "tokens in", "completion_tokens": "tokens out", "cost": "dollars", "seconds": "minutes"}
-    table = [["step", "requests", *figures.values(), "failed"]]
-    means = Counter()
-    squares = Counter()  # sums over the steps of the squared half widths
+def print_plan(args: Args, asker: PaidAsker, steps: list[tuple[str, int, list[dict]]], n_models: int) -> None:
+    table = [["step", "requests", "tokens in", "tokens out", "dollars", "minutes", "failed"]]
+    totals = []  # of the steps: means, and squared half widths of their intervals
     for step, n, replies in steps:
-        cells = []
-        for name in figures:
-            scale = n
-            if name == "seconds":  # requests are made side by side
-                scale = n / 60 / (args.concurrency * (n_models if step == "answers" else 1))
-            mean, half = interval([row[name] for row in replies])
-            cells.append(between(scale * mean, scale * half))
-            means[name] += scale * mean
-            squares[name] += (scale * half) ** 2
-        failed = sum(row["failure"] is not None for row in replies)
+        if not replies:
+            raise ValueError("--plan: no request of a step has been answered; see the failures in OUT/journal")
+        at_once = args.concurrency * (n_models if step == "answers" else 1)
+        figures = pd.DataFrame(replies)[["prompt_tokens", "completion_tokens", "cost", "seconds"]] * n
+        figures["seconds"] /= 60 * at_once  # requests are made side by side
+        mean = figures.mean()
+        half = (stats.t.ppf(0.975, len(replies) - 1) * figures.sem()).fillna(math.inf)  # unknown of a single call
+        totals.append((mean, half**2))
+        n_failed = sum(row["failure"] is not None for row in replies)
         bound = "at most " if step == "judgements" else ""
-        table.append([step, f"{bound}{n:,}", *cells, f"{failed} of {len(replies)}"])
-    cells = [between(means[name], math.sqrt(squares[name])) for name in figures]
-    table.append(["all", f"{sum(n for _, n, _ in steps):,}", *cells, ""])
+        table.append([step, f"{bound}{n:,}", *map(between, mean, half), f"{n_failed} of {len(replies)}"])
+    mean, variance = map(sum, zip(*totals))
+    table.append(["all", f"{sum(n for _, n, _ in steps):,}", *map(between, mean, variance**0.5), ""])
     widths = [max(map(len, column)) for column in zip(*table)]
     print()
     for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
-    made, audits = sum(len(r) for *_, r in steps), (1 + len(args.audit_judges)) * args.audit_repeats - 1
-    print(f"\n{made} requests were made for this, and are kept; ${asker.spent:.4f} are spent in {args.out}")
+    n_made = sum(len(replies) for *_, replies in steps)
+    print(f"\n{n_made} requests were made for this, and are kept; ${asker.spent:.4f} are spent in {args.out}")
     print(
         f"minutes: as fast as these, --concurrency {args.concurrency} at a time; limits and a busier server add to it"
     )
@@ -540,23 +512,14 @@ def print_plan(args: Args, asker: PaidAsker, steps: list[tuple], n_models: int) 
         if reasons:
             print(f"{step}: {len(reasons)} of {len(replies)} failed, the first: {reasons[0]}")
     if args.audit_answers:
-        print(f"the audit adds {args.audit_answers * audits} judgements")
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95 % interval (infinite for one value). ValueError: no values."""
-    if not values:
-        raise ValueError("--plan: no request of a step has been answered; see the failures in OUT/journal")
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.inf
-    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+        n_audits = (1 + len(args.audit_judges)) * args.audit_repeats - 1
+        print(f"the audit adds {args.audit_answers * n_audits} judgements")
 
 
 def between(mean: float, half: float) -> str:
     """ "120 (90-150)", or a single number if both ends read the same."""
 
-    def short(x):
+    def short(x: float) -> str:
         if x >= 100:
             return f"{x:,.0f}"
         return f"{x:.3g}" if x >= 0.01 or x == 0 else "<0.01"
@@ -607,30 +570,28 @@ def main(args: Args) -> None:
         raise ValueError("questions: give --personas, for whom to write them")
     if args.step == "split":
         return split(args)
-    who = (*args.models, args.writer, args.scorer, args.judge, *args.audit_judges)
-    names = {named(flag)[0] for flag in who}
     if args.max_cost is not None and not args.prices:
         raise ValueError("--max-cost: give --prices, or nothing is known to cost anything")
+    specs = (*args.models, args.writer, args.scorer, args.judge, *args.audit_judges)
+    names = {named(spec)[0] for spec in specs}
+    copied = ("concurrency", "attempts", "max_cost", "retry_failed", "patience", "max_batch")
     limits = Limits(
         args.out,
         prices=by_name(args.prices, "--prices", names, prices),
         per_minute=by_name(args.requests_per_minute, "--requests-per-minute", names, positive),
-        **{
-            k: getattr(args, k)
-            for k in ("concurrency", "attempts", "max_cost", "retry_failed", "patience", "max_batch")
-        },
+        **{name: getattr(args, name) for name in copied},
     )
     ranks = start("auto")
     templates = {f"{k}_template": getattr(args, f"{k}_template") for k in ("questions", "answer", "score", "grm")}
-    opened = open_models(who, ranks, limits, args.score_weights, **templates)
-    models, others = [opened[flag] for flag in args.models], [opened[flag] for flag in args.audit_judges]
-    writer, scorer, judge = opened[args.writer], opened[args.scorer], opened[args.judge]
-    for flag in (args.judge, *args.audit_judges):
-        if opened[flag].writes_critiques is False:
-            raise ValueError(f"{flag}: it writes no critiques, which judgements need")
-    for flag in (*args.models, args.writer):
-        if opened[flag].kind is BradleyTerryJudge:
-            raise ValueError(f"{flag}: a Bradley-Terry model scores answers, and writes none")
+    opened = open_models(specs, ranks, limits, args.score_weights, **templates)
+    for spec in (args.judge, *args.audit_judges):
+        if opened[spec].writes_critiques is False:
+            raise ValueError(f"{spec}: it writes no critiques, which judgements need")
+    for spec in (*args.models, args.writer):
+        if opened[spec].kind is BradleyTerryJudge:
+            raise ValueError(f"{spec}: a Bradley-Terry model scores answers, and writes none")
+    models = [opened[spec] for spec in args.models]
+    writer, scorer, judge = (opened[spec] for spec in (args.writer, args.scorer, args.judge))
     with PaidAsker(limits, ranks) as asker:
         if args.plan:
             return plan(args, asker, models, writer, scorer, judge)
@@ -641,7 +602,7 @@ def main(args: Args) -> None:
         if args.step in ("all", "pairs"):
             pairs(args, asker, scorer)
         if args.step in ("all", "judgements"):
-            judgements(args, asker, judge, others)
+            judgements(args, asker, judge, [opened[spec] for spec in args.audit_judges])
     if args.step == "all":
         split(args)
 

@@ -14,8 +14,10 @@ import itertools
 import os
 from collections import Counter, defaultdict
 from random import Random
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import cohen_kappa_score
@@ -28,10 +30,22 @@ from runtime.rows import logged_rows
 SIMILAR = 0.9  # two texts with this cosine or more count as copies
 DRAWN = 3000  # texts to compare with one another; a sample of so many if there are more
 SCALE = list(range(-5, 6))
+ANSWER = ["prompt_id", "answer"]
+SCORES = [*DIMENSIONS, "weighted"]
 
 
-def judgement_of(row: dict) -> Judgement | None:
-    return Judgement(row["critique"], *(row[name] for name in DIMENSIONS)) if "critique" in row else None
+def judgement_of(row: dict) -> Judgement:
+    return Judgement(row["critique"], *(row[name] for name in DIMENSIONS))
+
+
+def judgements_in(audit: list[dict], weights: list[float]) -> pd.DataFrame:
+    """The rows that are judgements, with their weighted score."""
+    rows = [row | {"weighted": judgement_of(row).score(weights)} for row in audit if "critique" in row]
+    return pd.DataFrame(rows, columns=["judge", "repeat", *ANSWER, *SCORES])
+
+
+def judges_in(audit: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["judge"] for row in audit))
 
 
 def stability(audit: list[dict], weights: list[float]) -> dict[str, dict]:
@@ -41,21 +55,18 @@ def stability(audit: list[dict], weights: list[float]) -> dict[str, dict]:
     answers whose three scores were the same each time; answers, judgements, failed: counts.
     """
     found = {}
-    for judge in dict.fromkeys(row["judge"] for row in audit):
-        of_answer = defaultdict(list)
-        rows = [row for row in audit if row["judge"] == judge]
-        for row in rows:
-            if judgement := judgement_of(row):
-                values = [getattr(judgement, name) for name in DIMENSIONS]
-                of_answer[row["prompt_id"], row["answer"]].append([*values, judgement.score(weights)])
-        repeated = [np.array(values) for values in of_answer.values() if len(values) > 1]  # [repeats, 4] each
-        deviations = np.array([values.std(axis=0, ddof=1) for values in repeated])
+    judgements = judgements_in(audit, weights)
+    for judge in judges_in(audit):
+        rows = judgements[judgements["judge"] == judge]
+        by_answer = rows.groupby(ANSWER)[SCORES]
+        deviations = by_answer.std().dropna()  # NaN: judged once
+        some = not deviations.empty
         found[judge] = dict(
-            sd=dict(zip((*DIMENSIONS, "weighted"), deviations.mean(axis=0).tolist())) if repeated else {},
-            same=sum(bool((values == values[0]).all()) for values in repeated) / len(repeated) if repeated else None,
-            answers=len(repeated),
-            judgements=sum(map(len, of_answer.values())),
-            failed=sum("failure" in row for row in rows),
+            sd=deviations.mean().to_dict() if some else {},
+            same=float((by_answer.nunique().loc[deviations.index] == 1).all(axis=1).mean()) if some else None,
+            answers=len(deviations),
+            judgements=len(rows),
+            failed=sum(row["judge"] == judge and "failure" in row for row in audit),
         )
     return found
 
@@ -65,34 +76,33 @@ def agreement(audit: list[dict], weights: list[float]) -> list[dict]:
 
     Returns [{judges, answers, kappa: {score: kappa}, pearson, spearman: of the weighted score}]; None: undefined.
     """
-    judged = defaultdict(dict)  # {(judge, repeat): {answer: Judgement}}
-    for row in audit:
-        if judgement := judgement_of(row):
-            judged[row["judge"], row["repeat"]][row["prompt_id"], row["answer"]] = judgement
-    judges = list(dict.fromkeys(row["judge"] for row in audit))
-    compared = [((judge, 0), (judge, 1)) for judge in judges]
-    compared += [((a, 0), (b, 0)) for a, b in itertools.combinations(judges, 2)]
+    judgements = {
+        key: rows.set_index(ANSWER) for key, rows in judgements_in(audit, weights).groupby(["judge", "repeat"])
+    }
+    judges = judges_in(audit)
+    compared = [(f"{judge}, twice", (judge, 0), (judge, 1)) for judge in judges]
+    compared += [(f"{a} and {b}", (a, 0), (b, 0)) for a, b in itertools.combinations(judges, 2)]
     found = []
-    for one, other in compared:
-        both = [key for key in judged[one] if key in judged[other]]
-        a, b = [[judged[side][key] for key in both] for side in (one, other)]
-        kappa = {}
-        for name in DIMENSIONS:
-            kappa[name] = kappa_of([getattr(j, name) for j in a], [getattr(j, name) for j in b])
-        scores = [[j.score(weights) for j in side] for side in (a, b)]
-        names = f"{one[0]}, twice" if one[0] == other[0] else f"{one[0]} and {other[0]}"
-        found.append(dict(judges=names, answers=len(both), kappa=kappa, **correlations(*scores)))
-    return [one for one in found if one["answers"]]
+    for names, one, other in compared:
+        if one not in judgements or other not in judgements:
+            continue
+        both = judgements[one].join(judgements[other], how="inner", suffixes=("", " of the other"))
+        if both.empty:
+            continue
+        kappa = {name: kappa_of(both[name], both[f"{name} of the other"]) for name in DIMENSIONS}
+        correlation = correlations(both["weighted"], both["weighted of the other"])
+        found.append(dict(judges=names, answers=len(both), kappa=kappa, **correlation))
+    return found
 
 
-def kappa_of(a: list[int], b: list[int]) -> float | None:
+def kappa_of(a: pd.Series, b: pd.Series) -> float | None:
     """Cohen's kappa with quadratic weights; None if both give the same single value throughout."""
-    if not a or len(set(a) | set(b)) == 1:
+    if len({*a, *b}) == 1:
         return None
     return float(cohen_kappa_score(a, b, labels=SCALE, weights="quadratic"))
 
 
-def correlations(a: list[float], b: list[float]) -> dict[str, float | None]:
+def correlations(a: pd.Series | list[float], b: pd.Series | list[float]) -> dict[str, float | None]:
     if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return dict(pearson=None, spearman=None)
     return dict(pearson=float(stats.pearsonr(a, b)[0]), spearman=float(stats.spearmanr(a, b)[0]))
@@ -116,60 +126,45 @@ def order(pairs: list[dict], judged: dict[tuple, Judgement], weights: list[float
     )
 
 
-def similarities(texts: list[str], others: list[str] | None = None) -> np.ndarray:
-    """The cosine of each text with the nearest other one, in `texts` or in `others`: [len(texts)], 0 if there is none.
+def similar_fraction(texts: list[str], others: list[str] | None = None, seed: int = 0) -> float | None:
+    """The fraction of the texts with a similar one among the others, or (None) among themselves. None: no texts.
 
-    The texts should differ from one another.
+    The texts should differ from one another. Of more than DRAWN a sample is compared.
     """
-    if not texts or (len(texts) < 2 if others is None else not others):
-        return np.zeros(len(texts))
+    texts = drawn(texts, seed)
+    others = drawn(others, seed) if others is not None else None
+    if not texts or others == []:
+        return None
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit([*texts, *(others or ())])
     rows = vectors.transform(texts)
-    near = (rows @ (rows if others is None else vectors.transform(others)).T).toarray()
+    cosines = (rows @ (rows if others is None else vectors.transform(others)).T).toarray()
     if others is None:
-        np.fill_diagonal(near, 0)
-    return near.max(axis=1)
+        np.fill_diagonal(cosines, 0)
+    return float((cosines.max(axis=1) >= SIMILAR).mean())
+
+
+def drawn(texts: list[str], seed: int) -> list[str]:
+    distinct = list(dict.fromkeys(texts))
+    return Random(seed).sample(distinct, min(len(distinct), DRAWN)) if len(distinct) > DRAWN else distinct
 
 
 def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
     """Counts near-duplicates among questions, and what the held-out rows have in common with the training rows."""
-
-    def drawn(texts):
-        texts = list(dict.fromkeys(texts))
-        return Random(seed).sample(texts, DRAWN) if len(texts) > DRAWN else texts
-
-    questions = [[normal(row["question"]) for row in rows] for rows in (train, held_out)]
-    personas = [[persona_text(row["persona"]) for row in rows] for rows in (train, held_out)]
-    distinct = list(dict.fromkeys(questions[0] + questions[1]))
+    questions, held_out_questions = ([normal(row["question"]) for row in rows] for rows in (train, held_out))
+    personas, held_out_personas = ([persona_text(row["persona"]) for row in rows] for rows in (train, held_out))
+    distinct = list(dict.fromkeys(questions + held_out_questions))
     found = dict(
         questions=len(train) + len(held_out),
         distinct_questions=len(distinct),
-        similar_questions=float((similarities(drawn(distinct)) >= SIMILAR).mean()) if distinct else None,
-        drawn=min(len(distinct), DRAWN),
-        personas_on_both_sides=len(set(personas[0]) & set(personas[1])),
+        similar_questions=similar_fraction(distinct, seed=seed),
+        personas_on_both_sides=len({*personas} & {*held_out_personas}),
     )
     if held_out:
-        seen = set(questions[0])
-        new = drawn(q for q in questions[1] if q not in seen)
-        found["held_out_questions_of_training"] = sum(q in seen for q in questions[1]) / len(held_out)
-        found["similar_to_training"] = (
-            float((similarities(new, drawn(questions[0])) >= SIMILAR).mean()) if new and train else None
-        )
-        found["personas_similar_to_training"] = float(
-            (similarities(drawn(personas[1]), drawn(personas[0])) >= SIMILAR).mean()
-        )
+        new = [question for question in held_out_questions if question not in set(questions)]
+        found["held_out_questions_of_training"] = 1 - len(new) / len(held_out)
+        found["similar_to_training"] = similar_fraction(new, questions, seed)
+        found["personas_similar_to_training"] = similar_fraction(held_out_personas, personas, seed)
     return found
-
-
-def lengths(answers: list[dict], pairs: list[dict]) -> dict[str, list[int]]:
-    """{whose answers: [number, and the 10 %, 50 % and 90 % quantiles of their characters]}."""
-    groups = defaultdict(list)
-    for row in answers:
-        groups[f"answers of {row['model']}"].append(len(row["answer"]))
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            groups[side].append(len(pair[side]))
-    return {name: [len(n), *np.quantile(n, (0.1, 0.5, 0.9)).round().astype(int).tolist()] for name, n in groups.items()}
 
 
 # -- the sheet ---------------------------------------------------------------------------------------------------------
@@ -186,99 +181,103 @@ def read(folder: str) -> dict[str, list[dict]]:
     return found
 
 
+def table(title: str, head: tuple, body: list, note: str = "") -> list[str]:
+    """Lines of Markdown; none for an empty body."""
+    if not body:
+        return []
+    rows = ["| " + " | ".join(map(cell, row)) + " |" for row in (head, *body)]
+    return [f"## {title}", "", *([note, ""] if note else []), rows[0], "|" + "---|" * len(head), *rows[1:], ""]
+
+
+def steps_table(steps: dict[str, dict]) -> list[str]:
+    body = []
+    for step, done in steps.items():
+        body.append([step, "kept", done["rows"], ""])
+        for name, n in done["dropped"].items():
+            of = done["of"][name.partition(":")[0]]
+            body.append([step, name, n, f"{n / of:.1%} of {of:,}"])
+    head = ("step", "what", "rows", "fraction")
+    return table("What each step kept and dropped", head, body, "Reasons: annotate/dropped.jsonl.")
+
+
+def audit_tables(audit: list[dict], weights: list[float]) -> list[str]:
+    body = []
+    for judge, s in stability(audit, weights).items():
+        deviations = [s["sd"].get(name) for name in SCORES]
+        body.append([judge, s["answers"], s["judgements"], s["failed"], *deviations, s["same"]])
+    head = ("judge", "answers", "judgements", "failed", *SCORES, "all the same")
+    note = "Standard deviation of a score when the same answer is judged again; the paper chose its judge by this."
+    lines = table("Stability of judgements", head, body, note)
+    body = []
+    for one in agreement(audit, weights):
+        body.append([one["judges"], one["answers"], *one["kappa"].values(), one["pearson"], one["spearman"]])
+    head = ("judges", "answers", *(f"kappa, {n}" for n in DIMENSIONS), "Pearson, weighted", "Spearman, weighted")
+    note = "Cohen's kappa with quadratic weights, on the answers of the audit."
+    return lines + table("Agreement of judges", head, body, note)
+
+
+def score_tables(rows: dict[str, list[dict]], judged: dict[tuple, Judgement], weights: list[float]) -> list[str]:
+    """judged: {(prompt_id, answer): Judgement}, also of answers that tied."""
+    lines = []
+    same = order(rows["pairs"], judged, weights)
+    if same["pairs"]:
+        head = ("pairs", "chosen is the better one", "Pearson", "Spearman")
+        lines += table("Overall scores against the judge's weighted scores", head, [list(same.values())])
+    if judged:
+        body = []
+        for name in DIMENSIONS:
+            counts = Counter(getattr(judgement, name) for judgement in judged.values())
+            body.append([name, *(counts[score] / len(judged) for score in SCALE)])
+        lines += table(f"Scores of the {len(judged):,} judged answers", ("", *SCALE), body, "Shares.")
+    by_model = defaultdict(list)
+    for row in rows["scores"]:
+        by_model[row["model"]].append(row["score"])
+    body = []
+    for model, scores in by_model.items():
+        fractions = np.histogram(scores, (1, 1.5, 2.5, 3.5, 4.5, 5))[0] / len(scores)
+        body.append([model, len(scores), float(np.mean(scores)), *fractions])
+    head = ("model", "answers", "mean", 1, 2, 3, 4, 5)
+    lines += table("Overall scores", head, body, "Shares of what rounds to 1 ... 5.")
+    by_kind = defaultdict(list)
+    for row in rows["answers"]:
+        by_kind[f"answers of {row['model']}"].append(len(row["answer"]))
+    for side in ("chosen", "rejected"):
+        by_kind[side] = [len(pair[side]) for pair in rows["pairs"]]
+    body = [[kind, len(n), *np.quantile(n, (0.1, 0.5, 0.9)).round().astype(int)] for kind, n in by_kind.items() if n]
+    return lines + table("Characters of an answer", ("", "answers", "10 %", "median", "90 %"), body)
+
+
+def copies_table(found: dict[str, Any]) -> list[str]:
+    body = [[COPIES[name], value] for name, value in found.items()]
+    note = f"Similar: a cosine of {SIMILAR:g} or more (tf-idf of 3 to 5 characters), of at most {DRAWN:,} texts."
+    return table("Copies, and what the held-out side shares with training", ("", ""), body, note)
+
+
+def cost_table(models: dict[str, dict]) -> list[str]:
+    counted = ("requests", "calls", "prompt_tokens", "completion_tokens", "cost")
+    body = [[name, *(counts[k] for k in counted)] for name, counts in models.items()]
+    return table("What was asked", ("step, model", "requests", "calls", "tokens in", "tokens out", "dollars"), body)
+
+
 def sheet(folder: str) -> tuple[str, list[dict]]:
     """Returns the sheet as Markdown, and ten random pair rows with the judgements of both sides."""
     summary = read_json(os.path.join(folder, "annotation.json"))
     rows = read(folder)
-    args = summary["args"]
-    weights = args["score_weights"]
-    judged = {(row["prompt_id"], row["answer"]): judgement_of(row) for row in rows["judgements"]}
+    seed = summary["args"]["seed"]
+    weights = summary["args"]["score_weights"]
     tied = [row for row in rows["dropped"] if row["step"] == "judgements" and "critique" in row]
-    all_judged = judged | {(row["prompt_id"], row["answer"]): judgement_of(row) for row in tied}
-    lines = []
-
-    def table(title, head, body, note=""):
-        if body:
-            lines.extend([f"## {title}", "", *([note, ""] if note else []), "| " + " | ".join(map(str, head)) + " |"])
-            lines.append("|" + "---|" * len(head))
-            lines.extend("| " + " | ".join(map(cell, row)) + " |" for row in body)
-            lines.append("")
-
-    steps = []
-    for step, done in summary["steps"].items():
-        steps.append([step, "kept", done["rows"], ""])
-        for name, n in done["dropped"].items():
-            of = done["of"][name.partition(":")[0]]
-            steps.append([step, name, n, f"{n / of:.1%} of {of:,}"])
-    table(
-        "What each step kept and dropped",
-        ("step", "what", "rows", "fraction"),
-        steps,
-        "Reasons: annotate/dropped.jsonl.",
-    )
-
-    steady = stability(rows["audit"], weights)
-    body = [
-        [
-            judge,
-            s["answers"],
-            s["judgements"],
-            s["failed"],
-            *(s["sd"].get(n) for n in (*DIMENSIONS, "weighted")),
-            s["same"],
-        ]
-        for judge, s in steady.items()
+    judged = {(row["prompt_id"], row["answer"]): judgement_of(row) for row in rows["judgements"] + tied}
+    lines = [
+        *steps_table(summary["steps"]),
+        *audit_tables(rows["audit"], weights),
+        *score_tables(rows, judged, weights),
+        *copies_table(copies(rows["train"], rows["eval"], seed)),
+        *cost_table(summary["models"]),
     ]
-    head = ("judge", "answers", "judgements", "failed", *DIMENSIONS, "weighted", "all the same")
-    note = "Standard deviation of a score when the same answer is judged again; the paper chose its judge by this."
-    table("Stability of judgements", head, body, note)
-
-    agreed = [
-        [one["judges"], one["answers"], *one["kappa"].values(), one["pearson"], one["spearman"]]
-        for one in agreement(rows["audit"], weights)
-    ]
-    head = ("judges", "answers", *(f"kappa, {n}" for n in DIMENSIONS), "Pearson, weighted", "Spearman, weighted")
-    table("Agreement of judges", head, agreed, "Cohen's kappa with quadratic weights, on the answers of the audit.")
-
-    same = order(rows["pairs"], all_judged, weights)
-    if same["pairs"]:
-        body = [[same["pairs"], same["same"], same["pearson"], same["spearman"]]]
-        head = ("pairs", "chosen is the better one", "Pearson", "Spearman")
-        table("Overall scores against the judge's weighted scores", head, body)
-
-    counts = [Counter(getattr(j, name) for j in all_judged.values()) for name in DIMENSIONS]
-    body = [[name, *(c[s] / max(1, len(all_judged)) for s in SCALE)] for name, c in zip(DIMENSIONS, counts)]
-    table(f"Scores of the {len(all_judged):,} judged answers", ("", *SCALE), body if all_judged else [], "Shares.")
-    by_model = defaultdict(list)
-    for row in rows["scores"]:
-        by_model[row["model"]].append(row["score"])
-    body = [
-        [m, len(s), float(np.mean(s)), *np.histogram(s, (1, 1.5, 2.5, 3.5, 4.5, 5))[0] / len(s)]
-        for m, s in by_model.items()
-    ]
-    table("Overall scores", ("model", "answers", "mean", 1, 2, 3, 4, 5), body, "Shares of what rounds to 1 ... 5.")
-    body = [[name, *values] for name, values in lengths(rows["answers"], rows["pairs"]).items()]
-    table("Characters of an answer", ("", "answers", "10 %", "median", "90 %"), body)
-
-    found = copies(rows["train"], rows["eval"], args["seed"])
-    body = [[COPIES[name], value] for name, value in found.items() if name in COPIES]
-    table(
-        "Copies, and what the held-out side shares with training",
-        ("", ""),
-        body,
-        f"Similar: a cosine of {SIMILAR:g} or more (tf-idf of 3 to 5 characters), of at most {DRAWN:,} texts.",
-    )
-
-    body = [
-        [name, *(counts[k] for k in ("requests", "calls", "prompt_tokens", "completion_tokens", "cost"))]
-        for name, counts in summary["models"].items()
-    ]
-    table("What was asked", ("step, model", "requests", "calls", "tokens in", "tokens out", "dollars"), body)
-
-    drawn = Random(args["seed"]).sample(rows["pairs"], min(10, len(rows["pairs"])))
-    for pair in drawn:
-        pair["judged"] = {side: all_judged.get((pair["prompt_id"], pair[side])) for side in ("chosen", "rejected")}
-    return "\n".join(lines), drawn
+    pairs = Random(seed).sample(rows["pairs"], min(10, len(rows["pairs"])))
+    for pair in pairs:
+        pair["judged"] = {side: judged.get((pair["prompt_id"], pair[side])) for side in ("chosen", "rejected")}
+    return "\n".join(lines), pairs
 
 
 COPIES = {
@@ -292,9 +291,9 @@ COPIES = {
 }
 
 
-def cell(value) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/")
+    return f"{value:,}" if isinstance(value, (int, np.integer)) else str(value).replace("|", "/")
