@@ -256,71 +256,56 @@ def shown_orders(row: dict, args: Args) -> list[str]:
     return ["model_first"] if switched else ["baseline_first"]
 
 
-def judge_pairs(
-    rows: list[dict], answers: dict[str, Answers], args: Args, ranks: Ranks
-) -> tuple[list[Outcome], list[dict]]:
-    """Shows the judge both answers -> an outcome for each prompt, and the verdict rows."""
-    outcomes = []
-    items = []
-    asked = []  # (prompt index, order) of each item
-    for i, (model, baseline) in enumerate(zip(answers["model"].texts, answers["baseline"].texts)):
-        outcomes.append(Outcome())
-        if model is None or baseline is None:
-            continue
-        if model == baseline:
-            outcomes[i] = Outcome(preference=1.5, method="equal texts", failure=None)
-            continue
-        outcomes[i] = Outcome(failure=None)
-        for order in shown_orders(rows[i], args):
-            items.append((rows[i], (baseline, model) if order == "baseline_first" else (model, baseline)))
-            asked.append((i, order))
-    verdicts = verdicts_on(items, args, ranks)
-    for (i, order), verdict in zip(asked, verdicts):
-        outcome = outcomes[i]
+def verdicts_on_both(
+    rows: list[dict], texts: dict[str, list[str | None]], args: Args, ranks: Ranks
+) -> list[dict[str, dict]]:
+    """Verdict rows on the answers of both sides to each prompt: {order: verdict} of a judge that compares, or {side:
+    verdict} of one that scores each answer by itself.
+
+    A judge that compares is not asked about equal texts, nor where an answer is missing.
+    """
+    asked = []  # (prompt index, order or side) of each item
+    items: list[tuple] = []
+    for i in sorted(range(len(rows)), key=lambda i: str(rows[i]["prompt_id"])):  # neighbours share a prefix
+        model, baseline = (texts[side][i] for side in SIDES)
+        shown: dict[str, Any] = {}
+        if not compares(args.judge):
+            shown = {side: texts[side][i] for side in SIDES if texts[side][i] is not None}
+        elif None not in (model, baseline) and model != baseline:
+            both = {"baseline_first": (baseline, model), "model_first": (model, baseline)}
+            shown = {order: both[order] for order in shown_orders(rows[i], args)}
+        for name, answer in shown.items():
+            asked.append((i, name))
+            items.append((rows[i], answer))
+    found: list[dict[str, dict]] = [{} for _ in rows]
+    for (i, name), verdict in zip(asked, verdicts_on(items, args, ranks)):
+        found[i][name] = verdict
+    return found
+
+
+def outcome_of(model: str | None, baseline: str | None, verdicts: dict[str, dict]) -> Outcome:
+    """What the verdicts on two answers say of them."""
+    if model is None or baseline is None:
+        return Outcome(method="scores" if verdicts else None)
+    if not verdicts:
+        return Outcome(preference=1.5, method="equal texts", failure=None)
+    failures = [v["failure"] for v in verdicts.values() if v["reward"] is None]
+    outcome = Outcome(failure=failures[0] if failures else None)
+    if "model" in verdicts:
+        outcome.method = "scores"
+        if not failures:
+            difference = verdicts["model"]["reward"] - verdicts["baseline"]["reward"]
+            outcome.preference = 1.5 + 0.5 * float(np.sign(difference))
+        return outcome
+    for order, verdict in verdicts.items():
         p_first = verdict["reward"]
-        if p_first is None or order == "model_first":
-            outcome.shown[order] = p_first
-        else:
-            outcome.shown[order] = 1 - p_first
-        if "votes" in (outcome.method, verdict["method"]):  # of either order
-            outcome.method = "votes"
-        else:
-            outcome.method = outcome.method or verdict["method"]
-        outcome.failure = outcome.failure or verdict["failure"]
-    for outcome in outcomes:  # a single order would count the judge's position bias: all orders or none
-        p_model = [p for p in outcome.shown.values() if p is not None]
-        if outcome.shown and len(p_model) == len(outcome.shown):
-            outcome.preference = 1 + sum(p_model) / len(p_model)
-    named = [dict(prompt_id=rows[i]["prompt_id"], order=order, **v) for (i, order), v in zip(asked, verdicts)]
-    return outcomes, named
-
-
-def judge_scores(
-    rows: list[dict], answers: dict[str, Answers], args: Args, ranks: Ranks
-) -> tuple[list[Outcome], list[dict]]:
-    """Has each answer scored by itself: the higher score wins, equal ones draw. Returns as `judge_pairs`."""
-    asked = []
-    items = []
-    for side in SIDES:
-        for i, answer in enumerate(answers[side].texts):
-            if answer is not None:
-                asked.append((side, i))
-                items.append((rows[i], answer))
-    verdicts = verdicts_on(items, args, ranks)
-    verdict_of = dict(zip(asked, verdicts))
-    outcomes = []
-    for i in range(len(rows)):
-        outcome = Outcome(method="scores")
-        both = [verdict_of[side, i] for side in SIDES if (side, i) in verdict_of]
-        if len(both) == 2:
-            failures = [verdict["failure"] for verdict in both if verdict["reward"] is None]
-            outcome.failure = failures[0] if failures else None
-            if not failures:
-                model, baseline = (verdict["reward"] for verdict in both)
-                outcome.preference = 1.5 + 0.5 * ((model > baseline) - (model < baseline))
-        outcomes.append(outcome)
-    named = [dict(side=side, prompt_id=rows[i]["prompt_id"], **v) for (side, i), v in zip(asked, verdicts)]
-    return outcomes, named
+        is_turned = order == "baseline_first" and p_first is not None
+        outcome.shown[order] = 1 - p_first if is_turned else p_first
+    methods = {v["method"] for v in verdicts.values()} - {None}
+    outcome.method = max(methods, default=None)  # votes, if either order was voted on
+    if not failures:  # a single order would count the judge's position bias: all orders or none
+        outcome.preference = 1 + sum(p for p in outcome.shown.values() if p is not None) / len(outcome.shown)
+    return outcome
 
 
 # -- win rate ----------------------------------------------------------------------------------------------------------
@@ -402,8 +387,14 @@ def win_rate(args: Args, ranks: Ranks) -> None:
             f"the model and the baseline are both called {model.generator}, and their answers differ; expected another "
             "`generator` in the rows of --answers or --baseline-answers"
         )
-    judge = judge_pairs if compares(args.judge) else judge_scores
-    outcomes, verdicts = judge(rows, answers, args, ranks)
+    found = verdicts_on_both(rows, {side: answers[side].texts for side in SIDES}, args, ranks)
+    outcomes = [outcome_of(*one) for one in zip(model.texts, baseline.texts, found)]
+    verdicts = []
+    for name in (*SIDES, "baseline_first", "model_first"):
+        about = "side" if name in SIDES else "order"
+        for row, of_row in zip(rows, found):
+            if name in of_row:
+                verdicts.append({"prompt_id": row["prompt_id"], about: name} | of_row[name])
     if ranks.rank == 0:
         write_rows(os.path.join(args.out, "verdicts.jsonl"), verdicts)
     if args.stage == "verdicts" or ranks.rank > 0:
@@ -450,37 +441,26 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
     check_judge(args, ranks)
     if args.stage == "answers":
         return print0("reward-accuracy has no answers to make: they are in the pairs")
-    # neighbours share a prefix: both answers of a pair, and all pairs of a prompt
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i]["prompt_id"])
-    items: list[tuple] = []
-    for pair in (pairs[i] for i in order):
-        both = (pair["chosen"], pair["rejected"])
-        items += [(pair, both), (pair, both[::-1])] if compares(args.judge) else [(pair, text) for text in both]
-    verdicts = verdicts_on(items, args, ranks)
+    texts = {"model": [pair["chosen"] for pair in pairs], "baseline": [pair["rejected"] for pair in pairs]}
+    verdicts = verdicts_on_both(pairs, texts, dataclasses.replace(args, orders="both"), ranks)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
-    verdicts_of = {i: verdicts[2 * k : 2 * k + 2] for k, i in enumerate(order)}
-    outcomes = np.full(len(pairs), np.nan)
+    rows = []
+    outcomes = []
     shown = []
-    for i in range(len(pairs)):
-        a, b = (verdict["reward"] for verdict in verdicts_of[i])
-        if a is None or b is None:
-            continue
-        if compares(args.judge):  # a and b are P(first), with chosen first and with rejected first
-            shown.append({"baseline_first": 1 - b, "model_first": a})
-            chosen_first, rejected_first = a, b
-            a = chosen_first + (1 - rejected_first)
-            b = rejected_first + (1 - chosen_first)
-        outcomes[i] = 0.5 if a == b else float(a > b)
-    results = accuracy_by_tier(pairs, outcomes, args.seed) | dict(
+    for pair, of_pair in zip(pairs, verdicts):
+        outcome = outcome_of(pair["chosen"], pair["rejected"], of_pair)
+        right = None
+        if outcome.preference is not None:
+            right = 0.5 + 0.5 * float(np.sign(outcome.preference - 1.5))
+        outcomes.append(right)
+        shown.append(outcome.shown)
+        rows.append({**pair, "outcome": right, "verdicts": list(of_pair.values())})
+    results = accuracy_by_tier(pairs, np.array(outcomes, dtype=np.float64), args.seed) | dict(  # None is NaN
         position_bias=position_bias(shown, args.seed),
-        failures=dict(Counter(v["failure"] for v in verdicts if v["failure"])),
+        failures=dict(Counter(v["failure"] for of_pair in verdicts for v in of_pair.values() if v["failure"])),
         judge=args.judge,
     )
-    rows = []
-    for i, pair in enumerate(pairs):
-        outcome = None if np.isnan(outcomes[i]) else float(outcomes[i])
-        rows.append({**pair, "outcome": outcome, "verdicts": verdicts_of[i]})
     write_rows(os.path.join(args.out, "verdicts.jsonl"), rows)
     write_results(args.out, results, dataclasses.asdict(args), accuracy_table(results), "verdicts.jsonl")
 

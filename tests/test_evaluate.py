@@ -676,7 +676,8 @@ def test_failures_under_http_200_are_asked_again_by_the_next_run(world, tmp_path
     server.faults = {"verdict 0": ["credits"], "verdict 1": ["page"]}
     flags += ["--answers", write(tmp_path / "a.jsonl", [p | {"answer": f"verdict {i}"} for i, p in enumerate(prompts)])]
     flags += ["--judge", server.url, "--grm-template", tmp_path / "grm.txt"]
-    server.faults["x"] = [judgement_text("Say more.", 0, 0, 0)] * 6  # the baseline's answers are all alike
+    # the baseline's answers are all alike; the first is asked about between the two above
+    server.faults["x"] = ["page", *[judgement_text("Say more.", 0, 0, 0)] * 6]
     results, _, verdicts = run(*flags)
     assert results["failures"] == {"request": 2}
     assert "out of credits" in verdicts[0]["error"] and "Log in first" in verdicts[1]["error"]
