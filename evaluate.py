@@ -493,16 +493,16 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
     answers = answers_of(["model"], rows, args, ranks)["model"]
     if args.stage == "answers":
         return
-    answered = [i for i, answer in enumerate(answers.texts) if answer is not None]
-    own_items = [(rows[i], answers.texts[i]) for i in answered]
-    swapped_items = [({**rows[i], "persona": strangers[i]}, answers.texts[i]) for i in answered]
-    verdicts = verdicts_on(own_items + swapped_items, args, ranks)
+    shown = [each for each in zip(rows, strangers, answers.texts) if each[2] is not None]
+    items = [(row, answer) for row, _, answer in shown]
+    items += [(row | {"persona": stranger}, answer) for row, stranger, answer in shown]
+    verdicts = verdicts_on(items, args, ranks)
     if args.stage == "verdicts" or ranks.rank > 0:
         return
-    own = verdicts[: len(answered)]
-    swapped = verdicts[len(answered) :]
+    own = verdicts[: len(shown)]
+    swapped = verdicts[len(shown) :]
     names = [name for name in (*DIMENSIONS, "reward") if any(v[name] is not None for v in own)]
-    persons = persons_of([rows[i] for i in answered])
+    persons = persons_of([row for row, _, _ in shown])
 
     def test(name: str) -> dict:
         a, b = (np.array([v[name] for v in side], dtype=np.float64) for side in (own, swapped))  # None is NaN
@@ -518,8 +518,8 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
         failures=dict(Counter(v["failure"] for v in verdicts if v["failure"])),
     )
     named = []
-    for i, a, b in zip(answered, own, swapped):
-        named.append(dict(prompt_id=rows[i]["prompt_id"], persona=strangers[i], own=a, swapped=b))
+    for (row, stranger, _), a, b in zip(shown, own, swapped):
+        named.append(dict(prompt_id=row["prompt_id"], persona=stranger, own=a, swapped=b))
     write_rows(os.path.join(args.out, "verdicts.jsonl"), named)
     table = swap_table(results)
     write_results(args.out, results, dataclasses.asdict(args), table, "answers_model.jsonl, verdicts.jsonl")

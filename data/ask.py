@@ -199,23 +199,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    out: str
-    """Folder of the journal."""
-    concurrency: int = 32
-    """Requests under way to a server."""
-    attempts: int = 3
-    """Replies that are asked for before a request has failed."""
-    max_cost: float | None = None
-    """Dollars, over all runs in this folder."""
+    out: str  # folder of the journal
+    concurrency: int = 32  # requests under way to a server
+    attempts: int = 3  # replies that are asked for before a request has failed
+    max_cost: float | None = None  # dollars, over all runs in this folder
     retry_failed: bool = False
-    patience: float = PATIENCE
-    """Seconds to wait for a server that gives no reply."""
-    max_batch: int = 256
-    """Sequences in the engine of a checkpoint."""
+    patience: float = PATIENCE  # seconds to wait for a server that gives no reply
+    max_batch: int = 256  # sequences in the engine of a checkpoint
+    # {name of a model: dollars for a million tokens of prompts, of replies}
     prices: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """{name of a model: dollars for a million tokens of prompts, of replies}."""
-    per_minute: dict[str, float] = field(default_factory=dict)
-    """{name of a model, "" for all: requests a minute}."""
+    per_minute: dict[str, float] = field(default_factory=dict)  # {name of a model, "" for all: requests a minute}
 
 
 class FunctionBackend:

@@ -39,8 +39,7 @@ class FunctionJudge(Judge):
 
     @classmethod
     def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> Judge:
-        function = load_function(target)
-        return cls(target, function, settings.weights, annotated_critiques(function))
+        return cls(target, settings.weights)
 
     @classmethod
     def fingerprint(cls, target: str, settings: JudgeSettings) -> list:
@@ -54,15 +53,13 @@ class FunctionJudge(Judge):
         load_function(target)
         return {}
 
-    def __init__(
-        self, name: str, function: Callable, weights: tuple[float, float, float], writes_critiques: bool | None
-    ):
+    def __init__(self, target: str, weights: tuple[float, float, float]):
         super().__init__()
-        self.name = name
-        self.function = function
+        self.name = target
+        self.function = load_function(target)
         self.weights = weights
-        self.writes_critiques = writes_critiques
-        self.lowest_reward = lowest_score(weights) if writes_critiques else None
+        self.writes_critiques = annotated_critiques(self.function)
+        self.lowest_reward = lowest_score(weights) if self.writes_critiques else None
         self.waiting: collections.deque[tuple[Any, dict, str]] = collections.deque()
 
     def submit(self, key: Any, row: dict, answer: str, seed: int) -> None:
