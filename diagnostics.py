@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from chat import Chat
 from judges import Judge, ask_all
 from model import save_pretrained
-from prompts import DIMENSIONS, Judgement, has_control_text
+from prompts import DIMENSIONS, Judgement, has_control_text, words_of
 from runtime import training
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed, moments, print0
 from runtime.rows import write_text
@@ -64,11 +63,6 @@ class Means:
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
-
-
-def words_of(text: str) -> list[str]:
-    """Words of Latin letters and digits; of other scripts, which may have no spaces, single characters."""
-    return re.findall(r"[a-z0-9]+|\w", text.casefold())
 
 
 def leaves(value: Any) -> list[str]:

@@ -506,6 +506,11 @@ def has_control_text(answer: str) -> bool:
     return CONTROL_TEXT.search(answer) is not None
 
 
+def words_of(text: str) -> list[str]:
+    """Words of Latin letters and digits; of other scripts, which may have no spaces, single characters."""
+    return re.findall(r"[a-z0-9]+|\w", text.casefold())
+
+
 def without_reasoning(text: str) -> str:
     """A completion without the <think> blocks at its beginning, up to the last closing tag: reasoning may quote one."""
     match = REASONING.match(text)

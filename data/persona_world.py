@@ -72,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator
 from random import Random
 
 from data.world_tokenizer import write_tokenizer
-from prompts import DIMENSIONS, Judgement, Templates, answer_request, fill, grm_request, judgement_text
+from prompts import DIMENSIONS, Judgement, Templates, answer_request, fill, grm_request, judgement_text, words_of
 from runtime.rows import write_rows, write_text
 
 # -- the vocabulary of the world -------------------------------------------------------------------------------
@@ -376,10 +376,6 @@ def write_answer(
 
 
 # -- the exact judge -----------------------------------------------------------------------------
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 PHRASES = {" ".join(words_of(s)): kind for kind, sentences in FLUFF.items() for s in sentences}

@@ -80,17 +80,13 @@ if __name__ == "__main__":
 import ast
 import hashlib
 import json
-import os
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from data.readers import ENDINGS, read_objects, read_raw, read_table, read_text
-from runtime import flags
 from runtime.distributed import derive_seed
 from runtime.rows import check_compression, check_row, normalized, parse_json, refuse_surrogates, write_rows
 
@@ -103,6 +99,12 @@ TIER = re.compile(r"(easy|mid|medium|hard)")
 KIND = re.compile(r"(general|spe[cd]ific)")  # the hub spells one folder "spedific"
 # The baseline's file has no tiers: 50 questions of each, in this order
 WINRATE_TIERS = [(kind, tier) for kind in ("specific", "general") for tier in ("easy", "mid", "hard")]
+FIELDS = {  # kind of file: fields of its first row, the first kind that fits
+    "baseline": {"question", "persona", "response"},
+    "rewardbench": {"question", "profile", "chosen", "rejected"},
+    "pairs": {"user_id", "question", "chosen"},
+    "rl": {"prompt", "reward_model"},
+}
 ALPACA_BASELINE = "alpaca_eval_gpt4_baseline.json"  # of AlpacaEval 2, whose difficulties belong to it
 OPTION = re.compile(r"\s*\(([a-d])\)\s*")
 
@@ -148,14 +150,9 @@ def what_it_holds(path: str) -> str | None:
         return "contexts"
     _, first = next(read_raw(path), (path, {}))
     check_row(first, "object", path)
-    if {"question", "persona", "response"} <= set(first):
-        return "baseline"
-    if {"question", "profile", "chosen", "rejected"} <= set(first):
-        return "rewardbench"
-    if {"user_id", "question", "chosen"} <= set(first):
-        return "pairs"
-    if {"prompt", "reward_model"} <= set(first):
-        return "rl"
+    for kind, fields in FIELDS.items():
+        if fields <= first.keys():
+            return kind
     return "personas" if "persona" in name else None
 
 
@@ -177,32 +174,33 @@ def text_field(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def personas_by_id(
-    rows: Iterable[tuple[str, dict]], id_column: str, has_ids: bool, persona_of: Callable[[dict], Any]
+def read_personas(
+    path: str, id_column: str = "user_id", persona_columns: tuple[str, ...] = ()
 ) -> dict[str, dict | str]:
-    """Personas of a file's rows by id. Without ids (has_ids) these are row numbers, from 1.
+    """Personas of a table by id, which is the row number, from 1, in a table without ids.
 
-    ValueError: a row without an id among rows that have one, two rows of one id, or no rows.
+    persona_columns: one, or several for an object of them; none: "persona" if it exists, else the whole row.
+    ValueError: a row without an id in a table that has ids, two rows of one id, no persona, or no rows.
     """
+    columns, rows = read_table(path)
+    if not persona_columns and "persona" in columns:
+        persona_columns = ("persona",)
+    for column in persona_columns:
+        require_column(column, columns, path)
     personas = {}
     for number, (where, row) in enumerate(rows, 1):
-        if has_ids and id_column not in row:
-            raise ValueError(f'{where}: field "{id_column}" is missing; expected an id, as in the other rows')
-        persona_id = str(row[id_column] if has_ids else number)
+        persona_id = str(number)
+        if id_column in columns:
+            if id_column not in row:
+                raise ValueError(f'{where}: field "{id_column}" is missing; expected an id, as in the other rows')
+            persona_id = str(row[id_column])
         if persona_id in personas:
             raise ValueError(f'{where}: {id_column} "{persona_id}" occurs twice')
-        personas[persona_id] = checked_persona(persona_of(row), where)
+        persona = persona_of(row, persona_columns)
+        if not persona_columns:
+            persona = {column: value for column, value in row.items() if column != id_column}
+        personas[persona_id] = checked_persona(persona, where)
     return personas
-
-
-def read_personas(path: str) -> dict[str, dict | str]:
-    """Personas by user_id, which is the line number, from 1, where rows have none (as on the hub)."""
-    rows = list(read_objects(path))
-    if not rows:
-        raise ValueError(f"{path}: empty, no personas")
-    names = {name for _, row in rows for name in row}
-    is_wrapped = bool(names & {"user_id", "persona"})  # else the row is the persona
-    return personas_by_id(rows, "user_id", "user_id" in names, lambda row: row.get("persona") if is_wrapped else row)
 
 
 def digest(*parts: Any) -> str:
@@ -249,23 +247,34 @@ def rl_rows(path: str, source: str) -> Iterator[dict]:
         yield {**prompt, "reference": reference} if reference.strip() else prompt
 
 
+def preference_pairs(
+    path: str, source: str, rejected_field: str, persona_in: Callable[[dict, str], dict | str], dropped: Counter
+) -> Iterator[tuple[dict, dict]]:
+    """(row, pair) of each row of a file. Pairs without a difference are counted instead."""
+    for where, row in read_objects(path):
+        persona = persona_in(row, where)
+        question, chosen, rejected = (text_field(row, field, where) for field in ("question", "chosen", rejected_field))
+        if not (question.strip() and chosen.strip() and rejected.strip()):
+            dropped["pairs with a blank question or answer"] += 1
+        elif chosen == rejected:
+            dropped["pairs of two equal answers"] += 1
+        else:
+            yield row, prompt_row(persona, question, source) | {"chosen": chosen, "rejected": rejected}
+
+
 def pair_rows(path: str, source: str, personas: dict, dropped: Counter) -> Iterator[dict]:
-    """Pair rows of a benchmark file, with user_id, tier and kind; dropped rows are counted."""
+    """Pair rows of a benchmark file, with user_id, tier and kind."""
     tier = TIER.search(source)
     kind = KIND.search(source)
-    for where, row in read_objects(path):
+
+    def persona_in(row: dict, where: str) -> dict | str:
         user_id = str(row.get("user_id"))
         if user_id not in personas:
             raise ValueError(f'{where}: no persona with user_id "{user_id}" among {len(personas)}')
-        question, chosen, rejected = (text_field(row, field, where) for field in ("question", "chosen", "reject"))
-        if not (question.strip() and chosen.strip() and rejected.strip()):
-            dropped["pairs with a blank question or answer"] += 1
-            continue
-        if chosen == rejected:
-            dropped["pairs of two equal answers"] += 1
-            continue
-        pair = prompt_row(personas[user_id], question, source)
-        pair |= {"chosen": chosen, "rejected": rejected, "user_id": user_id}
+        return personas[user_id]
+
+    for row, pair in preference_pairs(path, source, "reject", persona_in, dropped):
+        pair["user_id"] = str(row["user_id"])
         if row.get("tier"):
             pair["tier"] = row["tier"]
         elif tier:
@@ -285,11 +294,12 @@ def distinct(rows: Iterable[dict], fields: tuple[str, ...], dropped: Counter, wh
     return list(first_rows.values())
 
 
-def split(rows: list[dict], is_held_out: Callable[[dict], bool]) -> tuple[list[dict], list[dict]]:
+def split(rows: Iterable[dict], is_held_out: Callable[[dict], bool]) -> tuple[list[dict], list[dict]]:
     """-> rows to train on, and held-out rows."""
-    held_out = [is_held_out(row) for row in rows]
-    train = [row for row, out in zip(rows, held_out) if not out]
-    return train, [row for row, out in zip(rows, held_out) if out]
+    sides: tuple[list[dict], list[dict]] = ([], [])
+    for row in rows:
+        sides[is_held_out(row)].append(row)
+    return sides
 
 
 def winrate_rows(path: str, source: str, dropped: Counter) -> list[dict]:
@@ -308,9 +318,9 @@ def winrate_rows(path: str, source: str, dropped: Counter) -> list[dict]:
 
 def is_outputs(value: Any) -> bool:
     """Whether a JSON value has AlpacaEval's form: a list of objects with the texts instruction and output."""
-    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
-        return False
-    return all(isinstance(row.get(field), str) for row in value for field in ("instruction", "output"))
+    rows = value if isinstance(value, list) else []
+    texts = [row.get(name) if isinstance(row, dict) else None for row in rows for name in ("instruction", "output")]
+    return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
@@ -410,17 +420,14 @@ def personamem_contexts(path: str) -> dict[str, list]:
 
 def rewardbench_rows(path: str, source: str, dropped: Counter) -> Iterator[dict]:
     """Pair rows of Personalized-RewardBench; a profile that is a list becomes an object."""
-    for where, row in read_objects(path):
+
+    def persona_in(row: dict, where: str) -> dict | str:
         profile = row.get("profile")
-        if isinstance(profile, list):
-            profile = {"profile": profile}
-        question, chosen, rejected = (text_field(row, field, where) for field in ("question", "chosen", "rejected"))
-        if not (question.strip() and chosen.strip() and rejected.strip()) or chosen == rejected:
-            dropped["pairs with a blank text, or of two equal answers"] += 1
-            continue
-        pair = prompt_row(checked_persona(profile, where), question, source)
-        kind = os.path.splitext(os.path.basename(path))[0]
-        yield pair | {"chosen": chosen, "rejected": rejected, "kind": kind}
+        return checked_persona({"profile": profile} if isinstance(profile, list) else profile, where)
+
+    kind = os.path.splitext(os.path.basename(path))[0]
+    for _, pair in preference_pairs(path, source, "rejected", persona_in, dropped):
+        yield pair | {"kind": kind}
 
 
 def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
@@ -433,13 +440,14 @@ def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
 
 def find_personas(files: dict[str | None, list[str]]) -> dict[str, dict | str]:
     """Personas by user_id, of all files of a source. ValueError: two persons have one user_id."""
-    in_files = [(path, read_personas(path)) for path in files.get("personas", [])]
-    for path in files.get("persona", []):  # one file per persona: its name is the user_id
-        user_id = os.path.basename(path).removesuffix(".json")
-        in_files.append((path, {user_id: checked_persona(read_text(path), path)}))
     personas: dict[str, dict | str] = {}
-    for path, by_id in in_files:
-        for user_id, persona in by_id.items():
+    for path in files.get("personas", []) + files.get("persona", []):
+        if path.endswith(".json"):  # one file per persona: its name is the user_id
+            user_id = os.path.basename(path).removesuffix(".json")
+            in_file = {user_id: checked_persona(read_text(path), path)}
+        else:
+            in_file = read_personas(path)
+        for user_id, persona in in_file.items():
             if personas.setdefault(user_id, persona) != persona:
                 raise ValueError(f'{path}: user_id "{user_id}" is of another person in another file')
     return personas
@@ -521,25 +529,13 @@ def persona_of(row: dict, columns: tuple[str, ...]) -> Any:
 
 
 def own_personas(args: Args, needs_ids: bool) -> dict[str, dict | str]:
-    """Personas by id, of --personas: a table's rows, or those of a source. Ids are row numbers, from 1, by default."""
+    """Personas by id, of --personas: a table's rows, or those of a source."""
     if not os.path.isfile(args.personas):
         return find_personas(sort_files(list_files(args.personas)[1]))
-    columns, rows = read_table(args.personas)
-    persona_columns = args.persona_column
-    if not persona_columns and "persona" in columns:
-        persona_columns = ("persona",)
-    for column in persona_columns:
-        require_column(column, columns, args.personas)
     if needs_ids:
         reason = f", by which the questions of {args.questions} name their persona"
-        require_column(args.id_column, columns, args.personas, reason)
-
-    def persona(row: dict) -> Any:
-        if persona_columns:
-            return persona_of(row, persona_columns)
-        return {column: value for column, value in row.items() if column != args.id_column}
-
-    return personas_by_id(rows, args.id_column, args.id_column in columns, persona)
+        require_column(args.id_column, read_table(args.personas)[0], args.personas, reason)
+    return read_personas(args.personas, args.id_column, args.persona_column)
 
 
 def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
@@ -548,64 +544,57 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
     require_column(args.question_column, columns, args.questions, " of questions")
     has_ids = args.id_column in columns
     persona_columns = args.persona_column or ("persona",)
-    personas = {}
+    personas: dict[str, dict | str] = {}
     if args.personas is None:
         for column in persona_columns:
             require_column(column, columns, args.questions, " of personas, and no --personas are given")
     else:
         personas = own_personas(args, has_ids)
-        if not has_ids and not 1 <= args.personas_per_question <= len(personas):
+        if not has_ids and args.personas_per_question > len(personas):
             raise ValueError(
                 f"--personas-per-question {args.personas_per_question}: expected 1 to {len(personas)}, the personas of "
                 f"{args.personas}"
             )
     prompts = []
-    source = os.path.basename(args.questions)
     for number, (where, row) in enumerate(rows):
         question = row.get(args.question_column)
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f'{where}: field "{args.question_column}" is missing or blank, expected a question')
-        extra = {}
-        if args.id_column in row:
-            extra["user_id"] = str(row[args.id_column])
-        if "reference" in row:
-            extra["reference"] = text_field(row, "reference", where)
+        user_id = str(row[args.id_column]) if args.id_column in row else ""
         if args.personas is None:
-            persona = checked_persona(persona_of(row, persona_columns), where)
-            prompts.append(prompt_row(persona, question, source) | extra)
-        elif has_ids:
-            user_id = extra.get("user_id", "")
-            if user_id not in personas:
-                raise ValueError(f'{where}: no persona with {args.id_column} "{user_id}" among {len(personas)}')
-            prompts.append(prompt_row(personas[user_id], question, source) | extra)
-        else:
+            asked_by = {user_id: checked_persona(persona_of(row, persona_columns), where)}
+        elif not has_ids:
             rng = random.Random(derive_seed("persona", args.seed, number))
-            for user_id in rng.sample(sorted(personas), args.personas_per_question):
-                prompts.append(prompt_row(personas[user_id], question, source) | extra | {"user_id": user_id})
+            asked_by = {drawn: personas[drawn] for drawn in rng.sample(sorted(personas), args.personas_per_question)}
+        elif user_id in personas:
+            asked_by = {user_id: personas[user_id]}
+        else:
+            raise ValueError(f'{where}: no persona with {args.id_column} "{user_id}" among {len(personas)}')
+        extra = {"reference": text_field(row, "reference", where)} if "reference" in row else {}
+        for persona_id, persona in asked_by.items():
+            prompt = prompt_row(persona, question, os.path.basename(args.questions))
+            prompts.append(prompt | ({"user_id": persona_id} if persona_id else {}) | extra)
     prompts = distinct(prompts, ("prompt_id",), dropped, "repeated prompts")
     train, held_out = split(prompts, lambda row: in_held_out_share(row["persona"], args.eval_share))
     return {"prompts_train": train, "prompts_eval": held_out}
 
 
-def write(outputs: dict[str, list[dict]], args: Args) -> None:
+def write(outputs: dict[str, list[dict]], folder: str) -> None:
     """Writes a file for each name that has rows. ValueError: a file of another source would remain."""
-
-    def path_of(name):
-        return os.path.join(args.out, f"{name}.jsonl")
-
+    files = {name: os.path.join(folder, f"{name}.jsonl") for name in outputs}
     for name, rows in outputs.items():
-        if not rows and os.path.exists(path_of(name)):
+        if not rows and os.path.exists(files[name]):
             raise ValueError(
-                f"{path_of(name)} is of another source; this one has no such rows: remove it or choose another --out"
+                f"{files[name]} is of another source; this one has no such rows: remove it or choose another --out"
             )
     for name, rows in outputs.items():
         if rows:
-            write_rows(path_of(name), rows)
+            write_rows(files[name], rows)
         print(f"{len(rows):7d} {name}{'' if rows else ': not written'}")
 
 
 def main(args: Args) -> None:
-    if not 0 <= args.eval_share < 1:
+    if args.eval_share == 1:
         raise ValueError(f"--eval-share {args.eval_share}: expected a share in [0, 1)")
     if (args.source is None) == (args.questions is None):
         raise ValueError("give one of --source and --questions: a public data set, or a file of your own questions")
@@ -619,7 +608,7 @@ def main(args: Args) -> None:
         if ignored:
             print(f"not used, {len(ignored)} other files: {', '.join(ignored[:5])}")
         outputs = benchmark_rows(files, root, args, dropped) or personafeedback(files, root, args, dropped)
-    write(outputs, args)
+    write(outputs, args.out)
     for what, count in sorted(dropped.items()):
         print(f"{count:7d} dropped: {what}")
     if outputs.get("pairs"):

@@ -29,47 +29,37 @@ def read_text(path: str) -> str:
     return decode(data, path)
 
 
-def _open_csv(path):
+def _read_csv(path: str) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**30)
-    return csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-
-
-def _read_csv(path):
-    lines = _open_csv(path)
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     number = 0
     try:
         header: list[str] = next(lines, [])
-        repeated = next((name for name in header if header.count(name) > 1), None)
-        if repeated is not None:
-            raise ValueError(f'{path}: two columns "{repeated}"')
-        for cells in lines:
-            if not cells:  # a blank line
-                continue
+        for name in header:
+            if header.count(name) > 1:
+                raise ValueError(f'{path}: two columns "{name}"')
+        for cells in filter(None, lines):  # blank lines are skipped
             number += 1
             if len(cells) != len(header):
                 raise ValueError(f"{path}, row {number}: {len(cells)} cells, expected {len(header)} as in the header")
             yield f"{path}, row {number}", dict(zip(header, cells))
     except csv.Error as error:
-        raise ValueError(
-            f"{path}, row {number + 1}: not CSV, such as a quotation mark that is not closed ({error})"
-        ) from error
+        reason = f"not CSV, such as a quotation mark that is not closed ({error})"
+        raise ValueError(f"{path}, row {number + 1}: {reason}") from error
 
 
-def _open_parquet(path):
+def _read_parquet(path: str) -> Iterator[tuple[str, dict]]:
     import pyarrow  # comes with `datasets`
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         with open(path, "rb") as f:
             check_compression(path, f.read(2))
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
-
-
-def _read_parquet(path):
     number = 0
-    for batch in _open_parquet(path).iter_batches(batch_size=1000):
+    for batch in file.iter_batches(batch_size=1000):
         try:
             rows = batch.to_pylist(maps_as_pydicts="strict")
         except (UnicodeDecodeError, KeyError) as error:  # KeyError: a map with two equal keys
@@ -107,14 +97,14 @@ def read_table(path: str) -> tuple[list[str], list[tuple[str, dict]]]:
     check_compression(path, b"")
     if not path.endswith((".jsonl", ".csv", ".parquet")):
         raise ValueError(f"{path}: expected a .jsonl, .csv or .parquet file")
-    rows = list(read_objects(path))
+    columns: dict[str, None] = {}
+    rows = []
+    for where, raw in read_raw(path):
+        check_row(raw, "object", where)
+        columns |= dict.fromkeys(raw)
+        if path.endswith(".csv"):
+            raw = {name: cell or None for name, cell in raw.items()}
+        rows.append((where, data_row(raw, where)))
     if not rows:
         raise ValueError(f"{path}: empty, no rows")
-    if path.endswith(".csv"):
-        columns = next(_open_csv(path))
-        rows = [(where, {k: v for k, v in row.items() if v}) for where, row in rows]
-    elif path.endswith(".parquet"):
-        columns = _open_parquet(path).schema_arrow.names
-    else:
-        columns = list(dict.fromkeys(key for _, row in rows for key in row))
-    return columns, rows
+    return list(columns), rows

@@ -67,25 +67,24 @@ def first_lone_surrogate(value: Any) -> str | None:
 
     Paths look like "persona.pets[1]"; "" is the value itself. Surrogates in a path are escaped, so that it prints.
     """
-    path = _find_surrogate(value, "")
-    return None if path is None else path.encode("utf-8", "backslashreplace").decode()
+    for path, text in _texts(value, ""):
+        if SURROGATE.search(text):
+            return path.encode("utf-8", "backslashreplace").decode()
+    return None
 
 
-def _find_surrogate(value: Any, path: str) -> str | None:
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Each string and key in a JSON value, with its path."""
     if isinstance(value, str):
-        return path if SURROGATE.search(value) else None
-    entries: list[tuple[str, Any]] = []
-    if isinstance(value, dict):
+        yield path, value
+    elif isinstance(value, dict):
         for key, inner in value.items():
             inner_path = f"{path}.{key}" if path else str(key)
-            entries += [(inner_path, str(key)), (inner_path, inner)]
+            yield inner_path, str(key)
+            yield from _texts(inner, inner_path)
     elif isinstance(value, (list, tuple)):
-        entries = [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
-    for inner_path, inner in entries:
-        found = _find_surrogate(inner, inner_path)
-        if found is not None:
-            return found
-    return None
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{path}[{i}]")
 
 
 # -- thoughts of reasoning models ------------------------------------------------------------------------------------
@@ -135,15 +134,10 @@ def _answers_in(row: dict, kind: str) -> dict[str, Any]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _are_messages(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         return False
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            return False
-        if not isinstance(message.get("content"), str):
-            return False
-    return True
+    return value.get("role") in ("system", "user", "assistant")
 
 
 CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # name: (what is expected, whether a value is that)
@@ -156,7 +150,10 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # name: (what is expec
     "persona": ("a non-empty JSON object or string", lambda v: isinstance(v, (dict, str)) and bool(v)),
     "score": ("an integer from -5 to 5", lambda v: type(v) is int and -5 <= v <= 5),
     "step": ("a positive integer", lambda v: type(v) is int and v > 0),
-    "messages": ('a list of {"role": "system" | "user" | "assistant", "content": text}', _are_messages),
+    "messages": (
+        'a list of {"role": "system" | "user" | "assistant", "content": text}',
+        lambda v: isinstance(v, list) and bool(v) and all(map(_is_message, v)),
+    ),
 }
 
 

@@ -344,7 +344,7 @@ def test_rewardbench(tmp_path, capsys):
     rows = read_rows(str(tmp_path / "out/rewardbench.jsonl"), "pair")
     assert [r["persona"] for r in rows] == [{"profile": row["profile"]}, "A painter."]
     assert rows[0]["kind"] == "Art" and rows[0]["rejected"] == "Bad"
-    assert "1 dropped: pairs with a blank text" in capsys.readouterr().out
+    assert "1 dropped: pairs of two equal answers" in capsys.readouterr().out
 
 
 def test_a_source_that_is_nowhere(tmp_path, monkeypatch):
@@ -501,7 +501,7 @@ LINE = json.dumps({"user_id": "X", "persona": {"Name": "Zoë"}}, ensure_ascii=Fa
         (f"{LINE}\n\n{LINE}\n".encode(), r"personas.jsonl:2: a blank line"),
         (b"\n\n", r"personas.jsonl: empty"),
         (b"", r"personas.jsonl: empty"),
-        (b'{"persona": NaN}', r"personas.jsonl:1: .*persona.* is \{\}"),
+        (b'{"persona": NaN}', r"personas.jsonl:1: .*persona.* is null"),
         (b'{"persona": {"age": Infinity}}', r"personas.jsonl:1: .*expected text, finite numbers"),
         (b'{"persona": ' + b"[" * 100_000, r"personas.jsonl:1: not JSON \(maximum recursion depth"),
     ],
