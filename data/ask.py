@@ -214,6 +214,8 @@ class Limits:
 class FunctionBackend:
     """A function or a Bradley-Terry model. The prompt of a call is its Request."""
 
+    at_once = math.inf
+
     def __init__(self, model: Model, judges: bool, ranks: Ranks):
         self.model = model
         self.judge = model.kind.open(model.spec, model.settings, ranks) if judges else None
@@ -398,14 +400,12 @@ class PaidAsker:
         """An asker of the model that all these requests are for, with their questions."""
         requests = [self.missing[key] for key in asked]
         model = requests[0].model
-        at_once = math.inf
         backend: Backend
         if is_url(model.spec):
             if model.spec not in self.servers:
                 patience = self.limits.patience
                 server = ChatServer(model.spec, patience=patience, per_minute=model.per_minute, strict=True)
                 self.servers[model.spec] = server
-            at_once = self.limits.concurrency
             backend = ServerBackend(self.servers[model.spec], self.limits.concurrency)
         elif model.is_language_model:
             chat = Chat(model.spec)
@@ -413,7 +413,7 @@ class PaidAsker:
             backend = open_engine(model.spec, self.ranks, max_len, self.limits.max_batch)
         else:
             backend = FunctionBackend(model, requests[0].asks_for in ("score", "judgement"), self.ranks)
-        asker = Asker(backend, at_once, self.may_send, self.received)
+        asker = Asker(backend, self.may_send, self.received)
         for key in asked:
             asker.submit(key, self.question(key))
         return asker

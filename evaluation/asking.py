@@ -72,7 +72,7 @@ def replies(
 
     def make(indices: list[int], record: Record) -> None:
         if server:
-            asker = Asker(ServerBackend(server, args.concurrency), args.concurrency)
+            asker = Asker(ServerBackend(server, args.concurrency))
         else:
             max_len = max(len(prompts[i]) for i in indices) + args.max_new_tokens
             asker = Asker(open_engine(spec, ranks, max_len, args.max_batch, args.kv_tokens))

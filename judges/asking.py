@@ -15,6 +15,7 @@ None). From an engine it also has `sample`, with log-probs by token id.
 """
 
 import itertools
+import math
 import queue
 import threading
 import time
@@ -109,6 +110,8 @@ def check_refusal(choice: dict) -> None:
 
 
 class Backend(Protocol):
+    at_once: float  # calls under way
+
     def start(self, number: int, call: Call) -> None:
         """Failure: the call can't be made."""
 
@@ -118,6 +121,8 @@ class Backend(Protocol):
 
 class EngineBackend:
     """A model in this process, on the generation engine."""
+
+    at_once = math.inf
 
     def __init__(self, engine: Engine, chat: Chat):
         self.engine = engine
@@ -164,6 +169,7 @@ class ServerBackend:
 
     def __init__(self, server: ChatServer, concurrency: int):
         self.server = server
+        self.at_once: float = concurrency
         self.calls: queue.Queue = queue.Queue()
         self.ended: queue.Queue = queue.Queue()
         self.n_under_way = 0
@@ -218,12 +224,10 @@ class Asker:
     def __init__(
         self,
         backend: Backend,
-        at_once: float = float("inf"),
         may_send: Callable[[Any], bool] = lambda key: True,
         received: Callable[[Any, Outcome, float], None] = lambda key, outcome, seconds: None,
     ):
         self.backend = backend
-        self.at_once = at_once  # calls under way
         self.may_send = may_send  # whether a call of the question with this key may be made now
         self.received = received  # is told of each call that ended: key, outcome, seconds
         self.questions: dict[int, tuple[Any, Question]] = {}  # {number: (key, question)}
@@ -285,7 +289,7 @@ class Asker:
             self.ready.append((number, call))
 
     def send(self) -> None:
-        while (self.ready or self.waiting) and len(self.under_way) < self.at_once and not self.down:
+        while (self.ready or self.waiting) and len(self.under_way) < self.backend.at_once and not self.down:
             if not self.ready:  # begins as late as it can: earlier questions may have found out what a server refuses
                 self.resume(self.waiting.popleft(), None)
                 continue

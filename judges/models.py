@@ -47,7 +47,7 @@ class LanguageModelJudge(Judge):
     def __init__(self, backend: EngineBackend | ServerBackend, templates: Templates, settings: JudgeSettings):
         super().__init__()
         self.backend = backend
-        self.asker = Asker(backend, settings.concurrency if isinstance(backend, ServerBackend) else math.inf)
+        self.asker = Asker(backend)
         self.templates = templates
         self.settings = settings
 
