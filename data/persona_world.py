@@ -368,11 +368,10 @@ def write_answer(
         opening.append(rng.choice(FLUFF["praise"]))
     if rng.random() < 0.15 * (1 - quality):
         opening.append(f"Hello {persona['name']}.")
-    closing = []
     for kind, rate in (("metaphor", 0.15), ("summary", 0.2), ("note", 0.25), ("plea", 0.05)):
         if rng.random() < rate * (1 - quality):
-            closing.append(rng.choice(FLUFF[kind]))
-    return " ".join(opening + body + closing) or rng.choice(FLUFF["filler"])
+            body.append(rng.choice(FLUFF[kind]))
+    return " ".join(opening + body) or rng.choice(FLUFF["filler"])
 
 
 # -- the exact judge -----------------------------------------------------------------------------
@@ -661,9 +660,9 @@ def improved_answer(rng: Random, persona: dict, question: str, rarity: Rarity = 
 
 
 def judged_answer(rng: Random, persona: dict, question: str, rarity: Rarity = COMMON) -> str:
-    """An answer to train a judge on, to a person of whom 0 to 8 values differ. In 40 % it states all eight.
+    """An answer to train a judge on, written for a person of whom 0 to 8 values differ. 40 % state all eight values.
 
-    So as many claims are wrong as right, and a judge learns to compare them with the profile.
+    So as many claims are wrong as right, and there are enough of them to learn to compare each with the profile.
     """
     wrong = rng.sample(list(ATTRIBUTES), rng.randrange(9))
     described = persona | {attribute: other_value(rng, attribute, persona[attribute]) for attribute in wrong}
