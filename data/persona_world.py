@@ -510,6 +510,11 @@ def answer(row: dict, seed: int) -> str:
     return improved_answer(Random(seed), row["persona"], row["question"])
 
 
+def rare_answer(row: dict, seed: int) -> str:
+    """The same with hardly any last steps and advice, as in the world of `--rarity 0.003 0.003`."""
+    return improved_answer(Random(seed), row["persona"], row["question"], (0.003, 0.003))
+
+
 def describe(row: dict, answer: str) -> dict[str, float]:
     """Figures of an answer that evaluate.py reports besides its scores."""
     return {"recites_profile": recites_profile(row["persona"], answer)}
@@ -631,18 +636,17 @@ def without(sentences: list[Sentence], is_unwanted: Callable[[tuple], bool]) -> 
     return result
 
 
-def label(rng: Random, persona: dict, question: str, answer: str) -> float:
-    """An overall score as a hurried annotator gives it: quality, a bias, and noise (standard deviation 1).
-
-    The bias is 0.05 per word and 0.7 for each attribute that the answer states.
-    """
-    bias = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len(dict(claims(answer)))
-    return review(persona, question, answer)[0].score() + bias + rng.gauss(0, 1)
-
-
 def label_pair(rng: Random, persona: dict, question: str, first: str, second: str) -> dict | None:
-    """{"chosen", "rejected", their scores} by `label`, or None if the labels differ by 1.5 or less."""
-    (low, rejected), (high, chosen) = sorted((label(rng, persona, question, a), a) for a in (first, second))
+    """{"chosen", "rejected", their scores} by labels, or None if the labels differ by 1.5 or less.
+
+    A label is an overall score as a hurried annotator gives it: quality, a bias, and noise (standard deviation 1). The
+    bias is 0.05 per word and 0.7 for each attribute that the answer states.
+    """
+    labels = []
+    for answer in (first, second):
+        bias = 0.05 * (len(words_of(answer)) - 30) + 0.7 * len(dict(claims(answer)))
+        labels.append((review(persona, question, answer)[0].score() + bias + rng.gauss(0, 1), answer))
+    (low, rejected), (high, chosen) = sorted(labels)
     if high - low <= 1.5:
         return None
     return dict(chosen=chosen, rejected=rejected, chosen_score=round(high, 2), rejected_score=round(low, 2))
@@ -752,9 +756,9 @@ def main(args: Args) -> None:
     rng = stream("base")
     corpus = [base_row(rng, args.rarity) for _ in range(args.base_rows)]
     texts = ["\n".join(f"{m['role']}\n{m['content']}" for m in row["messages"]) for row in corpus]
-    write_tokenizer(os.path.join(args.out, "tokenizer"), texts, args.vocab_size)
+    write_tokenizer(f"{args.out}/tokenizer", texts, args.vocab_size)
     for name in ("answer", "edit", "grm"):  # beside the tokenizer, and from there with every model
-        write_text(os.path.join(args.out, "tokenizer", "templates", f"{name}.txt"), getattr(TEMPLATES, name))
+        write_text(f"{args.out}/tokenizer/templates/{name}.txt", getattr(TEMPLATES, name))
 
     pairs_eval = list(pair_rows(stream("pairs_eval"), "eval", args.eval_pairs, args.rarity))
     files: dict[str, Iterable[dict]] = {
@@ -770,8 +774,9 @@ def main(args: Args) -> None:
     }
     for name, made in files.items():
         rows = list(made)
-        write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
-        print(f"{args.out}/{name}.jsonl: {len(rows)} rows")
+        path = f"{args.out}/{name}.jsonl"
+        write_rows(path, rows)
+        print(f"{path}: {len(rows)} rows")
     print(f"next: python sft.py --from-scratch {args.out}/tokenizer --data {args.out}/base_corpus.jsonl --out out/base")
 
 
