@@ -144,6 +144,7 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -389,7 +390,7 @@ def read_prompts(args: Args) -> tuple[list[dict], list[dict]]:
     if not any(sides):
         files = [os.path.join(args.out, f"prompts_{name}.jsonl") for name in ("train", "eval")]
         sides = [[file] if os.path.isfile(file) and os.path.getsize(file) else [] for file in files]
-    train, held_out = ([row for file in files for row in read_rows(file, "prompt")] for files in sides)
+    train, held_out = map(distinct_prompts, sides)
     for file in sides[0]:
         refuse_held_out(file, *sides[1])
     if not train + held_out:
@@ -398,6 +399,17 @@ def read_prompts(args: Args) -> tuple[list[dict], list[dict]]:
             "--prompts FILE, or --personas FILE to have questions written"
         )
     return train, held_out
+
+
+def distinct_prompts(files: Sequence[str]) -> list[dict]:
+    """Prompts of the files, each once. ValueError: one prompt_id for two prompts."""
+    prompts: dict[str, dict] = {}
+    for file in files:
+        for row in read_rows(file, "prompt"):
+            first = prompts.setdefault(row["prompt_id"], row)
+            if (first["persona"], first["question"]) != (row["persona"], row["question"]):
+                raise ValueError(f'{file}: prompt_id "{row["prompt_id"]}" is of another prompt in another file')
+    return list(prompts.values())
 
 
 def write_side(args: Args, name: str, rows: list[dict]) -> None:

@@ -414,6 +414,8 @@ def personamem_contexts(path: str) -> dict[str, list]:
     for where, row in read_objects(path):
         for context_id, messages in row.items():
             check_row({"messages": messages}, "messages", where)
+            if context_id in contexts:
+                raise ValueError(f'{where}: context "{context_id}" occurs twice')
             contexts[context_id] = messages
     return contexts
 

@@ -242,6 +242,17 @@ def test_prompts_that_are_held_out_are_not_taken_for_training(server, prompts, t
     assert server.asked == []
 
 
+def test_prompts_of_two_files_with_one_id(server, prompts, tmp_path, capsys):
+    """The same prompt counts once. Two prompts with one id would give pairs of answers to different questions."""
+    again = tmp_path / "again.jsonl"
+    again.write_text(prompts.read_text())
+    train, _ = annotate.read_prompts(annotate.Args(prompts=(str(prompts), str(again))))
+    assert train == read_rows(str(prompts), "prompt")
+    again.write_text(prompts.read_text().replace("What about 2?", "What else?"))
+    error = error_of(annotate, capsys, "--prompts", prompts, again, "--out", tmp_path / "out")
+    assert f'{again}: prompt_id "p2" is of another prompt in another file' in error and server.asked == []
+
+
 def test_a_row_of_no_prompt_has_no_side(server, prompts, tmp_path, capsys):
     flags = flags_for(server, prompts, tmp_path / "out", "--answers-per-model", 3)
     run(*flags)

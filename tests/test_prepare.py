@@ -330,6 +330,15 @@ def test_broken_personamem(tmp_path, changes, problem):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_context_of_personamem_that_occurs_twice(tmp_path):
+    source, _ = personamem(tmp_path / "in")
+    with open(tmp_path / "in/shared_contexts_32k.jsonl", "a+") as f:
+        f.seek(0)
+        f.write(f.readline())
+    with pytest.raises(ValueError, match=r'shared_contexts_32k.jsonl:\d+: context "\w+" occurs twice'):
+        prepare.main(prepare.Args(source=source, out=str(tmp_path / "out")))
+
+
 def test_personamem_without_its_contexts(tmp_path):
     source, _ = personamem(tmp_path / "in")
     (tmp_path / "in/shared_contexts_32k.jsonl").unlink()
