@@ -6,9 +6,15 @@ import os
 import torch
 
 from model import Transformer
+from model_config import Config
 
 # Fraction of the free memory that a cache of default size may take. On a CPU `DenseCache` may take as much again.
 MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.25}
+
+
+def kv_bytes_per_token(config: Config, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers. itemsize: bytes of a number."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def likely_tokens(max_len: int, max_batch: int) -> int:
@@ -32,8 +38,6 @@ def default_kv_tokens(model: Transformer, max_len: int, max_batch: int) -> int:
     else:
         wanted = max_len * max_batch
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    bytes_per_token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-    )
+    bytes_per_token = kv_bytes_per_token(config, weight.element_size())
     affordable = int(MEMORY_FRACTION[weight.device.type] * free / bytes_per_token)
     return max(max_len, min(wanted, affordable))

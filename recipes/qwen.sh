@@ -47,7 +47,7 @@ case $SIZE in
     14b)
         MODEL=${MODEL:-Qwen/Qwen2.5-14B-Instruct}
         JUDGE=${JUDGE:-http://localhost:8000/v1}
-        cpe+=(--offload --max-batch 24 --tokens-per-microbatch 8192) # less memory than at 7B; the method is the same
+        cpe+=(--offload --max-batch 24 --tokens-per-microbatch 6144) # less memory than at 7B; the method is the same
         ;;
     *) echo "$usage" >&2; exit 2 ;;
 esac

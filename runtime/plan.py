@@ -1,5 +1,6 @@
-"""`--plan`: what a run will hold in memory, by rank and part, before it is started, and of an RL step on GPUs about how
-long it will take (roofline.py). Needs a config.json and no GPU.
+"""`--plan`: memory of a run by rank and part before it starts, and a rough time of an RL step on GPUs (roofline.py).
+
+It needs a config.json and no GPU.
 
 Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by
 running two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves
@@ -11,15 +12,19 @@ which `RESERVED_GIB` is set aside.
 import dataclasses
 import os
 import sys
+from collections.abc import Container, Iterable
 
 import torch
+from torch import Tensor
 
 from attention import Packed
-from engine.cache_size import likely_tokens
+from engine.cache_size import kv_bytes_per_token, likely_tokens
 from kernels.rope_kv import apply_rope
-from lora import Linear, add_adapters, lora_settings
+from lora import Linear, Lora, add_adapters, lora_settings
 from model import Transformer
-from runtime import roofline
+from model_config import Config
+from runtime import roofline, training
+from runtime.distributed import DTYPES
 from weights import GIB, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
@@ -32,30 +37,27 @@ class _Attention(torch.autograd.Function):
     """Saves what a memory-efficient attention saves, computes nothing."""
 
     @staticmethod
-    def forward(ctx, q, k, v, stored_twice):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, stored_twice: bool) -> Tensor:
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
         return out.clone() if stored_twice else out
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError("the plan runs no backward pass")
 
 
 class _Context(Packed):
     """As `Packed`, with `_Attention`. `key_copies` of keys and values: SharedPrefix copies those of a prefix."""
 
-    def __init__(self, n_tokens, key_copies, stored_twice):
+    def __init__(self, n_tokens: int, key_copies: int, stored_twice: bool):
         super().__init__([n_tokens], "meta")
-        self.key_copies, self.stored_twice = key_copies, stored_twice
+        self.key_copies = key_copies
+        self.stored_twice = stored_twice
 
     def attend(self, layer, q, k, v, cos, sin):
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        k, v = (x.repeat(self.key_copies, 1, 1) for x in (k, v))
-        return _Attention.apply(q, k, v, self.stored_twice)
+        k = apply_rope(k, cos, sin).repeat(self.key_copies, 1, 1)
+        v = v.repeat(self.key_copies, 1, 1)
+        return _Attention.apply(apply_rope(q, cos, sin), k, v, self.stored_twice)
 
 
-def meta_model(config, scalar_head=False, lora=None):
+def meta_model(config: Config, scalar_head: bool = False, lora: Lora | None = None) -> Transformer:
     """A model without memory."""
     with torch.device("meta"):
         model = Transformer(config, scalar_head)
@@ -64,43 +66,46 @@ def meta_model(config, scalar_head=False, lora=None):
     return model
 
 
-def saved_bytes(config, n_layers, dtype, scalar_head, device, key_copies, lora=None):
-    """-> bytes per token that a forward pass of that many layers saves, and of what enters the last layer."""
-    model = meta_model(dataclasses.replace(config, num_hidden_layers=n_layers), scalar_head, lora).to(dtype)
-    known = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept, entering = {}, 0
+def count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
-    def save(x):
-        if x.untyped_storage()._cdata not in known:
-            kept[x.untyped_storage()._cdata] = x  # holds it, so that no other tensor gets its place
+
+def saved_bytes(model: Transformer, n_layers: int, recompute: bool, key_copies: int, on_cpu: bool) -> float:
+    """Bytes per token that a forward pass of the first n_layers saves for the backward pass."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = {}
+
+    def save(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            saved[x.untyped_storage()._cdata] = x  # holds it, so that no other tensor gets its place
         return x
 
-    def enter(_, args):
-        nonlocal entering
-        wide = [x for x in args if isinstance(x, torch.Tensor) and x.shape == (PROBE_TOKENS, config.hidden_size)]
-        entering = sum(x.nbytes for x in wide)
-
-    model.model.layers[-1].register_forward_pre_hook(enter)
+    layers = model.model.layers
+    model.model.layers = layers[:n_layers]
+    model.checkpoint_activations = recompute
     ids = torch.zeros(PROBE_TOKENS, dtype=torch.int64, device="meta")
-    context = _Context(PROBE_TOKENS, key_copies, device == "cpu")
+    context = _Context(PROBE_TOKENS, key_copies, stored_twice=on_cpu)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-        model(ids, context.position_ids, context, ids, None if scalar_head else ids)
-    return sum(x.untyped_storage().nbytes() for x in kept.values()) / PROBE_TOKENS, entering / PROBE_TOKENS
+        model(ids, context.position_ids, context, ids, None if model.scalar_head else ids)
+    model.model.layers = layers
+    return sum(x.untyped_storage().nbytes() for x in saved.values()) / PROBE_TOKENS
 
 
-def activations(config, n_tokens, dtype, scalar_head, recompute, device, key_copies=1, lora=None):
+def activations(model: Transformer, n_tokens: int, recompute: bool, key_copies: int, on_cpu: bool) -> int:
     """Bytes of a micro-batch at the turn from forward to backward, with what one layer's backward pass adds."""
-    one, entering = saved_bytes(config, 1, dtype, scalar_head, device, key_copies, lora)
-    two, _ = saved_bytes(config, 2, dtype, scalar_head, device, key_copies, lora)
-    layer = two - one
-    working = 3 * config.intermediate_size * dtype.itemsize  # gradients of the MLP's three wide tensors
-    layers = config.num_hidden_layers * (entering if recompute else layer) + (layer if recompute else 0)
-    return int(n_tokens * ((one - layer) + layers + working))
+    one, two = (saved_bytes(model, n, recompute, key_copies, on_cpu) for n in (1, 2))
+    total = one + (model.config.num_hidden_layers - 1) * (two - one)
+    if recompute:  # the layer that the backward pass is in
+        one, two = (saved_bytes(model, n, False, key_copies, on_cpu) for n in (1, 2))
+        total += two - one
+    # gradients of the MLP's three wide tensors
+    total += 3 * model.config.intermediate_size * model.model.norm.weight.itemsize
+    return int(n_tokens * total)
 
 
 @dataclasses.dataclass
 class Machine:
-    """Where a run is planned for. ranks that share a copy: shard_size, None: all."""
+    """Where a run is planned for. shard_size: ranks that share a copy of a model; None: all."""
 
     world_size: int
     shard_size: int | None
@@ -108,176 +113,164 @@ class Machine:
     device: str  # cuda | cpu
     offload: bool
 
-    def sharded(self, lora):
-        return self.world_size > 1 or not lora and self.dtype != torch.float32  # as training.shard
 
-
-def config_of(path):
-    """Of a folder, or of a hub id, of which nothing else is fetched; ValueError: there is none, or not one of ours."""
+def config_of(path: str) -> Config:
+    """The config of a folder or hub id, of which nothing else is fetched. ValueError: none, or not one of ours."""
     return load_config(resolve(path, ["config.json"]))
 
 
 class Trained:
-    """Bytes per rank of a model that is trained, by part. lora: on frozen weights, in the compute dtype."""
+    """Bytes per rank of a model that is trained, by part. model: on the meta device."""
 
-    def __init__(self, config, scalar_head, machine, n_tokens, recompute, key_copies=1, lora=None):
-        model, sharded = meta_model(config, scalar_head, lora), machine.sharded(lora)
-        total = sum(p.numel() for p in model.parameters())
-        of_layer = sum(p.numel() for p in model.model.layers[0].parameters())
-        root, itemsize = total - config.num_hidden_layers * of_layer, machine.dtype.itemsize
+    def __init__(self, model: Transformer, machine: Machine, n_tokens: int, recompute: bool, key_copies: int = 1):
+        model.to(machine.dtype)
+        itemsize = machine.dtype.itemsize
+        self.n_parameters = count(model.parameters())
+        self.n_trained = count(training.trainable(model))
+        sharded = machine.world_size > 1 or not (model.lora or itemsize == 4)  # as training.shard
         ranks = (machine.shard_size or machine.world_size) if sharded else 1
-        self.n_parameters, self.n_trained = total, sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.masters, self.gradients, self.moments = (n * self.n_trained / ranks for n in (4, 4, 8))
-        self.frozen = itemsize * (total - self.n_trained) / ranks
-        self.activations = activations(
-            config, n_tokens, machine.dtype, scalar_head, recompute, machine.device, key_copies, lora
-        )
-        # sharded: root and two layers whole, the root's gradient, and its fp32 copy on the way to the other ranks;
-        # else: the gradient of the LM head, before it is added to the others. What is frozen has no gradients, and one
-        # process casts the adapters for each pass
-        head = config.vocab_size * config.hidden_size * (not scalar_head)
-        if lora:
-            cast = self.n_trained * itemsize if machine.dtype != torch.float32 else 0
-            self.whole = (root + 2 * of_layer) * itemsize if sharded else cast
-        else:
-            self.whole = root * (2 * itemsize + 4) + 2 * of_layer * itemsize if sharded else 4 * head
+        self.masters = 4 * self.n_trained / ranks
+        self.gradients = self.masters
+        self.moments = 2 * self.masters
+        self.frozen = itemsize * (self.n_parameters - self.n_trained) / ranks
+        self.activations = activations(model, n_tokens, recompute, key_copies, machine.device == "cpu")
+        layer = count(model.model.layers[0].parameters())
+        root = self.n_parameters - model.config.num_hidden_layers * layer
+        self.whole = 0
+        if sharded:
+            self.whole = (root + 2 * layer) * itemsize  # root and two layers
+            if not model.lora:  # the root's gradient, and its fp32 copy on the way to the other ranks
+                self.whole += root * (itemsize + 4)
+        elif model.lora:
+            if itemsize < 4:  # one process casts the adapters for each pass
+                self.whole = self.n_trained * itemsize
+        elif not model.scalar_head:  # the gradient of the LM head, before it is added to the others
+            self.whole = 4 * model.head_weight.numel()
 
-    def held(self, name=""):
-        """What stays in memory all the time, and what is beside it in training."""
+    def held(self, name: str = "") -> dict[str, float]:
+        """What stays in memory all the time."""
         if not self.frozen:
             return {f"{name}fp32 masters": self.masters}
         return {f"{name}frozen weights": self.frozen, f"{name}fp32 adapters": self.masters}
 
 
-def inference(config, machine, kv_tokens, scalar_head=False):
-    """-> bytes of a model that only computes, whole on every rank, and of its KV cache; on a CPU with the packed copies
-    of matrices (kernels/packed_linear.py) and the dense rows (engine/cpu_runner.py)."""
-    dtype, on_cpu = machine.dtype, machine.device == "cpu"
+def inference(config: Config, machine: Machine, kv_tokens: int, scalar_head: bool = False) -> tuple[int, int]:
+    """Bytes of a model that only computes, whole on every rank, and of its KV cache.
+
+    On a CPU an engine also has packed copies of matrices (kernels/packed_linear.py) and dense rows
+    (engine/cpu_runner.py).
+    """
     parameters = list(meta_model(config, scalar_head).parameters())
-    packs = on_cpu and dtype == torch.float32 and not scalar_head  # only an engine does
-    copied = sum(p.numel() for p in parameters if p.dim() == 2) if packs else 0
-    weights = (sum(p.numel() for p in parameters) + copied) * dtype.itemsize
-    kv_tokens *= 2 if on_cpu else 1
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return weights, kv_tokens * per_token
+    n = count(parameters)
+    if machine.device == "cpu":
+        kv_tokens *= 2
+        if machine.dtype == torch.float32 and not scalar_head:
+            n += count(p for p in parameters if p.dim() == 2)
+    return n * machine.dtype.itemsize, kv_tokens * kv_bytes_per_token(config, machine.dtype.itemsize)
 
 
-def sampler(config, machine, kv_tokens, lora):
-    """The same for the engine of a policy. Under adapters the frozen weights are the policy's where one process has
-    both; on a CPU in fp32 adapters are merged into copies of the matrices (`pack_weights`)."""
+def sampler(config: Config, machine: Machine, kv_tokens: int, lora: Lora | None) -> tuple[int, int]:
+    """The same for the engine of a policy.
+
+    Under adapters the frozen weights are the policy's where one process has both. On a CPU in fp32 the adapters are
+    merged into copies of the matrices (`pack_weights`).
+    """
     weights, cache = inference(config, machine, kv_tokens)
     if lora:
         model = meta_model(config, lora=lora)
-        weights += machine.dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        n_adapters = count(training.trainable(model))
+        weights += n_adapters * machine.dtype.itemsize
         if machine.world_size == 1:
-            kept = model.modules() if machine.device == "cpu" and machine.dtype == torch.float32 else []
-            merged = sum(module.weight.numel() for module in kept if isinstance(module, Linear))
-            weights -= machine.dtype.itemsize * (sum(p.numel() for p in meta_model(config).parameters()) - merged)
+            n_shared = count(model.parameters()) - n_adapters
+            if machine.device == "cpu" and machine.dtype == torch.float32:
+                n_shared -= sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+            weights -= n_shared * machine.dtype.itemsize
     return weights, cache
 
 
-def machine_of(args):
+def machine_of(args) -> Machine:
     """From a script's flags. The dtype `auto` is that of a GPU, unless the plan is for a CPU (--gpu-gib 0)."""
-    device = "cuda" if args.gpu_gib else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if args.gpu_gib else torch.float32}[
-        args.dtype
-    ]
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bf16" if args.gpu_gib else "fp32"
     world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     if args.shard_size is not None and (args.shard_size < 1 or world_size % args.shard_size):
         raise ValueError(f"--shard-size {args.shard_size}: expected a divisor of --world-size {world_size}")
-    return Machine(world_size, args.shard_size, dtype, device, args.offload)
+    return Machine(world_size, args.shard_size, DTYPES[dtype], "cuda" if args.gpu_gib else "cpu", args.offload)
 
 
-def report(args, machine, phases, expected):
+Phases = dict[str, dict[str, float]]  # {phase: {part: bytes per rank}}
+
+
+def report(args, machine: Machine, phases: Phases, expected: list[str]) -> float:
     """Prints the table and the answer -> the largest phase in bytes. Where it does not fit the exit status is 1.
 
-    phases: {name: {part: bytes per rank}}; expected: lines on what the run will compute.
+    expected: lines on what the run will compute.
     """
-    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
     copies = f", {machine.shard_size} of them to a copy" if machine.shard_size else ""
     where = f"{machine.world_size} x {args.gpu_gib:g} GiB" if args.gpu_gib else f"{machine.world_size} CPU processes"
     print(f"plan for {where}{copies} in {str(machine.dtype).removeprefix('torch.')}; GiB per rank")
     print(f"{'':34}" + "".join(f"{name:>12}" for name in phases))
-    for part in parts:
-        print(
-            f"{part:34}"
-            + "".join(f"{phase[part] / GIB:12.2f}" if part in phase else f"{'-':>12}" for phase in phases.values())
-        )
+    for part in dict.fromkeys(part for phase in phases.values() for part in phase):
+        cells = [f"{phase[part] / GIB:.2f}" if part in phase else "-" for phase in phases.values()]
+        print(f"{part:34}" + "".join(f"{cell:>12}" for cell in cells))
     totals = [sum(phase.values()) for phase in phases.values()]
     print(f"{'together':34}" + "".join(f"{total / GIB:12.2f}" for total in totals))
-    for line in expected:
-        print(line)
+    print(*expected, sep="\n")
     if args.gpu_gib:
-        room = args.gpu_gib - RESERVED_GIB - max(totals) / GIB
-        print(
-            f"fits: {'yes' if room >= 0 else 'NO'}, {abs(room):.1f} GiB {'to spare' if room >= 0 else 'too much'} "
-            f"({RESERVED_GIB:g} GiB set aside for CUDA, NCCL and fragmentation)"
-        )
-        if room < 0:
+        spare = args.gpu_gib - RESERVED_GIB - max(totals) / GIB
+        answer = f"yes, {spare:.1f} GiB to spare" if spare >= 0 else f"NO, {-spare:.1f} GiB too much"
+        print(f"fits: {answer} ({RESERVED_GIB:g} GiB set aside for CUDA, NCCL and fragmentation)")
+        if spare < 0:
             sys.exit(1)
     return max(totals)
 
 
-def sizes(models):
-    """{name: Trained} -> "policy 7.62 (0.040 trained), critic ..."."""
-    lines = []
+def sizes(models: dict[str, Trained]) -> str:
+    """Billions of parameters: "policy 7.62 (0.040 trained), critic ..."."""
+    texts = []
     for name, t in models.items():
-        some = f" ({t.n_trained / 1e9:.3f} trained)" if t.n_trained < t.n_parameters else ""
-        lines.append(f"{name} {t.n_parameters / 1e9:.2f}{some}".strip())
-    return ", ".join(lines)
+        trained = f" ({t.n_trained / 1e9:.3f} trained)" if t.n_trained < t.n_parameters else ""
+        texts.append(f"{name} {t.n_parameters / 1e9:.2f}{trained}".strip())
+    return ", ".join(texts)
 
 
-def one_model(args, config, scalar_head=False):
+def one_model(args, config: Config, scalar_head: bool = False):
     """The plan of sft.py, train_grm.py and dpo.py."""
     machine = machine_of(args)
     lora = lora_settings(args.lora_rank, args.lora_alpha, args.model, args.seed)
-    t = Trained(config, scalar_head, machine, args.tokens_per_microbatch, args.checkpoint_activations, lora=lora)
+    n_tokens = args.tokens_per_microbatch
+    t = Trained(meta_model(config, scalar_head, lora), machine, n_tokens, args.checkpoint_activations)
     state = {**t.held(), "gradients": t.gradients}
-    moments = {"Adam moments": t.moments}
-    phases = {
-        "passes": {
-            **state,
-            **({} if machine.offload else moments),
-            "gathered weights and gradients": t.whole,
-            "activations": t.activations,
-        },
-        "optimizer": {**state, **moments},
-    }
-    return report(
-        args,
-        machine,
-        phases,
-        [f"{sizes({'': t})} billion parameters; at most {args.tokens_per_microbatch} tokens a pass and rank"],
-    )
+    optimizer = {**state, "Adam moments": t.moments}
+    passes = state if machine.offload else optimizer
+    passes = passes | {"gathered weights and gradients": t.whole, "activations": t.activations}
+    text = f"{sizes({'': t})} billion parameters; at most {n_tokens} tokens a pass and rank"
+    return report(args, machine, {"passes": passes, "optimizer": optimizer}, [text])
 
 
-def expected_seconds(args, machine, policy, critic, judges, sampled, per_prompt):
-    """Lines of a table: seconds of a step by phase, for each GPU that roofline.py knows. Arguments: as of `rl`."""
-    on_gpu = [name for name in judges if name.startswith("judge: ")]  # of a server nothing is known
-    judge = config_of(args.judge.removeprefix("pair:").removeprefix("bt:")) if on_gpu else None
-    work = roofline.Work(
-        prompts=args.prompts_per_step / machine.world_size,
-        originals=args.n_samples,
-        edits=sampled - args.n_samples,
-        trained=per_prompt,
-        prompt_tokens=PROMPT_SHARE * args.max_prompt_length,
-        response_tokens=RESPONSE_SHARE * args.max_new_tokens,
-        critique_tokens=JUDGEMENT_SHARE * args.judge_max_new_tokens,
-        max_batch=args.max_batch,
-    )
-    rows = []
+def expected_seconds(
+    args, machine: Machine, policy: Config, critic: Config | None, judges: Container[str], work: roofline.Work
+) -> list[str]:
+    """Lines of a table: seconds of a step by phase, for each GPU that roofline.py knows."""
+    judge = None  # of a server nothing is known
+    if "judge: weights" in judges:
+        judge = config_of(args.judge.removeprefix("pair:").removeprefix("bt:"))
+    n_passes = (4 if args.checkpoint_activations else 3) - (args.lora_rank is not None)
+    lines: list[str] = []
     for name in roofline.PLANNED_GPUS:
-        rates, writes = roofline.Rates.of_gpu(name), "judge: KV cache" in on_gpu
-        passes = (4 if args.checkpoint_activations else 3) - (args.lora_rank is not None)
-        found = roofline.phases(work, policy, critic, judge, writes, passes, rates)
-        rows.append((name, {**found, "together": sum(found.values())}))
+        rates = roofline.Rates.of_gpu(name)
+        seconds = roofline.phases(work, policy, critic, judge, "judge: KV cache" in judges, n_passes, rates)
+        seconds["together"] = sum(seconds.values())
+        if not lines:
+            lines.append(f"{'':12}" + "".join(f"{phase:>10}" for phase in seconds))
+        lines.append(f"  {name:10}" + "".join(f"{value:10.1f}" for value in seconds.values()))
     return [
         f"seconds of a step on {machine.world_size} GPUs, roughly: for prompts of {work.prompt_tokens:.0f}, responses "
         f"of {work.response_tokens:.0f} and judgements of {work.critique_tokens:.0f} tokens",
         f"in the mean, at {roofline.COMPUTE_FRACTION:.0%} of the peak in bf16 and {roofline.BANDWIDTH_FRACTION:.0%} of "
         "the memory's bandwidth",
-        f"{'':12}" + "".join(f"{phase:>10}" for phase in rows[0][1]),
-        *(f"  {name:10}" + "".join(f"{seconds:10.1f}" for seconds in found.values()) for name, found in rows),
+        *lines,
     ]
 
 
@@ -291,51 +284,61 @@ def rl(
     and trained for a prompt.
     """
     machine = machine_of(args)
-    configs = {name: config_of(path) for name, (path, _) in trained.items()}
-    budget, recompute = args.tokens_per_microbatch, args.checkpoint_activations
     lora = lora_settings(args.lora_rank, args.lora_alpha, args.model, args.seed)
-    models = {
-        name: Trained(configs[name], scalar_head, machine, budget, recompute, key_copies=2, lora=lora)
-        for name, (_, scalar_head) in trained.items()
-    }
-    policy_config = next(iter(configs.values()))
-    weights, cache = sampler(policy_config, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch), lora)
+    budget = args.tokens_per_microbatch
+    configs = {name: config_of(path) for name, (path, _) in trained.items()}
+    policy = next(iter(configs.values()))
+    critic = None
+    models: dict[str, Trained] = {}
+    masters: dict[str, float] = {}
+    one_base = machine.world_size == 1 and len({path for path, _ in trained.values()}) == 1
+    for name, (_, scalar_head) in trained.items():
+        model = meta_model(configs[name], scalar_head, lora)
+        parts = Trained(model, machine, budget, args.checkpoint_activations, key_copies=2)
+        held = parts.held(f"{name}: ")
+        if one_base and models:  # frozen weights are held once
+            held.pop(f"{name}: frozen weights", None)
+        masters |= held
+        models[name] = parts
+        if scalar_head:
+            critic = critic or configs[name]
+    weights, cache = sampler(policy, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch), lora)
     resident = {"engine: weights": weights, "engine: KV cache": cache, **judges}
-    masters = {part: size for name, model in models.items() for part, size in model.held(f"{name}: ").items()}
-    if lora and machine.world_size == 1 and len({path for path, _ in trained.values()}) == 1:  # held once
-        for name in list(models)[1:]:
-            del masters[f"{name}: frozen weights"]
-    moments = {f"{name}: Adam moments": model.moments for name, model in models.items()}
+    moments = {f"{name}: Adam moments": t.moments for name, t in models.items()}
     larger = max(models.values(), key=lambda t: t.gradients + t.whole + t.activations)
-    on_host = machine.offload and machine.device == "cuda"
-    logits = 3 * 4 * args.max_batch * policy_config.vocab_size  # of a step of decoding, and the sampler's two copies
     gradients = {"gradients (one model at a time)": larger.gradients}
-    passes = {"gathered weights and gradients": larger.whole, "activations": larger.activations}
-    one_by_one = dict([max(moments.items(), key=lambda part: part[1])]) if on_host else moments
-    phases = {
-        "sampling": {
-            **resident,
-            "logits of a step": logits,
-            **({} if on_host and not lora else masters),  # a frozen base stays (training.to_host)
-            **({} if on_host else moments),
-        },
-        "passes": {**resident, **masters, **({} if on_host else moments), **gradients, **passes},
-        "optimizer": {**resident, **masters, **gradients, **one_by_one},
-    }
-    prompts, tokens = args.prompts_per_step, args.max_new_tokens
-    computed = int(prompts * (args.max_prompt_length + per_prompt * tokens))
-    critic = next((configs[name] for name, (_, scalar_head) in trained.items() if scalar_head), None)
-    seconds = []
+    logits = 3 * 4 * args.max_batch * policy.vocab_size  # of a step of decoding, and the sampler's two copies
+    sampling = {**resident, "logits of a step": logits}
+    passes = {**resident, **masters}
+    optimizer = {**resident, **masters, **gradients}
+    if machine.offload and machine.device == "cuda":
+        if lora:  # a frozen base stays (training.to_host)
+            sampling |= masters
+        name = max(moments, key=moments.__getitem__)  # one by one
+        optimizer[name] = moments[name]
+    else:
+        sampling |= masters | moments
+        passes |= moments
+        optimizer |= moments
+    passes |= {**gradients, "gathered weights and gradients": larger.whole, "activations": larger.activations}
+    prompts = args.prompts_per_step
+    n_sampled = prompts * sampled
+    computed = int(prompts * (args.max_prompt_length + per_prompt * args.max_new_tokens))
+    expected = [
+        f"{sizes(models)} billion parameters; at most {budget} tokens a pass and rank",
+        f"a step, at most: {n_sampled:.0f} responses, {n_sampled * args.max_new_tokens:,.0f} tokens sampled; "
+        f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
+    ]
     if machine.device == "cuda" and machine.dtype == torch.bfloat16:
-        seconds = expected_seconds(args, machine, policy_config, critic, judges, sampled, per_prompt)
-    return report(
-        args,
-        machine,
-        phases,
-        [
-            f"{sizes(models)} billion parameters; at most {budget} tokens a pass and rank",
-            f"a step, at most: {prompts * sampled} responses, {prompts * sampled * tokens:,} tokens sampled; "
-            f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
-            *seconds,
-        ],
-    )
+        work = roofline.Work(
+            prompts=prompts / machine.world_size,
+            originals=args.n_samples,
+            edits=sampled - args.n_samples,
+            trained=per_prompt,
+            prompt_tokens=PROMPT_SHARE * args.max_prompt_length,
+            response_tokens=RESPONSE_SHARE * args.max_new_tokens,
+            critique_tokens=JUDGEMENT_SHARE * args.judge_max_new_tokens,
+            max_batch=args.max_batch,
+        )
+        expected += expected_seconds(args, machine, policy, critic, judges, work)
+    return report(args, machine, {"sampling": sampling, "passes": passes, "optimizer": optimizer}, expected)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.cache_size import kv_bytes_per_token
 from model import Transformer
 from model_config import Config
 from runtime.distributed import Ranks
@@ -120,7 +121,7 @@ def decode_seconds(
         return 0.0
     body, head = matrices(config)
     batch = min(n_responses, max_batch)
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rates.itemsize
+    kv_bytes = kv_bytes_per_token(config, rates.itemsize)
     bytes_read = (body + head) * rates.itemsize + batch * context * kv_bytes
     flops = batch * (2 * (body + head) + attention_flops(config, context))
     return length * n_responses / batch * max(bytes_read / rates.bandwidth, flops / rates.flops)

@@ -157,7 +157,7 @@ def test_operations_and_memory_count_the_heads_as_they_are(checkpoint):
     )
     assert counter.get_total_flops() == roofline.forward_flops(model, batch) - attention
     machine = plan.Machine(1, None, torch.float32, "cpu", False)
-    trained = plan.Trained(config, False, machine, 64, False)
+    trained = plan.Trained(plan.meta_model(config), machine, 64, False)
     assert trained.n_parameters == sum(p.numel() for p in model.parameters())
 
 

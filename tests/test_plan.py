@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,8 +114,8 @@ def test_seven_billion_by_hand(tmp_path, capsys):
     assert status == 1  # without recomputation and at 256 sequences a rank it does not fit
 
     _, less = ppo_plan(tmp_path, capsys, "--world-size", 8, "--checkpoint-activations", "--tokens-per-microbatch", 8192)
-    # at least the inputs of 28 layers, and one layer's seven tensors as wide as the MLP or a few more
-    assert 8192 * 28 * 3584 * 2 < less["activations"] * GIB < 8192 * (2 * 28 * 3584 + 12 * 18944) * 2
+    # the inputs of all layers (hidden states and residual), and one layer's seven tensors as wide as the MLP, or more
+    assert 8192 * 2 * 27 * 3584 * 2 < less["activations"] * GIB < 8192 * (2 * 28 * 3584 + 12 * 18944) * 2
     assert parts["activations"] > 10 * less["activations"]  # 2 x the tokens, 28 whole layers
     _, spread = ppo_plan(tmp_path, capsys, "--world-size", 32, "--shard-size", 8)
     assert spread["policy: fp32 masters"] == parts["policy: fp32 masters"]  # four copies of eight ranks each
@@ -168,12 +169,14 @@ def test_judges_in_the_plan(tmp_path, capsys):
         judge_parts("--judge", f"{tmp_path}/my.py:g")
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("lora", [None, Lora(4, 8.0, "m")])
-def test_what_the_plan_counts_is_what_autograd_saves(lora):
+def test_what_the_plan_counts_is_what_autograd_saves(lora, recompute):
     config = tiny_config(num_hidden_layers=3)
     model, n = random_model(config), plan.PROBE_TOKENS
     if lora:
         add_adapters(model, lora)
+    model.checkpoint_activations = recompute
     known, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def save(x):
@@ -186,7 +189,15 @@ def test_what_the_plan_counts_is_what_autograd_saves(lora):
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         training.forward(model, batch, 1.0)
     found = sum(x.untyped_storage().nbytes() for x in kept.values())
-    assert found == n * plan.saved_bytes(config, 3, torch.float32, False, "cpu", 1, lora)[0]
+    assert found == n * plan.saved_bytes(plan.meta_model(config, lora=lora), 3, recompute, 1, on_cpu=True)
+
+
+def test_a_recomputed_layer_keeps_hidden_states_and_residual():
+    """Both are its inputs; only the first layer has no residual yet."""
+    config = tiny_config(num_hidden_layers=5)
+    per_token = plan.activations(plan.meta_model(config), 1, True, 1, on_cpu=True)
+    one_layer_less = plan.activations(plan.meta_model(replace(config, num_hidden_layers=4)), 1, True, 1, on_cpu=True)
+    assert per_token - one_layer_less == 2 * 4 * config.hidden_size
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora-rank", "32")])
