@@ -663,16 +663,29 @@ def improved_answer(rng: Random, persona: dict, question: str, rarity: Rarity = 
     return answer or rng.choice(FLUFF["filler"])
 
 
+LEAKED = ("<critique>", "</critique>", "<scores>", "</scores>", "<|im_end|>")  # an answer with these is at fault
+
+
 def judged_answer(rng: Random, persona: dict, question: str, rarity: Rarity = COMMON) -> str:
     """An answer to train a judge on, written for a person of whom 0 to 8 values differ. 40 % state all eight values.
 
-    So as many claims are wrong as right, and there are enough of them to learn to compare each with the profile.
+    So as many claims are wrong as right, and there are enough of them to learn to compare each with the profile. One
+    answer in twenty has control text between two words, which a judge would otherwise first meet in a policy's samples.
     """
     wrong = rng.sample(list(ATTRIBUTES), rng.randrange(9))
     described = persona | {attribute: other_value(rng, attribute, persona[attribute]) for attribute in wrong}
     if rng.random() < 0.4:
-        return " ".join(say(attribute, described[attribute]) for attribute in rng.sample(list(ATTRIBUTES), 8))
-    return improved_answer(rng, described, question, rarity)
+        answer = " ".join(say(attribute, described[attribute]) for attribute in rng.sample(list(ATTRIBUTES), 8))
+    else:
+        answer = improved_answer(rng, described, question, rarity)
+    return leak(rng, answer) if rng.random() < 0.05 else answer
+
+
+def leak(rng: Random, answer: str) -> str:
+    """The answer with control text between two words."""
+    words = answer.split(" ")
+    words.insert(rng.randrange(1, len(words) + 1), rng.choice(LEAKED))
+    return " ".join(words)
 
 
 def base_row(rng: Random, rarity: Rarity = COMMON) -> dict:

@@ -29,7 +29,7 @@ from data.persona_world import (
     words_of,
     write_answer,
 )
-from prompts import answer_prompt, judgement_text, load_templates, parse_judgement
+from prompts import answer_prompt, has_control_text, judgement_text, load_templates, parse_judgement
 from runtime.rows import read_rows
 
 PERSONA = {
@@ -133,6 +133,18 @@ def test_as_many_claims_of_judged_answers_are_wrong_as_right():
         all_right += "wrong" not in checks
     assert 0.45 < verdicts.count("wrong") / len(verdicts) < 0.55 and len(verdicts) > 4000
     assert 150 < all_right < 400  # the usual case in RL
+
+
+def test_control_text_in_an_answer_is_a_fault_that_judges_are_trained_on():
+    rng = random.Random(0)
+    n_leaked = 0
+    for _ in range(1000):
+        persona, question = sample_prompt(rng, "train")
+        answer = judged_answer(rng, persona, question)
+        if has_control_text(answer):
+            n_leaked += 1
+            assert judged(persona, question, answer).critique.startswith("Delete the unclear part.")
+    assert 30 < n_leaked < 70
 
 
 def test_one_point_off_for_every_ten_words_over():
