@@ -19,7 +19,7 @@ class Args:
     output: str = "out/generated.jsonl"
     """The input rows with sample, text, token_ids, logprobs and finish_reason. Written when all samples are done."""
     persona: str | None = None
-    """For the chat: a JSON object, or a file that holds one. Each line is then a question from this person."""
+    """For the chat: a JSON object, a file that holds one, or a text. Each line is then a question from this person."""
     answer_template: str | None = None
     """File with the prompt for persona and question; by default the one that the model was trained with."""
     n: flags.Count = 1
@@ -52,7 +52,7 @@ from engine import Engine
 from model import load_pretrained
 from prompts import Templates, answer_prompt, load_templates
 from runtime.distributed import derive_seed, start
-from runtime.progress import counting
+from runtime.progress import counting, printable
 from runtime.rows import check_row, normalized, parse_json, read_rows, write_rows
 from weights import resolve
 
@@ -106,13 +106,20 @@ def generate_file(path: str, args: Args, engine: Engine, chat: Chat, templates: 
 
 
 def read_persona(text: str) -> Any:
-    """The value of --persona: JSON, or the name of a file that holds it."""
-    where = "--persona (no such file)"
+    """The value of --persona: the name of a JSON file, JSON, or any other text, which describes the person.
+
+    ValueError: it looks like the name of a file, and there is none.
+    """
     if os.path.isfile(text):
-        where = f"--persona {text}"
         with open(text, encoding="utf-8-sig") as f:
-            text = f.read()
-    persona = normalized(parse_json(text, where))
+            persona = parse_json(f.read(), f"--persona {text}")
+    elif text.lstrip()[:1] in ("{", "[", '"'):
+        persona = parse_json(text, "--persona")
+    elif text.endswith((".json", ".jsonl", ".txt")):
+        raise ValueError(f"--persona {text}: no such file")
+    else:
+        persona = text
+    persona = normalized(persona)
     check_row({"prompt_id": "-", "question": "-", "persona": persona}, "prompt", "--persona")
     return persona
 
@@ -126,7 +133,7 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
         done = engine.collect()
         text = chat.decode(done[0].ids if done else engine.partial(0))
         if done or not text.endswith("\ufffd"):  # half of a character: its other bytes are in the next token
-            print(text[len(shown) :], end="", flush=True)
+            print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
     print(" [cut off at --max-new-tokens]" if done[0].finish_reason == "length" else "")
     return shown
@@ -134,7 +141,8 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
 
 def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     persona = read_persona(args.persona) if args.persona else None
-    print("A question of this person per line" if persona else "A message per line, /new starts over", "(end: Ctrl-D)")
+    commands = "/help" if persona else "/new starts over, /help"
+    print("A question of this person per line" if persona else "A message per line", f"({commands}, end: Ctrl-D)")
     messages: list[dict[str, str]] = []
     turn = 0
     while True:
@@ -144,6 +152,8 @@ def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> N
             return print()
         if text == "/new":
             messages = []
+        elif text == "/help":
+            print(__doc__)
         elif text:
             turn += 1
             messages.append({"role": "user", "content": text})

@@ -12,6 +12,7 @@ from runtime import plan
 from runtime.digests import input_digest
 from runtime.distributed import Ranks
 from runtime.flags import PATIENCE, JudgeArgs
+from runtime.progress import printable
 from weights import resolve
 
 
@@ -140,7 +141,7 @@ class Judge:
         error = verdict.error
         if error is not None and error[:40] not in self.complaints:  # each kind once
             self.complaints.add(error[:40])
-            print(f"judge: an answer got no judgement: {error}", file=sys.stderr)
+            print(f"judge: an answer got no judgement: {printable(error)}", file=sys.stderr)
         self.finished.append(verdict)
 
 

@@ -30,6 +30,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import pydantic
 import tyro
 
+from runtime.progress import printable
+
 T = TypeVar("T")
 MAY_CHANGE = "may change between the start of a run and its continuation"
 MayChange = Annotated[T, MAY_CHANGE]
@@ -167,7 +169,7 @@ def user_errors():
         mendable = isinstance(error, MENDABLE) or type(error).__name__ in MENDABLE_NAMES
         if os.environ.get("TRACEBACK") or not mendable:
             raise
-        print(f"error: {' '.join(str(error).splitlines())}\n(TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).splitlines()))}\n(TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,6 +1,7 @@
-"""Progress of a long task: a bar on a terminal, lines in a log file."""
+"""What a terminal shows: the progress of a long task, text of others without its control characters."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,14 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 LINE_EVERY = 30  # seconds
+# all but tab and line feed, and the characters that turn the direction of text
+CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text of a model or a server with its control characters escaped. A terminal would obey them: set its title, fill
+    the clipboard, overwrite what was printed."""
+    return CONTROL_CHARACTER.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 @contextlib.contextmanager

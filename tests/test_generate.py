@@ -15,6 +15,8 @@ from chat import Chat
 from engine import Engine
 from kernels.sampling import sample, uniform
 from model import load_pretrained, save_pretrained
+from runtime.flags import user_errors
+from runtime.progress import printable
 
 RAGGED = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8, 8, 8]]
 
@@ -409,7 +411,7 @@ def reply_of(tiny, prompt_ids):
     chat = Chat(str(tiny / "checkpoint"))
     model = load_pretrained(str(tiny / "checkpoint"), torch.float32, "cpu")
     ((found,),) = Engine(model, chat.stop_ids, 512).generate([prompt_ids], temperature=0, max_new_tokens=5)
-    return chat.decode(found.ids)
+    return printable(chat.decode(found.ids))
 
 
 def test_chat_keeps_the_conversation(tiny, monkeypatch, capsys):
@@ -442,5 +444,17 @@ def test_chat_with_a_person(tiny, monkeypatch, capsys):
             tiny / "answer.txt",
         )
         assert expected in out
-    message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", "Mia")
-    assert "--persona" in message and "no such file): not JSON" in message
+    message = error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", "mia.json")
+    assert "--persona mia.json: no such file" in message
+    assert "--persona" in error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", '{"name": ')
+    assert generate.read_persona("Mia, a vegan") == "Mia, a vegan"
+
+
+def test_a_terminal_obeys_no_text_of_a_model(capsys):
+    hostile = "a\x1b]52;c;ZXZpbA==\x07b\x1b[2J\rc\x9b31m\u202ed\x00"
+    shown = printable(hostile)
+    assert shown == "a\\x1b]52;c;ZXZpbA==\\x07b\\x1b[2J\\rc\\x9b31m\\u202ed\\x00"
+    assert printable("Zürich\t北京\n👍") == "Zürich\t北京\n👍"
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError(f"a server said {hostile}")
+    assert "\x1b" not in capsys.readouterr().err
