@@ -18,7 +18,7 @@ from chat import Chat, without_control_tokens
 from data import readers
 from judges.asking import text_of
 from judges.chat_client import Failure, first_choice
-from judges.models import first_token, probability_of_first
+from judges.pairs import first_token, probability_of_first
 from prompts import (
     DIMENSIONS,
     PAIR_NAMES,
