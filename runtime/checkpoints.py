@@ -62,9 +62,11 @@ def _piece(tensor: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int, bool]
     """
     if not isinstance(tensor, DTensor):
         return tensor, 0, ranks.rank == 0
-    first, writes = 0, True
+    first = 0
+    writes = True
     for dim, placement in enumerate(tensor.placements):
-        place, size = tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+        place = tensor.device_mesh.get_local_rank(dim)
+        size = tensor.device_mesh.size(dim)
         if placement.is_replicate():
             writes &= place == 0
         elif placement.is_shard(0):
@@ -165,17 +167,18 @@ def _flush(folder: str, files: list[str]) -> dict[str, str]:
 
 def _damage(folder: str, ranks: Ranks) -> list[str]:
     """Describes the damage of a checkpoint ([]: none). Each rank checks a part of the files; all get the result."""
+    mine = ["state.json is damaged or missing"]
+    files: dict[str, str] = {}
     try:
         with open(os.path.join(folder, "state.json")) as f:
             state = json.load(f)
-        digest = state.pop("digest")
-        files = dict(state["files"])
-        whole = digest == digest_of(state) and state["step"] == _step(folder)
-        files = files if whole else {}
+        if state.pop("digest") == digest_of(state) and state["step"] == _step(folder):
+            files = dict(state["files"])
+            mine = []
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        whole, files = False, {}
+        pass  # not such a file
 
-    def check(name):
+    def check(name: str) -> list[str]:
         try:
             return [] if _digest(os.path.join(folder, name)) == files[name] else [f"{name} is damaged"]
         except FileNotFoundError:
@@ -183,7 +186,6 @@ def _damage(folder: str, ranks: Ranks) -> list[str]:
         except OSError as error:
             return [f"{name} cannot be read ({error.strerror})"]
 
-    mine = [] if whole else ["state.json is damaged or missing"]
     with ThreadPoolExecutor() as pool:
         for found in pool.map(check, sorted(files)[ranks.rank :: ranks.world_size]):
             mine += found
@@ -224,7 +226,8 @@ def save(
 
     def on_every_rank(action: Callable[[], Any]) -> Any:
         """Runs an action on every rank. All ranks wait for it, and an I/O error on one of them is raised on all."""
-        result, errors = None, []
+        result = None
+        errors = []
         try:
             result = action()
         except (OSError, SafetensorError) as error:
@@ -269,10 +272,12 @@ def save(
     on_rank_0(finish)
 
 
-def _written_by(rank, tmp):
+def _written_by(rank: int, tmp: str) -> list[str]:
     """Files that this rank wrote: its own shards, and on rank 0 everything else."""
-    shards = re.compile(r"train_state/rank(\d+)_")
-    return [file for file in _files(tmp) if (int(m[1]) if (m := shards.match(file)) else 0) == rank]
+    files = [file for file in _files(tmp) if file.startswith(f"train_state/rank{rank:05d}_")]
+    if rank == 0:
+        files += [file for file in _files(tmp) if not file.startswith("train_state/rank")]
+    return files
 
 
 def _link_newest(out, names):
@@ -300,28 +305,32 @@ def load(
     steps run again. The links to the models are made again, since a run may have been killed between writing a
     checkpoint and its links. ValueError: all checkpoints are damaged.
     """
-    damages, started = {}, time.monotonic()
+    started = time.monotonic()
+    damaged: dict[str, list[str]] = {}
+    newest = None
     for folder in reversed(_checkpoints(out)):
-        damages[folder] = _damage(folder, ranks)
-        if not damages[folder]:
+        damage = _damage(folder, ranks)
+        if not damage:
+            newest = folder
             break
-    damaged = {folder: found for folder, found in damages.items() if found}
-    said = "; ".join(f"{folder}: {', '.join(found[:3])}" for folder, found in damaged.items())
-    step = 0
-    if damages and len(damaged) == len(damages):
+        damaged[folder] = damage
+    said = "; ".join(f"{folder}: {', '.join(damage[:3])}" for folder, damage in damaged.items())
+    if damaged and newest is None:
         raise ValueError(f"no whole checkpoint is left ({said}); choose another --out, or remove {out}/checkpoints")
     if damaged and ranks.rank == 0:
         print(f"warning: damaged and set aside as *.damaged: {said}", file=sys.stderr, flush=True)
-        for each in damaged:
-            shutil.rmtree(f"{each}.damaged", ignore_errors=True)
-            os.rename(each, f"{each}.damaged")
-    if damages:
-        step, size = _step(folder), sum(os.path.getsize(os.path.join(folder, name)) for name in _files(folder))
+        for folder in damaged:
+            shutil.rmtree(f"{folder}.damaged", ignore_errors=True)
+            os.rename(folder, f"{folder}.damaged")
+    step = 0
+    if newest is not None:
+        step = _step(newest)
+        size = sum(os.path.getsize(os.path.join(newest, name)) for name in _files(newest))
         seconds = time.monotonic() - started
-        _read_train_state(os.path.join(folder, "train_state"), models, optimizers, ranks)
+        _read_train_state(os.path.join(newest, "train_state"), models, optimizers, ranks)
         if ranks.rank == 0:
             _link_newest(out, models)
-        print0(f"resumed from {folder} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")
+        print0(f"resumed from {newest} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")
     metrics = os.path.join(out, "metrics.jsonl")
     if ranks.rank == 0 and os.path.isfile(metrics):
         lines = list(json_lines(metrics, growing=True))
