@@ -163,7 +163,8 @@ class Chat:
         for n, message in enumerate(messages):
             if not isinstance(message, dict):
                 raise ValueError(f"messages[{n}]: expected an object with role and content, got {message!r}")
-            role, content = message.get("role"), message.get("content")
+            role = message.get("role")
+            content = message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(
                     f"messages[{n}]: expected a role (system, user, assistant) and a "

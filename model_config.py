@@ -154,7 +154,8 @@ def rope_inv_freq(config: Config, device: torch.device) -> tuple[torch.Tensor, f
     factor = scaling["factor"]
     original_context = scaling["original_max_position_embeddings"]
     if scaling["rope_type"] == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
         rotations = original_context * inv_freq / (2 * math.pi)
         kept = ((rotations - low) / (high - low)).clamp(0, 1)
         return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0

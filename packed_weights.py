@@ -23,7 +23,8 @@ def pack_weights(model: Transformer) -> None:
 
     for layer in model.model.layers:
         assert isinstance(layer, Layer)
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         attention.packed_qkv = packed(attention.q_proj, attention.k_proj, attention.v_proj)
         attention.o_proj.packed = packed(attention.o_proj)
         mlp.packed_gate_up = packed(mlp.gate_proj, mlp.up_proj)

@@ -163,7 +163,8 @@ def _check_tied_head(file_of: dict[str, str], files: dict[str, safe_open]) -> No
 
     Tools disagree about such files: transformers uses the head, vLLM ignores it.
     """
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head = "lm_head.weight"
+    embedding = "model.embed_tokens.weight"
     if head not in files:
         return
     if not torch.equal(files[head].get_tensor(head), files[embedding].get_tensor(embedding)):

@@ -78,7 +78,8 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, device_code):
         target_logit, logsumexp, mean_logit = device_code.forward(hidden, weight, targets, temperature)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.temperature, ctx.device_code = temperature, device_code
+        ctx.temperature = temperature
+        ctx.device_code = device_code
         entropy = logsumexp - mean_logit  # sum of p (log-sum-exp - z)
         ctx.mark_non_differentiable(entropy)
         return target_logit - logsumexp, entropy
@@ -101,7 +102,8 @@ class _Torch:
     def tiles(hidden, weight, temperature):
         """Yields (first word, slice of the head, slice of tokens, logits of the tile). All tiles share one buffer."""
         acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        n_tokens, n_words = min(TILE_TOKENS, len(hidden)), min(TILE_WORDS, len(weight))
+        n_tokens = min(TILE_TOKENS, len(hidden))
+        n_words = min(TILE_WORDS, len(weight))
         buffer = torch.empty(n_tokens * n_words, dtype=acc_dtype, device=hidden.device)
         hidden = hidden.to(acc_dtype) / temperature
         for start in range(0, len(weight), n_words):
@@ -245,7 +247,8 @@ if triton is not None:
             sum_exp_logit = sum_exp_logit * rescale + tl.sum(exp * z, 1)
             target_logit += tl.sum(tl.where(words[None, :] == target[:, None], z, 0.0), 1)
             max_logit = new_max
-        offset, mask = split.to(tl.int64) * n_tokens + tokens, tokens < n_tokens
+        offset = split.to(tl.int64) * n_tokens + tokens
+        mask = tokens < n_tokens
         tl.store(max_ptr + offset, max_logit, mask=mask)
         tl.store(sum_exp_ptr + offset, sum_exp, mask=mask)
         tl.store(sum_exp_logit_ptr + offset, sum_exp_logit, mask=mask)
@@ -315,8 +318,11 @@ class _Triton:
 
     @staticmethod
     def forward(hidden, weight, targets, temperature):
-        (n_tokens, d), n_words, blocks = hidden.shape, len(weight), _Triton.blocks(hidden.dtype)
-        token_blocks, word_blocks = triton.cdiv(n_tokens, blocks["TOKENS"]), triton.cdiv(n_words, blocks["WORDS"])
+        n_tokens, d = hidden.shape
+        n_words = len(weight)
+        blocks = _Triton.blocks(hidden.dtype)
+        token_blocks = triton.cdiv(n_tokens, blocks["TOKENS"])
+        word_blocks = triton.cdiv(n_words, blocks["WORDS"])
         per_split = triton.cdiv(word_blocks, min(word_blocks, triton.cdiv(MIN_PROGRAMS, token_blocks)))
         splits = triton.cdiv(word_blocks, per_split)  # none is empty
         parts = [torch.empty(splits, n_tokens, device=hidden.device) for _ in range(4)]
@@ -342,7 +348,8 @@ class _Triton:
 
     @staticmethod
     def backward(hidden, weight, targets, logsumexp, temperature, scale, needs_weight):
-        (n_tokens, d), blocks = hidden.shape, _Triton.blocks(hidden.dtype)
+        n_tokens, d = hidden.shape
+        blocks = _Triton.blocks(hidden.dtype)
         slice_words = _Triton.slice_words(n_tokens, hidden.dtype)
         buffer = torch.empty(n_tokens * min(slice_words, len(weight)), dtype=hidden.dtype, device=hidden.device)
         grad_hidden = torch.zeros(n_tokens, d, device=hidden.device)

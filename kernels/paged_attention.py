@@ -87,12 +87,15 @@ if triton is not None:
     ):
         """Program (row, key head, split): normalized output and base-2 log-sum-exp of one split, for all query heads of
         the key head."""
-        row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        split = tl.program_id(2)
         length = tl.load(lengths_ptr + row)
         start = split * split_tokens
         if start < length:
             end = tl.minimum(start + split_tokens, length)
-            g, d = tl.arange(0, TILE_G), tl.arange(0, TILE_D)
+            g = tl.arange(0, TILE_G)
+            d = tl.arange(0, TILE_D)
             heads = head * G + g
             mask = (g < G)[:, None] & (d < D)[None, :]
             query = tl.load(q_ptr + row * q_stride + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -136,8 +139,10 @@ if triton is not None:
         TILE_D: tl.constexpr,
     ):
         """Program (row, query head): average of the splits, weighted by exp(log-sum-exp)."""
-        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        s, d = tl.arange(0, TILE_S), tl.arange(0, TILE_D)
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        s = tl.arange(0, TILE_S)
+        d = tl.arange(0, TILE_D)
         used = s < tl.cdiv(tl.load(lengths_ptr + row), split_tokens)  # the others were never written
         offset = (row * HQ + head) * n_splits + s
         logs = tl.load(lse_ptr + offset, mask=used, other=float("-inf"))
@@ -154,7 +159,8 @@ if triton is not None:
 def triton_paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    (n_rows, n_heads, dim), (_, block_size, n_kv, _) = q.shape, k_cache.shape
+    n_rows, n_heads, dim = q.shape
+    _, block_size, n_kv, _ = k_cache.shape
     tile_d = max(16, triton.next_power_of_2(dim))
     tile_n = max(16, TILE_BYTES[q.element_size()] // (tile_d * q.element_size()))
     capacity = block_table.shape[1] * block_size

@@ -100,7 +100,8 @@ if triton is not None:
         ADD: tl.constexpr,
     ):
         """Program p: dx of rows p, p + programs, ... and the sum of their dW, written to row p of grad_weight."""
-        program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        program = tl.program_id(0).to(tl.int64)
+        programs = tl.num_programs(0)
         d = tl.arange(0, TILE)
         mask = d < D
         w = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
@@ -129,7 +130,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
-        (n_rows, width), add = x.shape, residual is not None
+        n_rows, width = x.shape
+        add = residual is not None
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = torch.empty_like(out) if add else x
         rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -157,7 +159,8 @@ class _RMSNorm(torch.autograd.Function):
         total, weight, rstd = ctx.saved_tensors
         if grad_out is None:  # only the sum was used
             return grad_total, grad_total, None, None
-        (n_rows, width), add = total.shape, grad_total is not None
+        n_rows, width = total.shape
+        add = grad_total is not None
         grad_out = grad_out.contiguous()
         grad_total = grad_total.contiguous() if add else grad_out
         grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)

@@ -106,13 +106,15 @@ if triton is not None:
         s1 = tl.load(sin_ptr + token * D + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
         s2 = tl.load(sin_ptr + token * D + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
         h = tl.arange(0, TILE_Q)
-        offset, mask = h[:, None] * D + d[None, :], (h < HQ)[:, None] & (d < HALF)[None, :]
+        offset = h[:, None] * D + d[None, :]
+        mask = (h < HQ)[:, None] & (d < HALF)[None, :]
         _rotate_heads(
             q_ptr, q_out_ptr, token * q_stride + offset, token * (HQ * D) + offset, mask, c1, c2, s1, s2, HALF
         )
         slot = tl.load(slots_ptr + token)
         h = tl.arange(0, TILE_KV)
-        offset, mask = h[:, None] * D + d[None, :], (h < HKV)[:, None] & (d < HALF)[None, :] & (slot >= 0)
+        offset = h[:, None] * D + d[None, :]
+        mask = (h < HKV)[:, None] & (d < HALF)[None, :] & (slot >= 0)
         cache_offset = slot * (HKV * D) + offset
         _rotate_heads(k_ptr, k_cache_ptr, token * k_stride + offset, cache_offset, mask, c1, c2, s1, s2, HALF)
         tl.store(
@@ -126,7 +128,8 @@ if triton is not None:
 
 
 def triton_rope_kv(q, k, v, cos, sin, k_cache, v_cache, slots):
-    (n_tokens, n_heads, dim), n_kv = q.shape, k.shape[1]
+    n_tokens, n_heads, dim = q.shape
+    n_kv = k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if n_tokens:
         _rope_kv_kernel[n_tokens,](

@@ -170,7 +170,9 @@ if triton is not None:
     def _stats_kernel(
         logits_ptr, maxima_ptr, sums_ptr, temperature_ptr, row_stride, V: tl.constexpr, CHUNK: tl.constexpr
     ):
-        row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        row = tl.program_id(0).to(tl.int64)
+        chunk = tl.program_id(1)
+        n_chunks = tl.num_programs(1)
         z = _chunk(logits_ptr, row, row_stride, chunk, V, CHUNK)
         row_max = tl.max(z, 0)
         # a chunk of -inf only has no mass
@@ -202,7 +204,9 @@ if triton is not None:
         A level's prefix is that of the level before plus its step times the largest j whose mass reached top_p. The
         last level (STEPS = 1) sums the kept mass, for every row.
         """
-        row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        row = tl.program_id(0).to(tl.int64)
+        chunk = tl.program_id(1)
+        n_chunks = tl.num_programs(1)
         wanted = tl.load(top_p_ptr + row)
         if (wanted < 1) | (STEPS == 1):
             j = tl.arange(0, 16)
@@ -239,7 +243,8 @@ if triton is not None:
     @triton.jit
     def _locate_point(weights, fraction, SIZE: tl.constexpr):
         """`_locate` for one row. A parallel cumulative sum need not increase monotonically, hence weights > 0."""
-        index, wide = tl.arange(0, SIZE), weights.to(tl.float64)
+        index = tl.arange(0, SIZE)
+        wide = weights.to(tl.float64)
         cumulative = tl.cumsum(wide, 0)
         point = fraction * tl.max(cumulative, 0)
         last = tl.max(tl.where(weights > 0, index, 0), 0)
@@ -299,11 +304,14 @@ def triton_sample(
     maxima, sums = torch.empty(2, n_rows, n_chunks, dtype=torch.float32, device=logits.device)
     masses = torch.empty(levels + 1, n_rows, n_chunks, 16, dtype=torch.float32, device=logits.device)
     prefixes = torch.empty(levels + 1, n_rows, dtype=torch.int32, device=logits.device)
-    tokens, logprobs = torch.empty_like(seeds), torch.empty_like(temperature)
-    grid, stride = (n_rows, n_chunks), logits.stride(0)
+    tokens = torch.empty_like(seeds)
+    logprobs = torch.empty_like(temperature)
+    grid = (n_rows, n_chunks)
+    stride = logits.stride(0)
     _stats_kernel[grid](logits, maxima, sums, temperature, stride, **sizes)
     for level in range(levels + 1):
-        last_step, step = 1 << min(28, 32 - 4 * level), 1 << max(0, 28 - 4 * level)
+        last_step = 1 << min(28, 32 - 4 * level)
+        step = 1 << max(0, 28 - 4 * level)
         _search_kernel[grid](
             logits,
             maxima,

@@ -35,7 +35,8 @@ if triton is not None:
     @triton.jit
     def _forward_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
         """Program (row, tile of columns)."""
-        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = column < WIDTH
         g = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0)
         u = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +56,8 @@ if triton is not None:
         WIDTH: tl.constexpr,
         TILE: tl.constexpr,
     ):
-        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = column < WIDTH
         dy = tl.load(grad_ptr + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)

@@ -65,7 +65,8 @@ def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries:
     outs = []
     segments = (x.transpose(0, 1).split(s.lengths, 1) for x, s in ((q, queries), (k, keys), (v, keys)))
     for qs, ks, vs in zip(*segments):  # [H, L, D] each
-        n_queries, n_keys = qs.shape[1], ks.shape[1]
+        n_queries = qs.shape[1]
+        n_keys = ks.shape[1]
         mask = None
         if n_queries != n_keys:
             mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)

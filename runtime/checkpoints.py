@@ -116,7 +116,8 @@ def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: 
                     local.copy_(files[name].get_tensor(key))
                     continue
                 piece = files[name].get_slice(key)
-                low, high = max(first, start), min(first + len(local), start + piece.get_shape()[0])
+                low = max(first, start)
+                high = min(first + len(local), start + piece.get_shape()[0])
                 if low < high:
                     local[low - first : high - first].copy_(piece[low - start : high - start])
                     filled += high - low

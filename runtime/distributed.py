@@ -49,7 +49,8 @@ def start(
     seconds of a rank's start, rollout and update (watch.py). deterministic: fixed order of sums on a GPU
     (`make_deterministic`). ValueError: shard_size does not divide the number of ranks, or not all ranks joined in time.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
         raise ValueError(f"--shard-size {shard_size}: expected a divisor of the number of ranks, {world_size}")
     cuda = torch.cuda.is_available()
@@ -97,7 +98,8 @@ def _join(backend: str, rank: int, world_size: int, timeouts: tuple[int, int, in
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         store.set(f"joined/{rank}", "")
-        deadline, missing = time.monotonic() + timeouts[0], list(range(world_size))
+        deadline = time.monotonic() + timeouts[0]
+        missing = list(range(world_size))
         while missing := [r for r in missing if not store.check([f"joined/{r}"])]:
             if time.monotonic() > deadline:
                 raise ValueError(f"ranks {missing} have not joined within {timeouts[0]} s (--timeouts)")
