@@ -99,7 +99,8 @@ def read_examples(args: Args, chat: Chat, templates: Templates) -> list[packing.
             examples.append((ids, loss_mask))
         n_rows = len(examples)
         examples = [(ids, loss_mask) for ids, loss_mask in examples if any(loss_mask)]
-        print0(f"{n_rows - len(examples)} rows of {args.data} are left out: no turn of the assistant")
+        if len(examples) < n_rows:
+            print0(f"{n_rows - len(examples)} rows of {args.data} are left out: no turn of the assistant")
     return packing.within_length(examples, size, args.max_length, args.data, args.batch_size)
 
 

@@ -137,6 +137,7 @@ Example = tuple[Sequence[int], Sequence[int]]
 
 
 def read_examples(args: Settings, path: str, chat: Chat, templates: Templates, batch_size: int = 1) -> list[Example]:
+    """Examples of a file that are within --max-length. ValueError: fewer than batch_size."""
     examples: list[Example] = []
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
@@ -147,7 +148,8 @@ def read_examples(args: Settings, path: str, chat: Chat, templates: Templates, b
             examples.append((prompt + target, [False] * len(prompt) + [True] * len(target)))
     else:
         for row in read_rows(path, "pair"):
-            chosen, rejected = (bt_ids(chat, templates, row, row[side]) for side in ("chosen", "rejected"))
+            chosen = bt_ids(chat, templates, row, row["chosen"])
+            rejected = bt_ids(chat, templates, row, row["rejected"])
             examples.append((chosen, rejected))
     return packing.within_length(examples, lambda e: max(len(e[0]), len(e[1])), args.max_length, path, batch_size)
 
