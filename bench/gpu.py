@@ -11,6 +11,8 @@
 A check prints `figure: NAME | VALUE | BOUND | met or MISSED`. A missed bound fails its stage.
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 import json
@@ -21,11 +23,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[0] = ROOT  # not bench/, which has a kernels.py too
 
-import torch
+if TYPE_CHECKING:  # imported where it is needed: stages that read logs take no seconds then
+    import torch
 
 EMULATED = os.environ.get("EMULATED") == "1"  # tests/on_emulated_gpu.py: small sizes
 NEEDED = [
@@ -63,6 +67,8 @@ def figure(name: str, value: float, bound: float, at_least: bool = False) -> boo
 
 
 def versions() -> bool:
+    import torch
+
     from kernels.varlen_attention import attention_used
 
     print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
@@ -117,6 +123,8 @@ def engine() -> bool:
 
 
 def random_bf16(*shape: int) -> torch.Tensor:
+    import torch
+
     return torch.randn(shape).to("cuda", torch.bfloat16).requires_grad_()
 
 
@@ -126,6 +134,8 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 def attention() -> bool:
     """Output and gradients in bf16 against fp32, where SDPA computes one sequence at a time."""
+    import torch
+
     from attention import SeqLens
     from kernels.varlen_attention import varlen_attention
 
@@ -151,6 +161,8 @@ def attention() -> bool:
 
 
 def logprob() -> bool:
+    import torch
+
     from kernels.linear_logprob import linear_logprob, reference
 
     n_tokens, width, vocab = (67, 64, 1519) if EMULATED else (4099, 896, 151936)
@@ -188,6 +200,8 @@ def mismatches(run: str, bound: str) -> bool:
 
 
 def updates(*files: str) -> bool:
+    import torch
+
     one, *others = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
     checks = []
     for file, other in zip(files[1:], others):
