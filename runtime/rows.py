@@ -167,8 +167,11 @@ def check_row(row: Any, kind: str, where: str) -> None:
             raise ValueError(f'{where}: field "{field}" is missing, expected {expected} ({kind} row)')
         if not is_valid(row[field]):
             raise ValueError(f'{where}: field "{field}" is {json.dumps(row[field])[:80]}, expected {expected}')
-    if kind == "judgement" and re.search(FORM_TAG, row.get("checks") or ""):
-        raise ValueError(f'{where}: field "checks" holds a tag of a judgement (such as <scores>), expected text')
+    checks = row.get("checks", "")  # of a judgement, optional
+    if kind == "judgement" and (not isinstance(checks, str) or re.search(FORM_TAG, checks)):
+        raise ValueError(
+            f'{where}: field "checks" is {json.dumps(checks)[:80]}, expected a string without a tag such as <scores>'
+        )
     refuse_surrogates(row, where)
     if kind in DATA_KINDS:
         refuse_thoughts(_answers_in(row, kind), where)

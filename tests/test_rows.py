@@ -235,6 +235,12 @@ def test_a_judgement_with_a_tag_of_its_form_is_refused(field, tag, tmp_path):
     assert read_rows(write(tmp_path, row), "judgement") == [row]
 
 
+@pytest.mark.parametrize("checks", [5, ["food raw raw right"]])
+def test_checks_that_are_no_text_are_refused(checks, tmp_path):
+    path = write(tmp_path, ROWS["judgement"], ROWS["judgement"] | {"checks": checks})
+    assert refused(path, "judgement").startswith(f'{path}:2: field "checks" is {json.dumps(checks)}, expected a string')
+
+
 # -- thoughts of reasoning models ----------------------------------------------------------------------------------
 
 
