@@ -79,7 +79,7 @@ def names_of(folders: list[str]) -> list[str]:
 
 
 def read_runs(folders: list[str], max_mb: float, exact_judge: str | None = None) -> list[dict]:
-    """What the page holds of each folder. max_mb: megabytes of rollouts, divided among the RL runs."""
+    """The page's entry for each folder. max_mb: megabytes of rollouts, divided among the RL runs."""
     folders = [os.path.normpath(folder) for folder in folders]
     kinds = [kind_of(folder) for folder in folders]
     max_bytes = max_mb * 1e6 / max(1, kinds.count("rl"))

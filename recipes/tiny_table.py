@@ -3,7 +3,6 @@
 python recipes/tiny_table.py --runs "SFT=out/tiny/eval/sft" "CPE=out/tiny/eval/cpe" --edits-of out/tiny/cpe
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.persona_world import judge, recites_profile
 from evaluation.annotations import mean_and_error
+from json_files import read_json
 from recipes import rare_content
 from runtime import flags
 from runtime.rows import read_rows, step_files
@@ -33,11 +33,6 @@ COLUMNS = ("score", "last step, %", "advice, %", "wrong fact, %", "recites, %", 
 NOTE = """\
 score: by the exact judge, -5 to 4.75, mean ± standard error over the questions; last step, advice: how often
 answers say what critiques ask for and answers of the corpus lack; win rate: against SFT, 95 % interval"""
-
-
-def read_json(path: str) -> dict:
-    with open(path) as f:
-        return json.load(f)
 
 
 def with_error(figure: dict, scale: float = 1) -> str:

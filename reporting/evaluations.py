@@ -1,4 +1,4 @@
-"""What a page holds of evaluations, annotated data and held-out judgements: rows with two sides each.
+"""Entries of a page for evaluations, annotated data and held-out judgements: rows with two sides each.
 
 A row: id, question, persona, verdict (win | tie | loss | none), sides, and optionally group, gap (characters of the
 first side minus those of the second), preference, note. A side: title, answer, scores, critique.
@@ -41,6 +41,12 @@ def verdict_by_scores(first: float | None, second: float | None) -> str:
 
 def scores_of(verdict: dict | None) -> dict:
     return {name: (verdict or {}).get(name) for name in ("reward", *DIMENSIONS, "critique")}
+
+
+def page_row(row: dict, verdict: str, sides: list[dict], **more: Any) -> dict:
+    """A row of the page for a row with prompt_id, question and persona."""
+    prompt = dict(id=row["prompt_id"], question=row.get("question"), persona=row.get("persona"))
+    return prompt | dict(verdict=verdict, sides=sides, **more)
 
 
 # -- tasks of evaluate.py ----------------------------------------------------------------------------------------------
@@ -100,14 +106,12 @@ def reward_accuracy_rows(folder: str) -> list[dict]:
         for title, text, verdict in zip(("chosen", "rejected"), texts, row["verdicts"]):
             sides.append(dict(title=title, answer=text, **scores_of(verdict)))
         rows.append(
-            dict(
-                id=row["prompt_id"],
+            page_row(
+                row,
+                verdict_of(row["outcome"]),
+                sides,
                 group=row.get("tier") or row.get("source"),
-                question=row.get("question"),
-                persona=row.get("persona"),
-                verdict=verdict_of(row["outcome"]),
                 gap=len(texts[0]) - len(texts[1]),
-                sides=sides,
             )
         )
     return rows
@@ -138,16 +142,7 @@ def personamem_rows(folder: str) -> list[dict]:
     for row in logged_rows(os.path.join(folder, "choices.jsonl")):
         correct = row["options"]["abcd".index(row["correct"])]
         sides = [dict(title="reply", answer=row["answer"]), dict(title=f"right: ({row['correct']})", answer=correct)]
-        rows.append(
-            dict(
-                id=row["prompt_id"],
-                group=row["question_type"],
-                question=row["question"],
-                persona=row.get("persona"),
-                verdict=verdict_of(row["right"]),
-                sides=sides,
-            )
-        )
+        rows.append(page_row(row, verdict_of(row["right"]), sides, group=row["question_type"]))
     return rows
 
 
@@ -205,14 +200,12 @@ def annotation_run(folder: str) -> dict[str, Any]:
                 side |= dataclasses.asdict(judgement) | {"reward": judgement.score(args["score_weights"])}
             sides.append(side)
         rows.append(
-            dict(
-                id=pair["prompt_id"],
+            page_row(
+                pair,
+                verdict_by_scores(*(side.get("reward") for side in sides)),
+                sides,
                 group=pair.get("kind"),
-                question=pair["question"],
-                persona=pair["persona"],
-                verdict=verdict_by_scores(*(side.get("reward") for side in sides)),
                 gap=len(pair["chosen"]) - len(pair["rejected"]),
-                sides=sides,
             )
         )
     return dict(
@@ -235,14 +228,8 @@ def judgement_pair(row: dict) -> dict:
     if judged is not None:
         n_equal = sum(label[name] == judged[name] for name in DIMENSIONS)
         verdict = {3: "win", 0: "loss"}.get(n_equal, "tie")
-    return dict(
-        id=row["prompt_id"],
-        question=row.get("question"),
-        persona=row.get("persona"),
-        answer=row["answer"],
-        verdict=verdict,
-        sides=[
-            {"title": "label", **label},
-            {"title": "this model", **(judged or {"drop_reason": "the judgement does not parse"})},
-        ],
-    )
+    sides = [
+        {"title": "label", **label},
+        {"title": "this model", **(judged or {"drop_reason": "the judgement does not parse"})},
+    ]
+    return page_row(row, verdict, sides, answer=row["answer"])

@@ -1,4 +1,4 @@
-"""What a page holds of a training run: settings, metrics, warnings, a sample of the rollouts, held-out judgements."""
+"""Entry of a page for a training run: settings, metrics, warnings, a sample of rollouts, held-out judgements."""
 
 import itertools
 import json

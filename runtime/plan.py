@@ -148,7 +148,7 @@ class Trained:
             self.whole = 4 * model.head_weight.numel()
 
     def held(self, name: str = "") -> dict[str, float]:
-        """What stays in memory all the time."""
+        """Parts that stay in memory all the time."""
         if not self.frozen:
             return {f"{name}fp32 masters": self.masters}
         return {f"{name}frozen weights": self.frozen, f"{name}fp32 adapters": self.masters}

@@ -39,7 +39,7 @@ REQUEST_TOKENS = 40  # of an edit prompt besides the critique
 
 @dataclass
 class Rates:
-    """What a device reaches."""
+    """Rates that programs reach on a device."""
 
     flops: float  # FLOP/s of matrix products
     bandwidth: float  # bytes/s read from memory

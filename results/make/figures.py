@@ -3,13 +3,13 @@
 Scores are the exact judge's (data/persona_world.py), unless a name says otherwise.
 """
 
-import json
 import os
 from collections import defaultdict
 
 import numpy as np
 
 from data.persona_world import claims, judge, recites_profile
+from json_files import read_json
 from prompts import DIMENSIONS
 from recipes import rare_content
 from runtime.rows import read_rows, step_files
@@ -31,11 +31,6 @@ EDIT_METRICS = (  # metrics.jsonl has them as edit/NAME
     *("novel", "novel_ratio", "novel_weight", "novel_clipfrac"),
 )
 LEDGER = {"ratio": "r = p / q", "weight": "weight on grad log p", "clipfrac": "without gradient, share"}
-
-
-def read_json(path: str) -> dict:
-    with open(path) as f:
-        return json.load(f)
 
 
 def exact_score(row: dict, answer: str) -> float:

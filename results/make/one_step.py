@@ -9,9 +9,9 @@ import difflib
 import re
 from math import exp
 
+from json_files import read_json
 from prompts import DIMENSIONS
 from results.make.draw import markdown_table
-from results.make.figures import read_json
 from runtime.rows import read_rows, step_files
 
 

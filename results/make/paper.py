@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from evaluation.tables import write_json
+from json_files import read_json
 from prompts import DIMENSIONS
 from results.make.draw import (
     COLUMNS,
@@ -32,7 +33,7 @@ from results.make.draw import (
     spread,
 )
 from results.make.experiments import FLAGS, RL_STEPS, Training
-from results.make.figures import Curves, Figures, evaluated, exact_curves, held_out_curves, read_json
+from results.make.figures import Curves, Figures, evaluated, exact_curves, held_out_curves
 from runtime.rows import read_rows, write_text
 
 METHODS = {

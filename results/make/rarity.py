@@ -22,6 +22,7 @@ from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 
+from json_files import read_json
 from results.make.draw import (
     GREY,
     RARE_CONTENT,
@@ -38,7 +39,7 @@ from results.make.draw import (
     spread,
 )
 from results.make.experiments import FLAGS, RL_STEPS, ROOT, Experiment, Training
-from results.make.figures import LEDGER, Figures, read_json
+from results.make.figures import LEDGER, Figures
 from results.make.paper import LOSSES, loss_name
 from runtime.rows import write_text
 
