@@ -16,6 +16,7 @@ from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 
 import ppo_cpe
 import sft
+import train_grm
 from attention import Packed
 from lora import Lora, add_adapters
 from model import save_pretrained
@@ -63,27 +64,25 @@ def config_folder(path, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_recipes_pass_their_own_plan(size, tmp_path):
-    """The recipe itself, with PLAN_ONLY, from a folder that has an environment already."""
-    for name in os.listdir(ROOT):
-        if (
-            name.endswith(".py")
-            or os.path.isdir(os.path.join(ROOT, name))
-            and not name.startswith((".", "out"))
-            or name == "requirements.txt"
-        ):
-            os.symlink(os.path.join(ROOT, name), tmp_path / name)
-    os.makedirs(tmp_path / ".venv" / "bin")
-    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    os.chmod(tmp_path / ".venv" / "bin" / "python", 0o755)
+def test_recipes_pass_their_own_plan(size, tmp_path, capsys):
+    """The recipe itself, with PLAN_ONLY, from a folder whose `python` writes down what it is to run."""
+    for name in ("recipes", "requirements.txt"):
+        os.symlink(os.path.join(ROOT, name), tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    os.makedirs(python.parent)
+    python.write_text(f"#!/bin/sh\nprintf '%s\\t' \"$@\" >> {tmp_path}/calls\necho >> {tmp_path}/calls\n")
+    os.chmod(python, 0o755)
     shutil.copy(os.path.join(ROOT, "requirements.txt"), tmp_path / ".venv" / "installed.txt")
-    model = config_folder(tmp_path / "model", size)
-    environment = {**os.environ, "PLAN_ONLY": "1", "MODEL": str(model), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PLAN_ONLY": "1", "MODEL": str(config_folder(tmp_path / "model", size))}
     run = subprocess.run(
         ["bash", tmp_path / "recipes/qwen.sh", size], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert run.stdout.count("fits: yes") == 3 and not (tmp_path / "out").exists()
+    calls = [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [script for script, *_ in calls] == ["sft.py", "train_grm.py", "ppo_cpe.py"]
+    for module, (_, *flags) in zip((sft, train_grm, ppo_cpe), calls):
+        module.main(tyro.cli(module.Args, args=flags))  # exits where it does not fit
+    assert capsys.readouterr().out.count("fits: yes") == 3 and not (tmp_path / "out").exists()
 
 
 def ppo_plan(tmp_path, capsys, *flags):
