@@ -39,7 +39,7 @@ from runtime.distributed import Ranks, derive_seed, start
 from runtime.flags import Count
 from runtime.rows import read_rows, write_text
 
-# Limits are four standard deviations or more from the mean over five base models (docs/results.md), so that neither
+# Limits are three standard deviations or more from the mean over three base models (docs/results.md), so that neither
 # another seed nor another processor's rounding fails a run. A margin is about three standard deviations.
 CHECKS = {  # name: (at least or at most, limit, margin)
     "mentions_right": ("at least", 0.90, 0.05),
