@@ -68,8 +68,8 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType,
         raise ValueError(f"{file}: no such file; expected a folder that --save-batch wrote to its end")
     with open(file, encoding="utf-8") as f:
         saved = json.load(f)
-    root = os.path.dirname(os.path.realpath(__file__))
-    named = os.path.realpath(saved["script"])
+    root = os.path.dirname(os.path.abspath(__file__))
+    named = os.path.abspath(saved["script"])
     if script_file is None and os.path.dirname(named) not in (root, os.path.join(root, "exp")):
         raise ValueError(
             f"{file} names {saved['script']}, which is no script of this checkout; if you trust it: --script"
