@@ -335,13 +335,36 @@ def grm_prompt(chat: Chat, templates: Templates, row: dict, answer: str) -> list
 def grm_request(templates: Templates, row: dict, answer: str) -> str:
     """The same request as text, for a judge behind a chat API.
 
-    The tags of a judgement are broken inside the answer, so that a judge that quotes the answer can't write them. So is
-    </answer>, if the template encloses the answer in it. Ordinary text stays as it is.
+    The tags of a judgement are broken in persona, question and answer, so that a judge that quotes them can't write the
+    tags. So is </answer>, if the template encloses the answer in it. Ordinary text stays as it is.
     """
-    answer = EMPTY_THOUGHT.sub("", answer)
     tags = "checks|critique|scores" + ("|answer" if "</answer>" in templates.grm else "")
-    answer = re.sub(rf"<(?=/?(?:{tags})>)", "< ", answer)
-    return fill(templates.grm, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
+    return judge_request(templates.grm, tags, row, EMPTY_THOUGHT.sub("", answer))
+
+
+def judge_request(template: str, tags: str, row: dict, answer: str) -> str:
+    """A request for a judge. tags: names that no text of others may have as a tag, joined by |."""
+    texts = dict(persona=persona_text(row["persona"]), question=row["question"], answer=answer)
+    return fill(template, **{name: break_tags(text, tags) for name, text in texts.items()})
+
+
+INVISIBLE = re.compile(
+    "[\\s\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
+LONGEST_TAG = 200  # characters in which a tag that is stretched by invisible ones has to end
+
+
+def break_tags(text: str, tags: str) -> str:
+    """The text with a space behind the < of such tags. Look-alikes count, too: in capitals or full width, with white
+    space or invisible characters inside.
+    """
+
+    def broken(match: re.Match) -> str:
+        ahead = unicodedata.normalize("NFKC", text[match.end() : match.end() + LONGEST_TAG])
+        is_tag = re.match(rf"/?(?:{tags})>", INVISIBLE.sub("", ahead).casefold())
+        return f"{match[0]} " if is_tag else match[0]
+
+    return re.sub("[<\uff1c\ufe64]", broken, text)
 
 
 def response_ids(chat: Chat, text: str) -> list[int]:
@@ -403,9 +426,8 @@ def parse_questions(text: str) -> list[str] | None:
 
 
 def score_request(templates: Templates, row: dict, answer: str) -> str:
-    """Request for an overall score of an answer, in which the tags of the form are broken."""
-    answer = re.sub(r"<(?=/?(?:score|answer)>)", "< ", answer)
-    return fill(templates.score, persona=persona_text(row["persona"]), question=row["question"], answer=answer)
+    """Request for an overall score of an answer. The tags of its form are broken as in `grm_request`."""
+    return judge_request(templates.score, "score|answer", row, answer)
 
 
 def parse_score(text: str) -> float | None:
@@ -450,7 +472,7 @@ BLOCK = rf"((?:(?!{FORM_TAG}).)*)"
 FORM = re.compile(
     rf"\s*(?:<checks>{BLOCK}</checks>\s*)?<critique>{BLOCK}</critique>\s*<scores>{BLOCK}</scores>\s*", re.DOTALL
 )
-REASONING = re.compile(r"\s*<think>.*</think>", re.DOTALL)
+REASONING = re.compile(r"(?:\s*<think>.*?</think>)+", re.DOTALL)
 INTEGER = r"([+-]?[0-5])(?:\.0+)?"
 SCORES = re.compile(
     rf"\s*Helpfulness\s*:\s*{INTEGER}[\s,;]+Personalization\s*:\s*{INTEGER}[\s,;]+Natural(?:ness)?\s*:\s*{INTEGER}\s*",
@@ -512,6 +534,8 @@ def words_of(text: str) -> list[str]:
 
 
 def without_reasoning(text: str) -> str:
-    """A completion without the <think> blocks at its beginning, up to the last closing tag: reasoning may quote one."""
+    """A completion without the <think> blocks at its beginning. A block ends at its first closing tag: where reasoning
+    quotes one, the rest of it stays and nothing parses. Ending at the last tag would let a quotation cut off the reply.
+    """
     match = REASONING.match(text)
     return text[match.end() :] if match else text
