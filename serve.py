@@ -28,7 +28,8 @@ from runtime import flags
 class ServerLimits:
     # -- limits
     api_key: str | None = None
-    """Clients have to send `Authorization: Bearer KEY`. Also read from the environment variable SERVE_API_KEY."""
+    """Clients have to send `Authorization: Bearer KEY`. Also read from the environment variable SERVE_API_KEY. Without
+    a key the server answers only to an IP address, localhost and the machine's name."""
     max_body: flags.Count = 2**23
     """Bytes of a request body."""
     max_n: flags.Count = 128
@@ -72,11 +73,13 @@ import asyncio
 import bisect
 import concurrent.futures
 import hmac
+import ipaddress
 import itertools
 import json
 import math
 import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -454,19 +457,34 @@ class Stream(StreamingResponse):
             self.release()
 
 
+def is_own_host(name: str | None) -> bool:
+    """Whether a Host header names this machine. A name that somebody else may point here does not: a web page could
+    then read what a server without a key answers (DNS rebinding).
+    """
+    try:
+        return ipaddress.ip_address((name or "").strip("[]")) is not None
+    except ValueError:
+        return name in ("localhost", socket.gethostname())
+
+
 def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Starlette:
     worker = EngineThread(engine, limits.max_samples, limits.max_tokens_held)
     numbers = itertools.count()
     encoders = concurrent.futures.ThreadPoolExecutor(2)
     bytes_arriving = 0  # of requests that are arriving or being encoded
 
-    def with_key(handler):
-        expected = f"Bearer {limits.api_key or os.environ.get('SERVE_API_KEY', '')}"
+    def guarded(handler):
+        key = limits.api_key or os.environ.get("SERVE_API_KEY", "")
 
         async def checked(http: Request):
             sent = http.headers.get("authorization", "")
-            if expected != "Bearer " and not hmac.compare_digest(sent.encode(), expected.encode()):
+            if key and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
                 raise BadRequest("expected the header Authorization: Bearer KEY", code="invalid_api_key", status=401)
+            if not key and not is_own_host(http.url.hostname):
+                raise BadRequest(f"no --api-key, and a Host that may be a web page's: {http.url.hostname}", status=403)
+            # a web page may send other types to any address, and this one only where the server allows it
+            if http.method == "POST" and not http.headers.get("content-type", "").startswith("application/json"):
+                raise BadRequest("expected the header Content-Type: application/json", status=415)
             return await handler(http)
 
         return checked
@@ -558,9 +576,9 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
 
     app = Starlette(
         routes=[
-            Route("/v1/models", with_key(models)),
+            Route("/v1/models", guarded(models)),
             Route("/health", health),
-            Route("/v1/chat/completions", with_key(completions), methods=["POST"]),
+            Route("/v1/chat/completions", guarded(completions), methods=["POST"]),
         ],
         exception_handlers={404: not_found, 405: not_found, BadRequest: refused, ClientDisconnect: left_alone},
     )

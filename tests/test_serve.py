@@ -156,13 +156,32 @@ def test_errors_say_what_is_wrong(running):
     long = error(400, [{"role": "user", "content": "word " * 600}])
     assert "this server holds 512 of prompt and response" in long
     raw = http.client.HTTPConnection("127.0.0.1", running.port)
-    raw.request("POST", "/v1/chat/completions", b'{"model": "tiny", "mess')
+    raw.request("POST", "/v1/chat/completions", b'{"model": "tiny", "mess', {"Content-Type": "application/json"})
     reply = raw.getresponse()
     assert reply.status == 400 and "JSON" in json.loads(reply.read())["error"]["message"]
     raw.request("GET", "/v1/nothing")
     reply = raw.getresponse()
     assert reply.status == 404 and "/v1/chat/completions" in json.loads(reply.read())["error"]["message"]
     assert [m.id for m in running.client.models.list()] == ["tiny"]
+
+
+def answered(running, host, content_type="application/json", **headers):
+    """-> the status of a plain request with these headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    body = json.dumps(dict(model="tiny", messages=MESSAGES, max_tokens=1))
+    headers = {"Host": host, "Content-Type": content_type, **headers}
+    connection.request("POST", "/v1/chat/completions", body, headers)
+    return connection.getresponse().status
+
+
+def test_a_web_page_cannot_use_a_server_without_a_key(running):
+    """It may send plain text to any address, and reach this one under a name of its own."""
+    for host in ("127.0.0.1:8000", "localhost:8000", "[::1]:8000", socket.gethostname()):
+        assert answered(running, host) == 200, host
+    for host in ("evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example"):
+        assert answered(running, host) == 403, host
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        assert answered(running, "localhost", kind) == 415, kind
 
 
 def test_text_does_not_become_control_tokens(running):

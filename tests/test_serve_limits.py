@@ -15,6 +15,7 @@ from engine import Sample
 from engine.thread import Listener, Progress, RequestFailed
 
 BODY = dict(model="tiny", messages=MESSAGES, max_tokens=4, seed=3)
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def post(running, body, headers=None, source=None):
     connection = http.client.HTTPConnection("127.0.0.1", running.port, 60, source and (source, 0))
     with contextlib.closing(connection):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", "/v1/chat/completions", body, headers or {})
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"} | (headers or {}))
         reply = connection.getresponse()
         return reply.status, json.loads(reply.read()), reply.headers
 
@@ -63,7 +64,13 @@ def test_a_body_that_is_too_large(limited):
     assert error_of(limited, large) == (413, "the request has more than 1048576 bytes")
     raw = http.client.HTTPConnection("127.0.0.1", limited.port, 60)  # without a word about its length
     with contextlib.closing(raw), contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        raw.request("POST", "/v1/chat/completions", (b"x" * 2**14 for _ in range(80)), encode_chunked=True)
+        raw.request(
+            "POST",
+            "/v1/chat/completions",
+            (b"x" * 2**14 for _ in range(80)),
+            {"Content-Type": "application/json"},
+            encode_chunked=True,
+        )
         assert raw.getresponse().status == 413
     assert post(limited, BODY)[0] == 200
 
@@ -156,7 +163,7 @@ def test_a_head_that_trickles_gains_no_time(limited):
 
 
 def test_a_body_that_stays_away_is_answered(limited):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    head = HEAD + b"Content-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", limited.port)) as raw:
         raw.sendall(head + b'{"model": ')
         reply = read_all(raw)
@@ -172,7 +179,7 @@ def test_a_client_that_does_not_read_is_let_go(limited, stream):
     with raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(("127.0.0.1", limited.port))
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         until(lambda: limited.worker.held, 20)
         until(lambda: idle(limited) and not limited.server.server_state.connections, 40)
     assert post(limited, BODY)[0] == 200
@@ -200,7 +207,9 @@ def test_a_client_that_goes_while_it_waits_makes_room(limited, stream):
         running = pool.submit(post, limited, BODY | {"n": 4, "max_tokens": 60})
         until(lambda: limited.worker.running.total() == 4)
         raw = http.client.HTTPConnection("127.0.0.1", limited.port)
-        raw.request("POST", "/v1/chat/completions", json.dumps(BODY | {"stream": stream}))
+        raw.request(
+            "POST", "/v1/chat/completions", json.dumps(BODY | {"stream": stream}), {"Content-Type": "application/json"}
+        )
         until(lambda: len(limited.worker.held) == 2)
         raw.close()
         until(lambda: len(limited.worker.held) == 1)
@@ -235,10 +244,8 @@ def test_two_hundred_at_once_get_what_each_gets_alone(limited):
     async def ask(i):
         reader, writer = await asyncio.open_connection("127.0.0.1", limited.port)
         body = json.dumps(BODY | {"max_tokens": 2, "seed": i % 4}).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
+        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        writer.write(HEAD + b"Connection: close\r\n" + length + body)
         reply = await reader.read()
         writer.close()
         if b" 503 " in reply.splitlines()[0]:
