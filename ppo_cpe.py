@@ -243,22 +243,22 @@ def edit_loss(
 
 def token_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_edit: Tensor, args: Args) -> Tensor:
     """The loss of each token [S]: `policy_loss` on originals, `edit_loss` where is_edit (bool [S])."""
-    is_original = ~is_edit
-    loss = torch.empty_like(logprobs)
-    loss[is_original] = policy_loss(
-        logprobs[is_original], old_logprobs[is_original], advantages[is_original], args.eps_low, args.eps_high
+    # each loss sees all tokens; with a ratio of 1 on those of the other kind, nothing overflows there
+    same = logprobs.detach()
+    of_originals = policy_loss(
+        logprobs, torch.where(is_edit, same, old_logprobs), advantages, args.eps_low, args.eps_high
     )
-    loss[is_edit] = edit_loss(
+    of_edits = edit_loss(
         args.edit_loss,
-        logprobs[is_edit],
-        old_logprobs[is_edit],  # log pi_e(y_e | edit prompt)
-        advantages[is_edit],
+        logprobs,
+        torch.where(is_edit, old_logprobs, same),  # log pi_e(y_e | edit prompt)
+        advantages,
         eps_low=args.eps_low,
         eps_high=args.eps_high,
         cap=args.ratio_cap,
         gamma=args.luffy_gamma,
     )
-    return loss
+    return torch.where(is_edit, of_edits, of_originals)
 
 
 def gradient_weight(loss_of: Callable[[Tensor, Tensor], Tensor], logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def test_overview(at):
     assert b.text("#header .status").startswith(
         "PPO with critique-post-editstep 12"
     )  # a dot between them is the style sheet's
-    assert b.count(".warning") == 9 and b.count(".warning.warn") == 1
+    assert b.count(".warning") == 10 and b.count(".warning.warn") == 1
     b.until("return document.querySelectorAll('.chart canvas').length >= 4")
     assert b.text('.chart[data-title="Reward"] .values').split() == ["originals", "2.20", "edits", "2"]
     set_value(b, "#x", "generated tokens")
@@ -74,8 +74,8 @@ def test_a_click_on_a_step_shows_its_rollouts(at):
     b = at()
     b.until("return document.querySelector('.chart canvas')")
     box = b.run(
-        "const r = document.querySelector('.chart .u-over').getBoundingClientRect();"
-        "return [r.x, r.y, r.width, r.height]"
+        "const chart = document.querySelector('.chart .u-over'); chart.scrollIntoView({block: 'center'});"
+        "const r = chart.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]"
     )
     x, y = int(box[0] + box[2] * 4 / 11), int(box[1] + box[3] / 2)  # of 12 steps the fifth
     moves = [{"type": "pointerMove", "x": x + d, "y": y} for d in (9, 0)]
