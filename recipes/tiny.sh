@@ -83,8 +83,8 @@ cat << END
 
 All three RL runs start from SFT and train on as many responses; PPO (GRM) and CPE have the same judge. No answer of the
 corpus says a topic's last step or advice that suits the person. PPO can learn them only once a sample happens to hold
-them. Critiques name them and edits write them, so CPE is expected to say them, for about a third more generated tokens.
-The GRM checks each claim against the profile before it scores, so wrong facts are not expected to grow under it. BT's
+them. Critiques name them and edits write them, so CPE is expected to say them, for fewer judgements and about as many
+tokens. The GRM checks each claim against the profile before it scores, so wrong facts are not expected to grow under it. BT's
 reward is expected to be hacked. (The base has read rewrites under critiques, so it sometimes says what plain answers
 lack; SFT on plain answers takes that away.)
 
