@@ -30,7 +30,6 @@ from runtime.rows import without_surrogates
 # Sent with every request: what is not named comes from the server's own defaults, such as generation_config.json. -1 is
 # the whole vocabulary.
 PLAIN_SAMPLING = dict(top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
-EXTENSIONS = ("top_k", "min_p", "repetition_penalty")  # of vLLM and others; not in OpenAI's API
 ADAPTABLE = ("max_tokens", "seed", "temperature", *PLAIN_SAMPLING)  # parameters that some servers refuse
 UNSUPPORTED = re.compile(
     r"unsupported|not? support|n.t support|unrecognized|unknown|unexpected|not (be )?(permitted|allowed)|forbidden|"
@@ -264,28 +263,17 @@ class ChatServer:
         return True
 
     def ask(self, messages: Any, timeout: float, wanted: dict) -> dict:
-        """Sends one request, again without a parameter that the server refuses. Failure, also Unanswered.
-
-        A server that has not answered yet may refuse EXTENSIONS without naming them, so it is asked without them, too.
-        """
+        """Sends one request, again without a parameter that the server refuses. Failure, also Unanswered."""
         while True:
             sent = {name: value for name, value in wanted.items() if name not in self.refused}
             if "max_tokens" in wanted and "max_tokens" not in sent:
                 sent["max_completion_tokens"] = wanted["max_tokens"]
             body = dict(model=self.model, messages=messages, **sent)
             try:
-                reply = self.request("POST", "chat/completions", timeout, body)
+                return first_choice(self.request("POST", "chat/completions", timeout, body))
             except BadStatus as error:
-                if self.adapts(error, sent):
-                    continue
-                extensions = [name for name in EXTENSIONS if name in sent]
-                says_why = any(name in error.body for name in body)
-                if self.has_answered or says_why or not extensions or error.status not in (400, 422):
+                if not self.adapts(error, sent):
                     raise
-                plain = {name: value for name, value in body.items() if name not in extensions}
-                reply = self.request("POST", "chat/completions", timeout, plain)
-                self.leave_out(extensions, error)
-            return first_choice(reply)
 
     def request(self, method: str, path: str, timeout: float, body: dict | None = None) -> str:
         """Sends one request -> the text of the reply. timeout: seconds for all of it. Failure: a status of 400 or more;
@@ -308,16 +296,12 @@ class ChatServer:
         refused = refused_parameter(error.body)
         if error.status not in (400, 422) or refused is None or refused not in sent:
             return False
-        self.leave_out([refused], error)
-        return True
-
-    def leave_out(self, names: list[str], error: BadStatus) -> None:
         with self.lock:
-            new = [name for name in names if name not in self.refused]
-            self.refused.update(new)
-        if new:
-            instead = "asked for max_completion_tokens" if new == ["max_tokens"] else "its own default holds"
-            print(f"{self.url} refuses {', '.join(new)}: {instead} from now on ({error})", file=sys.stderr)
+            if refused not in self.refused:
+                self.refused.add(refused)
+                instead = "asked for max_completion_tokens" if refused == "max_tokens" else "its own default holds"
+                print(f"{self.url} refuses {refused}: {instead} from now on ({error})", file=sys.stderr)
+        return True
 
 
 def refused_parameter(body: str) -> str | None:

@@ -405,19 +405,6 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(server, opened, 
     assert [printed.count(f"refuses {name}") for name in server.refuses] == [1, 1, 1]
 
 
-def test_a_server_need_not_name_what_it_refuses(server, opened, capsys):
-    """It answers what follows OpenAI's API, and nothing else."""
-    server.refuses = dict.fromkeys(("top_k", "min_p"), (400, {"error": "bad request"}))
-    judge = opened(server.url, concurrency=1)
-    for n in range(2):
-        judge.submit(n, ROW, f"fine {n}", seed=n)
-    assert all(v.reward == 0.85 for v in verdicts(judge).values())
-    assert len(server.requests.pop("refused")) == 1
-    for [request] in server.requests.values():
-        assert not {"top_k", "min_p", "repetition_penalty"} & set(request) and request["top_p"] == 1.0
-    assert "refuses top_k, min_p, repetition_penalty: its own default holds" in capsys.readouterr().err
-
-
 def test_every_sampling_parameter_is_named(server, opened, capsys):
     """What a request leaves open is the server's choice, such as the top_k of the folder's generation_config.json."""
     judge = opened(server.url, concurrency=1)
