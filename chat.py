@@ -118,7 +118,7 @@ class Chat:
         except Exception as error:  # tokenizers has no error classes of its own
             raise ValueError(f"{file}: not a tokenizer ({type(error).__name__}: {error})") from error
         raw = json.loads(reference.backend_tokenizer.to_str())
-        # What a call of transformers had set when the folder was saved: it would cut or fill every text.
+        # Settings of the last call of transformers before the folder was saved. They would cut or pad every text.
         raw |= {"truncation": None, "padding": None}
         self.control: dict[str, int] = {token["content"]: token["id"] for token in raw["added_tokens"]}
         self.format = _turn_format(self.control, path)

@@ -76,6 +76,7 @@ import torch
 import torch.nn.functional as F
 
 from chat import Chat
+from json_files import read_json
 from model import Transformer
 from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import packing, plan, training
@@ -169,13 +170,12 @@ def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ran
             content = dict(pairs=digest, chosen=chosen_logprobs, rejected=rejected_logprobs)
             write_text(file, json.dumps(content))
         barrier(ranks)
-    with open(file) as f:
-        content = json.load(f)
-    if content["pairs"] != digest:
+    kept = read_json(file)
+    if kept["pairs"] != digest:
         raise ValueError(f"{file}: made from other pairs than {args.data} now holds; choose another --out or remove it")
     return [
         pair._replace(reference_chosen=chosen_logprob, reference_rejected=rejected_logprob)
-        for pair, chosen_logprob, rejected_logprob in zip(pairs, content["chosen"], content["rejected"], strict=True)
+        for pair, chosen_logprob, rejected_logprob in zip(pairs, kept["chosen"], kept["rejected"], strict=True)
     ]
 
 
@@ -227,8 +227,9 @@ def main(args: Args) -> None:
             parts = packing.split(mine, size, args.tokens_per_microbatch, ranks)
             means, flops = training.forward_backward(partial(loss_of, args), model, parts, args.batch_size, ranks)
             lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-            part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
-            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
+            grad_norm = training.optimizer_step(
+                model, optimizer, lr, args.max_grad_norm, {"loss": means["loss"]}, mine, run
+            )
         metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
         run.log(metrics, {name: metrics[name] for name in ("loss", "accuracy", "margin", "grad_norm", "seconds")})
         run.save_if_due()

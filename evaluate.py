@@ -284,7 +284,7 @@ def verdicts_on_both(
 
 
 def outcome_of(model: str | None, baseline: str | None, verdicts: dict[str, dict]) -> Outcome:
-    """What the verdicts on two answers say of them."""
+    """The outcome of the verdicts on two answers."""
     if model is None or baseline is None:
         return Outcome(method="scores" if verdicts else None)
     if not verdicts:

@@ -135,7 +135,7 @@ class ScalarHead(nn.Linear):
 
 
 class Trunk(nn.Module):
-    """What comes before the head."""
+    """All layers before the head."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -283,7 +283,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
 
 class EditReward(NamedTuple):
-    """What selection knows of an edit; prompt_id and sample_id are those of its original."""
+    """The rewards that an edit is selected by; prompt_id and sample_id are those of its original."""
 
     prompt_id: str
     sample_id: int
@@ -468,7 +468,7 @@ def should_edit(original: Trajectory, args: Args) -> bool:
 
 
 def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
-    """What the engine sampled, as a response. Its ids include the stop token, which is trained like any other."""
+    """A sample of the engine as a response. Its ids include the stop token, which is trained like any other."""
     stop_ids = [] if sample.stop_id is None else [sample.stop_id]
     return Response(
         **vars(origin),
@@ -656,37 +656,22 @@ def update(
         record.logical_tokens += sum(map(len, prompts + responses))
         record.computed_tokens += sum(len(packed.input_ids) for _, packed in micro_batches if packed)
 
+        step = functools.partial(
+            training.optimizer_step, max_grad_norm=args.max_grad_norm, examples=mine.rows(), run=run
+        )
         if run.step >= args.critic_warmup_steps:
             tokens, flops = backward(models["policy"], policy_pass, micro_batches, mine, n_tokens, args, ranks)
-            means = {
-                "policy_loss": sum_of([arrays.loss for arrays in tokens]) / n_tokens,
-                "original/approx_kl": sum_of([arrays.approx_kl() for arrays in tokens]) / n_tokens,
-            }
-            norm = training.optimizer_step(
-                models["policy"],
-                optimizers["policy"],
-                args.lr,
-                args.max_grad_norm,
-                means,
-                mine.rows(),
-                run,
-                f"_policy_{number}",
-            )
+            own_sums = sum_of([arrays.loss for arrays in tokens]), sum_of([arrays.approx_kl() for arrays in tokens])
+            loss, kl = all_sum(ranks, *own_sums)
+            means = {"policy_loss": loss / n_tokens, "original/approx_kl": kl / n_tokens}
+            norm = step(models["policy"], optimizers["policy"], args.lr, means=means, part=f"_policy_{number}")
             record.grad_norms["policy"].append(norm)
             record.policy += tokens
             record.flops += flops
         values, flops = backward(models["critic"], critic_pass, micro_batches, mine, n_tokens, args, ranks)
-        means = {"value_loss": sum_of([arrays.loss for arrays in values]) / n_tokens}
-        norm = training.optimizer_step(
-            models["critic"],
-            optimizers["critic"],
-            args.critic_lr,
-            args.max_grad_norm,
-            means,
-            mine.rows(),
-            run,
-            f"_critic_{number}",
-        )
+        (loss,) = all_sum(ranks, sum_of([arrays.loss for arrays in values]))
+        means = {"value_loss": loss / n_tokens}
+        norm = step(models["critic"], optimizers["critic"], args.critic_lr, means=means, part=f"_critic_{number}")
         record.grad_norms["critic"].append(norm)
         record.critic += values
         record.flops += flops

@@ -24,7 +24,7 @@ from typing import Any
 from chat import CONTROL_TOKEN, Chat
 from runtime.distributed import print0
 from runtime.flags import SCORE_WEIGHTS
-from runtime.rows import DIMENSIONS, EMPTY_THOUGHT, FORM_TAG, read_rows
+from runtime.rows import DIMENSIONS, EMPTY_THOUGHT, FORM_TAG, FORM_TAGS, read_rows
 
 ANSWER = """Answer the question below for the person whose profile comes first.
 
@@ -338,7 +338,7 @@ def grm_request(templates: Templates, row: dict, answer: str) -> str:
     The tags of a judgement are broken in persona, question and answer, so that a judge that quotes them can't write the
     tags. So is </answer>, if the template encloses the answer in it. Ordinary text stays as it is.
     """
-    tags = "checks|critique|scores" + ("|answer" if "</answer>" in templates.grm else "")
+    tags = FORM_TAGS + ("|answer" if "</answer>" in templates.grm else "")
     return judge_request(templates.grm, tags, row, EMPTY_THOUGHT.sub("", answer))
 
 

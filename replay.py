@@ -26,7 +26,6 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import importlib.util
-import json
 import os
 import sys
 from dataclasses import fields, replace
@@ -38,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import diagnostics
+from json_files import read_json
 from model import Transformer, load_pretrained
 from prompts import Judgement
 from runtime import packing
@@ -66,8 +66,7 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType,
     file = os.path.join(folder, "batch.json")
     if not os.path.isfile(file):
         raise ValueError(f"{file}: no such file; expected a folder that --save-batch wrote to its end")
-    with open(file, encoding="utf-8") as f:
-        saved = json.load(f)
+    saved = read_json(file)
     root = os.path.dirname(os.path.abspath(__file__))
     named = os.path.abspath(saved["script"])
     if script_file is None and os.path.dirname(named) not in (root, os.path.join(root, "exp")):
@@ -89,7 +88,7 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType,
     def column(name: str) -> list[Any]:
         return [tensors.get(f"{name}.{i}") for i in range(len(trajectories))]
 
-    columns = [column(name) for name in ("old_logprobs", "values", "advantages", "returns")]
+    columns = [column(f.name) for f in fields(Batch)[1:]]
     return script, args, Batch(trajectories, *columns)
 
 

@@ -182,8 +182,9 @@ def main(args: Args) -> None:
             parts = packing.split(mine, size, args.tokens_per_microbatch, ranks)
             means, flops = training.forward_backward(training.nll, model, parts, n_learned, ranks)
             lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-            part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
-            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
+            grad_norm = training.optimizer_step(
+                model, optimizer, lr, args.max_grad_norm, {"loss": means["loss"]}, mine, run
+            )
         metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
         metrics["trained_tokens"] = int(n_learned)
         run.log(metrics, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "seconds")})

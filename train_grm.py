@@ -285,8 +285,9 @@ def main(cli_args: Args) -> None:
             mine = packing.step_shard(examples, size_of, args.batch_size, step, args.seed, ranks)
             means, n_tokens, n_trained, flops = passes(args, model, mine, ranks)
             lr = training.learning_rate(args.lr, step, total_steps, args.warmup_ratio)
-            part = {"loss": means["loss"] / ranks.world_size}  # the mean is over all ranks already
-            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm, part, mine, run)
+            grad_norm = training.optimizer_step(
+                model, optimizer, lr, args.max_grad_norm, {"loss": means["loss"]}, mine, run
+            )
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == run.last_step):
             with run.phase("evaluation"):
                 shard = held_out[ranks.rank :: ranks.world_size]

@@ -70,7 +70,7 @@ def ask_until_parsed(prompt: Any, seeds: list[int], settings: dict[str, Any], pa
     return Reply(None, calls, calls, failure)
 
 
-# What servers call it. A reply under any other reason (null, "error", "abort", "tool_calls") has broken off.
+# Finish reasons of servers. A reply under any other (null, "error", "abort", "tool_calls") has broken off.
 FINISH = {
     "stop": "stop",
     "stop_sequence": "stop",

@@ -1,4 +1,4 @@
-"""What all judges are: the class Judge, verdicts and settings."""
+"""The base of all judges: the class Judge, verdicts and settings."""
 
 import glob
 import os

@@ -318,7 +318,7 @@ def refused_parameter(body: str) -> str | None:
 
 
 def failure_of(status: int, body: str, pause: float = 0) -> Failure | ServerDown:
-    """What an HTTP status stands for: the server's trouble, which passes, or a request that fails again.
+    """The failure behind an HTTP status: the server's trouble, which passes, or a request that fails again.
 
     status: 0 for an error under HTTP 200. ServerDown: no money is left, and nobody waits until it comes.
     """

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-FORM_TAG = r"</?(?:checks|critique|scores)>"  # of a judge's reply
+FORM_TAGS = "checks|critique|scores"  # the blocks of a judge's reply
+FORM_TAG = rf"</?(?:{FORM_TAGS})>"
 DIMENSIONS = ("helpfulness", "personalization", "naturalness")  # of a judgement
 
 # kind of row: {field: its entry of CHECKS}
@@ -340,6 +341,8 @@ def refuse_held_out(path: str, *files: str) -> None:
     for file in filter(os.path.isfile, [*beside, *files]):
         for where, key in _identities(file):
             held_out.setdefault(key, where)
+    if not held_out:
+        return  # the rows need not be read once more
     for where, key in _identities(path):
         if key in held_out:
             raise ValueError(

@@ -150,21 +150,20 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     max_grad_norm: float,
-    figures: Mapping[str, float],
+    means: Mapping[str, float],
     examples: Sequence,
     run: Run,
     part: str = "",
 ) -> float:
     """Clips the gradients over all ranks, updates, clears them. Returns the norm before clipping.
 
-    figures: this rank's part of means that have BOUNDS. examples: what this rank trained on. part: names the update
+    means: over all ranks, of figures that have BOUNDS. examples: what this rank trained on. part: names the update
     where a step has several. With --offload the moments are in host memory between steps.
 
     If the norm or a mean is not finite or out of bounds, the update is left out and its examples are written to
     OUT/bad_steps. FloatingPointError: that has happened more than --skip-bad-steps times.
     """
     norm = unsharded_value(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-    means = dict(zip(figures, all_sum(run.ranks, *figures.values())))
     is_finite = math.isfinite(norm)
     for name, mean in means.items():
         is_finite = is_finite and math.isfinite(mean) and abs(mean) <= BOUNDS[name]
@@ -297,7 +296,7 @@ def forward_backward(
 
 
 def update_metrics(run: Run, grad_norm: float, lr: float, n_tokens: float, flops: float) -> dict[str, float | None]:
-    """What every update is described by besides its losses. n_tokens: of all ranks; flops: of this one."""
+    """Metrics of every update besides its losses. n_tokens: of all ranks; flops: of this one."""
     seconds = run.seconds["update"]
     return dict(
         grad_norm=grad_norm,
