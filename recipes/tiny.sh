@@ -42,7 +42,7 @@ marked SFT python sft.py --model "$OUT/base/policy" --data "$WORLD/pairs.jsonl" 
         --out "$OUT/bt" "${BT_FLAGS[@]}" --max-steps "$(scaled 62 2)" --seed "$SEED" \
         --eval-data "$WORLD/pairs_eval.jsonl" &
 marked GRM python train_grm.py --model "$OUT/base/policy" --data "$WORLD/judgements.jsonl" --out "$OUT/grm" \
-    "${GRM_FLAGS[@]}" --max-steps "$(scaled 372 80)" --seed "$SEED" --eval-data "$WORLD/judgements_eval.jsonl" \
+    "${GRM_FLAGS[@]}" --max-steps "$(scaled 310 80)" --seed "$SEED" --eval-data "$WORLD/judgements_eval.jsonl" \
     --eval-max-new-tokens 96 &
 all_done
 
@@ -51,27 +51,26 @@ python recipes/sanity_checks.py --world "$WORLD" --policy "$OUT/sft/policy" --gr
     --out "$OUT/checks" --tolerant || [ "$SCALE" != 1 ]
 [ "${UNTIL:-}" != checks ] || exit 0
 
-stage "RL from the SFT policy: PPO rewarded by BT, then PPO rewarded by the GRM; beside them critique-post-edit"
+stage "RL from the SFT policy: PPO rewarded by BT, then PPO rewarded by the GRM; beside them critique-post-edit. Then \
+answers to unseen people's questions, scored by the exact judge, against those of SFT"
 rl=(--model "$OUT/sft/policy" --prompts "$WORLD/prompts_train.jsonl" "${RL_FLAGS[@]}" --lr 5e-5
     --max-steps "$(scaled 40 2)" --seed "$SEED")
-marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
-    marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &
-marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --edit-loss none --edit-below 4.7 \
-    --out "$OUT/cpe" &
-all_done
-
-stage "evaluation: answers to unseen people's questions, scored by the exact judge, against those of SFT"
 mkdir -p "$OUT/eval"
 evaluate() { # evaluate NAME...: one after the other
     for name in "$@"; do
+        echo "evaluating $name"
         python evaluate.py --model "$OUT/$name/policy" --baseline "$OUT/sft/policy" \
             --prompts "$WORLD/prompts_eval.jsonl" --n-prompts "$EVAL_PROMPTS" "${EVALUATION_FLAGS[@]}" --seed "$SEED" \
             --out "$OUT/eval/$name" > "$OUT/eval/$name.log" 2>&1 || { cat "$OUT/eval/$name.log"; return 1; }
     done
 }
-evaluate base sft ppo_bt &
-evaluate ppo_grm cpe &
+marked "PPO (BT)" python ppo_cpe.py "${rl[@]}" --judge "bt:$OUT/bt/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_bt" &&
+    marked "PPO (GRM)" python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" "${PPO_FLAGS[@]}" --out "$OUT/ppo_grm" &&
+    evaluate ppo_grm &
+marked CPE python ppo_cpe.py "${rl[@]}" --judge "$OUT/grm/model" --edit-loss none --edit-below 4.7 \
+    --out "$OUT/cpe" && evaluate cpe base sft &
 all_done
+evaluate ppo_bt
 
 stage "done; $EVAL_PROMPTS questions"
 python recipes/tiny_table.py --checks "$OUT/checks" --edits-of "$OUT/cpe" --runs "base=$OUT/eval/base" \

@@ -191,7 +191,7 @@ def test_the_world_is_as_rare_as_asked(rarity_of, said):
     for _ in range(200):
         persona, question = sample_prompt(rng, "train")
         answer = write_answer(rng, persona, question, 1.0, rarity_of)
-        rows.append(dict(persona=persona, question=question, answer=answer))
+        rows.append(dict(prompt_id="p", persona=persona, question=question, answer=answer))
     measured = rare_content.measure(rows)
     assert measured["last_step"] == said
     if said == 0:
@@ -236,7 +236,17 @@ def write_run(folder, rng, steps=3):
             for scores, text in zip((before, after), texts):
                 scores.append(judge(dict(persona=persona, question=question), text).score())
             edit = {"answer": texts[1], "reward": 2.0}
-            rows.append(dict(persona=persona, question=question, answer=texts[0], reward=1.5, n_tokens=9, edit=edit))
+            rows.append(
+                dict(
+                    prompt_id="p",
+                    persona=persona,
+                    question=question,
+                    answer=texts[0],
+                    reward=1.5,
+                    n_tokens=9,
+                    edit=edit,
+                )
+            )
         for name in ("rollouts", "held_out"):
             write(folder / name / f"step_{step:06d}.jsonl", rows)
         write(folder / "eval/answers_model.jsonl", rows)

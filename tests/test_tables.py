@@ -5,6 +5,7 @@ import random
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from conftest import ROOT
 from scipy import stats
 from test_recipes import ROW, write, write_run
 
+from data import persona_world
 from data.persona_world import say
-from results.make import critics, draw, experiments, figures, lora, paper, rarity, tables
+from results.make import agreement, critics, draw, experiments, figures, judgements, ladder, lora, paper, rarity, tables
 from results.make.experiments import Experiment, experiments_of, run
 from runtime.rows import read_rows
 
@@ -229,13 +231,13 @@ def test_all_experiments_of_the_diagram_have_figures():
     """And their commands are those of today, so that none would be run again."""
     for trainings in (rarity.trainings(3), rarity.searched()):
         wanted = experiments_of(trainings, "OUT")
-        known = rarity.read_results(f"{ROOT}/results/rarity", {e.name: e.commands for e in wanted})
-        assert rarity.missing(wanted, known) == []
+        known = experiments.read_kept(f"{ROOT}/results/rarity/rarity.json", {e.name: e.commands for e in wanted})
+        assert experiments.missing(wanted, known, rarity.parts_of) == []
 
 
 def test_learning_rates_are_the_best_of_the_search():
     """As results/rarity/rarity.json has it: by the exact score, each method at each of three rates."""
-    by_rate = rarity.by_rate(rarity.read_results(f"{ROOT}/results/rarity", {}), (rarity.SEARCH_SEED,))
+    by_rate = rarity.by_rate(experiments.read_kept(f"{ROOT}/results/rarity/rarity.json", {}), (rarity.SEARCH_SEED,))
     for rate, tried in rarity.TRIED.items():
         for name, lrs in tried.items():
             scores = {lr: rarity.values_of(by_rate, rate, f"{name}_lr{lr:g}", "reward")[0] for lr in lrs}
@@ -309,7 +311,7 @@ def test_experiments_of_two_machines_come_together(tmp_path):
     text = (tmp_path / "drawn/rarity.md").read_text()
     assert "| CPE, none less PPO, n = 6 | 0.3 | +0.00 | +0.00 to +0.00 | 2 |" in text
     known = json.loads((tmp_path / "drawn/rarity.json").read_text())
-    todo = {e.name for e in rarity.missing(experiments_of(rarity.trainings(2), "OUT"), known)}
+    todo = {e.name for e in experiments.missing(experiments_of(rarity.trainings(2), "OUT"), known, rarity.parts_of)}
     rates = ("0.3", "0.003", "0")
     assert not todo & set(known) - {f"seed{s}/rate{r}/{n}" for s in (0, 1) for r in rates for n in ("sft", "checks")}
     assert {"world", "base", "seed1/grm", "seed1/rate0.3/tis"} <= todo
@@ -317,6 +319,104 @@ def test_experiments_of_two_machines_come_together(tmp_path):
     (tmp_path / "drawn/rarity.json").write_text(json.dumps(known))
     with pytest.raises(ValueError, match=r"rarity.json: seed0/rate0.3/none was run with other commands"):
         tables.main(args)
+
+
+# -- the ladder of judges ----------------------------------------------------------------------------------------------
+
+
+def rollout_rows(run, step):
+    return read_rows(f"{run}/rollouts/step_{step:06d}.jsonl", "object")
+
+
+def test_the_experiments_of_the_ladder():
+    wanted = {e.name: e.commands for e in ladder.experiments("out")}
+    assert all(need in wanted for e in ladder.experiments("out") for need in e.needs)
+    assert {f"seed{seed}/recipe" for seed in range(5)} <= set(wanted)
+    for judge in ladder.JUDGES:
+        assert {f"seed{seed}/{judge}/agreement" for seed in range(3)} <= set(wanted)
+        if judge not in ladder.OF_RECIPE:
+            assert f"seed2/{judge}/ppo" in wanted and (f"seed2/{judge}/cpe" in wanted) == (judge in ladder.CRITICS)
+    with open(f"{ROOT}/recipes/tiny.sh") as f:
+        recipe = " ".join(f.read().replace("\\\n", " ").split())
+    # the same steps and flags as the recipe, whose runs are rungs of the ladder
+    assert f'--max-steps "$(scaled {ladder.STEPS} 2)"' in recipe and f"scaled {ladder.GRM_STEPS} 80" in recipe
+    assert ladder.METHODS["cpe"] in recipe and '"${PPO_FLAGS[@]}" --out "$OUT/ppo_grm"' in recipe
+    assert "--lr 5e-5" in recipe and "--lr 5e-5" in wanted["seed0/scores/ppo"][0]
+
+
+@pytest.mark.slow
+def test_finished_experiments_become_the_ladder(tmp_path, capsys):
+    """Runs of two seeds; then once more from ladder.json alone."""
+    rng = random.Random(0)
+    out = tmp_path / "runs"
+    for experiment in ladder.experiments(str(out)):
+        folder = out / experiment.name
+        seed = int(experiment.name[len("seed")])
+        if seed > 1:
+            continue
+        kind = experiment.name.split("/")[-1]
+        if kind == "recipe":
+            write(folder / "checks/sanity_checks.json", dict(sees_other_profile=1.0, missed=[], nearly=[]))
+            for run in ("base", "sft", "ppo_bt", "ppo_grm", "cpe"):
+                write_run(folder / run, rng)
+                shutil.copytree(folder / run / "eval", folder / "eval" / run)
+            for run in ("base", "sft"):
+                shutil.rmtree(folder / run / "rollouts")
+        elif kind == "agreement":
+            write(folder / "agreement.json", dict(own=0.9, other=0.5 + seed, sees_other=0.25, unparsable=0.0))
+        elif kind != "grm":
+            write_run(folder, rng)
+        write(folder / "done.json", dict(commands=experiment.commands, seconds=60))
+    args = tables.Args(table="ladder", out=str(out), results=str(tmp_path / "drawn"), only_draw=True)
+    tables.main(args)
+    text = (tmp_path / "drawn/ladder.md").read_text()
+    kept = json.loads((tmp_path / "drawn/ladder.json").read_text())
+    sampled = [row for step in (1, 2, 3) for row in rollout_rows(f"{out}/seed1/small/ppo", step)]
+    exact = [figures.exact_score(row, row["answer"]) for row in sampled]
+    assert kept["seed1/small/ppo"]["late_excess"] == pytest.approx(1.5 - np.mean(exact))
+    assert "| scores | 2 | 0.90 ± 0.00 | 1.00 ± 0.71 | 0.25 ± 0.00 |" in text
+    assert "| Bradley-Terry: a number | 2 | 0.90 ± 0.00 | 1.00 ± 0.71 | - |" in text
+    assert "| checks/cpe less checks/ppo | +0.00 | +0.00 to +0.00 | 2 |" in text
+    assert "seed0/small/grm" not in kept and "seed0/recipe" in kept
+    shutil.rmtree(out)  # another machine
+    tables.main(args)
+    assert (tmp_path / "drawn/ladder.md").read_text() == text
+
+
+def test_rows_for_the_judges_of_the_ladder(tmp_path):
+    """Parts that are left out, and answers of policies, which the exact judge judges."""
+    rng = random.Random(0)
+    rows = list(persona_world.judgement_rows(rng, "train", 8))
+    write(tmp_path / "world/judgements.jsonl", rows)
+    write_run(tmp_path / "run", rng, steps=4)
+    args = judgements.Args(str(tmp_path / "world"), str(tmp_path / "plain.jsonl"), ("checks", "critique"))
+    judgements.main(args)
+    plain = read_rows(args.out, "judgement")
+    assert [row["helpfulness"] for row in plain] == [row["helpfulness"] for row in rows]
+    assert {(row["checks"], row["critique"]) for row in plain} == {("", ".")}
+    judgements.main(replace(args, without=("checks",), rollouts=(str(tmp_path / "run"),)))
+    refreshed = read_rows(args.out, "judgement")
+    late = rollout_rows(tmp_path / "run", 3) + rollout_rows(tmp_path / "run", 4)
+    written = {row["answer"] for row in late} | {row["edit"]["answer"] for row in late}
+    ours = [row for row in refreshed if row["answer"] in written]
+    assert len(refreshed) == 8 and len(ours) == 4
+    for row in ours:
+        exact = persona_world.judge(row, row["answer"])
+        assert (row["critique"], row["helpfulness"]) == (exact.critique, exact.helpfulness)
+
+
+def test_agreement_of_a_judge(tmp_path):
+    """The exact judge agrees with itself; one that never looks at the profile sees no other one."""
+    rows = list(persona_world.judgement_rows(random.Random(0), "eval", 30))
+    write(tmp_path / "judgements_eval.jsonl", rows)
+    blind = tmp_path / "blind.py"
+    blind.write_text("def judge(row, answer):\n    return float(len(answer))\n")
+    found = {}
+    for name, spec in (("exact", "data/persona_world.py:judge"), ("blind", f"{blind}:judge")):
+        agreement.main(agreement.Args(str(tmp_path), spec, str(tmp_path / name)))
+        found[name] = json.loads((tmp_path / name / "agreement.json").read_text())
+    assert found["exact"] == pytest.approx({"own": 1, "other": 1, "sees_other": 1, "unparsable": 0})
+    assert found["blind"]["sees_other"] == 0 and abs(found["blind"]["own"]) < 0.9
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------

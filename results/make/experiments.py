@@ -15,11 +15,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from json_files import read_json
 from runtime.rows import write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -32,7 +33,7 @@ PAIRS_ONLY = "--base-rows 100 --judgements 1 --train-prompts 1 --eval-prompts 1 
 @dataclass
 class Experiment:
     name: str  # its folder under OUT
-    commands: list[str]  # for the shell, without `python`
+    commands: list[str]  # for the shell, without `python`, or with `env` in front
     needs: list[str] = field(default_factory=list)  # names of other experiments
     alone: bool = False  # runs by itself, on all cores
 
@@ -210,13 +211,18 @@ def is_done(out: str, experiment: Experiment) -> bool:
     return True
 
 
+def with_python(command: str) -> str:
+    """Runs a script with this interpreter; any other command as it is."""
+    return command if command.startswith("env ") else f"{shlex.quote(sys.executable)} {command}"
+
+
 def start(experiment: Experiment, out: str, threads: int) -> subprocess.Popen:
     """Starts the commands, one after the other, in a process group of their own."""
     environment = dict(os.environ)
     if not experiment.alone:
         environment["OMP_NUM_THREADS"] = str(threads)
     os.makedirs(f"{out}/{experiment.name}", exist_ok=True)
-    commands = " && ".join(f"{shlex.quote(sys.executable)} {command}" for command in experiment.commands)
+    commands = " && ".join(map(with_python, experiment.commands))
     with open(f"{out}/{experiment.name}.log", "w") as log:
         return subprocess.Popen(
             ["bash", "-c", commands], stdout=log, stderr=log, env=environment, start_new_session=True
@@ -273,3 +279,38 @@ def run(experiments: list[Experiment], out: str, jobs: int) -> None:
         for _, process, _ in running.values():
             os.killpg(process.pid, 15)
         bar.close()
+
+
+# -- figures of finished experiments, in a JSON file -------------------------------------------------------------------
+
+
+def read_kept(path: str, commands: dict[str, list[str]]) -> dict[str, dict]:
+    """{name: commands and figures}. ValueError: an experiment has other commands now."""
+    known = read_json(path) if os.path.exists(path) else {}
+    for name, figures in known.items():
+        if name in commands and commands[name] != figures["commands"]:
+            raise ValueError(f"{path}: {name} was run with other commands; give another --results, or take it out")
+    return known
+
+
+def write_kept(known: dict[str, dict], path: str) -> None:
+    """A line per experiment."""
+    lines = [f"{json.dumps(name)}: {json.dumps(figures)}" for name, figures in known.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def missing(wanted: list[Experiment], known: Container[str], is_kept: Callable[[str], object]) -> list[Experiment]:
+    """The experiments without figures, and those that they need. is_kept: whether a name has figures to keep."""
+    by_name = {experiment.name: experiment for experiment in wanted}
+    needed = set()
+
+    def need(name: str) -> None:
+        if name not in needed:
+            needed.add(name)
+            for other in by_name[name].needs:
+                need(other)
+
+    for experiment in wanted:
+        if is_kept(experiment.name) and experiment.name not in known:
+            need(experiment.name)
+    return [experiment for experiment in wanted if experiment.name in needed]

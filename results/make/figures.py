@@ -51,10 +51,11 @@ def claims_right(rows: list[dict]) -> float | None:
 # -- one number per experiment -----------------------------------------------------------------------------------------
 
 
-def evaluated(run: str) -> Figures:
-    """Exact scores, win rates and other rates in percent, and the cost of the run."""
-    results = read_json(f"{run}/eval/results.json")
-    answers = read_rows(f"{run}/eval/answers_model.jsonl", "object")
+def evaluated(run: str, evaluation: str | None = None) -> Figures:
+    """Exact scores, win rates and other rates in percent, and the cost of the run. evaluation: RUN/eval if None."""
+    evaluation = evaluation or f"{run}/eval"
+    results = read_json(f"{evaluation}/results.json")
+    answers = read_rows(f"{evaluation}/answers_model.jsonl", "object")
     figures = {name: results["model"][name]["mean"] for name in ("reward", *DIMENSIONS, "n_tokens")}
     figures["recites"] = recites(answers)
     figures["claims"] = claims_right(answers)
@@ -62,7 +63,8 @@ def evaluated(run: str) -> Figures:
     figures["lc"] = results["length_controlled"]["minimal"]["length_controlled_winrate"]
     if os.path.exists(f"{run}/swap/results.json"):
         figures["swap"] = read_json(f"{run}/swap/results.json")["difference"]["reward"]["difference"]
-    figures["minutes"] = read_json(f"{run}/done.json")["seconds"] / 60
+    if os.path.exists(f"{run}/done.json"):
+        figures["minutes"] = read_json(f"{run}/done.json")["seconds"] / 60
     if os.path.isdir(f"{run}/rollouts"):
         figures |= training_cost(read_rows(f"{run}/metrics.jsonl", "metrics"))
     return figures

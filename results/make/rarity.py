@@ -14,7 +14,6 @@ spread over days and machines.
 """
 
 import itertools
-import json
 import os
 import re
 from collections import defaultdict
@@ -38,7 +37,7 @@ from results.make.draw import (
     sections_text,
     spread,
 )
-from results.make.experiments import FLAGS, RL_STEPS, ROOT, Experiment, Training
+from results.make.experiments import FLAGS, RL_STEPS, ROOT, Training
 from results.make.figures import LEDGER, Figures
 from results.make.paper import LOSSES, loss_name
 from runtime.rows import write_text
@@ -181,39 +180,6 @@ def parts_of(name: str) -> tuple[int, float, str] | None:
     """ "seed0/rate0.3/ppo" -> (0, 0.3, "ppo"); None for an experiment of no rate (world, base, a seed's GRM)."""
     match = re.fullmatch(r"seed(\d+)/rate([^/]+)/(\w[^/]*)", name)
     return (int(match[1]), float(match[2]), match[3]) if match else None
-
-
-def read_results(folder: str, commands: dict[str, list[str]]) -> dict[str, dict]:
-    """{name: commands and figures} of rarity.json. ValueError: an experiment has other commands now."""
-    path = f"{folder}/rarity.json"
-    known = read_json(path) if os.path.exists(path) else {}
-    for name, figures in known.items():
-        if name in commands and commands[name] != figures["commands"]:
-            raise ValueError(f"{path}: {name} was run with other commands; give another --results, or take it out")
-    return known
-
-
-def write_results(known: dict[str, dict], folder: str) -> None:
-    """rarity.json, a line per experiment."""
-    lines = [f"{json.dumps(name)}: {json.dumps(figures)}" for name, figures in known.items()]
-    write_text(f"{folder}/rarity.json", "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def missing(wanted: list[Experiment], known: dict[str, dict]) -> list[Experiment]:
-    """The experiments without figures, and those that they need."""
-    by_name = {experiment.name: experiment for experiment in wanted}
-    needed = set()
-
-    def need(name: str) -> None:
-        if name not in needed:
-            needed.add(name)
-            for other in by_name[name].needs:
-                need(other)
-
-    for experiment in wanted:
-        if parts_of(experiment.name) and experiment.name not in known:
-            need(experiment.name)
-    return [experiment for experiment in wanted if experiment.name in needed]
 
 
 def by_rate(known: dict[str, dict], seeds: Container[int]) -> BySeed:

@@ -1,5 +1,6 @@
 """Makes the tables and figures of results/ and docs/: trains what they need, and draws them.
 
+    python results/make/tables.py ladder                # a ladder of judges; some two hours
     python results/make/tables.py rarity                # when do edits pay? At most five hours on two CPU cores
     python results/make/tables.py paper                 # the paper's tables in miniature, two and a half hours
     python results/make/tables.py lora                  # LoRA against full fine-tuning, half an hour
@@ -11,19 +12,21 @@
     python results/make/tables.py rarity --only-draw    # tables and figures of the finished experiments
 
 A finished experiment is not run again, so a command can be stopped and repeated at any time. experiments.py has the
-commands, figures.py reads finished runs; paper.py, rarity.py and lora.py say what their tables compare.
+commands, figures.py reads finished runs; ladder.py, paper.py, rarity.py and lora.py say what their tables compare.
 """
 
 import os
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from results.make import lora, memory, one_step, paper, rarity
-from results.make.experiments import experiments_of, is_done, run
+from results.make import ladder, lora, memory, one_step, paper, rarity
+from results.make.experiments import Experiment, experiments_of, is_done, missing, read_kept, run, write_kept
 from results.make.figures import with_rare_content
 from runtime import flags
 from runtime.flags import Count
@@ -31,12 +34,12 @@ from runtime.flags import Count
 
 @dataclass
 class Args:
-    table: tyro.conf.Positional[Literal["paper", "rarity", "lora", "memory", "one-step"]]
-    """What to make: paper, rarity, lora, memory or one-step."""
+    table: tyro.conf.Positional[Literal["ladder", "paper", "rarity", "lora", "memory", "one-step"]]
+    """What to make: ladder, paper, rarity, lora, memory or one-step."""
 
-    # -- experiments (paper, rarity, lora)
+    # -- experiments (ladder, paper, rarity, lora)
     out: str | None = None
-    """Folder of all runs; none: out/tables for paper, else out/rarity. A quick run uses OUT_quick."""
+    """Folder of all runs; none: out/ladder, out/tables for paper, else out/rarity. A quick run uses OUT_quick."""
     results: str | None = None
     """Folder of tables and figures; none: the one in results/, or OUT/results for a quick run."""
     quick: bool = False
@@ -62,8 +65,8 @@ def main(args: Args) -> None:
         return memory.main()
     if args.table == "one-step":
         return print(one_step.page(args.run, args.step), end="")
-    out = args.out or {"paper": "out/tables"}.get(args.table, "out/rarity")
-    results = {"paper": "results", "rarity": "results/rarity", "lora": "results/lora"}[args.table]
+    out = args.out or {"paper": "out/tables", "ladder": "out/ladder"}.get(args.table, "out/rarity")
+    results = {"paper": "results"}.get(args.table, f"results/{args.table}")
     if args.quick:
         out += "_quick"
         results = f"{out}/results"
@@ -72,6 +75,8 @@ def main(args: Args) -> None:
     results = args.results or results
     if args.table == "rarity":
         return make_rarity(args, out, results)
+    if args.table == "ladder":
+        return make_ladder(args, out, results)
     if args.table == "paper":
         trainings = paper.searched() if args.search else paper.trainings(args.seeds, args.quick)
     else:
@@ -90,25 +95,54 @@ def main(args: Args) -> None:
 
 
 def make_rarity(args: Args, out: str, results: str) -> None:
-    """Figures of finished experiments go into rarity.json, from which tables are drawn."""
     trainings = rarity.searched() if args.search else rarity.trainings(args.seeds, args.quick)
-    experiments = experiments_of(trainings, out)
-    commands = {e.name: e.commands for e in experiments_of(trainings, "OUT")}  # as rarity.json has them
-    known = rarity.read_results(results, commands)
-    try:
-        if not args.only_draw:
-            run(rarity.missing(experiments, known), out, args.jobs)
-    finally:  # a run that is stopped keeps the figures of what it finished
-        for e in experiments:
-            if rarity.parts_of(e.name) and e.name not in known and is_done(out, e):
-                known[e.name] = {"commands": commands[e.name]} | with_rare_content(f"{out}/{e.name}")
-        rarity.write_results(known, results)
-    wanted = [name for name in commands if rarity.parts_of(name)]
-    print(f"{sum(name in known for name in wanted)} of {len(wanted)} experiments are finished")
+    path = f"{results}/rarity.json"
+
+    def wanted_in(folder: str) -> list[Experiment]:
+        return experiments_of(trainings, folder)
+
+    known = run_missing(args, out, path, wanted_in, rarity.parts_of, lambda name: with_rare_content(f"{out}/{name}"))
     if args.search:
         rarity.write_search(known, results)
     else:
         rarity.write_tables(known, results)
+
+
+def make_ladder(args: Args, out: str, results: str) -> None:
+    def wanted_in(folder: str) -> list[Experiment]:
+        return ladder.experiments(shlex.quote(folder), args.quick)
+
+    path = f"{results}/ladder.json"
+    known = run_missing(args, out, path, wanted_in, ladder.is_kept, lambda name: ladder.figures_of(out, name))
+    ladder.write_tables(known, results)
+
+
+def run_missing(
+    args: Args,
+    out: str,
+    path: str,
+    wanted_in: Callable[[str], list[Experiment]],
+    is_kept: Callable[[str], object],
+    figures_of: Callable[[str], dict],
+) -> dict[str, dict]:
+    """Runs the experiments whose figures the file at `path` lacks, and adds them -> {name: commands and figures}.
+
+    wanted_in(folder): the experiments with their runs in a folder. is_kept(name): whether it has figures to keep.
+    """
+    wanted = wanted_in(out)
+    commands = {e.name: e.commands for e in wanted_in("OUT")}  # as the file has them
+    known = read_kept(path, commands)
+    try:
+        if not args.only_draw:
+            run(missing(wanted, known, is_kept), out, args.jobs)
+    finally:  # what is finished stays, also where a run was stopped
+        for e in wanted:
+            if is_kept(e.name) and e.name not in known and is_done(out, e):
+                known[e.name] = {"commands": commands[e.name]} | figures_of(e.name)
+        write_kept(known, path)
+    kept = [name for name in commands if is_kept(name)]
+    print(f"{sum(name in known for name in kept)} of {len(kept)} experiments are finished")
+    return known
 
 
 if __name__ == "__main__":

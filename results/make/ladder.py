@@ -1,0 +1,329 @@
+"""A ladder of judges: what must a judge write so that a policy which is trained under it learns no false claims?
+
+The first command (recipes/tiny.sh) on five seeds, each with its own world and base model, and on three of them further
+judges (JUDGES). Each judge is measured against the exact judge, then PPO and, where the judge writes critiques, CPE are
+trained under it from the same SFT policy with the flags of the first command.
+
+Figures and commands of each experiment are kept in ladder.json: what is there is not run again, so that runs can be
+spread over days and machines.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+
+from data.persona_world import judge as exact_judge
+from json_files import read_json
+from recipes import rare_content
+from results.make.draw import (
+    COLUMNS,
+    GREY,
+    column,
+    difference,
+    difference_table,
+    markdown_table,
+    new_figure,
+    save_figure,
+    sections_text,
+    spread,
+)
+from results.make.experiments import FLAGS, Experiment
+from results.make.figures import evaluated
+from runtime.rows import read_rows, step_files, write_text
+
+RECIPE_SEEDS = 5
+LADDER_SEEDS = 3
+STEPS = 40  # of RL, as in the recipe
+LAST_STEPS = 5  # of RL, whose samples show how a judge does late in training
+GRM_STEPS = 310  # as in the recipe
+REFRESH_STEPS = 78
+
+JUDGES = {  # name: what it writes
+    "bt": "Bradley-Terry: a number",
+    "scores": "scores",
+    "critique": "critique, scores",
+    "refreshed": "critique, scores; trained again on its policies' answers",
+    "checked_scores": "checks, scores",
+    "checks": "checks, critique, scores (the recipe's)",
+    "small": "the same, two layers instead of three",
+}
+SHORT = {  # in the figure
+    "bt": "Bradley-Terry",
+    "refreshed": "critique, scores; refreshed",
+    "checks": "checks, critique, scores",
+    "small": "the same, smaller",
+}
+OF_RECIPE = {
+    "bt": {"ppo": "ppo_bt"},
+    "checks": {"ppo": "ppo_grm", "cpe": "cpe"},
+}  # {judge: {method: run of the recipe}}
+WITHOUT = {"scores": ("checks", "critique"), "critique": ("checks",), "checked_scores": ("critique",)}
+CRITICS = ("critique", "refreshed", "checks", "small")  # the judges that CPE can have
+METHODS = {  # as in the recipe
+    "ppo": FLAGS["ppo"],
+    "cpe": "--edit-loss none --edit-below 4.7",
+}
+LABELS = {"ppo": "PPO", "cpe": "CPE"}
+COLORS = {"ppo": "#2f6db3", "cpe": "#b5442e"}
+SHOWN = ("reward", "wrong", "advice", "last_step", "recites", "n_tokens", "generated", "judge_calls")
+
+NOTE = (
+    "Made by `python results/make/tables.py ladder`. Mean ± standard deviation over seeds, each with its own world and "
+    "base model. Scores are the exact judge's on 200 questions of unseen people. Last: the last five steps of RL."
+)
+
+Figures = dict[str, dict[int, dict]]  # {"checks/cpe": {seed: figures}}
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+def experiments(out: str, quick: bool = False) -> list[Experiment]:
+    """The recipe on all seeds, then the ladder. quick: the ladder on one seed."""
+    recipes = [recipe(out, seed) for seed in range(1 if quick else RECIPE_SEEDS)]
+    ladder = [e for seed in range(1 if quick else LADDER_SEEDS) for e in of_seed(out, seed)]
+    return [*recipes, *ladder]
+
+
+def recipe(out: str, seed: int) -> Experiment:
+    folder = f"{out}/seed{seed}/recipe"
+    return Experiment(f"seed{seed}/recipe", [f"env SEED={seed} OUT={folder} bash recipes/tiny.sh"])
+
+
+def judge_of(out: str, seed: int, name: str) -> str:
+    """The --judge of a rung."""
+    here = f"{out}/seed{seed}"
+    if name == "bt":
+        return f"bt:{here}/recipe/bt/model"
+    return f"{here}/recipe/grm/model" if name == "checks" else f"{here}/{name}/grm/model"
+
+
+def of_seed(out: str, seed: int) -> list[Experiment]:
+    """The judges of a seed, what is measured of them, and the policies that are trained under them."""
+    wanted = []
+    for name in JUDGES:
+        needs = [f"seed{seed}/recipe"]
+        if name not in OF_RECIPE:
+            wanted.append(train_judge(out, seed, name))
+            needs = [f"seed{seed}/{name}/grm"]
+        measure = (
+            f"results/make/agreement.py --world {out}/seed{seed}/recipe/world --judge {judge_of(out, seed, name)} "
+            f"--out {out}/seed{seed}/{name}/agreement"
+        )
+        wanted.append(Experiment(f"seed{seed}/{name}/agreement", [measure], needs))
+        if name not in OF_RECIPE:
+            methods = METHODS if name in CRITICS else ["ppo"]
+            wanted += [train_policy(out, seed, name, method, needs) for method in methods]
+    return wanted
+
+
+def train_judge(out: str, seed: int, name: str) -> Experiment:
+    """A GRM on other judgements, from another base model, or trained once more."""
+    recipe_folder = f"{out}/seed{seed}/recipe"
+    here = f"{out}/seed{seed}/{name}"
+    world = f"{recipe_folder}/world"
+    rows = f"{here}/judgements.jsonl"
+    base = f"{recipe_folder}/base/policy"
+    grm_flags = f"{FLAGS['grm']} --max-steps {GRM_STEPS}"
+    needs = [f"seed{seed}/recipe"]
+    commands = []
+    if name in WITHOUT:
+        commands.append(f"results/make/judgements.py --world {world} --without {' '.join(WITHOUT[name])} --out {rows}")
+    elif name == "refreshed":
+        before = f"{out}/seed{seed}/critique"
+        base = f"{before}/grm/model"
+        grm_flags = f"{FLAGS['grm']} --max-steps {REFRESH_STEPS}"
+        needs = [f"seed{seed}/critique/ppo", f"seed{seed}/critique/cpe"]
+        commands.append(
+            f"results/make/judgements.py --world {world} --rollouts {before}/ppo {before}/cpe --without checks "
+            f"--out {rows}"
+        )
+    else:
+        rows = f"{world}/judgements.jsonl"
+        base = f"{here}/base/policy"
+        commands.append(
+            f"sft.py --from-scratch {world}/tokenizer --data {world}/base_corpus.jsonl --out {here}/base "
+            f"{FLAGS['base']} --layers 2 --seed {seed}"
+        )
+    commands.append(f"train_grm.py --model {base} --data {rows} --out {here}/grm {grm_flags} --seed {seed}")
+    return Experiment(f"seed{seed}/{name}/grm", commands, needs)
+
+
+def train_policy(out: str, seed: int, name: str, method: str, needs: list[str]) -> Experiment:
+    """PPO or CPE under a judge, with the recipe's flags, and its evaluation."""
+    recipe_folder = f"{out}/seed{seed}/recipe"
+    run = f"{out}/seed{seed}/{name}/{method}"
+    train = (
+        f"ppo_cpe.py --model {recipe_folder}/sft/policy --prompts {recipe_folder}/world/prompts_train.jsonl "
+        f"{FLAGS['rl']} --lr 5e-5 --max-steps {STEPS} --seed {seed} --judge {judge_of(out, seed, name)} "
+        f"{METHODS[method]} --out {run}"
+    )
+    evaluate = (
+        f"evaluate.py --model {run}/policy --baseline {recipe_folder}/sft/policy "
+        f"--prompts {recipe_folder}/world/prompts_eval.jsonl --n-prompts 200 {FLAGS['evaluation']} --seed {seed} "
+        f"--out {run}/eval"
+    )
+    return Experiment(f"seed{seed}/{name}/{method}", [train, evaluate], needs)
+
+
+# -- figures of a finished experiment ----------------------------------------------------------------------------------
+
+
+def is_kept(name: str) -> bool:
+    return not name.endswith("/grm")
+
+
+def figures_of(out: str, name: str) -> dict:
+    """What ladder.json keeps of an experiment."""
+    folder = f"{out}/{name}"
+    kind = name.split("/")[-1]
+    if kind == "recipe":
+        figures = {"checks": read_json(f"{folder}/checks/sanity_checks.json")}
+        figures["minutes"] = read_json(f"{folder}/done.json")["seconds"] / 60
+        for run in ("base", "sft", "ppo_bt", "ppo_grm", "cpe"):
+            figures[run] = policy_figures(f"{folder}/{run}", f"{folder}/eval/{run}")
+        return figures
+    if kind == "agreement":
+        return read_json(f"{folder}/agreement.json")
+    return policy_figures(folder, f"{folder}/eval")
+
+
+def policy_figures(run: str, evaluation: str) -> dict:
+    """Scores and rare content of a policy; for RL also the cost, and how its judge does late in training."""
+    answers = read_rows(f"{evaluation}/answers_model.jsonl", "object")
+    figures: dict = evaluated(run, evaluation) | rare_content.measure(answers)
+    rollouts = [path for _, path in step_files(run, "rollouts")]
+    if rollouts:
+        rows = [row for path in rollouts[-LAST_STEPS:] for row in read_rows(path, "object")]
+        rewards = np.array([[row["reward"], exact_judge(row, row["answer"]).score()] for row in rows])
+        figures["late_correlation"] = float(np.corrcoef(rewards.T)[0, 1])
+        figures["late_excess"] = float((rewards[:, 0] - rewards[:, 1]).mean())
+    return figures
+
+
+def by_run(known: dict[str, dict]) -> Figures:
+    """Figures by judge and method ("checks/cpe", "checks/agreement", "sft") and seed."""
+    runs: Figures = defaultdict(dict)
+    for name, figures in known.items():
+        seed, _, rest = name.partition("/")
+        number = int(seed.removeprefix("seed"))
+        if rest != "recipe":
+            runs[rest][number] = figures
+            continue
+        runs["recipe"][number] = figures
+        for run in ("base", "sft"):
+            runs[run][number] = figures[run]
+        for judge, methods in OF_RECIPE.items():
+            for method, run in methods.items():
+                runs[f"{judge}/{method}"][number] = figures[run]
+    return runs
+
+
+# -- tables and the figure ---------------------------------------------------------------------------------------------
+
+
+def write_tables(known: dict[str, dict], folder: str) -> None:
+    """Writes ladder.md and the figure."""
+    runs = by_run(known)
+    draw(runs, folder)
+    sections = {
+        "The first command on five seeds": recipe_table(runs),
+        "Differences of scores": differences(runs),
+        "Sanity checks": checks_table(runs),
+        "Judges against the exact judge": judge_table(runs),
+        "Policies trained under them": policy_table(runs),
+    }
+    text = sections_text(sections)
+    write_text(f"{folder}/ladder.md", f"# A ladder of judges\n\n{NOTE}\n\n{text}\n")
+    print(f"{text}\n\nwritten: {folder}/ladder.md and the figure beside it")
+
+
+def first_seeds(figures: dict[int, dict]) -> list[dict]:
+    """Figures of the ladder's seeds; the recipe has more."""
+    return [figures[seed] for seed in sorted(figures) if seed < LADDER_SEEDS]
+
+
+def recipe_table(runs: Figures) -> str:
+    """A row per policy of the recipe."""
+    names = {"sft": "SFT", "bt/ppo": "PPO (BT)", "checks/ppo": "PPO (GRM)", "checks/cpe": "CPE"}
+    rows = []
+    for name, label in names.items():
+        figures = [runs[name][seed] for seed in sorted(runs[name])]
+        rows.append([label, len(figures), *(column(figures, c) for c in SHOWN)])
+    return markdown_table(["", "seeds", *headings()], rows)
+
+
+def headings() -> list[str]:
+    return [COLUMNS[name][0] for name in SHOWN]
+
+
+def differences(runs: Figures) -> str | None:
+    pairs = [("checks/cpe", "checks/ppo"), ("checks/ppo", "bt/ppo"), ("small/cpe", "small/ppo")]
+    pairs += [("critique/cpe", "critique/ppo"), ("checks/ppo", "critique/ppo"), ("checks/cpe", "critique/cpe")]
+    rows = []
+    for one, other in pairs:
+        d = difference(runs, one, other, "reward")
+        if d:
+            rows.append(([f"{one} less {other}"], d))
+    return difference_table(["", "difference of scores"], rows)
+
+
+def checks_table(runs: Figures) -> str:
+    """Sanity checks by seed."""
+    of_seed = {seed: figures["checks"] for seed, figures in sorted(runs["recipe"].items())}
+    names = sorted({name for checks in of_seed.values() for name in checks} - {"missed", "nearly"})
+    rows = [[name, *(spread([checks[name]], 3) for checks in of_seed.values())] for name in names]
+    return markdown_table(["", *(f"seed {seed}" for seed in of_seed)], rows)
+
+
+def judge_table(runs: Figures) -> str:
+    rows = []
+    for name, label in JUDGES.items():
+        agreement = first_seeds(runs[f"{name}/agreement"])
+        late = first_seeds(runs[f"{name}/ppo"])
+        if agreement:
+            cells = [spread([figures[key] for figures in agreement], 2) for key in ("own", "other")]
+            sees = "-" if name == "bt" else spread([figures["sees_other"] for figures in agreement], 2)
+            excess = "-" if name == "bt" else spread([figures["late_excess"] for figures in late], 2)
+            cells += [sees, spread([figures["late_correlation"] for figures in late], 2), excess]
+            rows.append([label, len(agreement), *cells])
+    header = ["the judge writes", "seeds", "correlation, own profile", "other profile", "sees other profile"]
+    return markdown_table([*header, "correlation late in PPO", "reward less exact score, late"], rows)
+
+
+def policy_table(runs: Figures) -> str:
+    rows = []
+    for name, label in JUDGES.items():
+        for method in METHODS:
+            figures = first_seeds(runs[f"{name}/{method}"])
+            if figures:
+                rows.append([label, LABELS[method], len(figures), *(column(figures, c) for c in SHOWN)])
+    return markdown_table(["the judge writes", "method", "seeds", *headings()], rows)
+
+
+def draw(runs: Figures, folder: str) -> None:
+    """A row per judge: correlation with the exact score, then score and wrong facts after RL; a dot per seed."""
+    figure, axes = new_figure(3)
+    figure.set_size_inches(12, 3.6)
+    names = list(JUDGES)[::-1]
+    for y, name in enumerate(names):
+        for shift, key, color, label in ((0.15, "own", GREY, "own profile"), (-0.15, "other", "black", "another's")):
+            xs = [figures[key] for figures in first_seeds(runs[f"{name}/agreement"])]
+            axes[0].plot(xs, [y + shift] * len(xs), "o", color=color, ms=4, label=label if y == 0 else None)
+        for axis, key, factor in ((axes[1], "reward", 1), (axes[2], "wrong", 100)):
+            for shift, method in ((0.15, "ppo"), (-0.15, "cpe")):
+                xs = [factor * figures[key] for figures in first_seeds(runs[f"{name}/{method}"])]
+                shown = LABELS[method] if name == "checks" else None
+                axis.plot(xs, [y + shift] * len(xs), "o", color=COLORS[method], ms=4, label=shown)
+    sft = first_seeds(runs["sft"])
+    for axis, key, factor in ((axes[1], "reward", 1), (axes[2], "wrong", 100)):
+        axis.axvline(factor * np.mean([figures[key] for figures in sft]), color=GREY, lw=0.8, ls=":", label="SFT")
+        axis.set_yticks(range(len(names)), [])
+    axes[0].set_yticks(range(len(names)), [SHORT.get(name, JUDGES[name]) for name in names])
+    axes[0].set(xlabel="correlation with the exact score", title="the judge, before RL")
+    axes[1].set(xlabel="exact score of the policy", title="after RL")
+    axes[2].set(xlabel="answers with a wrong fact, %", title="after RL")
+    for axis in axes:
+        axis.grid(axis="y", color="#eeeeee")
+        axis.legend(frameon=False, fontsize=7)
+    save_figure(figure, folder, "ladder")
