@@ -38,7 +38,7 @@ class Args(flags.RuntimeArgs):
     out: str = "out/dpo"
     """Run folder; the newest weights are OUT/policy. An unfinished run in it is continued."""
     answer_template: str | None = None
-    """File that replaces the built-in prompt of the policy."""
+    """File with another prompt of the policy. Default: the one that --model was trained with."""
 
     # -- the loss (the released code's values)
     beta: flags.Positive = 0.2
@@ -109,7 +109,7 @@ def dpo_loss(
     reference_rejected: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of whole answers, fp32 [P] each -> (loss [P], margin [P]); DPO eq. 7."""
+    """Log-probs of whole answers, fp32 [P] each -> (loss [P], margin [P]); arXiv 2305.18290, eq. 7."""
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -F.logsigmoid(margin), margin
 

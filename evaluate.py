@@ -68,11 +68,11 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     out: str = "out/evaluate"
     """Folder for journal, answers, verdicts, annotations, tables and plots."""
     answer_template: str | None = None
-    """File that replaces the prompt that a model was trained with (FOLDER/templates), or the built-in one."""
+    """File with another prompt of the policy. Default: the one that a model was trained with, else the built-in one."""
     grm_template: str | None = None
-    """The same for the rubric of a judge that scores."""
+    """File with another rubric, for a judge that scores. Default: its own, else the built-in one."""
     pair_template: str | None = None
-    """The same for the question of a judge that compares."""
+    """File with another question, for a judge that compares. Default: its own, else the built-in one."""
 
     # -- sampling of answers (the released evaluation's values; the length limit is that of RL)
     temperature: flags.NonNegative = 0.8

@@ -1,8 +1,10 @@
 """Samples responses to the rows of a file, or chats on a terminal.
 
-python generate.py --model DIR                                      # chat
-python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions from one person
-python generate.py --model DIR --input ROWS.jsonl --output OUT.jsonl --n 4 --temperature 0
+An output row is its input row with the response, so rows of any kind keep their fields.
+
+    python generate.py --model DIR                                      # chat
+    python generate.py --model DIR --persona '{"name": "Mia", "food": "vegan"}'     # questions from one person
+    python generate.py --model DIR --input ROWS.jsonl --output OUT.jsonl --n 4 --temperature 0
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ class Args:
     persona: str | None = None
     """For the chat: a JSON object, a file that holds one, or a text. Each line is then a question from this person."""
     answer_template: str | None = None
-    """File with the prompt for persona and question; by default the one that the model was trained with."""
+    """File with another prompt for persona and question. Default: the one that the model was trained with."""
     n: flags.Count = 1
     """Samples per row."""
     temperature: flags.NonNegative = 1.0
@@ -33,7 +35,7 @@ class Args:
     max_batch: flags.Count = 64
     """Samples that run at once; more wait."""
     kv_tokens: flags.Count | None = None
-    """Tokens in the KV cache; by default it depends on --max-batch and the free memory."""
+    """Tokens in the KV cache. Default: by --max-batch and the free memory."""
     seed: int = 0
     """A sample depends on this seed, the line of its row and its number among the row's samples."""
     dtype: flags.DType = "auto"

@@ -47,15 +47,15 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     model: str = "out/sft/policy"
     """Folder or hub id of the initial policy."""
     critic: str | None = None
-    """Folder that the critic starts from, with its scalar head if it has one; none: --model with a zero head."""
+    """Folder that the critic starts from, with its scalar head if it has one. Default: --model with a head of zeros."""
     prompts: str = "out/data/prompts_train.jsonl"
     """Prompt rows."""
     out: str = "out/ppo_cpe"
     """Run folder; the newest weights are OUT/policy and OUT/critic. An unfinished run in it is continued."""
     answer_template: str | None = None
-    """File that replaces the prompt that --model was trained with."""
+    """File with another prompt. Default: the one that --model was trained with."""
     edit_template: str | None = None
-    """File that replaces its request to rewrite an answer."""
+    """File with another request to rewrite an answer. Default: the one that --model was trained with."""
 
     # -- rollout (docs/method.md 1.6a; temperature and top-p as in the released code)
     prompts_per_step: flags.Count = 128
@@ -80,11 +80,11 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     """Edits of random originals, drawn beforehand | best-scored per prompt | most improved per prompt | best of the
     batch. All but the first make an edit of every original."""
     edit_below: flags.Finite | None = None
-    """Edit only answers with a lower reward than this, which saves edits that change little; none: all."""
+    """Edit only answers with a lower reward, which saves edits that change little. Default: all answers."""
     edit_loss: EditLoss = "unclipped"
-    """The loss on edits, see `edit_loss`."""
+    """The loss on edits (`edit_loss`). Which one to take: docs/method.md 2.1."""
     ratio_cap: flags.Positive | None = None
-    """Upper bound of the ratio in unclipped and tis; unset: 10 and 2."""
+    """Upper bound of the ratio. Default: 10 in unclipped, 2 in tis."""
     luffy_gamma: flags.Positive = 0.1
     """gamma of p / (p + gamma) in luffy."""
     edit_baseline: Literal["batch", "original"] = "batch"
@@ -207,7 +207,9 @@ def edit_loss(
     cap: float | None = None,
     gamma: float = 0.1,
 ) -> Tensor:
-    """The loss on edits per token (docs/method.md 2): p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
+    """The loss on edits per token (paper, section 4.2.2; docs/method.md 2.1).
+
+    p = pi_theta(y_e | x), q = pi_e(y_e | edit prompt), r = p / q.
 
     kind       loss                                         weight: the gradient is -weight A grad log p
     paper      -clip(r, 1-eps_low, 1+eps_high) A            r inside the range, else 0
@@ -274,7 +276,10 @@ def gradient_weight(loss_of: Callable[[Tensor, Tensor], Tensor], logprobs: Tenso
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Clipped value loss per token. All inputs [S]. Returns loss [S] and clipped [S] (bool: no gradient)."""
+    """Clipped value loss per token (docs/method.md 1.6g). All inputs [S].
+
+    Returns the loss [S] and clipped, a bool [S]: no gradient.
+    """
     clipped_values = old_values + (values - old_values).clamp(-clip, clip)
     loss1 = (values - returns).square()
     loss2 = (clipped_values - returns).square()
@@ -296,10 +301,10 @@ class EditReward(NamedTuple):
 
 
 def select_edits(edits: list[EditReward], rate: float, strategy: str, seed: int) -> set[tuple[str, int]]:
-    """Chooses the edits that join the batch: a fraction `rate` of them (docs/method.md 1.8).
+    """Chooses the edits that join the batch: a fraction `rate` of them (paper, section 4.2.1; docs/method.md 1.8).
 
     random        all, since `draw_edited` chose at random which to make
-    batch_rank    those with the highest reward in the batch
+    batch_rank    those with the highest reward in the batch (paper, Appendix E)
     reward_rank   for each prompt, those with the highest reward
     conditional   for each prompt, those that gained most over their originals
 

@@ -19,7 +19,7 @@ class Args:
     batch: tyro.conf.Positional[str]
     """Folder that --save-batch wrote."""
     script: str | None = None
-    """Script whose losses are compared. It is run. None: the one that the batch names, if this checkout has it."""
+    """Script whose losses are compared. It is run. Default: the one that the batch names, if this checkout has it."""
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Args(ServerLimits):
     model: str = "out/grm/model"
     """Folder or hub id."""
     name: str | None = None
-    """Name of the model for clients; by default the value of --model."""
+    """Name of the model for clients. Default: the value of --model."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts other machines; see --api-key."""
     port: flags.Port = 8000
@@ -59,9 +59,9 @@ class Args(ServerLimits):
     max_batch: flags.Count = 64
     """Samples that run at once; more wait."""
     kv_tokens: flags.Count | None = None
-    """Tokens in the KV cache; by default it depends on --max-batch and the free memory."""
+    """Tokens in the KV cache. Default: by --max-batch and the free memory."""
     max_len: flags.Count | None = None
-    """Tokens of prompt and response together; by default the model's maximum."""
+    """Tokens of prompt and response together. Default: the model's maximum."""
     dtype: flags.DType = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
 

@@ -33,7 +33,7 @@ class Args(flags.RuntimeArgs):
     out: str = "out/sft"
     """Run folder; the newest weights are OUT/policy. An unfinished run in it is continued."""
     answer_template: str | None = None
-    """File that replaces the built-in prompt of the policy."""
+    """File with another prompt of the policy. Default: the one of --model's folder, else the built-in one."""
 
     # -- optimization (the released code's values)
     epochs: flags.Positive = 3

@@ -38,27 +38,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class Args(flags.RuntimeArgs):
-    # -- what goes in and out (None: the value of the objective, see DEFAULTS)
+    # -- what goes in and out
     objective: Literal["grm", "bt"] = "grm"
     """grm: write critique and scores. bt: scalar head on pairs."""
     model: str = "Qwen/Qwen2.5-7B-Instruct"
     """Folder or hub id of the model that is fine-tuned."""
     data: str | None = None
-    """Judgements (grm) or pairs (bt)."""
+    """Judgements or pairs. Default: out/data/judgements.jsonl (grm), out/data/pairs.jsonl (bt)."""
     out: str | None = None
-    """Run folder; the newest weights are OUT/model. An unfinished run in it is continued."""
+    """Run folder; the newest weights are OUT/model. An unfinished run in it is continued.
+    Default: out/grm (grm), out/bt (bt)."""
     answer_template: str | None = None
-    """File that replaces the policy's prompt (bt reads it)."""
+    """For bt: file with another prompt of the policy. Default: the one of --model's folder, else the built-in one."""
     grm_template: str | None = None
-    """File that replaces the judge's prompt (grm reads it)."""
+    """For grm: file with another rubric. Default: the one of --model's folder, else the built-in one."""
 
     # -- optimization
     epochs: flags.Positive | None = None
-    """Passes over the data; the last partial batch of each is dropped."""
+    """Passes over the data; the last partial batch of each is dropped. Default: 2 (grm), 1 (bt)."""
     batch_size: flags.Count = 128
     """Judgements or pairs per step, over all ranks."""
     lr: flags.Positive | None = None
-    """Peak learning rate."""
+    """Peak learning rate. Default: 4e-5 (grm), 1e-5 (bt)."""
     warmup_ratio: flags.Fraction = 0.1
     """Fraction of the steps with linear warm-up; cosine decay to zero after it."""
     weight_decay: flags.NonNegative = 0.01
@@ -66,7 +67,7 @@ class Args(flags.RuntimeArgs):
     max_grad_norm: flags.Positive = 1.0
     """Gradient clipping."""
     max_length: flags.Count | None = None
-    """Tokens of prompt and answer; longer rows are left out and counted."""
+    """Tokens of prompt and answer; longer rows are left out and counted. Default: 16384 (grm), 8192 (bt)."""
     seed: int = 0
     """Order of the rows."""
 
@@ -160,7 +161,7 @@ def size(objective: str, example: Example) -> int:
 
 
 def bt_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry: -log P(chosen beats rejected), per pair. Rewards fp32 [P] each -> [P]."""
+    """Bradley-Terry: -log P(chosen beats rejected), per pair (arXiv 2203.02155, eq. 1). fp32 rewards [P] -> [P]."""
     return -F.logsigmoid(chosen - rejected)
 
 

@@ -13,27 +13,13 @@ once and the keys and values of all running sequences.
     python bench/generate.py --shapes 0.5b 1.5b --workloads ragged "decode 256"     # on a GPU
 """
 
-import functools
-import itertools
 import os
-import random
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import transformers
-import tyro
-
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
-from bench.common import CONFIGS, device_name, measured_rates, peer_config, random_model, seconds_of
-from engine import Engine
-from engine.block_manager import BLOCK_SIZE
-from model_config import Config
-from runtime import roofline
-from runtime.distributed import start
-
-Request = tuple[list[int], int, int]  # prompt ids, samples, tokens of each answer
+from runtime import flags
 
 
 @dataclass
@@ -42,10 +28,30 @@ class Args:
     """Shapes of the random models."""
     workloads: tuple[str, ...] = ("batch 1", "ragged", "n = 4", "judge", "edit")
     """Which workloads to run."""
-    peers: bool = True
-    """Also time `transformers`."""
-    repeats: int = 1
+    no_peers: bool = False
+    """Leave out `transformers`."""
+    repeats: flags.Count = 1
     """Measurements of each side after a warm-up. The median is reported."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import functools
+import itertools
+import random
+
+import torch
+import transformers
+
+from bench.common import CONFIGS, device_name, measured_rates, peer_config, random_model, seconds_of
+from engine import Engine
+from engine.block_manager import BLOCK_SIZE
+from model_config import Config
+from runtime import roofline
+from runtime.distributed import start
+
+Request = tuple[list[int], int, int]  # prompt ids, samples, tokens of each answer
 
 
 def workload(name: str, vocab_size: int) -> tuple[list[Request], int]:
@@ -141,14 +147,14 @@ def main(args: Args) -> None:
         model = random_model(config, **options)
         engine = Engine(model, [], longest, n_rows, kv_tokens=(longest + BLOCK_SIZE) * n_rows)
         sides = {"ours": functools.partial(run_ours, engine, requests)}
-        if args.peers:
+        if not args.no_peers:
             peer = transformers.Qwen2ForCausalLM(peer_config(config, use_cache=True)).to(**options)
             sides["generate"] = functools.partial(run_generate, peer, requests)
         before = functools.partial(fill_cache, engine, requests, n_cached)
         seconds = seconds_of(sides, args.repeats, before)
         ours = seconds["ours"]
         peer_columns = f"{'-':>10}{'-':>8}"
-        if args.peers:
+        if not args.no_peers:
             peer_columns = f"{seconds['generate']:>10.2f}{seconds['generate'] / ours:>7.2f}x"
         limit = limit_seconds(config, requests, n_cached, rates)
         n_tokens = sum(n * length for _, n, length in requests)
@@ -160,4 +166,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    flags.run(main, ARGS)

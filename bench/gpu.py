@@ -1,5 +1,7 @@
 """Stages of bench/gpu.sh that are not scripts of their own: an inventory, checks with bounds, and the final table.
 
+A check prints `figure: NAME | VALUE | BOUND | met or MISSED`. A missed bound fails its stage.
+
     python bench/gpu.py versions                      # what is installed, and what the other stages need besides
     python bench/gpu.py engine                        # the engine on the GPU against the CPU
     python bench/gpu.py attention                     # attention of packed sequences against SDPA, unequal lengths
@@ -7,12 +9,11 @@
     python bench/gpu.py mismatches RUN BOUND          # engine against trainer over the steps of a run of ppo_cpe.py
     python bench/gpu.py updates FILE FILE ...         # tests/update_once.py on different numbers of ranks
     python bench/gpu.py table OUT                     # OUT/*.log -> OUT/table.md and a summary; status 1 if any failed
-
-A check prints `figure: NAME | VALUE | BOUND | met or MISSED`. A missed bound fails its stage.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -256,5 +257,11 @@ STAGES: dict[str, Callable[..., bool]] = {
 }
 
 if __name__ == "__main__":
-    stage, *arguments = sys.argv[1:]
-    sys.exit(0 if STAGES[stage](*arguments) else 1)
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("arguments", nargs="*", help="files, folders and bounds, as below")
+    args = parser.parse_args()
+    sys.exit(0 if STAGES[args.stage](*args.arguments) else 1)

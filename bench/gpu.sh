@@ -11,6 +11,7 @@
 # It needs what `python bench/gpu.py versions` lists (tyro and openai are imported by the scripts; no server is asked).
 set -uo pipefail
 cd "$(dirname "$0")/.."
+[ "${1:-}" != --help ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' bench/gpu.sh; exit; }
 OUT=${OUT:-out/gpu}
 BUDGET=${BUDGET:-600} # seconds for all
 STAGES=${STAGES:-}

@@ -1,12 +1,14 @@
 """Each kernel beside its torch equivalent, in one table: time, ratio, and the limit measured in the same run.
 
-    python bench/kernels.py     # a GPU: sizes of a 0.5B and a 7B model; a CPU: smaller ones, the torch paths
-
 The limit is the time to move the bytes that the operation must read and write once, at the rate at which this run
-copied a large tensor. On a CPU the functions run their torch paths: attention and sampling differ from the peer there;
-the others are the same code, and only their fraction of the limit is informative.
+copied a large tensor. On a GPU the sizes are those of a 0.5B and a 7B model. On a CPU they are smaller, and the
+functions run their torch paths: attention and sampling differ from the peer there; the others are the same code, and
+only their fraction of the limit is informative.
+
+    python bench/kernels.py
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -179,4 +181,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()  # there are no flags but --help
     main()

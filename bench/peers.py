@@ -12,20 +12,35 @@ while torch runs one thread (OMP_NUM_THREADS=1).
     OMP_NUM_THREADS=1 python bench/peers.py --model out/tiny/sft/policy --prompts out/tiny/world/prompts_train.jsonl
 """
 
-import importlib.metadata
 import os
-import statistics
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
-from typing import Any
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
+from runtime import flags
+
+
+@dataclass
+class Args:
+    model: str = "out/tiny/sft/policy"
+    """Folder of the policy."""
+    prompts: str = "out/tiny/world/prompts_train.jsonl"
+    """Prompt rows of the generated world."""
+    repeats: flags.Count = 3
+    """Steps of each side after a first one that is not counted. The median is reported."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import importlib.metadata
+import statistics
+import tempfile
+import time
+from typing import Any
 
 import torch
 import transformers
-import tyro
 from datasets import Dataset
 
 import ppo_cpe
@@ -40,23 +55,12 @@ from model_config import Config
 from prompts import load_templates, read_prompts
 from runtime import packing, training
 from runtime.distributed import start
-from runtime.flags import user_errors
 
 EXACT_JUDGE = "data/persona_world.py:judge"
 N_PROMPTS = 16
 N_SAMPLES = 6
 MAX_NEW_TOKENS = 96
 LR = 1e-6  # small, so that the answers of both sides keep their length
-
-
-@dataclass
-class Args:
-    model: str = "out/tiny/sft/policy"
-    """Folder of the policy."""
-    prompts: str = "out/tiny/world/prompts_train.jsonl"
-    """Prompt rows of the generated world."""
-    repeats: int = 3
-    """Steps of each side after a first one that is not counted. The median is reported."""
 
 
 class Ours:
@@ -194,5 +198,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

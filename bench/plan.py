@@ -9,15 +9,32 @@ roofline doesn't model. Seconds are processor time, so that other processes don'
 """
 
 import os
-import statistics
 import sys
 from dataclasses import dataclass
-from time import process_time
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a generate.py too
+from runtime import flags
+
+
+@dataclass
+class Args:
+    width: flags.Count = 512
+    """Hidden size; the MLP is four times as wide."""
+    layers: flags.Count = 4
+    """Layers."""
+    prompts: flags.Count = 6
+    """Prompts of the step, with four originals and two edits each."""
+    repeats: flags.Count = 3
+    """Measurements. The medians are reported."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import statistics
+from time import process_time
 
 import torch
-import tyro
 
 import ppo_cpe
 from bench import train
@@ -30,18 +47,6 @@ from trajectory import Trajectory, balance_prompts
 
 MEAN = 0.75  # mean lengths, as a fraction of the maxima below
 PROMPT, RESPONSE, CRITIQUE = 160, 64, 48  # tokens, at most; `train.random_trajectories` draws from half of that
-
-
-@dataclass
-class Args:
-    width: int = 512
-    """Hidden size; the MLP is four times as wide."""
-    layers: int = 4
-    """Layers."""
-    prompts: int = 6
-    """Prompts of the step, with four originals and two edits each."""
-    repeats: int = 3
-    """Measurements. The medians are reported."""
 
 
 def generation(engine: Engine, prompts: list[list[int]], length: int) -> tuple[float, float]:
@@ -95,7 +100,7 @@ def main(args: Args) -> None:
     ranks = start("fp32")
     heads = args.width // 64
     config = Config(8192, args.width, 4 * args.width, args.layers, heads, max(1, heads // 4))
-    flags = ppo_cpe.Args(prompts_per_step=args.prompts, mini_batch_prompts=args.prompts // 2, temperature=1.0)
+    step_args = ppo_cpe.Args(prompts_per_step=args.prompts, mini_batch_prompts=args.prompts // 2, temperature=1.0)
     trajectories = train.random_trajectories(args.prompts, PROMPT, RESPONSE, CRITIQUE, config.vocab_size)
     models = {
         "policy": random_model(config, "cpu", torch.float32),
@@ -109,7 +114,7 @@ def main(args: Args) -> None:
     rates = measured_rates(torch.ones(512, args.width), torch.ones(4 * args.width, args.width), process_time)
     measured = []
     for _ in range(1 + args.repeats):
-        measured.append(measure(engine, models, optimizers, trajectories, flags, ranks))
+        measured.append(measure(engine, models, optimizers, trajectories, step_args, ranks))
     work = roofline.Work(
         prompts=args.prompts,
         originals=4,
@@ -129,4 +134,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    flags.run(main, ARGS)

@@ -15,20 +15,35 @@ On a GPU the sizes are those of 0.5B and 1.5B models in bf16.
   runs the same responses through `AutoModel...` with padding, with one optimizer step per mini-batch and model.
 """
 
-import functools
 import os
-import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a kernels.py too
+from runtime import flags
+
+
+@dataclass
+class Args:
+    only: tuple[Literal["logprob", "shared", "step"], ...] = ("logprob", "shared", "step")
+    """Which of the three to run."""
+    repeats: flags.Count = 3
+    """Measurements of each side, alternating. The median is reported."""
+    tokens_per_pass: flags.Count = 16384
+    """shared: tokens of a forward and backward pass. Activations of the 1.5B model take 3 MiB a token."""
+
+
+if __name__ == "__main__":
+    ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
+
+import functools
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -39,20 +54,9 @@ from kernels.linear_logprob import linear_logprob
 from model import Transformer
 from runtime import packing, roofline, training
 from runtime.distributed import Ranks, start
-from runtime.flags import user_errors
 from trajectory import Batch, Prompt, Trajectory, balance_prompts
 
 TEMPERATURE = 1.0
-
-
-@dataclass
-class Args:
-    only: tuple[Literal["logprob", "shared", "step"], ...] = ("logprob", "shared", "step")
-    """Which of the three to run."""
-    repeats: int = 3
-    """Measurements of each side, alternating. The median is reported."""
-    tokens_per_pass: int = 16384
-    """shared: tokens of a forward and backward pass. Activations of the 1.5B model take 3 MiB a token."""
 
 
 # -- the peer: full logits, padding ------------------------------------------------------------------------------------
@@ -348,5 +352,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    flags.run(main, ARGS)

@@ -55,7 +55,7 @@ class Args:
     prompts: tuple[str, ...] = ()
     """Files of prompt rows to train on. Default: prompts_train in OUT, as data/prepare.py writes it."""
     eval_prompts: tuple[str, ...] = ()
-    """Files of held-out prompt rows. Default, without --prompts: prompts_eval in OUT, if it exists."""
+    """Files of held-out prompt rows. Default: prompts_eval in OUT if it exists, and none with --prompts."""
     personas: str | None = None
     """Personas to write questions for: a .csv, .jsonl or .parquet file, or a source, as for data/prepare.py."""
     persona_column: tuple[str, ...] = ()
@@ -73,13 +73,13 @@ class Args:
     judge: str = "world=data/persona_world.py:judge"
     """Who writes critiques and three scores."""
     questions_template: str | None = None
-    """File that replaces the request for questions (prompts.py)."""
+    """File with another request for questions. Default: the one in prompts.py."""
     answer_template: str | None = None
-    """File that replaces the prompt for answers of all models. The policy will be trained with it."""
+    """File with another prompt for answers, to train the policy with, too. Default: a model's own, or prompts.py's."""
     score_template: str | None = None
-    """File that replaces the request for an overall score."""
+    """File with another request for an overall score. Default: the one in prompts.py."""
     grm_template: str | None = None
-    """File that replaces the rubric of the judge."""
+    """File with another rubric of the judge. Default: the judge's own, or prompts.py's."""
 
     # -- how much
     questions_per_persona: flags.Count = 5
@@ -99,7 +99,7 @@ class Args:
     audit_judges: tuple[str, ...] = ()
     """Other judges for these answers."""
     eval_share: flags.Fraction | None = None
-    """With --personas: fraction of them held out for evaluation, in [0, 1); none: 0.1."""
+    """With --personas: fraction of them held out for evaluation, in [0, 1). Default: 0.1."""
     seed: int = 0
     """Seed of the replies and of drawn samples."""
 

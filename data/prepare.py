@@ -67,7 +67,7 @@ class Args:
     question_column: str = "question"
     """Column of the questions."""
     persona_column: tuple[str, ...] = ()
-    """Column of the personas, or several; none: "persona" if it exists, else the whole row of --personas."""
+    """Column of the personas, or several. Default: "persona" if it exists, else the whole row of --personas."""
     id_column: str = "user_id"
     """Column of both files that links a question to its persona."""
     personas_per_question: flags.Count = 1

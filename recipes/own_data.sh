@@ -17,12 +17,12 @@
 # PREPARE_FLAGS, SFT_FLAGS, GRM_FLAGS, CPE_FLAGS, EVALUATION_FLAGS   further flags
 set -euo pipefail
 usage="usage: bash recipes/own_data.sh PERSONAS QUESTIONS [flags of data/annotate.py]"
-PERSONAS=$(realpath "${1:?$usage}")
-QUESTIONS=${2:?$usage}
-[ "$QUESTIONS" = - ] || QUESTIONS=$(realpath "$QUESTIONS")
-shift 2
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+PERSONAS=$(cd "$OLDPWD" && realpath "${1:?$usage}")
+QUESTIONS=${2:?$usage}
+[ "$QUESTIONS" = - ] || QUESTIONS=$(cd "$OLDPWD" && realpath "$QUESTIONS")
+shift 2
 
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct}
 OUT=${OUT:-out/own}

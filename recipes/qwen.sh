@@ -18,10 +18,10 @@
 # cpe. GPUS: number of ranks. GIB: memory of a GPU; GIB=24 plans for a smaller card.
 set -euo pipefail
 usage="usage: bash recipes/qwen.sh 0.5b|7b|14b [PERSONAS QUESTIONS FLAGS... | --judge URL]"
-SIZE=${1:?$usage}
-shift
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+SIZE=${1:?$usage}
+shift
 
 DATA=${DATA:-out/data}
 OUT=${OUT:-out/qwen$SIZE}
@@ -32,7 +32,7 @@ if [ "${1:-}" = --judge ]; then
     shift 2
 fi
 [ -z "$JUDGE" ] || STAGES=${STAGES/grm/} # a judge is given: no GRM is trained
-# Where critiques ask for what the policy's samples hardly ever have, add --edit-loss none (docs/results.md)
+# which --edit-loss to take: docs/method.md 2.1
 cpe=(--prompts "$DATA/prompts_train.jsonl" --out "$OUT/cpe" --checkpoint-activations)
 case $SIZE in
     0.5b)

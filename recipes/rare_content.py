@@ -1,13 +1,10 @@
 """How often answers in the generated world hold its rare content: a topic's last step, and suitable advice.
 
 Critiques ask for both, and answers of the corpus seldom have them (`data/persona_world.py --rarity`). Measured on
-samples of the SFT policy, it is the probability that RL starts from; after RL, it is what a method has learned.
+samples of the SFT policy, it is the probability that RL starts from; after RL, it is what a method has learned. This
+module is no command: recipes/sanity_checks.py, recipes/tiny_table.py and results/make/ import it.
 """
 
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.persona_world import TOPICS, find_topic, read_sentences, review
 
 

@@ -1,19 +1,21 @@
 """English prompts, an exact rule judge with critiques, and the learning curve of recipes/real_curve.sh.
 
-    python recipes/real_curve.py rows --out out/real_curve/data       # prompts_train.jsonl, prompts_dev.jsonl
-    python ppo_cpe.py --judge recipes/real_curve.py:judge ...
-    python recipes/real_curve.py curve --runs PPO=out/real_curve/ppo CPE=out/real_curve/cpe
-
 The judge is a rule, not a taste. An answer should name the one thing the person likes that the question is about, have
 20 to 60 words, end with a full stop, and leave out the person's name, lists and remarks about itself. A model of 135M
 parameters can learn that in minutes. The critique says which rules are broken.
+
+    python recipes/real_curve.py rows --out out/real_curve/data       # prompts_train.jsonl, prompts_dev.jsonl
+    python ppo_cpe.py --judge recipes/real_curve.py:judge --prompts out/real_curve/data/prompts_train.jsonl
+    python recipes/real_curve.py curve --runs PPO=out/real_curve/ppo CPE=out/real_curve/cpe
 """
 
 import os
 import random
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -27,25 +29,17 @@ from runtime.rows import read_rows, write_rows, write_text
 
 
 @dataclass
-class Rows:
-    """Writes the prompts."""
-
-    out: str = "out/real_curve/data"
-    """Folder of the written files."""
+class Args:
+    command: tyro.conf.Positional[Literal["rows", "curve"]]
+    """rows: write the prompts. curve: draw the rewards of runs over minutes and over steps."""
+    out: str | None = None
+    """Folder of the written files. Default: out/real_curve/data (rows), out/real_curve (curve)."""
     rows: flags.Count = 400
     """Training prompts; prompts_dev.jsonl gets a tenth as many, of other people."""
     seed: int = 0
-    """The files depend on the seed and the number of rows only."""
-
-
-@dataclass
-class Curve:
-    """Draws the rewards of runs over minutes and over steps."""
-
-    runs: list[str]
-    """NAME=FOLDER of runs of ppo_cpe.py."""
-    out: str = "out/real_curve"
-    """Folder of curve.png, curve.svg and curve.md."""
+    """The prompts depend on the seed and the number of rows only."""
+    runs: tuple[str, ...] = ()
+    """For curve: NAME=FOLDER of runs of ppo_cpe.py."""
 
 
 LIKES = {
@@ -129,12 +123,12 @@ def sample_rows(n: int, seed: int, split: str) -> list[dict]:
     return rows
 
 
-def draw_curve(args: Curve) -> None:
-    """Writes curve.png, curve.svg and curve.md."""
+def draw_curve(runs: Sequence[str], out: str) -> None:
+    """Writes curve.png, curve.svg and curve.md into the folder out. runs: NAME=FOLDER of each."""
     figure = Figure(figsize=(8.4, 3.4))
     by_minutes, by_steps = figure.subplots(1, 2)
     lines = []
-    for run, color in zip(args.runs, COLORS):
+    for run, color in zip(runs, COLORS):
         name, _, folder = run.partition("=")
         steps = read_rows(f"{folder}/metrics.jsonl", "metrics")
         seconds = [sum(value for key, value in step.items() if key.startswith("seconds/")) for step in steps]
@@ -155,27 +149,29 @@ def draw_curve(args: Curve) -> None:
     by_steps.set(xlabel="step")
     by_steps.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    os.makedirs(args.out, exist_ok=True)
-    figure.savefig(f"{args.out}/curve.png", dpi=110)
+    os.makedirs(out, exist_ok=True)
+    figure.savefig(f"{out}/curve.png", dpi=110)
     with rc_context({"svg.hashsalt": "curve"}):  # reproducible ids: the same figure is the same file
-        figure.savefig(f"{args.out}/curve.svg", metadata={"Date": None})
+        figure.savefig(f"{out}/curve.svg", metadata={"Date": None})
     header = [
         "|  | steps | minutes | generated tokens | held out, before | held out, last three |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     table = "\n".join(header + lines)
-    write_text(f"{args.out}/curve.md", table + "\n")
-    print(f"{table}\n\nwritten: {args.out}/curve.md, curve.png, curve.svg")
+    write_text(f"{out}/curve.md", table + "\n")
+    print(f"{table}\n\nwritten: {out}/curve.md, curve.png, curve.svg")
 
 
-def main(args: Rows | Curve) -> None:
-    if isinstance(args, Curve):
-        return draw_curve(args)
-    os.makedirs(args.out, exist_ok=True)
-    write_rows(f"{args.out}/prompts_train.jsonl", sample_rows(args.rows, args.seed, "train"))
-    write_rows(f"{args.out}/prompts_dev.jsonl", sample_rows(max(1, args.rows // 10), args.seed, "dev"))
+def main(args: Args) -> None:
+    if args.command == "curve":
+        if not args.runs:
+            raise ValueError("--runs: expected NAME=FOLDER of at least one run of ppo_cpe.py")
+        return draw_curve(args.runs, args.out or "out/real_curve")
+    out = args.out or "out/real_curve/data"
+    os.makedirs(out, exist_ok=True)
+    write_rows(f"{out}/prompts_train.jsonl", sample_rows(args.rows, args.seed, "train"))
+    write_rows(f"{out}/prompts_dev.jsonl", sample_rows(max(1, args.rows // 10), args.seed, "dev"))
 
 
 if __name__ == "__main__":
-    with flags.user_errors():
-        main(tyro.cli(Rows | Curve))
+    flags.run(main, flags.parse(Args, __doc__))

@@ -1,6 +1,8 @@
 """The closing table of recipes/tiny.sh: evaluated policies, failed sanity checks, and what edits gained in training.
 
-python recipes/tiny_table.py --runs "SFT=out/tiny/eval/sft" "CPE=out/tiny/eval/cpe" --edits-of out/tiny/cpe
+The policies have been evaluated on the generated world's questions; NOTE explains the columns.
+
+    python recipes/tiny_table.py --runs "SFT=out/tiny/eval/sft" "CPE=out/tiny/eval/cpe" --edits-of out/tiny/cpe
 """
 
 import os

@@ -48,6 +48,8 @@ TIMEOUTS = (3600, 7200, 1800)  # seconds of a start, a rollout, an update
 SCORE_WEIGHTS = (0.35, 0.40, 0.25)  # of helpfulness, personalization, naturalness (docs/method.md 1.4)
 PATIENCE = 1800  # seconds that a judge's server is waited for
 DType = Literal["auto", "fp32", "bf16"]
+# indented lines of a docstring that begin a command, with those that continue it
+COMMAND = re.compile(r"^    (?:[A-Z_]+=\S+ )*(?:python|torchrun|bash) (?:.*\\\n)*.*", re.MULTILINE)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -62,21 +64,21 @@ class RuntimeArgs:
     dtype: DType = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
     shard_size: MayChange[Count | None] = None
-    """Ranks that share one copy of a model (HSDP; the GPUs of a node, say); none: all."""
+    """Ranks that share one copy of a model (HSDP), such as the GPUs of a node. Default: all."""
     offload: MayChange[bool] = False
     """Keep Adam moments, and in RL the trained models while responses are sampled, in host memory."""
     deterministic: MayChange[bool] = False
     """On a GPU: sums in a fixed order, so that a repeated run gives the same bits; slower."""
     peak_tflops: MayChange[Positive | None] = None
-    """A device's peak in the compute dtype, for the metric mfu; none: from a table of known GPUs."""
+    """Peak of a device in the compute dtype, for the metric mfu. Default: from a table of known GPUs."""
     plan: MayChange[bool] = False
     """Print what the run will hold in memory, and whether it fits, and exit; needs no GPU and no weights."""
     world_size: MayChange[Count | None] = None
-    """For --plan: number of ranks; none: as started."""
+    """For --plan: number of ranks. Default: as started."""
     gpu_gib: MayChange[NonNegative] = 80
     """For --plan: memory of a GPU in GiB; 0: the plan is for CPU processes."""
     max_steps: MayChange[Count | None] = None
-    """Stop early; a schedule stays that of the whole run."""
+    """Stop after this many steps; a schedule stays that of the whole run. Default: all steps."""
     save_every: MayChange[Count] = 100
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: MayChange[Count] = 2
@@ -88,9 +90,9 @@ class RuntimeArgs:
 
     # -- low-rank adapters (LoRA, docs/gpus.md)
     lora_rank: Count | None = None
-    """Train adapters of this rank on the frozen model; none: all weights. Needs some ten times the learning rate."""
+    """Rank of adapters on the frozen model; they need a higher learning rate (docs/gpus.md). Default: all weights."""
     lora_alpha: Positive | None = None
-    """An adapter counts alpha / rank times; none: alpha is twice the rank."""
+    """An adapter is multiplied by alpha / rank. Default: twice the rank."""
 
     # -- where metrics and rollouts go besides OUT (`python report.py OUT` needs neither)
     wandb: MayChange[str | None] = None
@@ -107,7 +109,7 @@ class JudgeArgs:
     judge: str = "out/grm/model"
     """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges/)."""
     grm_template: str | None = None
-    """File that replaces the rubric that the judge was trained with."""
+    """File with another rubric. Default: the one that the judge was trained with."""
     score_weights: tuple[NonNegative, NonNegative, NonNegative] = SCORE_WEIGHTS
     """Of helpfulness, personalization, naturalness in the reward."""
     judge_temperature: NonNegative = 0.9
@@ -128,7 +130,7 @@ class EngineArgs:
     max_batch: Count = 256
     """Sequences that are generated at once, per rank."""
     kv_tokens: MayChange[Count | None] = None
-    """Tokens in the KV cache of the model that answers, per rank; none: by max_batch and what memory is free."""
+    """Tokens in the KV cache of the model that answers, per rank. Default: by --max-batch and the free memory."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -137,7 +139,7 @@ class DiagnosticArgs:
 
     # -- diagnostics, which change nothing in the training (docs/metrics.md)
     eval_data: MayChange[str | None] = None
-    """Prompt rows that are not trained on: how answers, edits and their gap develop there goes into held_out/*."""
+    """Prompt rows that are not trained on; the metrics of their answers and edits are held_out/*."""
     eval_every: MayChange[Count] = 10
     """Evaluation interval in steps; the first evaluation is at step 1, before any training."""
     eval_n: MayChange[Count] = 64
@@ -187,7 +189,7 @@ def flag(name: str) -> str:
 
 
 def parse(args_class: type[T], doc: str, argv: list[str] | None = None) -> T:
-    """The command line as an instance of the script's Args; `--help` prints doc's first paragraph and the flags.
+    """The command line as an instance of the script's Args; `--help` prints `help_text`.
 
     Exit status 2: an unknown flag, a value that is no such type or out of its range.
     """
@@ -219,7 +221,11 @@ def may_change(args_class: type) -> set[str]:
 
 
 def help_text(args_class: type, doc: str) -> str:
-    """doc's first paragraph, then the flags in the groups that the source of Args has as comments (`# -- title`)."""
+    """doc's first paragraph, the flags, and the commands of doc as examples.
+
+    The groups of the flags are the comments `# -- title` in the source of Args. The default is added to a flag's
+    docstring, unless it has a "Default: " of its own.
+    """
     first, _, _ = doc.strip().partition("\n\n")
     parser = argparse.ArgumentParser(
         prog=os.path.basename(sys.argv[0]),
@@ -235,14 +241,17 @@ def help_text(args_class: type, doc: str) -> str:
     for title, name, text in _documented(args_class):
         if title is not None:
             group = parser.add_argument_group(title)
-        text = f"{text} ({_default_text(fields[name].default)})".replace("%", "%%")
+        if "Default: " not in text:
+            text += f" ({_default_text(fields[name].default)})"
+        text = text.replace("%", "%%")
         if POSITIONAL in getattr(annotated[name], "__metadata__", ()):
             group.add_argument(name, metavar=name.upper(), nargs="*", help=text)
         elif hints[name] is bool:
             group.add_argument(flag(name), action="store_true", help=text)
         else:
             group.add_argument(flag(name), metavar=_metavar(hints[name]), help=text)
-    return parser.format_help()
+    examples = "\n".join(COMMAND.findall(doc))
+    return f"{parser.format_help()}\nexamples:\n{examples}\n"
 
 
 def _documented(args_class: type) -> Iterator[tuple[str | None, str, str]]:

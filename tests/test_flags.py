@@ -1,6 +1,7 @@
 """The command line of every script: help, ranges, and messages on wrong values before any file is read."""
 
 import dataclasses
+import glob
 import importlib
 import os
 import re
@@ -12,11 +13,21 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from conftest import ROOT, error_of
+from conftest import ROOT, error_of, run_script
 from pydantic.fields import FieldInfo
 
 import sft
-from runtime.flags import DiagnosticArgs, JudgeArgs, RuntimeArgs, check_ranges, help_text, may_change, parse
+from runtime.flags import (
+    COMMAND,
+    DiagnosticArgs,
+    JudgeArgs,
+    RuntimeArgs,
+    _documented,
+    check_ranges,
+    help_text,
+    may_change,
+    parse,
+)
 
 SCRIPTS = ("sft", "train_grm", "dpo", "ppo_cpe", "evaluate", "generate", "serve", "replay", "report")
 SCRIPTS += ("data/persona_world", "data/prepare")
@@ -78,6 +89,52 @@ def test_every_flag_is_explained():
         text = " ".join(help_text(module.Args, module.__doc__).split())
         bare = re.findall(r"(--[a-z-]+)(?: [A-Z]+| \{[^}]*\})* \((?:default|required)", text)
         assert bare == [], script
+
+
+def scripts_in(*folders):
+    """The Python files in these folders that are commands."""
+    scripts = []
+    for folder in folders:
+        for file in sorted(glob.glob(f"{folder}/*.py", root_dir=ROOT)):
+            with open(os.path.join(ROOT, file), encoding="utf-8") as f:
+                if '\nif __name__ == "__main__":' in f.read():
+                    scripts.append(os.path.normpath(file))
+    return scripts
+
+
+@pytest.mark.parametrize("script", scripts_in(".", "data", "recipes", "bench", "results/make"))
+def test_help_ends_with_an_example(script, monkeypatch):
+    """Of every command, before it does any work or imports what may not be installed (TRL, for one)."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the scripts in bench/ change its first entry
+    text = run_script(script, "--help", folder=ROOT)
+    commands = COMMAND.findall(text)
+    assert any(script in command for command in commands)
+    assert text.rstrip().endswith(commands[-1].rstrip())
+
+
+def flag_texts(script):
+    """(flag, its docstring, its default) of each flag of a script."""
+    args_class = module_of(script).Args
+    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
+    return [(name, text, defaults[name]) for _, name, text in _documented(args_class)]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/annotate", "results/make/tables", "recipes/real_curve"])
+def test_none_is_shown_only_where_nothing_is_used(script):
+    """A flag whose value then comes from elsewhere has a "Default: " that says from where."""
+    elsewhere = re.compile(r"\b(none|None|unset): |by default|replaces")
+    texts = [(name, text) for name, text, default in flag_texts(script) if default in (None, ())]
+    assert [name for name, text in texts if "Default: " not in text and elsewhere.search(text)] == []
+
+
+def test_the_defaults_of_both_objectives_are_those_that_are_used():
+    module = module_of("train_grm")
+    shown = {"grm": {}, "bt": {}}
+    for name, text, _ in flag_texts("train_grm"):
+        if both := re.search(r"Default: (\S+) \(grm\), (\S+) \(bt\)\.", text):
+            of_type = type(module.DEFAULTS["grm"][name])
+            shown["grm"][name], shown["bt"][name] = of_type(both[1]), of_type(both[2])
+    assert shown == module.DEFAULTS
 
 
 # -- ranges --------------------------------------------------------------------------------------------------------

@@ -73,6 +73,20 @@ def test_a_folder_may_have_a_space_in_its_name(calls_of, name):
     assert sorted(renamed) == sorted(plain)  # tiny.sh runs some beside others, in any order
 
 
+RECIPES = [name for name in sorted(os.listdir(f"{ROOT}/recipes")) if name.endswith(".sh")]
+SOURCED = {"environment.sh", "jobs.sh", "world_flags.sh"}
+
+
+@pytest.mark.parametrize("file", [f"recipes/{name}" for name in RECIPES if name not in SOURCED] + ["bench/gpu.sh"])
+def test_the_help_of_a_recipe_is_its_first_comment(file, tmp_path):
+    """And nothing is run, from whatever folder it is asked."""
+    folder, name = os.path.split(f"{ROOT}/{file}")
+    for where, script in ((ROOT, file), (folder, name), (tmp_path, f"{ROOT}/{file}")):
+        done = subprocess.run(["bash", script, "--help"], cwd=where, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0 and done.stderr == "" and f"  bash {file}" in done.stdout
+        assert not done.stdout.startswith("#") and "set -" not in done.stdout
+
+
 def scripts(calls):
     """The script of each command."""
     return [next(os.path.basename(word) for word in call if word.endswith(".py")) for call in calls]
@@ -328,7 +342,7 @@ def test_the_rule_by_hand(answer, scores, critique):
 
 
 def test_rows_and_judge_fit_rl(tmp_path):
-    real_curve.main(real_curve.Rows(out=str(tmp_path), rows=50))
+    real_curve.main(real_curve.Args("rows", out=str(tmp_path), rows=50))
     train, dev = (read_rows(str(tmp_path / f"prompts_{name}.jsonl"), "prompt") for name in ("train", "dev"))
     assert (len(train), len(dev)) == (50, 5) and not {r["prompt_id"] for r in train} & {r["prompt_id"] for r in dev}
     for row in train:
@@ -345,7 +359,7 @@ def test_the_curve_of_two_runs(tmp_path, capsys):
             if i % 2 == 0:
                 steps[-1][real_curve.HELD_OUT] = float(i)
         write(tmp_path / name / "metrics.jsonl", steps)
-    runs = [f"{name}={tmp_path / name}" for name in ("ppo", "cpe")]
-    real_curve.main(real_curve.Curve(runs=runs, out=str(tmp_path / "drawn")))
+    runs = tuple(f"{name}={tmp_path / name}" for name in ("ppo", "cpe"))
+    real_curve.main(real_curve.Args("curve", runs=runs, out=str(tmp_path / "drawn")))
     assert "| cpe | 6 | 6 | 60 | 0.00 | 2.00 |" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"curve.png", "curve.svg", "curve.md"}

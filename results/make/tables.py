@@ -39,9 +39,9 @@ class Args:
 
     # -- experiments (ladder, paper, rarity, lora)
     out: str | None = None
-    """Folder of all runs; none: out/ladder, out/tables for paper, else out/rarity. A quick run uses OUT_quick."""
+    """Folder of all runs; a quick run uses OUT_quick. Default: out/ladder, out/tables for paper, else out/rarity."""
     results: str | None = None
-    """Folder of tables and figures; none: the one in results/, or OUT/results for a quick run."""
+    """Folder of tables and figures. Default: the one in results/, or OUT/results for a quick run."""
     quick: bool = False
     """One seed, half the RL steps, fewer experiments (paper and rarity)."""
     search: bool = False
