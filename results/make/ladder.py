@@ -42,16 +42,16 @@ JUDGES = {  # name: what it writes
     "bt": "Bradley-Terry: a number",
     "scores": "scores",
     "critique": "critique, scores",
-    "refreshed": "critique, scores; trained again on its policies' answers",
     "checked_scores": "checks, scores",
     "checks": "checks, critique, scores (the recipe's)",
-    "small": "the same, two layers instead of three",
+    "refreshed": "critique, scores; trained again on its policies' answers",
+    "small": "checks, critique, scores; two layers instead of three",
 }
 SHORT = {  # in the figure
     "bt": "Bradley-Terry",
     "refreshed": "critique, scores; refreshed",
     "checks": "checks, critique, scores",
-    "small": "the same, smaller",
+    "small": "the same, two layers",
 }
 OF_RECIPE = {
     "bt": {"ppo": "ppo_bt"},
@@ -79,10 +79,12 @@ Figures = dict[str, dict[int, dict]]  # {"checks/cpe": {seed: figures}}
 
 
 def experiments(out: str, quick: bool = False) -> list[Experiment]:
-    """The recipe on all seeds, then the ladder. quick: the ladder on one seed."""
-    recipes = [recipe(out, seed) for seed in range(1 if quick else RECIPE_SEEDS)]
-    ladder = [e for seed in range(1 if quick else LADDER_SEEDS) for e in of_seed(out, seed)]
-    return [*recipes, *ladder]
+    """The recipe on all seeds, then one judge after the other, each on all seeds of the ladder. quick: one seed."""
+    wanted = [recipe(out, seed) for seed in range(1 if quick else RECIPE_SEEDS)]
+    for name in JUDGES:
+        for seed in range(1 if quick else LADDER_SEEDS):
+            wanted += of_judge(out, seed, name)
+    return wanted
 
 
 def recipe(out: str, seed: int) -> Experiment:
@@ -98,22 +100,21 @@ def judge_of(out: str, seed: int, name: str) -> str:
     return f"{here}/recipe/grm/model" if name == "checks" else f"{here}/{name}/grm/model"
 
 
-def of_seed(out: str, seed: int) -> list[Experiment]:
-    """The judges of a seed, what is measured of them, and the policies that are trained under them."""
+def of_judge(out: str, seed: int, name: str) -> list[Experiment]:
+    """A judge, what is measured of it, and the policies that are trained under it."""
     wanted = []
-    for name in JUDGES:
-        needs = [f"seed{seed}/recipe"]
-        if name not in OF_RECIPE:
-            wanted.append(train_judge(out, seed, name))
-            needs = [f"seed{seed}/{name}/grm"]
-        measure = (
-            f"results/make/agreement.py --world {out}/seed{seed}/recipe/world --judge {judge_of(out, seed, name)} "
-            f"--out {out}/seed{seed}/{name}/agreement"
-        )
-        wanted.append(Experiment(f"seed{seed}/{name}/agreement", [measure], needs))
-        if name not in OF_RECIPE:
-            methods = METHODS if name in CRITICS else ["ppo"]
-            wanted += [train_policy(out, seed, name, method, needs) for method in methods]
+    needs = [f"seed{seed}/recipe"]
+    if name not in OF_RECIPE:
+        wanted.append(train_judge(out, seed, name))
+        needs = [f"seed{seed}/{name}/grm"]
+    measure = (
+        f"results/make/agreement.py --world {out}/seed{seed}/recipe/world --judge {judge_of(out, seed, name)} "
+        f"--out {out}/seed{seed}/{name}/agreement"
+    )
+    wanted.append(Experiment(f"seed{seed}/{name}/agreement", [measure], needs))
+    if name not in OF_RECIPE:
+        methods = METHODS if name in CRITICS else ["ppo"]
+        wanted += [train_policy(out, seed, name, method, needs) for method in methods]
     return wanted
 
 
