@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple, get_args
 sys.path.append(os.getcwd())  # so that a copy in another folder, run from this one, finds the modules here
 from runtime import flags
 
-EditLoss = Literal["paper", "unclipped", "tis", "luffy", "topr", "none"]  # see `edit_loss`
+EditLoss = Literal["paper", "released", "unclipped", "tis", "luffy", "topr", "none", "novel"]  # see `edit_loss`
 EditStrategy = Literal["random", "reward_rank", "conditional", "batch_rank"]  # see `select_edits`
 EDIT_LOSSES = get_args(EditLoss)
 
@@ -84,7 +84,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     edit_loss: EditLoss = "unclipped"
     """The loss on edits (`edit_loss`). Which one to take: docs/method.md 2.1."""
     ratio_cap: flags.Positive | None = None
-    """Upper bound of the ratio. Default: 10 in unclipped, 2 in tis."""
+    """Upper bound of the ratio. Default: 10 in unclipped, 2 in tis, none in released."""
     luffy_gamma: flags.Positive = 0.1
     """gamma of p / (p + gamma) in luffy."""
     edit_baseline: Literal["batch", "original"] = "batch"
@@ -194,6 +194,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_
 
 
 RATIO_CAPS = {"unclipped": 10.0, "tis": 2.0}  # bounds against outliers, where --ratio-cap gives none
+NOVEL = 0.01  # a ratio below which the policy would hardly ever sample the token
 
 
 def edit_loss(
@@ -213,11 +214,13 @@ def edit_loss(
 
     kind       loss                                         weight: the gradient is -weight A grad log p
     paper      -clip(r, 1-eps_low, 1+eps_high) A            r inside the range, else 0
+    released   -A p / (q + 1e-6)                            p / (q + 1e-6)
     unclipped  -min(r, cap) A                               r, 0 above the cap
     tis        -sg(min(r, cap)) A log p                     min(r, cap)
     luffy      -A p / (p + gamma)                           gamma p / (p + gamma)^2
     topr       -A log p, times sg(min(r, 1)) if A < 0       1 where A >= 0, else min(r, 1)
     none       -A log p                                     1
+    novel      none where A > 0 and r < 0.01, else paper    1 where A > 0 and r < 0.01, else as paper
 
     sg stops the gradient. logprobs is log p, edit_logprobs is log q; all inputs and the result are [S], over the tokens
     of edits. ValueError: unknown kind. To try another loss, add a branch here and its name to EditLoss. It has to treat
@@ -226,9 +229,13 @@ def edit_loss(
     log_ratio = logprobs - edit_logprobs
     ratio = log_ratio.detach().exp()
     cap = cap or RATIO_CAPS.get(kind, math.inf)
+    # upper bounds in log space: the exponential of an outlier would be infinite and its gradient NaN
+    clipped_ratio = log_ratio.clamp(max=math.log(1 + eps_high)).exp().clamp(min=1 - eps_low)
     if kind == "paper":
-        # the upper bound in log space: the exponential of an outlier would be infinite and its gradient NaN
-        return -log_ratio.clamp(max=math.log(1 + eps_high)).exp().clamp(min=1 - eps_low) * advantages
+        return -clipped_ratio * advantages
+    if kind == "released":
+        log_ratio = logprobs - edit_logprobs.logaddexp(edit_logprobs.new_tensor(math.log(1e-6)))
+        return -log_ratio.clamp(max=math.log(cap)).exp() * advantages
     if kind == "unclipped":
         return -log_ratio.clamp(max=math.log(cap)).exp() * advantages
     if kind == "tis":
@@ -238,6 +245,9 @@ def edit_loss(
         return -advantages * p / (p + gamma)
     if kind == "topr":  # arXiv 2503.14286: a bad edit is unlearned only as far as the policy would say it
         return -torch.where(advantages < 0, ratio.clamp(max=1), 1.0) * advantages * logprobs
+    if kind == "novel":  # good edits teach whole what the policy would never sample; the rest is PPO's
+        is_novel = (ratio < NOVEL) & (advantages > 0)
+        return -torch.where(is_novel, logprobs, clipped_ratio) * advantages
     if kind == "none":
         return -advantages * logprobs
     raise ValueError(f"edit loss {kind!r}: expected one of {', '.join(EDIT_LOSSES)}")

@@ -53,6 +53,12 @@ BY_HAND = [
     ("topr", 0.2, 0.4, -3.0, {}, 0.5 * 3.0 * math.log(0.2), 0.5),  # what was bad by r
     ("topr", 0.6, 0.4, -3.0, {}, 3.0 * math.log(0.6), 1.0),  # and at most once
     ("none", 0.2, 0.4, 3.0, {}, -3.0 * math.log(0.2), 1.0),
+    ("released", 0.6, 0.05, 3.0, {}, -0.6 / (0.05 + 1e-6) * 3.0, 0.6 / (0.05 + 1e-6)),  # no bound
+    ("released", 1e-5, 3e-6, 3.0, {}, -2.5 * 3.0, 2.5),  # and lower than r, which is 3.3
+    ("novel", 0.003, 0.4, 3.0, {}, -3.0 * math.log(0.003), 1.0),  # r = 0.0075: learned whole
+    ("novel", 0.005, 0.4, 3.0, {}, -0.8 * 3.0, 0.0),  # r = 0.0125: like paper from here on
+    ("novel", 0.44, 0.4, 3.0, {}, -1.1 * 3.0, 1.1),
+    ("novel", 0.003, 0.4, -3.0, {}, 0.8 * 3.0, 0.0),  # no edit unlearns what the policy never says
 ]
 
 
@@ -77,7 +83,16 @@ def test_the_weight_of_a_loss_that_is_not_linear_in_the_advantage():
 
 
 @pytest.mark.parametrize(
-    "kind,cap", [("paper", None), ("unclipped", 10.0), ("tis", 2.0), ("luffy", None), ("topr", None), ("none", None)]
+    "kind,cap",
+    [
+        ("paper", None),
+        ("unclipped", 10.0),
+        ("tis", 2.0),
+        ("luffy", None),
+        ("topr", None),
+        ("none", None),
+        ("novel", None),
+    ],
 )
 def test_edit_loss_stays_finite_on_outliers(kind, cap):
     logp = torch.tensor([-0.1, -200.0], requires_grad=True)

@@ -343,7 +343,7 @@ def test_a_further_loss_on_edits(here, capsys):
     branch = '    if kind == "half":\n        return -0.5 * advantages * logprobs\n'
     script = fork(
         here,
-        (r'(EditLoss = Literal\[[^]]*"none")', r'\1, "half"'),
+        (r'(EditLoss = Literal\[[^]]*"novel")', r'\1, "half"'),
         (r"(?m)^(?=    raise ValueError\(f\"edit loss)", branch),
     )
     (here / "judge.py").write_text(EDITING_JUDGE)
@@ -353,7 +353,7 @@ def test_a_further_loss_on_edits(here, capsys):
     assert json.loads((here / "run" / "args.json").read_text())["edit_loss"] == "half"
 
     gradients = replay.replay(str(batch), script)
-    losses = ("paper", "unclipped", "tis", "luffy", "topr", "none", "half")
+    losses = ("paper", "released", "unclipped", "tis", "luffy", "topr", "none", "novel", "half")
     assert tuple(name for name in gradients if name != "originals") == losses
     assert gradients["none"].norm() > 0
     torch.testing.assert_close(gradients["half"], 0.5 * gradients["none"])  # by the copy's own code
