@@ -4,17 +4,21 @@ Only sizes are added to them (SMALL). What is not run here says why (ELSEWHERE):
 test runs it.
 """
 
+import html
 import json
 import os
 import re
 import shlex
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
 from test_docs import PAGES, commands, read
 from test_evaluate_tasks import made_annotations
 from test_forks import RUN_WITH, make_forks
+from test_prepare import hub
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +45,10 @@ SMALL = {  # script: what is added to its command
 NAMED = {
     "--judge FOLDER": "--judge out/grm/model",
     "FOLDER": "out/sft/policy",
+    "--source PersonalAILab/PersonaFeedback": "--source release --out out/release",
+    "Qwen/Qwen2.5-0.5B-Instruct": "checkpoint",
+    "out/qwen7b/cpe": "out/ppo_cpe",
+    "out/qwen7b/evaluate": "out/evaluate",
     "out/NAME": "out/ppo_cpe",
     "out/tiny/cpe": "out/ppo_cpe",
 }
@@ -83,6 +91,8 @@ def reader(tiny, tiny_grm, tmp_path_factory):
             made = [r | {"generator_2": "a", "preference": r["preference"] and round(r["preference"])} for r in made]
         (folder / f"{name}.json").write_text(json.dumps(made))
     (folder / "out/grm").symlink_to(tiny_grm)
+    (folder / "checkpoint").symlink_to(tiny / "checkpoint")
+    hub(folder / "release")
     run(folder, f"python sft.py --model {tiny / 'checkpoint'} --out out/sft")
     run(folder, "python ppo_cpe.py --save-batch 5 --edit-rate 1 --log-tokens 4 --out out/ppo_cpe")
     (folder / "out/ppo_cpe/batch_000020").symlink_to("batch_000005")
@@ -126,3 +136,26 @@ def test_the_commands_of_a_page_run_as_written(reader, page):
     for command in RUN_HERE[page]:
         print(command)
         assert run(reader, command).strip(), command
+
+
+def test_the_notebook_runs_from_top_to_bottom(reader, monkeypatch):
+    """With a tiny checkpoint instead of the one on the hub, few steps, and a stand-in for IPython."""
+    shown = []
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=shown.append))
+    monkeypatch.chdir(reader)
+    fewer = {"sft.py": " --max-steps 2", "ppo_cpe.py": " --max-steps 2 --eval-n 4"}
+    names = {}
+    scripts = []
+    for cell in json.loads(read("docs/ten_steps.ipynb"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or source == "!pip install -q -r requirements.txt":  # tests/run.sh has done it
+            continue
+        if source.startswith("!python "):
+            scripts.append(source.split()[1])
+            run(reader, source.removeprefix("!").replace("\\\n", "") + fewer.get(scripts[-1], ""))
+        else:
+            exec(source, names)
+    assert scripts == ["data/persona_world.py", "sft.py", "ppo_cpe.py", "report.py"]
+    (page,) = shown
+    assert "held_out/original/reward" in html.unescape(page)
