@@ -10,8 +10,8 @@ One step:
    An edit is trained *under the original prompt*: neither y_o nor the critique is in its context.
 3. Values of the critic, and GAE with the reward on the last token. Advantages are whitened over all response tokens.
 4. Update, in mini-batches of prompts. Originals get PPO's clipped loss on pi_theta(y_o | x) / pi_old(y_o | x).
-   Edits get one of six losses on the ratio r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The loss
-   is the mean over the tokens of originals and edits together. The critic gets a clipped value loss.
+   Edits get a loss on the ratio r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The mean is over the
+   tokens of originals and edits together. The critic gets a clipped value loss.
 
 pi_old is the policy that sampled the step. pi_e is the same policy, given x, y_o and the critique: the edit prompt.
 
@@ -20,8 +20,8 @@ Bradley-Terry baseline.
 
 Departures from the paper and its code (docs/method.md 2 has the whole table):
 - A judgement that does not parse is asked for again. If it still fails, the response is left out. No score is made up.
-- The default loss on edits is `unclipped` with a cap, as in the released results. With `paper`, the clip as printed,
-  words that only the critique suggested have r near 0, outside the clip, and get no gradient.
+- The default loss on edits is `unclipped`, the released code's without its bias, with a cap. With `paper`, the clip as
+  printed, words that only the critique suggested have r near 0 and get no gradient. Which to take: docs/method.md 2.1.
 
     python ppo_cpe.py                                             # one CPU or GPU
     torchrun --nproc_per_node=8 ppo_cpe.py                        # eight GPUs

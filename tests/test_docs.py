@@ -26,6 +26,7 @@ def read(path):
 def test_details_name_functions_that_exist():
     names = re.findall(r"^`([\w/]+\.py)`: `(\w+)`$", read("docs/details.md"), re.MULTILINE)
     assert len(names) == len(re.findall(r"^\*\*\d+\. ", read("docs/details.md"), re.MULTILINE)) >= 28
+    names += re.findall(r"\| `(\w+\.py)`: `(\w+)` \|$", read("docs/method.md"), re.MULTILINE)  # its table of equations
     missing = [
         (file, name) for file, name in names if not re.search(rf"^(def|class) {name}\b", read(file), re.MULTILINE)
     ]
@@ -34,10 +35,24 @@ def test_details_name_functions_that_exist():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    found = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(page))
-    local = [link for link in found if not link.startswith(("http://", "https://"))]
-    folder = os.path.dirname(os.path.join(ROOT, page))
-    assert [link for link in local if not os.path.exists(os.path.join(folder, link))] == []
+    """To a file that exists, and where a heading is named, to a heading that it has."""
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", read(page))
+    missing = []
+    for file, heading in links:
+        if file.startswith(("http://", "https://")):
+            continue
+        target = os.path.normpath(os.path.join(os.path.dirname(page), file)) if file else page
+        if not os.path.exists(os.path.join(ROOT, target)):
+            missing.append(file)
+        elif heading and heading not in headings(target):
+            missing.append(f"{file}#{heading}")
+    assert missing == []
+
+
+def headings(page):
+    """The headings of a page, as GitHub writes them in an address."""
+    titles = re.findall(r"^#+ (.*)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_one_step_is_told_from_a_run(tmp_path):
