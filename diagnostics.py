@@ -414,15 +414,21 @@ def check_judge(probe: Rollout, judge: Judge, spec: str, editing: bool, ranks: R
     critiques that edits need says anything."""
     if judge.down:
         raise ValueError(judge.down)
-    n_lost = sum(d.kind == "originals" for d in probe.dropped)
+    reasons = all_gather(ranks, [d.drop_reason for d in probe.dropped if d.kind == "originals"])
     n_critiques = sum(bool(t.critique.strip()) for t in probe.judged)
-    n_judged, n_lost, n_critiques = map(int, all_sum(ranks, len(probe.judged), n_lost, n_critiques))
+    n_judged, n_critiques = map(int, all_sum(ranks, len(probe.judged), n_critiques))
     judge.forget()  # so that the first step is computed as without this
-    if n_lost and not n_judged:
-        raise ValueError(f"--judge {spec}: not one of {n_lost} answers got a judgement; is it a reward model?")
+    if reasons and not n_judged:
+        raise ValueError(
+            f"--judge {spec}: not one of {len(reasons)} answers got a judgement; is it a reward model? "
+            f"The first: {reasons[0]}"
+        )
     if editing and n_judged and not n_critiques:
-        raise ValueError(f"--judge {spec}: no critique of {n_judged} answers, which edits (--edit-rate > 0) need")
-    print0(f"--judge {spec}: {n_judged} of {n_judged + n_lost} answers of the start policy got a judgement")
+        raise ValueError(
+            f"--judge {spec}: no critique of {n_judged} answers, which edits (--edit-rate > 0) need; "
+            "--edit-rate 0 trains without edits"
+        )
+    print0(f"--judge {spec}: {n_judged} of {n_judged + len(reasons)} answers of the start policy got a judgement")
 
 
 def check_batch(batch: list[Trajectory], dropped: list[Dropped], step: int, ranks: Ranks) -> None:
@@ -431,7 +437,11 @@ def check_batch(batch: list[Trajectory], dropped: list[Dropped], step: int, rank
     n_batch, *totals = map(int, all_sum(ranks, len(batch), *counts.values()))
     if n_batch == 0:
         lost = dict(zip(counts, totals))
-        raise ValueError(f"step {step + 1}: no response is left to train on ({lost}); is --judge a reward model?")
+        reasons = all_gather(ranks, [d.drop_reason for d in dropped][:1])
+        raise ValueError(
+            f"step {step + 1}: no response is left to train on ({lost}); is --judge a reward model? "
+            f"The first: {reasons[0]}"
+        )
 
 
 # -- rows in the run folder --------------------------------------------------------------------------------------------

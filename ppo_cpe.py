@@ -716,7 +716,10 @@ def check_flags(args: Args, max_len: int) -> None:
 def check_judge_suits(judge: Judge, args: Args) -> None:
     """ValueError: the flags need what this judge does not give."""
     if args.edit_rate > 0 and judge.writes_critiques is False:  # None: not known yet
-        raise ValueError(f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) need")
+        raise ValueError(
+            f"--judge {args.judge} writes no critiques, which edits (--edit-rate > 0) need; "
+            "--edit-rate 0 trains without edits"
+        )
     if args.truncated == "min_score" and judge.lowest_reward is None:
         raise ValueError(f"--judge {args.judge} has no lowest reward, which --truncated min_score would give")
 

@@ -437,12 +437,15 @@ def score_request(templates: Templates, row: dict, answer: str) -> str:
 
 
 def parse_score(text: str) -> float | None:
-    """Score of a reply, from 1 to 5 (4, 4.0, 3.5, **4**). None for anything else: nothing is guessed."""
+    """Score of a reply, from 1 to 5 (4, 4.0, 3.5, **4**), in the tags of the form or as the whole reply.
+
+    None for anything else: nothing is guessed.
+    """
     plain = unicodedata.normalize("NFKC", BOLD.sub(r"\1", without_reasoning(text)))
-    match = re.fullmatch(r"\s*<score>\s*([1-5](?:\.[0-9]+)?)\s*</score>\s*", plain)
-    if not match or float(match[1]) > 5:
+    match = re.fullmatch(r"\s*(<score>)?\s*([1-5](?:\.[0-9]+)?)\s*(?(1)</score>)\s*", plain)
+    if not match or float(match[2]) > 5:
         return None
-    return float(match[1])
+    return float(match[2])
 
 
 # -- judgements --------------------------------------------------------------------------------------------------------

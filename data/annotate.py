@@ -429,6 +429,9 @@ def write_step(
     write_rows(step_file(args, step), rows)
     counts = dict(sorted(Counter(f"{row['why']}: {row['cause']}" for row in dropped).items()))
     say = ", ".join(f"{n} {what}" for what, n in counts.items())
+    reasons = [row["reason"] for row in dropped if row["why"] == "failed"]
+    if reasons:
+        say += f"; the first failure: {reasons[0]}"
     print(f"{step}: {len(rows)} rows" + (f"; {say} (annotate/dropped.jsonl)" if say else ""), flush=True)
     summary_file = os.path.join(args.out, "annotation.json")
     summary = read_json(summary_file) if os.path.isfile(summary_file) else {"steps": {}}
@@ -438,7 +441,7 @@ def write_step(
     summary["models"] = spent_by_model(asker)
     write_text(summary_file, json.dumps(summary, ensure_ascii=False, indent=1))
     if not rows:
-        raise ValueError(f"{step}: nothing is left; {say}: see {file}")
+        raise ValueError(f"{step}: nothing is left; {say} (see {file})")
 
 
 def spent_by_model(asker: PaidAsker) -> dict[str, dict]:

@@ -139,8 +139,9 @@ class Judge:
         self.asked += verdict.attempts
         self.failed += failed
         error = verdict.error
-        if error is not None and error[:40] not in self.complaints:  # each kind once
-            self.complaints.add(error[:40])
+        kind = str(error).partition(":")[0][:40]
+        if error is not None and kind not in self.complaints:
+            self.complaints.add(kind)
             print(f"judge: an answer got no judgement: {printable(error)}", file=sys.stderr)
         self.finished.append(verdict)
 

@@ -13,7 +13,7 @@ from chat import Chat, without_control_tokens
 from engine.cache_size import likely_tokens
 from judges.asking import Asker, EngineBackend, Question, Reply, ServerBackend, ask_until_parsed, open_engine, text_of
 from judges.base import Judge, JudgeSettings, Verdict, lowest_score
-from judges.chat_client import ChatServer, Failure, is_url
+from judges.chat_client import ChatServer, Failure, is_url, shown
 from model import Transformer, load_pretrained
 from prompts import Judgement, Templates, bt_ids, grm_request, parse_judgement
 from runtime import plan
@@ -104,9 +104,10 @@ class GenerativeJudge(LanguageModelJudge):
 
 
 def judgement_in(choice: dict) -> Judgement:
-    judgement = parse_judgement(text_of(choice))
+    text = text_of(choice)
+    judgement = parse_judgement(text)
     if judgement is None:
-        raise Failure("none parsed", "unparsable", retry=True)
+        raise Failure(f"in no readable form: {shown(text)}", "unparsable", retry=True)
     return judgement
 
 

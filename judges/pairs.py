@@ -6,7 +6,7 @@ from typing import Any
 
 from judges.asking import Call, EngineBackend, Question, Reply, ServerBackend, ask_until_parsed, check_refusal, text_of
 from judges.base import JudgeSettings, Verdict
-from judges.chat_client import Failure
+from judges.chat_client import Failure, shown
 from judges.models import LanguageModelJudge
 from prompts import PAIR_NAMES, Templates, pair_request, parse_pair
 from runtime.distributed import derive_seed
@@ -114,9 +114,10 @@ def probability_in(choice: dict) -> tuple[float, str] | None:
 
 def better_in(choice: dict) -> int:
     """0: the first answer, 1: the second."""
-    better = parse_pair(text_of(choice))
+    text = text_of(choice)
+    better = parse_pair(text)
     if better is None:
-        raise Failure("none of the two names", "unparsable", retry=True)
+        raise Failure(f"none of the two names: {shown(text)}", "unparsable", retry=True)
     return better
 
 

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shlex
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT, error_of, finish, launch, parse, random_model, run_script, tiny_config
+from test_docs import commands, read
 from test_judge_servers import Quiet
 from test_prompts import write_tokenizer
 
@@ -40,7 +42,7 @@ class Writer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": "a"}, {"id": "b"}]})
+        self.reply(200, {"object": "list", "data": [{"id": name} for name in ("a", "b", "qwen")]})
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -391,6 +393,33 @@ def test_failures_are_rows_with_reasons(server, prompts, tmp_path):
     assert not dropped(out, "answers") and len(read_rows(str(out / "annotate" / "answers.jsonl"), "answer")) == 24
 
 
+def test_a_scorer_that_replies_with_bare_numbers(server, prompts, tmp_path):
+    def bare(request, text):
+        form = FORM.search(text)
+        if form and form[1] == "score":
+            return 200, {"content": re.sub(r"\D", "", said(request, text))}
+
+    server.fault = bare
+    run(*flags_for(server, prompts, tmp_path / "bare", "--answers-per-model", 3))
+    server.fault = lambda request, text: None
+    run(*flags_for(server, prompts, tmp_path / "form", "--answers-per-model", 3))
+    assert contents(tmp_path / "bare") == contents(tmp_path / "form")
+
+
+@pytest.mark.parametrize("asks_for, step", [("score", "pairs"), ("critique", "judgements"), (None, "answers")])
+def test_an_error_shows_a_reply_that_failed(server, prompts, tmp_path, capsys, asks_for, step):
+    def fault(request, text):
+        form = FORM.search(text)
+        if (form and form[1]) == asks_for:
+            return 200, {"content": "8 of 10" if form else "<think>8 of 10"}
+
+    server.fault = fault
+    flags = flags_for(server, prompts, tmp_path / "out", "--answers-per-model", 3, "--attempts", 1)
+    message = error_of(annotate, capsys, *flags)
+    assert message.startswith(f"error: {step}: nothing is left") and "in no readable form: " in message
+    assert "8 of 10" in message
+
+
 def test_a_server_that_is_busy_is_no_failure(server, prompts, tmp_path):
     seen = Counter()
 
@@ -514,49 +543,34 @@ def test_the_generated_world(tmp_path):
     assert len(audit) == 6 * 3 and len({(row["answer"], row["repeat"]) for row in audit}) == 18
 
 
-TEN_ROWS = """name,job,likes,question
-Mia,nurse,spicy vegan food,What could I cook after a late shift?
-Ben,teacher,chess and jazz,How do I spend a rainy Sunday?
-Aisha,farmer,old tractors,What should I read this winter?
-Tom,pilot,mountain bikes,How do I stay fit on long trips?
-Lena,student,cheap travel,Where could I go in May?
-Omar,chef,his two cats,What gift suits my sister?
-Ines,retired,roses and tea,How do I start with a small balcony?
-Raj,programmer,board games,How can I sleep better?
-Eva,architect,swimming,What hobby could I begin at forty?
-Paul,bus driver,history podcasts,How do I learn some Spanish?
-"""
-
-
-def test_ten_rows_of_a_table_feed_every_stage(server, tiny, tmp_path):
-    """What docs/own-data.md shows, to the first step of each stage that reads the rows."""
-    with open(os.path.join(ROOT, "docs", "own-data.md"), encoding="utf-8") as f:
-        assert TEN_ROWS.replace("\n", "\n    ").rstrip() in f.read()
-    (tmp_path / "asked.csv").write_text(TEN_ROWS)
-    out = tmp_path / "out"
-    columns = ("--persona-column", "name", "job", "likes", "--eval-share", "0.3")
-    prepare.main(parse(prepare.Args, "", ["--questions", str(tmp_path / "asked.csv"), *columns, "--out", str(out)]))
-    a, b = f"a={server.url}#a", f"b={server.url}#b"
-    run("--out", out, "--models", a, b, "--scorer", a, "--judge", b, "--answers-per-model", 3)
-    small = ["--tokens-per-microbatch", 2000, "--max-steps", 1]
-    model = ["--model", tiny / "checkpoint", "--answer-template", tiny / "answer.txt"]
-    pairs = [*model, "--data", out / "pairs.jsonl", "--batch-size", 2, *small]
-    grm = ["--model", tiny / "checkpoint", "--data", out / "judgements.jsonl", "--grm-template", tiny / "grm.txt"]
-    rl = [
-        *model,
-        "--prompts",
-        out / "prompts_train.jsonl",
-        "--judge",
-        f"{server.url}#b",
-        "--edit-template",
-        tiny / "edit.txt",
-    ]
-    rl += ["--prompts-per-step", 2, "--mini-batch-prompts", 1, "--n-samples", 2, "--max-new-tokens", 8, *small]
-    stages = {"sft.py": pairs, "dpo.py": pairs, "train_grm.py": [*grm, "--batch-size", 2, *small], "ppo_cpe.py": rl}
-    running = {script: launch(script, *flags, "--out", tmp_path / script) for script, flags in stages.items()}
-    for script, process in running.items():
-        finish(process)
-        assert len(read_rows(str(tmp_path / script / "metrics.jsonl"), "metrics")) == 1
+def test_the_first_own_experiment(server, tiny, tmp_path):
+    """Every command of docs/own-experiment.md in its order, with another model, another address and smaller sizes."""
+    page = read("docs/own-experiment.md")
+    (table,) = re.findall(r"(?:^    .*,.*\n){13}", page, re.MULTILINE)
+    (tmp_path / "asked.csv").write_text(re.sub(r"^    ", "", table, flags=re.MULTILINE))
+    (tmp_path / "data").symlink_to(os.path.join(ROOT, "data"))
+    answers = ["--answer-template", tiny / "answer.txt"]
+    rl = ["--edit-template", tiny / "edit.txt", "--max-new-tokens", 8, "--judge-max-new-tokens", 16]
+    small = {
+        "sft.py": [*answers, "--max-steps", 1],
+        "train_grm.py": ["--grm-template", tiny / "grm.txt", "--max-steps", 1],
+        "ppo_cpe.py": [*answers, *rl, "--n-samples", 2, "--tokens-per-microbatch", 2000],
+        "evaluate.py": ["--max-new-tokens", 8, "--bootstrap-draws", 20],
+    }
+    here = {"http://localhost:8000": server.url, "Qwen/Qwen2.5-0.5B-Instruct": str(tiny / "checkpoint")}
+    for command in commands("docs/own-experiment.md"):
+        for written, ours in here.items():
+            command = command.replace(written, ours)
+        script, *words = shlex.split(command)[1:]
+        run_script(script, *words, *small.get(script, ()), folder=tmp_path)
+    out = tmp_path / "out/own"
+    assert len(read_rows(str(out / "cpe/metrics.jsonl"), "metrics")) == 2
+    assert (out / "cpe/report.html").is_file() and (out / "report.html").is_file()
+    pairs = ["--data", out / "pairs.jsonl", "--batch-size", 2, "--max-steps", 1]
+    run_script("dpo.py", "--model", out / "sft/policy", *pairs, "--out", tmp_path / "dpo")
+    flags = ["--model", out / "sft/policy", "--prompts", out / "prompts_train.jsonl", "--prompts-per-step", 4]
+    output = run_script("ppo_cpe.py", *flags, *rl, "--judge", out / "grm/model", "--out", tmp_path / "cpe", status=2)
+    assert "not one of 8 answers got a judgement" in output and "The first: " in output
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from test_judges import GOOD, ROW, opened, verdicts  # noqa: F401
 
 from chat import CONTROL_TOKENS
 from judges import chat_client
+from judges.models import judgement_in
+from judges.pairs import better_in
 
 # -- a generative reward model
 
@@ -31,6 +33,18 @@ BODIES = {  # of replies under HTTP 200
     "detail": b'{"detail": "no such deployment"}',
     "page": b"<!DOCTYPE html><html><title>Log in first</title></html>",
 }
+
+
+@pytest.mark.parametrize(
+    "read, said",
+    [
+        (judgement_in, "in no readable form: I would say 5 of 5."),
+        (better_in, "none of the two names: I would say 5 of 5."),
+    ],
+)
+def test_a_failure_shows_the_reply(read, said):
+    with pytest.raises(chat_client.Failure, match=said):
+        read({"message": {"content": "I would say\n5 of 5."}, "finish_reason": "stop"})
 
 
 class FaultyServer(http.server.BaseHTTPRequestHandler):

@@ -434,7 +434,7 @@ def test_a_function_in_a_file_as_the_judge(tiny, judge, tmp_path):
     # without an annotation it is the first judgement that shows
     output = run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no", status=2)
     assert (
-        "my.py:short: no critique of 8 answers, which edits (--edit-rate > 0) need" in output
+        "my.py:short: no critique of 8 answers, which edits (--edit-rate > 0) need; --edit-rate 0 trains" in output
         and "Traceback" not in output
     )
 
@@ -466,7 +466,8 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     assert f'{broken}:1: field "question" is missing' in bad(tiny, judge, tmp_path, "--prompts", broken)
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: empty" in bad(tiny, judge, tmp_path, "--prompts", tmp_path / "empty.jsonl")
-    assert "make less than one step of" in bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
+    short = bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
+    assert "make less than one step of" in short and "set a smaller --batch-size or --prompts-per-step" in short
     assert "--edit-rate 1.5: it should be less than or equal to 1" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
     assert "an --audit-share above 0" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
     assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512
