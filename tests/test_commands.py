@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, run_script
 from test_docs import PAGES, commands, read
 from test_evaluate_tasks import made_annotations
-from test_forks import RUN_WITH, make_forks
+from test_forks import RUN_WITH
 from test_prepare import hub
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ ELSEWHERE = {
     r"python results/make/tables\.py": "minutes to hours; tests/test_tables.py",
     r"bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
     r".*recipes/(real_cpu|own_data|real_curve)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
-    r"python data/annotate\.py|python (report|train_grm)\.py .*out/own": "needs models; tests/test_annotate.py",
+    r"python data/annotate\.py|.*out/own": "tests/test_annotate.py runs docs/own-experiment.md",
 }
 PPO = "--prompts-per-step 4 --mini-batch-prompts 2 --n-samples 2 --max-new-tokens 24 --judge-max-new-tokens 64 "
 PPO += "--tokens-per-microbatch 300 --max-steps 5 --answer-template answer.txt --edit-template edit.txt"
@@ -112,15 +112,13 @@ def write_personamem(data):
 
 
 def save_what_pages_hold(folder):
-    """Their reward functions, diffs of ppo_cpe.py and table become the files that their commands name."""
+    """Their reward functions become the files that their commands name."""
     (code,) = re.findall(r"^    def reward\(.*\n(?:    .*\n)+", read("README.md"), re.MULTILINE)
     (folder / "my_reward.py").write_text(re.sub(r"^    ", "", code, flags=re.MULTILINE))
-    (table,) = re.findall(r"(?:^    .*,.*\n){11}", read("docs/own-data.md"), re.MULTILINE)
-    (folder / "asked.csv").write_text(re.sub(r"^    ", "", table, flags=re.MULTILINE))
     forks = read("docs/forking.md")
     (code,) = re.findall(r"```python\n(.*?def brief.*?)```", forks, re.DOTALL)
     (folder / "brief.py").write_text(code)
-    make_forks(folder)
+    (folder / "exp").mkdir()
     shutil.copy(folder / "ppo_cpe.py", folder / "exp" / "mine.py")
 
 

@@ -16,6 +16,7 @@ import replay
 from chat import Chat
 from model import load_pretrained
 from prompts import Judgement, answer_prompt, fill, load_templates
+from recipes import fork
 from runtime import training
 from runtime.distributed import start
 from runtime.packing import pack
@@ -31,36 +32,13 @@ def judge(row, answer) -> Judgement:
 
 
 def page():
-    with open(os.path.join(ROOT, "docs", "forking.md"), encoding="utf-8") as f:
-        return f.read()
-
-
-def diffs(text):
-    """{name of the fork: diff} of all ```diff blocks of a page, each of which says `+++ exp/NAME.py`."""
-    blocks = re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return {re.search(r"^\+\+\+ exp/(\w+)\.py$", block, re.MULTILINE)[1]: block for block in blocks}
-
-
-def apply(diff, text):
-    """A file's text after a diff without line numbers: the old lines of each hunk stand in it exactly once."""
-    _, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
-    assert hunks
-    for hunk in hunks:
-        lines = hunk.splitlines()
-        old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
-        new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
-        assert text.count(old) == 1, f"found {text.count(old)} times:\n{old}"
-        text = text.replace(old, new)
-    return text
+    return fork.read("docs/forking.md")
 
 
 def make_forks(folder):
     """Writes folder/exp/NAME.py for each diff of the page."""
-    with open(os.path.join(ROOT, "ppo_cpe.py"), encoding="utf-8") as f:
-        text = f.read()
-    os.makedirs(folder / "exp", exist_ok=True)
-    for name, diff in diffs(page()).items():
-        (folder / "exp" / f"{name}.py").write_text(apply(diff, text), encoding="utf-8")
+    for name in fork.diffs(page()):
+        run_script("recipes/fork.py", name, folder=folder)
 
 
 def flags_of(tiny, folder, judge=JUDGE):
@@ -80,13 +58,22 @@ RUN_WITH = {"root": ("--edit-loss", "root"), "gain": ("--edit-strategy", "gain")
 
 def test_a_hunk_applies_where_its_lines_stand_once():
     diff = "--- a\n+++ exp/b.py\n@@ f\n one\n-two\n+three\n@@\n+zero\n \n four\n"
-    assert apply(diff, "one\ntwo\n\nfour\n") == "one\nthree\nzero\n\nfour\n"
-    for text in ("one\n\nfour\n", "one\ntwo\none\ntwo\n\nfour\n"):
-        with pytest.raises(AssertionError):
-            apply(diff, text)
+    assert fork.apply(diff, "one\ntwo\n\nfour\n") == "one\nthree\nzero\n\nfour\n"
+    for text, times in (("one\n\nfour\n", 0), ("one\ntwo\none\ntwo\n\nfour\n", 2)):
+        with pytest.raises(ValueError, match=f"found them {times} times:\none\ntwo\n"):
+            fork.apply(diff, text)
 
 
-@pytest.mark.parametrize("name", diffs(page()))
+def test_a_fork_is_written_once(tmp_path):
+    """A file that may have been changed since is left as it is; so is the folder where the page has no such fork."""
+    assert "expected one of root, gain" in run_script("recipes/fork.py", "foot", folder=tmp_path, status=2)
+    run_script("recipes/fork.py", "root", folder=tmp_path)
+    (tmp_path / "exp/root.py").write_text("mine")
+    assert "exp/root.py is there already" in run_script("recipes/fork.py", "root", folder=tmp_path, status=2)
+    assert (tmp_path / "exp/root.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", fork.diffs(page()))
 def test_a_fork_of_the_page_trains(name, tiny, tmp_path):
     make_forks(tmp_path)
     run_script(tmp_path / "exp" / f"{name}.py", *flags_of(tiny, tmp_path), *RUN_WITH[name])

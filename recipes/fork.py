@@ -1,0 +1,61 @@
+"""Writes a fork of docs/forking.md into exp/: its diff, applied to a copy of ppo_cpe.py.
+
+python recipes/fork.py root      # exp/root.py
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from runtime import flags
+from runtime.rows import write_text
+
+
+@dataclass
+class Args:
+    name: tyro.conf.Positional[str]
+    """Name of the fork: root for the diff of exp/root.py."""
+
+
+def read(name: str) -> str:
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+        return f.read()
+
+
+def diffs(page: str) -> dict[str, str]:
+    """{name: diff} of a page's ```diff blocks, each of which says `+++ exp/NAME.py`."""
+    blocks = re.findall(r"^```diff\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return {re.search(r"^\+\+\+ exp/(\w+)\.py$", block, re.MULTILINE)[1]: block for block in blocks}
+
+
+def apply(diff: str, text: str) -> str:
+    """A file's text after a diff without line numbers. ValueError: a hunk's old lines are not there once."""
+    _, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
+    for hunk in hunks:
+        lines = hunk.splitlines()
+        old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+        new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+        if text.count(old) != 1:
+            raise ValueError(f"expected these lines once in ppo_cpe.py, found them {text.count(old)} times:\n{old}")
+        text = text.replace(old, new)
+    return text
+
+
+def main(args: Args) -> None:
+    forks = diffs(read("docs/forking.md"))
+    if args.name not in forks:
+        raise ValueError(f"{args.name}: expected one of {', '.join(forks)}, the forks of docs/forking.md")
+    file = os.path.join("exp", f"{args.name}.py")
+    if os.path.exists(file):
+        raise ValueError(f"{file} is there already; remove or rename it")
+    write_text(file, apply(forks[args.name], read("ppo_cpe.py")))
+    print(f"output: {file}")
+
+
+if __name__ == "__main__":
+    flags.run(main, flags.parse(Args, __doc__))
