@@ -143,8 +143,10 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
 
 def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     persona = read_persona(args.persona) if args.persona else None
-    commands = "/help" if persona else "/new starts over, /help"
-    print("A question of this person per line" if persona else "A message per line", f"({commands}, end: Ctrl-D)")
+    if persona:
+        print("A question of this person per line (/help, end: Ctrl-D)")
+    else:
+        print("A message per line (/new starts over, /help, end: Ctrl-D); with --persona, questions of one person")
     messages: list[dict[str, str]] = []
     turn = 0
     while True:

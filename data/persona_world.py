@@ -27,7 +27,8 @@ Departures from the rubric: a wrong value costs 2 instead of 3, so that trying t
 Files: tokenizer/ (with templates/), base_corpus (conversations to pretrain the base on: answers, rewriting by critique,
 judgements), prompts_train, prompts_dev, prompts_eval, pairs, pairs_eval, pairs_eval_exact (the same pairs in the exact
 judge's order), judgements, judgements_eval (.jsonl). No persona of an eval or dev file is in a training file. Half of
-their questions come with a pair of values that training never combines with that topic.
+their questions come with a pair of values that training never combines with that topic. For a chat (generate.py):
+example_persona.json, a person of prompts_eval, and example_questions.txt, one for each topic.
 """
 
 import os
@@ -66,6 +67,7 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import hashlib
+import json
 import re
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -790,6 +792,10 @@ def main(args: Args) -> None:
         path = f"{args.out}/{name}.jsonl"
         write_rows(path, rows)
         print(f"{path}: {len(rows)} rows")
+    persona = next(prompt_rows(stream("prompts_eval"), "eval", 1))["persona"]  # nobody in a training row
+    write_text(f"{args.out}/example_persona.json", json.dumps(persona, indent=1) + "\n")
+    questions = [QUESTIONS[i % len(QUESTIONS)].format(topic) for i, topic in enumerate(TOPICS)]
+    write_text(f"{args.out}/example_questions.txt", "\n".join(questions) + "\n")
     print(f"next: python sft.py --from-scratch {args.out}/tokenizer --data {args.out}/base_corpus.jsonl --out out/base")
 
 

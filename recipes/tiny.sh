@@ -76,8 +76,8 @@ stage "done; $EVAL_PROMPTS questions"
 python recipes/tiny_table.py --checks "$OUT/checks" --edits-of "$OUT/cpe" --runs "base=$OUT/eval/base" \
     "SFT=$OUT/eval/sft" "PPO (BT)=$OUT/eval/ppo_bt" "PPO (GRM)=$OUT/eval/ppo_grm" "CPE=$OUT/eval/cpe" |
     tee "$OUT/table.txt"
-python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/eval/cpe" "$OUT/eval/ppo_grm" "$OUT/grm" \
-    --exact-judge data/persona_world.py:judge --out "$OUT/report.html"
+python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/grm" \
+    "$OUT/eval/"{cpe,ppo_grm,ppo_bt,sft} --exact-judge data/persona_world.py:judge --out "$OUT/report.html"
 cat << END
 
 All three RL runs start from SFT and train on as many responses; PPO (GRM) and CPE have the same judge. No answer of the
@@ -88,6 +88,7 @@ reward is expected to be hacked. (The base has read rewrites under critiques, so
 lack; SFT on plain answers takes that away.)
 
 CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
-A conversation with it:  python generate.py --model $OUT/cpe/policy
+A conversation with it:  python generate.py --model $OUT/cpe/policy --persona $WORLD/example_persona.json
+                         Ask as in $WORLD/example_questions.txt, for example: How do I host a dinner?
 Rollouts as rows:        $OUT/cpe/rollouts/step_*.jsonl (answer, critique, scores, edit)
 END

@@ -29,6 +29,7 @@ from data.persona_world import (
     words_of,
     write_answer,
 )
+from generate import read_persona
 from prompts import answer_prompt, has_control_text, judgement_text, load_templates, parse_judgement
 from runtime.rows import read_rows
 
@@ -340,6 +341,14 @@ def test_eval_personas_are_new_and_half_of_the_combinations(world):
     personas = [sample_persona(rng) for _ in range(2000)]
     assert 180 < sum(map(is_eval_persona, personas)) < 320  # an eighth
     assert is_eval_persona(personas[0]) == is_eval_persona(dict(sorted(personas[0].items())))
+
+
+def test_the_example_for_a_chat_is_of_this_world(world):
+    """A person whom no training row has, in a form that generate.py --persona takes, and a question of each topic."""
+    persona = read_persona(str(world / "example_persona.json"))
+    assert persona == read_rows(str(world / "prompts_eval.jsonl"), "prompt")[0]["persona"]
+    questions = (world / "example_questions.txt").read_text().splitlines()
+    assert [find_topic(question) for question in questions] == list(TOPICS)
 
 
 def test_tokenizer(world):
