@@ -339,8 +339,10 @@ def _notes(result: dict, y: np.ndarray, constant_difference: bool) -> list[str]:
             f"only {n_not_lost} verdicts are not clear losses: a fold of the fit may see a single class, do not use "
             f"the rate{without_penalty}"
         )
-    low = min(win_rate * 3 / 4, win_rate - 10)
-    high = max(win_rate + (100 - win_rate) / 4, win_rate + 10)
+    loss_rate = 100 - win_rate
+    # near 0 and 100, where 10 points are too wide: wins or losses may become ten times as rare
+    low = max(min(win_rate * 3 / 4, win_rate - 10), win_rate / 10)
+    high = min(max(win_rate + loss_rate / 4, win_rate + 10), 100 - loss_rate / 10)
     if not low <= rate <= high:
         notes.append(f"far from the plain win rate of {win_rate:.1f}: the fit may have failed{without_penalty}")
     return notes
