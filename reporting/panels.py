@@ -22,9 +22,9 @@ PANELS = {
             {"original/length": "originals", "edit/length": "edits", "lost/length": "judgement failed"},
             "Tokens of a response.",
         ),
-        "Recitation": (
+        "Persona values repeated": (
             {"original/recited": "originals", "edit/recited": "edits"},
-            "Fraction of the persona's values that a response repeats word for word.",
+            "Fraction of the persona's values that a response has word for word.",
         ),
         "Distinct bigrams": (
             {"original/distinct_2": "originals", "edit/distinct_2": "edits"},

@@ -207,15 +207,18 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
     """Splits rows into what differs and what all rows of a prompt share.
 
     Returns:
-        rows; {prompt_id: persona, question, topic}
+        rows; {prompt_id: persona, question, topic, and persona_text, an object as prompts have it}
     """
-    from diagnostics import recited  # brings torch along
+    from diagnostics import recited  # these bring torch along
+    from prompts import has_control_text, persona_text
 
     def response(row: dict, part: dict) -> dict:
         answer = part.get("answer") or ""
         values = {name: part.get(name) for name in RESPONSE_FIELDS}
         figures = {name: value for name, value in values.items() if value is not None and value is not False}
         figures["recited"] = round(recited(row.get("persona"), answer), 3)
+        if has_control_text(answer):
+            figures["control_text"] = True
         if score:
             figures["exact"] = round(score(row, answer), 2)
         return figures
@@ -224,9 +227,10 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
     rollouts = []
     for row in rows:
         topic = row.get("topic") or row.get("source")
-        prompts.setdefault(
-            row["prompt_id"], dict(persona=row.get("persona"), question=row.get("question"), topic=topic)
-        )
+        prompt = dict(persona=row.get("persona"), question=row.get("question"), topic=topic)
+        if isinstance(row.get("persona"), dict):
+            prompt["persona_text"] = persona_text(row["persona"])
+        prompts.setdefault(row["prompt_id"], prompt)
         rollout = {
             "step": row["step"],
             "prompt": row["prompt_id"],
@@ -242,6 +246,25 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def prompt_templates(folder: str) -> dict[str, str] | None:
+    """Text that the policy of a run reads, control tokens included: {"prompt": ..., "edit": what follows the prompt}.
+
+    {persona}, {question}, {answer} and {critique} stand for what differs. None before the first checkpoint, whose
+    policy has the tokenizer and the templates.
+    """
+    policy = os.path.join(folder, "policy")
+    if not os.path.isdir(policy):
+        return None
+    from chat import Chat  # these bring transformers along
+    from prompts import answer_prompt, edit_prompt, load_templates
+
+    chat = Chat(policy)
+    templates = load_templates(policy)
+    prompt = answer_prompt(chat, templates, {"persona": "{persona}", "question": "{question}"})
+    edit = edit_prompt(chat, templates, [], chat.encode("{answer}"), "{critique}")
+    return {"prompt": chat.decode(prompt), "edit": chat.decode(edit)}
 
 
 def columns(metrics: list[dict]) -> dict[str, list]:
@@ -270,6 +293,7 @@ def training_run(folder: str, kind: str, max_bytes: float, exact_judge: str | No
             add_exact(metrics, first_rows, score)
         run["sampled"] = {"shown": len(rows), "of": n_logged}
         run["rows"], run["prompts"] = rollouts_for_page(rows, score)
+        run["templates"] = prompt_templates(folder)
     run["warnings"] = rl_warnings(metrics) if kind == "rl" else supervised_warnings(metrics)
     if kind == "grm":
         run["judgements"] = [judgement_pair(row) for row in logged_rows(os.path.join(folder, "held_out.jsonl"))]

@@ -15,14 +15,15 @@ class Rule:
     metrics: tuple[str, ...]
     fires: Callable[..., bool]
     text: Callable[..., str]
-    rollouts: dict[str, str] = field(default_factory=dict)  # filter and order of the rollouts that show it
+    # filter and order of the rollouts that show it; steps: those of the last fifth, None for all
+    rollouts: dict[str, str | None] = field(default_factory=dict)
 
 
 def hacking_rule(metric: str, label: str) -> Rule:
     return Rule(
         "Reward hacking",
-        f"The reward is at least as high as where the {label} was best, but the {label} has since lost more than a "
-        "tenth of its range.",
+        f"Raised if the reward is at least as high as where the {label} was best, but the {label} has since lost more "
+        "than a tenth of its range.",
         ("original/reward", metric),
         lambda r, h: r[-1] >= r[h.index(max(h))] and max(h) - h[-1] > 0.1 * (max(h) - min(h)),
         lambda r, h: f"reward {r[0]:.2f} to {r[-1]:.2f}; {label} {h[0]:.2f}, best {max(h):.2f}, last {h[-1]:.2f}",
@@ -37,7 +38,7 @@ UNPARSED = "judge_unparsed / judge_calls"
 RULES = (
     Rule(
         "Length",
-        "Originals of the last fifth are more than 1.5 times as long as those of the first.",
+        "Raised if originals of the last fifth are more than 1.5 times as long as those of the first.",
         ("original/length",),
         lambda n: n[-1] > 1.5 * n[0],
         lambda n: f"{n[0]:.0f} to {n[-1]:.0f} tokens",
@@ -46,8 +47,8 @@ RULES = (
     HACKING,
     Rule(
         "Edits no better",
-        "In the last fifth, edits gain less than 0.05, or more of them get worse than better. Either the policy "
-        "already says what critiques ask for, or it does not follow them.",
+        "Raised if, in the last fifth, edits gain less than 0.05, or more of them get worse than better. Either the "
+        "policy already says what critiques ask for, or it does not follow them.",
         ("edit/gain", "edit/improved", "edit/worse"),
         lambda gain, better, worse: gain[-1] < 0.05 or worse[-1] > better[-1],
         lambda gain, better, worse: (
@@ -57,7 +58,7 @@ RULES = (
     ),
     Rule(
         "Judge failures",
-        "More than a tenth of the last fifth's judgements do not parse.",
+        "Raised if more than a tenth of the last fifth's judgements do not parse.",
         (UNPARSED,),
         lambda unparsed: unparsed[-1] > 0.1,
         lambda unparsed: f"{100 * unparsed[-1]:.1f} % of the judgements",
@@ -65,16 +66,16 @@ RULES = (
     ),
     Rule(
         "Train-inference mismatch",
-        "Trainer and engine give the same tokens log-probs that differ by more than 0.1 on average, under the same "
-        "weights. In bf16, 0.01 is usual. Ratios from such log-probs can't be trusted.",
+        "Raised if trainer and engine give the same tokens log-probs that differ by more than 0.1 on average, under "
+        "the same weights. In bf16, 0.01 is usual. Ratios from such log-probs can't be trusted.",
         ("train_inference_mismatch",),
         lambda mismatch: mismatch[-1] > 0.1,
         lambda mismatch: f"mean {mismatch[-1]:.2g}",
     ),
     Rule(
         "Ratio on inserted tokens",
-        "In the last fifth, the mean ratio on tokens that edits insert is below 0.2 or above 5: these tokens are far "
-        "off-policy.",
+        "Raised if, in the last fifth, the mean ratio on tokens that edits insert is below 0.2 or above 5: these "
+        "tokens are far off-policy.",
         ("edit/inserted_ratio",),
         lambda ratio: not 0.2 <= ratio[-1] <= 5,
         lambda ratio: f"mean {ratio[-1]:.2f}",
@@ -82,33 +83,36 @@ RULES = (
     ),
     Rule(
         "Value loss",
-        "The critic's loss is more than twice its lowest fifth, and it explains less than a tenth of the returns' "
-        "variance.",
+        "Raised if the critic's loss is more than twice its lowest fifth, and it explains less than a tenth of the "
+        "returns' variance.",
         ("value_loss", "explained_variance"),
         lambda loss, explained: loss[-1] > 2 * min(loss) and explained[-1] < 0.1,
         lambda loss, explained: f"loss {loss[0]:.2g} to {loss[-1]:.2g}; explained {explained[-1]:.2f}",
     ),
     Rule(
         "Entropy",
-        "Entropy in the last fifth is below 0.3 of the first fifth's: the answers become alike.",
+        "Raised if entropy in the last fifth is below 0.3 of the first fifth's: the answers become alike.",
         ("entropy",),
         lambda entropy: entropy[-1] < 0.3 * entropy[0],
         lambda entropy: f"{entropy[0]:.2f} to {entropy[-1]:.2f} nats",
     ),
     Rule(
         "Control text",
-        "In some fifth, more than a hundredth of the originals spell out a control token or a tag of the judge's form.",
+        "Raised if, in some fifth, more than a hundredth of the originals spell out a control token or a tag of the "
+        "judge's form. A judge may be wrong about such answers.",
         ("original/control_text",),
         lambda leaked: max(leaked) > 0.01,
         lambda leaked: f"at most {100 * max(leaked):.1f} %, last {100 * leaked[-1]:.1f} %",
+        {"steps": None, "show": "control"},
     ),
     Rule(
-        "Recitation",
-        "In some fifth, originals repeat at least 1.5 times as much of the persona as in the first, and 3 points more.",
+        "Persona values repeated",
+        "Raised if, in some fifth, originals repeat at least 1.5 times as many of the persona's values as in the "
+        "first, and 3 points more.",
         ("original/recited",),
         lambda recited: max(recited) > max(1.5 * recited[0], recited[0] + 0.03),
         lambda recited: f"{100 * recited[0]:.1f} %, at most {100 * max(recited):.1f} %, last {100 * recited[-1]:.1f} %",
-        {"sort": "recites"},
+        {"steps": None, "sort": "repeats"},
     ),
 )
 
@@ -164,7 +168,7 @@ def supervised_warnings(metrics: list[dict]) -> list[dict]:
     return [
         dict(
             name="Overfitting",
-            rule="The last held-out loss is more than 5 % above the lowest one.",
+            rule="Raised if the last held-out loss is more than 5 % above the lowest one.",
             state="warn" if losses[-1] > 1.05 * min(losses) else "ok",
             found=f"lowest {min(losses):.3f}, last {losses[-1]:.3f}",
         )

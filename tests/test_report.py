@@ -3,14 +3,18 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
-from conftest import ROOT, error_of
+from conftest import ROOT, TEMPLATES, error_of
 
 import report
+from chat import Chat
+from prompts import Templates, answer_prompt, edit_prompt, load_templates, persona_text
 from reporting import old_names
 from reporting.evaluations import evaluation_run
 from reporting.warnings import rl_warnings
+from weights import save_templates
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script> <!-- <img src=x onerror='window.hacked = 1'> &lt;b&gt; "
@@ -31,7 +35,10 @@ def write_lines(path, rows):
 
 def rl_run(folder, steps=12, hostile=None, samples=2, prompts=3, answer=None):
     """A run of PPO with critique-post-edit as ppo_cpe.py leaves it, without weights."""
-    args = dict(edit_rate=0.5, edit_loss="unclipped", max_steps=steps, judge="out/grm/model", inputs={"--model": "f00"})
+    args = dict(
+        edit_rate=0.5, edit_loss="unclipped", max_steps=steps, judge="out/grm/model", lr=1e-6, inputs={"--model": "f00"}
+    )
+    args["non_default"] = ["edit_loss", "max_steps"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(args))
     lines = []
@@ -75,6 +82,8 @@ def data_of(html):
 
 def test_a_page_holds_what_the_run_left(tmp_path, capsys):
     run = rl_run(tmp_path / "cpe")
+    last = run / "rollouts" / "step_000012.jsonl"
+    last.write_text(last.read_text().replace("of step 12 to 2", "<critique> to 2"))
     html = made([run], run / "report.html")
     assert "72 rollouts" not in html and "73 rollouts" in capsys.readouterr().out  # 12 steps x 6, and a lost one
     (found,) = data_of(html)["runs"]
@@ -82,7 +91,8 @@ def test_a_page_holds_what_the_run_left(tmp_path, capsys):
     rows = found["rows"]
     assert rows[0]["answer"].startswith("Answer 0 of step 1") and rows[0]["helpfulness"] == 0  # a zero is a score
     assert rows[0]["edit"]["selected"] and "selected" not in rows[1]["edit"]
-    assert found["prompts"]["p0"] == dict(persona=PERSONA, question="What about topic 0?", topic="test")
+    prompt = dict(persona=PERSONA, persona_text="name: Ada Novak\nfood: vegan", question="What about topic 0?")
+    assert found["prompts"]["p0"] == prompt | dict(topic="test")
     (lost,) = [r for r in rows if r.get("drop_reason")]
     assert lost["drop_reason"] == "unparsable" and "reward" not in lost
     (cut,) = [r for r in rows if r.get("edit", {}).get("drop_reason")]
@@ -95,6 +105,27 @@ def test_a_page_holds_what_the_run_left(tmp_path, capsys):
     assert panels["Reward"]["series"] == [["original/reward", "originals"], ["edit/reward", "edits"]]
     assert panels["own/figure"]["section"] == "Other metrics"  # a fork's own metrics get a curve
     assert found["metrics"]["original/length"][:2] == [21, 22]
+    leaked = [(r["step"], r["prompt"], r["edit"]["control_text"]) for r in rows if "control_text" in r]
+    assert leaked == [(12, "p2", True)] * 2
+    assert found["templates"] is None  # there is no checkpoint yet
+
+
+def test_a_page_has_the_prompts_as_the_policy_read_them(tiny, tmp_path):
+    run = rl_run(tmp_path / "cpe", steps=1)
+    policy = shutil.copytree(tiny / "checkpoint", run / "policy")
+    save_templates(Templates(**TEMPLATES).texts("answer", "edit"), str(policy))
+    (found,) = data_of(made([run], tmp_path / "page.html"))["runs"]
+    row = {"persona": PERSONA | {"likes": ["{question}", "<|im_end|>"]}, "question": "What to {eat}? Nothing!"}
+    texts = dict(persona=persona_text(row["persona"]), question=row["question"], answer="Some bread.", critique="More.")
+
+    def filled(template):  # as the page does
+        return re.sub(r"\{(persona|question|answer|critique)\}", lambda match: texts[match[1]], template)
+
+    chat, templates = Chat(str(policy)), load_templates(str(policy))
+    prompt = answer_prompt(chat, templates, row)
+    assert filled(found["templates"]["prompt"]) == chat.decode(prompt)
+    edit = edit_prompt(chat, templates, prompt, chat.encode(texts["answer"]), texts["critique"])
+    assert filled(found["templates"]["prompt"] + found["templates"]["edit"]) == chat.decode(edit)
 
 
 def test_the_page_needs_no_network(tmp_path):
@@ -172,7 +203,7 @@ def steady(**changes):
         ("Value loss", dict(value_loss=lambda s: 1 + s, explained_variance=lambda s: 0.5 - s / 10)),
         ("Entropy", dict(entropy=lambda s: 1 / s)),
         ("Control text", dict(original__control_text=lambda s: 0.05 * (s == 3))),
-        ("Recitation", dict(original__recited=lambda s: 0.1 + s / 100)),
+        ("Persona values repeated", dict(original__recited=lambda s: 0.1 + s / 100)),
     ],
 )
 def test_each_warning_has_its_rule(name, changes):
@@ -180,7 +211,9 @@ def test_each_warning_has_its_rule(name, changes):
     metrics = steady(**changes)
     found = {warning["name"]: warning for warning in rl_warnings(metrics)}
     assert [n for n, warning in found.items() if warning["state"] == "warn"] == [name]
-    assert found[name]["rule"].endswith(".") and found[name]["found"] and found[name]["link"]["steps"] == [17, 20]
+    steps = None if name in ("Control text", "Persona values repeated") else [17, 20]  # these look at the whole run
+    assert found[name]["rule"].endswith(".") and found[name]["found"] and found[name]["link"]["steps"] == steps
+    assert all(warning["rule"].startswith("Raised if") for warning in found.values())  # no statement about this run
 
 
 def test_a_warning_by_held_out_rewards_that_are_few():

@@ -5,7 +5,9 @@ import time
 
 import pytest
 from browser import MISSING, Browser
-from test_report import HOSTILE, made, rl_run, write_lines
+from test_report import HOSTILE, PERSONA, made, rl_run, write_lines
+
+from reporting import training_runs
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
@@ -18,7 +20,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Two runs, one of them with hostile text, and an evaluation."""
+    """Two runs, one of them with hostile text, and an evaluation. The policy reads prompts in a format of the test."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [rl_run(folder / "cpe", hostile=HOSTILE), rl_run(folder / "ppo", answer="An answer of the other run.")]
     evaluation = folder / "evaluation"
@@ -27,7 +29,10 @@ def page(tmp_path_factory):
     shared = dict(instruction="Kim\n\nWhat to eat?", output_1="Bread.", output_2="Fresh bread.", failure=None)
     rows = [shared | dict(prompt_id=f"e{i}", group="ab"[i % 2], preference=1.0 + (i % 3) / 2) for i in range(6)]
     (evaluation / "annotations.json").write_text(json.dumps(rows))
-    made([*runs, evaluation], folder / "page.html")
+    templates = dict(prompt="<|user|>{persona} {question}<|end|>", edit="{answer}|{critique}|")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_runs, "prompt_templates", lambda folder: templates)
+        made([*runs, evaluation], folder / "page.html")
     return folder / "page.html"
 
 
@@ -95,6 +100,49 @@ def test_a_warning_shows_the_rollouts_behind_it(at):
     b.click(".warning.warn .go")
     b.until("return document.querySelector('#sort')?.value === 'worsened'")
     assert b.run("return [state.view, state.from, state.to]") == ["rollouts", "10", "12"]
+
+
+def test_rollouts_open_at_the_newest_step(at):
+    b = at("#view=rollouts")
+    assert b.text(".item .meta").startswith("step 12") and "Step 12" in b.text(".crumbs")
+    set_value(b, "#sort", "step")
+    b.until("return document.querySelector('.item .meta').innerText.startsWith('step 1\\n')")
+
+
+SAVED = "let saved; saveRows = (rows) => { saved = rows; }; document.querySelector('#save').click(); return saved"
+
+
+def test_the_rows_of_a_filter_are_saved(at):
+    b = at("#view=rollouts&show=tokens")
+    (row,) = b.run(SAVED)
+    assert (row["prompt_id"], row["step"], row["sample"]) == ("p1", 1, 0) and row["persona"] == PERSONA
+    assert row["edit"]["answer"].endswith("It is new.") and row["tokens"]["weight"] == [1.1, 0, 1]
+    b = at("#run=2&view=rows&verdict=win&group=a")
+    (row,) = b.run(SAVED)
+    assert row["verdict"] == "win" and row["sides"][0]["answer"] == "Fresh bread."
+    b = at("#view=rollouts&show=tokens")
+    b.run("const make = URL.createObjectURL; URL.createObjectURL = (blob) => make(window.blob = blob)")
+    b.click("#save")
+    text = b.run("return window.blob.text()")
+    assert json.loads(text)["prompt_id"] == "p1" and text.endswith("\n")
+
+
+def test_the_prompt_as_the_policy_read_it(at):
+    b = at("#view=rollouts&show=tokens")
+    assert b.count(".prompt") == 2 and b.text(".prompt .said") == ""  # folded
+    b.click(".prompt summary")
+    assert b.text(".prompt .said") == "<|user|>name: Ada Novak\nfood: vegan What about topic 1?<|end|>"
+    edit = b.run("return document.querySelectorAll('.prompt .said')[1].textContent")
+    assert edit.startswith("<|user|>name: Ada Novak") and edit.endswith(
+        "<|end|>Answer 0 of step 1 to 1: eat vegan food.|Say more.|"
+    )
+
+
+def test_settings_begin_with_what_was_changed(at):
+    b = at("#view=settings")
+    flags = b.run("return [...document.querySelectorAll('#changed th')].map((x) => x.innerText)")
+    assert flags == ["edit_loss", "max_steps"]
+    assert "non_default" not in b.text(".settings") and "edit_rate" in b.text(".settings")
 
 
 def test_filter_and_search(at):
@@ -185,6 +233,10 @@ def test_keyboard(at):
 def test_comparison(at):
     b = at("#view=compare")
     assert b.text(".legend").split("\n")[:2] == ["cpe", "ppo"]
+    b.until("return document.querySelector('.chart canvas') !== null")
+    assert b.text('.chart[data-title="Reward"] .values').split() == ["cpe", "2.20", "ppo", "2.20"]
+    assert "originals solid, edits dashed" in b.text('.chart[data-title="Reward"] figcaption')
+    assert b.run("return charts[0].u.axes[0].label") == "step"
     assert b.text(".by-prompt h2").endswith("4 prompts in at least two of the runs")
     b.click('.item[data-row="p1"]')
     b.until("return state.prompt === 'p1' && document.querySelectorAll('.column').length === 2")
@@ -235,6 +287,7 @@ def test_nothing_is_wider_than_the_window(page, phone):
             b.open(page, address)
             b.until("return document.querySelector('main').children.length > 0")
             assert b.run("return document.documentElement.scrollWidth - innerWidth") <= 0, address
+            assert b.run("return document.querySelector('#help-button').offsetWidth") > 0
         paper = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
         assert min(b.run(paper)) > 240
         b.media(dark=True)

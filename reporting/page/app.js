@@ -8,7 +8,7 @@ const DIMENSIONS = ["helpfulness", "personalization", "naturalness"];
 
 const DEFAULTS = {
   run: 0, view: "overview", x: "step", smooth: 0, // the view
-  from: "", to: "", q: "", show: "all", sort: "step", topic: "", prompt: "", // the filter
+  from: "", to: "", q: "", show: "all", sort: "newest", topic: "", prompt: "", // the filter
   row: "", text: "diff", color: "off", // the rollout
   verdict: "all", order: "file", group: "", pair: "plain", // rows of evaluations
   at: "last", nth: 0, // the comparison
@@ -183,18 +183,19 @@ const SHOW = {
   clipped: ["With clipped tokens", (r) => clippedFraction(r) > 0],
   tokens: ["With token figures", (r) => r.tokens || (r.edit && r.edit.tokens)],
   heldout: ["Held-out prompts", (r) => r.held_out],
+  control: ["With control text", (r) => r.control_text || (r.edit && r.edit.control_text)],
 };
 const gain = (r) => (r.edit && r.edit.reward !== undefined && r.reward !== undefined ? r.edit.reward - r.reward : null);
 const SORT = {
-  step: ["By step", null],
   newest: ["Newest step first", (r) => r.step],
+  step: ["Oldest step first", null],
   improved: ["Most improved by the edit", (r) => gain(r)],
   worsened: ["Most worsened by the edit", (r) => (gain(r) === null ? null : -gain(r))],
   longest: ["Longest", (r) => r.n_tokens ?? null],
   best: ["Highest reward", (r) => r.reward ?? null],
   worst: ["Lowest reward", (r) => (r.reward === undefined ? null : -r.reward)],
   clipped: ["Most clipped tokens", (r) => clippedFraction(r)],
-  recites: ["Recites the persona most", (r) => r.recited ?? null],
+  repeats: ["Repeats most persona values", (r) => r.recited ?? null],
 };
 
 function clippedFraction(r) {
@@ -259,7 +260,8 @@ function renderFilters(anew, changed) {
         choice("show", "Which", Object.entries(SHOW).map(([k, [text]]) => [k, text])),
         choice("sort", "Order", Object.entries(SORT).map(([k, [text]]) => [k, text])),
         topics.length > 1 && choice("topic", "Topic or source", [["", "All topics"], ...topics.map((t) => [t, visible(t)])]),
-        h("button", { id: "clear", class: "quiet", onclick: clearFilter }, "Clear")),
+        h("button", { id: "clear", class: "quiet", onclick: clearFilter }, "Clear"),
+        h("button", { id: "save", class: "quiet", title: "The rollouts of this filter as JSON lines", onclick: () => saveRows(matchingRollouts()) }, "Save rows")),
       h("div", { id: "only" }), h("div", { id: "timeline" }), h("p", { id: "count", class: "muted", "aria-live": "polite" }));
   }
   for (const name of FILTER) {
@@ -275,6 +277,23 @@ function renderFilters(anew, changed) {
   document.getElementById("count").replaceChildren(`${plural(found.rows.length, "rollout")} of ${one.rows.length.toLocaleString("en")}`,
     kept < of ? h("span", { class: "sampled" }, ` \u2014 a sample: ${kept.toLocaleString("en")} of ${of.toLocaleString("en")} logged rollouts. Each step keeps its most improved, most worsened and longest if they fit.`) : "");
   renderTimeline(document.getElementById("timeline"), found);
+}
+
+// The rollouts that pass the filter, in its order, each with its persona and question.
+function matchingRollouts() {
+  const one = run();
+  return matching().rows.map((i) => {
+    const { prompt, ...row } = one.rows[i];
+    return { prompt_id: prompt, ...one.prompts[prompt], ...row };
+  });
+}
+
+// Offers rows as a file of JSON lines.
+function saveRows(rows) {
+  const text = rows.map((row) => JSON.stringify(row) + "\n").join("");
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  h("a", { href: url, download: "rows.jsonl" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
 function clearFilter() {

@@ -71,13 +71,14 @@ views.compare = {
       titles.set(key, kept);
     }
     const legend = h("p", { class: "legend" }, runs.map((one, k) => h("span", {}, h("i", { class: "swatch", style: `--line: var(${COLORS[k % COLORS.length]})` }), visible(one.name))),
-      h("span", { class: "muted" }, "First metric of a panel solid, second dashed, third dotted"));
+      h("span", { class: "muted" }, "Values: the first metric of a panel"));
     const card = (panel) => {
       const lines = [];
       runs.forEach((one, k) => panel.series.forEach(([name], j) => {
-        if (one.metrics[name]?.some((v) => v !== null)) lines.push({ label: "", quiet: j > 0, color: COLORS[k % COLORS.length], dash: j % DASHES.length, xs: xValues(one, state.x), ys: one.metrics[name], steps: one.metrics.step });
+        if (one.metrics[name]?.some((v) => v !== null)) lines.push({ label: one.name, quiet: j > 0, color: COLORS[k % COLORS.length], dash: j % DASHES.length, xs: xValues(one, state.x), ys: one.metrics[name], steps: one.metrics.step });
       }));
-      return chartCard(panel.title, panel.about, lines);
+      const dashes = panel.series.length > 1 ? panel.series.map(([, label], j) => `${label} ${["solid", "dashed", "dotted"][j]}`).join(", ") : "";
+      return chartCard(panel.title, panel.about, lines, dashes);
     };
     const main = sectionsOf([...titles.values()].filter((p) => p.section !== "Other metrics"), card);
     box.replaceChildren(h("div", { class: "tools-row" }, legend, tools), ...main.map((section, k) => folded(section, k === 0)));

@@ -2,6 +2,7 @@
 // Curves: charts of metrics by step that share one cursor. The overview of a training run. The settings.
 
 const COLORS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
+const CHART_HEIGHT = 162; // as in page.css
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [1, 4], [12, 4]];
 
 // x values of a run: step numbers, or totals after each step
@@ -44,11 +45,12 @@ function forgetCharts() {
   charts = [];
 }
 
-// lines: [{label, color, dash, xs, ys, steps}] -> a card, whose chart is drawn when it comes into view.
-function chartCard(title, about, lines) {
+// lines: [{label, color, dash, xs, ys, steps}], dashes: what line styles mean -> a card, whose chart is drawn when it
+// comes into view.
+function chartCard(title, about, lines, dashes = "") {
   const values = h("div", { class: "values" });
   const plot = h("div", { class: "plot" });
-  const card = h("figure", { class: "chart", "data-title": title }, h("figcaption", { title: about }, h("b", {}, title), values), plot);
+  const card = h("figure", { class: "chart", "data-title": title }, h("figcaption", { title: about }, h("b", {}, title), dashes ? h("span", { class: "muted" }, dashes) : null, values), plot);
   const xs = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
   const place = new Map(xs.map((x, k) => [x, k]));
   const spread = lines.map((line) => {
@@ -66,7 +68,7 @@ function chartCard(title, about, lines) {
       if (line.quiet) return "";
       const y = index === null || index === undefined ? last(soft[k]) : nearest(soft[k], index);
       return h("span", { class: "value" }, h("i", { style: `--line: var(${line.color})`, class: DASHES[line.dash].length ? "dashed" : "" }),
-        lines.length > 1 && line.label ? visible(line.label) + " " : "", h("b", {}, number(y)));
+        lines.length > 1 ? visible(line.label) + " " : "", h("b", {}, number(y)));
     }));
   }
   showValues(null);
@@ -85,9 +87,9 @@ function chartCard(title, about, lines) {
     });
     const axis = { stroke: () => css("--muted"), grid: { stroke: () => css("--grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif", gap: 4 };
     const options = {
-      width: Math.max(200, plot.clientWidth), height: 148, legend: { show: false }, padding: [6, 6, 0, 0],
+      width: Math.max(200, plot.clientWidth), height: CHART_HEIGHT, legend: { show: false }, padding: [6, 6, 0, 0],
       scales: { x: { time: false }, y: { range: (u, low, high) => (low === high ? [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2] : uPlot.rangeNum(low, high, 0.08, true)) } },
-      axes: [{ ...axis, size: 22, space: 56, values: (_, ticks) => ticks.map((v) => compact.format(v)) },
+      axes: [{ ...axis, size: 22, space: 56, label: state.x, labelSize: 14, labelGap: 0, labelFont: axis.font, values: (_, ticks) => ticks.map((v) => compact.format(v)) },
         { ...axis, size: 46, space: 30, values: (_, ticks) => ticks.map(tick) }],
       series,
       cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false, setScale: false }, y: false, points: { size: 6 } },
@@ -148,7 +150,7 @@ const inView = new IntersectionObserver((entries) => {
 const resized = new ResizeObserver((entries) => {
   for (const entry of entries) {
     const chart = charts.find((c) => c.plot === entry.target);
-    if (chart?.u && chart.u.width !== Math.floor(entry.contentRect.width)) chart.u.setSize({ width: Math.max(200, Math.floor(entry.contentRect.width)), height: 148 });
+    if (chart?.u && chart.u.width !== Math.floor(entry.contentRect.width)) chart.u.setSize({ width: Math.max(200, Math.floor(entry.contentRect.width)), height: CHART_HEIGHT });
   }
 });
 function watchCharts() {
@@ -157,7 +159,7 @@ function watchCharts() {
 function fitCharts(width) {
   for (const chart of charts) {
     chart.draw();
-    chart.u.setSize({ width: width ?? Math.max(200, chart.plot.clientWidth), height: 148 });
+    chart.u.setSize({ width: width ?? Math.max(200, chart.plot.clientWidth), height: CHART_HEIGHT });
   }
 }
 const redrawCharts = () => charts.forEach((chart) => chart.u?.redraw(false));
@@ -242,8 +244,8 @@ function warningsOf(one) {
   const sorted = [...one.warnings].sort((a, b) => order[a.state] - order[b.state]);
   const item = (warning) => {
     const link = warning.state === "warn" && warning.link && one.rows.length;
-    const go = () => set({ ...Object.fromEntries(FILTER.map((n) => [n, DEFAULTS[n]])), from: String(warning.link.steps[0]), to: String(warning.link.steps[1]),
-      sort: warning.link.sort || "step", show: warning.link.show || "all", row: "", view: "rollouts" });
+    const go = () => set({ ...Object.fromEntries(FILTER.map((n) => [n, DEFAULTS[n]])), ...(warning.link.steps && { from: String(warning.link.steps[0]), to: String(warning.link.steps[1]) }),
+      sort: warning.link.sort || DEFAULTS.sort, show: warning.link.show || "all", row: "", view: "rollouts" });
     return h("li", { class: `warning ${warning.state}` }, h("span", { class: "mark", role: "img", "aria-label": words[warning.state] }, marks[warning.state]),
       h("b", {}, warning.name), h("span", { class: "found" }, warning.found),
       h("p", { class: "rule" }, warning.rule, link ? h("button", { class: "quiet go", onclick: go }, "Rollouts that show it \u2192") : null));
@@ -258,11 +260,13 @@ function warningsOf(one) {
 
 views.settings = {
   mount(main) {
-    const one = run(), flat = Object.entries(one.args).filter(([name]) => name !== "inputs");
+    const one = run(), { inputs, non_default, ...args } = one.args, flat = Object.entries(args);
+    const changed = flat.filter(([name]) => non_default?.includes(name)), others = flat.filter(([name]) => !non_default?.includes(name));
     const row = ([name, value]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value === null ? h("span", { class: "muted" }, "none") : visible(asText(value))));
     main.append(h("section", { class: "settings" }, h("h2", {}, "Run"), h("table", {}, row(["folder", one.path]), row(["page made", new Date(DATA.made * 1000).toLocaleString()])),
-      h("h2", {}, "Flags"), h("table", {}, flat.map(row)),
-      one.args.inputs ? [h("h2", {}, "Digests of the inputs"), h("table", {}, Object.entries(one.args.inputs).map(row))] : null));
+      non_default ? [h("h2", {}, "Flags that differ from their defaults"), h("table", { id: "changed" }, changed.map(row))] : null,
+      h("h2", {}, non_default ? "Other flags" : "Flags"), h("table", {}, others.map(row)),
+      inputs ? [h("h2", {}, "Digests of the inputs"), h("table", {}, Object.entries(inputs).map(row))] : null));
   },
   update() {},
 };

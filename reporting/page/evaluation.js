@@ -29,7 +29,7 @@ function markdownTable(text) {
   return found;
 }
 
-const SIDE_LABELS = { reward: "Weighted score", helpfulness: "Helpfulness", personalization: "Personalization", naturalness: "Naturalness", n_characters: "Characters", n_tokens: "Tokens", truncated: "Cut off", recites_profile: "Recites the persona" };
+const SIDE_LABELS = { reward: "Weighted score", helpfulness: "Helpfulness", personalization: "Personalization", naturalness: "Naturalness", n_characters: "Characters", n_tokens: "Tokens", truncated: "Cut off", recites_profile: "Recites the profile" };
 
 function mountResults(main) {
   const one = run(), s = one.summary, boxes = [];
@@ -127,7 +127,8 @@ views.rows = {
       h("input", { id: "q", type: "search", value: state.q, placeholder: "Search question, persona, answers", "aria-label": "Search", oninput: (e) => { clearTimeout(wait); wait = setTimeout(() => set({ q: e.target.value, row: "" }, true), 150); } }),
       choice("verdict", "Verdict", [["all", "All verdicts"], ...Object.entries(words).filter(([v]) => counts[v]).map(([v, text]) => [v, `${text || v} (${counts[v]})`])]),
       choice("order", "Order", Object.entries(ORDERS).filter(([k]) => !["longer", "shorter"].includes(k) || all.some((r) => typeof r.gap === "number")).map(([k, [text]]) => [k, text])),
-      groups.length > 1 && choice("group", "Group", [["", "All groups"], ...groups.map((g) => [String(g), visible(g)])])),
+      groups.length > 1 && choice("group", "Group", [["", "All groups"], ...groups.map((g) => [String(g), visible(g)])]),
+      h("button", { id: "save", class: "quiet", title: "These rows as JSON lines", onclick: () => saveRows(this.found.map((i) => all[i])) }, "Save rows")),
       h("p", { id: "count", class: "muted", "aria-live": "polite" })),
       one.agreement ? h("p", { class: "note muted" }, `${percent(one.agreement.parsed)} of ${one.agreement.judged} held-out judgements parse. Correlation of the weighted score with the label\u2019s: ${number(one.agreement.score_correlation)}. Equal scores: ` + DIMENSIONS.map((d) => `${d} ${percent(one.agreement[`exact_${d}`])}`).join(", ") + ".") : "",
       h("div", { class: "panes" }, h("div", { class: "list", id: "list" }), h("div", { class: "reader", id: "reader" })));

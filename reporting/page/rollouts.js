@@ -59,7 +59,7 @@ function personaBox(persona, question) {
     persona ? (long ? h("details", { class: "profile" }, h("summary", {}, "Persona"), body) : body) : null];
 }
 
-const SCORES = [["helpfulness", "Helpful"], ["personalization", "Personal"], ["naturalness", "Natural"], ["reward", "Reward"], ["exact", "Exact score"], ["n_tokens", "Tokens"], ["recited", "Recites"]];
+const SCORES = [["helpfulness", "Helpful"], ["personalization", "Personal"], ["naturalness", "Natural"], ["reward", "Reward"], ["exact", "Exact score"], ["n_tokens", "Tokens"], ["recited", "Values repeated"]];
 const LOWER_IS_BETTER = ["recited"], NEUTRAL = ["n_tokens"];
 
 // Scores of responses side by side. With two responses, also the change.
@@ -191,6 +191,20 @@ function badges(r) {
   return h("p", { class: "badges" }, found.map(([text, kind]) => h("span", { class: `badge ${kind}` }, visible(text))));
 }
 
+// A prompt as the policy read it, control tokens included: a template of the run with the texts of a rollout.
+function promptBlock(title, template, texts) {
+  const filled = template.replace(/\{(persona|question|answer|critique)\}/g, (_, name) => texts[name]);
+  return h("details", { class: "prompt" }, h("summary", {}, title), said(filled));
+}
+
+function promptBlocks(one, r) {
+  if (!one.templates) return null;
+  const { persona, persona_text, question } = one.prompts[r.prompt];
+  const texts = { persona: persona_text ?? persona, question, answer: r.answer, critique: r.critique };
+  return [promptBlock("Prompt, as the policy read it", one.templates.prompt, texts),
+    r.edit ? promptBlock("Edit prompt, as the policy read it", one.templates.prompt + one.templates.edit, texts) : null];
+}
+
 function responseBlock(title, response, before) {
   const colored = state.color !== "off" && response.tokens;
   let body;
@@ -223,7 +237,8 @@ function rolloutDetail(one, i) {
         responseBlock("Original", r),
         r.critique ? h("section", { class: "block critique" }, h("h3", {}, "Critique"), said([r.checks, r.critique].filter(Boolean).join("\n"))) : null,
         r.edit ? responseBlock("Edit", r.edit, r) : null,
-        r.edit?.critique ? h("section", { class: "block critique after" }, h("h3", {}, "Critique of the edit"), said([r.edit.checks, r.edit.critique].filter(Boolean).join("\n"))) : null),
+        r.edit?.critique ? h("section", { class: "block critique after" }, h("h3", {}, "Critique of the edit"), said([r.edit.checks, r.edit.critique].filter(Boolean).join("\n"))) : null,
+        promptBlocks(one, r)),
       h("aside", {}, scoreTable(r.edit ? [r, r.edit] : [r], r.edit ? ["Original", "Edit"] : ["Original"], Boolean(r.edit)))));
 }
 
