@@ -44,7 +44,7 @@ MADE_BY = {  # scripts that write the model folders which other scripts read by 
 }
 
 
-def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> str:
+def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja", "README.md")) -> str:
     """Returns a local folder for a folder name or a hub id, whose matching files are downloaded.
 
     Raises ValueError if it is neither.

@@ -99,6 +99,8 @@ class RuntimeArgs:
     """Project of Weights & Biases (pip install wandb)."""
     tensorboard: MayChange[bool] = False
     """Event files in OUT/tensorboard (pip install tensorboard)."""
+    push_to_hub: MayChange[str | None] = None
+    """Repository of the Hugging Face hub (OWNER/NAME) for the last weights and their card; a new one is private."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -218,6 +220,11 @@ def may_change(args_class: type) -> set[str]:
     """Names of the fields that are marked `MayChange`."""
     hints = get_type_hints(args_class, include_extras=True)
     return {name for name, hint in hints.items() if MAY_CHANGE in getattr(hint, "__metadata__", ())}
+
+
+def non_default(args: Any) -> list[str]:
+    """Names of the flags whose value is not the default."""
+    return [field.name for field in dataclasses.fields(args) if getattr(args, field.name) != field.default]
 
 
 def help_text(args_class: type, doc: str) -> str:

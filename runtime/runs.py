@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer
-from runtime import checkpoints, trackers
+from runtime import checkpoints, model_card, trackers
 from runtime.digests import git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
-from runtime.flags import RuntimeArgs, flag, may_change
+from runtime.flags import RuntimeArgs, flag, may_change, non_default
 from runtime.rows import append_line, write_rows, write_text
 from runtime.watch import end_if_stopped, set_phase, should_stop, stop_on_signal, watch_ranks
 
@@ -49,11 +49,14 @@ class Run:
     def __init__(self, out: str, args: RuntimeArgs, ranks: Ranks, inputs: dict[str, str], last_step: int):
         self.out = out
         self.args = args
+        self.inputs = inputs
         self.ranks = ranks
         self.last_step = last_step
         self.step = 0
         self.seconds: dict[str, float] = {}
         self.bar: tqdm | None = None
+        if args.push_to_hub:
+            model_card.check_hub(args.push_to_hub)
         file = os.path.join(out, "args.json")
         flags_of_run = json.loads(json.dumps(dataclasses.asdict(args)))
         _check_same_on_ranks(flags_of_run, inputs, ranks)
@@ -65,7 +68,8 @@ class Run:
             _lock(out)
             if continued:
                 _remove_unfinished(out)
-            write_text(file, json.dumps({**flags_of_run, "inputs": inputs, "git": git_hash()}, indent=2))
+            content = {**flags_of_run, "non_default": non_default(args), "inputs": inputs, "git": git_hash()}
+            write_text(file, json.dumps(content, indent=2))
             trackers.open_trackers(out, args)
         barrier(ranks)
         watch_ranks(ranks, args.timeouts)
@@ -173,8 +177,14 @@ class Run:
         raise ValueError(f"step {self.step + 1}: {reasons[0]}; what is done is saved, the same command goes on")
 
     def finish(self, weights: str, next_command: str) -> None:
-        """Prints where everything is and what to run next."""
+        """Writes the model card of the last weights, uploads both (--push-to-hub), prints what to run next."""
         out = self.out
+        folder = os.path.realpath(os.path.join(out, weights))
+        if self.ranks.rank == 0:
+            card = model_card.model_card(out, self.args, self.inputs, self.tokenizer_from)
+            write_text(os.path.join(folder, "README.md"), card)
+            if self.args.push_to_hub:
+                print(f"pushed: {model_card.push(folder, self.args.push_to_hub)}")
         print0(f"done: {out}/{weights} (weights), {out}/metrics.jsonl (a line a step), {out}/args.json (flags)")
         print0(f"  look at it: python report.py {out}\n  next:       {next_command}")
 
@@ -191,7 +201,7 @@ def count_bad_steps(out: str, step: int) -> int:
 def _check_unchanged(out: str, before: dict, now: dict, inputs: dict[str, str], free: set[str]) -> None:
     """ValueError: the run in the folder has other flags or inputs. free: flags that a continuation may change."""
     elsewhere = "choose another --out or remove it"
-    gone = sorted(set(before) - set(now) - {"inputs", "git"})
+    gone = sorted(set(before) - set(now) - {"non_default", "inputs", "git"})
     if gone:
         names = ", ".join(map(flag, gone))
         raise ValueError(
