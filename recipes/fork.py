@@ -1,6 +1,6 @@
 """Writes a fork of docs/forking.md into exp/: its diff, applied to a copy of ppo_cpe.py.
 
-python recipes/fork.py root      # exp/root.py
+    python recipes/fork.py root      # exp/root.py
 """
 
 import os
