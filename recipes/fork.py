@@ -1,5 +1,7 @@
 """Writes a fork of docs/forking.md into exp/: its diff, applied to a copy of ppo_cpe.py.
 
+A fork that is there already stays as it is.
+
     python recipes/fork.py root      # exp/root.py
 """
 
