@@ -23,12 +23,13 @@ from results.make.draw import (
     difference_table,
     markdown_table,
     new_figure,
+    plot_range,
     save_figure,
     sections_text,
     spread,
 )
 from results.make.experiments import FLAGS, Experiment
-from results.make.figures import evaluated
+from results.make.figures import evaluated, exact_curves, rounded
 from runtime.rows import read_rows, step_files, write_text
 
 RECIPE_SEEDS = 5
@@ -65,6 +66,14 @@ METHODS = {  # as in the recipe
 }
 LABELS = {"ppo": "PPO", "cpe": "CPE"}
 COLORS = {"ppo": "#2f6db3", "cpe": "#b5442e"}
+CURVES_OF = {"ppo_bt": "PPO (BT)", "ppo_grm": "PPO (GRM)", "cpe": "CPE"}  # runs of the recipe
+CURVES = {  # figures of each step's samples
+    "tokens": "tokens of an answer",
+    "recites": "answers that recite the profile, %",
+    "claims": "claims that are right, %",
+    "exact": "score; dotted: the run's own reward",
+    "own": "",
+}
 SHOWN = ("reward", "wrong", "advice", "last_step", "recites", "n_tokens", "generated", "judge_calls")
 
 NOTE = (
@@ -181,8 +190,11 @@ def figures_of(out: str, name: str) -> dict:
     if kind == "recipe":
         figures = {"checks": read_json(f"{folder}/checks/sanity_checks.json")}
         figures["minutes"] = read_json(f"{folder}/done.json")["seconds"] / 60
-        for run in ("base", "sft", "ppo_bt", "ppo_grm", "cpe"):
+        for run in ("base", "sft", *CURVES_OF):
             figures[run] = policy_figures(f"{folder}/{run}", f"{folder}/eval/{run}")
+        for run in CURVES_OF:
+            curves = exact_curves(f"{folder}/{run}")
+            figures[run]["curves"] = {name: [rounded(value) for value in curves[name]] for name in CURVES}
         return figures
     if kind == "agreement":
         return read_json(f"{folder}/agreement.json")
@@ -227,6 +239,7 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
     """Writes ladder.md and the figure."""
     runs = by_run(known)
     draw(runs, folder)
+    draw_hacking(runs, folder)
     sections = {
         "The first command on five seeds": recipe_table(runs),
         "Differences of scores": differences(runs),
@@ -328,3 +341,20 @@ def draw(runs: Figures, folder: str) -> None:
         axis.grid(axis="y", color="#eeeeee")
         axis.legend(frameon=False, fontsize=7)
     save_figure(figure, folder, "ladder")
+
+
+def draw_hacking(runs: Figures, folder: str) -> None:
+    """What the policies of the recipe sample over training, under either reward; mean and range over the seeds."""
+    figure, axes = new_figure(4)
+    colors = {"ppo_bt": "#c9a227", "ppo_grm": COLORS["ppo"], "cpe": COLORS["cpe"]}
+    of_seeds = [runs["recipe"][seed] for seed in sorted(runs["recipe"])]
+    for run, label in CURVES_OF.items():
+        for axis, (name, title) in zip(axes, CURVES.items()):
+            plot_range(axis, [recipe[run]["curves"][name] for recipe in of_seeds], colors[run], label=label)
+            axis.set(xlabel="step", title=title)
+            axis.title.set_fontsize(9)
+        own = np.mean([recipe[run]["curves"]["own"] for recipe in of_seeds], 0)
+        if run != "ppo_bt":  # whose reward has no scale
+            axes[3].plot(range(1, len(own) + 1), own, color=colors[run], ls=":")
+    axes[0].legend(frameon=False, fontsize=7)
+    save_figure(figure, folder, "hacking")
