@@ -15,7 +15,20 @@ from test_recipes import ROW, write, write_run
 
 from data import persona_world
 from data.persona_world import say
-from results.make import agreement, critics, draw, experiments, figures, judgements, ladder, lora, paper, rarity, tables
+from results.make import (
+    agreement,
+    critics,
+    draw,
+    experiments,
+    figures,
+    judgements,
+    ladder,
+    lora,
+    paper,
+    rarity,
+    sweep,
+    tables,
+)
 from results.make.experiments import Experiment, experiments_of, run
 from runtime.rows import read_rows
 
@@ -417,6 +430,65 @@ def test_agreement_of_a_judge(tmp_path):
         found[name] = json.loads((tmp_path / name / "agreement.json").read_text())
     assert found["exact"] == pytest.approx({"own": 1, "other": 1, "sees_other": 1, "unparsable": 0})
     assert found["blind"]["sees_other"] == 0 and abs(found["blind"]["own"]) < 0.9
+
+
+# -- the sweep ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_experiments_of_the_sweep():
+    for wanted in (sweep.experiments("out", 2), sweep.experiments("out", 1, quick=True), sweep.searched("out")):
+        names = [e.name for e in wanted]
+        assert len(names) == len(set(names)) and all(need in names for e in wanted for need in e.needs)
+    commands = {e.name: e.commands for e in sweep.experiments("out", 2)}
+    for rate in sweep.RATES:
+        assert {f"seed1/rate{rate:g}/{name}" for name in ("sft", "checks", *sweep.METHODS)} <= set(commands)
+        assert f"--rarity {rate:g} {rate:g} --seed 1" in commands[f"seed1/rate{rate:g}/sft"][0]
+    for name in sweep.CRITICS:  # a later flag replaces an earlier one
+        words = commands[f"seed0/rate0/critic_{name}"][0].split()
+        assert words[len(words) - words[::-1].index("--judge")] == f"results/make/critics.py:{name}"
+    assert commands["seed0/recipe"] == ladder.recipe("out", 0).commands  # the ladder's: it is not run twice
+    assert not {e.name for e in sweep.searched("out")} & set(commands)
+
+
+@pytest.mark.slow
+def test_finished_experiments_become_the_sweep(tmp_path, capsys):
+    """Two seeds, some methods; then once more from sweep.json alone."""
+    rng = random.Random(0)
+    out = tmp_path / "runs"
+    for experiment in sweep.experiments(str(out), 2):
+        seed, rate, name = sweep.parts_of(experiment.name) or (None, None, None)
+        if rate in (0.3, 0.0) and name in ("sft", "ppo", "none", "checks", "critic_exact"):
+            folder = out / experiment.name
+            if name == "checks":
+                write(folder / "sanity_checks.json", dict(last_step=rate, advice=rate / 2, missed=[], nearly=[]))
+            else:
+                write_run(folder, rng)
+            write(folder / "done.json", dict(commands=experiment.commands, seconds=1))
+    args = tables.Args(table="sweep", out=str(out), results=str(tmp_path / "drawn"), seeds=2, only_draw=True)
+    tables.main(args)
+    assert "18 of 122 experiments are finished" in capsys.readouterr().out
+    text = (tmp_path / "drawn/sweep.md").read_text()
+    assert "|  | 15.000 ± 0.000 % | 0.000 ± 0.000 % |" in text  # the measured rates head the columns
+    assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, paper" not in text
+    assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 |" in text
+    assert "| critic_exact | 0 | 2 | 1.00 ± 0.00 |" in text and "|   beside CPE, none | 0 | 2 |" in text
+    assert {path.stem for path in (tmp_path / "drawn").glob("*.png")} == {"sweep", "sweep_curves"}
+    shutil.rmtree(out)
+    tables.main(args)
+    assert (tmp_path / "drawn/sweep.md").read_text() == text
+
+
+def test_steps_until_half_of_the_samples_and_holms_correction():
+    assert sweep.step_of_half([0.1, 0.49, 0.5, 0.2]) == 3 and sweep.step_of_half([0.1]) is None
+    seeds = {"ppo": (1.0, 1.1, 1.2), "none": (2.0, 2.3, 2.2), "paper": (1.3, 1.2, 1.5)}
+    known = {f"seed{i}/rate0/{n}": dict(reward=x, commands=[]) for n, xs in seeds.items() for i, x in enumerate(xs)}
+    known |= {f"seed{i}/rate0/checks": dict(advice=0.0, commands=[]) for i in range(3)}
+    table = sweep.differences_from_ppo(sweep.by_rate(known, search=False))
+    raw = [stats.ttest_rel(seeds[name], seeds["ppo"]).pvalue for name in ("none", "paper")]
+    assert raw[0] < raw[1]
+    rows = {line.split(" | ")[0]: line.split(" | ")[4] for line in table.splitlines()[2:]}
+    assert float(rows["| CPE, none"]) == pytest.approx(2 * raw[0], abs=5e-4)  # two comparisons, the smaller p first
+    assert float(rows["| CPE, paper"]) == pytest.approx(max(2 * raw[0], raw[1]), abs=5e-4)
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------

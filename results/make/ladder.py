@@ -96,9 +96,11 @@ def experiments(out: str, quick: bool = False) -> list[Experiment]:
     return wanted
 
 
-def recipe(out: str, seed: int) -> Experiment:
+def recipe(out: str, seed: int, until_checks: bool = False) -> Experiment:
+    """The first command. until_checks: no further than the models that RL starts from."""
     folder = f"{out}/seed{seed}/recipe"
-    return Experiment(f"seed{seed}/recipe", [f"env SEED={seed} OUT={folder} bash recipes/tiny.sh"])
+    until = "UNTIL=checks " if until_checks else ""
+    return Experiment(f"seed{seed}/recipe", [f"env SEED={seed} OUT={folder} {until}bash recipes/tiny.sh"])
 
 
 def judge_of(out: str, seed: int, name: str) -> str:
@@ -209,7 +211,8 @@ def policy_figures(run: str, evaluation: str) -> dict:
     if rollouts:
         rows = [row for path in rollouts[-LAST_STEPS:] for row in read_rows(path, "object")]
         rewards = np.array([[row["reward"], exact_judge(row, row["answer"]).score()] for row in rows])
-        figures["late_correlation"] = float(np.corrcoef(rewards.T)[0, 1])
+        if (rewards.std(0) > 0).all():
+            figures["late_correlation"] = float(np.corrcoef(rewards.T)[0, 1])
         figures["late_excess"] = float((rewards[:, 0] - rewards[:, 1]).mean())
     return figures
 
@@ -299,7 +302,7 @@ def judge_table(runs: Figures) -> str:
             cells = [spread([figures[key] for figures in agreement], 2) for key in ("own", "other")]
             sees = "-" if name == "bt" else spread([figures["sees_other"] for figures in agreement], 2)
             excess = "-" if name == "bt" else spread([figures["late_excess"] for figures in late], 2)
-            cells += [sees, spread([figures["late_correlation"] for figures in late], 2), excess]
+            cells += [sees, spread([figures.get("late_correlation") for figures in late], 2), excess]
             rows.append([label, len(agreement), *cells])
     header = ["the judge writes", "seeds", "correlation, own profile", "other profile", "sees other profile"]
     return markdown_table([*header, "correlation late in PPO", "reward less exact score, late"], rows)

@@ -1,6 +1,8 @@
 """Makes the tables and figures of results/ and docs/: trains what they need, and draws them.
 
     python results/make/tables.py ladder                # a ladder of judges; some two hours
+    python results/make/tables.py sweep --seeds 5       # when do edits pay? Five hours
+                                                        # (rarity, paper and lora: with a judge that checks no claims)
     python results/make/tables.py rarity                # when do edits pay? At most five hours on two CPU cores
     python results/make/tables.py paper                 # the paper's tables in miniature, two and a half hours
     python results/make/tables.py lora                  # LoRA against full fine-tuning, half an hour
@@ -25,7 +27,7 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from results.make import ladder, lora, memory, one_step, paper, rarity
+from results.make import ladder, lora, memory, one_step, paper, rarity, sweep
 from results.make.experiments import Experiment, experiments_of, is_done, missing, read_kept, run, write_kept
 from results.make.figures import with_rare_content
 from runtime import flags
@@ -34,10 +36,10 @@ from runtime.flags import Count
 
 @dataclass
 class Args:
-    table: tyro.conf.Positional[Literal["ladder", "paper", "rarity", "lora", "memory", "one-step"]]
-    """What to make: ladder, paper, rarity, lora, memory or one-step."""
+    table: tyro.conf.Positional[Literal["ladder", "sweep", "paper", "rarity", "lora", "memory", "one-step"]]
+    """What to make: ladder, sweep, paper, rarity, lora, memory or one-step."""
 
-    # -- experiments (ladder, paper, rarity, lora)
+    # -- experiments (ladder, sweep, paper, rarity, lora)
     out: str | None = None
     """Folder of all runs; a quick run uses OUT_quick. Default: out/ladder, out/tables for paper, else out/rarity."""
     results: str | None = None
@@ -65,7 +67,9 @@ def main(args: Args) -> None:
         return memory.main()
     if args.table == "one-step":
         return print(one_step.page(args.run, args.step), end="")
-    out = args.out or {"paper": "out/tables", "ladder": "out/ladder"}.get(args.table, "out/rarity")
+    out = args.out or {"paper": "out/tables", "ladder": "out/ladder", "sweep": "out/ladder"}.get(
+        args.table, "out/rarity"
+    )
     results = {"paper": "results"}.get(args.table, f"results/{args.table}")
     if args.quick:
         out += "_quick"
@@ -77,6 +81,8 @@ def main(args: Args) -> None:
         return make_rarity(args, out, results)
     if args.table == "ladder":
         return make_ladder(args, out, results)
+    if args.table == "sweep":
+        return make_sweep(args, out, results)
     if args.table == "paper":
         trainings = paper.searched() if args.search else paper.trainings(args.seeds, args.quick)
     else:
@@ -115,6 +121,19 @@ def make_ladder(args: Args, out: str, results: str) -> None:
     path = f"{results}/ladder.json"
     known = run_missing(args, out, path, wanted_in, ladder.is_kept, lambda name: ladder.figures_of(out, name))
     ladder.write_tables(known, results)
+
+
+def make_sweep(args: Args, out: str, results: str) -> None:
+    def wanted_in(folder: str) -> list[Experiment]:
+        out = shlex.quote(folder)
+        return sweep.searched(out) if args.search else sweep.experiments(out, args.seeds, args.quick)
+
+    path = f"{results}/sweep.json"
+    known = run_missing(args, out, path, wanted_in, sweep.parts_of, lambda name: sweep.figures_of(out, name))
+    if args.search:
+        sweep.write_search(known, results)
+    else:
+        sweep.write_tables(known, results)
 
 
 def run_missing(
