@@ -41,6 +41,10 @@ class Origin:
     parent: Optional["Trajectory"] = None  # the original that an edit rewrites
     context_ids: list[int]  # what the engine samples after: x, or the edit prompt
 
+    def __post_init__(self):
+        if self.parent is not None and self.parent.parent is not None:
+            raise ValueError("an edit of an edit: see docs/forking.md, a second round of edits")
+
     @property
     def key(self) -> tuple[str, int, bool]:
         """Identifies a response within a step."""

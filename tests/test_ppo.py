@@ -142,6 +142,13 @@ def trajectory(reward, n_tokens, parent=None, index=0):
     return Trajectory(**origin, **sampled, reward=reward, judgement=None)
 
 
+def test_an_edit_of_an_edit_is_refused():
+    """Keys, seeds, selection and rollout rows name an edit by its original."""
+    edit = trajectory(1.0, 2, parent=trajectory(0.0, 2))
+    with pytest.raises(ValueError, match="an edit of an edit"):
+        trajectory(2.0, 2, parent=edit)
+
+
 def advantages_of(batch, **flags):
     """With values of zero -> advantages, returns."""
     values = [torch.zeros(len(t.response_ids)) for t in batch]
