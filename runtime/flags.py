@@ -234,16 +234,18 @@ def help_text(args_class: type, doc: str) -> str:
     docstring, unless it has a "Default: " of its own.
     """
     first, _, _ = doc.strip().partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=os.path.basename(sys.argv[0]),
-        description=first,
-        usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-        add_help=False,
-    )
     hints = get_type_hints(args_class)
     annotated = get_type_hints(args_class, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(args_class)}
+    positional = [name for name in fields if POSITIONAL in getattr(annotated[name], "__metadata__", ())]
+    required = [name for name in positional if fields[name].default is dataclasses.MISSING]
+    parser = argparse.ArgumentParser(
+        prog=os.path.basename(sys.argv[0]),
+        description=first,
+        usage=" ".join(["%(prog)s", *map(str.upper, required), "[flags]"]),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        add_help=False,
+    )
     group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for title, name, text in _documented(args_class):
         if title is not None:
@@ -251,7 +253,7 @@ def help_text(args_class: type, doc: str) -> str:
         if "Default: " not in text:
             text += f" ({_default_text(fields[name].default)})"
         text = text.replace("%", "%%")
-        if POSITIONAL in getattr(annotated[name], "__metadata__", ()):
+        if name in positional:
             group.add_argument(name, metavar=name.upper(), nargs="*", help=text)
         elif hints[name] is bool:
             group.add_argument(flag(name), action="store_true", help=text)

@@ -33,7 +33,7 @@ def test_details_name_functions_that_exist():
     assert missing == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/ten_steps.ipynb"])
 def test_links_lead_somewhere(page):
     """To a file that exists, and where a heading is named, to a heading that it has."""
     links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", read(page))

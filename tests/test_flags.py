@@ -54,11 +54,13 @@ def test_help(script):
 
     module = module_of(script)
     first = module.__doc__.strip().partition("\n\n")[0]
-    assert text.startswith(f"usage: {os.path.basename(script)}.py [flags]\n") and " ".join(first.split()) in flat
+    positional = {"replay": {"batch"}, "report": {"run"}}.get(script, set())
+    before_flags = "".join(f"{name.upper()} " for name in positional)
+    usage = f"usage: {os.path.basename(script)}.py {before_flags}[flags]\n"
+    assert text.startswith(usage) and " ".join(first.split()) in flat
     titles = [t for c in module.Args.__mro__ for t in titles_of(c)]
     assert all(f"\n{title}:\n" in text for title in titles)
     shown = re.findall(r"^  (--[a-z0-9-]+|[A-Z_]+)(?: |$)", text, re.M)
-    positional = {"replay": {"batch"}, "report": {"run"}}.get(script, set())
     names = [field.name for field in dataclasses.fields(module.Args)]
     expected = [n.upper() if n in positional else "--" + n.replace("_", "-") for n in names]
     assert sorted(shown) == sorted(expected)  # each once
