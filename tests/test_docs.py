@@ -62,7 +62,12 @@ def test_one_step_is_told_from_a_run(tmp_path):
     def rollout(name, gain):
         edit = dict(answer="Drink tea now.", reward=1.0 + gain, **scores)
         row = dict(
-            prompt_id=name, sample_id=0, persona={"drink": "tea"}, question="What to drink?", critique="Say tea."
+            prompt_id=name,
+            sample_id=0,
+            persona={"drink": "tea"},
+            question="What to drink?",
+            checks="drink tea wine wrong",
+            critique="Say tea.",
         )
         return row | dict(answer="Drink now.", reward=1.0, edit=edit, **scores)
 
@@ -82,7 +87,13 @@ def test_one_step_is_told_from_a_run(tmp_path):
     settings = dict(edit_loss="unclipped", edit_baseline="batch", n_samples=4)
     (tmp_path / "args.json").write_text(json.dumps(settings))
     text = one_step.page(str(tmp_path))
-    assert "step 2, prompt b" in text and "Drink **tea** now." in text and "+1.50 on the first token" in text
+    assert "> drink tea wine wrong\n>\n> Say tea." in text
+    assert (
+        "--step 2 >" in text
+        and "Prompt b," in text
+        and "Drink **tea** now." in text
+        and "+1.50 on the first token" in text
+    )
     assert "|  tea | 0.6065 | 0.7788 | 0.7788 | 0.8000 | +1.50 |" in text and r"\|now" in text
     with pytest.raises(ValueError, match="no edit from step 3 on"):
         one_step.page(str(tmp_path), 3)

@@ -72,9 +72,8 @@ def page(run: str, first_step: int = 1) -> str:
     n_tokens = len(edit["kept"])
     return f"""# One step, with real text
 
-Made by `python results/make/tables.py one-step > docs/one-step.md` from the run of `bash recipes/tiny.sh`:
-step {step}, prompt {row["prompt_id"]}, loss on edits `{settings["edit_loss"]}`, its baseline
-`{settings["edit_baseline"]}`.
+Made by `python results/make/tables.py one-step --step {step} > docs/one-step.md` from a run of `bash recipes/tiny.sh`.
+Prompt {row["prompt_id"]}, loss on edits `{settings["edit_loss"]}`, its baseline `{settings["edit_baseline"]}`.
 
 **1. A prompt**: the persona, and a question. Nothing else is in the context in which answers, and later edits, are
 trained.
@@ -87,8 +86,11 @@ trained.
 
 > {row["answer"]}
 
-**3. The judge writes a critique and three scores** from -5 to 5, whose weighted mean is the reward:
+**3. The judge checks each claim about the person** (attribute, value of the profile, value of the answer), then writes
+a critique and three scores from -5 to 5, whose weighted mean is the reward:
 
+> {row["checks"] or "(no checks)"}
+>
 > {row["critique"]}
 
 {markdown_table(["", *DIMENSIONS, "reward"], scores)}
