@@ -109,6 +109,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     """Requests in flight to a server, per rank."""
     dtype: flags.DType = "auto"
     """Compute dtype: fp32, bf16, or auto (bf16 on a GPU)."""
+    timeouts: tuple[flags.Count, flags.Count, flags.Count] = flags.TIMEOUTS
+    """Seconds that a rank may take to start, for each answer or verdict, and without a sign of life (at most 60)."""
 
 
 if __name__ == "__main__":
@@ -557,9 +559,9 @@ def main(args: Args) -> None:
         return compare_files(args)
     if args.labels:
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
+    ranks = start(args.dtype, timeouts=args.timeouts)
     named: dict[str, Any] = {name: named_server(getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
-    ranks = start(args.dtype)
     TASKS[args.task](args, ranks)
     if args.stage in ("all", "table"):
         print0(f"look at it: python report.py {args.out}")

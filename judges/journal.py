@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from judges.chat_client import ServerDown
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.progress import counting
+from runtime.watch import set_phase
 
 
 class Journal:
@@ -71,6 +72,7 @@ def made_once(
     make(indices, record): makes this rank's part of the missing rows, given as indices into digests; calls
     record(index, row) for each as soon as it is done. reason: why none are made now, if so.
     """
+    set_phase(name)
     journal = Journal(out, name, ranks.rank)
     rows = journal.rows()
     barrier(ranks)  # no rank writes before all have read: they have to agree on what is missing
@@ -91,6 +93,7 @@ def made_once(
             def record(i: int, row: dict) -> None:
                 made[digests[i]] = row | {"made_by": digests[i]}
                 journal.append(made[digests[i]])
+                set_phase(name)  # each row has a time-out of its own
                 done()
 
             try:

@@ -18,6 +18,7 @@ import torch.utils.deterministic
 from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
+from runtime.watch import watch_ranks
 
 # Longest wait for the other ranks in a collective. A rank that has finished its rollout waits for the slowest one,
 # whose judge may be down for a while. watch.py finds a rank that hangs earlier.
@@ -40,14 +41,15 @@ class Ranks:
 def start(
     dtype: str = "auto",
     shard_size: int | None = None,
-    timeouts: tuple[int, int, int] = TIMEOUTS,
+    timeouts: tuple[int, int, int] | None = None,
     deterministic: bool = False,
 ) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
     dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP); None: all ranks. timeouts:
-    seconds of a rank's start, rollout and update (watch.py). deterministic: fixed order of sums on a GPU
-    (`make_deterministic`). ValueError: shard_size does not divide the number of ranks, or not all ranks joined in time.
+    seconds of a rank's start, rollout and update, which are watched from here to the end of main (watch.py); None: no
+    watch. deterministic: fixed order of sums on a GPU (`make_deterministic`). ValueError: shard_size does not divide
+    the number of ranks, or not all ranks joined in time.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -90,26 +92,29 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _join(backend: str, rank: int, world_size: int, timeouts: tuple[int, int, int]) -> None:
-    """Joins the process group that torchrun's environment names."""
+def _join(backend: str, rank: int, world_size: int, timeouts: tuple[int, int, int] | None) -> None:
+    """Joins the process group that torchrun's environment names, and starts the watch once all ranks are there."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of each rank
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    limit = timedelta(seconds=timeouts[0])
+    seconds = timeouts or TIMEOUTS
+    limit = timedelta(seconds=seconds[0])
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         store.set(f"joined/{rank}", "")
-        deadline = time.monotonic() + timeouts[0]
+        deadline = time.monotonic() + seconds[0]
         missing = list(range(world_size))
         while missing := [r for r in missing if not store.check([f"joined/{r}"])]:
             if time.monotonic() > deadline:
-                raise ValueError(f"ranks {missing} have not joined within {timeouts[0]} s (--timeouts)")
+                raise ValueError(f"ranks {missing} have not joined within {seconds[0]} s (--timeouts)")
             time.sleep(0.1)
+        if timeouts and world_size > 1:
+            watch_ranks(store, rank, world_size, timeouts)
     except dist.DistError as error:  # the store has no such key, or no store
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"not all {world_size} ranks have joined within {timeouts[0]} s (--timeouts): {first}"
+            f"not all {world_size} ranks have joined within {seconds[0]} s (--timeouts): {first}"
         ) from error
-    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=max(timeouts) + 600))
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=max(seconds) + 600))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

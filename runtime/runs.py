@@ -24,7 +24,8 @@ from runtime.digests import git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.flags import RuntimeArgs, flag, may_change, non_default
 from runtime.rows import append_line, write_rows, write_text
-from runtime.watch import end_if_stopped, set_phase, should_stop, stop_on_signal, watch_ranks
+from runtime.signals import end_if_stopped, should_stop, stop_on_signal
+from runtime.watch import set_phase
 
 
 class Run:
@@ -72,7 +73,6 @@ class Run:
             write_text(file, json.dumps(content, indent=2))
             trackers.open_trackers(out, args)
         barrier(ranks)
-        watch_ranks(ranks, args.timeouts)
         print0(f"output: {out}/ (args.json, metrics.jsonl, checkpoints/)")
 
     def resume(

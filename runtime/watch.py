@@ -1,4 +1,4 @@
-"""Early ends of a run: a signal stops it after a checkpoint; a rank that dies or hangs ends it and is named."""
+"""A rank that dies or hangs ends the job on all ranks and is named."""
 
 import contextlib
 import json
@@ -10,78 +10,20 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from runtime.distributed import Ranks, all_max, barrier, print0
 from runtime.flags import around_main
 
-# -- a signal that asks the run to stop --------------------------------------------------------------------------------
-
 STOPPED = 75  # exit status after a signal: saved, and the same command continues (EX_TEMPFAIL)
-NOTICES = (signal.SIGTERM, signal.SIGINT)
-ONE_NOTICE = 2.0  # seconds; torchrun passes on a signal that its workers have also received
-
-
-class _Stop:
-    requested = False  # on this rank
-    agreed = False  # on all ranks
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[None]:
-    """SIGTERM and SIGINT set a flag, which all ranks read at the same point (`should_stop`). A second signal exits at
-    once. A thread reads the signals, since the main thread may be in a collective that never returns.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def listen():
-        first = None
-        while number := os.read(reader, 1):
-            if number[0] not in NOTICES:  # belongs to another handler
-                continue
-            if first is None:
-                first = time.monotonic()
-                _Stop.requested = True
-                name = signal.Signals(number[0]).name
-                print(f"{name}: the run ends with this step, saved; again: at once", file=sys.stderr, flush=True)
-            elif time.monotonic() - first > ONE_NOTICE:
-                os._exit(128 + number[0])
-        os.close(reader)
-
-    _Stop.requested = _Stop.agreed = False
-    before = {number: signal.signal(number, lambda *_: None) for number in NOTICES}
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=listen, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(writer)
-
-
-def should_stop(ranks: Ranks) -> bool:
-    """Whether a signal has asked any rank to stop. All ranks call it and get the same answer."""
-    _Stop.agreed = all_max(ranks, float(_Stop.requested)) > 0
-    return _Stop.agreed
-
-
-def end_if_stopped(step: int) -> None:
-    """Exits with status STOPPED if `should_stop` was true. Called after the checkpoint of a step."""
-    if _Stop.agreed:
-        print0(f"stopped after step {step}, which is saved; the same command continues")
-        sys.exit(STOPPED)
-
-
-# -- a rank that dies or hangs -----------------------------------------------------------------------------------------
-
 RANK_LOST = 70  # exit status of a job that was ended because of one rank (EX_SOFTWARE)
 SILENCE = 60  # seconds without a sign of life (or the time-out of an update, where that is shorter)
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TORCH = os.path.dirname(torch.__file__) + os.sep
+# code that computes next to nothing: who is there waits for the other ranks (on a GPU, at the end of such a function)
+COMMUNICATION = (os.path.join(TORCH, "distributed") + os.sep, os.path.join(HERE, "runtime", "distributed.py"))
 
 
 class _State:
@@ -95,40 +37,41 @@ class _State:
 
 
 def set_phase(phase: str, step: int | None = None) -> str:
-    """Announces the phase that begins on this rank. Its time-out is that of its first word: start | rollout | update |
-    score (as update) | anything else (as rollout). Returns its description, such as "update of step 3".
+    """Announces the phase that begins on this rank, or progress in it, from which its time-out counts again. The
+    time-out is that of its first word: start | rollout | update | score (as update) | anything else (as rollout).
+    Returns its description, such as "update of step 3".
     """
     text = phase if step is None else f"{phase} of step {step}"
+    if text != _State.phase:
+        _State.count += 1
     _State.phase = text
-    _State.count += 1
     _State.since = time.monotonic()
     return text
 
 
 class Watch:
-    """A thread that reports this rank's phase, since when, and whether it only waits, through the group's store.
+    """A thread that reports this rank's phase, since when, and whether it only waits, through the job's store.
 
     Ranks 0 and 1 read the reports. They end the job on every rank when they find
     - a rank that is gone or has been silent for SILENCE seconds (killed, stopped, or its host is down);
     - a rank that exceeds the time-out of its phase, and is behind the others or computes while they wait for it.
     """
 
-    def __init__(self, ranks: Ranks, timeouts: tuple[int, int, int]):
-        self.rank = ranks.rank
-        self.world_size = ranks.world_size
-        self.device = ranks.device
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeouts: tuple[int, int, int]):
+        self.rank = rank
+        self.world_size = world_size
         self.limits = dict(zip(("start", "rollout", "update"), timeouts))
         self.limits["score"] = self.limits["update"]
         self.silence = min(SILENCE, self.limits["update"])
         # a client of its own, so that no other call holds it up; torch's stubs lack the method
-        self.store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self.store = store.clone()  # type: ignore[attr-defined]
         self.beat = 0
         self.ended = threading.Event()
         self.seen: dict[int, tuple[int, float]] = {}
         _State.since = time.monotonic()
         self.main = threading.get_ident()
         self.tell()
-        barrier(ranks)
+        self.store.wait([f"rank/{r}" for r in range(world_size)])
         self.keeper = "torchrun"  # of the store
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             self.first = json.loads(self.store.get("rank/0"))
@@ -139,9 +82,8 @@ class Watch:
         self.beat += 1
         frames = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[self.main])]  # innermost first
         at = next(filter(None, map(_line_of_ours, frames)), "?")
-        waits = "/torch/distributed/" in frames[0].f_code.co_filename
-        state = dict(beat=self.beat, pid=os.getpid(), host=socket.gethostname(), phase=_State.phase, at=at, waits=waits)
-        state |= dict(count=_State.count, seconds=time.monotonic() - _State.since)
+        state = dict(beat=self.beat, pid=os.getpid(), host=socket.gethostname(), phase=_State.phase, at=at)
+        state |= dict(count=_State.count, seconds=time.monotonic() - _State.since, waits=_waits(frames))
         self.store.set(f"rank/{self.rank}", json.dumps(state))
 
     def run(self):
@@ -209,7 +151,7 @@ class Watch:
                 if state and state["host"] == socket.gethostname() and not _is_gone(state):
                     os.kill(state["pid"], signal.SIGKILL)  # one that is stopped or hangs does not end by itself
                 time.sleep(2)
-            if self.device.type == "cuda":
+            if torch.cuda.is_available():
                 with open(f"nccl_trace_rank{self.rank}.pickle", "wb") as f:  # read by `torchfrtrace`
                     f.write(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]  # not in stubs
         finally:
@@ -236,6 +178,19 @@ def _is_gone(state):
         return True
     except FileNotFoundError:
         return False
+
+
+def _waits(frames: list[FrameType]) -> bool:
+    """Whether a thread waits for other ranks: only frames of torch are inside one of COMMUNICATION. There are some,
+    since a collective ends in an operator of torch (torch/_ops.py). frames: of the thread, innermost first.
+    """
+    for frame in frames:
+        file = frame.f_code.co_filename
+        if file.startswith(COMMUNICATION):
+            return True
+        if not file.startswith(TORCH):
+            break
+    return False
 
 
 def _line_of_ours(frame):
@@ -277,11 +232,11 @@ def _end_together():
     dist.barrier()
 
 
-def watch_ranks(ranks: Ranks, timeouts: tuple[int, int, int]) -> None:
+def watch_ranks(store: dist.Store, rank: int, world_size: int, timeouts: tuple[int, int, int]) -> None:
     """Starts the watch: from now on a rank that dies or exceeds a time-out ends the job, named with its phase and line.
 
-    timeouts: seconds of a start, a rollout and an update.
+    store: of the job; all ranks call this. timeouts: seconds of a start, a rollout and an update. The watch ends with
+    main, which has to run under `flags.run`. dist.DistError: a rank has not started its watch in the store's time-out.
     """
-    if ranks.world_size > 1:
-        _State.watch = Watch(ranks, timeouts)
-        around_main.enter_context(report_failures())
+    _State.watch = Watch(store, rank, world_size, timeouts)
+    around_main.enter_context(report_failures())

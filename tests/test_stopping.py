@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from test_faults import JUDGE, assert_equal, ppo_flags, run, sft_flags
 
 import sft
-from runtime import flags, watch
+from runtime import flags, signals, watch
 
 
 def wait_for_steps(out, n, launched, seconds=120):
@@ -76,7 +76,7 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
     os.kill(launched.ranks[0].pid, signal.SIGTERM)
     time.sleep(0.5)
     os.kill(launched.ranks[0].pid, signal.SIGTERM)  # torchrun's copy of the same notice
-    time.sleep(watch.ONE_NOTICE + 0.5)
+    time.sleep(signals.ONE_NOTICE + 0.5)
     assert launched.ranks[0].is_alive()
     os.kill(launched.ranks[0].pid, signal.SIGTERM)
     launched.ranks[0].join(10)
@@ -129,6 +129,137 @@ def test_a_rank_that(tiny, tmp_path, name):
     codes, output, seconds = end(launched)
     assert codes[0] == watch.RANK_LOST and codes[1] in (watch.RANK_LOST, -signal.SIGKILL, 2) and seconds < 40
     assert re.search(said, output) and not re.search("error: rank 0 ", output), output[-3000:]
+
+
+PATCHED = """
+import os, time
+import sft
+from runtime import flags, training
+
+def on_rank_1(function):
+    def wrapped(*given, **named):
+        if os.environ["RANK"] == "1":
+            {what}
+        return function(*given, **named)
+    return wrapped
+
+{name} = on_rank_1({name})
+flags.run(sft.main, flags.parse(sft.Args, sft.__doc__))
+"""
+TIMEOUTS = ("--timeouts", 60, 4, 4)
+FAULTS = {
+    # the other one waits in clip_grad_norm_, whose innermost frames are not torch.distributed's
+    "hangs in its update": (
+        "training.optimizer_step",
+        "time.sleep(1000)",
+        r"rank 1 .* has been in update of step 1 at sft.py:\d+ for",
+    ),
+    "dies before the run is open": (
+        "sft.read_examples",
+        "os.kill(os.getpid(), 9)",
+        r"rank 1 .* is gone; it was in start at ",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_is_watched_from_its_start(tiny, tmp_path, fault):
+    name, what, said = FAULTS[fault]
+    (tmp_path / "start.py").write_text(PATCHED.format(name=name, what=what))
+    launched = launch(tmp_path / "start.py", *sft_flags(tiny, tmp_path / "run", *TIMEOUTS), processes=2)
+    assert_rank_1_is_named(launched, said)
+
+
+def test_a_rank_that_hangs_in_an_evaluation(tiny, tmp_path):
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=True, what="time.sleep(1000)"))
+    given = ["--task", "reward-accuracy", "--prompts", tiny / "pairs.jsonl", "--judge", f"{tmp_path}/judge.py:score"]
+    launched = launch("evaluate.py", *given, "--out", tmp_path / "run", *TIMEOUTS, processes=2)
+    assert_rank_1_is_named(launched, r"rank 1 .* has been in verdicts at [a-z_/.]+:\d+ for")
+
+
+def assert_rank_1_is_named(launched, said):
+    codes, output, _ = end(launched)
+    assert codes[0] == watch.RANK_LOST and codes[1] in (watch.RANK_LOST, -signal.SIGKILL), output[-3000:]
+    assert re.search(f"error: {said}", output) and not re.search("error: rank 0 ", output), output[-3000:]
+
+
+WAITING = f"""
+import json, sys, threading, time
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import torch
+import torch.distributed as dist
+from conftest import random_model, tiny_config
+from runtime import distributed, flags, training, watch
+
+
+def main(_):
+    ranks = distributed.start("fp32", timeouts=(60, 60, 60))
+    seen = watch._State.watch
+    held = seen.store.clone()
+    model = training.shard(random_model(tiny_config()), ranks)
+    losses = []
+
+    def forward():
+        losses.append(training.nll(model, [([1, 2, 3], [False, True, True])], ranks.device)[0])
+
+    def total_norm():
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        return training.unsharded_value(norm)
+
+    waits = dict(
+        forward=forward,
+        backward=lambda: losses[0].backward(),
+        clip_grad_norm_=lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+        full_tensor=lambda: next(model.parameters()).full_tensor().sum().item(),
+        total_norm=total_norm,
+        all_sum=lambda: distributed.all_sum(ranks, 1.0),
+        all_max=lambda: distributed.all_max(ranks, 1.0),
+        all_gather=lambda: distributed.all_gather(ranks, ["a"]),
+        barrier=lambda: distributed.barrier(ranks),
+    )
+
+    def sample(name):
+        # what rank 0 says of itself: does it wait, 20 times in a row?
+        in_a_row, deadline = 0, time.monotonic() + 3
+        while in_a_row < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            seen.tell()
+            in_a_row = in_a_row + 1 if json.loads(seen.store.get("rank/0"))["waits"] else 0
+        print(name, in_a_row == 20, flush=True)
+        seen.store.set(name, "")
+
+    for name, wait in waits.items():
+        dist.barrier()
+        if ranks.rank == 0:
+            threading.Thread(target=sample, args=(name,)).start()
+        else:
+            threading.Timer(0.1, lambda: (seen.tell(), seen.store.set(name + " told", ""))).start()
+            held.wait([name, name + " told"])
+            print(name, json.loads(seen.store.get("rank/1"))["waits"], flush=True)
+        wait()
+
+
+flags.run(main, None)
+"""
+
+
+def test_who_waits_for_another_rank(tmp_path):
+    """Rank 1 is held up by something else before each of these; rank 0 is in it."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    output = finish(launch(tmp_path / "waiting.py", processes=2))
+    said = [line.split() for line in output.splitlines() if line.endswith(("True", "False"))]
+    names = {name for name, _ in said}
+    assert len(names) == 9 and sorted(said) == sorted([name, w] for name in names for w in ("False", "True")), said
+
+
+def test_progress_in_a_phase_restarts_its_time_and_is_no_other_phase(monkeypatch):
+    """Ranks need not have the same number of answers to ask for."""
+    watch.set_phase("verdicts")
+    count, since = watch._State.count, watch._State.since
+    watch.set_phase("verdicts")
+    assert watch._State.count == count and watch._State.since > since
+    watch.set_phase("answers")
+    assert watch._State.count == count + 1
 
 
 def states(*ranks):
