@@ -38,8 +38,10 @@ class ServerLimits:
     """Samples of all requests that wait or run. Further requests are answered 503."""
     max_tokens_held: flags.Count = 2**22
     """Tokens of all requests that wait or run, in prompts and in lists of top_logprobs. Then 503."""
+    max_logprobs: flags.Count = 2**17
+    """Log-probs in an answer: n * max_tokens * (1 + top_logprobs)."""
     max_connections: flags.Count = 2048
-    """Open connections. Then 503."""
+    """Open connections. Then 503. Lowered if the system allows fewer open files (ulimit -n)."""
     read_timeout: flags.Positive = 30
     """Seconds for a request to arrive."""
     write_timeout: flags.Positive = 60
@@ -78,6 +80,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -85,16 +88,20 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import h11
 import pydantic
+import pydantic_core
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import Chat
@@ -109,6 +116,7 @@ T = TypeVar("T")
 
 
 LONGEST_STOP = 1000  # characters of a stop string: each piece of text is searched for it
+MOST_VALUES = 2**14  # objects, lists, texts and numbers in a request: nobody else is served while they are checked
 
 # Fields of other servers, with the values that change nothing. null is accepted for every field.
 NEUTRAL = {
@@ -161,7 +169,7 @@ class TextPart(Fields):
 class Message(Fields):
     harmless = frozenset({"name"})
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], pydantic.Field(max_length=1000)]
+    content: str | list[TextPart]
 
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -211,10 +219,29 @@ class BadRequest(Exception):
         self.status = status
 
 
+def check_size(content: Any) -> None:
+    """BadRequest: a request holds too many values, such as messages."""
+    n_values = 0
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        values = value.values() if isinstance(value, dict) else value
+        if isinstance(value, dict | list):
+            n_values += len(values)
+            if n_values > MOST_VALUES:
+                raise BadRequest(f"the request has over {MOST_VALUES} values: messages, their parts and fields")
+            waiting.extend(values)
+
+
 def read_request(body: bytes, name: str, max_n: int) -> ChatRequest:
-    """Parses a body. BadRequest: it is not JSON, or a field is missing, out of range or not supported."""
+    """Parses a body. BadRequest: it is not JSON or too much, or a field is missing, out of range or not supported."""
     try:
-        request = ChatRequest.model_validate_json(body)
+        content = pydantic_core.from_json(body)
+    except ValueError as error:
+        raise BadRequest(f"Invalid JSON: {error}") from error
+    check_size(content)
+    try:
+        request = ChatRequest.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -367,6 +394,20 @@ def usage(n_prompt: int, choices: list[Choice]) -> dict:
     return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
 
 
+def completion(chat: Chat, head: dict, choices: list[Choice], n_prompt: int, request: ChatRequest) -> JSONResponse:
+    """The answer to a request that is no stream. With many log-probs this takes seconds."""
+    answers = [
+        {
+            "index": choice.sample.index,
+            "finish_reason": choice.finish_reason,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": logprobs_of(chat, choice.sample, request.top_logprobs) if request.logprobs else None,
+        }
+        for choice in choices
+    ]
+    return JSONResponse(head | {"object": "chat.completion", "choices": answers, "usage": usage(n_prompt, choices)})
+
+
 async def while_connected(http: Request, work: Awaitable[T]) -> T:
     """The result of `work`. ClientDisconnect: the client has gone before it was there."""
     task = asyncio.ensure_future(work)
@@ -400,7 +441,7 @@ async def pieces_of(chat: Chat, worker: EngineThread, key: int, listener: Listen
         if event.error:
             raise BadRequest(f"generation failed: {event.error}", status=500)
         samples_left -= 1
-        choice = choice_of(chat, event, request.stop)
+        choice = await asyncio.to_thread(choice_of, chat, event, request.stop)
         yield event.index, choice.text, choice
 
 
@@ -467,6 +508,37 @@ def is_own_host(name: str | None) -> bool:
         return name in ("localhost", socket.gethostname())
 
 
+def read_to_end(app: ASGIApp, seconds: float) -> ASGIApp:
+    """Reads what is left of a request, for so many seconds since its start, before its answer is sent.
+
+    A connection that is closed with unread bytes is reset, and its client may not see why it was refused.
+    """
+
+    async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+        is_left = scope["type"] == "http"  # whether more of the request may come
+        deadline = asyncio.get_running_loop().time() + seconds
+
+        async def receive_part() -> ASGIMessage:
+            nonlocal is_left
+            message = await receive()
+            is_left = message.get("more_body", False)
+            return message
+
+        async def send_after(message: ASGIMessage) -> None:
+            if is_left and message["type"] == "http.response.start":
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        while is_left:
+                            await receive_part()
+                except TimeoutError:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await app(scope, receive_part, send_after)
+
+    return whole
+
+
 def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Starlette:
     worker = EngineThread(engine, limits.max_samples, limits.max_tokens_held)
     numbers = itertools.count()
@@ -528,6 +600,13 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
         wanted = request.max_completion_tokens or request.max_tokens or tokens_left
         max_new_tokens = min(wanted, tokens_left)
         top_logprobs = request.top_logprobs or 0
+        n_logprobs = n * max_new_tokens * (1 + top_logprobs)
+        if request.logprobs and n_logprobs > limits.max_logprobs:
+            raise BadRequest(
+                f"n * max_tokens * (1 + top_logprobs) is {n_logprobs}; this server gives at most "
+                f"{limits.max_logprobs} log-probs in an answer",
+                "logprobs",
+            )
         seed = secrets.randbits(56) if request.seed is None else request.seed
         try:
             return worker.submit(
@@ -559,20 +638,10 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
                 stream = Stream(chunks, partial(worker.release, key))
                 return stream
             choices = await while_connected(http, choices_of(pieces))
+            return await asyncio.to_thread(completion, chat, head, choices, len(prompt_ids), request)
         finally:
             if stream is None:
                 worker.release(key)
-        answers = [
-            {
-                "index": choice.sample.index,
-                "finish_reason": choice.finish_reason,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": logprobs_of(chat, choice.sample, request.top_logprobs) if request.logprobs else None,
-            }
-            for choice in choices
-        ]
-        body = {"object": "chat.completion", "choices": answers, "usage": usage(len(prompt_ids), choices)}
-        return JSONResponse(head | body)
 
     app = Starlette(
         routes=[
@@ -581,14 +650,38 @@ def make_app(engine: Engine, chat: Chat, name: str, limits: ServerLimits) -> Sta
             Route("/v1/chat/completions", guarded(completions), methods=["POST"]),
         ],
         exception_handlers={404: not_found, 405: not_found, BadRequest: refused, ClientDisconnect: left_alone},
+        middleware=[Middleware(read_to_end, limits.read_timeout)],
     )
     app.state.worker = worker
     app.state.limits = limits
     return app
 
 
+SPARE_CONNECTIONS = 128  # over the limit: they are answered 503, further ones are closed at once
+BACKLOG = 128  # connections that the event loop may accept before it closes any
+OTHER_FILES = 128  # weights, libraries, devices
+
+
+def fitting_connections(wanted: int) -> int:
+    """Returns how many connections this process may have, up to the wanted number. Raises its limit on open files for
+    them. Without a file for a connection, nobody could connect. ValueError: the system allows none.
+    """
+    needed = wanted + SPARE_CONNECTIONS + BACKLOG + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    fitting = wanted - (needed - allowed)
+    if fitting < 1:
+        raise ValueError(f"ulimit -n is {hard}; a server needs {needed - wanted} open files and one per connection")
+    if fitting < wanted:
+        print(f"--max-connections {wanted}: lowered to {fitting}, since ulimit -n is {hard}", file=sys.stderr)
+    return fitting
+
+
 class Connection(H11Protocol):
-    """Closes when the head of a request does not arrive in time, or the client stops reading."""
+    """Closes when the head of a request does not arrive in time, or the client stops reading. Answers 503 if there are
+    too many connections."""
 
     def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -600,6 +693,14 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        over_limit = len(self.connections) - self.limits.max_connections
+        if over_limit > SPARE_CONNECTIONS:
+            return transport.abort()
+        if over_limit > 0:
+            error = BadRequest("too many connections", status=503)
+            headers = {"Retry-After": str(RETRY_AFTER), "Connection": "close"}
+            refusal = JSONResponse(error_body(error), error.status, headers)
+            self.app = read_to_end(refusal, self.limits.read_timeout)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` is called for every unread byte
         self.time_head()
 
@@ -641,13 +742,13 @@ def cancel_timer(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
-def server_config(app: Starlette, limits: ServerLimits, **settings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, http=Connection, ws="none", limit_concurrency=limits.max_connections, log_level="warning", **settings
-    )
+def server_config(app: Starlette, **settings) -> uvicorn.Config:
+    # below errors there is a line for each request that is none
+    return uvicorn.Config(app, http=Connection, ws="none", backlog=BACKLOG, log_level="error", **settings)
 
 
 def main(args: Args) -> None:
+    limits = replace(args, max_connections=fitting_connections(args.max_connections))
     ranks = start(args.dtype)
     chat = Chat(args.model)
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
@@ -656,9 +757,9 @@ def main(args: Args) -> None:
         raise ValueError(f"--max-len {args.max_len}: expected 2 to {positions}, the positions of {args.model}")
     engine = Engine(model, chat.stop_ids, args.max_len or positions, args.max_batch, args.kv_tokens)
     name = args.name or args.model
-    app = make_app(engine, chat, name, args)
+    app = make_app(engine, chat, name, limits)
     print(f"{name!r} at http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
-    uvicorn.Server(server_config(app, args, host=args.host, port=args.port)).run()
+    uvicorn.Server(server_config(app, host=args.host, port=args.port)).run()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Running:
         limits = serve.ServerLimits(**limits)
         app = serve.make_app(self.engine, self.chat, "tiny", limits)
         self.worker = app.state.worker
-        self.server = uvicorn.Server(serve.server_config(app, limits, port=0))
+        self.server = uvicorn.Server(serve.server_config(app, port=0))
         sockets = None
         if send_buffer:  # bytes that the kernel takes for a client that does not read
             sockets = [socket.create_server(("127.0.0.1", 0))]

@@ -5,12 +5,14 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import resource
 import socket
 import time
 
 import pytest
 from test_serve import MESSAGES, Running, until
 
+import serve
 from engine import Sample
 from engine.thread import Listener, Progress, RequestFailed
 
@@ -75,6 +77,34 @@ def test_a_body_that_is_too_large(limited):
     assert post(limited, BODY)[0] == 200
 
 
+@pytest.mark.parametrize(
+    "status, head",
+    [
+        (413, HEAD),
+        (415, HEAD.replace(b"application/json", b"text/plain")),
+        (403, HEAD.replace(b"localhost", b"a.example")),
+        (404, HEAD.replace(b"completions", b"nothing")),
+        (405, HEAD.replace(b"POST", b"PUT")),
+    ],
+    ids=["413", "415", "403", "404", "405"],
+)
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"], ids=["keep", "close"])
+def test_who_sends_a_large_body_gets_to_read_why_it_is_refused(limited, status, head, close):
+    """No reset while it sends: it reads the answer only then."""
+    with socket.create_connection(("127.0.0.1", limited.port)) as raw:
+        raw.sendall(head + close + b"Content-Length: %d\r\n\r\n" % 2**24)
+        raw.sendall(b"x" * 2**24)
+        assert raw.recv(100).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_a_body_without_an_end_is_refused_all_the_same(limited):
+    started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", limited.port)) as raw:
+        raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % 2**30 + b"x" * 2**21)
+        assert b"HTTP/1.1 413 " in read_all(raw)
+    assert time.monotonic() - started < 4  # read_timeout is 1.5
+
+
 def test_samples_and_tokens_have_limits(limited):
     assert error_of(limited, BODY | {"n": 9}) == (400, "n 9: this server gives at most 8 samples")
     listed = {"logprobs": True, "top_logprobs": 20, "max_tokens": 200, "n": 8}
@@ -82,6 +112,56 @@ def test_samples_and_tokens_have_limits(limited):
     assert status == 400 and "a request of 320" in message and "holds 20000 of all" in message
     assert error_of(limited, BODY | {"stop": "x" * 1001})[0] == 400
     assert idle(limited)
+
+
+def test_log_probs_have_a_limit(limited, monkeypatch):
+    """They are counted with those of the alternatives."""
+    monkeypatch.setattr(limited.server.config.app.state.limits, "max_logprobs", 100)
+    for more in (dict(n=8, max_tokens=13), dict(max_tokens=5, top_logprobs=20)):
+        status, message = error_of(limited, BODY | more | {"logprobs": True})
+        assert status == 400 and "at most 100 log-probs" in message
+    for more in (dict(n=8, max_tokens=12, logprobs=True), dict(n=8, max_tokens=13)):
+        assert post(limited, BODY | more)[0] == 200
+    assert idle(limited)
+
+
+@pytest.mark.parametrize("slow", ["logprobs_of", "choice_of"])
+def test_a_long_answer_holds_up_nobody(limited, monkeypatch, slow):
+    function, reached = getattr(serve, slow), []
+    monkeypatch.setattr(serve, slow, lambda *given: (reached.append(1), time.sleep(1), function(*given))[2])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, limited, BODY | {"logprobs": True})
+        until(lambda: reached)
+        started = time.monotonic()
+        assert ask_health(limited) == 200 and time.monotonic() - started < 0.5
+        assert not asked.done() and asked.result()[0] == 200
+
+
+def ask_health(running):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, 10)) as raw:
+        raw.request("GET", "/health")
+        return raw.getresponse().status
+
+
+PART = {"type": "text", "text": ""}
+MANY = {
+    "messages": BODY | {"messages": [{"role": "user", "content": ""}] * 10_000},
+    "parts of a message": BODY | {"messages": [{"role": "user", "content": [PART] * 10_000}]},
+    "parts of messages": BODY | {"messages": [{"role": "user", "content": [PART] * 100}] * 100},
+    "fields": BODY | dict.fromkeys(map(str, range(20_000))),
+    "fields of a message": BODY | {"messages": [MESSAGES[0] | dict.fromkeys(map(str, range(20_000)))]},
+    "numbers": BODY | {"stop": [0] * 20_000},
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_a_request_holds_has_a_limit(limited, monkeypatch, name):
+    """The number of messages, too, and not only their text: no field is checked, no text is encoded."""
+    encoded = []
+    monkeypatch.setattr(limited.chat, "encode", encoded.append)
+    monkeypatch.setattr(serve.ChatRequest, "model_validate", encoded.append)
+    status, message = error_of(limited, MANY[name])
+    assert status == 400 and "over 16384 values" in message and not encoded
 
 
 def test_a_full_queue_says_when_to_come_again(limited):
@@ -258,6 +338,67 @@ def test_two_hundred_at_once_get_what_each_gets_alone(limited):
 
     assert asyncio.run(ask_all()) == [alone[i % 4] for i in range(200)]
     until(lambda: idle(limited))
+
+
+# -- connections
+
+
+def test_too_many_connections_are_refused_and_lock_out_nobody(tiny, monkeypatch, capfd):
+    monkeypatch.setattr(serve, "SPARE_CONNECTIONS", 2)
+    running = Running(str(tiny / "checkpoint"), max_connections=3, read_timeout=3.0)
+    try:
+        with contextlib.ExitStack() as stack:
+            raws = []
+            for _ in range(8):
+                raws.append(stack.enter_context(socket.create_connection(("127.0.0.1", running.port))))
+                time.sleep(0.02)
+            connections = running.server.server_state.connections
+            until(lambda: len(connections) == 5)  # three with an answer, two to be told, three closed
+            assert [read_all(raw, 1) for raw in raws[5:]] == [b""] * 3
+            body = json.dumps(BODY).encode()
+            raws[4].sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            refused = read_all(raws[4], 1)
+            assert refused.startswith(b"HTTP/1.1 503 ") and b"retry-after: 5" in refused.lower()
+            assert b"too many connections" in refused
+            raws[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert raws[0].recv(100).startswith(b"HTTP/1.1 200 ")
+            until(lambda: not connections, 10)  # the others have asked for nothing
+        assert ask_health(running) == 200
+        assert capfd.readouterr().err == ""
+    finally:
+        running.server.should_exit = True
+        running.thread.join(10)
+
+
+NEEDED = serve.SPARE_CONNECTIONS + serve.BACKLOG + serve.OTHER_FILES
+
+
+@pytest.mark.parametrize(
+    "before, after, fitting",
+    [
+        ((1024, 4096), (2000 + NEEDED, 4096), 2000),  # raised
+        ((1024, -1), (2000 + NEEDED, -1), 2000),
+        ((-1, -1), None, 2000),
+        ((2**20, 2**20), None, 2000),
+        ((1024, 1200), (1200, 1200), 1200 - NEEDED),  # as far as it goes
+        ((1024, 1024), None, 1024 - NEEDED),
+    ],
+)
+def test_connections_fit_into_the_open_files(monkeypatch, capsys, before, after, fitting):
+    assert resource.RLIM_INFINITY == -1
+    given = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: before)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: given.append(limits))
+    assert serve.fitting_connections(2000) == fitting
+    assert given == ([after] if after else [])
+    lowered = f"--max-connections 2000: lowered to {fitting}, since ulimit -n is {before[1]}\n"
+    assert capsys.readouterr().err == (lowered if fitting < 2000 else "")
+
+
+def test_a_server_without_files_for_connections(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (NEEDED, NEEDED))
+    with pytest.raises(ValueError, match=f"ulimit -n is {NEEDED}; a server needs {NEEDED} open files and one per"):
+        serve.fitting_connections(2000)
 
 
 # -- who may ask
