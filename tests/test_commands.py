@@ -137,12 +137,13 @@ def test_the_commands_of_a_page_run_as_written(reader, page):
 
 
 def test_the_notebook_runs_from_top_to_bottom(reader, monkeypatch):
-    """With a tiny checkpoint instead of the one on the hub, few steps, and a stand-in for IPython."""
+    """With a tiny checkpoint instead of the one on the hub, few rows and steps, and a stand-in for IPython."""
     shown = []
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=shown.append))
     monkeypatch.chdir(reader)
-    fewer = {"sft.py": " --max-steps 2", "ppo_cpe.py": " --max-steps 2 --eval-n 4"}
+    fewer = {"data/persona_world.py": " --pairs 60 --eval-prompts 8 --eval-pairs 8"}
+    fewer |= {"sft.py": " --max-steps 2", "ppo_cpe.py": " --max-steps 2 --eval-n 4"}
     names = {}
     scripts = []
     for cell in json.loads(read("docs/ten_steps.ipynb"))["cells"]:
