@@ -405,7 +405,7 @@ def win_rate(args: Args, ranks: Ranks) -> None:
     comparison = compare(annotations, args.seed, gamed, args.bootstrap_draws)
     results = {side: summarize(answers[side], [v for v in verdicts if v.get("side") == side]) for side in SIDES}
     write_json(os.path.join(args.out, "annotations.json"), annotations)
-    write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": dataclasses.asdict(args)})
+    write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": flags.record(args)})
     sides = {answers[side].generator: results[side] for side in SIDES}
     text = tables.write_tables(args.out, [comparison], [annotations], sides=sides)
     print(f"{side_table(results)}\n\n{text}")
@@ -428,7 +428,7 @@ def compare_files(args: Args) -> None:
         if not any(agreements):
             raise ValueError(f"{label_path}: no instruction with the same two outputs as in --annotations")
         kappas += [kappa for kappa in agreements if kappa]
-    results = dict(comparisons=comparisons, paired_tests=tests, kappas=kappas, args=dataclasses.asdict(args))
+    results = dict(comparisons=comparisons, paired_tests=tests, kappas=kappas, args=flags.record(args))
     write_json(os.path.join(args.out, "results.json"), results)
     print(tables.write_tables(args.out, comparisons, [rows for _, rows in files], tests, kappas))
     print(f"written: {args.out}/ (results.json, leaderboard.csv, table.md, plots/)")
@@ -464,7 +464,7 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
         judge=args.judge,
     )
     write_rows(os.path.join(args.out, "verdicts.jsonl"), rows)
-    write_results(args.out, results, dataclasses.asdict(args), accuracy_table(results), "verdicts.jsonl")
+    write_results(args.out, results, flags.record(args), accuracy_table(results), "verdicts.jsonl")
 
 
 # -- persona swap ------------------------------------------------------------------------------------------------------
@@ -524,7 +524,7 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
         named.append(dict(prompt_id=row["prompt_id"], persona=stranger, own=a, swapped=b))
     write_rows(os.path.join(args.out, "verdicts.jsonl"), named)
     table = swap_table(results)
-    write_results(args.out, results, dataclasses.asdict(args), table, "answers_model.jsonl, verdicts.jsonl")
+    write_results(args.out, results, flags.record(args), table, "answers_model.jsonl, verdicts.jsonl")
 
 
 def swap_table(results: dict) -> str:

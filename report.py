@@ -3,8 +3,8 @@
 The page is a single file that needs no network. Make it while the run goes on, and again later: its address keeps
 your place. It shows
 
-- rollouts, edits as word-level diffs, tokens coloured by log-prob, ratio, weight or advantage (`--log-tokens` of
-  ppo_cpe.py). A page of many rollouts holds a sample of each step, and says so;
+- rollouts with their prompts, edits as word-level diffs, tokens coloured by log-prob, ratio, weight or advantage
+  (`--log-tokens` of ppo_cpe.py). A page of many rollouts holds a sample of each step, and says so;
 - curves of everything in metrics.jsonl, and warnings, each by a rule in words (reporting/warnings.py);
 - evaluations with the answers of both sides; annotated data with its quality sheet (data/quality.py).
 

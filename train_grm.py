@@ -126,6 +126,10 @@ class Settings(Args):
     lr: float
     max_length: int
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return DEFAULTS[self.objective]
+
 
 def with_defaults(args: Args) -> Settings:
     """Fills in the objective's value where none was given."""

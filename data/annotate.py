@@ -436,7 +436,7 @@ def write_step(
     summary_file = os.path.join(args.out, "annotation.json")
     summary = read_json(summary_file) if os.path.isfile(summary_file) else {"steps": {}}
     fractions_of = dict(failed=requests, discarded=discarded_of)
-    summary["args"] = dataclasses.asdict(args)
+    summary["args"] = flags.record(args)
     summary["steps"][step] = dict(rows=len(rows), dropped=counts, of=fractions_of)
     summary["models"] = spent_by_model(asker)
     write_text(summary_file, json.dumps(summary, ensure_ascii=False, indent=1))

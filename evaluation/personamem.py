@@ -15,7 +15,6 @@ letter.
 `args` are those of evaluate.py.
 """
 
-import dataclasses
 import os
 import re
 import sys
@@ -32,7 +31,7 @@ from judges.base import weights_fingerprint
 from judges.chat_client import is_url
 from model import Transformer, load_pretrained
 from prompts import without_reasoning
-from runtime import packing
+from runtime import flags, packing
 from runtime.digests import digest_of
 from runtime.distributed import Ranks
 from runtime.rows import read_rows, write_rows
@@ -198,7 +197,7 @@ def evaluate(args, ranks: Ranks) -> None:
         choices.append({**row, **reply, "right": judged[i], "likelihood": likely[i] if likely else None})
     write_rows(os.path.join(args.out, "choices.jsonl"), choices)
     table = choices_table(results, list(right))
-    write_results(args.out, results, dataclasses.asdict(args), table, "choices.jsonl")
+    write_results(args.out, results, flags.record(args), table, "choices.jsonl")
 
 
 def choices_table(results: dict, measures: list[str]) -> str:

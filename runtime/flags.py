@@ -223,8 +223,14 @@ def may_change(args_class: type) -> set[str]:
 
 
 def non_default(args: Any) -> list[str]:
-    """Names of the flags whose value is not the default."""
-    return [field.name for field in dataclasses.fields(args) if getattr(args, field.name) != field.default]
+    """Names of the flags whose value is not the default. args.defaults, if there is one, comes before the fields'."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)} | getattr(args, "defaults", {})
+    return [name for name, default in defaults.items() if getattr(args, name) != default]
+
+
+def record(args: Any) -> dict[str, Any]:
+    """The flags as a file of results holds them: {name: value}, and the names of those that are not the default."""
+    return dataclasses.asdict(args) | {"non_default": non_default(args)}
 
 
 def help_text(args_class: type, doc: str) -> str:

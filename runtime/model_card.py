@@ -64,7 +64,7 @@ def model_card(out: str, args: RuntimeArgs, inputs: dict[str, str], base_folder:
     script = os.path.basename(sys.argv[0])
     trained_from = f"`{base}`" if base else "random weights"
     if origin and origin != base:
-        trained_from += f", which comes from {origin}"
+        trained_from += f" (which was trained from {origin})"
     data = {f"`{flag(name)}`": getattr(args, name) for name in DATA_FLAGS if getattr(args, name, None)}
     changed = {f"`{flag(name)}`": getattr(args, name) for name in non_default(args)}
     metrics = logged_rows(os.path.join(out, "metrics.jsonl"))[-1]

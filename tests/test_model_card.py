@@ -10,7 +10,8 @@ from conftest import error_of, grm_flags, parse, read_metrics, run_script
 from huggingface_hub.repocard import metadata_load
 
 import sft
-from runtime import model_card
+import train_grm
+from runtime import flags, model_card
 
 CARD = "---\nlicense: other\nlicense_name: acme\nbase_model: acme/base-7b\n---\n# Base\n"
 
@@ -21,8 +22,8 @@ def flags_of(tiny, out, model=None):
     return [*model, *data, "--batch-size", 4, "--max-steps", 1, "--out", out]
 
 
-def run(*flags):
-    sft.main(parse(sft.Args, sft.__doc__, [str(flag) for flag in flags]))
+def run(*words):
+    sft.main(parse(sft.Args, sft.__doc__, [str(word) for word in words]))
 
 
 def test_the_last_weights_have_a_model_card(tiny, tmp_path):
@@ -34,7 +35,7 @@ def test_the_last_weights_have_a_model_card(tiny, tmp_path):
     licence = dict(license="other", license_name="acme", base_model="acme/base-7b")
     metadata = metadata_load(tmp_path / "sft/policy/README.md")
     assert metadata == licence | dict(library_name="transformers", tags=["critique-post-edit"])
-    assert f"Trained from `{base}`, which comes from acme/base-7b by `sft.py`" in card
+    assert f"Trained from `{base}`, (which was trained from acme/base-7b) by `sft.py`" in card
     assert f"| `--data` | {tiny / 'pairs.jsonl'} |" in card and "| `--batch-size` | 4 |" in card
     assert "--lr" not in card  # as by default
     inputs = json.loads((tmp_path / "sft/args.json").read_text())["inputs"]
@@ -94,12 +95,12 @@ def test_the_last_weights_go_to_the_hub(tiny, tmp_path, hub, capsys):
     """Into a new repository that is private. A run that has ended is pushed by the same command with the flag."""
     run(*flags_of(tiny, tmp_path / "sft"))
     assert hub.repos == {}
-    flags = [*flags_of(tiny, tmp_path / "sft"), "--push-to-hub", "me/mine"]
+    pushed = [*flags_of(tiny, tmp_path / "sft"), "--push-to-hub", "me/mine"]
     hub.down = "no route"
-    message = error_of(sft, capsys, *flags)
+    message = error_of(sft, capsys, *pushed)
     assert "--push-to-hub me/mine: ConnectionError: no route; the weights are in" in message
     hub.down = None
-    run(*flags)
+    run(*pushed)
     assert hub.repos == {"me/mine": True} and hub.files >= {"README.md", "config.json", "model.safetensors"}
     assert "pushed: https://hub/me/mine/commit/1" in capsys.readouterr().out
 
@@ -112,3 +113,13 @@ def test_a_push_that_cannot_work_ends_before_any_work(tiny, tmp_path, hub, monke
     message = error_of(sft, capsys, *flags_of(tiny, tmp_path / "sft"), "--push-to-hub", repo)
     assert message.startswith(f"error: --push-to-hub {repo}: ") and said in message
     assert not (tmp_path / "sft").exists() and hub.repos == {}
+
+
+def test_flags_that_are_not_the_default():
+    """Of train_grm.py, whose defaults are those of the objective, too."""
+    assert flags.record(sft.Args(batch_size=4)).items() >= dict(batch_size=4, non_default=["batch_size"]).items()
+    for objective in ("grm", "bt"):
+        args = train_grm.with_defaults(train_grm.Args(objective=objective))
+        assert flags.non_default(args) == ([] if objective == "grm" else ["objective"])
+        other = train_grm.with_defaults(train_grm.Args(objective=objective, lr=0.5))
+        assert flags.non_default(other) == [*flags.non_default(args), "lr"]
