@@ -35,7 +35,7 @@ def test_the_last_weights_have_a_model_card(tiny, tmp_path):
     licence = dict(license="other", license_name="acme", base_model="acme/base-7b")
     metadata = metadata_load(tmp_path / "sft/policy/README.md")
     assert metadata == licence | dict(library_name="transformers", tags=["critique-post-edit"])
-    assert f"Trained from `{base}`, (which was trained from acme/base-7b) by `sft.py`" in card
+    assert f"Trained from `{base}` (which was trained from acme/base-7b) by `sft.py`" in card
     assert f"| `--data` | {tiny / 'pairs.jsonl'} |" in card and "| `--batch-size` | 4 |" in card
     assert "--lr" not in card  # as by default
     inputs = json.loads((tmp_path / "sft/args.json").read_text())["inputs"]
