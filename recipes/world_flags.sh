@@ -4,8 +4,7 @@ BASE_FLAGS=(--epochs 2 --layers 3 --batch-size 32 --lr 3e-3 --warmup-ratio 0.05 
 SFT_FLAGS=(--epochs 1 --batch-size 64 --lr 3e-4 --tokens-per-microbatch 8192)
 GRM_FLAGS=(--epochs 2 --batch-size 32 --lr 1.5e-3 --tokens-per-microbatch 8192)
 BT_FLAGS=(--epochs 1 --batch-size 64 --lr 3e-4 --tokens-per-microbatch 8192)
-# dpo.py and ppo_cpe.py: the learning rate of the policy differs between methods, so callers give it
-DPO_FLAGS=(--epochs 1 --batch-size 64 --tokens-per-microbatch 8192)
+# the learning rate of the policy differs between methods, so callers give it
 RL_FLAGS=(--prompts-per-step 16 --mini-batch-prompts 8 --max-new-tokens 96 --judge-max-new-tokens 96
     --temperature 1 --top-p 1 --critic-lr 2e-3 --tokens-per-microbatch 8192)
 # PPO without edits, n = 6: as many trained responses per prompt as CPE's 4 answers and 2 edits (docs/method.md 1.9)

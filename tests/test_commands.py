@@ -113,7 +113,7 @@ def write_personamem(data):
 
 def save_what_pages_hold(folder):
     """Their reward functions become the files that their commands name."""
-    (code,) = re.findall(r"^    def reward\(.*\n(?:    .*\n)+", read("README.md"), re.MULTILINE)
+    (code,) = re.findall(r"^    def reward\(.*\n(?:    .*\n)+", read("docs/stages.md"), re.MULTILINE)
     (folder / "my_reward.py").write_text(re.sub(r"^    ", "", code, flags=re.MULTILINE))
     forks = read("docs/forking.md")
     (code,) = re.findall(r"```python\n(.*?def brief.*?)```", forks, re.DOTALL)

@@ -16,7 +16,7 @@ from data.persona_world import TOPICS, judge, judgement_rows, recites_profile, s
 from judges import annotated_critiques
 from prompts import DIMENSIONS
 from recipes import rare_content, real_curve, sanity_checks, tiny_table
-from results.make import experiments, paper
+from results.make import experiments, ladder, sweep
 from runtime.rows import check_row, read_rows
 
 # -- the shell recipes -------------------------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ def scripts_at(calls, script):
 def test_the_tiny_recipe_and_the_experiments_train_with_the_same_flags(calls_of):
     tiny = [" ".join(call[1:]) for call in calls_of("tiny.sh", OUT="out")]
     tiny = [command.removeprefix("--nproc_per_node=2 ") for command in tiny]
-    full = [command for e in experiments.experiments_of(paper.trainings(3), "out") for command in e.commands]
+    wanted = ladder.experiments("out") + sweep.experiments("out", 1)
+    full = [command for e in wanted for command in e.commands]
     stages = {
         "base": "sft.py --from-scratch",
         "sft": "sft.py --model",
@@ -162,7 +163,7 @@ def test_the_tiny_recipe_and_the_experiments_train_with_the_same_flags(calls_of)
         "evaluation": "evaluate.py --model",
     }
     for stage, start in stages.items():
-        for commands in (tiny, full):
+        for commands in (tiny, full) if stage != "bt" else (tiny,):
             found = [command for command in commands if command.startswith(start)]
             assert found and all(experiments.FLAGS[stage] in command for command in found)
     without_edits = [command for command in tiny if experiments.FLAGS["ppo"] in command]
@@ -239,7 +240,7 @@ def write_run(folder, rng, steps=3):
         "edit/kept": 0.6,
         "edit/novel": 0.1,
     }
-    costs = dict(batch=2, generated_tokens=10, judge_calls=3)
+    costs = {"batch": 2, "generated_tokens": 10, "judge_calls": 3, "seconds/update": 1.0}
     write(folder / "metrics.jsonl", [dict(step=step + 1, **costs, **ledger) for step in range(steps)])
     before, after = [], []
     for step in range(1, steps + 1):

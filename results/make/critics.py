@@ -1,7 +1,7 @@
 """Critics for `--judge results/make/critics.py:NAME`: the exact judge's scores, with critiques of different quality.
 
 What does CPE need of its critic? The reward is the same for all of them; only the words of the critique differ
-(results/make/rarity.py, "The quality of critiques"). This module is no command: ppo_cpe.py loads its functions.
+(results/make/sweep.py). This module is no command: ppo_cpe.py loads its functions.
 """
 
 from random import Random

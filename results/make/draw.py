@@ -9,43 +9,20 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from evaluation.tables import markdown_row
-from prompts import DIMENSIONS
 from results.make.figures import Figures
 
 COLUMNS = {  # figure: (heading, digits, factor)
     "reward": ("score", 2, 1),
-    "helpfulness": ("helpful", 2, 1),
-    "personalization": ("personal", 2, 1),
-    "naturalness": ("natural", 2, 1),
-    "win": ("win rate, %", 1, 1),
-    "lc": ("LC win rate, %", 1, 1),
     "n_tokens": ("tokens", 1, 1),
     "recites": ("recites, %", 1, 1),
-    "claims": ("claims right, %", 1, 1),
-    "swap": ("persona swap", 2, 1),
-    "in_training": ("score over training", 2, 1),
-    "trained": ("trained samples", 0, 1),
     "generated": ("generated tokens", 0, 1),
     "judge_calls": ("judge calls", 0, 1),
-    "minutes": ("minutes", 1, 1),
     "last_step": ("last step, %", 1, 100),
     "advice": ("advice, %", 1, 100),
     "advice_right": ("advice right, %", 1, 100),
     "wrong": ("wrong fact, %", 1, 100),
-    "edit/gain": ("gain of edits", 2, 1),
-    "edit/ratio_low": ("ratio low, share", 3, 1),
-    "edit/weight": ("weight", 2, 1),
-    "inserted": ("mass on inserted, %", 1, 1),
-    "edit/novel": ("novel tokens, % of edit tokens", 1, 100),
-    "edit/novel_weight": ("weight on a novel token", 3, 1),
-    "edit/novel_clipfrac": ("without gradient, %", 1, 100),
-    "edit/inserted_weight": ("weight on inserted", 3, 1),
-    "edit/inserted_clipfrac": ("without gradient, %", 1, 100),
-    "rollout": ("rollout, s", 1, 1),
-    "score": ("score, s", 1, 1),
     "update": ("update, s", 1, 1),
 }
-SCORES = ("reward", *DIMENSIONS)
 RARE_CONTENT = ("last_step", "advice", "advice_right", "wrong")
 GREY = "#777777"
 
@@ -150,13 +127,13 @@ def save_figure(figure: Figure, folder: str, name: str) -> None:
         figure.savefig(f"{folder}/{name}.svg", metadata={"Date": None})
 
 
-def plot_range(axis: Axes, curves: Sequence, color: str, xs: Sequence | None = None, **style) -> None:
+def plot_range(axis: Axes, curves: Sequence, color: str, **style) -> None:
     """Mean over seeds and, shaded, their range.
 
-    curves: one per seed, cut to the shortest; a None in one is a gap. xs: steps from 1 on if None.
+    curves: one per seed, a value a step, cut to the shortest; a None in one is a gap.
     """
     n = min(map(len, curves))
     ys = np.array([curve[:n] for curve in curves], dtype=float)
-    steps = np.arange(1, n + 1) if xs is None else np.array(xs[:n])
+    steps = np.arange(1, n + 1)
     axis.plot(steps, ys.mean(0), color=color, **style)
     axis.fill_between(steps, ys.min(0), ys.max(0), color=color, alpha=0.15, lw=0)

@@ -14,7 +14,6 @@ import numpy as np
 
 from data.persona_world import judge as exact_judge
 from json_files import read_json
-from recipes import rare_content
 from results.make.draw import (
     COLUMNS,
     GREY,
@@ -29,7 +28,7 @@ from results.make.draw import (
     spread,
 )
 from results.make.experiments import FLAGS, Experiment
-from results.make.figures import evaluated, exact_curves, rounded
+from results.make.figures import evaluated, exact_curves
 from runtime.rows import read_rows, step_files, write_text
 
 RECIPE_SEEDS = 5
@@ -195,8 +194,7 @@ def figures_of(out: str, name: str) -> dict:
         for run in ("base", "sft", *CURVES_OF):
             figures[run] = policy_figures(f"{folder}/{run}", f"{folder}/eval/{run}")
         for run in CURVES_OF:
-            curves = exact_curves(f"{folder}/{run}")
-            figures[run]["curves"] = {name: [rounded(value) for value in curves[name]] for name in CURVES}
+            figures[run]["curves"] = exact_curves(f"{folder}/{run}")
         return figures
     if kind == "agreement":
         return read_json(f"{folder}/agreement.json")
@@ -204,9 +202,8 @@ def figures_of(out: str, name: str) -> dict:
 
 
 def policy_figures(run: str, evaluation: str) -> dict:
-    """Scores and rare content of a policy; for RL also the cost, and how its judge does late in training."""
-    answers = read_rows(f"{evaluation}/answers_model.jsonl", "object")
-    figures: dict = evaluated(run, evaluation) | rare_content.measure(answers)
+    """Figures of a policy; for RL also how its judge does late in training."""
+    figures = evaluated(run, evaluation)
     rollouts = [path for _, path in step_files(run, "rollouts")]
     if rollouts:
         rows = [row for path in rollouts[-LAST_STEPS:] for row in read_rows(path, "object")]
@@ -274,15 +271,27 @@ def headings() -> list[str]:
     return [COLUMNS[name][0] for name in SHOWN]
 
 
+COMPARED = {  # label: two runs, on the seeds that both have
+    "CPE less PPO": ("checks/cpe", "checks/ppo"),
+    "PPO (GRM) less PPO (BT)": ("checks/ppo", "bt/ppo"),
+    "PPO: checks, critique, scores less scores alone": ("checks/ppo", "scores/ppo"),
+    "PPO: checks, critique, scores less critique, scores": ("checks/ppo", "critique/ppo"),
+    "CPE: checks, critique, scores less critique, scores": ("checks/cpe", "critique/cpe"),
+    "CPE less PPO, critique, scores": ("critique/cpe", "critique/ppo"),
+    "CPE: refreshed less not refreshed": ("refreshed/cpe", "critique/cpe"),
+    "CPE: two layers less three": ("small/cpe", "checks/cpe"),
+}
+
+
 def differences(runs: Figures) -> str | None:
-    pairs = [("checks/cpe", "checks/ppo"), ("checks/ppo", "bt/ppo"), ("small/cpe", "small/ppo")]
-    pairs += [("critique/cpe", "critique/ppo"), ("checks/ppo", "critique/ppo"), ("checks/cpe", "critique/cpe")]
     rows = []
-    for one, other in pairs:
-        d = difference(runs, one, other, "reward")
-        if d:
-            rows.append(([f"{one} less {other}"], d))
-    return difference_table(["", "difference of scores"], rows)
+    for label, (one, other) in COMPARED.items():
+        score = difference(runs, one, other, "reward")
+        wrong = difference(runs, one, other, "wrong")
+        if score and wrong:
+            interval = f"{100 * wrong['mean']:+.1f} ({100 * wrong['low']:+.1f} to {100 * wrong['high']:+.1f})"
+            rows.append(([label, interval], score))
+    return difference_table(["", "wrong facts, % (95 % interval)", "score"], rows)
 
 
 def checks_table(runs: Figures) -> str:

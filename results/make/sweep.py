@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from json_files import read_json
 from results.make import ladder
 from results.make.draw import (
     GREY,
@@ -37,7 +38,7 @@ from results.make.draw import (
     spread,
 )
 from results.make.experiments import FLAGS, PAIRS_ONLY, Experiment
-from results.make.figures import Figures, with_rare_content
+from results.make.figures import Figures, evaluated
 from runtime.rows import write_text
 
 RATES = (0.3, 0.03, 0.003, 0.001, 0.0)
@@ -199,9 +200,16 @@ def parts_of(name: str) -> tuple[int, float, str] | None:
     return (int(match[1]), float(match[2]), match[3]) if match else None
 
 
+def is_kept(name: str) -> bool:
+    return parts_of(name) is not None
+
+
 def figures_of(out: str, name: str) -> dict:
     """What sweep.json keeps of an experiment."""
-    return with_rare_content(f"{out}/{name}")
+    folder = f"{out}/{name}"
+    if name.endswith("/checks"):
+        return read_json(f"{folder}/sanity_checks.json")
+    return evaluated(folder, f"{folder}/eval")
 
 
 def by_rate(known: dict[str, dict], search: bool) -> BySeed:
