@@ -53,7 +53,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
 
     # -- models, answers and prompts
     model: str = "out/ppo_cpe/policy"
-    """Folder or hub id of the model, or http(s)://HOST#NAME of a chat server."""
+    """Folder or hub id of the model, or http(s)://HOST#NAME of a chat server. The key for https://my.host is in
+    API_KEY_MY_HOST."""
     answers: str | None = None
     """File of answers instead of --model: rows with `prompt_id, persona, question, answer`, or AlpacaEval's outputs
     (.json). These are found by their prompt_id or persona, else by persona and question, else by a unique question."""
@@ -89,7 +90,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     # -- the judge
     judge: str = "out/grm/model"
     """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION | pair:PATH | pair:http...
-    (judges/)."""
+    (judges/). The key for https://my.host is in API_KEY_MY_HOST."""
     orders: Literal["both", "drawn"] = "both"
     """A judge of pairs sees both orders, or the one that AlpacaEval's rule draws from the instruction."""
     judge_temperature: flags.NonNegative = 0.0
@@ -146,7 +147,7 @@ from evaluation.asking import check_judge, draw_rows, replies, verdicts_on
 from evaluation.tables import interval_text, markdown_table, number_text, write_json, write_results
 from judges import FunctionJudge, parse_spec
 from judges.chat_client import ChatServer, is_url
-from judges.functions import file_and_name, load_file
+from judges.functions import call, file_and_name, load_file
 from prompts import DIMENSIONS, answer_request, load_templates
 from runtime.distributed import Ranks, derive_seed, print0, start
 from runtime.rows import write_rows
@@ -230,7 +231,7 @@ def add_figures(answers: Answers, chat: Chat | None, judge: str) -> None:
             figures["n_characters"] = len(answer)
             figures["n_tokens"] = len(chat.encode(answer)) if chat else row.get("n_tokens")
             if describe is not None:
-                figures |= describe(row, answer)
+                figures |= call(f"{target}, describe", describe, row, answer)
         names |= figures
         rows.append(row | figures)
     answers.rows = rows

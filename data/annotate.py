@@ -14,11 +14,14 @@
         --judge https://api.openai.com/v1#gpt-4o-mini --prices gpt-4o-mini=0.15/0.60 --max-cost 20 --plan
     python report.py out/data                                # the quality sheet
 
-A model is `[NAME=]SPEC`. SPEC is http(s)://HOST#MODEL (OpenAI-compatible; the key is in OPENAI_API_KEY), FOLDER (a
-checkpoint on the engine in this process, with the templates it was trained with), or FILE.py:FUNCTION. A function
-(row, answer) scores or judges, as for --judge elsewhere; a function (row, seed) returns an answer or a list of
-questions. The scorer may be bt:FOLDER, too. The defaults are functions of the generated world, and know only its
-personas and questions. Each request is made once: data/ask.py says what is kept, when it stops and how it resumes.
+A model is `[NAME=]SPEC`. SPEC is http(s)://HOST#MODEL (an OpenAI-compatible server), FOLDER (a checkpoint on the engine
+in this process, with the templates it was trained with), or FILE.py:FUNCTION. A function (row, answer) scores or
+judges, as for --judge elsewhere; a function (row, seed) returns an answer or a list of questions. The scorer may be
+bt:FOLDER, too. The defaults are functions of the generated world, and know only its personas and questions. Each
+request is made once: data/ask.py says what is kept, when it stops and how it resumes.
+
+The key for https://api.example.com is read from API_KEY_API_EXAMPLE_COM and goes to no other server. OPENAI_API_KEY is
+for api.openai.com (docs/reliability.md, Keys).
 
 Reads prompts_train and prompts_eval in OUT (data/prepare.py makes them from your own tables), or --prompts and
 --eval-prompts, or --personas. With --personas, questions are written into prompts_train and, for a fraction of the
@@ -65,7 +68,7 @@ class Args:
 
     # -- who is asked
     models: tuple[str, ...] = ("world=data/persona_world.py:answer",)
-    """Who answers questions. Several different models are best."""
+    """Who answers questions. Several different models are best. The key for https://my.host is in API_KEY_MY_HOST."""
     writer: str = "world=data/persona_world.py:questions"
     """Who writes questions."""
     scorer: str = "world=data/persona_world.py:score"
@@ -425,7 +428,7 @@ def write_step(
     requests and discarded_of: the totals for the fractions of failures and discards. ValueError: nothing is left.
     """
     file = step_file(args, "dropped")
-    write_rows(file, [row for row in logged_rows(file) if row["step"] != step] + dropped)
+    write_rows(file, [row for row in logged_rows(file, ["step"]) if row["step"] != step] + dropped)
     write_rows(step_file(args, step), rows)
     counts = dict(sorted(Counter(f"{row['why']}: {row['cause']}" for row in dropped).items()))
     say = ", ".join(f"{n} {what}" for what, n in counts.items())

@@ -11,6 +11,7 @@ Every sampling parameter is sent, also one that a caller does not name. Some ser
 `top_k` or another. The first refusal is printed; from then on the parameter is left out, or renamed.
 """
 
+import ipaddress
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from runtime.flags import PATIENCE
+from runtime.flags import PATIENCE, refuse_secrets_in_address
 from runtime.rows import without_surrogates
 
 # Sent with every request: what is not named comes from the server's own defaults, such as generation_config.json. -1 is
@@ -45,6 +46,8 @@ SUSPECT = 7  # failures (half a minute) after which the request itself may be at
 TOLD_AFTER = 2  # seconds of waiting before a line about it is printed
 TOLD_EVERY = 60  # seconds between two such lines
 LONGEST_REPLY = 2**26  # bytes
+SHORTEST_SECRET = 8  # characters of a key; a shorter one ("EMPTY") is no secret, and may well stand in an answer
+OPENAI_URL = "https://api.openai.com/v1"  # the server that OPENAI_API_KEY is for, unless OPENAI_BASE_URL names another
 BUSY = (408, 409, 425, 429, 503)  # HTTP statuses that ask the client to come back later
 SERVER_SIDE = (0, 401, 403, 404)  # an expired key, a model that is gone, any error under HTTP 200 (0)
 UNPAID = re.compile(r'"(insufficient_quota|billing_hard_limit_reached|billing_not_active)"')
@@ -104,12 +107,68 @@ def base_url(address: str) -> str:
     return f"{address}/" if urlsplit(address).path else f"{address}/v1/"
 
 
-def api_key() -> str:
-    """OPENAI_API_KEY, or "none" if it is not set. ValueError: it is no key."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
+
+
+def key_variables(url: str) -> tuple[list[str], list[str]]:
+    """The environment variables that may hold the key for a server, and those whose key must not go there.
+
+    A key belongs to a host: https://api.example.com has its key in API_KEY_API_EXAMPLE_COM. OPENAI_API_KEY belongs to
+    OPENAI_BASE_URL, as in OpenAI's own client. Over plain HTTP, others on the network can read a key. So it goes to
+    another machine only if its variable says so: API_KEY_HTTP_GPU7 for http://gpu7:8000.
+    """
+    address = urlsplit(url)
+    host = address.hostname or ""
+    name = re.sub("[^A-Z0-9]", "_", host.upper())
+    variables = [f"API_KEY_{name}"]
+    if address[:2] == urlsplit(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)[:2]:
+        variables.append("OPENAI_API_KEY")
+    if address.scheme == "http" and not is_loopback(host):
+        return [f"API_KEY_HTTP_{name}"], variables
+    return variables, []
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable, "" if there is none. ValueError: it is no key."""
+    key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError("OPENAI_API_KEY: expected printable ASCII characters in one line")
+        raise ValueError(f"{variable}: expected printable ASCII characters in one line")
     return key
+
+
+def key_for(url: str) -> tuple[str, str]:
+    """The key for a server, "" if there is none, and how messages name it. See `key_variables`.
+
+    ValueError: it is no key, or would be sent over plain HTTP.
+    """
+    allowed, forbidden = key_variables(url)
+    for variable in allowed:
+        if key := read_key(variable):
+            return key, f"the key in {variable}"
+    for variable in forbidden:
+        if read_key(variable):
+            raise ValueError(
+                f"{url}: the key in {variable} would go over plain HTTP, where others can read it; expected https://, "
+                f"or, in a network that you trust, the key in {allowed[0]}"
+            )
+    return "", f"no key, since {' and '.join(allowed)} {'is' if len(allowed) == 1 else 'are'} not set"
+
+
+def spellings_of(key: str) -> re.Pattern | None:
+    """Matches a key as a server may repeat it: plain, or with characters escaped as in JSON or an address."""
+    secret = key.rpartition(" ")[2]  # without a scheme such as Basic
+    if len(secret) < SHORTEST_SECRET:
+        return None
+    pattern = ""
+    for c in secret:
+        pattern += rf"(?:\\{{0,3}}{re.escape(c)}|(?i:\\{{1,3}}u{ord(c):04x}|%{ord(c):02x}))"
+    return re.compile(pattern)
 
 
 class RateLimit:
@@ -132,11 +191,12 @@ class RateLimit:
 
 
 class ChatServer:
-    """http(s)://HOST[/PATH][#MODEL]; the path defaults to /v1. The key in OPENAI_API_KEY is sent, if set.
+    """http(s)://HOST[/PATH][#MODEL]; the path defaults to /v1. `key_variables` says which key is sent.
 
     model: the given name, or that of the only model there. ask=False trusts the URL without a request. patience:
     seconds. per_minute: a limit on requests. strict: a first failure that no chat server gives (a wrong key, a page)
-    is ServerDown at once, else Failure. ValueError: nothing answers at the URL, or the server lacks the model.
+    is ServerDown at once, else Failure. ValueError: nothing answers at the URL, the server lacks the model, or its key
+    is no key.
     """
 
     def __init__(
@@ -147,12 +207,21 @@ class ChatServer:
         per_minute: float | None = None,
         strict: bool = False,
     ):
+        refuse_secrets_in_address(url, "the address of a server")
         address, _, name = url.partition("#")
         self.url = base_url(address)
+        key, self.sent_key = key_for(self.url)
+        self.key_spellings = spellings_of(key)
+        authorization = key if " " in key else f"Bearer {key}"  # a value with a scheme ("Basic ...") goes as it is
+        host = urlsplit(self.url).hostname or ""
+        direct: dict[str, None] = {}  # what no proxy is asked for: it would get the key, and cannot reach this machine
+        if is_loopback(host):
+            direct[f"all://[{host}]" if ":" in host else f"all://{host}"] = None
         self.client = httpx2.Client(
-            headers={"Authorization": f"Bearer {api_key()}"},
+            headers={"Authorization": authorization} if key else {},
             limits=httpx2.Limits(max_connections=None),
-            follow_redirects=True,
+            follow_redirects=True,  # to another server without the key
+            mounts=direct,
         )
         self.patience = patience
         self.limit = RateLimit(per_minute)
@@ -277,7 +346,7 @@ class ChatServer:
 
     def request(self, method: str, path: str, timeout: float, body: dict | None = None) -> str:
         """Sends one request -> the text of the reply. timeout: seconds for all of it. Failure: a status of 400 or more;
-        Unanswered, if it passes.
+        Unanswered, if it passes. What the server says of the key is removed here, before anything else sees the text.
         """
         deadline = time.monotonic() + timeout
         try:
@@ -286,10 +355,15 @@ class ChatServer:
         except httpx2.TimeoutException as error:
             raise Unanswered(f"no reply within {timeout:.3g} s", busy=True) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise Unanswered(f"no connection: {type(error).__name__}: {error}") from error
+            raise Unanswered(self.without_key(f"no connection: {type(error).__name__}: {error}")) from None
+        text = self.without_key(text)
         if response.status_code >= 400:
-            raise failure_of(response.status_code, text, seconds_of(response.headers.get("retry-after")))
+            hint = f" (sent with {self.sent_key})" if response.status_code in (401, 403) else ""
+            raise failure_of(response.status_code, text, seconds_of(response.headers.get("retry-after")), hint)
         return text
+
+    def without_key(self, text: str) -> str:
+        return self.key_spellings.sub("***", text) if self.key_spellings else text
 
     def adapts(self, error: BadStatus, sent: dict) -> bool:
         """Whether the server refused a parameter that can be left out. Remembers it, and prints it once."""
@@ -317,12 +391,12 @@ def refused_parameter(body: str) -> str | None:
     return next((name for name in ADAPTABLE if re.search(rf"\b{name}\b", named)), None)
 
 
-def failure_of(status: int, body: str, pause: float = 0) -> Failure | ServerDown:
+def failure_of(status: int, body: str, pause: float = 0, hint: str = "") -> Failure | ServerDown:
     """The failure behind an HTTP status: the server's trouble, which passes, or a request that fails again.
 
     status: 0 for an error under HTTP 200. ServerDown: no money is left, and nobody waits until it comes.
     """
-    reason = f"HTTP {status}: {shown(body)}" if status else f"the server answered with an error: {shown(body)}"
+    reason = f"HTTP {status}: {shown(body)}{hint}" if status else f"the server answered with an error: {shown(body)}"
     if status == 402 or UNPAID.search(body):
         return ServerDown(f"no money is left: {reason}")
     if status in BUSY or status >= 500:

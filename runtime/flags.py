@@ -109,7 +109,8 @@ class JudgeArgs:
 
     # -- the judge
     judge: str = "out/grm/model"
-    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges/)."""
+    """PATH of a generative reward model | http(s)://... | bt:PATH | world | FILE.py:FUNCTION (judges/). The key for
+    https://my.host is in API_KEY_MY_HOST."""
     grm_template: str | None = None
     """File with another rubric. Default: the one that the judge was trained with."""
     score_weights: tuple[NonNegative, NonNegative, NonNegative] = SCORE_WEIGHTS
@@ -204,8 +205,28 @@ def parse(args_class: type[T], doc: str, argv: list[str] | None = None) -> T:
     return args
 
 
+SECRET_IN_ADDRESS = re.compile(r"https?://([^/?#\s]*@|[^#\s]*\?)", re.IGNORECASE)
+
+
+def refuse_secrets_in_address(text: str, where: str) -> None:
+    """ValueError, without the text: it holds the address of a server with a password or a query, which would be written
+    into journals, logs and reports.
+    """
+    if SECRET_IN_ADDRESS.search(text):
+        raise ValueError(
+            f"{where} holds a password, a user name or a query (?...); expected http(s)://HOST[/PATH][#MODEL], and the "
+            "key in an environment variable (docs/reliability.md, Keys)"
+        )
+
+
 def check_ranges(args: Any) -> None:
-    """ValueError naming the flag, its value and its range, unless every field is within its type's."""
+    """ValueError naming the flag, its value and its range, unless every field is within its type's. A flag that holds a
+    secret is named without its value.
+    """
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str):
+                refuse_secrets_in_address(text, flag(name))
     if getattr(args, "lora_alpha", None) is not None and args.lora_rank is None:
         raise ValueError(f"--lora-alpha {args.lora_alpha}: expected a --lora-rank beside it")
     for name, hint in get_type_hints(type(args), include_extras=True).items():

@@ -508,14 +508,14 @@ def test_addresses_of_a_server(server, opened, suffix):
 
 @pytest.mark.parametrize("key", ["sk-\u2026abc", "sk-abc\nsk-def", "sk-\xe4"])
 def test_a_key_that_is_none_is_named(server, opened, monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(ValueError, match="--judge http.*OPENAI_API_KEY: expected printable ASCII"):
+    monkeypatch.setenv("API_KEY_127_0_0_1", key)
+    with pytest.raises(ValueError, match="--judge http.*API_KEY_127_0_0_1: expected printable ASCII"):
         opened(server.url)
 
 
 @pytest.mark.parametrize("key", ["", " \n"])
 def test_an_empty_key_is_as_good_as_none(server, opened, monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("API_KEY_127_0_0_1", key)
     judge = opened(server.url)
     judge.submit(0, ROW, "fine", seed=0)
     assert verdicts(judge)[0].reward == 0.85
