@@ -80,7 +80,7 @@ from json_files import read_json
 from model import Transformer
 from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import packing, plan, training
-from runtime.digests import digest_of, input_digest
+from runtime.digests import digest_of, input_digest, is_whole, sealed
 from runtime.distributed import Ranks, all_gather, all_sum, barrier, derive_seed, start
 from runtime.progress import counting
 from runtime.rows import read_rows, refuse_held_out, write_text
@@ -150,7 +150,7 @@ def answer_logprobs(
 def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ranks) -> list[Pair]:
     """The pairs with their log-probs under the start model, which are kept in OUT/reference.json.
 
-    ValueError where that file is of other pairs: the data changed under an unfinished run.
+    ValueError: that file is damaged, or of other pairs: the data changed under an unfinished run.
     """
     file = os.path.join(args.out, "reference.json")
     digest = derive_seed(*(derive_seed(*ids) for pair in pairs for ids in pair[:3]))
@@ -168,9 +168,11 @@ def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ran
         if ranks.rank == 0:
             _, chosen_logprobs, rejected_logprobs = zip(*scored)
             content = dict(pairs=digest, chosen=chosen_logprobs, rejected=rejected_logprobs)
-            write_text(file, json.dumps(content))
+            write_text(file, json.dumps(sealed(content)))
         barrier(ranks)
     kept = read_json(file)
+    if not is_whole(kept):
+        raise ValueError(f"{file}: damaged; remove it, and the same command makes it again from the start model")
     if kept["pairs"] != digest:
         raise ValueError(f"{file}: made from other pairs than {args.data} now holds; choose another --out or remove it")
     return [

@@ -1,6 +1,7 @@
 """Checkpoint folders: where they come from, strict reading of their tensors, and writing what other tools load."""
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from kernels.varlen_attention import say_once
 from model_config import FAMILIES, Config
 
 GIB = 2**30
+INDEX_FILE = "model.safetensors.index.json"
+LARGEST_FILE = 2**27  # bytes of a file other than weights; the largest tokenizers take some 40 MB
 SHARD_BYTES = 5 * 10**9  # of a saved safetensors file, as the hub's own tools do
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")  # of ChatML and Llama 3
 TOKENIZER_FILES = (
@@ -47,20 +50,50 @@ MADE_BY = {  # scripts that write the model folders which other scripts read by 
 def resolve(path: str, patterns: Iterable[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja", "README.md")) -> str:
     """Returns a local folder for a folder name or a hub id, whose matching files are downloaded.
 
-    Raises ValueError if it is neither.
+    The hub is not asked for what is meant as a folder: a path in `out` or in another folder that exists, or one that is
+    no hub id (ORGANIZATION/NAME). Raises ValueError if it is neither, and for a folder that `check_files` refuses.
     """
     if os.path.isdir(path):
+        check_files(path)
         return path
+    for folder, script in MADE_BY.items():
+        if path.startswith(folder):
+            raise ValueError(f"{path}: no such folder; run {script} first, or name another model")
+    organization, _, name = path.partition("/")
+    is_local = organization in ("", ".", "..", "~", "out") or "/" in name or os.path.isdir(organization)
+    if is_local or os.path.exists(path):
+        raise ValueError(f"{path} is not a folder; expected a model's folder, or a hub id such as Qwen/Qwen3-8B")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         return snapshot_download(path, allow_patterns=list(patterns))
     except (HFValidationError, OSError) as error:  # the hub's errors for an unknown id or no network are OSErrors
-        for folder, script in MADE_BY.items():
-            if path.startswith(folder):
-                raise ValueError(f"{path}: no such folder; run {script} first, or name another model") from error
         raise ValueError(f"model {path!r} is not a folder, and fetching it from the hub failed: {error}") from error
+
+
+def check_files(folder: str) -> None:
+    """Raises ValueError for a file of a model's folder that leads out of it, is no regular file, or is too large.
+
+    A folder may come from anybody. Its tokenizer and templates are copied into every checkpoint, and people publish
+    checkpoints: a link to a private file would publish that file. In the hub's cache, the files of snapshots/X are
+    links to ../../blobs, which belong to them.
+    """
+    root = os.path.realpath(folder)
+    model, parent = os.path.split(os.path.dirname(root))
+    blobs = os.path.join(model, "blobs") if parent == "snapshots" else root
+    for pattern in ("*.json", "*.safetensors", "*.txt", "*.jinja", "templates/*.txt"):
+        for file in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            target = os.path.realpath(file)
+            if os.path.commonpath([root, target]) != root and os.path.dirname(target) != blobs:
+                raise ValueError(f"{file}: a link out of the model's folder, to {target}; expected a copy of the file")
+            if not os.path.exists(file) or os.path.isdir(file):
+                continue  # missing for whoever reads it
+            if not os.path.isfile(file):
+                raise ValueError(f"{file}: no regular file")
+            size = os.path.getsize(file)
+            if size > LARGEST_FILE and not file.endswith(".safetensors"):
+                raise ValueError(f"{file}: {size:,} bytes, expected at most {LARGEST_FILE:,}")
 
 
 def load_config(folder: str) -> Config:
@@ -131,7 +164,7 @@ def open_weights(
 
 def _weight_files(folder: str) -> dict[str, str]:
     """Returns {tensor: file that holds it}. Raises ValueError without weights, or for an index that is not one."""
-    index_file = os.path.join(folder, "model.safetensors.index.json")
+    index_file = os.path.join(folder, INDEX_FILE)
     single = os.path.join(folder, "model.safetensors")
     names = None
     if os.path.isfile(index_file):
@@ -144,8 +177,10 @@ def _weight_files(folder: str) -> dict[str, str]:
         with _open_file(single) as f:
             return dict.fromkeys(f.keys(), single)
     if names is None:
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+        raise ValueError(f"{folder}: neither model.safetensors nor {INDEX_FILE}")
     for name in sorted(set(names.values())):
+        if os.path.basename(name) != name:
+            raise ValueError(f"{index_file} names {name}, expected a file of the same folder")
         if not os.path.isfile(os.path.join(folder, name)):
             raise ValueError(f"{index_file} names {name}, which is not there")
     return {tensor: os.path.join(folder, name) for tensor, name in names.items()}
@@ -189,8 +224,8 @@ def stop_ids(folder: str, control: dict[str, int]) -> list[int]:
         if eos is None:
             continue
         ids = eos if isinstance(eos, list) else [eos]
-        if not all(type(i) is int for i in ids):
-            raise ValueError(f"{file}: eos_token_id is {eos!r}, expected an integer or a list of integers")
+        if not all(type(i) is int and abs(i) < 2**31 for i in ids):
+            raise ValueError(f"{file}: eos_token_id is {eos!r}, expected an integer or a list of integers, below 2^31")
         stops += ids
     return list(dict.fromkeys(stops))
 
@@ -210,8 +245,8 @@ def special_ids(folder: str, vocab_size: int) -> dict[str, int | list[int]]:
     if os.path.isfile(file):
         pad = read_json(file).get("pad_token")
         if isinstance(pad, dict):
-            pad = pad["content"]
-    if pad not in control or pad in TURN_ENDS:  # the end of a response must not count as padding
+            pad = pad.get("content")
+    if pad not in tuple(control) or pad in TURN_ENDS:  # the end of a response must not count as padding
         pad = next((token for token in ("<|endoftext|>", "<|finetune_right_pad_id|>") if token in control), None)
     ids: dict[str, int | list[int]] = {}
     stops = [i for i in stop_ids(folder, control) if i < vocab_size]  # an id without an embedding loads nowhere
@@ -259,13 +294,15 @@ def copy_tokenizer(source: str, special: dict, folder: str) -> None:
     """Copies a folder's tokenizer files and templates; the chat template and generation_config.json with new defaults.
 
     A server renders and samples by these what a request leaves open. So the template takes what this project trains
-    with as defaults, and a response is sampled from the model's own distribution.
+    with as defaults, and a response is sampled from the model's own distribution. ValueError: see `check_files`.
     """
+    check_files(source)
     for name in TOKENIZER_FILES:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), folder)
-    if os.path.isdir(os.path.join(source, "templates")):
-        shutil.copytree(os.path.join(source, "templates"), os.path.join(folder, "templates"))
+    for file in glob.glob(os.path.join(glob.escape(source), "templates", "*.txt")):
+        os.makedirs(os.path.join(folder, "templates"), exist_ok=True)
+        shutil.copy(file, os.path.join(folder, "templates"))
 
     file = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(file):

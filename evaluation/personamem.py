@@ -126,7 +126,8 @@ def likelihoods(rows: list[dict], contexts: Contexts, args, ranks: Ranks) -> lis
     for row in rows:
         prompts.append(chat.messages([*history_of(row, contexts), {"role": "user", "content": row["question"]}]))
     options = [[chat.encode(text) for text in row["options"]] for row in rows]
-    digests = [digest_of(p, o, weights_fingerprint(args.model), str(ranks.dtype)) for p, o in zip(prompts, options)]
+    identity = (weights_fingerprint(args.model), str(ranks.dtype))
+    digests = [digest_of(p, o, *identity) for p, o in zip(prompts, options)]
 
     def make(indices, record):
         model = load_pretrained(args.model, ranks.dtype, ranks.device)
@@ -143,7 +144,7 @@ def likelihoods(rows: list[dict], contexts: Contexts, args, ranks: Ranks) -> lis
             else:  # argmax would choose a NaN
                 print(f'likelihoods: not finite at prompt "{rows[i]["prompt_id"]}"', file=sys.stderr)
 
-    return make_stage("likelihoods", "answers", digests, make, args, ranks)
+    return make_stage("likelihoods", ("sums", "means"), "answers", digests, make, args, ranks)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

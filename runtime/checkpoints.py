@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from model import Transformer, save_pretrained
-from runtime.digests import digest_of, git_hash
+from runtime.digests import git_hash, is_whole, sealed
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.rows import check_row, json_lines, sync, write_rows, write_text
 from runtime.watch import set_phase
@@ -173,7 +173,7 @@ def _damage(folder: str, ranks: Ranks) -> list[str]:
     try:
         with open(os.path.join(folder, "state.json")) as f:
             state = json.load(f)
-        if state.pop("digest") == digest_of(state) and state["step"] == _step(folder):
+        if is_whole(state) and state["step"] == _step(folder):
             files = dict(state["files"])
             mine = []
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -197,7 +197,7 @@ def _step(folder):
     return int(folder.rpartition("_")[2])
 
 
-def _checkpoints(out: str) -> list[str]:
+def finished(out: str) -> list[str]:
     """Folders of the finished checkpoints, oldest first."""
     return sorted(f for f in glob.glob(f"{glob.escape(out)}/checkpoints/step_*") if re.search(r"/step_\d{6,}$", f))
 
@@ -244,7 +244,7 @@ def save(
 
     def finish():
         state = {"step": step, "git": git_hash(), "world_size": ranks.world_size, "files": files}
-        write_text(os.path.join(tmp, "state.json"), json.dumps({**state, "digest": digest_of(state)}))
+        write_text(os.path.join(tmp, "state.json"), json.dumps(sealed(state)))
         metrics = os.path.join(out, "metrics.jsonl")
         if os.path.isfile(metrics):
             sync(metrics)
@@ -253,7 +253,7 @@ def save(
         os.rename(tmp, final)
         sync(os.path.dirname(final))
         _link_newest(out, models)
-        for old in _checkpoints(out)[:-keep]:
+        for old in finished(out)[:-keep]:
             os.rename(old, f"{old}.tmp")  # so that a half-removed one is not taken for one
             shutil.rmtree(f"{old}.tmp")
 
@@ -283,7 +283,7 @@ def _written_by(rank: int, tmp: str) -> list[str]:
 
 def _link_newest(out, names):
     """Points out/NAME at the newest checkpoint's models."""
-    newest = os.path.basename(_checkpoints(out)[-1])
+    newest = os.path.basename(finished(out)[-1])
     for name in names:
         link = os.path.join(out, name)
         if os.path.isdir(link) and not os.path.islink(link):  # the run folder was copied with its links followed
@@ -309,7 +309,7 @@ def load(
     started = time.monotonic()
     damaged: dict[str, list[str]] = {}
     newest = None
-    for folder in reversed(_checkpoints(out)):
+    for folder in reversed(finished(out)):
         damage = _damage(folder, ranks)
         if not damage:
             newest = folder

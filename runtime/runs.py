@@ -62,6 +62,11 @@ class Run:
         flags_of_run = json.loads(json.dumps(dataclasses.asdict(args)))
         _check_same_on_ranks(flags_of_run, inputs, ranks)
         continued = os.path.isfile(file)
+        if not continued and checkpoints.finished(out):
+            raise ValueError(
+                f"{out} holds checkpoints without args.json, so nothing says which flags and inputs they come from; "
+                "choose another --out or remove it"
+            )
         if continued:
             _check_unchanged(out, _read_args(file), flags_of_run, inputs, may_change(type(args)))
         if ranks.rank == 0:

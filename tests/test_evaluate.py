@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tyro
-from conftest import error_of, finish, launch, random_model, tiny_config
+from conftest import error_of, finish, launch, parse, random_model, tiny_config
 from test_judge_servers import GOOD, REFUSALS, PairServer, pair_server, server  # noqa: F401
 from test_serve import Running
 
@@ -546,6 +546,43 @@ def test_the_journal(tmp_path):
         f.write(b"{broken}\n")
     with pytest.raises(ValueError, match="verdicts.0.jsonl:3: no row of a journal"):
         book.rows()
+
+
+def test_figures_of_a_function_that_exits_end_the_run_with_an_error(tmp_path):
+    (tmp_path / "my.py").write_text("def score(row, answer): return 1\ndef describe(row, answer): raise SystemExit(0)")
+    answers = evaluate.Answers("m", [{"prompt_id": "p", "answer": "x"}])
+    with pytest.raises(ValueError, match="my.py:score, describe: SystemExit: 0"):
+        evaluate.add_figures(answers, None, f"{tmp_path}/my.py:score")
+
+
+def test_a_row_of_a_journal_that_was_changed_is_named(tmp_path):
+    """A number in the table would change; rows of earlier versions have no digest, but all their fields."""
+    book = journal.Journal(str(tmp_path), "verdicts", 0, ("reward",))
+    with book.writing():
+        book.append({"made_by": "a", "reward": 0.25})
+    assert book.rows() == {"a": {"made_by": "a", "reward": 0.25}}
+    with open(book.path) as f:
+        text = f.read()
+    for changed in (text.replace("0.25", "0.75"), text.replace('"a"', '"b"'), '{"made_by": "a"}\n', '["made_by"]\n'):
+        with open(book.path, "w") as f:
+            f.write(changed)
+        with pytest.raises(ValueError, match="verdicts.0.jsonl:1: no row of a journal .*; remove the line"):
+            book.rows()
+    with open(book.path, "w") as f:
+        f.write('{"made_by": "a", "reward": 0.25}\n')
+    assert book.rows() == {"a": {"made_by": "a", "reward": 0.25}}
+
+
+def test_a_kept_answer_without_its_text_is_named(tiny, tmp_path, capsys):
+    flags = ["--prompts", tiny / "prompts.jsonl", "--model", tiny / "checkpoint", "--baseline", "reference"]
+    flags += ["--judge", "world", "--n-prompts", 2, "--max-new-tokens", 4, "--answer-template", tiny / "answer.txt"]
+    flags += ["--out", tmp_path, "--stage", "answers"]
+    evaluate.main(parse(evaluate.Args, evaluate.__doc__, [str(flag) for flag in flags]))
+    file = tmp_path / "journal" / "answers_model.0.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    write(file, [{"made_by": row["made_by"], "truncated": False} for row in rows])
+    error = error_of(evaluate, capsys, *flags)
+    assert f'{file}:1: no row of a journal (field "answer" is missing); remove the line' in error
 
 
 def test_stages_one_by_one(world, tmp_path, pair_server):

@@ -238,7 +238,9 @@ def test_templates_travel(here, capsys):
 
     flags = ["--model", policy, "--data", here / "pairs.jsonl", "--batch-size", 4, "--max-steps", 1]
     run(dpo, *flags, "--out", here / "dpo")
-    assert "template" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the answer template is {policy}/templates/answer.txt, which the model was trained with" in said
+    assert said.count("template") == 3  # in that line alone
     inherited = here / "dpo" / "policy" / "templates" / "answer.txt"
     assert inherited.read_bytes() == (policy / "templates" / "answer.txt").read_bytes()
 
@@ -250,32 +252,68 @@ def test_templates_travel(here, capsys):
     assert (here / "dpo2" / "policy" / "templates" / "answer.txt").read_text().rstrip("\n") == "{persona}\n{question}"
 
 
+# -- files of a run that are read again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: {**content, "chosen": [x - 1 for x in content["chosen"]]},
+        lambda content: {**content, "rejected": content["rejected"][:-1]},
+        lambda content: {"pairs": content["pairs"], "chosen": content["chosen"]},
+        lambda content: {},
+    ],
+)
+def test_reference_logprobs_that_were_changed_are_not_trained_on(here, capsys, change):
+    run(dpo, *flags_of(dpo, here))
+    file = here / "run" / "reference.json"
+    whole = file.read_text()
+    file.write_text(json.dumps(change(json.loads(whole))))
+    assert f"{file}: damaged; remove it" in error_of(dpo, capsys, *flags_of(dpo, here, "--max-steps", 2))
+    file.write_text(whole[:-20])
+    assert f"{file}: not JSON" in error_of(dpo, capsys, *flags_of(dpo, here, "--max-steps", 2))
+    file.unlink()
+    run(dpo, *flags_of(dpo, here, "--max-steps", 2))
+    assert file.read_text() == whole
+
+
+def test_checkpoints_without_their_flags_are_not_continued(here, capsys):
+    run(sft, *flags_of(sft, here))
+    (here / "run" / "args.json").unlink()
+    error = error_of(sft, capsys, *flags_of(sft, here, "--max-steps", 2, "--lr", 1e-3))
+    assert f"{here}/run holds checkpoints without args.json" in error
+    assert not (here / "run" / "args.json").exists()
+
+
 # -- digests -------------------------------------------------------------------------------------------------------
 
 
-def test_the_digest_of_a_large_file(tmp_path):
-    """One byte within a part that is read changes it, in the first, the last and one between; so does the size."""
-    file, size = tmp_path / "large", digests.WHOLE_BYTES + 3 * digests.PART_BYTES + 17
-    with open(file, "wb") as f:
-        f.truncate(size)  # sparse: takes no room
-    starts = [
-        (size - digests.PART_BYTES) * i // (digests.SAMPLED_PARTS - 1) for i in (0, 128, digests.SAMPLED_PARTS - 1)
-    ]
-    assert starts[0] == 0 and starts[-1] == size - digests.PART_BYTES
-    found = [digests.input_digest(str(file))]
-    for start in starts:
-        for place in (start, start + digests.PART_BYTES - 1):
+def test_every_byte_of_a_large_file_counts(tmp_path):
+    """Rows of 70 MB, and weights as large: a byte anywhere changes the digest, and so does the size."""
+    (tmp_path / "model").mkdir()
+    for path, file in ((tmp_path / "rows",) * 2, (tmp_path / "model", tmp_path / "model" / "model.safetensors")):
+        size = 70_000_001
+        with open(file, "wb") as f:
+            f.truncate(size)  # sparse: takes no room
+        found = [digests.input_digest(str(path))]
+        for place in (0, 100_000, 33_333_333, size - 1):
             with open(file, "r+b") as f:
                 f.seek(place)
                 f.write(b"\x01")
-                f.flush()
-                found.append(digests.input_digest(str(file)))
-                f.seek(place)
-                f.write(b"\x00")
-    assert found[0] == digests.input_digest(str(file)) and len(set(found)) == len(found)
-    with open(file, "ab") as f:
-        f.write(b"\x00")
-    assert digests.input_digest(str(file)) not in found
+            found.append(digests.input_digest(str(path)))
+        with open(file, "ab") as f:
+            f.write(b"\x00")
+        found.append(digests.input_digest(str(path)))
+        assert len(set(found)) == 6
+
+
+def test_the_digest_of_a_folder_holds_which_file_has_which_tensor(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "checkpoint", folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    before = digests.input_digest(str(folder))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    assert digests.input_digest(str(folder)) != before
 
 
 def test_the_digest_of_a_small_file_and_a_folder(tiny, tmp_path):
