@@ -46,20 +46,30 @@ class Config:
             if value != expected:
                 raise ValueError(f"{where}: {field} is {value!r}, this code needs {expected!r}")
 
-        def count(field: str, default: int | None = None) -> int:
-            return _positive(field, raw, default, where, (int,))
+        def count(field: str, default: int | None = None, most: int = 2**20) -> int:
+            return _positive(field, raw, default, where, (int,), most)
+
+        def switch(field: str) -> bool:
+            value = raw.get(field) or False
+            if not isinstance(value, bool):
+                raise ValueError(f"{where}: {field} is {value!r}, expected true or false")
+            return value
 
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if family not in tuple(FAMILIES):
             raise ValueError(f"{where}: model_type is {family!r}, this code computes {', '.join(FAMILIES)}")
         expect("hidden_act", "silu", raw.get("hidden_act", "silu"))
-        expect("use_sliding_window", False, bool(raw.get("use_sliding_window")))
-        expect("layer_types", ["full_attention"], sorted(set(raw.get("layer_types") or ["full_attention"])))
-        expect("mlp_bias", False, bool(raw.get("mlp_bias")))
+        expect("use_sliding_window", False, switch("use_sliding_window"))
+        layer_types = raw.get("layer_types") or ["full_attention"]
+        if isinstance(layer_types, list):
+            layer_types = sorted(set(map(str, layer_types)))
+        expect("layer_types", ["full_attention"], layer_types)
+        expect("mlp_bias", False, switch("mlp_bias"))
         expect("partial_rotary_factor", 1, raw.get("partial_rotary_factor") or 1)
 
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
         fields = {name: count(name) for name in names}
+        fields["num_hidden_layers"] = count("num_hidden_layers", most=1000)
         fields["num_key_value_heads"] = count("num_key_value_heads", fields["num_attention_heads"])
         divisions = [("num_key_value_heads", "num_attention_heads")]
         if raw.get("head_dim") is None:
@@ -75,17 +85,17 @@ class Config:
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{where}: rope parameters are {rope!r}, expected an object")
-        max_positions = count("max_position_embeddings", 2048 if family == "llama" else 32768)
+        max_positions = count("max_position_embeddings", 2048 if family == "llama" else 32768, most=2**31)
         rope_theta = _positive("rope_theta", {"rope_theta": raw.get("rope_theta"), **rope}, 10000.0, where)
         return Config(
             **fields,
             rms_norm_eps=_positive("rms_norm_eps", raw, 1e-6, where),
             rope_theta=float(rope_theta),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=switch("tie_word_embeddings"),
             max_position_embeddings=max_positions,
             model_type=family,
             head_dim=head_dim,
-            attention_bias=bool(raw.get("attention_bias")) and family != "qwen2",
+            attention_bias=switch("attention_bias") and family != "qwen2",
             rope_scaling=_rope_scaling(rope, raw.get("original_max_position_embeddings"), max_positions, where),
             raw=raw,
         )
@@ -98,14 +108,18 @@ class Config:
         return {"hidden_act": "silu", "use_sliding_window": False, **fields}
 
 
-def _positive(field: str, values: dict[str, Any], default: Any, where: str, types: tuple = (int, float)) -> Any:
-    """values[field], or the default where it is missing or null. Raises ValueError unless it is a positive number."""
+def _positive(
+    field: str, values: dict[str, Any], default: Any, where: str, types: tuple = (int, float), most: float = 1e15
+) -> Any:
+    """values[field], or the default where it is missing or null. Raises ValueError unless it is a positive number, not
+    above `most`: to build a billion layers would take hours.
+    """
     value = values.get(field)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, types) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, types) or not 0 < value <= most:
         expected = "a positive integer" if types == (int,) else "a positive number"
-        raise ValueError(f"{where}: {field} is {value!r}, expected {expected}")
+        raise ValueError(f"{where}: {field} is {value!r}, expected {expected}, at most {most:,.0f}")
     return value
 
 
@@ -117,7 +131,7 @@ def _rope_scaling(
     original_context: original_max_position_embeddings at the top of the file, which counts before the one in `rope`.
     """
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_FIELDS:
+    if rope_type not in tuple(ROPE_FIELDS):
         raise ValueError(f"{where}: rope type is {rope_type!r}, this code computes {', '.join(ROPE_FIELDS)}")
     fields = ROPE_FIELDS[rope_type]
     for name, value in rope.items():

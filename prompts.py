@@ -22,6 +22,7 @@ from fractions import Fraction
 from typing import Any
 
 from chat import CONTROL_TOKEN, Chat
+from kernels.varlen_attention import say_once
 from runtime.distributed import print0
 from runtime.flags import SCORE_WEIGHTS
 from runtime.rows import DIMENSIONS, EMPTY_THOUGHT, FORM_TAG, FORM_TAGS, read_rows
@@ -225,7 +226,8 @@ def load_templates(
     """Loads the templates to use with a model.
 
     The given files (flags) come first, then those in FOLDER/templates, which the model was trained with, then the
-    defaults. Prints a warning where a file replaces a different template that the model was trained with.
+    defaults. Prints a line where a template of the folder replaces a default, and where a given file replaces a
+    different template of the folder.
 
     Raises ValueError if a file lacks a placeholder or has one that can't be filled.
     """
@@ -243,6 +245,8 @@ def load_templates(
         if folder and os.path.isfile(trained_with):
             texts[name] = _read_template(trained_with, name)
         if file is None:
+            if name in texts and texts[name] != getattr(Templates, name):
+                say_once(f"the {name} template is {trained_with}, which the model was trained with")
             continue
         text = _read_template(file, name)
         if name in texts and texts[name] != text:

@@ -101,10 +101,10 @@ class FunctionJudge(Judge):
 
 
 def call(where: str, function: Callable, *arguments: Any) -> Any:
-    """Calls a user's function. ValueError: it raises anything."""
+    """Calls a user's function. ValueError: it raises anything, or exits."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
 
 
@@ -127,7 +127,7 @@ def load_file(file: str) -> ModuleType:
         sys.modules[name] = module  # dataclasses look for the module of their class there
         try:
             loader.exec_module(module)
-        except Exception as error:  # whatever a user's file raises
+        except (Exception, SystemExit) as error:  # whatever a user's file raises
             del sys.modules[name]
             raise ValueError(f"{file} does not run: {type(error).__name__}: {error}") from error
     return sys.modules[name]

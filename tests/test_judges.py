@@ -301,6 +301,8 @@ def unknown(row, answer):
         return None
     if answer == "judged":
         return Judgement("Cut the intro.", 4, -2, 1)
+    if answer == "exit":
+        raise SystemExit(0)
     if answer == "half":
         return Judgement("Cut \\ud83d.", 4, -2, 1)
     return {"nan": float("nan"), "huge": 10**400, "text": "5", "high": Judgement("x", 6, 0, 0), "two": 2}[answer]
@@ -343,6 +345,7 @@ def test_a_function_in_a_file_judges(tmp_path, capsys):
         ("huge", "int 1000.*expected a finite number"),
         ("text", "str '5', expected a finite number, a Judgement or None"),
         ("high", "integers from -5 to 5"),
+        ("exit", "SystemExit: 0"),
     ],
 )
 def test_what_a_function_must_not_give_stops_the_run(tmp_path, answer, problem):
@@ -356,12 +359,14 @@ def test_what_a_function_must_not_give_stops_the_run(tmp_path, answer, problem):
 def test_files_without_such_a_function(tmp_path):
     (tmp_path / "my.py").write_text("import nowhere_at_all")
     (tmp_path / "other.py").write_text("x = 1")
+    (tmp_path / "script.py").write_text("import sys\ndef f(row, answer): return 1\nsys.exit(0)")
     for spec, problem in (
         ("my.py", "expected FILE.py:FUNCTION"),
         ("my.py:f", "does not run: ModuleNotFoundError: .*nowhere_at_all"),
         ("other.py:f", "has no function f"),
         ("other.py:x", "has no function x"),
         ("gone.py:f", "gone.py: no such file"),
+        ("script.py:f", "script.py does not run: SystemExit: 0"),
     ):
         with pytest.raises(ValueError, match=f"--judge .*{problem}"):
             open_judge(f"{tmp_path}/{spec}", JudgeSettings(), RANKS)

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 
@@ -17,6 +19,7 @@ from chat import Chat
 from kernels import varlen_attention
 from model import load_pretrained, save_pretrained
 from model_config import Config
+from weights import resolve
 
 CONFIGS = [
     dict(),
@@ -359,6 +362,17 @@ def test_a_broken_file_is_named_in_one_line(tmp_path, monkeypatch, name, how):
         (dict(rope_scaling={"type": "yarn", "factor": 4, "mscale": 0.7}), "rope parameter mscale = 0.7"),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8}), "low_freq_factor is None"),
         (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope parameter full_attention"),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected a positive integer, at most 1,000"),
+        (dict(vocab_size=10**30), "vocab_size is 10+, expected"),
+        (dict(hidden_size=2**40), "hidden_size is 1099511627776, expected"),
+        (dict(rms_norm_eps=math.inf), "rms_norm_eps is inf"),
+        (dict(rope_theta=10**400), "rope_theta is 10+, expected"),
+        (dict(model_type=["qwen2"]), r"model_type is \['qwen2'\]"),
+        (dict(layer_types=7), "layer_types is 7"),
+        (dict(layer_types=[7, "full_attention"]), "layer_types"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
+        (dict(model_type="llama", attention_bias="no"), "attention_bias is 'no', expected true or false"),
+        (dict(rope_scaling={"rope_type": ["yarn"]}), r"rope type is \['yarn'\]"),
     ],
 )
 def test_config_fields_of_another_kind_are_named(changes, problem):
@@ -374,6 +388,14 @@ def test_config_fields_of_another_kind_are_named(changes, problem):
         ("generation_config.json", "[]"),
         ("generation_config.json", '{"eos_token_id": "7"}'),
         ("tokenizer_config.json", "{"),
+        ("generation_config.json", '{"eos_token_id": 99999999999999999999}'),
+        ("generation_config.json", '{"eos_token_id": [0, -99999999999999999999]}'),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": 7}'),
+        ("config.json", '{"model_type": {"qwen2": 1}}'),
+        ("config.json", '{"model_type": "qwen2", "hidden_size": "64"}'),
+        ("tokenizer_config.json", '{"pad_token": ["a"]}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'),
         ("tokenizer.json", "{"),
         ("tokenizer.json", "{}"),
     ],
@@ -383,6 +405,96 @@ def test_a_broken_file_beside_the_tokenizer_is_named(tiny, tmp_path, name, text)
     (tmp_path / "m" / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         Chat(str(tmp_path / "m"))
+
+
+# -- folders from anybody, whose files are copied into checkpoints -----------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A checkpoint with a template, in tmp_path/m; tmp_path/secret.txt lies outside."""
+    shutil.copytree(tiny / "checkpoint", tmp_path / "m")
+    (tmp_path / "m" / "templates").mkdir()
+    (tmp_path / "m" / "templates" / "grm.txt").write_text("{persona}{question}{answer}")
+    (tmp_path / "secret.txt").write_text("{persona} {question} KEY")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "answer.txt").write_text("{persona} {question} KEY")
+    return tmp_path / "m"
+
+
+LINKS = [  # a file of the folder, what it leads to
+    ("templates/answer.txt", "../../secret.txt"),
+    ("templates/notes.txt", "../../secret.txt"),
+    ("merges.txt", "../secret.txt"),
+    ("added_tokens.json", "../secret.txt"),
+    ("chat_template.jinja", "/proc/self/environ"),
+    ("templates", "../secrets"),
+    ("model.safetensors", "../secret.txt"),
+    ("vocab.json", "templates/../../secret.txt"),
+]
+
+
+@pytest.mark.parametrize("name, target", LINKS)
+def test_links_out_of_a_folder_are_refused(folder, tmp_path, name, target):
+    file = folder / name
+    if name == "templates":
+        shutil.rmtree(file)
+    file.unlink(missing_ok=True)
+    file.symlink_to(target)
+    problem = f"{re.escape(str(folder))}.*: a link out of the model's folder, to "
+    for read in (resolve, load_pretrained, Chat):
+        with pytest.raises(ValueError, match=problem):
+            read(str(folder))
+    with pytest.raises(ValueError, match=problem):
+        save_pretrained(random_model(tiny_config(), seed=1), str(tmp_path / "new"), str(folder))
+    assert not any("KEY" in f.read_text(errors="replace") for f in (tmp_path / "new").rglob("*") if f.is_file())
+
+
+def test_an_index_that_leads_out_is_refused(folder, tmp_path):
+    shutil.move(folder / "model.safetensors", tmp_path / "other.safetensors")
+    for name in ("../other.safetensors", str(tmp_path / "other.safetensors")):
+        tensors = dict.fromkeys(load_file(tmp_path / "other.safetensors"), name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": tensors}))
+        with pytest.raises(ValueError, match="index.json names .*, expected a file of the same folder"):
+            load_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("name", ["templates/answer.txt", "merges.txt", "config.json", "model.safetensors"])
+def test_what_is_no_plain_file_is_refused(folder, name):
+    """A device would be read until memory ends, a pipe for ever; this one holds no data, so that a test may."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name}: no regular file"):
+        resolve(str(folder))
+
+
+def test_a_huge_file_beside_the_weights_is_refused(folder):
+    with open(folder / "merges.txt", "wb") as f:
+        f.truncate(2**40)  # sparse
+    with pytest.raises(ValueError, match=r"merges.txt: 1,099,511,627,776 bytes, expected at most 134,217,728"):
+        resolve(str(folder))
+
+
+def test_links_within_a_folder_and_into_the_hubs_cache_are_followed(folder, tmp_path):
+    """As snapshot_download makes them."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1f"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    (snapshot / "templates").mkdir(parents=True)
+    blobs.mkdir()
+    for n, file in enumerate(f for f in folder.rglob("*") if f.is_file()):
+        shutil.copy(file, blobs / str(n))
+        link = snapshot / file.relative_to(folder)
+        link.symlink_to(os.path.relpath(blobs / str(n), link.parent))
+    (folder / "templates" / "pair.txt").symlink_to("grm.txt")
+    for source in (folder, snapshot):
+        Chat(str(source))
+        save_pretrained(load_pretrained(str(source)), str(tmp_path / "new"), str(source))
+        assert (tmp_path / "new" / "templates" / "grm.txt").read_text() == "{persona}{question}{answer}"
+        assert not any(file.is_symlink() for file in (tmp_path / "new").rglob("*"))
+    (blobs / "x").symlink_to(tmp_path / "secret.txt")
+    (snapshot / "merges.txt").symlink_to("../../blobs/x")
+    with pytest.raises(ValueError, match="merges.txt: a link out of the model's folder"):
+        resolve(str(snapshot))
 
 
 def test_a_conversation_that_the_assistant_opens(tiny):

@@ -223,6 +223,22 @@ def test_a_missing_default_model_names_the_script_that_makes_it():
             resolve(f"{folder}nowhere")
 
 
+@pytest.mark.parametrize(
+    "path", ["out/mymodel", "./mymodel", "runs/mymodel", "/nowhere", "a/b/c", "~/m", "", "../m", "rows.jsonl"]
+)
+def test_the_hub_is_not_asked_for_a_folder(monkeypatch, tmp_path, path):
+    """A path in `out`, or in a folder that is here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **_: asked.append(names))
+    with pytest.raises(ValueError, match="is not a folder; expected a model's folder, or a hub id"):
+        resolve(path)
+    assert asked == []
+    assert resolve("Qwen/Qwen3-8B") is None and asked == [("Qwen/Qwen3-8B",)]
+
+
 # -- judgements ----------------------------------------------------------------------------------------------------
 
 
