@@ -75,6 +75,32 @@ def test_overview(at):
     assert b.text('.chart[data-title="Reward"] .values').split()[1] == "2.10"
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "#view=rollouts&row=length",
+        "#view=rollouts&row=constructor",
+        "#view=rollouts&row=1e0",
+        "#view=rollouts&show=constructor",
+        "#view=rollouts&sort=__proto__",
+        "#view=rollouts&show=tokens&color=constructor",
+        "#view=rollouts&show=tokens&color=nonsense",
+        "#run=2&view=rows&row=length",
+        "#run=2&view=rows&order=toString",
+        "#view=compare&nth=-1",
+        "#view=compare&nth=0.5",
+        "#x=constructor",
+        "#smooth=-3",
+    ],
+)
+def test_an_address_that_names_nothing_shows_what_there_is(at, address):
+    """Names that every JavaScript object or list has; a link may come from anybody."""
+    b = at(address)
+    assert b.count("#main > *") > 0
+    if "rows" in address or "rollouts" in address:
+        assert b.count(".item") > 0 and b.count(".detail") == 1
+
+
 def test_a_click_on_a_step_shows_its_rollouts(at):
     b = at()
     b.until("return document.querySelector('.chart canvas')")

@@ -82,6 +82,9 @@ function readAddress() {
     state[name] = given === null ? value : typeof value === "number" ? Number(given) || 0 : given;
   }
   if (!RUNS[state.run]) state.run = 0;
+  if (!/^\d*$/.test(state.row)) state.row = ""; // row=length is none
+  if (!COLORINGS.some(([name]) => name === state.color)) state.color = DEFAULTS.color;
+  state.nth = Math.max(0, Math.floor(state.nth));
   if (!viewsOf(run()).some(([name]) => name === state.view)) state.view = viewsOf(run())[0][0];
 }
 
@@ -176,6 +179,7 @@ function toggleHelp() {
 // -- the filter, shared by curves and rollouts ---------------------------------------------------------------------------
 
 const SHOW = {
+  __proto__: null, // show=constructor is none
   all: ["All rollouts", () => true],
   trained: ["Edit in the batch", (r) => r.edit && r.edit.selected],
   dropped: ["Dropped from the batch", (r) => r.drop_reason || (r.edit && r.edit.drop_reason)],
@@ -187,6 +191,7 @@ const SHOW = {
 };
 const gain = (r) => (r.edit && r.edit.reward !== undefined && r.reward !== undefined ? r.edit.reward - r.reward : null);
 const SORT = {
+  __proto__: null,
   newest: ["Newest step first", (r) => r.step],
   step: ["Oldest step first", null],
   improved: ["Most improved by the edit", (r) => gain(r)],

@@ -55,6 +55,7 @@ function mountResults(main) {
 // -- rows --------------------------------------------------------------------------------------------------------------
 
 const ORDERS = {
+  __proto__: null,
   file: ["Order of the file", null],
   longer: ["Model longer than baseline", (r) => r.gap ?? null],
   shorter: ["Model shorter than baseline", (r) => (r.gap === null || r.gap === undefined ? null : -r.gap)],
