@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from json_files import read_json
-from weights import TEMPLATE_DEFAULTS, load_config, resolve, stop_ids
+from weights import TEMPLATE_DEFAULTS, resolve, stop_ids
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
@@ -107,19 +107,19 @@ class Chat:
         file = os.path.join(folder, "tokenizer.json")
         if not os.path.isfile(file):
             raise ValueError(f"{path}: no tokenizer.json; expected a checkpoint with its tokenizer")
-        # these name the file that is broken; the error below could not
-        read_json(file)
-        if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
-            read_json(os.path.join(folder, "tokenizer_config.json"))
-        if os.path.isfile(os.path.join(folder, "config.json")):  # transformers reads it, too
-            load_config(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+            if os.path.isfile(os.path.join(folder, name)):
+                read_json(
+                    os.path.join(folder, name)
+                )  # names the file if it is no JSON object; the error below could not
         # Loaded by transformers, so that ids are those of transformers and vLLM: for Qwen2 it sets how text is split
         # into words itself, whatever tokenizer.json says.
         try:
             reference = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # tokenizers has no error classes of its own
+            reason = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{file} and tokenizer_config.json: not a tokenizer ({type(error).__name__}: {error})"
+                f"{folder}: transformers refuses tokenizer.json, tokenizer_config.json or config.json ({reason})"
             ) from error
         raw = json.loads(reference.backend_tokenizer.to_str())
         # Settings of the last call of transformers before the folder was saved. They would cut or pad every text.
