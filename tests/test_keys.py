@@ -80,6 +80,8 @@ def test_no_key_goes_over_plain_http_unless_its_name_says_so(start, opened, monk
     with pytest.raises(ValueError, match=f"{variable} would go over plain HTTP.*the key in API_KEY_HTTP_GPU7") as error:
         opened("http://gpu7:8000/v1#m")
     assert KEY not in str(error.value)
+    monkeypatch.setenv(variable, "EMPTY")  # for clients that want a key where a server wants none
+    assert chat_client.key_for("http://gpu7:8000/v1/")[0] == ""
     monkeypatch.setenv("API_KEY_HTTP_GPU7", "another")
     assert chat_client.key_for("http://gpu7:8000/v1/")[0] == "another"
 
