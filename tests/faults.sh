@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 200 kills and 48 damaged checkpoints, each continued and compared (tests/faults.py); the table goes into
+# 200 kills of all stages and 48 damaged checkpoints, each continued and compared (tests/faults.py); the table goes into
 # docs/reliability.md. About ten minutes on two CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,6 +4,7 @@ tests/faults.sh does the kills at length; here a few of them.
 """
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -62,7 +63,21 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.slow
 def test_a_few_kills_and_damaged_files(tmp_path, capsys):
-    assert faults.main(6, 2, str(tmp_path), only=("sft.py", "ppo_cpe.py")) == 0, capsys.readouterr().out
+    some = ("sft.py", "ppo_cpe.py", "annotate.py", "evaluate.py")
+    assert faults.main(8, 2, str(tmp_path), only=some) == 0, capsys.readouterr().out
+
+
+def test_what_is_compared_of_an_evaluation(tmp_path):
+    """Every row and figure, but not flags, clock, journal and plots."""
+    for name, reward, seconds in (("a", 1, 2), ("same", 1, 3), ("other row", 0, 2)):
+        (tmp_path / name / "journal").mkdir(parents=True)
+        (tmp_path / name / "journal" / "replies.0.jsonl").write_text(f"{seconds}\n")
+        (tmp_path / name / "verdicts.jsonl").write_text(json.dumps({"reward": reward}))
+        results = {"args": {"out": name}, "models": {"world": {"calls": 1, "seconds": seconds}}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    a, same, other_row = (faults.result(str(tmp_path / name)) for name in ("a", "same", "other row"))
+    assert a == same != other_row and set(a) == {"verdicts.jsonl", "results.json"}
+    assert a["results.json"] == {"models": {"world": {"calls": 1}}}
 
 
 @pytest.mark.parametrize("steps", [8, 16])
