@@ -437,6 +437,7 @@ async def pieces_of(chat: Chat, worker: EngineThread, key: int, listener: Listen
             if find_stop(text, request.stop) is not None:
                 worker.finish(key, event.index)
             yield event.index, shown_so_far(text, request.stop), None
+            await asyncio.sleep(0)  # an event that is there already would not let others have their turn
             continue
         if event.error:
             raise BadRequest(f"generation failed: {event.error}", status=500)

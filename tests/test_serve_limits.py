@@ -8,6 +8,7 @@ import json
 import resource
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_serve import MESSAGES, Running, until
@@ -135,6 +136,31 @@ def test_a_long_answer_holds_up_nobody(limited, monkeypatch, slow):
         started = time.monotonic()
         assert ask_health(limited) == 200 and time.monotonic() - started < 0.5
         assert not asked.done() and asked.result()[0] == 200
+
+
+def test_long_texts_of_many_samples_hold_up_nobody():
+    """Between the decoding of two of them the event loop does other things."""
+    turns, at_decoding = [], []
+
+    async def others():
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def read():
+        listener = Listener()
+        for index in range(8):
+            listener.send(Progress(index, [1]))
+        await asyncio.sleep(0)
+        task = asyncio.create_task(others())
+        chat = SimpleNamespace(decode=lambda ids: (at_decoding.append(len(turns)), "text")[1])
+        request = SimpleNamespace(n=8, stop=[])
+        pieces = serve.pieces_of(chat, None, 0, listener, request)
+        assert len([await anext(pieces) for _ in range(8)]) == 8
+        task.cancel()
+
+    asyncio.run(read())
+    assert len(set(at_decoding)) == 8
 
 
 def ask_health(running):
