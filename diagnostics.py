@@ -23,6 +23,7 @@ from judges import Judge, ask_all
 from model import save_pretrained
 from prompts import DIMENSIONS, Judgement, has_control_text, words_of
 from runtime import training
+from runtime.digests import input_digest, sealed
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed, moments, print0
 from runtime.rows import write_text
 from runtime.runs import Run
@@ -555,6 +556,9 @@ def write_rollouts(
 # -- a batch for replay.py ---------------------------------------------------------------------------------------------
 
 
+BATCH_FILES = ("batch.safetensors", "policy")  # beside batch.json, which has their digests
+
+
 def save_batch(script: str, batch: Batch, run: Run) -> None:
     """Keeps a step's batch, ready for the update, and the weights that sampled it: OUT/batch_NNNNNN, for replay.py.
 
@@ -570,4 +574,5 @@ def save_batch(script: str, batch: Batch, run: Run) -> None:
         tensors = {f"{name}.{i}": x for i, row in enumerate(rows) for name, x in row.items() if x is not None}
         save_file(tensors, os.path.join(folder, "batch.safetensors"))
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), trajectories=trajectories)
-        write_text(os.path.join(folder, "batch.json"), json.dumps(content))
+        content["digests"] = {name: input_digest(os.path.join(folder, name)) for name in BATCH_FILES}
+        write_text(os.path.join(folder, "batch.json"), json.dumps(sealed(content)))

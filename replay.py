@@ -41,6 +41,7 @@ from json_files import read_json
 from model import Transformer, load_pretrained
 from prompts import Judgement
 from runtime import packing
+from runtime.digests import input_digest, is_whole
 from runtime.distributed import Ranks, start
 from trajectory import Batch, Prompt, Trajectory, UpdateRecord
 
@@ -72,6 +73,11 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType,
     if script_file is None and os.path.dirname(named) not in (root, os.path.join(root, "exp")):
         raise ValueError(
             f"{file} names {saved['script']}, which is no script of this checkout; if you trust it: --script"
+        )
+    digests = {name: input_digest(os.path.join(folder, name)) for name in diagnostics.BATCH_FILES}
+    if not is_whole(saved) or saved["digests"] != digests:
+        raise ValueError(
+            f"{folder}: not what --save-batch wrote; expected batch.json and the files beside it unchanged"
         )
     script = load_script(script_file or named)
 

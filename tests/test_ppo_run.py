@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import shutil
 import time
 import zlib
 
@@ -284,6 +286,20 @@ def test_what_diagnostics_see(watched):
         and first["edit/inserted_gradient_mass"] > 0
         and 0 <= first["edit/kept"] < 1
     )
+
+
+@pytest.mark.parametrize("name", ["batch.json", "batch.safetensors", "policy/model.safetensors"])
+def test_a_batch_that_was_changed_is_not_replayed(watched, tmp_path, name):
+    """A number of it: the printed gradients would be those of no run."""
+    shutil.copytree(watched / "batch_000002", tmp_path / "batch")
+    file = tmp_path / "batch" / name
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    if name == "batch.json":
+        content = re.sub(rb'"reward": [-\d.]+', b'"reward": 9.5', file.read_bytes(), count=1)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="batch: not what --save-batch wrote"):
+        replay.load_batch(str(tmp_path / "batch"))
 
 
 def test_replay_gives_the_gradients_of_the_update(watched, capsys):
