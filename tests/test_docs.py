@@ -84,7 +84,7 @@ def test_one_step_is_told_from_a_run(tmp_path):
         str(tmp_path / "rollouts" / "step_000002.jsonl"), [rollout(n, g) for n, g in zip(names, (0.5, 2.0, 3.0))]
     )
     write_rows(str(tmp_path / "tokens" / "step_000002.jsonl"), [tokens(n, e) for n in "ab" for e in (False, True)])
-    settings = dict(edit_loss="unclipped", edit_baseline="batch", n_samples=4)
+    settings = dict(edit_loss="unclipped", edit_baseline="batch", n_samples=4, score_weights=[0.35, 0.4, 0.25])
     (tmp_path / "args.json").write_text(json.dumps(settings))
     text = one_step.page(str(tmp_path))
     assert "> drink tea wine wrong\n>\n> Say tea." in text

@@ -163,7 +163,7 @@ def test_finished_experiments_become_the_ladder(tmp_path, capsys):
     exact = [figures.exact_score(row, row["answer"]) for row in sampled]
     assert kept["seed1/small/ppo"]["late_excess"] == pytest.approx(1.5 - np.mean(exact))
     assert "| scores | 2 | 0.90 ± 0.00 | 1.00 ± 0.71 | 0.25 ± 0.00 |" in text
-    assert "| Bradley-Terry: a number | 2 | 0.90 ± 0.00 | 1.00 ± 0.71 | - |" in text
+    assert "| a number (Bradley-Terry) | 2 | 0.90 ± 0.00 | 1.00 ± 0.71 | - |" in text
     assert re.search(
         r"\| CPE less PPO \| [-+.\d]+ \([-+.\d]+ to [-+.\d]+\) \| \+0.00 \| \+0.00 to \+0.00 \| 2 \|", text
     )
@@ -194,6 +194,14 @@ def test_rows_for_the_judges_of_the_ladder(tmp_path):
     plain = read_rows(args.out, "judgement")
     assert [row["helpfulness"] for row in plain] == [row["helpfulness"] for row in rows]
     assert {(row["checks"], row["critique"]) for row in plain} == {("", ".")}
+    pairs = list(persona_world.pair_rows(rng, "train", 20))
+    write(tmp_path / "world/pairs.jsonl", pairs)
+    judgements.main(replace(args, exact_pairs=True))
+    exact = read_rows(args.out, "pair")
+    assert exact == [pair for pair in map(persona_world.exact_pair, pairs) if pair]
+    assert all(
+        figures.exact_score(pair, pair["chosen"]) > figures.exact_score(pair, pair["rejected"]) for pair in exact
+    )
     judgements.main(replace(args, without=("checks",), rollouts=(str(tmp_path / "run"),)))
     refreshed = read_rows(args.out, "judgement")
     late = rollout_rows(tmp_path / "run", 3) + rollout_rows(tmp_path / "run", 4)

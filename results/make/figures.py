@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from data.persona_world import claims, judge, recites_profile
+from data.persona_world import judge, recites_profile
 from json_files import read_json
 from prompts import DIMENSIONS
 from recipes import rare_content
@@ -28,12 +28,6 @@ def recites(rows: list[dict]) -> float:
     return 100 * float(np.mean([recites_profile(row["persona"], row["answer"]) for row in rows]))
 
 
-def claims_right(rows: list[dict]) -> float | None:
-    """Percent of the claims about the person that are right; None without claims."""
-    right = [row["persona"].get(attribute) == value for row in rows for attribute, value in claims(row["answer"])]
-    return 100 * sum(right) / len(right) if right else None
-
-
 def evaluated(run: str, evaluation: str) -> dict:
     """Figures of a policy. run: its run folder; evaluation: that of evaluate.py.
 
@@ -44,7 +38,6 @@ def evaluated(run: str, evaluation: str) -> dict:
     answers = read_rows(f"{evaluation}/answers_model.jsonl", "object")
     figures: dict = {name: results["model"][name]["mean"] for name in ("reward", *DIMENSIONS, "n_tokens")}
     figures["recites"] = recites(answers)
-    figures["claims"] = claims_right(answers)
     figures["win"] = 100 * results["win_rate"]["win_rate"]
     figures["lc"] = results["length_controlled"]["minimal"]["length_controlled_winrate"]
     figures |= rare_content.measure(answers)
@@ -76,8 +69,10 @@ def exact_curves(run: str) -> Curves:
         curves["exact"].append(np.mean([exact_score(row, row["answer"]) for row in rows]))
         curves["own"].append(np.mean([row["reward"] for row in rows]))
         curves["tokens"].append(np.mean([row["n_tokens"] for row in rows]))
-        curves["claims"].append(claims_right(rows))
         curves["recites"].append(recites(rows))
+        said = rare_content.measure(rows)
+        curves["wrong"].append(said["wrong"])
+        curves["advice"].append(said["advice"])
     return {name: [rounded(value) for value in values] for name, values in curves.items()}
 
 

@@ -1,10 +1,12 @@
-"""Judgements to train the judges of the ladder on (results/make/ladder.py), as rows for train_grm.py.
+"""Rows to train the judges of the ladder on (results/make/ladder.py), for train_grm.py.
 
     python results/make/judgements.py --world out/world --without checks --out out/plain.jsonl
     python results/make/judgements.py --world out/world --rollouts out/ppo out/cpe --out out/refreshed.jsonl
+    python results/make/judgements.py --world out/world --exact-pairs --out out/exact.jsonl
 
-Without --rollouts: the world's judgements. With it: half of them, and as many answers that policies wrote in the last
-half of their training, judged by the exact judge.
+The world's judgements. With --rollouts: half of them, and as many answers that policies wrote in the last half of their
+training, judged by the exact judge. With --exact-pairs: the world's pairs in the exact judge's order, in which length
+and recitation win nothing.
 """
 
 import os
@@ -14,7 +16,7 @@ from random import Random
 from typing import Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from data.persona_world import judge
+from data.persona_world import exact_pair, judge
 from runtime import flags
 from runtime.rows import read_rows, step_files, write_rows
 
@@ -29,6 +31,8 @@ class Args:
     """Parts to leave out. An empty critique is not allowed, so a full stop takes its place."""
     rollouts: tuple[str, ...] = ()
     """Run folders of ppo_cpe.py."""
+    exact_pairs: bool = False
+    """Pairs instead of judgements."""
     seed: int = 0
     """Which of the answers are taken."""
 
@@ -50,6 +54,9 @@ def late_answers(run: str) -> list[dict]:
 
 
 def main(args: Args) -> None:
+    if args.exact_pairs:
+        pairs = map(exact_pair, read_rows(f"{args.world}/pairs.jsonl", "pair"))
+        return save([pair for pair in pairs if pair], args.out)
     rows = read_rows(f"{args.world}/judgements.jsonl", "judgement")
     if args.rollouts:
         rng = Random(args.seed)
@@ -58,8 +65,12 @@ def main(args: Args) -> None:
         judged = [row | asdict(judge(row, row["answer"])) for row in rng.sample(answers, half)]
         rows = rng.sample(rows, half) + judged
     rows = [row | {name: EMPTY[name] for name in args.without} for row in rows]
-    write_rows(args.out, rows)
-    print(f"{args.out}: {len(rows)} rows")
+    save(rows, args.out)
+
+
+def save(rows: list[dict], path: str) -> None:
+    write_rows(path, rows)
+    print(f"{path}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

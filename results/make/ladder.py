@@ -39,7 +39,8 @@ GRM_STEPS = 310  # as in the recipe
 REFRESH_STEPS = 78
 
 JUDGES = {  # name: what it writes
-    "bt": "Bradley-Terry: a number",
+    "bt": "a number (Bradley-Terry)",
+    "bt_exact": "a number (Bradley-Terry); labels without bias",
     "scores": "scores",
     "critique": "critique, scores",
     "checked_scores": "checks, scores",
@@ -49,9 +50,10 @@ JUDGES = {  # name: what it writes
 }
 SHORT = {  # in the figure
     "bt": "Bradley-Terry",
+    "bt_exact": "Bradley-Terry, unbiased",
     "refreshed": "critique, scores; refreshed",
     "checks": "checks, critique, scores",
-    "small": "the same, two layers",
+    "small": "checks, critique, scores; two layers",
 }
 OF_RECIPE = {
     "bt": {"ppo": "ppo_bt"},
@@ -66,12 +68,12 @@ METHODS = {  # as in the recipe
 LABELS = {"ppo": "PPO", "cpe": "CPE"}
 COLORS = {"ppo": "#2f6db3", "cpe": "#b5442e"}
 CURVES_OF = {"ppo_bt": "PPO (BT)", "ppo_grm": "PPO (GRM)", "cpe": "CPE"}  # runs of the recipe
-CURVES = {  # figures of each step's samples
-    "tokens": "tokens of an answer",
-    "recites": "answers that recite the profile, %",
-    "claims": "claims that are right, %",
-    "exact": "score; dotted: the run's own reward",
-    "own": "",
+CURVES = {  # figures of each step's samples: (title, factor)
+    "tokens": ("tokens of an answer", 1),
+    "recites": ("answers that recite the profile, %", 1),
+    "wrong": ("answers with a wrong fact, %", 100),
+    "advice": ("suitable advice, %", 100),
+    "exact": ("exact score; dotted: the run's own reward", 1),
 }
 SHOWN = ("reward", "wrong", "advice", "last_step", "recites", "n_tokens", "generated", "judge_calls")
 
@@ -107,6 +109,8 @@ def judge_of(out: str, seed: int, name: str) -> str:
     here = f"{out}/seed{seed}"
     if name == "bt":
         return f"bt:{here}/recipe/bt/model"
+    if name == "bt_exact":
+        return f"bt:{here}/bt_exact/grm/model"
     return f"{here}/recipe/grm/model" if name == "checks" else f"{here}/{name}/grm/model"
 
 
@@ -138,7 +142,13 @@ def train_judge(out: str, seed: int, name: str) -> Experiment:
     grm_flags = f"{FLAGS['grm']} --max-steps {GRM_STEPS}"
     needs = [f"seed{seed}/recipe"]
     commands = []
-    if name in WITHOUT:
+    objective = ""
+    if name == "bt_exact":
+        rows = f"{here}/pairs.jsonl"
+        objective = "--objective bt "
+        grm_flags = FLAGS["bt"]
+        commands.append(f"results/make/judgements.py --world {world} --exact-pairs --out {rows}")
+    elif name in WITHOUT:
         commands.append(f"results/make/judgements.py --world {world} --without {' '.join(WITHOUT[name])} --out {rows}")
     elif name == "refreshed":
         before = f"{out}/seed{seed}/critique"
@@ -156,7 +166,7 @@ def train_judge(out: str, seed: int, name: str) -> Experiment:
             f"sft.py --from-scratch {world}/tokenizer --data {world}/base_corpus.jsonl --out {here}/base "
             f"{FLAGS['base']} --layers 2 --seed {seed}"
         )
-    commands.append(f"train_grm.py --model {base} --data {rows} --out {here}/grm {grm_flags} --seed {seed}")
+    commands.append(f"train_grm.py {objective}--model {base} --data {rows} --out {here}/grm {grm_flags} --seed {seed}")
     return Experiment(f"seed{seed}/{name}/grm", commands, needs)
 
 
@@ -274,6 +284,7 @@ def headings() -> list[str]:
 COMPARED = {  # label: two runs, on the seeds that both have
     "CPE less PPO": ("checks/cpe", "checks/ppo"),
     "PPO (GRM) less PPO (BT)": ("checks/ppo", "bt/ppo"),
+    "PPO: Bradley-Terry, labels without bias less with": ("bt_exact/ppo", "bt/ppo"),
     "PPO: checks, critique, scores less scores alone": ("checks/ppo", "scores/ppo"),
     "PPO: checks, critique, scores less critique, scores": ("checks/ppo", "critique/ppo"),
     "CPE: checks, critique, scores less critique, scores": ("checks/cpe", "critique/cpe"),
@@ -309,8 +320,8 @@ def judge_table(runs: Figures) -> str:
         late = first_seeds(runs[f"{name}/ppo"])
         if agreement:
             cells = [spread([figures[key] for figures in agreement], 2) for key in ("own", "other")]
-            sees = "-" if name == "bt" else spread([figures["sees_other"] for figures in agreement], 2)
-            excess = "-" if name == "bt" else spread([figures["late_excess"] for figures in late], 2)
+            sees = "-" if name.startswith("bt") else spread([figures["sees_other"] for figures in agreement], 2)
+            excess = "-" if name.startswith("bt") else spread([figures["late_excess"] for figures in late], 2)
             cells += [sees, spread([figures.get("late_correlation") for figures in late], 2), excess]
             rows.append([label, len(agreement), *cells])
     header = ["the judge writes", "seeds", "correlation, own profile", "other profile", "sees other profile"]
@@ -356,17 +367,22 @@ def draw(runs: Figures, folder: str) -> None:
 
 
 def draw_hacking(runs: Figures, folder: str) -> None:
-    """What the policies of the recipe sample over training, under either reward; mean and range over the seeds."""
-    figure, axes = new_figure(4)
+    """What the policies of the recipe sample over training; the mean over seeds, and their range as a band."""
+    figure, axes = new_figure(len(CURVES))
+    figure.set_size_inches(3.5 * len(CURVES), 3.4)
     colors = {"ppo_bt": "#c9a227", "ppo_grm": COLORS["ppo"], "cpe": COLORS["cpe"]}
     of_seeds = [runs["recipe"][seed] for seed in sorted(runs["recipe"])]
+    own_scale = axes[-1].twinx()
     for run, label in CURVES_OF.items():
-        for axis, (name, title) in zip(axes, CURVES.items()):
-            plot_range(axis, [recipe[run]["curves"][name] for recipe in of_seeds], colors[run], label=label)
-            axis.set(xlabel="step", title=title)
-            axis.title.set_fontsize(9)
+        for axis, (name, (title, factor)) in zip(axes, CURVES.items()):
+            curves = [factor * np.array(recipe[run]["curves"][name]) for recipe in of_seeds]
+            plot_range(axis, curves, colors[run], label=label)
+            axis.set(xlabel="step")
+            axis.set_title(title, fontsize=9)
         own = np.mean([recipe[run]["curves"]["own"] for recipe in of_seeds], 0)
-        if run != "ppo_bt":  # whose reward has no scale
-            axes[3].plot(range(1, len(own) + 1), own, color=colors[run], ls=":")
+        scale = own_scale if run == "ppo_bt" else axes[-1]  # a Bradley-Terry reward has a scale of its own
+        scale.plot(range(1, len(own) + 1), own, color=colors[run], ls=":")
+    own_scale.set_ylabel("reward of PPO (BT)", fontsize=8, color=colors["ppo_bt"])
+    own_scale.tick_params(labelsize=7)
     axes[0].legend(frameon=False, fontsize=7)
     save_figure(figure, folder, "hacking")

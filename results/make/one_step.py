@@ -68,6 +68,7 @@ def page(run: str, first_step: int = 1) -> str:
     persona = row["persona"]
     if isinstance(persona, dict):
         persona = ", ".join(f"{key}: {value}" for key, value in persona.items())
+    weights = ", ".join(f"{weight:g}" for weight in settings["score_weights"])
     n_kept = sum(edit["kept"])
     n_tokens = len(edit["kept"])
     return f"""# One step, with real text
@@ -82,12 +83,12 @@ trained.
 >
 > {row["question"]}
 
-**2. The policy answers.** Of {settings["n_samples"]} samples this is one:
+**2. The policy answers.** This is one of {settings["n_samples"]} samples, the one whose edit gained most in this step:
 
 > {row["answer"]}
 
 **3. The judge checks each claim about the person** (attribute, value of the profile, value of the answer), then writes
-a critique and three scores from -5 to 5, whose weighted mean is the reward:
+a critique and three scores from -5 to 5. The reward is their mean, weighted by {weights}:
 
 > {row["checks"] or "(no checks)"}
 >
@@ -101,10 +102,10 @@ are struck through, inserted ones bold:
 > {word_diff(row["answer"], row["edit"]["answer"])}
 
 **5. PPO trains on both, under the prompt alone.** The answer's tokens have PPO's clipped loss; its advantage here is
-{original["advantage"][0]:+.2f} on the first token. Of the edit's {n_tokens} tokens, {n_kept} are in the answer already.
-The others are what can be learned from it: p is their probability under the prompt alone, q under the edit prompt,
+{original["advantage"][0]:+.2f} on the first token. All {n_tokens} tokens of the edit are trained, of which {n_kept} are
+in the answer already. The table has the others. p is their probability under the prompt alone, q under the edit prompt,
 which holds answer and critique. The gradient of a token is -weight x advantage x grad log p (`edit_loss` in
-`ppo_cpe.py`; [method.md](method.md) 2 has the weights of the other losses).
+`ppo_cpe.py`; [method.md](method.md) 2 has the losses). Tokens with p far below q are what only the critique brings in.
 
 {token_table(edit)}
 """
