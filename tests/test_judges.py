@@ -112,7 +112,7 @@ def test_generative_judge_asks_again_and_gives_up(chat):
         assert verdict.judgement == Judgement("Cut the intro.", 4, -2, 1)
     lost = found["never"]
     assert (lost.reward, lost.judgement, lost.attempts) == (None, None, 3)
-    assert "parsed" in lost.error
+    assert "in no readable form" in lost.error and "Helpfulness: 7" in lost.error  # one reply is shown
     assert judge.take_counts() == (8, 5) and judge.take_counts() == (0, 0)
     assert len(set(engine.seeds["never"])) == 3  # another seed each time
 
