@@ -35,7 +35,7 @@ def spread(values: Iterable[float | None], digits: int = 2, factor: float = 1) -
     known = [factor * value for value in values if value is not None]
     if not known:
         return "-"
-    text = f"{np.mean(known):.{digits}f}"
+    text = f"{round(np.mean(known), digits) + 0.0:.{digits}f}"  # no minus sign before a zero
     return f"{text} ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else text
 
 
