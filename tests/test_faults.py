@@ -157,7 +157,7 @@ def test_no_whole_checkpoint_is_left(three, tiny, capsys):
 def test_nothing_is_unpickled(three):
     """The project reads no pickle at all."""
     for folder, _, names in os.walk(three):
-        assert all(name.endswith((".safetensors", ".json", ".jsonl", ".txt")) for name in names), (folder, names)
+        assert all(name.endswith((".safetensors", ".json", ".jsonl", ".txt", ".md")) for name in names), (folder, names)
 
 
 def test_what_a_killed_run_had_begun_is_removed(three, tiny):

@@ -180,7 +180,7 @@ def test_sdpo_credit_is_what_the_critique_adds(tiny, tmp_path):
 
 
 def test_another_reward(tiny, tmp_path):
-    """The page's function is a judge for edits: it names the food, and its critique is followed by a second score."""
+    """The function of the page is a judge for edits: its critique is followed by a second score."""
     (code,) = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
     flags = flags_of(tiny, tmp_path, code)
     rows = [dict(prompt_id=f"p{i}", persona={"food": "soup"}, question=f"What to eat {i}?") for i in range(8)]
@@ -190,7 +190,7 @@ def test_another_reward(tiny, tmp_path):
     run_script("ppo_cpe.py", *flags)
     lines = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["edit"]]
-    assert rows and all(row["critique"] == "Say your food is soup." and row["edit"]["answer"] for row in rows)
+    assert rows and all(row["critique"] == "Name one of these: soup." and row["edit"]["answer"] for row in rows)
     assert all(row["personalization"] == -5 for row in rows)
 
 

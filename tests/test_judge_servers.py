@@ -169,7 +169,7 @@ def test_server_judge_through_faults(server, opened):
         else:
             assert (verdict.reward, verdict.error) == (0.85, None)
     assert "scripted" in found["never allowed"].error
-    assert "parsed" in found["never parses"].error
+    assert "in no readable form: no idea" in found["never parses"].error
     assert judge.take_counts() == (13, 6)
     assert len(server.requests["busy"]) == 3 and len(server.requests["lost"]) == 2
     seeds = [request["seed"] for request in server.requests["never parses"]]
