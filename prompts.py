@@ -222,12 +222,13 @@ def load_templates(
     pair_template: str | None = None,
     questions_template: str | None = None,
     score_template: str | None = None,
+    quiet: bool = False,
 ) -> Templates:
     """Loads the templates to use with a model.
 
     The given files (flags) come first, then those in FOLDER/templates, which the model was trained with, then the
-    defaults. Prints a line where a template of the folder replaces a default, and where a given file replaces a
-    different template of the folder.
+    defaults. Prints a line where a template of the folder replaces a default (unless quiet), and where a given file
+    replaces a different template of the folder.
 
     Raises ValueError if a file lacks a placeholder or has one that can't be filled.
     """
@@ -245,7 +246,7 @@ def load_templates(
         if folder and os.path.isfile(trained_with):
             texts[name] = _read_template(trained_with, name)
         if file is None:
-            if name in texts and texts[name] != getattr(Templates, name):
+            if name in texts and texts[name] != getattr(Templates, name) and not quiet:
                 say_once(f"the {name} template is {trained_with}, which the model was trained with")
             continue
         text = _read_template(file, name)

@@ -261,7 +261,7 @@ def prompt_templates(folder: str) -> dict[str, str] | None:
     from prompts import answer_prompt, edit_prompt, load_templates
 
     chat = Chat(policy)
-    templates = load_templates(policy)
+    templates = load_templates(policy, quiet=True)
     prompt = answer_prompt(chat, templates, {"persona": "{persona}", "question": "{question}"})
     edit = edit_prompt(chat, templates, [], chat.encode("{answer}"), "{critique}")
     return {"prompt": chat.decode(prompt), "edit": chat.decode(edit)}
