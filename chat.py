@@ -108,10 +108,9 @@ class Chat:
         if not os.path.isfile(file):
             raise ValueError(f"{path}: no tokenizer.json; expected a checkpoint with its tokenizer")
         for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-            if os.path.isfile(os.path.join(folder, name)):
-                read_json(
-                    os.path.join(folder, name)
-                )  # names the file if it is no JSON object; the error below could not
+            part = os.path.join(folder, name)
+            if os.path.isfile(part):
+                read_json(part)  # names the file if it is no JSON object; the error below could not
         # Loaded by transformers, so that ids are those of transformers and vLLM: for Qwen2 it sets how text is split
         # into words itself, whatever tokenizer.json says.
         try:

@@ -556,7 +556,9 @@ def write_rollouts(
 # -- a batch for replay.py ---------------------------------------------------------------------------------------------
 
 
-BATCH_FILES = ("batch.safetensors", "policy")  # beside batch.json, which has their digests
+def batch_digests(folder: str) -> dict[str, str]:
+    """Digests of the files beside batch.json, which holds them."""
+    return {name: input_digest(os.path.join(folder, name)) for name in ("batch.safetensors", "policy")}
 
 
 def save_batch(script: str, batch: Batch, run: Run) -> None:
@@ -574,5 +576,5 @@ def save_batch(script: str, batch: Batch, run: Run) -> None:
         tensors = {f"{name}.{i}": x for i, row in enumerate(rows) for name, x in row.items() if x is not None}
         save_file(tensors, os.path.join(folder, "batch.safetensors"))
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), trajectories=trajectories)
-        content["digests"] = {name: input_digest(os.path.join(folder, name)) for name in BATCH_FILES}
+        content["digests"] = batch_digests(folder)
         write_text(os.path.join(folder, "batch.json"), json.dumps(sealed(content)))

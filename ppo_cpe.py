@@ -768,10 +768,11 @@ def main(args: Args) -> None:
     judge = open_judge(args.judge, settings, ranks)
     second_judge = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
     check_judge_suits(judge, args)
+    model_digest = input_digest(folder)
     inputs = {
         "--prompts": input_digest(args.prompts),
-        "--model": input_digest(folder),
-        "--critic": input_digest(resolve(args.critic or args.model)),
+        "--model": model_digest,
+        "--critic": input_digest(resolve(args.critic)) if args.critic else model_digest,
         "--judge": digest_of(fingerprint(args.judge, settings)),
         "the templates": digest_of(templates.answer, templates.edit),
     }

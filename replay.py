@@ -41,7 +41,7 @@ from json_files import read_json
 from model import Transformer, load_pretrained
 from prompts import Judgement
 from runtime import packing
-from runtime.digests import input_digest, is_whole
+from runtime.digests import is_whole
 from runtime.distributed import Ranks, start
 from trajectory import Batch, Prompt, Trajectory, UpdateRecord
 
@@ -74,8 +74,7 @@ def load_batch(folder: str, script_file: str | None = None) -> tuple[ModuleType,
         raise ValueError(
             f"{file} names {saved['script']}, which is no script of this checkout; if you trust it: --script"
         )
-    digests = {name: input_digest(os.path.join(folder, name)) for name in diagnostics.BATCH_FILES}
-    if not is_whole(saved) or saved["digests"] != digests:
+    if not is_whole(saved) or saved["digests"] != diagnostics.batch_digests(folder):
         raise ValueError(
             f"{folder}: not what --save-batch wrote; expected batch.json and the files beside it unchanged"
         )

@@ -8,10 +8,10 @@ only their fraction of the limit is informative.
     python bench/kernels.py
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,16 @@ from kernels.rmsnorm import add_rms_norm
 from kernels.rope_kv import apply_rope, rope_kv
 from kernels.sampling import sample
 from kernels.swiglu import swiglu
+from runtime import flags
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
+
+@dataclass
+class Args:
+    """There are no flags but --help."""
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -181,9 +187,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()  # there are no flags but --help
+    flags.parse(Args, __doc__)
     main()

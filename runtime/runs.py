@@ -22,7 +22,7 @@ from model import Transformer
 from runtime import checkpoints, model_card, trackers
 from runtime.digests import git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
-from runtime.flags import RuntimeArgs, flag, may_change, non_default
+from runtime.flags import RuntimeArgs, flag, may_change, record
 from runtime.rows import append_line, write_rows, write_text
 from runtime.signals import end_if_stopped, should_stop, stop_on_signal
 from runtime.watch import set_phase
@@ -74,7 +74,7 @@ class Run:
             _lock(out)
             if continued:
                 _remove_unfinished(out)
-            content = {**flags_of_run, "non_default": non_default(args), "inputs": inputs, "git": git_hash()}
+            content = record(args) | {"inputs": inputs, "git": git_hash()}
             write_text(file, json.dumps(content, indent=2))
             trackers.open_trackers(out, args)
         barrier(ranks)

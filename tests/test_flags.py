@@ -106,7 +106,7 @@ def scripts_in(*folders):
 
 @pytest.mark.parametrize("script", scripts_in(".", "data", "recipes", "bench", "results/make"))
 def test_help_ends_with_an_example(script, monkeypatch):
-    """Of every command, before it does any work or imports what may not be installed (TRL, for one)."""
+    """Every command has one, before it does any work or imports what may not be installed (TRL, for one)."""
     monkeypatch.setattr(sys, "path", list(sys.path))  # the scripts in bench/ change its first entry
     text = run_script(script, "--help", folder=ROOT)
     commands = COMMAND.findall(text)

@@ -116,7 +116,7 @@ def test_a_push_that_cannot_work_ends_before_any_work(tiny, tmp_path, hub, monke
 
 
 def test_flags_that_are_not_the_default():
-    """Of train_grm.py, whose defaults are those of the objective, too."""
+    """Also of train_grm.py, whose defaults are those of the objective."""
     assert flags.record(sft.Args(batch_size=4)).items() >= dict(batch_size=4, non_default=["batch_size"]).items()
     for objective in ("grm", "bt"):
         args = train_grm.with_defaults(train_grm.Args(objective=objective))

@@ -10,6 +10,7 @@ from scipy import stats
 
 from evaluation.tables import markdown_row
 from results.make.figures import Figures
+from runtime.rows import write_text
 
 COLUMNS = {  # figure: (heading, digits, factor)
     "reward": ("score", 2, 1),
@@ -106,9 +107,11 @@ def difference_table(header: Sequence[str], rows: Iterable[tuple[Sequence, dict]
     return markdown_table(columns, cells) if cells else None
 
 
-def sections_text(sections: dict[str, str | None]) -> str:
-    """Markdown of {title: table}; a section without a table is left out."""
-    return "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
+def write_page(path: str, title: str, note: str, sections: dict[str, str | None]) -> None:
+    """Writes and prints the tables of {title: table}; a section without a table is left out."""
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
+    write_text(path, f"# {title}\n\n{note}\n\n{text}\n")
+    print(f"{text}\n\nwritten: {path} (figures are beside it)")
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

@@ -15,21 +15,20 @@ import numpy as np
 from data.persona_world import judge as exact_judge
 from json_files import read_json
 from results.make.draw import (
-    COLUMNS,
     GREY,
-    column,
     difference,
     difference_table,
+    figure_table,
     markdown_table,
     new_figure,
     plot_range,
     save_figure,
-    sections_text,
     spread,
+    write_page,
 )
 from results.make.experiments import FLAGS, Experiment
 from results.make.figures import evaluated, exact_curves
-from runtime.rows import read_rows, step_files, write_text
+from runtime.rows import read_rows, step_files
 
 RECIPE_SEEDS = 5
 LADDER_SEEDS = 3
@@ -55,10 +54,10 @@ SHORT = {  # in the figure
     "checks": "checks, critique, scores",
     "small": "checks, critique, scores; two layers",
 }
-OF_RECIPE = {
+OF_RECIPE = {  # judge: {method: run of the recipe}
     "bt": {"ppo": "ppo_bt"},
     "checks": {"ppo": "ppo_grm", "cpe": "cpe"},
-}  # {judge: {method: run of the recipe}}
+}
 WITHOUT = {"scores": ("checks", "critique"), "critique": ("checks",), "checked_scores": ("critique",)}
 CRITICS = ("critique", "refreshed", "checks", "small")  # the judges that CPE can have
 METHODS = {  # as in the recipe
@@ -195,7 +194,7 @@ def is_kept(name: str) -> bool:
 
 
 def figures_of(out: str, name: str) -> dict:
-    """What ladder.json keeps of an experiment."""
+    """The figures of an experiment, for ladder.json."""
     folder = f"{out}/{name}"
     kind = name.split("/")[-1]
     if kind == "recipe":
@@ -257,9 +256,7 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
         "Judges against the exact judge": judge_table(runs),
         "Policies trained under them": policy_table(runs),
     }
-    text = sections_text(sections)
-    write_text(f"{folder}/ladder.md", f"# A ladder of judges\n\n{NOTE}\n\n{text}\n")
-    print(f"{text}\n\nwritten: {folder}/ladder.md and the figure beside it")
+    write_page(f"{folder}/ladder.md", "A ladder of judges", NOTE, sections)
 
 
 def first_seeds(figures: dict[int, dict]) -> list[dict]:
@@ -273,12 +270,8 @@ def recipe_table(runs: Figures) -> str:
     rows = []
     for name, label in names.items():
         figures = [runs[name][seed] for seed in sorted(runs[name])]
-        rows.append([label, len(figures), *(column(figures, c) for c in SHOWN)])
-    return markdown_table(["", "seeds", *headings()], rows)
-
-
-def headings() -> list[str]:
-    return [COLUMNS[name][0] for name in SHOWN]
+        rows.append(([label, len(figures)], figures))
+    return figure_table(["", "seeds"], rows, SHOWN)
 
 
 COMPARED = {  # label: two runs, on the seeds that both have
@@ -334,8 +327,8 @@ def policy_table(runs: Figures) -> str:
         for method in METHODS:
             figures = first_seeds(runs[f"{name}/{method}"])
             if figures:
-                rows.append([label, LABELS[method], len(figures), *(column(figures, c) for c in SHOWN)])
-    return markdown_table(["the judge writes", "method", "seeds", *headings()], rows)
+                rows.append(([label, LABELS[method], len(figures)], figures))
+    return figure_table(["the judge writes", "method", "seeds"], rows, SHOWN)
 
 
 def draw(runs: Figures, folder: str) -> None:
@@ -367,7 +360,7 @@ def draw(runs: Figures, folder: str) -> None:
 
 
 def draw_hacking(runs: Figures, folder: str) -> None:
-    """What the policies of the recipe sample over training; the mean over seeds, and their range as a band."""
+    """Samples of the recipe's policies over training: the mean over seeds, and their range as a band."""
     figure, axes = new_figure(len(CURVES))
     figure.set_size_inches(3.5 * len(CURVES), 3.4)
     colors = {"ppo_bt": "#c9a227", "ppo_grm": COLORS["ppo"], "cpe": COLORS["cpe"]}

@@ -34,12 +34,11 @@ from results.make.draw import (
     plot_range,
     save_figure,
     search_table,
-    sections_text,
     spread,
+    write_page,
 )
 from results.make.experiments import FLAGS, PAIRS_ONLY, Experiment
 from results.make.figures import Figures, evaluated
-from runtime.rows import write_text
 
 RATES = (0.3, 0.03, 0.003, 0.001, 0.0)
 RARE = 0.003
@@ -205,7 +204,7 @@ def is_kept(name: str) -> bool:
 
 
 def figures_of(out: str, name: str) -> dict:
-    """What sweep.json keeps of an experiment."""
+    """The figures of an experiment, for sweep.json."""
     folder = f"{out}/{name}"
     if name.endswith("/checks"):
         return read_json(f"{folder}/sanity_checks.json")
@@ -245,12 +244,10 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
         "Further questions": questions_table(figures),
         "Sanity checks, by R": check_table(figures),
     }
-    text = sections_text(sections)
-    write_text(f"{folder}/sweep.md", f"# Rarity against the loss on edits\n\n{NOTE}\n\n{text}\n")
+    write_page(f"{folder}/sweep.md", "Rarity against the loss on edits", NOTE, sections)
     if figures:
         draw_diagram(figures, folder)
         draw_curves(figures, folder)
-    print(f"{text}\n\nwritten: {folder}/sweep.md and the figures beside it")
 
 
 def rates_of(figures: BySeed) -> list[float]:
@@ -341,10 +338,8 @@ def write_search(known: dict[str, dict], folder: str) -> None:
             by_lr = {lr: figures.get((rate, f"{name}_lr{lr:g}")) for lr in LRS}
             rows.append((label, {lr: seeds[SEARCH_SEED] for lr, seeds in by_lr.items() if seeds}))
         sections[f"R = {rate:g}"] = search_table(rows, {"reward": 2, "last_step": 1, "advice": 1, "wrong": 1})
-    text = sections_text(sections)
     note = f"Seed {SEARCH_SEED}, dev prompts, exact score, {STEPS} steps: the same two learning rates for each method."
-    write_text(f"{folder}/search.md", f"# Learning rates\n\n{note}\n\n{text}\n")
-    print(f"{text}\n\nwritten: {folder}/search.md")
+    write_page(f"{folder}/search.md", "Learning rates", note, sections)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

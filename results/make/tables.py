@@ -32,7 +32,7 @@ from runtime.flags import Count
 @dataclass
 class Args:
     table: tyro.conf.Positional[Literal["ladder", "sweep", "memory", "one-step"]]
-    """What to make: ladder, sweep, memory or one-step."""
+    """The table to make: ladder, sweep, memory or one-step."""
 
     # -- experiments (ladder, sweep)
     out: str = "out/ladder"
