@@ -180,6 +180,12 @@ def kept_tokens(before: list[int], after: list[int]) -> Tensor:
     return kept
 
 
+def named_tokens(edit: Trajectory) -> Tensor:
+    """Which tokens of an edit are in its critique (or the request around it), but not in its original: bool [L]."""
+    told = set(edit.context_ids[len(edit.prompt.ids) :]) - set(edit.parent.response_ids)
+    return torch.tensor([token in told for token in edit.response_ids], dtype=torch.bool)
+
+
 def describe_update(means: Means, record: UpdateRecord, eps_low: float, eps_high: float) -> None:
     """Adds losses, ratios and clipped fractions per token, and the ledger of edits."""
     for tokens in record.policy:
@@ -207,7 +213,8 @@ def describe_update(means: Means, record: UpdateRecord, eps_low: float, eps_high
 def describe_edits(means: Means, tokens: TokenArrays, eps_low: float, eps_high: float) -> None:
     """The ledger of edits: what the update did with tokens that an edit kept, and with those that it inserted.
 
-    Inserted tokens that the policy would hardly say without the critique (p < NOVEL) are also counted apart, as novel.
+    Novel tokens are also counted apart: inserted ones that the critique names and the policy would hardly say without
+    it (p < NOVEL). What an edit inserts besides them is mostly the chance of sampling.
     The gradient mass of a token is |weight A|, the size of the derivative of the loss by its log-prob. It is averaged
     over all tokens of edits, so that the masses of kept and inserted tokens add up.
     """
@@ -219,11 +226,12 @@ def describe_edits(means: Means, tokens: TokenArrays, eps_low: float, eps_high: 
     means.add("edit/ratio_high", ratio > 1 + eps_high)
     means.add("edit/weight", weight)
     means.add("edit/clipfrac", weight == 0)
-    kept_of = [kept_tokens(t.parent.response_ids, t.response_ids) for t in tokens.trajectories if t.parent]
-    if not kept_of:
+    edits = [t for t in tokens.trajectories if t.parent]
+    if not edits:
         return
-    kept = torch.cat(kept_of)
-    novel = ~kept & (tokens.logprobs[tokens.is_edit] < math.log(NOVEL))
+    kept = torch.cat([kept_tokens(t.parent.response_ids, t.response_ids) for t in edits])
+    named = torch.cat([named_tokens(t) for t in edits])
+    novel = ~kept & named & (tokens.logprobs[tokens.is_edit] < math.log(NOVEL))
     mass = (weight * tokens.advantages[tokens.is_edit]).abs()
     means.add("edit/kept", kept)
     means.add("edit/novel", novel)

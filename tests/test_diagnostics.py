@@ -54,25 +54,32 @@ def test_kept_and_inserted_tokens():
     assert kept_tokens([5, 6], [5, 6]).tolist() == [True, True] and kept_tokens([1], []).tolist() == []
 
 
-def trajectory(response_ids, parent=None, index=0, sample_id=0, answer=""):
+def trajectory(response_ids, parent=None, index=0, sample_id=0, answer="", critique_ids=()):
     prompt = Prompt(index=index, row={"prompt_id": f"p{index}", "persona": PERSONA}, ids=[1])
     sampled = dict(response_ids=response_ids, engine_logprobs=[], answer=answer, truncated=False)
-    origin = dict(prompt=prompt, sample_id=sample_id, parent=parent, context_ids=[1])
+    context_ids = [1, *(parent.response_ids if parent else ()), *critique_ids]
+    origin = dict(prompt=prompt, sample_id=sample_id, parent=parent, context_ids=context_ids)
     return Trajectory(**origin, **sampled, reward=0.0, judgement=None)
 
 
 def test_ledger_of_edits():
-    """An original; two edits: 1 7 | 2 of original 1 2, and 4 of original 3: kept are the tokens 1 and 2."""
-    edits = [trajectory(after, trajectory(before)) for before, after in (([1, 2], [1, 7, 2]), ([3], [4]))]
-    ratio, weight, advantages = (
-        torch.tensor(x) for x in ([9.0, 1.0, 0.1, 0.5, 3.0], [9.0, 1.0, 0.1, 0.0, 0.0], [9.0, 2.0, 2.0, 2.0, -1.0])
-    )
-    logprobs = torch.tensor([0.01, 0.5, 0.01, 0.5, 0.5]).log()  # the 7 is novel
-    is_edit = torch.tensor([False, True, True, True, True])
-    zeros = torch.zeros(5)
+    """An original; two edits: 1 7 8 | 2 of original 1 2, and 4 of original 3: kept are the tokens 1 and 2.
+
+    The critique names 7, which is novel, and 2, which is kept. Nobody named the 8.
+    """
+    edits = [
+        trajectory([1, 7, 8, 2], trajectory([1, 2]), critique_ids=[2, 7]),
+        trajectory([4], trajectory([3]), critique_ids=[4]),
+    ]
+    ratio = torch.tensor([9.0, 1.0, 0.1, 0.3, 0.5, 3.0])
+    weight = torch.tensor([9.0, 1.0, 0.1, 0.5, 0.0, 0.0])
+    advantages = torch.tensor([9.0, 2.0, 2.0, 1.0, 2.0, -1.0])
+    logprobs = torch.tensor([0.01, 0.5, 0.01, 0.01, 0.5, 0.5]).log()  # the 7 and the 8 are unlikely
+    is_edit = torch.tensor([False, True, True, True, True, True])
+    zeros = torch.zeros(6)
     tokens = TokenArrays(
         trajectories=[trajectory([1]), *edits],
-        counts=[1, 3, 1],
+        counts=[1, 4, 1],
         is_edit=is_edit,
         logprobs=logprobs,
         old_logprobs=logprobs - ratio.log(),
@@ -85,25 +92,25 @@ def test_ledger_of_edits():
     describe_edits(means, tokens, 0.2, 0.2)
     found = means.over_ranks(start("fp32"))
     want = {
-        "edit/kept": 2 / 4,
+        "edit/kept": 2 / 5,
         "edit/kept_ratio": 0.75,
-        "edit/inserted_ratio": 1.55,
+        "edit/inserted_ratio": 3.4 / 3,
         "edit/kept_clipfrac": 1 / 2,
-        "edit/inserted_clipfrac": 1 / 2,
-        "edit/novel": 1 / 4,
+        "edit/inserted_clipfrac": 1 / 3,
+        "edit/novel": 1 / 5,
         "edit/kept_weight": 0.5,
-        "edit/inserted_weight": 0.05,
+        "edit/inserted_weight": 0.2,
         "edit/novel_weight": 0.1,
         "edit/novel_ratio": 0.1,
         "edit/novel_clipfrac": 0,
-        "edit/novel_gradient_mass": 0.2 / 4,
-        "edit/kept_gradient_mass": 2 / 4,
-        "edit/inserted_gradient_mass": 0.2 / 4,
-        "edit/ratio": 4.6 / 4,
-        "edit/ratio_low": 2 / 4,
-        "edit/ratio_high": 1 / 4,
-        "edit/weight": 1.1 / 4,
-        "edit/clipfrac": 2 / 4,
+        "edit/novel_gradient_mass": 0.2 / 5,
+        "edit/kept_gradient_mass": 2 / 5,
+        "edit/inserted_gradient_mass": 0.7 / 5,
+        "edit/ratio": 4.9 / 5,
+        "edit/ratio_low": 3 / 5,
+        "edit/ratio_high": 1 / 5,
+        "edit/weight": 1.6 / 5,
+        "edit/clipfrac": 2 / 5,
         "edit/ratio_max": 3.0,
     }
     assert found == {name: pytest.approx(value) for name, value in want.items()}
