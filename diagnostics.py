@@ -180,9 +180,9 @@ def kept_tokens(before: list[int], after: list[int]) -> Tensor:
     return kept
 
 
-def named_tokens(edit: Trajectory) -> Tensor:
+def named_tokens(edit: Trajectory, original: Trajectory) -> Tensor:
     """Which tokens of an edit are in its critique (or the request around it), but not in its original: bool [L]."""
-    told = set(edit.context_ids[len(edit.prompt.ids) :]) - set(edit.parent.response_ids)
+    told = set(edit.context_ids[len(edit.prompt.ids) :]) - set(original.response_ids)
     return torch.tensor([token in told for token in edit.response_ids], dtype=torch.bool)
 
 
@@ -226,11 +226,11 @@ def describe_edits(means: Means, tokens: TokenArrays, eps_low: float, eps_high: 
     means.add("edit/ratio_high", ratio > 1 + eps_high)
     means.add("edit/weight", weight)
     means.add("edit/clipfrac", weight == 0)
-    edits = [t for t in tokens.trajectories if t.parent]
+    edits = [(t, t.parent) for t in tokens.trajectories if t.parent]
     if not edits:
         return
-    kept = torch.cat([kept_tokens(t.parent.response_ids, t.response_ids) for t in edits])
-    named = torch.cat([named_tokens(t) for t in edits])
+    kept = torch.cat([kept_tokens(original.response_ids, t.response_ids) for t, original in edits])
+    named = torch.cat([named_tokens(t, original) for t, original in edits])
     novel = ~kept & named & (tokens.logprobs[tokens.is_edit] < math.log(NOVEL))
     mass = (weight * tokens.advantages[tokens.is_edit]).abs()
     means.add("edit/kept", kept)

@@ -18,6 +18,13 @@ def items_of(row: dict, answer: str) -> set[tuple]:
     return {item for sentence in read_sentences(row["persona"], answer) for item in sentence.items}
 
 
+def advised(row: dict, answer: str) -> list[bool]:
+    """For each relevant attribute of the question, whether the answer gives the advice that suits the person."""
+    items = items_of(row, answer)
+    relevant = TOPICS[find_topic(row["question"])][0]
+    return [("advice", attribute, row["persona"][attribute]) in items for attribute in relevant]
+
+
 def measure(rows: list[dict]) -> dict[str, float | None]:
     """Fractions in [0, 1] over rows with persona, question and answer:
 
@@ -35,7 +42,7 @@ def measure(rows: list[dict]) -> dict[str, float | None]:
         relevant, _, steps = TOPICS[find_topic(row["question"])]
         items = items_of(row, row["answer"])
         last_step.append(("step", steps[-1]) in items)
-        advice += [("advice", attribute, persona[attribute]) in items for attribute in relevant]
+        advice += advised(row, row["answer"])
         facts = [item for item in items if item[0] in ("claim", "advice")]
         wrong.append(any(persona[attribute] != value for _, attribute, value in facts))
         for kind, attribute, value in facts:

@@ -16,7 +16,7 @@ from test_recipes import ROW, write, write_run
 
 from data import persona_world
 from data.persona_world import say
-from results.make import agreement, critics, draw, experiments, figures, judgements, ladder, sweep, tables
+from results.make import agreement, critics, draw, experiments, figures, judgements, ladder, subset, sweep, tables
 from results.make.experiments import Experiment, run
 from runtime.rows import read_rows
 
@@ -61,7 +61,7 @@ def test_an_experiment_that_fails_stops_the_others_and_is_run_again(tmp_path):
     assert (tmp_path / "log").read_text() == "x"
 
 
-@pytest.mark.parametrize("make", [ladder.experiments, lambda out: sweep.experiments(out, 1), sweep.searched])
+@pytest.mark.parametrize("make", [ladder.experiments, lambda out: sweep.experiments(out, 1)])
 def test_commands_take_a_folder_with_a_space(make):
     """The same words when the folder, quoted for the shell, has a space in its name."""
     for plain, spaced in zip(make("o/a_b"), make(shlex.quote("o/a b")), strict=True):
@@ -86,6 +86,28 @@ def test_difference_over_seeds_is_a_paired_t_interval():
     )
     assert np.allclose([found["low"], found["high"]], [interval.low, interval.high])
     assert draw.difference(numbers, "cpe", "dpo", "reward") is None
+
+
+def test_rows_of_the_sweep(tmp_path):
+    """Prompts without the held-out values, and SFT's answers with rewrites."""
+    rng = random.Random(0)
+    prompts = list(persona_world.prompt_rows(rng, "train", 60))
+    write(tmp_path / "prompts_train.jsonl", prompts)
+    subset.main(subset.Args(str(tmp_path), str(tmp_path / "kept.jsonl"), hold_out_values=True))
+    kept = read_rows(str(tmp_path / "kept.jsonl"), "prompt")
+    held_out = [row for row in prompts if row not in kept]
+    assert kept and held_out and not any(value for row in kept for value in subset.is_held_out(row))
+    assert all(any(subset.is_held_out(row)) for row in held_out)
+    corpus = [persona_world.base_row(rng) for _ in range(40)]
+    pairs = list(persona_world.pair_rows(rng, "train", 3))
+    write(tmp_path / "base_corpus.jsonl", corpus)
+    write(tmp_path / "pairs.jsonl", pairs)
+    args = subset.Args(str(tmp_path), str(tmp_path / "mixed.jsonl"), pairs=str(tmp_path / "pairs.jsonl"), rewrites=2)
+    subset.main(args)
+    rows = read_rows(args.out, "messages")
+    rewrites = [row for row in corpus if len(row["messages"]) == 4]
+    assert [row["messages"][1]["content"] for row in rows[:3]] == [pair["chosen"] for pair in pairs]
+    assert [row["messages"] for row in rows[3:]] == [row["messages"] for row in rewrites[:2]]
 
 
 def test_critics_judge_alike_and_say_different_things():
@@ -231,7 +253,7 @@ def test_agreement_of_a_judge(tmp_path):
 
 
 def test_the_experiments_of_the_sweep():
-    for wanted in (sweep.experiments("out", 2), sweep.experiments("out", 1, quick=True), sweep.searched("out")):
+    for wanted in (sweep.experiments("out", 5), sweep.experiments("out", 1, quick=True)):
         names = [e.name for e in wanted]
         assert len(names) == len(set(names)) and all(need in names for e in wanted for need in e.needs)
     commands = {e.name: e.commands for e in sweep.experiments("out", 2)}
@@ -242,7 +264,24 @@ def test_the_experiments_of_the_sweep():
         words = commands[f"seed0/rate0/critic_{name}"][0].split()
         assert words[len(words) - words[::-1].index("--judge")] == f"results/make/critics.py:{name}"
     assert commands["seed0/recipe"] == ladder.recipe("out", 0).commands  # the ladder's: it is not run twice
-    assert not {e.name for e in sweep.searched("out")} & set(commands)
+    with open(f"{ROOT}/recipes/tiny.sh") as f:  # so are the method and the learning rate
+        assert (
+            sweep.METHODS["none"].split()[-2:] == ["--edit-loss", "none"]
+            and "--lr 5e-5" in f.read()
+            and sweep.LR == 5e-5
+        )
+
+
+INVENTED = (
+    "sft",
+    "ppo",
+    "none",
+    "checks",
+    "critic_exact",
+    "held_out_values",
+    "none_rewrites1000",
+    "checks_rewrites1000",
+)
 
 
 def invented_sweep(folder, seeds):
@@ -251,10 +290,11 @@ def invented_sweep(folder, seeds):
     out = folder / "runs"
     for experiment in sweep.experiments(str(out), 2):
         seed, rate, name = sweep.parts_of(experiment.name) or (None, None, None)
-        if seed in seeds and rate in (0.3, 0.0) and name in ("sft", "ppo", "none", "checks", "critic_exact"):
+        if seed in seeds and rate in (0.3, 0.0) and name in INVENTED:
             run = out / experiment.name
-            if name == "checks":
-                write(run / "sanity_checks.json", dict(last_step=rate, advice=rate / 2, missed=[], nearly=[]))
+            if name.startswith("checks"):
+                checks = dict(last_step=rate, advice=rate / 2, edit_advice=0.25, missed=[], nearly=[])
+                write(run / "sanity_checks.json", checks)
             else:
                 write_run(run, rng)
             write(run / "done.json", dict(commands=experiment.commands, seconds=1))
@@ -268,13 +308,18 @@ def test_finished_experiments_become_the_sweep(tmp_path, capsys):
         args = invented_sweep(tmp_path, (seed,))
         tables.main(args)
         shutil.rmtree(tmp_path / "runs")
-    assert "18 of 122 experiments are finished" in capsys.readouterr().out
+    assert "24 of 152 experiments are finished" in capsys.readouterr().out
     text = (tmp_path / "drawn/sweep.md").read_text()
     assert "|  | 15.000 ± 0.000 % | 0.000 ± 0.000 % |" in text  # the measured rates head the columns
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, paper" not in text
-    assert "| CPE, none | 0.3 | +0.00 | +0.00 to +0.00 |" in text
-    assert "| critic_exact | 0 | 2 | 1.00 ± 0.00 |" in text and "|   beside CPE, none | 0 | 2 |" in text
-    assert {path.stem for path in (tmp_path / "drawn").glob("*.png")} == {"sweep", "sweep_curves"}
+    assert "| CPE, none (the first command) | 0.3 | +0.00 | +0.00 to +0.00 |" in text
+    assert (
+        "| critic_exact | 0 | 2 | 1.00 ± 0.00 |" in text
+        and "|   beside CPE, none (the first command) | 0 | 2 |" in text
+    )
+    assert "| 0 | 2 | 25.0 ± 0.0 | 0.000 ± 0.000 | 1.00 ± 0.00 | over 40, over 40 |" in text
+    assert "| 1000 | 2 | 25.0 ± 0.0 |" in text and "| without the held-out values | 2 |" in text
+    assert {path.stem for path in (tmp_path / "drawn").glob("*.png")} == {"sweep", "sweep_curves", "takeoff"}
     known = json.loads((tmp_path / "drawn/sweep.json").read_text())
     todo = {e.name for e in experiments.missing(sweep.experiments("OUT", 2), known, sweep.is_kept)}
     assert not todo & {name for name in known if not name.endswith("/sft")}
@@ -290,9 +335,11 @@ def test_steps_until_half_of_the_samples_and_holms_correction():
     seeds = {"ppo": (1.0, 1.1, 1.2), "none": (2.0, 2.3, 2.2), "paper": (1.3, 1.2, 1.5)}
     known = {f"seed{i}/rate0/{n}": dict(reward=x, commands=[]) for n, xs in seeds.items() for i, x in enumerate(xs)}
     known |= {f"seed{i}/rate0/checks": dict(advice=0.0, commands=[]) for i in range(3)}
-    table = sweep.differences_from_ppo(sweep.by_rate(known, search=False))
+    table = sweep.differences_from_ppo(sweep.by_rate(known))
     raw = [stats.ttest_rel(seeds[name], seeds["ppo"]).pvalue for name in ("none", "paper")]
     assert raw[0] < raw[1]
     rows = {line.split(" | ")[0]: line.split(" | ")[4] for line in table.splitlines()[2:]}
-    assert float(rows["| CPE, none"]) == pytest.approx(2 * raw[0], abs=5e-4)  # two comparisons, the smaller p first
+    assert float(rows["| CPE, none (the first command)"]) == pytest.approx(
+        2 * raw[0], abs=5e-4
+    )  # two comparisons, the smaller p first
     assert float(rows["| CPE, paper"]) == pytest.approx(max(2 * raw[0], raw[1]), abs=5e-4)

@@ -61,18 +61,6 @@ def figure_table(header: Sequence[str], rows: Iterable[tuple[Sequence, list[Figu
     return markdown_table([*header, *(COLUMNS[name][0] for name in names)], cells)
 
 
-def search_table(rows: Iterable[tuple[str, dict[float, dict[str, float]]]], columns: dict[str, int]) -> str:
-    """rows: a method and its figures by learning rate; the best score is bold. columns: {figure: digits}."""
-    cells = []
-    for label, by_lr in rows:
-        best = max(by_lr, key=lambda lr: by_lr[lr]["reward"], default=None)
-        for lr, figures in by_lr.items():
-            mark = "**" if lr == best else ""
-            values = [spread([figures[name]], digits, COLUMNS[name][2]) for name, digits in columns.items()]
-            cells.append([label, f"{mark}{lr:g}{mark}", *values])
-    return markdown_table(["", "lr", *(COLUMNS[name][0] for name in columns)], cells)
-
-
 def difference(experiments: dict, name, other, figure: str) -> dict | None:
     """`name` less `other`, paired over seeds: mean, 95 % interval by Student's t, p, number of seeds.
 

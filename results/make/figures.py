@@ -61,6 +61,25 @@ def training_cost(steps: list[dict]) -> Figures:
     return figures
 
 
+EDIT_CURVES = ("edits", "edit_advice", "novel_weight")
+
+
+def edit_curves(run: str) -> Curves:
+    """Of a run with edits, a value per step: edits per original, the fraction of the edits' relevant attributes with
+    suitable advice, and the weight of novel tokens.
+    """
+    curves: Curves = {f"curve_{name}": [] for name in EDIT_CURVES}
+    for (_, path), step in zip(step_files(run, "rollouts"), read_rows(f"{run}/metrics.jsonl", "metrics")):
+        rows = read_rows(path, "object")
+        edits = [row | {"answer": row["edit"]["answer"]} for row in rows if row["edit"]]
+        curves["curve_edits"].append(len(edits) / len(rows))
+        curves["curve_edit_advice"].append(rare_content.measure(edits)["advice"])
+        curves["curve_novel_weight"].append(step.get("edit/novel_weight"))
+    if not any(curves["curve_edits"]):
+        return {}
+    return {name: [rounded(value) for value in values] for name, values in curves.items()}
+
+
 def exact_curves(run: str) -> Curves:
     """What the policy sampled, step by step: means by the exact judge, and "own" by the judge of the run."""
     curves: dict[str, list] = defaultdict(list)

@@ -7,8 +7,8 @@ policy that RL starts from, and in nothing else: judge and prompts are the same.
 
 The tables give the rate that is *measured* in samples of the SFT policy, since SFT on chosen answers raises it above R.
 They report how often the final policy says the content without a critique in its context, and the exact judge's score,
-on unseen people's questions. All methods train on as many responses, and each has the better of the same two learning
-rates, found on a seed that no table reports.
+on unseen people's questions. All methods train on as many responses, at the first command's learning rate; four of them
+also at twice that rate.
 
 Figures and commands of each experiment are kept in sweep.json: what is there is not run again, so that runs can be
 spread over days and machines.
@@ -19,9 +19,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+from scipy import stats
 
 from json_files import read_json
-from results.make import ladder
+from recipes import rare_content
+from results.make import ladder, subset
 from results.make.draw import (
     GREY,
     RARE_CONTENT,
@@ -33,74 +35,68 @@ from results.make.draw import (
     percent,
     plot_range,
     save_figure,
-    search_table,
     spread,
     write_page,
 )
 from results.make.experiments import FLAGS, PAIRS_ONLY, Experiment
-from results.make.figures import Figures, evaluated
+from results.make.figures import EDIT_CURVES, edit_curves, evaluated
+from runtime.rows import read_rows
 
 RATES = (0.3, 0.03, 0.003, 0.001, 0.0)
-RARE = 0.003
-QUICK_RATES = (0.3, 0.0)
+MAIN_RATES = (0.3, 0.003, 0.0)  # on all seeds; the others on the first FEW_SEEDS
+ENDS = (0.3, 0.0)
+FEW_SEEDS = 3
 STEPS = ladder.STEPS
+LR = 5e-5
 PLAIN = FLAGS["ppo"]  # no edits, n = 6: as many responses per prompt as 4 originals and 2 edits
+EDITS = "--edit-below 4.7"
 METHODS = {  # name: flags of ppo_cpe.py
     "ppo": PLAIN,
-    "paper": "--edit-loss paper",
-    "released": "--edit-loss released",
-    "unclipped": "--edit-loss unclipped",
-    "none": "--edit-loss none",
-    "novel": "--edit-loss novel",
+    "none": f"{EDITS} --edit-loss none",  # the first command's
+    "paper": f"{EDITS} --edit-loss paper",
+    "novel": f"{EDITS} --edit-loss novel",
+    "unclipped": f"{EDITS} --edit-loss unclipped",
+    "released": f"{EDITS} --edit-loss released",
 }
-QUICK = ("ppo", "paper", "none", "novel")
+QUICK = ("ppo", "none")
 OTHER_LOSSES = {  # at the two ends of the diagram
-    "tis": "--edit-loss tis",
-    "luffy": "--edit-loss luffy",
-    "topr": "--edit-loss topr",
-    "none_original": "--edit-loss none --edit-baseline original",
+    "tis": f"{EDITS} --edit-loss tis",
+    "luffy": f"{EDITS} --edit-loss luffy",
+    "topr": f"{EDITS} --edit-loss topr",
+    "none_original": f"{EDITS} --edit-loss none --edit-baseline original",
 }
 LABELS = {
     "sft": "SFT",
     "ppo": "PPO, n = 6",
+    "none": "CPE, none (the first command)",
     "paper": "CPE, paper",
-    "released": "CPE, released",
-    "unclipped": "CPE, unclipped (the default)",
-    "none": "CPE, none",
     "novel": "CPE, novel",
+    "unclipped": "CPE, unclipped",
+    "released": "CPE, released",
     "tis": "CPE, tis",
     "luffy": "CPE, luffy",
     "topr": "CPE, topr",
     "none_original": "CPE, none, baseline original",
 }
-SHOWN = {"ppo": "#2f6db3", "paper": "#8a6bbf", "none": "#b5442e", "novel": "#2e8b57"}  # others are grey
-
-LRS = (5e-5, 1e-4)
-SEARCH_SEED = 100
-SEARCHED = (0.3, RARE, 0.0)
-LR: dict[float, dict[str, float]] = {  # the better one by the exact score on dev prompts; 5e-5 where none was tried
-    0.3: {},
-    RARE: {},
-    0.0: {},
-}
-SEARCHED_AT = {0.3: 0.3, 0.03: 0.3, 0.003: RARE, 0.001: RARE, 0.0: 0.0}
+SHOWN = {"ppo": "#2f6db3", "none": "#b5442e", "paper": "#8a6bbf"}  # others are grey
 
 CRITICS = ("exact", "wrong50", "vague", "kind", "silent")  # functions of critics.py
-QUESTIONS = {  # asked besides the diagram: {name: (rate, method, further flags)}
-    **{f"critic_{name}": (0.0, "none", f"--judge results/make/critics.py:{name}") for name in CRITICS},
-    "top_p_ppo": (0.03, "ppo", "--top-p 0.9"),
-    "top_p_none": (0.03, "none", "--top-p 0.9"),
-    "edit_below": (RARE, "none", "--edit-below 4.7"),
-    "reward_rank": (0.03, "none", "--edit-strategy reward_rank"),
-    "conditional": (0.03, "none", "--edit-strategy conditional"),
-    "batch_rank": (0.03, "none", "--edit-strategy batch_rank"),
-    "lora_ppo": (RARE, "ppo", "--lora-rank 32 --lr 3e-4"),
-    "lora_none": (RARE, "none", "--lora-rank 32 --lr 3e-4"),
-}
-QUESTION_SEEDS = 3
+REWRITES = (1000, 4000)  # added to the 4,000 answers of SFT, so that edits carry out critiques more often
+QUESTIONS = [  # asked besides the diagram: (rate, name, the method that is varied, further flags)
+    *((rate, f"{name}_2lr", name, f"--lr {2 * LR:g}") for rate in ENDS for name in ("ppo", "none", "paper", "novel")),
+    *((0.0, f"critic_{name}", "none", f"--judge results/make/critics.py:{name}") for name in CRITICS),
+    (0.03, "top_p_ppo", "ppo", "--top-p 0.9"),
+    (0.03, "top_p_none", "none", "--top-p 0.9"),
+    (0.003, "edit_all", "none", "--edit-below 10"),
+    (0.03, "reward_rank", "none", "--edit-strategy reward_rank"),
+    (0.03, "conditional", "none", "--edit-strategy conditional"),
+    (0.03, "batch_rank", "none", "--edit-strategy batch_rank"),
+    (0.003, "lora_ppo", "ppo", "--lora-rank 32 --lr 3e-4"),
+    (0.003, "lora_none", "none", "--lora-rank 32 --lr 3e-4"),
+]
 
 NOTE = (
-    "Made by `python results/make/tables.py sweep`. Columns of the first three tables: the rate measured in samples of "
+    "Made by `python results/make/tables.py sweep`. Columns of the first four tables: the rate measured in samples of "
     "the SFT policy that RL starts from. Mean ± standard deviation over seeds, each with its own world and base model; "
     "sampled at temperature 1 without a critique in the context, on unseen people's questions, by the exact judge."
 )
@@ -113,81 +109,96 @@ BySeed = dict[Key, dict[int, dict]]
 
 
 def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
-    """The diagram of a seed before the next one's; further questions come last. quick: one seed, some methods."""
+    """The diagram's main rates, a seed before the next; then all else, on few seeds. quick: one seed, two methods."""
     if quick:
-        return of_seed(out, 0, QUICK_RATES, QUICK)
+        return [ladder.recipe(out, 0, until_checks=True), *of_rates(out, 0, ENDS, QUICK)]
+    few = range(min(seeds, FEW_SEEDS))
+    between = [rate for rate in RATES if rate not in MAIN_RATES]
+    wanted = [ladder.recipe(out, seed) for seed in range(seeds)]
+    for seed in range(seeds):
+        wanted += of_rates(out, seed, MAIN_RATES, METHODS)
+    for seed in few:
+        for number in REWRITES:
+            wanted += start_of(out, seed, 0.0, number)
+            wanted.append(train(out, seed, 0.0, "none", METHODS["none"], rewrites=number))
+        wanted.append(hold_out_values(out, seed))
+    for seed in few:
+        wanted += of_rates(out, seed, between, METHODS)
+    for seed in few:
+        for rate in ENDS:
+            wanted += [train(out, seed, rate, name, flags) for name, flags in OTHER_LOSSES.items()]
+        for rate, name, method, flags in QUESTIONS:
+            wanted.append(train(out, seed, rate, name, f"{METHODS[method]} {flags}"))
+    return wanted
+
+
+def of_rates(out: str, seed: int, rates: Iterable[float], names: Iterable[str]) -> list[Experiment]:
     wanted = []
-    for seed in range(seeds):
-        wanted += of_seed(out, seed, RATES, METHODS)
-    for seed in range(seeds):
-        for rate in (RATES[0], RATES[-1]):
-            wanted += [train(out, seed, rate, name, flags, lr_of(rate, name)) for name, flags in OTHER_LOSSES.items()]
-    for seed in range(min(seeds, QUESTION_SEEDS)):
-        for name, (rate, method, flags) in QUESTIONS.items():
-            wanted.append(train(out, seed, rate, name, f"{METHODS[method]} {flags}", lr_of(rate, method)))
-    return wanted
-
-
-def searched(out: str) -> list[Experiment]:
-    """Both learning rates on a seed that no table reports, on the dev prompts."""
-    wanted = [ladder.recipe(out, SEARCH_SEED, until_checks=True)]
-    for rate in SEARCHED:
-        wanted += start_of(out, SEARCH_SEED, rate)
-        for name, flags in (METHODS | OTHER_LOSSES).items():
-            if name in METHODS or rate != RARE:
-                wanted += [train(out, SEARCH_SEED, rate, f"{name}_lr{lr:g}", flags, lr, split="dev") for lr in LRS]
-    return wanted
-
-
-def of_seed(out: str, seed: int, rates: Iterable[float], names: Iterable[str]) -> list[Experiment]:
-    wanted = [ladder.recipe(out, seed)]
     for rate in rates:
         wanted += start_of(out, seed, rate)
-        wanted += [train(out, seed, rate, name, METHODS[name], lr_of(rate, name)) for name in names]
+        wanted += [train(out, seed, rate, name, METHODS[name]) for name in names]
     return wanted
 
 
-def lr_of(rate: float, name: str) -> float:
-    return LR[SEARCHED_AT[rate]].get(name, LRS[0])
-
-
-def start_of(out: str, seed: int, rate: float) -> list[Experiment]:
-    """The SFT policy that RL starts from, and the sanity checks of it."""
+def start_of(out: str, seed: int, rate: float, rewrites: int = 0) -> list[Experiment]:
+    """The SFT policy that RL starts from, and the sanity checks of it. rewrites: conversations besides its answers."""
     recipe = f"{out}/seed{seed}/recipe"
     place = f"seed{seed}/rate{rate:g}"
-    pairs = f"{out}/{place}/world"
-    commands = [
-        f"data/persona_world.py --out {pairs} --rarity {rate:g} {rate:g} --seed {seed} {PAIRS_ONLY}",
-        f"sft.py --model {recipe}/base/policy --data {pairs}/pairs.jsonl --out {out}/{place}/sft {FLAGS['sft']} "
-        f"--seed {seed}",
-        evaluation(out, seed, f"{out}/{place}/sft", "eval"),
+    sft = with_rewrites(f"{place}/sft", rewrites)
+    pairs = f"{out}/{sft}_world"
+    rows = f"{pairs}/pairs.jsonl"
+    commands = [f"data/persona_world.py --out {pairs} --rarity {rate:g} {rate:g} --seed {seed} {PAIRS_ONLY}"]
+    if rewrites:
+        commands.append(
+            f"results/make/subset.py --world {recipe}/world --pairs {rows} --rewrites {rewrites} "
+            f"--out {pairs}/mixed.jsonl"
+        )
+        rows = f"{pairs}/mixed.jsonl"
+    commands += [
+        f"sft.py --model {recipe}/base/policy --data {rows} --out {out}/{sft} {FLAGS['sft']} --seed {seed}",
+        evaluation(out, seed, f"{out}/{sft}"),
     ]
-    checks = (
-        f"recipes/sanity_checks.py --world {recipe}/world --policy {out}/{place}/sft/policy "
-        f"--grm {recipe}/grm/model --out {out}/{place}/checks --samples 24 --tolerant"
+    checks = with_rewrites(f"{place}/checks", rewrites)
+    check = (
+        f"recipes/sanity_checks.py --world {recipe}/world --policy {out}/{sft}/policy "
+        f"--grm {recipe}/grm/model --out {out}/{checks} --samples 24 --tolerant"
     )
-    sft = Experiment(f"{place}/sft", commands, [f"seed{seed}/recipe"])
-    return [sft, Experiment(f"{place}/checks", [checks], [sft.name])]
+    return [Experiment(sft, commands, [f"seed{seed}/recipe"]), Experiment(checks, [check], [sft])]
 
 
-def evaluation(out: str, seed: int, run: str, split: str) -> str:
+def with_rewrites(name: str, rewrites: int) -> str:
+    return f"{name}_rewrites{rewrites}" if rewrites else name
+
+
+def evaluation(out: str, seed: int, run: str) -> str:
     return (
         f"evaluate.py --model {run}/policy --baseline reference "
-        f"--prompts {out}/seed{seed}/recipe/world/prompts_{split}.jsonl {FLAGS['evaluation']} --n-prompts 0 "
+        f"--prompts {out}/seed{seed}/recipe/world/prompts_eval.jsonl {FLAGS['evaluation']} --n-prompts 0 "
         f"--seed {seed} --bootstrap-draws 100 --out {run}/eval"
     )
 
 
-def train(out: str, seed: int, rate: float, name: str, flags: str, lr: float, split: str = "eval") -> Experiment:
+def train(out: str, seed: int, rate: float, name: str, flags: str, rewrites: int = 0) -> Experiment:
     """One run of RL and its evaluation. flags: override those before them."""
     recipe = f"{out}/seed{seed}/recipe"
     place = f"seed{seed}/rate{rate:g}"
-    run = f"{out}/{place}/{name}"
+    name = with_rewrites(f"{place}/{name}", rewrites)
+    sft = with_rewrites(f"{place}/sft", rewrites)
     command = (
-        f"ppo_cpe.py --model {out}/{place}/sft/policy --prompts {recipe}/world/prompts_train.jsonl "
-        f"--judge {recipe}/grm/model --out {run} {FLAGS['rl']} --max-steps {STEPS} --seed {seed} --lr {lr:g} {flags}"
+        f"ppo_cpe.py --model {out}/{sft}/policy --prompts {recipe}/world/prompts_train.jsonl "
+        f"--judge {recipe}/grm/model --out {out}/{name} {FLAGS['rl']} --max-steps {STEPS} --seed {seed} --lr {LR:g} "
+        f"{flags}"
     )
-    return Experiment(f"{place}/{name}", [command, evaluation(out, seed, run, split)], [f"{place}/sft"])
+    return Experiment(name, [command, evaluation(out, seed, f"{out}/{name}")], [sft])
+
+
+def hold_out_values(out: str, seed: int) -> Experiment:
+    """CPE without prompts whose relevant attributes have held-out values: is a rule learned, or are phrases?"""
+    prompts = f"{out}/seed{seed}/rate0/kept_prompts.jsonl"
+    filtered = f"results/make/subset.py --world {out}/seed{seed}/recipe/world --hold-out-values --out {prompts}"
+    experiment = train(out, seed, 0.0, "held_out_values", f"{METHODS['none']} --prompts {prompts}")
+    experiment.commands.insert(0, filtered)
+    return experiment
 
 
 # -- sweep.json --------------------------------------------------------------------------------------------------------
@@ -206,17 +217,28 @@ def is_kept(name: str) -> bool:
 def figures_of(out: str, name: str) -> dict:
     """The figures of an experiment, for sweep.json."""
     folder = f"{out}/{name}"
-    if name.endswith("/checks"):
+    if "/checks" in name:
         return read_json(f"{folder}/sanity_checks.json")
-    return evaluated(folder, f"{folder}/eval")
+    figures = evaluated(folder, f"{folder}/eval") | edit_curves(folder)
+    answers = read_rows(f"{folder}/eval/answers_model.jsonl", "object")
+    return figures | advice_by_value(answers)
 
 
-def by_rate(known: dict[str, dict], search: bool) -> BySeed:
-    """The figures by rate and name, of the seed of the search or of all others."""
+def advice_by_value(answers: list[dict]) -> dict[str, float | None]:
+    """The fraction of relevant attributes with suitable advice, for the held-out values and for the others."""
+    given: dict[bool, list[bool]] = {True: [], False: []}
+    for row in answers:
+        for held_out, advised in zip(subset.is_held_out(row), rare_content.advised(row, row["answer"]), strict=True):
+            given[held_out].append(advised)
+    return {"advice_held_out": rare_content.fraction(given[True]), "advice_kept": rare_content.fraction(given[False])}
+
+
+def by_rate(known: dict[str, dict]) -> BySeed:
+    """The figures by rate and name."""
     figures: BySeed = defaultdict(dict)
     for experiment, kept in known.items():
         parts = parts_of(experiment)
-        if parts and (parts[0] == SEARCH_SEED) == search:
+        if parts:
             seed, rate, name = parts
             figures[rate, name][seed] = {key: value for key, value in kept.items() if key != "commands"}
     return figures
@@ -233,14 +255,17 @@ def values_of(figures: BySeed, rate: float, name: str, figure: str) -> list:
 
 def write_tables(known: dict[str, dict], folder: str) -> None:
     """Writes sweep.md and the figures."""
-    figures = by_rate(known, search=False)
+    figures = by_rate(known)
     sections = {
         "Exact score (ceiling 4.75)": diagram_table(figures, "reward", 1, 2),
         "Gives suitable advice, %": diagram_table(figures, "advice", 100, 1),
         "Answers with a wrong fact, %": diagram_table(figures, "wrong", 100, 1),
-        "Steps until half of the samples give the advice": diagram_table(figures, "half", 1, 0),
+        "Steps until half of the samples give the advice": half_table(figures),
         "Score less PPO's": differences_from_ppo(figures),
         "All experiments": all_experiments(figures),
+        "Take-off": takeoff_table(figures),
+        "Better editors": rewrites_table(figures),
+        "Values that RL never sees": held_out_table(figures),
         "Further questions": questions_table(figures),
         "Sanity checks, by R": check_table(figures),
     }
@@ -248,6 +273,7 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
     if figures:
         draw_diagram(figures, folder)
         draw_curves(figures, folder)
+        draw_takeoff(figures, folder)
 
 
 def rates_of(figures: BySeed) -> list[float]:
@@ -260,18 +286,26 @@ def diagram_table(figures: BySeed, figure: str, factor: float, digits: int) -> s
     header = ["", *(f"{percent(values_of(figures, rate, 'checks', 'advice'), 3)} %" for rate in rates)]
     rows = []
     for name, label in LABELS.items():
-        values = [of_figure(figures, rate, name, figure) for rate in rates]
+        values = [values_of(figures, rate, name, figure) for rate in rates]
         if any(values):
             rows.append([label, *(spread(of_rate, digits, factor) for of_rate in values)])
     return markdown_table(header, rows)
 
 
-def of_figure(figures: BySeed, rate: float, name: str, figure: str) -> list:
-    """Values over seeds; `half` is read from the curves, and a seed that never gets there has no value."""
-    if figure != "half":
-        return values_of(figures, rate, name, figure)
-    curves = values_of(figures, rate, name, "curve")
-    return [step for step in map(step_of_half, curves) if step is not None]
+def half_table(figures: BySeed) -> str:
+    """The mean over the seeds that get there, and how many do."""
+    rates = rates_of(figures)
+    rows = []
+    for name, label in LABELS.items():
+        cells = []
+        for rate in rates:
+            steps = [step_of_half(curve) for curve in values_of(figures, rate, name, "curve")]
+            reached = [step for step in steps if step is not None]
+            mean = f"{np.mean(reached):.0f} " if reached else ""
+            cells.append(f"{mean}({len(reached)} of {len(steps)})" if steps else "")
+        if any(cells):
+            rows.append([label, *cells])
+    return markdown_table(["", *(f"R = {rate:g}" for rate in rates)], rows)
 
 
 def step_of_half(curve: list[float]) -> int | None:
@@ -308,7 +342,7 @@ def all_experiments(figures: BySeed) -> str:
 def questions_table(figures: BySeed) -> str | None:
     """Each question beside the method that it varies, on the same seeds."""
     rows = []
-    for name, (rate, method, _) in QUESTIONS.items():
+    for rate, name, method, _ in QUESTIONS:
         asked = figures.get((rate, name), {})
         if asked:
             varied = [of_seed for seed, of_seed in figures.get((rate, method), {}).items() if seed in asked]
@@ -319,6 +353,82 @@ def questions_table(figures: BySeed) -> str | None:
     return figure_table(["", "R", "seeds"], rows, ["reward", *RARE_CONTENT, "generated", "judge_calls", "update"])
 
 
+def rewrites_table(figures: BySeed) -> str | None:
+    """CPE at R = 0 after SFT with more rewrites: how well the policy edits, how rare the advice still is, and CPE."""
+    rows = []
+    for number in (0, *REWRITES):
+        checks = figures.get((0.0, with_rewrites("checks", number)), {})
+        runs = figures.get((0.0, with_rewrites("none", number)), {})
+        seeds = sorted(seed for seed in checks if seed in runs and seed < FEW_SEEDS)
+        if seeds:
+            half = [step_of_half(runs[seed]["curve"]) or f"over {STEPS}" for seed in seeds]
+            rows.append(
+                [
+                    number,
+                    len(seeds),
+                    percent([checks[seed]["edit_advice"] for seed in seeds]),
+                    percent([checks[seed]["advice"] for seed in seeds], 3),
+                    spread([runs[seed]["reward"] for seed in seeds]),
+                    ", ".join(map(str, half)),
+                ]
+            )
+    header = ["rewrites in SFT", "seeds", "edits carry out advice, %", "samples of SFT with advice, %", "score of CPE"]
+    return markdown_table([*header, "steps until half"], rows) if len(rows) > 1 else None
+
+
+def held_out_table(figures: BySeed) -> str | None:
+    """Advice on values that no prompt of RL asks for, beside runs with all prompts."""
+    rows = []
+    for label, name in (("all values", "none"), ("without the held-out values", "held_out_values"), ("SFT", "sft")):
+        of_seeds = figures.get((0.0, name), {})
+        seeds = [seed for seed in sorted(of_seeds) if seed in figures.get((0.0, "held_out_values"), {})]
+        if seeds:
+            cells = [percent([of_seeds[seed][key] for seed in seeds]) for key in ("advice_held_out", "advice_kept")]
+            rows.append([label, len(seeds), *cells])
+    header = ["prompts of RL", "seeds", "advice on held-out values, %", "on the other values, %"]
+    return markdown_table(header, rows) if rows else None
+
+
+PREDICTORS = {
+    "advice in samples, p": lambda p, edits, advice, weight: p,
+    "advice in edits": lambda p, edits, advice, weight: edits * advice,
+    "p + weight x advice in edits": lambda p, edits, advice, weight: p + edits * advice * weight,
+}
+
+
+def takeoffs(figures: BySeed) -> list[dict]:
+    """Each run of the diagram: its predictors, from the first three steps, and the step of half, STEPS + 1 if none."""
+    found = []
+    for rate in rates_of(figures):
+        for name in LABELS:
+            for seed, run in figures.get((rate, name), {}).items():
+                if "curve" not in run or seed not in figures[rate, "checks"]:
+                    continue
+                p = figures[rate, "checks"][seed]["advice"]
+                start = [mean_of(run[f"curve_{key}"][:3]) if "curve_edits" in run else 0.0 for key in EDIT_CURVES]
+                predicted = {label: predict(p, *start) for label, predict in PREDICTORS.items()}
+                found.append(dict(rate=rate, name=name, half=step_of_half(run["curve"]) or STEPS + 1, **predicted))
+    return found
+
+
+def mean_of(values: list) -> float:
+    """0 where all are None: no step had such a token."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else 0.0
+
+
+def takeoff_table(figures: BySeed) -> str | None:
+    """How well what is known after three steps orders the runs by the step of half."""
+    runs = takeoffs(figures)
+    if len({run["half"] for run in runs}) < 3:
+        return None
+    rows = []
+    for label in PREDICTORS:
+        correlation = stats.spearmanr([-run[label] for run in runs], [run["half"] for run in runs]).statistic
+        rows.append([label, len(runs), f"{correlation:.2f}"])
+    return markdown_table(["in the first three steps", "runs", "rank correlation with an early half"], rows)
+
+
 def check_table(figures: BySeed) -> str:
     """The sanity checks' figures by R."""
     rates = rates_of(figures)
@@ -326,20 +436,6 @@ def check_table(figures: BySeed) -> str:
     names = sorted({name for seeds in checks.values() for of_seed in seeds for name in of_seed} - {"missed", "nearly"})
     rows = [[f"{rate:g}", *(spread([s.get(n) for s in checks[rate]], 4) for n in names)] for rate in rates]
     return markdown_table(["R", *names], rows)
-
-
-def write_search(known: dict[str, dict], folder: str) -> None:
-    """Writes search.md: every learning rate that was tried."""
-    figures = by_rate(known, search=True)
-    sections: dict[str, str | None] = {}
-    for rate in SEARCHED:
-        rows: list[tuple[str, dict[float, Figures]]] = []
-        for name, label in LABELS.items():
-            by_lr = {lr: figures.get((rate, f"{name}_lr{lr:g}")) for lr in LRS}
-            rows.append((label, {lr: seeds[SEARCH_SEED] for lr, seeds in by_lr.items() if seeds}))
-        sections[f"R = {rate:g}"] = search_table(rows, {"reward": 2, "last_step": 1, "advice": 1, "wrong": 1})
-    note = f"Seed {SEARCH_SEED}, dev prompts, exact score, {STEPS} steps: the same two learning rates for each method."
-    write_page(f"{folder}/search.md", "Learning rates", note, sections)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -380,3 +476,17 @@ def draw_curves(figures: BySeed, folder: str) -> None:
         axis.set(xlabel="step", ylabel="samples with suitable advice, %", title=f"R = {rate:g}")
     np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=7)
     save_figure(figure, folder, "sweep_curves")
+
+
+def draw_takeoff(figures: BySeed, folder: str) -> None:
+    """The step of half against the weighted advice of the first steps; runs that never get there lie at the top."""
+    figure, axes = new_figure(2)
+    for axis, label in zip(axes, ("advice in samples, p", "p + weight x advice in edits")):
+        for name in LABELS:
+            runs = [run for run in takeoffs(figures) if run["name"] == name]
+            if runs:
+                xs = [max(1e-5, run[label]) for run in runs]
+                axis.plot(xs, [run["half"] for run in runs], "o", ms=4, color=SHOWN.get(name, GREY), label=name)
+        axis.set(xscale="log", xlabel=label, ylabel=f"step at which half give the advice ({STEPS + 1}: none)")
+    axes[0].legend(frameon=False, fontsize=7)
+    save_figure(figure, folder, "takeoff")

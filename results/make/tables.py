@@ -5,8 +5,7 @@
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
     python results/make/tables.py one-step > docs/one-step.md      # one step with real text, of recipes/tiny.sh's run
 
-    python results/make/tables.py sweep --quick         # one seed, fewer experiments: half an hour
-    python results/make/tables.py sweep --search        # the learning rates, on another seed and the dev prompts
+    python results/make/tables.py sweep --quick         # one seed, fewer experiments: a quarter of an hour
     python results/make/tables.py sweep --only-draw     # tables and figures of the finished experiments
 
 A finished experiment is not run again, so a command can be stopped and repeated at any time. ladder.py and sweep.py
@@ -41,8 +40,6 @@ class Args:
     """Folder of tables and figures. Default: results/TABLE, or OUT/results for a quick run."""
     quick: bool = False
     """One seed, fewer experiments."""
-    search: bool = False
-    """Run the sweep's search for learning rates instead."""
     seeds: Count = 5
     """Seeds of the sweep."""
     jobs: Count = 2
@@ -66,10 +63,7 @@ def main(args: Args) -> None:
     results = args.results or (f"{out}/results" if args.quick else f"results/{args.table}")
     table = {"ladder": ladder, "sweep": sweep}[args.table]
     known = run_missing(args, table, out, f"{results}/{args.table}.json")
-    if args.search:
-        sweep.write_search(known, results)
-    else:
-        table.write_tables(known, results)
+    table.write_tables(known, results)
 
 
 def wanted_in(args: Args, folder: str) -> list[Experiment]:
@@ -77,7 +71,7 @@ def wanted_in(args: Args, folder: str) -> list[Experiment]:
     out = shlex.quote(folder)
     if args.table == "ladder":
         return ladder.experiments(out, args.quick)
-    return sweep.searched(out) if args.search else sweep.experiments(out, args.seeds, args.quick)
+    return sweep.experiments(out, args.seeds, args.quick)
 
 
 def run_missing(args: Args, table: ModuleType, out: str, path: str) -> dict[str, dict]:
