@@ -114,9 +114,9 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
         return [ladder.recipe(out, 0, until_checks=True), *of_rates(out, 0, ENDS, QUICK)]
     few = range(min(seeds, FEW_SEEDS))
     between = [rate for rate in RATES if rate not in MAIN_RATES]
-    wanted = [ladder.recipe(out, seed) for seed in range(seeds)]
+    wanted = []
     for seed in range(seeds):
-        wanted += of_rates(out, seed, MAIN_RATES, METHODS)
+        wanted += [ladder.recipe(out, seed), *of_rates(out, seed, MAIN_RATES, METHODS)]
     for seed in few:
         for number in REWRITES:
             wanted += start_of(out, seed, 0.0, number)
