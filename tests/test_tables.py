@@ -16,7 +16,19 @@ from test_recipes import ROW, write, write_run
 
 from data import persona_world
 from data.persona_world import say
-from results.make import agreement, critics, draw, experiments, figures, judgements, ladder, subset, sweep, tables
+from results.make import (
+    agreement,
+    critics,
+    draw,
+    experiments,
+    figures,
+    judgements,
+    ladder,
+    subset,
+    sweep,
+    tables,
+    tournament,
+)
 from results.make.experiments import Experiment, run
 from runtime.rows import read_rows
 
@@ -61,7 +73,9 @@ def test_an_experiment_that_fails_stops_the_others_and_is_run_again(tmp_path):
     assert (tmp_path / "log").read_text() == "x"
 
 
-@pytest.mark.parametrize("make", [ladder.experiments, lambda out: sweep.experiments(out, 1)])
+@pytest.mark.parametrize(
+    "make", [ladder.experiments, lambda out: sweep.experiments(out, 1), lambda out: tournament.experiments(out, 1)]
+)
 def test_commands_take_a_folder_with_a_space(make):
     """The same words when the folder, quoted for the shell, has a space in its name."""
     for plain, spaced in zip(make("o/a_b"), make(shlex.quote("o/a b")), strict=True):
@@ -330,12 +344,49 @@ def test_finished_experiments_become_the_sweep(tmp_path, capsys):
         tables.main(args)
 
 
+def test_the_experiments_of_the_tournament():
+    """Each fork is written before its runs; they start from the sweep's SFT policies."""
+    wanted = tournament.experiments("out", 2)
+    commands = {e.name: e.commands for e in wanted}
+    assert len(commands) == len(wanted) and all(need in commands for e in wanted for need in e.needs)
+    assert set(tournament.METHODS) | set(tournament.TRAINED_ON_ROLLOUTS) | set(tournament.OF_SWEEP) == set(
+        tournament.LABELS
+    )
+    swept = {e.name: e.commands for e in sweep.experiments("out", 2)}
+    for name in set(commands) & set(swept):  # shared, so they must not differ
+        assert commands[name] == swept[name]
+    assert {"seed1/rate0/sft", "seed1/recipe"} <= set(swept) & set(commands)
+    assert commands["seed1/rate0.3/raft"][0].startswith("out/forks/raft.py --model out/seed1/rate0.3/sft/policy")
+    assert commands["seed0/rate0/golf_2lr"][0].endswith("--lr 0.0001")
+
+
+@pytest.mark.slow
+def test_finished_experiments_become_the_tournament(tmp_path, capsys):
+    """Beside the sweep's PPO, from sweep.json."""
+    rng = random.Random(0)
+    out = tmp_path / "runs"
+    for experiment in tournament.experiments(str(out), 2):
+        seed, rate, name = sweep.parts_of(experiment.name) or (None, None, None)
+        if rate == 0.0 and name in ("raft", "raft_2lr", "sft_edits"):
+            write_run(out / experiment.name, rng)
+            write(out / experiment.name / "done.json", dict(commands=experiment.commands, seconds=1))
+    ppo = {f"seed{seed}/rate0/ppo": dict(commands=[], reward=0.5 + seed, curve=[0.1, 0.6]) for seed in (0, 1)}
+    write(tmp_path / "sweep/sweep.json", ppo)
+    args = tables.Args(table="tournament", out=str(out), results=str(tmp_path / "tournament"), seeds=2, only_draw=True)
+    tables.main(args)
+    text = (tmp_path / "tournament/tournament.md").read_text()
+    assert "| PPO, n = 6 | 2 | 1.00 ± 0.71 |" in text and "| RAFT, no edits | 2 | 1.00 ± 0.00 |" in text
+    assert "| SFT on edits that gained | 2 |" in text and "| RAFT, no edits | 0 | 0.0001 |" in text
+    assert "| PPO, n = 6 |  |  | 2 (2 of 2) |" in text
+    assert (tmp_path / "tournament/tournament.png").exists()
+
+
 def test_steps_until_half_of_the_samples_and_holms_correction():
     assert sweep.step_of_half([0.1, 0.49, 0.5, 0.2]) == 3 and sweep.step_of_half([0.1]) is None
     seeds = {"ppo": (1.0, 1.1, 1.2), "none": (2.0, 2.3, 2.2), "paper": (1.3, 1.2, 1.5)}
     known = {f"seed{i}/rate0/{n}": dict(reward=x, commands=[]) for n, xs in seeds.items() for i, x in enumerate(xs)}
     known |= {f"seed{i}/rate0/checks": dict(advice=0.0, commands=[]) for i in range(3)}
-    table = sweep.differences_from_ppo(sweep.by_rate(known))
+    table = sweep.differences_from_ppo(sweep.by_rate(known), sweep.LABELS, [0.0])
     raw = [stats.ttest_rel(seeds[name], seeds["ppo"]).pvalue for name in ("none", "paper")]
     assert raw[0] < raw[1]
     rows = {line.split(" | ")[0]: line.split(" | ")[4] for line in table.splitlines()[2:]}

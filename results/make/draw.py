@@ -23,6 +23,8 @@ COLUMNS = {  # figure: (heading, digits, factor)
     "advice_right": ("advice right, %", 1, 100),
     "wrong": ("wrong fact, %", 1, 100),
     "update": ("update, s", 1, 1),
+    "trained": ("responses", 0, 1),
+    "seconds": ("seconds", 0, 1),
 }
 RARE_CONTENT = ("last_step", "advice", "advice_right", "wrong")
 GREY = "#777777"

@@ -49,11 +49,14 @@ def evaluated(run: str, evaluation: str) -> dict:
 
 
 def training_cost(steps: list[dict]) -> Figures:
-    """Totals over a run of RL, the mean seconds of an update, and the means of its edit metrics."""
+    """Totals over a run of RL, the mean seconds of an update, and the means of its edit metrics.
+
+    Seconds include what else the machine did."""
     figures: Figures = {}
     for name, key in (("trained", "batch"), ("generated", "generated_tokens"), ("judge_calls", "judge_calls")):
         figures[name] = sum(step[key] for step in steps)
     figures["update"] = float(np.mean([step["seconds/update"] for step in steps]))
+    figures["seconds"] = sum(sum(value for key, value in step.items() if key.startswith("seconds/")) for step in steps)
     for name in EDIT_METRICS:
         values = [step[f"edit/{name}"] for step in steps if step.get(f"edit/{name}") is not None]
         if values:

@@ -16,7 +16,7 @@ spread over days and machines.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -178,14 +178,16 @@ def evaluation(out: str, seed: int, run: str) -> str:
     )
 
 
-def train(out: str, seed: int, rate: float, name: str, flags: str, rewrites: int = 0) -> Experiment:
+def train(
+    out: str, seed: int, rate: float, name: str, flags: str, rewrites: int = 0, script: str = "ppo_cpe.py"
+) -> Experiment:
     """One run of RL and its evaluation. flags: override those before them."""
     recipe = f"{out}/seed{seed}/recipe"
     place = f"seed{seed}/rate{rate:g}"
     name = with_rewrites(f"{place}/{name}", rewrites)
     sft = with_rewrites(f"{place}/sft", rewrites)
     command = (
-        f"ppo_cpe.py --model {out}/{sft}/policy --prompts {recipe}/world/prompts_train.jsonl "
+        f"{script} --model {out}/{sft}/policy --prompts {recipe}/world/prompts_train.jsonl "
         f"--judge {recipe}/grm/model --out {out}/{name} {FLAGS['rl']} --max-steps {STEPS} --seed {seed} --lr {LR:g} "
         f"{flags}"
     )
@@ -260,8 +262,8 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
         "Exact score (ceiling 4.75)": diagram_table(figures, "reward", 1, 2),
         "Gives suitable advice, %": diagram_table(figures, "advice", 100, 1),
         "Answers with a wrong fact, %": diagram_table(figures, "wrong", 100, 1),
-        "Steps until half of the samples give the advice": half_table(figures),
-        "Score less PPO's": differences_from_ppo(figures),
+        "Steps until half of the samples give the advice": half_table(figures, LABELS, rates_of(figures)),
+        "Score less PPO's": differences_from_ppo(figures, LABELS, rates_of(figures)),
         "All experiments": all_experiments(figures),
         "Take-off": takeoff_table(figures),
         "Better editors": rewrites_table(figures),
@@ -292,11 +294,10 @@ def diagram_table(figures: BySeed, figure: str, factor: float, digits: int) -> s
     return markdown_table(header, rows)
 
 
-def half_table(figures: BySeed) -> str:
+def half_table(figures: BySeed, labels: dict[str, str], rates: Sequence[float]) -> str:
     """The mean over the seeds that get there, and how many do."""
-    rates = rates_of(figures)
     rows = []
-    for name, label in LABELS.items():
+    for name, label in labels.items():
         cells = []
         for rate in rates:
             steps = [step_of_half(curve) for curve in values_of(figures, rate, name, "curve")]
@@ -313,14 +314,14 @@ def step_of_half(curve: list[float]) -> int | None:
     return next((step for step, value in enumerate(curve, 1) if value >= 0.5), None)
 
 
-def differences_from_ppo(figures: BySeed) -> str | None:
+def differences_from_ppo(figures: BySeed, labels: dict[str, str], rates: Sequence[float]) -> str | None:
     """Paired over seeds. p is Holm's, over all comparisons of the table."""
     found = []
-    for rate in rates_of(figures):
-        for name in LABELS:
+    for rate in rates:
+        for name in labels:
             d = difference(figures, (rate, name), (rate, "ppo"), "reward")
             if d and name not in ("sft", "ppo"):
-                found.append(([LABELS[name], f"{rate:g}"], d))
+                found.append(([labels[name], f"{rate:g}"], d))
     order = sorted(range(len(found)), key=lambda i: found[i][1]["p"])
     smallest = 0.0
     for rank, i in enumerate(order):

@@ -2,14 +2,15 @@
 
     python results/make/tables.py ladder                # the first command on five seeds, a ladder of judges; two hours
     python results/make/tables.py sweep                 # when do edits pay? Some five hours on two CPU cores
+    python results/make/tables.py tournament            # every way to learn from a critique; some seven hours
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
     python results/make/tables.py one-step > docs/one-step.md      # one step with real text, of recipes/tiny.sh's run
 
     python results/make/tables.py sweep --quick         # one seed, fewer experiments: a quarter of an hour
     python results/make/tables.py sweep --only-draw     # tables and figures of the finished experiments
 
-A finished experiment is not run again, so a command can be stopped and repeated at any time. ladder.py and sweep.py
-have the experiments, figures.py reads finished runs.
+A finished experiment is not run again, so a command can be stopped and repeated at any time. ladder.py, sweep.py and
+tournament.py have the experiments, figures.py reads finished runs.
 """
 
 import os
@@ -22,7 +23,7 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from results.make import ladder, memory, one_step, sweep
+from results.make import ladder, memory, one_step, sweep, tournament
 from results.make.experiments import Experiment, is_done, missing, read_kept, run, write_kept
 from runtime import flags
 from runtime.flags import Count
@@ -30,18 +31,18 @@ from runtime.flags import Count
 
 @dataclass
 class Args:
-    table: tyro.conf.Positional[Literal["ladder", "sweep", "memory", "one-step"]]
-    """The table to make: ladder, sweep, memory or one-step."""
+    table: tyro.conf.Positional[Literal["ladder", "sweep", "tournament", "memory", "one-step"]]
+    """The table to make: ladder, sweep, tournament, memory or one-step."""
 
-    # -- experiments (ladder, sweep)
+    # -- experiments (ladder, sweep, tournament)
     out: str = "out/ladder"
-    """Folder of all runs, which both tables share; a quick run uses OUT_quick."""
+    """Folder of all runs, which these tables share; a quick run uses OUT_quick."""
     results: str | None = None
     """Folder of tables and figures. Default: results/TABLE, or OUT/results for a quick run."""
     quick: bool = False
     """One seed, fewer experiments."""
     seeds: Count = 5
-    """Seeds of the sweep."""
+    """Seeds of the sweep and the tournament."""
     jobs: Count = 2
     """Experiments that run at the same time; they share the cores equally."""
     only_draw: bool = False
@@ -61,7 +62,7 @@ def main(args: Args) -> None:
         return print(one_step.page(args.run, args.step), end="")
     out = f"{args.out}_quick" if args.quick else args.out
     results = args.results or (f"{out}/results" if args.quick else f"results/{args.table}")
-    table = {"ladder": ladder, "sweep": sweep}[args.table]
+    table = {"ladder": ladder, "sweep": sweep, "tournament": tournament}[args.table]
     known = run_missing(args, table, out, f"{results}/{args.table}.json")
     table.write_tables(known, results)
 
@@ -71,6 +72,8 @@ def wanted_in(args: Args, folder: str) -> list[Experiment]:
     out = shlex.quote(folder)
     if args.table == "ladder":
         return ladder.experiments(out, args.quick)
+    if args.table == "tournament":
+        return tournament.experiments(out, args.seeds)
     return sweep.experiments(out, args.seeds, args.quick)
 
 
