@@ -1,6 +1,6 @@
-"""Writes a fork of docs/forking.md into exp/: its diff, applied to a copy of ppo_cpe.py.
+"""Writes a fork of docs/forking.md or docs/tournament.md into exp/: its diff, applied to a copy of ppo_cpe.py.
 
-A fork that is there already stays as it is.
+A diff may also be one against another fork, which is then applied first. A file that is there already stays as it is.
 
     python recipes/fork.py root      # exp/root.py
 """
@@ -16,6 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from runtime import flags
 from runtime.rows import write_text
+
+PAGES = ("docs/forking.md", "docs/tournament.md")
 
 
 @dataclass
@@ -35,6 +37,17 @@ def diffs(page: str) -> dict[str, str]:
     return {re.search(r"^\+\+\+ exp/(\w+)\.py$", block, re.MULTILINE)[1]: block for block in blocks}
 
 
+def all_diffs() -> dict[str, str]:
+    """{name: diff} of all pages."""
+    return {name: diff for page in PAGES for name, diff in diffs(read(page)).items()}
+
+
+def code_of(name: str, forks: dict[str, str]) -> str:
+    """The code of a fork: its diff applied to the file that it names after ---, ppo_cpe.py or another fork."""
+    base = re.search(r"^--- (?:exp/)?(\w+)\.py$", forks[name], re.MULTILINE)[1]
+    return apply(forks[name], read("ppo_cpe.py") if base == "ppo_cpe" else code_of(base, forks))
+
+
 def apply(diff: str, text: str) -> str:
     """A file's text after a diff without line numbers. ValueError: a hunk's old lines are not there once."""
     _, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
@@ -43,19 +56,19 @@ def apply(diff: str, text: str) -> str:
         old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
         new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
         if text.count(old) != 1:
-            raise ValueError(f"expected these lines once in ppo_cpe.py, found them {text.count(old)} times:\n{old}")
+            raise ValueError(f"expected these lines once, found them {text.count(old)} times:\n{old}")
         text = text.replace(old, new)
     return text
 
 
 def main(args: Args) -> None:
-    forks = diffs(read("docs/forking.md"))
+    forks = all_diffs()
     if args.name not in forks:
-        raise ValueError(f"{args.name}: expected one of {', '.join(forks)}, the forks of docs/forking.md")
+        raise ValueError(f"{args.name}: expected one of {', '.join(forks)}, the forks of {' and '.join(PAGES)}")
     file = os.path.join("exp", f"{args.name}.py")
     if os.path.exists(file):
         raise ValueError(f"{file} is there already; remove or rename it")
-    write_text(file, apply(forks[args.name], read("ppo_cpe.py")))
+    write_text(file, code_of(args.name, forks))
     print(f"output: {file}")
 
 

@@ -32,6 +32,7 @@ ELSEWHERE = {
     r"bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
     r".*recipes/(real_cpu|own_data|real_curve)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
     r"python data/annotate\.py|.*out/own": "tests/test_annotate.py runs docs/own-experiment.md",
+    r".*out/edits": "needs more rollouts; tests/test_forks.py",
 }
 PPO = "--prompts-per-step 4 --mini-batch-prompts 2 --n-samples 2 --max-new-tokens 24 --judge-max-new-tokens 64 "
 PPO += "--tokens-per-microbatch 300 --max-steps 5 --answer-template answer.txt --edit-template edit.txt"
