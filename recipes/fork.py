@@ -24,6 +24,8 @@ PAGES = ("docs/forking.md", "docs/tournament.md")
 class Args:
     name: tyro.conf.Positional[str]
     """Name of the fork: root for the diff of exp/root.py."""
+    folder: str = "exp"
+    """Folder of the written file."""
 
 
 def read(name: str) -> str:
@@ -65,7 +67,7 @@ def main(args: Args) -> None:
     forks = all_diffs()
     if args.name not in forks:
         raise ValueError(f"{args.name}: expected one of {', '.join(forks)}, the forks of {' and '.join(PAGES)}")
-    file = os.path.join("exp", f"{args.name}.py")
+    file = os.path.join(args.folder, f"{args.name}.py")
     if os.path.exists(file):
         raise ValueError(f"{file} is there already; remove or rename it")
     write_text(file, code_of(args.name, forks))

@@ -117,9 +117,9 @@ def test_a_fork_is_written_once(tmp_path):
 
 
 def test_a_diff_may_be_one_against_another_fork(tmp_path):
-    run_script("recipes/fork.py", "raft", folder=tmp_path)
-    assert os.listdir(tmp_path / "exp") == ["raft.py"]
-    code = (tmp_path / "exp" / "raft.py").read_text()
+    run_script("recipes/fork.py", "raft", "--folder", "mine", folder=tmp_path)
+    assert os.listdir(tmp_path / "mine") == ["raft.py"]
+    code = (tmp_path / "mine" / "raft.py").read_text()
     assert "def best_of_prompts" in code and '"critic": training' not in code
 
 
@@ -299,7 +299,7 @@ def test_advantages_against_groups(module, world):
     expected = [-2, 0, 2, -0.625, -0.125, -0.625, 1.375]  # the means are 3 and 2.625
     assert each(module("critique_grpo").group_advantages(batch)) == expected
     spread = 1.05
-    expected = [-1 / spread, 1 / spread, 3 / spread, 0, 0.5 / 0.05, 0, 2 / 0.05]
+    expected = [-1 / spread, 1 / spread, 3 / spread, 0, 0.5, 0, 2]  # originals that are all alike have no spread
     assert each(module("grpo").group_advantages(batch)) == pytest.approx(expected)
 
 
@@ -329,7 +329,7 @@ def test_golf_trains_edits_under_their_own_prompts_and_injects_where_originals_f
     with_injected = golf.golf_batch(batch, 2.1)
     found = each(golf.group_advantages(with_injected))
     against_originals = [a for t, a in zip(with_injected, found) if t.parent]
-    assert against_originals == pytest.approx([3 / 1.05, 2 / 0.05])
+    assert against_originals == pytest.approx([3 / 1.05, 2])
 
 
 def test_hints_fade_and_are_trained_under_the_hinted_prompt(module, world, trained):
@@ -507,6 +507,20 @@ def test_sdpo_released_averages_its_teacher(trained):
     run = trained("sdpo_released")
     policy, teacher = (load_file(run / name / "model.safetensors") for name in ("policy", "teacher"))
     assert all(torch.equal(policy[name], teacher[name]) for name in policy)
+
+
+def test_sdpo_released_continues_to_the_same_numbers(tiny, exp, tmp_path):
+    """Its teacher is in the checkpoints."""
+    flags = [*flags_of(tiny, tmp_path), "--success-reward", 100, "--lr", 1e-3]
+    for out, steps in (("whole", 2), ("continued", 1), ("continued", 2)):
+        run_script(exp / "sdpo_released.py", *flags, "--out", tmp_path / out, "--max-steps", steps)
+    names = ("policy", "teacher")
+    whole, continued = (
+        [load_file(tmp_path / out / name / "model.safetensors") for name in names] for out in ("whole", "continued")
+    )
+    for expected, found in zip(whole, continued, strict=True):
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not torch.equal(*(weights["model.norm.weight"] for weights in whole))
 
 
 def test_sdpo_credit_is_what_the_critique_adds(module, world):
