@@ -344,6 +344,8 @@ def test_hints_fade_and_are_trained_under_the_hinted_prompt(module, world, train
     _, tokens = run_pass(hinted, world, batch_of(hints[:1]), hinted.Args(temperature=1.0))
     alone = logprobs_alone(world, rollout.judged[2].context_ids, hints[0].response_ids)
     assert torch.allclose(tokens.logprobs, alone, atol=1e-4)
+    batch, _ = hinted.select(rollout, hinted.Args(hint_in_training=False), 0, world.ranks)
+    assert sorted(map(id, batch)) == sorted(map(id, rollout.judged))  # edits under x
     assert any(row["edit"] for row in rollouts(trained("hinted"), 1))
     assert not any(row["edit"] for row in rollouts(trained("hinted"), 2))
 
