@@ -257,7 +257,7 @@ def explained_variance(returns: list[Tensor], values: list[Tensor], ranks: Ranks
     residual = all_returns - torch.cat(values or [torch.zeros(0)])
     _, spread = moments(ranks, all_returns)
     _, unexplained = moments(ranks, residual)
-    return 1 - unexplained**2 / spread**2 if spread > 0 else float("nan")
+    return 1 - unexplained**2 / spread**2 if spread > 1e-4 else float("nan")  # below: all rewards are equal
 
 
 def step_metrics(
@@ -307,6 +307,7 @@ def step_metrics(
         "trained_tokens_per_second": counts["trained_tokens"] / training_seconds,
         **{f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()},
     }
+    warn_of_no_gradient(metrics, run.step + 1)
     return in_order(metrics)
 
 
@@ -366,6 +367,12 @@ def warn_of_lost(counts: dict[str, int], step: int) -> None:
     total = n_lost + counts["judged"]
     if n_lost > 0.2 * total:
         print0(f"warning: step {step}: {n_lost} of {total} responses got no judgement and are not trained")
+
+
+def warn_of_no_gradient(metrics: dict[str, Any], step: int) -> None:
+    """Prints a line where a loss on edits trains nothing."""
+    if metrics.get("edit/clipfrac") == 1:
+        print0(f"warning: step {step}: no token of an edit has a gradient; does the loss depend on logprobs?")
 
 
 # -- diagnostics that ask the judge ------------------------------------------------------------------------------------

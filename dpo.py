@@ -235,7 +235,8 @@ def main(args: Args) -> None:
         metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
         run.log(metrics, {name: metrics[name] for name in ("loss", "accuracy", "margin", "grad_norm", "seconds")})
         run.save_if_due()
-    run.finish("policy", f"python evaluate.py --model {args.out}/policy")
+    prompts = os.path.join(os.path.dirname(args.data), "prompts_eval.jsonl")
+    run.finish("policy", f"python evaluate.py --model {args.out}/policy --prompts {prompts}")
 
 
 if __name__ == "__main__":

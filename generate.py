@@ -141,6 +141,12 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
     return shown
 
 
+HELP = """A message per line. The model sees the whole conversation.
+/new starts over, Ctrl-D ends. Flags at the start: --temperature, --top-p, --max-new-tokens, --persona."""
+HELP_WITH_PERSONA = """A question of the person per line. The model sees the profile and this question, no earlier ones.
+Ctrl-D ends. Flags at the start: --temperature, --top-p, --max-new-tokens."""
+
+
 def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
     persona = read_persona(args.persona) if args.persona else None
     if persona:
@@ -156,8 +162,8 @@ def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> N
             return print()
         if text == "/new":
             messages = []
-        elif text == "/help":
-            print(__doc__)
+        elif text.startswith("/"):
+            print(HELP_WITH_PERSONA if persona else HELP)
         elif text:
             turn += 1
             messages.append({"role": "user", "content": text})

@@ -764,6 +764,8 @@ def main(args: Args) -> None:
     refuse_held_out(args.prompts)
     held_out_prompts = shard(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
+    if args.save_batch and args.save_batch > last_step:
+        raise ValueError(f"--save-batch {args.save_batch}: expected at most {last_step}, the steps of this run")
     settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
     judge = open_judge(args.judge, settings, ranks)
     second_judge = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
@@ -791,9 +793,9 @@ def main(args: Args) -> None:
     sample_and_judge = functools.partial(
         rollout, engine=engine, judge=judge, chat=chat, templates=templates, show=run.show
     )
-    # a few answers first: does this judge give judgements at all?
-    probe = sample_and_judge(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
-    diagnostics.check_judge(probe, judge, args.judge, args.edit_rate > 0, ranks)
+    if run.first_step < last_step:  # a few answers first: does this judge give judgements at all?
+        probe = sample_and_judge(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
+        diagnostics.check_judge(probe, judge, args.judge, args.edit_rate > 0, ranks)
 
     for step in run.steps():
         step_prompts = [prompts[i] for i in packing.batch_indices(len(prompts), args.prompts_per_step, step, args.seed)]
@@ -830,7 +832,8 @@ def main(args: Args) -> None:
         diagnostics.write_rollouts(responses, selected, checks, record, chat, args.log_tokens, args.seed, run)
         run.log(metrics, diagnostics.headline(metrics))
         run.save_if_due()
-    run.finish("policy", f"python evaluate.py --model {args.out}/policy")
+    unseen = os.path.join(os.path.dirname(args.prompts), "prompts_eval.jsonl")
+    run.finish("policy", f"python evaluate.py --model {args.out}/policy --prompts {unseen} --judge {args.judge}")
 
 
 def shard(rows: list[tuple[dict, list[int]]], ranks: Ranks) -> list[Prompt]:

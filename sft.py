@@ -189,7 +189,10 @@ def main(args: Args) -> None:
         metrics["trained_tokens"] = int(n_learned)
         run.log(metrics, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "seconds")})
         run.save_if_due()
-    after = f"sft.py --model {args.out}/policy" if args.from_scratch else f"train_grm.py --model {args.model}"
+    rows = os.path.dirname(args.data)
+    after = f"train_grm.py --model {args.model} --data {rows}/judgements.jsonl"
+    if args.from_scratch:
+        after = f"sft.py --model {args.out}/policy --data {rows}/pairs.jsonl"
     run.finish("policy", f"python {after}")
 
 

@@ -307,7 +307,8 @@ def main(cli_args: Args) -> None:
         run.release_models()
         judge_held_out(args, args.eval_data, chat, templates, ranks)
     judge = f"bt:{args.out}/model --edit-rate 0" if is_bt else f"{args.out}/model"
-    run.finish("model", f"python ppo_cpe.py --judge {judge}")
+    prompts = os.path.join(os.path.dirname(args.data), "prompts_train.jsonl")
+    run.finish("model", f"python ppo_cpe.py --model SFT_POLICY --prompts {prompts} --judge {judge}")
 
 
 if __name__ == "__main__":

@@ -372,7 +372,9 @@ def split(args: Args) -> None:
                 raise ValueError(f'{file}: prompt_id "{row["prompt_id"]}" is none of the prompts; make {name} again')
         write_side(args, name, [row for row in rows if row["prompt_id"] in train])
         write_side(args, f"{name}_eval", [row for row in rows if row["prompt_id"] in held_out])
-    print(f"next: python train_grm.py --data {args.out}/judgements.jsonl, and python report.py {args.out}")
+    print(f"look at it: python report.py {args.out}")
+    print(f"next:       python sft.py --model MODEL --data {args.out}/pairs.jsonl")
+    print(f"            python train_grm.py --model MODEL --data {args.out}/judgements.jsonl")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ fi
 if ! cmp -s requirements.txt .venv/installed.txt; then
     python=$(command -v python3.11 || command -v python3.12 || command -v python3)
     [ -d .venv ] || "$python" -m venv .venv
-    echo "installing requirements.txt into .venv"
+    echo "installing requirements.txt into .venv (some minutes)"
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
     cp requirements.txt .venv/installed.txt
 fi

@@ -337,6 +337,8 @@ def load(
         lines = list(json_lines(metrics, growing=True))
         for where, row in lines:
             check_row(row, "metrics", where)
+        if lines and step == 0:
+            print(f"{out} has no checkpoint yet, so its {len(lines)} steps are run again", flush=True)
         write_rows(metrics, [row for _, row in lines if row["step"] <= step])
     barrier(ranks)
     return step

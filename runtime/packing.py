@@ -21,7 +21,7 @@ def count_steps(epochs: float, max_steps: int | None, n_rows: int, batch_size: i
     """
     total = int(epochs * (n_rows // batch_size))
     if total < 1:
-        smaller = "; set a smaller --batch-size or --prompts-per-step" if n_rows < batch_size else ""
+        smaller = "; set a smaller --batch-size (ppo_cpe.py: --prompts-per-step)" if n_rows < batch_size else ""
         raise ValueError(f"--epochs {epochs:g}: {n_rows} rows make less than one step of {batch_size}{smaller}")
     return total, min(total, max_steps or total)
 

@@ -95,6 +95,8 @@ class Run:
         self.templates = templates
         self.first_step = checkpoints.load(self.out, models, optimizers, self.ranks)
         self.step = self.first_step
+        if self.first_step == self.last_step:
+            print0(f"{self.out} is finished already, with {self.last_step} steps")
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a bar on a terminal. SystemExit: stopped by a signal, after a checkpoint."""

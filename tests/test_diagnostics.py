@@ -13,6 +13,7 @@ from diagnostics import (
     leaves,
     recited,
     warn_of_lost,
+    warn_of_no_gradient,
 )
 from runtime.distributed import start
 from trajectory import Prompt, Rollout, TokenArrays, Trajectory
@@ -46,6 +47,13 @@ def test_distinct_pairs_of_words():
     assert distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)  # ab ba ab | ab: none across answers
     assert distinct(["A, b. a b"], 1) == pytest.approx(2 / 4)
     assert distinct(["a"], 2) == 0 and distinct([], 2) == 0
+
+
+def test_a_loss_without_gradient_is_named(capsys):
+    for clipfrac, said in ((1.0, True), (0.99, False)):
+        warn_of_no_gradient({"edit/clipfrac": clipfrac}, 3)
+        assert ("step 3: no token of an edit has a gradient" in capsys.readouterr().out) == said
+    warn_of_no_gradient({}, 3)  # no edits
 
 
 def test_kept_and_inserted_tokens():

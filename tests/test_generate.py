@@ -425,6 +425,12 @@ def test_chat_keeps_the_conversation(tiny, monkeypatch, capsys):
     assert out.split("\n", 1)[1] == "> " + first + end + second + end + "> > " + first + end + "\n"
 
 
+def test_a_word_after_a_slash_is_no_question(tiny, monkeypatch, capsys):
+    for more, help_text in (((), generate.HELP), (("--persona", "Mia"), generate.HELP_WITH_PERSONA)):
+        out = chat_with(tiny, monkeypatch, capsys, "/help\n/nonsense\n", *more)
+        assert out.split("\n", 1)[1] == f"> {help_text}\n> {help_text}\n> \n"
+
+
 def test_chat_with_a_person(tiny, monkeypatch, capsys):
     from prompts import answer_prompt, load_templates
 

@@ -483,8 +483,11 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: empty" in bad(tiny, judge, tmp_path, "--prompts", tmp_path / "empty.jsonl")
     short = bad(tiny, judge, tmp_path, "--max-prompt-length", 3)
-    assert "make less than one step of" in short and "set a smaller --batch-size or --prompts-per-step" in short
+    assert (
+        "make less than one step of" in short and "set a smaller --batch-size (ppo_cpe.py: --prompts-per-step)" in short
+    )
     assert "--edit-rate 1.5: it should be less than or equal to 1" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
+    assert "--save-batch 99: expected at most" in bad(tiny, judge, tmp_path, "--save-batch", 99)
     assert "an --audit-share above 0" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
     assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512
     assert "--eval-every 0: it should be greater" in bad(tiny, judge, tmp_path, "--eval-every", 0)

@@ -568,3 +568,9 @@ def test_the_end_of_a_stage_says_where_everything_is(module, here, capsys):
     weights = f"{here}/run/{'model' if module is train_grm else 'policy'}"
     assert f"done: {weights} (weights), {here}/run/metrics.jsonl" in output.out and os.path.isdir(weights)
     assert f"python report.py {here}/run" in output.out and "next:       python " in output.out
+    run(module, *flags_of(module, here))
+    output = capsys.readouterr().out
+    assert f"{here}/run is finished already" in output and f"done: {weights}" in output
+    shutil.rmtree(f"{here}/run/checkpoints")
+    run(module, *flags_of(module, here))
+    assert f"{here}/run has no checkpoint yet" in capsys.readouterr().out
