@@ -726,8 +726,10 @@ def check_judge_suits(judge: Judge, args: Args) -> None:
 
 def print_plan(args: Args, max_len: int) -> None:
     """--plan. The trained models are named here, so that a fork without a critic plans without one."""
-    settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
     machine = plan.machine_of(args)
+    if machine.device == "cpu":  # where a cache takes memory only once it is written
+        args = replace(args, max_batch=plan.sequences_at_once(args, machine))
+    settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
     resident: dict[str, int] = {}
     for name, spec in (("judge", args.judge), ("audit judge", args.audit_judge)):
         parts = planned_memory(spec, settings, machine) if spec else {}

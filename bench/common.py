@@ -17,6 +17,8 @@ CONFIGS = {  # vocabulary, width, MLP, layers, heads, key-value heads
     "layers": Config(4096, 896, 4864, 2, 14, 2, tie_word_embeddings=True),
     "0.5b": Config(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
     "1.5b": Config(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
+    "7b": Config(152064, 3584, 18944, 28, 28, 4),
+    "14b": Config(152064, 5120, 13824, 48, 40, 8),
 }
 
 

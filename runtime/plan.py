@@ -1,4 +1,4 @@
-"""`--plan`: memory of a run by rank and part before it starts, and a rough time of an RL step on GPUs (roofline.py).
+"""`--plan`: memory of a run by rank and part before it starts. The time of an RL step: bench/simulate.py.
 
 It needs a config.json and no GPU.
 
@@ -12,7 +12,7 @@ which `RESERVED_GIB` is set aside.
 import dataclasses
 import os
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,14 +23,12 @@ from kernels.rope_kv import apply_rope
 from lora import Linear, Lora, add_adapters, lora_settings
 from model import Transformer
 from model_config import Config
-from runtime import roofline, training
+from runtime import training
 from runtime.distributed import DTYPES
 from weights import GIB, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
 PROBE_TOKENS = 64
-# mean lengths over their limits, for the time of a step: the paper's 800 and 400 of 2,048, judgements of 200 tokens
-PROMPT_SHARE, RESPONSE_SHARE, JUDGEMENT_SHARE = 0.4, 0.2, 0.4
 
 
 class _Attention(torch.autograd.Function):
@@ -226,6 +224,13 @@ def report(args, machine: Machine, phases: Phases, expected: list[str]) -> float
     return max(totals)
 
 
+def pinned(machine: Machine, n_bytes: float) -> list[str]:
+    """A line on the host memory of --offload."""
+    if not (machine.offload and machine.device == "cuda"):
+        return []
+    return [f"--offload pins {n_bytes / GIB:.1f} GiB of host memory per rank, up to twice as much as torch rounds it"]
+
+
 def sizes(models: dict[str, Trained]) -> str:
     """Billions of parameters: "policy 7.62 (0.040 trained), critic ..."."""
     texts = []
@@ -243,35 +248,18 @@ def one_model(args, config: Config, scalar_head: bool = False):
     t = Trained(meta_model(config, scalar_head, lora), machine, n_tokens, args.checkpoint_activations)
     state = {**t.held(), "gradients": t.gradients}
     optimizer = {**state, "Adam moments": t.moments}
-    passes = state if machine.offload else optimizer
+    passes = state if machine.offload and machine.device == "cuda" else optimizer
     passes = passes | {"gathered weights and gradients": t.whole, "activations": t.activations}
     text = f"{sizes({'': t})} billion parameters; at most {n_tokens} tokens a pass and rank"
-    return report(args, machine, {"passes": passes, "optimizer": optimizer}, [text])
+    expected = [text, *pinned(machine, t.moments)]
+    return report(args, machine, {"passes": passes, "optimizer": optimizer}, expected)
 
 
-def expected_seconds(
-    args, machine: Machine, policy: Config, critic: Config | None, judges: Container[str], work: roofline.Work
-) -> list[str]:
-    """Lines of a table: seconds of a step by phase, for each GPU that roofline.py knows."""
-    judge = None  # of a server nothing is known
-    if "judge: weights" in judges:
-        judge = config_of(args.judge.removeprefix("pair:").removeprefix("bt:"))
-    n_passes = (4 if args.checkpoint_activations else 3) - (args.lora_rank is not None)
-    lines: list[str] = []
-    for name in roofline.PLANNED_GPUS:
-        rates = roofline.Rates.of_gpu(name)
-        seconds = roofline.phases(work, policy, critic, judge, "judge: KV cache" in judges, n_passes, rates)
-        seconds["together"] = sum(seconds.values())
-        if not lines:
-            lines.append(f"{'':12}" + "".join(f"{phase:>10}" for phase in seconds))
-        lines.append(f"  {name:10}" + "".join(f"{value:10.1f}" for value in seconds.values()))
-    return [
-        f"seconds of a step on {machine.world_size} GPUs, roughly: for prompts of {work.prompt_tokens:.0f}, responses "
-        f"of {work.response_tokens:.0f} and judgements of {work.critique_tokens:.0f} tokens",
-        f"in the mean, at {roofline.COMPUTE_FRACTION:.0%} of the peak in bf16 and {roofline.BANDWIDTH_FRACTION:.0%} of "
-        "the memory's bandwidth",
-        *lines,
-    ]
+def sequences_at_once(args, machine: Machine) -> int:
+    """Sequences that a rank can have in an engine: the originals of its prompts, since an edit follows its original."""
+    n_prompts = -(-args.prompts_per_step // machine.world_size)
+    n_held_out = -(-args.eval_n // machine.world_size) if args.eval_data else 0
+    return min(args.max_batch, max(n_prompts * args.n_samples, n_held_out))
 
 
 def rl(
@@ -288,7 +276,6 @@ def rl(
     budget = args.tokens_per_microbatch
     configs = {name: config_of(path) for name, (path, _) in trained.items()}
     policy = next(iter(configs.values()))
-    critic = None
     models: dict[str, Trained] = {}
     masters: dict[str, float] = {}
     one_base = machine.world_size == 1 and len({path for path, _ in trained.values()}) == 1
@@ -300,8 +287,6 @@ def rl(
             held.pop(f"{name}: frozen weights", None)
         masters |= held
         models[name] = parts
-        if scalar_head:
-            critic = critic or configs[name]
     weights, cache = sampler(policy, machine, args.kv_tokens or likely_tokens(max_len, args.max_batch), lora)
     resident = {"engine: weights": weights, "engine: KV cache": cache, **judges}
     moments = {f"{name}: Adam moments": t.moments for name, t in models.items()}
@@ -329,16 +314,14 @@ def rl(
         f"a step, at most: {n_sampled:.0f} responses, {n_sampled * args.max_new_tokens:,.0f} tokens sampled; "
         f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
     ]
-    if machine.device == "cuda" and machine.dtype == torch.bfloat16:
-        work = roofline.Work(
-            prompts=prompts / machine.world_size,
-            originals=args.n_samples,
-            edits=sampled - args.n_samples,
-            trained=per_prompt,
-            prompt_tokens=PROMPT_SHARE * args.max_prompt_length,
-            response_tokens=RESPONSE_SHARE * args.max_new_tokens,
-            critique_tokens=JUDGEMENT_SHARE * args.judge_max_new_tokens,
-            max_batch=args.max_batch,
+    offloaded = sum(moments.values()) + (0 if lora else sum(masters.values()))
+    expected += pinned(machine, offloaded)
+    at_once = sequences_at_once(args, machine)
+    if at_once < args.max_batch:
+        caches = sum(size for part, size in judges.items() if part.endswith("KV cache"))
+        caches += 0 if args.kv_tokens else cache
+        expected.append(
+            f"a rank has at most {at_once} sequences at once: --max-batch {at_once} would make the KV caches "
+            f"{caches / GIB:.2f} -> {caches * at_once / args.max_batch / GIB:.2f} GiB"
         )
-        expected += expected_seconds(args, machine, policy, critic, judges, work)
     return report(args, machine, {"sampling": sampling, "passes": passes, "optimizer": optimizer}, expected)

@@ -258,6 +258,44 @@ def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys, lora):
     assert planned == pytest.approx(measured, rel=0.15)
 
 
+def test_the_plan_says_what_a_smaller_batch_would_save(tmp_path, capsys):
+    """Four prompts x 4 originals a rank need no cache for 256 sequences; a cache on a CPU is counted as it fills."""
+    config_folder(tmp_path / "m", "0.5b")
+
+    def said(*flags):
+        flags = ["--model", tmp_path / "m", "--judge", tmp_path / "m", "--plan", "--prompts-per-step", 32, *flags]
+        args = tyro.cli(ppo_cpe.Args, args=[str(flag) for flag in flags])
+        ppo_cpe.main(args)
+        out = capsys.readouterr().out
+        return re.findall(r"engine: KV cache +([\d.]+)", out)[0], re.findall("at most .* sequences at once.*", out)
+
+    max_len = 2048 + 2 * 2048 + 512 + 512
+    per_token = 24 * 2 * 128 * 2 / GIB
+    cache, lines = said("--world-size", 8)
+    assert float(cache) == pytest.approx(256 * max_len / 4 * per_token, abs=0.01)
+    (line,) = lines
+    both = 256 * (max_len + 8192) / 4 * per_token  # with the judge's
+    assert line.startswith("at most 16 sequences at once: --max-batch 16 would make the KV caches")
+    assert line.endswith(f"{both:.2f} -> {both / 16:.2f} GiB")
+    assert said("--world-size", 8, "--max-batch", 16)[1] == []
+    assert "at most 64" in said("--world-size", 8, "--eval-data", "x.jsonl", "--eval-n", 512)[1][0]  # one answer each
+    cache, lines = said("--world-size", 8, "--gpu-gib", 0)
+    assert lines == [] and float(cache) == pytest.approx(2 * 2 * 16 * max_len / 4 * per_token, abs=0.01)  # fp32, rows
+
+
+def test_the_plan_counts_the_host_memory_of_offload(tmp_path, capsys):
+    config_folder(tmp_path / "m", "7b")
+    n = 7_615_616_512
+    for module, models, flags in ((sft, n, []), (ppo_cpe, n + n - 152064 * 3584 + 3584, ["--judge", "world"])):
+        flags = [*flags, "--model", str(tmp_path / "m"), "--plan", "--world-size", "8", "--gpu-gib", "1000"]
+        size = (12 if module is ppo_cpe else 8) * models / 8 / GIB  # sft.py offloads the moments alone
+        module.main(tyro.cli(module.Args, args=flags))
+        assert "--offload" not in capsys.readouterr().out
+        module.main(tyro.cli(module.Args, args=[*flags, "--offload"]))
+        (said,) = re.findall(r"--offload pins ([\d.]+) GiB", capsys.readouterr().out)
+        assert float(said) == pytest.approx(size, abs=0.1)
+
+
 def test_flags_that_do_not_go_together(tmp_path):
     config_folder(tmp_path / "m", "7b")
     with pytest.raises(ValueError, match="--shard-size 3: expected a divisor of --world-size 8"):
