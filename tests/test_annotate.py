@@ -565,6 +565,14 @@ def test_the_first_own_experiment(server, tiny, tmp_path):
         run_script(script, *words, *small.get(script, ()), folder=tmp_path)
     out = tmp_path / "out/own"
     assert len(read_rows(str(out / "cpe/metrics.jsonl"), "metrics")) == 2
+    (functions,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the same without a server
+    (tmp_path / "rules.py").write_text(functions)
+    (command,) = (c for c in commands("docs/own-experiment.md") if "annotate" in c)
+    for flag, function in (("models", "answer"), ("scorer", "score"), ("judge", "judge")):
+        command = command.replace(f"--{flag} http://localhost:8000#qwen", f"--{flag} rules.py:{function}")
+    prompts = ["--prompts", out / "prompts_train.jsonl", "--eval-prompts", out / "prompts_eval.jsonl"]
+    run_script(*shlex.split(command.replace("out/own", "out/ruled"))[1:], *prompts, folder=tmp_path)
+    assert len(read_rows(str(tmp_path / "out/ruled/pairs.jsonl"), "pair")) >= 4
     assert (out / "cpe/report.html").is_file() and (out / "report.html").is_file()
     pairs = ["--data", out / "pairs.jsonl", "--batch-size", 2, "--max-steps", 1]
     run_script("dpo.py", "--model", out / "sft/policy", *pairs, "--out", tmp_path / "dpo")
