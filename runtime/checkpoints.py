@@ -81,6 +81,8 @@ def _write_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks:
     parts: list[dict[str, torch.Tensor]] = [{}]
     index: dict[str, list] = {}
     size = 0
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # moments may still be on their way to the host (--offload)
     for key, tensor in _tensors(models, optimizers):
         local, first, writes = _piece(tensor, ranks)
         if not writes or local.numel() == 0:

@@ -1,6 +1,7 @@
 """Shared by all training scripts: FSDP2, AdamW, learning rate, offloading, forward passes, and machine metrics."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -110,11 +111,62 @@ def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def move_moments(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    """Adam's moments to host memory or back (--offload)."""
-    for state in optimizer.state.values():
+# {(parameter, "weight" or a moment's name): pinned memory}, allocated once
+_host_copies: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
+
+
+@functools.cache
+def _copy_stream() -> torch.cuda.Stream:
+    """Runs copies to the host beside what is computed meanwhile."""
+    return torch.cuda.Stream()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def to_host(parameter: torch.Tensor, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Starts a copy of a parameter or one of its moments to pinned host memory, and returns that memory.
+
+    The host may read it after `wait_for_host_copies`. A tensor that is not on a GPU is returned as it is.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    host = _host_copies.get((parameter, name))
+    if host is None:
+        host = tensor.to("cpu")
+        memory = _local(host)
+        memory.data = memory.pin_memory()
+        _host_copies[parameter, name] = host
+    else:
+        stream = _copy_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        _local(tensor).record_stream(stream)  # its memory is not given to others before the copy ends
+    return host
+
+
+def wait_for_host_copies() -> None:
+    if _host_copies:
+        _copy_stream().synchronize()
+
+
+def from_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of `to_host` back, without making the host wait."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().wait_stream(_copy_stream())
+    return tensor.to(device, non_blocking=True)
+
+
+def move_moments(
+    optimizer: torch.optim.Optimizer, move: Callable[[torch.Tensor, str, torch.Tensor], torch.Tensor]
+) -> None:
+    """Replaces each of Adam's moments by move(parameter, name, moment)."""
+    for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = state[name].to(device)
+            state[name] = move(parameter, name, state[name])
 
 
 @contextlib.contextmanager
@@ -129,15 +181,20 @@ def offloaded(
     The moments stay there until `optimizer_step` needs them. A frozen base stays on the device, since the engine may be
     using it; the adapters on it are small.
     """
+    away = [model for model in models.values() if model.lora is None and enabled and device.type == "cuda"]
     if enabled:
-        for name, model in models.items():
-            if model.lora is None:
-                model.to("cpu")
-            move_moments(optimizers[name], "cpu")
+        for optimizer in optimizers.values():
+            move_moments(optimizer, to_host)
+    for model in away:
+        reshard(model)
+        for parameter in model.parameters():
+            to_host(parameter, "weight", parameter)
+    wait_for_host_copies()  # FSDP may read a shard on the host, to pad it
+    for model in away:
+        model._apply(lambda parameter: _host_copies[parameter, "weight"].detach())  # `to`, for FSDP as well
     yield
-    if enabled:
-        for model in models.values():
-            model.to(device)
+    for model in away:
+        model._apply(lambda parameter: from_host(parameter, device))
 
 
 # Sanity bounds on the means of a step. Outside them the model has diverged, although its numbers are still finite.
@@ -174,11 +231,12 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     if run.args.offload:
-        move_moments(optimizer, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        move_moments(optimizer, lambda parameter, name, moment: from_host(moment, device))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if run.args.offload:
-        move_moments(optimizer, "cpu")
+        move_moments(optimizer, to_host)
     return norm
 
 

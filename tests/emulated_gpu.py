@@ -78,6 +78,9 @@ class OnGPU(torch.Tensor):
     def is_pinned(self, *_):
         return False
 
+    def record_stream(self, _):
+        pass
+
 
 def wait(what: str) -> None:
     """The host waits for the device: counted by the line of the project that asks; RuntimeError inside of a capture."""

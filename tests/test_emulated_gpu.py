@@ -31,6 +31,7 @@ from chat import Chat
 from engine import Engine
 from engine.gpu_runner import GPURunner
 from model import load_pretrained
+from runtime import training
 from runtime.flags import parse
 from runtime.rows import write_rows
 
@@ -211,6 +212,35 @@ def judge(tiny):
     flags += ["--batch-size", 16, "--epochs", 25, "--lr", 5e-3, "--out", tiny / "two_judgements"]
     finish(launch("train_grm.py", *flags))
     return tiny / "two_judgements" / "model"
+
+
+@emulated
+def test_offloading_reuses_its_host_memory():
+    """Weights and moments leave the GPU and come back unchanged; the second time nothing is allocated on the host."""
+    models = {"policy": model_on("cuda"), "critic": model_on("cuda", seed=1)}
+    optimizers = {name: training.adamw(model, 1e-3, 0.0) for name, model in models.items()}
+    addresses = []
+    for _ in range(2):
+        for name, model in models.items():
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.5)
+            training.move_moments(optimizers[name], lambda parameter, name, moment: moment.to("cuda"))
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+        before = [p.tolist() for model in models.values() for p in model.parameters()]
+        moments = [s["exp_avg_sq"].tolist() for o in optimizers.values() for s in o.state.values()]
+        with training.offloaded(models, optimizers, torch.device("cuda", 0), True):
+            host = [p for model in models.values() for p in model.parameters()]
+            host += [
+                s[name] for o in optimizers.values() for s in o.state.values() for name in ("exp_avg", "exp_avg_sq")
+            ]
+            assert not any(x.is_cuda for x in host)
+            addresses.append([x.data_ptr() for x in host])
+            assert [p.tolist() for p in host[: len(before)]] == before
+        assert all(p.is_cuda for model in models.values() for p in model.parameters())
+        assert [p.tolist() for model in models.values() for p in model.parameters()] == before
+        assert [s["exp_avg_sq"].tolist() for o in optimizers.values() for s in o.state.values()] == moments
+    assert addresses[0] == addresses[1]
 
 
 SMALL = ["--prompts-per-step", 2, "--mini-batch-prompts", 1]
