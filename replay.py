@@ -1,5 +1,8 @@
 """Every loss on edits on one batch: norms and cosines of the gradients over the whole model.
 
+For each loss: the norm of its gradient; "mass, inserted", the share of the gradient mass |weight A| that is on tokens
+which edits inserted; "no gradient", the share of edit tokens with weight 0; the cosine with each other loss's gradient.
+
     python replay.py out/ppo_cpe/batch_000020
 
 `ppo_cpe.py --save-batch 20` keeps the batch of step 20, ready for the update, and the weights that sampled it. The
