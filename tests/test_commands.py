@@ -52,6 +52,7 @@ NAMED = {
     "out/qwen7b/evaluate": "out/evaluate",
     "out/NAME": "out/ppo_cpe",
     "out/tiny/cpe": "out/ppo_cpe",
+    "--temperature 1.3": "--temperature 0.9",  # hotter answers are none that the GRM can read
 }
 RUN_HERE = {page: [c for c in commands(page) if not any(re.match(e, c) for e in ELSEWHERE)] for page in PAGES}
 
