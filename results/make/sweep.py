@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from scipy import stats
 
 from json_files import read_json
@@ -449,6 +450,7 @@ def draw_diagram(figures: BySeed, folder: str) -> None:
     figure, axes = new_figure(2)
     panels = {"reward": ("exact score", 1), "advice": ("gives suitable advice, %", 100)}
     for axis, (quantity, (title, factor)) in zip(axes, panels.items()):
+        ends = {}
         for name in sorted(METHODS, key=lambda name: name in SHOWN):  # grey lines lie below
             known = sorted((rate for rate in rates if values_of(figures, rate, name, quantity)), key=x_of.__getitem__)
             if not known:
@@ -459,10 +461,23 @@ def draw_diagram(figures: BySeed, folder: str) -> None:
             axis.plot(xs, [y.mean() for y in ys], marker=".", color=color, lw=2 if name in SHOWN else 1)
             if name in SHOWN:
                 axis.fill_between(xs, [y.min() for y in ys], [y.max() for y in ys], color=color, alpha=0.12, lw=0)
-            axis.annotate(name, (xs[-1], ys[-1].mean()), (4, 0), textcoords="offset points", color=color, fontsize=7)
+            ends[name] = ys[-1].mean()
         axis.set(xscale="log", xlabel="samples of SFT with the advice", ylabel=title)
-        axis.set_xlim(right=2 * max(x_of.values()))
+        label_lines(axis, ends, max(x_of.values()))
     save_figure(figure, folder, "sweep")
+
+
+def label_lines(axis: Axes, ends: dict[str, float], x: float) -> None:
+    """Names to the right of the lines' ends at x, moved apart where they would overlap."""
+    low, high = axis.get_ylim()
+    lowest = low
+    for name, y in sorted(ends.items(), key=lambda item: item[1]):
+        lowest = max(y, lowest)
+        axis.annotate(
+            name, (x, y), (1.6 * x, lowest), color=SHOWN.get(name, GREY), fontsize=7, va="center", annotation_clip=False
+        )
+        lowest += 0.045 * (high - low)
+    axis.set_xlim(right=8 * x)
 
 
 def draw_curves(figures: BySeed, folder: str) -> None:
@@ -488,6 +503,6 @@ def draw_takeoff(figures: BySeed, folder: str) -> None:
             if runs:
                 xs = [max(1e-5, run[label]) for run in runs]
                 axis.plot(xs, [run["half"] for run in runs], "o", ms=4, color=SHOWN.get(name, GREY), label=name)
-        axis.set(xscale="log", xlabel=label, ylabel=f"step at which half give the advice ({STEPS + 1}: none)")
+        axis.set(xscale="log", xlabel=label, ylabel=f"step of half ({STEPS + 1}: none)")
     axes[0].legend(frameon=False, fontsize=7)
     save_figure(figure, folder, "takeoff")
