@@ -68,6 +68,9 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     """Number of prompts, drawn at random by the seed. 0: all."""
     out: str = "out/evaluate"
     """Folder for journal, answers, verdicts, annotations, tables and plots."""
+    journal: str | None = None
+    """Folder whose journal/ to use instead of OUT/journal, so that evaluations one after the other share answers and
+    verdicts."""
     answer_template: str | None = None
     """File with another prompt of the policy. Default: the one that a model was trained with, else the built-in one."""
     grm_template: str | None = None

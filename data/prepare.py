@@ -27,6 +27,8 @@ and prompts_eval, split by persona in the same way.
   (`user_id`, `assigned`), because the paper's own assignment is not released.
 - PersonaMem v1 (arXiv 2504.14225: questions_SIZE.csv, shared_contexts_SIZE.jsonl; docs/evaluation.md 9):
   personamem_SIZE.jsonl, both multiple choice and plain prompts, and personamem_SIZE_contexts.jsonl.
+- PersonaMem v2 (arXiv 2512.06688: benchmark/text/benchmark.csv, and the chat histories that it links to): the same as
+  personamem2_SIZE.jsonl, for each size whose histories are there.
 - Personalized-RewardBench (arXiv 2604.07343: question, profile, chosen, rejected): rewardbench.jsonl.
 
 Files are UTF-8, with or without a byte order mark; compressed files are not read. Keys without a value (null) are
@@ -60,6 +62,8 @@ class Args:
     """Personas for AlpacaEval and --questions: a source as above, or a table."""
     seed: int = 0
     """Seed for drawing personas for questions that name none (AlpacaEval's instructions, --questions)."""
+    profile_entries: flags.Count | None = None
+    """Entries of a Personalized-RewardBench profile that are kept, from its front. Default: all, some 20,000 tokens."""
 
     # -- your own tables instead of --source
     questions: str | None = None
@@ -140,11 +144,15 @@ def what_it_holds(path: str) -> str | None:
     "persona" is a file of one persona, "personas" one of many.
     """
     folder, name = os.path.split(path)
+    if name.startswith("chat_history_"):  # of PersonaMem v2: its questions link to them
+        return None
     if path.endswith(".json"):
         if "persona" in os.path.basename(folder):
             return "persona"
         return "alpaca" if is_outputs(parse_json(read_text(path), path)) else None
     if path.endswith(".csv"):
+        if path.endswith(os.path.join("text", "benchmark.csv")):
+            return "personamem2"
         return "personamem" if name.startswith("questions_") else None
     if name.startswith("shared_contexts_"):
         return "contexts"
@@ -387,18 +395,32 @@ def personamem_rows(path: str, contexts: dict[str, list], dropped: Counter) -> I
         )
 
 
-def personamem_options(row: dict, where: str) -> tuple[list[str], str]:
-    """-> texts of the options a to d, and the right letter. The list is JSON or a Python literal, or ValueError."""
-    text = text_field(row, "all_options", where)
+def literal(row: dict, field: str, where: str) -> Any:
+    """The value that a text field holds as JSON or as a Python literal. ValueError: it holds neither."""
+    text = text_field(row, field, where)
     try:
         try:
-            options = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError:
-            options = ast.literal_eval(text)
-        texts = {match[1]: option[match.end() :] for option in options if (match := OPTION.match(option))}
+            value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f'{where}: field "all_options" is no list of texts ({error})') from error
-    refuse_surrogates({"all_options": options}, where)
+        raise ValueError(f'{where}: field "{field}" is neither JSON nor a Python literal ({error})') from error
+    refuse_surrogates({field: value}, where)
+    return value
+
+
+def literal_texts(row: dict, field: str, where: str) -> list[str]:
+    """A `literal` that is a list of texts. ValueError: it is not."""
+    texts = literal(row, field, where)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'{where}: field "{field}" is no list of texts')
+    return texts
+
+
+def personamem_options(row: dict, where: str) -> tuple[list[str], str]:
+    """-> texts of the options a to d, and the right letter, of a row of PersonaMem v1."""
+    options = literal_texts(row, "all_options", where)
+    texts = {match[1]: option[match.end() :] for option in options if (match := OPTION.match(option))}
     correct = text_field(row, "correct_answer", where).strip().strip("()")
     if sorted(texts) != list("abcd") or correct not in texts:
         raise ValueError(
@@ -420,14 +442,67 @@ def personamem_contexts(path: str) -> dict[str, list]:
     return contexts
 
 
-def rewardbench_rows(path: str, source: str, dropped: Counter) -> Iterator[dict]:
-    """Pair rows of Personalized-RewardBench; a profile that is a list becomes an object."""
+def personamem2_rows(path: str, root: str, size: str) -> tuple[list[dict], list[dict]]:
+    """Questions and chat histories of PersonaMem v2, as those of v1: prompt rows and context rows.
+
+    The whole history comes before the question. The release draws the order of the options by a hash that differs
+    between processes; here it depends on the question. The persona is the system message that opens a history.
+    """
+    contexts: dict[str, list[dict]] = {}
+    questions = []
+    for where, row in read_objects(path):
+        link = text_field(row, f"chat_history_{size}_link", where)
+        if link not in contexts:
+            file = os.path.join(root, link)
+            if not os.path.isfile(file):
+                raise ValueError(f"{where}: its chat history is missing; expected {file}")
+            history = parse_json(read_text(file), file)
+            contexts[link] = history.get("chat_history") if isinstance(history, dict) else history
+            check_row({"messages": contexts[link]}, "messages", file)
+            if contexts[link][0]["role"] != "system":
+                raise ValueError(f"{file}: it does not begin with a system message, the persona")
+        query = literal(row, "user_query", where)
+        question = query.get("content") if isinstance(query, dict) else query
+        answers = [text_field(row, "correct_answer", where), *literal_texts(row, "incorrect_answers", where)]
+        if not isinstance(question, str) or not question.strip() or len(set(answers)) != 4:
+            raise ValueError(f"{where}: expected a question as user_query, and three incorrect_answers")
+        options = answers.copy()
+        prompt_id = digest(row.get("persona_id"), question, answers)
+        random.Random(derive_seed("options", prompt_id)).shuffle(options)
+        prompt = dict(
+            prompt_id=prompt_id,
+            persona=contexts[link][0]["content"],
+            question=question,
+            source="PersonaMem",
+            version=f"v2 {size}",
+            user_id=str(row.get("persona_id")),
+            kind=text_field(row, "pref_type", where),
+            question_type=row["pref_type"],
+            options=options,
+            correct="abcd"[options.index(answers[0])],
+            context_id=link,
+            end_index=len(contexts[link]),
+        )
+        questions.append(prompt)
+    return questions, [dict(context_id=k, messages=v) for k, v in contexts.items()]
+
+
+def rewardbench_rows(path: str, source: str, profile_entries: int | None, dropped: Counter) -> Iterator[dict]:
+    """Pair rows of Personalized-RewardBench; a profile that is a list becomes an object.
+
+    The kind is the subset: a file's name, or the folder of files that are called test. Rubric aspects and narrative are
+    left out, since they tell a judge which answer was meant.
+    """
 
     def persona_in(row: dict, where: str) -> dict | str:
         profile = row.get("profile")
-        return checked_persona({"profile": profile} if isinstance(profile, list) else profile, where)
+        if isinstance(profile, list):
+            profile = {"profile": profile[:profile_entries]}
+        return checked_persona(profile, where)
 
     kind = os.path.splitext(os.path.basename(path))[0]
+    if kind.startswith("test"):  # on the hub: SUBSET/test-00000-of-00001.parquet
+        kind = os.path.basename(os.path.dirname(path))
     for _, pair in preference_pairs(path, source, "rejected", persona_in, dropped):
         yield pair | {"kind": kind}
 
@@ -465,9 +540,18 @@ def benchmark_rows(files: dict, root: str, args: Args, dropped: Counter) -> dict
     if files.get("rewardbench"):
         rows: list[dict] = []
         for path in files["rewardbench"]:
-            rows += rewardbench_rows(path, os.path.relpath(path, root), dropped)
+            rows += rewardbench_rows(path, os.path.relpath(path, root), args.profile_entries, dropped)
         return {"rewardbench": rows}
-    outputs = {}
+    outputs: dict[str, list[dict]] = {}
+    for path in files.get("personamem2", []):
+        for size in ("32k", "128k"):
+            _, first = next(read_objects(path), (path, {}))
+            if os.path.isfile(os.path.join(root, str(first.get(f"chat_history_{size}_link")))):
+                questions, histories = personamem2_rows(path, root, size)
+                outputs[f"personamem2_{size}"] = questions
+                outputs[f"personamem2_{size}_contexts"] = histories
+        if not outputs:
+            raise ValueError(f"{path}: the chat histories that its first row links to are not in {root}")
     for path in files.get("personamem", []):
         folder, name = os.path.split(path)
         size = name[len("questions_") : -len(".csv")]

@@ -37,7 +37,7 @@ def make_stage(
 ) -> list[dict | None]:
     """`made_once` for a part of an evaluation, which --stage may leave out."""
     reason = None if args.stage in ("all", stage) else f"--stage {args.stage} makes none"
-    return made_once(name, fields, digests, make, args.out, ranks, reason)
+    return made_once(name, fields, digests, make, args.journal or args.out, ranks, reason)
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ ELSEWHERE = {
     r"([A-Z_]+=\S+ )*bash (recipes/tiny|tests/run)\.sh": "the README's two commands: .ci/run",
     r"python SCRIPT\.py": "any of the scripts",
     r"torchrun .* -m exp\.mine": "test_forks.py starts a copy in this way",
-    r".*bench/gpu\.sh|.*recipes/qwen|torchrun --nnodes": "needs GPUs; tests/test_gpu_script.py, tests/test_flags.py",
+    r".*bench/gpu\.sh|.*recipes/(qwen|audit)|torchrun --nnodes": "GPUs; tests/test_gpu_script.py, test_recipes.py",
     r".*https?://": "needs a server; tests/test_judge_servers.py",
     r"python results/make/tables\.py": "minutes to hours; tests/test_tables.py",
     r"bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
@@ -49,7 +49,7 @@ NAMED = {
     "--source PersonalAILab/PersonaFeedback": "--source release --out out/release",
     "Qwen/Qwen2.5-0.5B-Instruct": "checkpoint",
     "out/qwen7b/cpe": "out/ppo_cpe",
-    "out/qwen7b/evaluate": "out/evaluate",
+    "out/qwen7b/evaluate/prompts_eval/cpe": "out/evaluate",
     "out/NAME": "out/ppo_cpe",
     "out/tiny/cpe": "out/ppo_cpe",
     "--temperature 1.3": "--temperature 0.9",  # hotter answers are none that the GRM can read

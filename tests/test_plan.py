@@ -14,6 +14,7 @@ import torch
 import tyro
 from conftest import ROOT, random_model, tiny_config, tiny_tokenizer
 
+import dpo
 import ppo_cpe
 import sft
 import train_grm
@@ -79,10 +80,13 @@ def test_recipes_pass_their_own_plan(size, tmp_path, capsys):
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     calls = [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [script for script, *_ in calls] == ["sft.py", "train_grm.py", "ppo_cpe.py"]
-    for module, (_, *flags) in zip((sft, train_grm, ppo_cpe), calls):
+    modules = [sft, train_grm, train_grm, dpo, ppo_cpe, ppo_cpe, ppo_cpe]
+    if size == "14b":  # BT does not fit
+        modules = [sft, train_grm, dpo, ppo_cpe, ppo_cpe]
+    assert [script for script, *_ in calls] == [f"{module.__name__}.py" for module in modules]
+    for module, (_, *flags) in zip(modules, calls):
         module.main(tyro.cli(module.Args, args=flags))  # exits where it does not fit
-    assert capsys.readouterr().out.count("fits: yes") == 3 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().out.count("fits: yes") == len(modules) and not (tmp_path / "out").exists()
 
 
 def ppo_plan(tmp_path, capsys, *flags):

@@ -6,12 +6,14 @@ import gzip
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
 from data import prepare
+from evaluation.personamem import history_of, read_questions
 from runtime.rows import first_lone_surrogate, read_rows
 
 PERSONAS = {
@@ -320,7 +322,8 @@ def test_personamem(tmp_path):
         ({"shared_context_id": "c2"}, 'row 1: no context "c2"'),
         ({"correct_answer": "(e)"}, "row 1: expected options"),
         ({"all_options": "['(a) x', '(b) y']"}, "row 1: expected options"),
-        ({"all_options": "import os"}, 'row 1: field "all_options" is no list'),
+        ({"all_options": "import os"}, 'row 1: field "all_options" is neither JSON nor a Python literal'),
+        ({"all_options": "{}"}, 'row 1: field "all_options" is no list of texts'),
     ],
 )
 def test_broken_personamem(tmp_path, changes, problem):
@@ -339,6 +342,65 @@ def test_a_context_of_personamem_that_occurs_twice(tmp_path):
         prepare.main(prepare.Args(source=source, out=str(tmp_path / "out")))
 
 
+def personamem2(folder, **changes):
+    """Two questions of two persons, in the release's form: one user_query is JSON, one a Python literal."""
+    row = dict(correct_answer="Tea, as you like it.", pref_type="ask_to_forget", topic_query="food")
+    query = {"role": "user", "content": "What's for breakfast?"}
+    wrong = ["Coffee.", 'It\'s "milk".', "Water."]
+    histories = []
+    with_paths = []
+    for i, write in enumerate((json.dumps, repr)):
+        link = f"data/chat_history_32k/chat_history_250831_232015_persona{i}.json"
+        messages = [{"role": "system", "content": f"Persona {i}"}, {"role": "user", "content": "Forget that."}]
+        histories.append(messages)
+        (folder / link).parent.mkdir(parents=True, exist_ok=True)
+        (folder / link).write_text(json.dumps(dict(metadata=dict(persona_id=i), chat_history=messages)))
+        links = dict(chat_history_32k_link=link, chat_history_128k_link=link.replace("32k", "128k"))
+        texts = dict(user_query=write(query), incorrect_answers=write(wrong))
+        with_paths.append(dict(persona_id=str(i)) | links | row | texts | changes)
+    (folder / "benchmark/text").mkdir(parents=True)
+    with open(folder / "benchmark/text/benchmark.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.DictWriter(f, list(with_paths[0]))
+        out.writeheader()
+        out.writerows(with_paths)
+    return histories, wrong
+
+
+def test_personamem_of_version_two(tmp_path):
+    """The same rows as of version 1, with the whole history and options in an order that does not change."""
+    histories, wrong = personamem2(tmp_path / "in")
+    for out in ("out", "again"):
+        prepare.main(prepare.Args(source=str(tmp_path / "in"), out=str(tmp_path / out)))
+    file = tmp_path / "out/personamem2_32k.jsonl"
+    assert file.read_text() == (tmp_path / "again/personamem2_32k.jsonl").read_text()
+    rows, contexts = read_questions(SimpleNamespace(prompts=str(file), n_prompts=0, seed=0))
+    assert [history_of(row, contexts) for row in rows] == histories
+    assert len({row["prompt_id"] for row in rows}) == 2 and [row["user_id"] for row in rows] == ["0", "1"]
+    for i, row in enumerate(rows):
+        assert row["persona"] == f"Persona {i}" and row["question"] == "What's for breakfast?"
+        assert row["options"]["abcd".index(row["correct"])] == "Tea, as you like it."
+        assert sorted(row["options"]) == sorted([*wrong, "Tea, as you like it."])
+        assert (row["version"], row["question_type"]) == ("v2 32k", "ask_to_forget")
+    assert not (tmp_path / "out/personamem2_128k.jsonl").exists()  # whose histories are not there
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"chat_history_32k_link": "data/none.json"}, "the chat histories that its first row links to are not in"),
+        ({"user_query": "{'role'"}, 'row 1: field "user_query" is neither JSON nor a Python literal'),
+        ({"user_query": "{}"}, "row 1: expected a question as user_query"),
+        ({"incorrect_answers": "['x', 'y']"}, "row 1: expected a question as user_query, and three incorrect_answers"),
+        ({"incorrect_answers": "[1, 2, 3]"}, 'row 1: field "incorrect_answers" is no list of texts'),
+    ],
+)
+def test_broken_personamem_of_version_two(tmp_path, changes, problem):
+    personamem2(tmp_path / "in", **changes)
+    with pytest.raises(ValueError, match=problem):
+        run(str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_personamem_without_its_contexts(tmp_path):
     source, _ = personamem(tmp_path / "in")
     (tmp_path / "in/shared_contexts_32k.jsonl").unlink()
@@ -354,6 +416,24 @@ def test_rewardbench(tmp_path, capsys):
     assert [r["persona"] for r in rows] == [{"profile": row["profile"]}, "A painter."]
     assert rows[0]["kind"] == "Art" and rows[0]["rejected"] == "Bad"
     assert "1 dropped: pairs of two equal answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["test-00000-of-00001.parquet", "test.jsonl"])
+def test_rewardbench_as_on_the_hub(tmp_path, name):
+    """A folder a subset. What the answers were written by stays out of the rows."""
+    profile = [{"id": str(i), "category": "music", "text": f"Which guitar, {i}?"} for i in range(3)]
+    row = dict(id="7", question="Q?", profile=profile, chosen="Good", rejected="Bad", narrative="secret", category="x")
+    row |= dict(rubric_aspects=[dict(aspect="secret", evidence="secret", reason="secret")])
+    for subset in ("Art_and_Entertainment", "Society_and_Culture"):
+        write = write_parquet if name.endswith("parquet") else write_lines
+        write(tmp_path / "in" / subset / name, [row])
+    prepare.main(prepare.Args(source=str(tmp_path / "in"), out=str(tmp_path / "out")))
+    rows = read_rows(str(tmp_path / "out/rewardbench.jsonl"), "pair")
+    assert [r["kind"] for r in rows] == ["Art_and_Entertainment", "Society_and_Culture"]
+    assert rows[0]["persona"] == {"profile": profile} and "secret" not in json.dumps(rows)
+    prepare.main(prepare.Args(source=str(tmp_path / "in"), out=str(tmp_path / "few"), profile_entries=1))
+    rows = read_rows(str(tmp_path / "few/rewardbench.jsonl"), "pair")
+    assert rows[0]["persona"] == {"profile": profile[:1]}
 
 
 def test_a_source_that_is_nowhere(tmp_path, monkeypatch):

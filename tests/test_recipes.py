@@ -1,20 +1,24 @@
-"""The recipes: their commands, the rule judge of real_curve.py by hand, rare content, the closing table of tiny.sh."""
+"""The recipes: their commands, qwen.sh to its table, the rule judge of real_curve.py by hand, rare content, tables."""
 
+import io
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
+from test_judge_servers import PairServer, Quiet
 
 from data.persona_world import TOPICS, judge, judgement_rows, recites_profile, sample_prompt, write_answer
+from json_files import read_json
 from judges import annotated_critiques
-from prompts import DIMENSIONS
+from prompts import DIMENSIONS, judgement_text
 from recipes import rare_content, real_curve, sanity_checks, tiny_table
 from results.make import experiments, ladder, sweep
 from runtime.rows import check_row, read_rows
@@ -22,18 +26,22 @@ from runtime.rows import check_row, read_rows
 # -- the shell recipes -------------------------------------------------------------------------------------------------
 
 # Stands in for `python` and `torchrun`: writes a line of its arguments, as JSON; code that is given with -c it runs.
+# With STATUS, a named pipe, its exit status is what comes through that.
 STUB = """#!{python} -IS
 import json, os, sys
 if sys.argv[1] == "-c":
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 with open(os.environ["CALLS"], "a") as f:
     f.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+if "STATUS" in os.environ:
+    with open(os.environ["STATUS"]) as f:
+        sys.exit(int(f.read()))
 """
 
 
 @pytest.fixture
-def calls_of(tmp_path):
-    """(recipe, its arguments, environment) -> the commands that it runs: lists of words. Nothing is trained."""
+def stubs(tmp_path):
+    """A folder with the recipes and an environment of stubs."""
     shutil.copytree(f"{ROOT}/recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(f"{ROOT}/requirements.txt", tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -41,12 +49,18 @@ def calls_of(tmp_path):
     for name in ("python", "torchrun"):
         (tmp_path / ".venv/bin" / name).write_text(STUB.format(python=sys.executable))
         (tmp_path / ".venv/bin" / name).chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def calls_of(stubs):
+    """(recipe, its arguments, environment) -> the commands that it runs: lists of words. Nothing is trained."""
 
     def calls(name, *arguments, **environment):
-        log = tmp_path / "calls"
+        log = stubs / "calls"
         log.write_text("")
         environment = os.environ | environment | {"CALLS": str(log)}
-        command = ["bash", str(tmp_path / "recipes" / name), *arguments]
+        command = ["bash", str(stubs / "recipes" / name), *arguments]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
         return [json.loads(line) for line in log.read_text().splitlines()]
@@ -109,24 +123,222 @@ def test_the_recipe_of_own_data(calls_of):
     assert scripts(calls) == ["sft.py", "ppo_cpe.py"] and calls[1][calls[1].index("--judge") + 1] == "http://host"
 
 
+BASELINES = ["train_grm.py", "dpo.py", "ppo_cpe.py"]  # BT, DPO, PPO (BT)
+PUBLIC = ["prepare.py"] * 3  # PersonaFeedback, AlpacaEval, PersonaMem
+TABLE = ["evaluate.py", "evaluate.py"] * 3 + ["benchmark_table.py"]  # of the base alone, since nothing is trained
+
+
 @pytest.mark.parametrize("size", ["0.5b", "7b", "14b"])
 def test_the_recipe_of_qwen_begins_with_rows_or_takes_a_judge(calls_of, size):
     def runs(*arguments, **environment):
         return [call for call in calls_of("qwen.sh", size, *arguments, **environment) if "--plan" not in call]
 
-    assert scripts(runs()) == STAGES
-    with_rows = runs("people.csv", "asked.csv", "--judge", "http://host#m")
+    def judge_of(call):
+        return call[call.index("--judge") + 1]
+
+    baselines = ["dpo.py"] if size == "14b" else BASELINES
+    stages = ["sft.py", "train_grm.py", *baselines, "ppo_cpe.py", "ppo_cpe.py"]
+    assert scripts(runs()) == [*PUBLIC, *stages, *TABLE]
+    with_rows = runs("people.csv", "asked.csv", "--judge", "http://host#m", STAGES="sft grm cpe")
     assert scripts(with_rows) == ["prepare.py", "annotate.py", "report.py", *STAGES]
     assert "out/data" in with_rows[1] and "out/data/pairs.jsonl" in with_rows[3]
     for judged in (runs("--judge", "http://host"), runs(JUDGE="http://host")):
-        assert scripts(judged) == ["sft.py", "ppo_cpe.py"]
-        assert judged[1][judged[1].index("--judge") + 1] == "http://host"
+        assert scripts(judged) == [*PUBLIC, "sft.py", *baselines, "ppo_cpe.py", "ppo_cpe.py", *TABLE]
+        of_ppo, of_cpe = [call for call in judged if "ppo_cpe.py" in call][-2:]
+        assert judge_of(of_ppo) == judge_of(of_cpe) == "http://host"
     rl = runs(STAGES="cpe")
     assert scripts(rl) == ["ppo_cpe.py"]
-    grm = "http://localhost:8000/v1" if size == "14b" else f"out/qwen{size}/grm/model"
-    assert rl[0][rl[0].index("--judge") + 1] == grm and f"out/qwen{size}/sft/policy" in rl[0]
-    plans = calls_of("qwen.sh", size, PLAN_ONLY="1")
-    assert scripts(plans) == STAGES and all("--plan" in call for call in plans)
+    assert judge_of(rl[0]) == ("http://localhost:8000/v1" if size == "14b" else f"out/qwen{size}/grm/model")
+    assert f"out/qwen{size}/sft/policy" in rl[0]
+    plans = calls_of("qwen.sh", size, PLAN_ONLY="1", GRM_MODEL="larger")
+    assert scripts(plans) == stages and all("--plan" in call for call in plans)
+    assert "larger" in plans[1] and (size == "14b" or judge_of(plans[-1]) == "larger")
+
+
+def test_a_wrong_stage_or_benchmark_of_qwen_is_told_before_any_work(calls_of, stubs):
+    for environment, message in (
+        (dict(STAGES="sft ppo"), "STAGES: ppo is none of rows, sft, grm, bt, dpo, ppo_bt, ppo_grm, cpe, evaluate"),
+        (dict(BENCHMARKS="alpaca_eval mine"), r"BENCHMARKS: there is no out/data/mine\.jsonl"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            calls_of("qwen.sh", "7b", **environment)
+        calls = [json.loads(line) for line in (stubs / "calls").read_text().splitlines()]
+        assert all("--plan" in call or "data/prepare.py" in call for call in calls)
+
+
+class ChatAndPairServer(PairServer):
+    """Also judges single answers, and answers questions, each with one sentence."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        text = json.loads(body)["messages"][0]["content"]
+        if "Which of the two" in text:
+            self.rfile = io.BytesIO(body)
+            return super().do_POST()
+        content = judgement_text("Name the tea.", -1 if "it depends" in text else 4, 1, 1)
+        if "<scores>" not in text:
+            self.server.requests[text].append(body)
+            content = "Plan a quiet evening with tea."
+        message = dict(role="assistant", content=content)
+        self.reply(200, json.dumps(dict(choices=[dict(index=0, message=message, finish_reason="stop")])).encode())
+
+
+@pytest.fixture
+def chat_server(short_pauses):
+    server = Quiet(ChatAndPairServer)
+    server.models = ["gpt"]
+    server.logprobs = "given"
+    yield server
+    server.end()
+
+
+def run_recipe(folder, name, *arguments, **environment):
+    """Runs a recipe with stubs, and each of its commands in this process -> the commands, and what they printed."""
+    calls = folder / "calls"
+    status = folder / "status"
+    for pipe in (calls, status):
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+    environment = os.environ | environment | {"CALLS": str(calls), "STATUS": str(status)}
+    command = ["bash", "-c", 'bash "$@"; echo "$?" > "$CALLS"', "-", f"recipes/{name}", *arguments]
+    recipe = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
+    commands = []
+    outputs = []
+    try:
+        while (call := json.loads(calls.read_text())) != 0:
+            assert isinstance(call, list), f"exit status {call}"
+            commands.append(call)
+            first = next(i for i, word in enumerate(call) if word.endswith(".py"))
+            outputs.append(run_script(*call[first:], folder=folder))
+            status.write_text("0")
+    finally:
+        if recipe.poll() is None:
+            os.killpg(recipe.pid, signal.SIGKILL)
+        recipe.wait()
+    return commands, outputs
+
+
+@pytest.mark.slow
+def test_the_recipe_of_qwen_to_its_table(stubs, tiny, chat_server):
+    """All stages with a tiny checkpoint. A server is RL's judge, the baseline and the evaluation's judge. The baseline
+    is asked once, and a second run makes nothing."""
+    data = stubs / "out/data"
+    results = stubs / "out/qwen0.5b/evaluate"
+    for name, source in dict(prompts_train="prompts", pairs="pairs", judgements="judgements").items():
+        write(data / f"{name}.jsonl", read_rows(str(tiny / f"{source}.jsonl"), "prompt"))
+    rows = read_rows(str(tiny / "prompts.jsonl"), "prompt")[:6]
+    benchmarks = ["prompts_winrate", "personamem_32k"]
+    for name in benchmarks:
+        held_out = [row | dict(prompt_id=f"{name}-{i}", persona={"name": f"Lea {i}"}) for i, row in enumerate(rows)]
+        write(data / f"{name}.jsonl", held_out)
+    template = f"--answer-template {tiny}/answer.txt"
+    small = "--tokens-per-microbatch 500 --batch-size 16 --max-steps 1"
+    url = f"{chat_server.url}#gpt"
+    stages = ["sft", "grm", "bt", "dpo", "ppo_bt", "ppo_grm", "cpe"]
+    environment = dict(
+        STAGES=" ".join(["rows", *stages, "evaluate"]),
+        MODEL=str(tiny / "checkpoint"),
+        JUDGE=url,
+        SFT_FLAGS=f"{small} {template}",
+        GRM_FLAGS=f"{small} --grm-template {tiny}/grm.txt",
+        BT_FLAGS=f"{small} {template}",
+        DPO_FLAGS=small,
+        RL_FLAGS="--prompts-per-step 4 --mini-batch-prompts 2 --n-samples 2 --max-new-tokens 8 --max-steps 1 "
+        f"--tokens-per-microbatch 300 --edit-template {tiny}/edit.txt",
+        EVALUATION_FLAGS=f"--max-new-tokens 8 --bootstrap-draws 5 {template}",
+        BENCHMARKS=" ".join(benchmarks),
+        BASELINE=url,
+        PEERS=url,
+        EVALUATION_JUDGE=f"pair:{url}",
+    )
+    commands, outputs = run_recipe(stubs, "qwen.sh", "0.5b", **environment)
+    assert [call[call.index("--out") + 1] for call in commands[7:14]] == [f"out/qwen0.5b/{name}" for name in stages]
+    assert all("fits: yes" in output for output in outputs[:7])
+    for name, judge_of_run, edit_rate in (
+        ("ppo_bt", "bt:out/qwen0.5b/bt/model", 0),
+        ("ppo_grm", url, 0),
+        ("cpe", url, 0.5),
+    ):
+        run_args = read_json(f"{stubs}/out/qwen0.5b/{name}/args.json")
+        assert (run_args["judge"], run_args["edit_rate"]) == (judge_of_run, edit_rate)
+
+    policies = ["base", "sft", "dpo", "ppo_bt", "ppo_grm", "cpe", "gpt"]
+    table = (results / "table.md").read_text()
+    assert table in outputs[-1]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:9]]
+    for name, (title, *cells) in zip(policies, shown, strict=True):
+        assert title == name
+        for i, benchmark in enumerate(benchmarks):
+            evaluated = read_json(f"{results}/{benchmark}/{name}/results.json")
+            rate = evaluated["length_controlled"]["minimal"]["length_controlled_winrate"]
+            tokens = evaluated["model"]["n_tokens"]["mean"]
+            assert cells[2 * i].startswith(f"{rate:.1f}")
+            assert cells[2 * i + 1] == ("-" if tokens is None else f"{tokens:.0f}")
+            assert evaluated["generators"]["model"].endswith(
+                {"base": "checkpoint", "gpt": "#gpt"}.get(name, f"{name}/policy")
+            )
+            assert evaluated["generators"]["baseline"] == (url if benchmark == "personamem_32k" else "reference")
+    asked = [len(times) for text, times in chat_server.requests.items() if isinstance(text, str)]
+    assert asked == [3] * 6  # as a model in both benchmarks, and once as the baseline of all models
+
+    chat_server.requests.clear()
+    commands, outputs = run_recipe(stubs, "qwen.sh", "0.5b", **environment | dict(STAGES="sft cpe evaluate"))
+    assert not chat_server.requests and not any(re.search("[1-9][0-9]* to make", output) for output in outputs)
+    assert (results / "table.md").read_text() == table
+
+
+def test_the_audit_fetches_rows_and_evaluates_each_weight(calls_of):
+    calls = calls_of("audit.sh", OUT="o", DATA="d")
+    assert scripts(calls) == ["prepare.py", "prepare.py", *["evaluate.py"] * 6, "benchmark_table.py"]
+    assert [call[call.index("--task") + 1] for call in calls[2:8]] == ["win-rate", "persona-swap"] * 2 + [
+        "reward-accuracy"
+    ] * 2
+    assert calls[-1][-3:] == [
+        "PersonalAILab_Personalized-Qwen2.5-7B-Instruct",
+        "PersonalAILab_Personalized-Qwen2.5-14B-Instruct",
+        "PersonalAILab_GRM-Qwen2.5-14B-Instruct",
+    ]
+
+
+@pytest.mark.slow
+def test_the_audit_to_its_table(stubs, tiny, chat_server):
+    """Two tiny policies, and a server as GRM, judge and baseline: each figure with its interval. Each answer is made
+    once."""
+    data = stubs / "data"
+    for name, source in dict(prompts_eval="prompts", pairs="pairs", pairs_eval="pairs", rewardbench="pairs").items():
+        rows = read_rows(str(tiny / f"{source}.jsonl"), "prompt")[:6]
+        write(data / f"{name}.jsonl", [row | {"prompt_id": f"{name}-{i}"} for i, row in enumerate(rows)])
+    shutil.copytree(tiny / "checkpoint", stubs / "other")
+    url = f"{chat_server.url}#gpt"
+    environment = dict(
+        POLICIES=f"{tiny}/checkpoint other",
+        GRM=url,
+        JUDGE=f"pair:{url}",
+        BASELINE=url,
+        DATA="data",
+        OUT="out",
+        EVALUATION_FLAGS=f"--max-new-tokens 8 --bootstrap-draws 5 --answer-template {tiny}/answer.txt",
+    )
+    _, outputs = run_recipe(stubs, "audit.sh", **environment)
+    table = (stubs / "out/table.md").read_text()
+    assert table in outputs[-1]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert shown[0][1:] == [
+        "win-rate: LC, %",
+        "win-rate: tokens",
+        "persona-swap: swap",
+        "personafeedback: accuracy, %",
+        "rewardbench: accuracy, %",
+    ]
+    *policies, grm = shown[2:5]
+    for _, rate, tokens, *others in policies:
+        assert " to " in rate and tokens.isdigit() and others == ["0.00 (0.00 to 0.00)", "-", "-"]
+    assert grm[1:] == ["-", "-", "-", "100.0 (100.0 to 100.0)", "100.0 (100.0 to 100.0)"]
+    assert [len(times) for text, times in chat_server.requests.items() if isinstance(text, str)] == [1] * 6
+    pairs = read_json(f"{stubs}/out/personafeedback/{grm[0]}/results.json")["total"]
+    assert pairs["n"] + pairs["without_verdict"] == 12  # the pairs of both files
+    sampled = [next(line for line in output.splitlines() if line.startswith("answers_model")) for output in outputs[:4]]
+    assert ["0 to make" in line for line in sampled] == [False, True, True, True]  # the second has the first's weights
 
 
 def test_the_recipe_of_qwen_knows_three_sizes(calls_of):
