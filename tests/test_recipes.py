@@ -287,7 +287,8 @@ def test_the_recipe_of_qwen_to_its_table(stubs, tiny, chat_server):
     assert (results / "table.md").read_text() == table
 
 
-def test_the_audit_fetches_rows_and_evaluates_each_weight(calls_of):
+def test_the_audit_fetches_rows_and_evaluates_each_weight(calls_of, stubs):
+    write(stubs / "d/pairs.jsonl", [])  # as data/prepare.py would
     calls = calls_of("audit.sh", OUT="o", DATA="d")
     assert scripts(calls) == ["prepare.py", "prepare.py", *["evaluate.py"] * 6, "benchmark_table.py"]
     assert [call[call.index("--task") + 1] for call in calls[2:8]] == ["win-rate", "persona-swap"] * 2 + [
