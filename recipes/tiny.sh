@@ -90,5 +90,6 @@ has read rewrites under critiques, so it sometimes says what plain answers lack;
 CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
 A conversation with it:  python generate.py --model $OUT/cpe/policy --persona $WORLD/example_persona.json
                          Ask as in $WORLD/example_questions.txt, for example: How do I host a dinner?
+                         It knows the attributes of example_persona.json and no others; what a profile lacks it makes up.
 Rollouts as rows:        $OUT/cpe/rollouts/step_*.jsonl (answer, critique, scores, edit)
 END
