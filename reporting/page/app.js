@@ -192,7 +192,7 @@ const SHOW = {
 const gain = (r) => (r.edit && r.edit.reward !== undefined && r.reward !== undefined ? r.edit.reward - r.reward : null);
 const SORT = {
   __proto__: null,
-  newest: ["Newest step first", (r) => r.step],
+  newest: ["Newest step first", (r) => (r.step === undefined ? null : r.step + (r.edit ? 0.5 : 0))], // in a step, edited answers
   step: ["Oldest step first", null],
   improved: ["Most improved by the edit", (r) => gain(r)],
   worsened: ["Most worsened by the edit", (r) => (gain(r) === null ? null : -gain(r))],

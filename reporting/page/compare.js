@@ -49,6 +49,8 @@ views.compare = {
     for (const one of runs) for (const id of entriesOf(one).keys()) prompts.set(id, (prompts.get(id) || 0) + 1);
     const shared = [...prompts].filter(([, n]) => n > 1).map(([id]) => id);
     this.prompts = shared.length ? shared : [...prompts.keys()];
+    const newest = (id) => (entriesOf(runs[0]).get(id) || []).at(-1)?.step ?? 0;
+    this.prompts.sort((a, b) => newest(b) - newest(a)); // a stable sort: evaluations keep their order
     if (runs[0].metrics) main.append(h("div", { id: "curves" }));
     if (this.prompts.length) {
       let wait = 0;
