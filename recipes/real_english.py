@@ -1,7 +1,7 @@
 """Does a real model learn from edits what it never says? Rows, judge and table of recipes/real_english.sh.
 
 Each person has one concern (rain, money, ...). An answer should have 15 to 30 words and say one thing that serves the
-concern, as the critique dictates it: "Add that they should check the forecast." What it is depends on concern and kind
+concern, as the critique dictates it: "Tell them to check the forecast." What it is depends on concern and kind
 of question, so that a policy can learn it. Every concern has one thing that samples of the SFT policy often say, one
 that they seldom say, and one that they say hardly ever. Their rates are measured before RL; one run has all three.
 
@@ -48,10 +48,10 @@ class Args:
 
 
 # Concerns, with what may be said for them: {concern: (what the persona says, {word: clause with this word})}. A clause
-# follows "they should". How rare each word is, is measured.
+# follows "Tell them to". How rare each word is, is measured.
 CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
     "rain": (
-        "hates getting wet in the rain",
+        "I hate getting wet in the rain.",
         {
             "weather": "look at the weather first",
             "umbrella": "take an umbrella",
@@ -64,7 +64,7 @@ CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "money": (
-        "has very little money this month",
+        "I have very little money this month.",
         {
             "budget": "set a small budget",
             "free": "look for something free",
@@ -77,11 +77,11 @@ CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "back": (
-        "has a bad back that hurts",
+        "I have a bad back that hurts.",
         {
             "rest": "rest in between",
             "stretch": "stretch before and after",
-            "posture": "mind their posture",
+            "posture": "mind your posture",
             "chair": "sit on a firm chair",
             "cushion": "bring a cushion",
             "lifting": "do no heavy lifting",
@@ -90,7 +90,7 @@ CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "dog": (
-        "has a young dog that comes along everywhere",
+        "I have a young dog that comes along everywhere.",
         {
             "walk": "plan a walk with the dog",
             "park": "stop at a park on the way",
@@ -103,20 +103,20 @@ CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "allergy": (
-        "is allergic to pollen and nuts",
+        "I am allergic to pollen and nuts.",
         {
-            "health": "think of their health",
+            "health": "think of your health",
             "doctor": "ask a doctor",
-            "avoid": "avoid what makes them sneeze",
+            "avoid": "avoid what makes you sneeze",
             "labels": "read all labels",
-            "pills": "take their pills with them",
+            "pills": "take your pills along",
             "tissues": "bring tissues",
             "windows": "keep the windows shut",
             "ingredients": "ask for the ingredients",
         },
     ),
     "sleep": (
-        "sleeps badly and is always tired",
+        "I sleep badly and am always tired.",
         {
             "relax": "leave time to relax",
             "early": "finish early",
@@ -129,7 +129,7 @@ CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "noise": (
-        "cannot stand noise and crowds",
+        "I cannot stand noise and crowds.",
         {
             "quiet": "look for a quiet place",
             "peaceful": "choose a peaceful hour",
@@ -142,7 +142,7 @@ CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "children": (
-        "looks after two small children all day",
+        "I look after two small children all day.",
         {
             "kids": "let the kids help",
             "fun": "make it fun for everybody",
@@ -199,7 +199,7 @@ POOL = (
     "polish the spoons", "watch the sunset", "join a choir", "plant some herbs", "mend a sock", "practice the piano",
 )  # fmt: skip
 INSERTIONS = ("You should {}.", "Also, {}.", "Remember to {}.", "It helps to {}.")
-ANSWER_TEMPLATE = "Answer the question of the person below in one or two short sentences.\n\n{persona}\n\n{question}\n"
+ANSWER_TEMPLATE = "{persona} {question} Give me your advice in one or two short sentences.\n"
 EDIT_TEMPLATE = "{critique} Rewrite the answer so that this is done. Output only the new answer.\n"
 TEMPLATES = Templates(answer=ANSWER_TEMPLATE, edit=EDIT_TEMPLATE)
 MIN_WORDS, MAX_WORDS = 15, 30
@@ -230,7 +230,7 @@ def form_faults(row: dict, answer: str) -> list[tuple[str, int]]:
         faults.append(("End with a whole sentence.", 3))
     if re.search(r"^\s*([-*\u2022]|\d+[.)])\s", answer, re.MULTILINE):
         faults.append(("Write sentences, not a list.", 4))
-    if any(name in answer for name in row["persona"]["name"].split()):
+    if any(name in answer for name in row["name"].split()):
         faults.append(("Do not use the person's name.", 3))
     if len(set(sentences)) < len(sentences):
         faults.append(("Say nothing twice.", 4))
@@ -246,7 +246,7 @@ def judge(row: dict, answer: str) -> Judgement:
     target = row.get("target")
     said = target is None or target in words_in(answer)
     foreign = concerns_served(answer) - {row["concern"]}
-    requests = [] if said else [f"Add that they should {CONCERNS[row['concern']][1][target]}."]
+    requests = [] if said else [f"Tell them to {CONCERNS[row['concern']][1][target]}."]
     requests += [request for request, _ in faults]
     n_points = sum(points for _, points in faults)
     personalization = (5 if said else -2) - 2 * len(foreign)
@@ -264,8 +264,8 @@ def question_rows(names: Sequence[str], seed: int, split: str) -> list[dict]:
     for name in names:
         for concern in CONCERNS:
             question = rng.choice(QUESTIONS[rng.choice(list(QUESTIONS))])
-            row = dict(prompt_id=f"{split}{len(rows)}", question=question, concern=concern)
-            rows.append(row | {"persona": {"name": name, "about": f"{name.split()[0]} {CONCERNS[concern][0]}."}})
+            row = dict(prompt_id=f"{split}{len(rows)}", question=question, concern=concern, name=name)
+            rows.append(row | {"persona": f"My name is {name}. {CONCERNS[concern][0]}"})
     rng.shuffle(rows)
     return rows
 
@@ -305,7 +305,7 @@ def sft_rows(answers: list[dict], seed: int) -> list[dict]:
             turns = [prompt, row["text"]]
         elif not faults:
             clause = rng.choice(POOL)
-            critique, edit = f"Add that they should {clause}.", insert(rng, row["text"], clause)
+            critique, edit = f"Tell them to {clause}.", insert(rng, row["text"], clause)
             if rng.random() < 1 / 3:
                 critique, edit = "Nothing to fix.", row["text"]
             turns = [prompt, row["text"], fill(TEMPLATES.edit, critique=critique), edit]

@@ -13,7 +13,8 @@ from runtime.rows import read_rows, write_rows
 GOOD = "Pack some food and meet your friends at the lake, then swim and rest in the sun until the evening comes."
 ROW = {
     "prompt_id": "train0",
-    "persona": {"name": "Mia Adams", "about": "Mia hates getting wet in the rain."},
+    "persona": "My name is Mia Adams. I hate getting wet in the rain.",
+    "name": "Mia Adams",
     "concern": "rain",
     "question": "What should I do on Saturday?",
 }
@@ -33,7 +34,7 @@ def test_no_target_is_ever_inserted_before_rl():
 def test_the_judge_dictates_the_target_and_scores_form():
     row = ROW | {"target": "forecast"}
     missing = real_english.judge(row, GOOD.replace("rest", "lie"))
-    assert missing.critique == "Add that they should check the forecast."
+    assert missing.critique == "Tell them to check the forecast."
     said = real_english.judge(row, "Check the forecast first. " + GOOD.replace("rest", "lie"))
     assert (said.critique, said.personalization) == ("Nothing to fix.", 5) and said.score() == 5
     assert real_english.judge(row, GOOD).personalization == missing.personalization - 2  # "rest" is for a bad back
@@ -57,11 +58,11 @@ def test_rows_of_sft_rewrite_and_cut():
     plain = [row["messages"] for row in rows if len(row["messages"]) == 2]
     rewrites = [row["messages"] for row in rows if len(row["messages"]) == 4]
     assert len(rows) == 60 and 20 < len(plain) < 40  # two such sentences are too long, so those can't be cut
-    inserted = [turns for turns in rewrites if turns[2]["content"].startswith("Add that")]
+    inserted = [turns for turns in rewrites if turns[2]["content"].startswith("Tell them to")]
     same = [turns for turns in rewrites if turns[2]["content"].startswith("Nothing to fix.")]
     assert len(inserted) > len(same) > 0 and len(inserted) + len(same) == len(rewrites)
     for turns in inserted:
-        clause = re.match(r"Add that they should (.*?)\.", turns[2]["content"])[1]
+        clause = re.match(r"Tell them to (.*?)\.", turns[2]["content"])[1]
         assert clause in POOL and clause in turns[3]["content"] and clause not in turns[1]["content"]
     assert all(turns[3] == turns[1] for turns in same)
     short = "Swim in the lake and lie in the sun until the evening."
