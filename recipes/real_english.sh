@@ -35,7 +35,7 @@ sample "$CHECKPOINT" "$DATA/questions.jsonl" "$DATA/answers.jsonl" 2
 stage "SFT: good ones of them, and rewrites that insert other things"
 [ -f "$DATA/sft.jsonl" ] || python recipes/real_english.py sft --answers "$DATA/answers.jsonl" --out "$DATA"
 python sft.py --model "$CHECKPOINT" --data "$DATA/sft.jsonl" --out "$OUT/sft" --epochs 2 --batch-size 16 --lr 1e-4 \
-    --tokens-per-microbatch 2048 --dtype fp32
+    --answer-template "$DATA/answer.txt" --tokens-per-microbatch 2048 --dtype fp32
 
 stage "what this policy says, and the targets"
 sample "$OUT/sft/policy" "$DATA/questions.jsonl" "$DATA/samples.jsonl" "$N"
