@@ -209,12 +209,13 @@ def test_finished_experiments_become_the_ladder(tmp_path, capsys):
     assert (tmp_path / "drawn/ladder.md").read_text() == text
 
 
-def test_the_drawn_ladder_is_that_of_the_kept_figures(tmp_path):
-    """results/ladder/ladder.md, from ladder.json, which drawing leaves as it is; and its commands are today's."""
-    folder = f"{ROOT}/results/ladder"
-    shutil.copy(f"{folder}/ladder.json", tmp_path)
-    tables.main(tables.Args("ladder", str(tmp_path / "runs"), str(tmp_path), only_draw=True))
-    for file in ("ladder.md", "ladder.json"):
+@pytest.mark.parametrize("table", ["ladder", "sweep"])
+def test_the_drawn_tables_are_those_of_the_kept_figures(tmp_path, table):
+    """results/TABLE/TABLE.md, from TABLE.json, which drawing leaves as it is; and its commands are today's."""
+    folder = f"{ROOT}/results/{table}"
+    shutil.copy(f"{folder}/{table}.json", tmp_path)
+    tables.main(tables.Args(table, str(tmp_path / "runs"), str(tmp_path), only_draw=True))
+    for file in (f"{table}.md", f"{table}.json"):
         with open(f"{folder}/{file}") as f:
             assert f.read() == (tmp_path / file).read_text()
 
