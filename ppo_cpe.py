@@ -700,6 +700,11 @@ def sum_of(tensors: list[Tensor]) -> float:
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
+def longest_sequence(args: Args) -> int:
+    """Tokens of an edit prompt and its edit: prompt, answer, critique, edit, and 512 for the template."""
+    return args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512
+
+
 def check_flags(args: Args, max_len: int) -> None:
     """Checks what concerns several flags together; the range of each is in its type."""
     if args.kv_tokens is not None and args.kv_tokens < max_len:
@@ -752,8 +757,7 @@ def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[
 
 
 def main(args: Args) -> None:
-    # the longest sequence, an edit prompt and its edit: prompt, answer, critique, edit, and 512 for the template
-    max_len = args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512
+    max_len = longest_sequence(args)
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)

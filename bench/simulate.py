@@ -133,7 +133,7 @@ class Clock:
 
 
 class Costs(Protocol):
-    """What the calls of an engine take."""
+    """Costs of the calls of an engine."""
 
     def decode(self, samples: list[Sequence]) -> Cost: ...
 
@@ -228,7 +228,7 @@ class Words(Chat):
 
 
 class Script:
-    """What each sample of an engine will say, as a function of its seed."""
+    """Scripted responses for the samples of an engine, by seed."""
 
     def __init__(self, chat: Words, mean: int, cv: float, writes_judgements: bool):
         self.chat = chat
@@ -389,15 +389,11 @@ def run_rollout(args: Args, engine: Engine, backend: EngineBackend, first: int, 
 
 
 def scripts_of(args: Args) -> tuple[Script, Script]:
-    """What policy and judge write."""
+    """The scripts of policy and judge."""
     chat = Words()
     policy = Script(chat, args.response_tokens, args.response_cv, writes_judgements=False)
     # nine words of a judgement are the form
     return policy, Script(chat, max(1, args.judgement_tokens - 9), 0.25, writes_judgements=True)
-
-
-def max_len_of(args: Args) -> int:
-    return args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512  # as ppo_cpe.py
 
 
 def clock_models(config: Config, clock: Clock, cost_of: Callable[[str, float], Cost]) -> dict[str, Any]:
@@ -471,7 +467,7 @@ def simulate(args: Args, gpu: GPU, layout: Layout) -> tuple[dict[str, float], di
         clock = Clock()
         policy_script, judge_script = scripts_of(args)
         costs = GPUCosts(policy, gpu, max_batch, tp)
-        engine = ClockEngine("policy", policy, max_len_of(args), max_batch, policy_script, costs, clock)
+        engine = ClockEngine("policy", policy, ppo_cpe.longest_sequence(args), max_batch, policy_script, costs, clock)
         judge_clock = Clock() if apart else clock
         judge_costs = GPUCosts(judge, gpu, max_batch, tp)
         if layout == "server":

@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from evaluation.tables import markdown_table
 from prompts import Judgement, Templates, answer_request, fill
 from runtime import flags
 from runtime.rows import read_rows, step_files, write_rows, write_text
@@ -36,7 +37,7 @@ from runtime.rows import read_rows, step_files, write_rows, write_text
 @dataclass
 class Args:
     command: tyro.conf.Positional[Literal["questions", "sft", "prompts", "gate", "table"]]
-    """What to write, see above."""
+    """The part of the recipe to run, see above."""
     out: str = "out/real_english/data"
     """Folder of the written files."""
     answers: tuple[str, ...] = ()
@@ -188,7 +189,7 @@ NAMES = tuple(
     )
     for last in ("Adams", "Baker", "Clark", "Davis", "Evans", "Foster", "Green", "Hill", "Jones", "King")
 )
-# What the policy learns to insert before RL; no word of CONCERNS is among them (tests/test_recipes.py)
+# Clauses that SFT teaches the policy to insert; no word of CONCERNS is among them (tests/test_real_english.py)
 POOL = (
     "write a short list", "call a neighbor", "charge the phone", "buy fresh flowers", "learn a new word",
     "thank the host", "water the plants", "sweep the floor", "light a candle", "open a map", "wear comfortable shoes",
@@ -203,6 +204,7 @@ ANSWER_TEMPLATE = "{persona} {question} Give me your advice in one or two short 
 EDIT_TEMPLATE = "{critique} Rewrite the answer so that this is done. Output only the new answer.\n"
 TEMPLATES = Templates(answer=ANSWER_TEMPLATE, edit=EDIT_TEMPLATE)
 MIN_WORDS, MAX_WORDS = 15, 30
+SENTENCE = re.compile(r"[^.!?]+[.!?]+")
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def names_of(people: int) -> tuple[list[str], list[str]]:
 
 def insert(rng: Random, answer: str, clause: str) -> str:
     """The answer with a sentence that says the clause, at its end or before its last sentence."""
-    sentences = re.findall(r"[^.!?]+[.!?]+", answer)
+    sentences = SENTENCE.findall(answer)
     place = rng.choice((len(sentences), max(0, len(sentences) - 1)))
     sentences.insert(place, f" {rng.choice(INSERTIONS).format(clause)}")
     return " ".join(s.strip() for s in sentences)
@@ -299,8 +301,7 @@ def sft_rows(answers: list[dict], seed: int) -> list[dict]:
     for row in answers:
         prompt = answer_request(TEMPLATES, row)
         faults = form_faults(row, row["text"])
-        whole = re.findall(r"[^.!?]+[.!?]+", row["text"])
-        cut = "".join(whole[:2]).strip()
+        cut = "".join(SENTENCE.findall(row["text"])[:2]).strip()
         if not faults and rng.random() < 0.5:
             turns = [prompt, row["text"]]
         elif not faults:
@@ -352,14 +353,22 @@ def with_targets(rows: list[dict], targets: dict[str, dict[str, tuple[str, str]]
     return aimed
 
 
+def said_by_bin(rows: list[dict]) -> dict[str, float]:
+    """The fraction of answers that say their target, by bin."""
+    said = defaultdict(list)
+    for row in rows:
+        said[row["bin"]].append(row["target"] in words_in(row["text"]))
+    return {name: float(np.mean(said[name])) for name in BINS if said[name]}
+
+
 def gate(run: str) -> dict[str, float]:
     """By bin, the fraction of edits that say the target, where the critique named it."""
-    carried_out = defaultdict(list)
+    edits = []
     for _, path in step_files(run, "rollouts"):
         for row in read_rows(path, "object"):
             if row["edit"] and row["target"] not in words_in(row["answer"]):
-                carried_out[row["bin"]].append(row["target"] in words_in(row["edit"]["answer"]))
-    return {name: float(np.mean(carried_out[name])) for name in BINS if carried_out[name]}
+                edits.append(row | {"text": row["edit"]["answer"]})
+    return said_by_bin(edits)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -367,9 +376,7 @@ def gate(run: str) -> dict[str, float]:
 
 def figures_of(rows: list[dict]) -> dict[str, float]:
     """Figures of a policy's answers to prompts_dev: targets said by bin, words of other concerns, score, length."""
-    figures = {}
-    for name in BINS:
-        figures[name] = float(np.mean([row["target"] in words_in(row["text"]) for row in rows if row["bin"] == name]))
+    figures = said_by_bin(rows)
     figures["foreign"] = float(np.mean([bool(concerns_served(row["text"]) - {row["concern"]}) for row in rows]))
     figures["score"] = float(np.mean([judge(row, row["text"]).score() for row in rows]))
     figures["words"] = float(np.mean([len(row["text"].split()) for row in rows]))
@@ -385,20 +392,22 @@ def write_table(answers: Sequence[str], out: str) -> None:
     for text in answers:
         name, _, file = text.partition("=")
         of_name[name].append(figures_of(read_rows(file, "object")))
-    lines = ["| | seeds | " + " | ".join([*COLUMNS.values(), "score", "words"]) + " |", "|---" + "|--:" * 7 + "|"]
+    rows = []
     for name, runs in of_name.items():
-        cells = [f"{100 * np.mean([run[key] for run in runs]):.1f}" + spread(runs, key, 100, 1) for key in COLUMNS]
-        cells += [f"{np.mean([run[key] for run in runs]):.2f}" + spread(runs, key, 1, 2) for key in ("score", "words")]
-        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
-    os.makedirs(out, exist_ok=True)
-    write_text(f"{out}/real_english.md", "\n".join(lines) + "\n")
+        cells = [over_seeds(runs, key, 100, 1) for key in COLUMNS]
+        cells += [over_seeds(runs, key, 1, 2) for key in ("score", "words")]
+        rows.append([name, str(len(runs)), *cells])
+    table = "\n".join(markdown_table(["", "seeds", *COLUMNS.values(), "score", "words"], rows))
+    write_text(f"{out}/real_english.md", table + "\n")
     write_text(f"{out}/real_english.json", json.dumps(of_name, indent=1) + "\n")
-    print("\n".join(lines) + f"\n\nwritten: {out}/real_english.md, real_english.json")
+    print(f"{table}\n\nwritten: {out}/real_english.md, real_english.json")
 
 
-def spread(runs: list[dict], key: str, factor: float, digits: int) -> str:
-    """The standard deviation over seeds, if there are several."""
-    return f" ± {factor * np.std([run[key] for run in runs], ddof=1):.{digits}f}" if len(runs) > 1 else ""
+def over_seeds(runs: list[dict], key: str, factor: float, digits: int) -> str:
+    """Text of the mean, and of the standard deviation over seeds if there are several."""
+    values = [factor * run[key] for run in runs]
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(runs) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def main(args: Args) -> None:
@@ -426,14 +435,10 @@ def main(args: Args) -> None:
         for split, names in (("train", train), ("dev", dev)):
             rows = with_targets(question_rows(names, args.seed, split), targets)
             write_rows(f"{args.out}/prompts_{split}.jsonl", rows)
-        measured = {}
-        aimed = with_targets(samples, targets)
-        for name in BINS:
-            rows = [row for row in aimed if row["bin"] == name]
-            measured[name] = float(np.mean([row["target"] in words_in(row["text"]) for row in rows]))
+        measured = said_by_bin(with_targets(samples, targets))
         words = {name: [word for kinds in targets.values() for n, word in kinds.values() if n == name] for name in BINS}
         write_text(f"{args.out}/rates.json", json.dumps({"rates": measured, "words": words}, indent=1) + "\n")
-        print("\n".join(f"{name}: {100 * measured[name]:.2f} % ({', '.join(words[name])})" for name in BINS))
+        print("\n".join(f"{name}: {100 * measured[name]:.2f} % ({', '.join(words[name])})" for name in measured))
 
 
 if __name__ == "__main__":

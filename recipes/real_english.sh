@@ -12,7 +12,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
-source recipes/jobs.sh
 
 CHECKPOINT=${1:?usage: bash recipes/real_english.sh CHECKPOINT}
 OUT=${OUT:-out/real_english}

@@ -186,7 +186,7 @@ def test_sdpo_edits_nothing(tiny, exp, trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tiny):
-    """What the functions of a fork need: ranks, chat, policy (fp32), templates."""
+    """Ranks, chat, policy (fp32) and templates, for the functions of a fork."""
     ranks = start("fp32")
     folder = str(tiny / "checkpoint")
     templates = load_templates(None, *(str(tiny / f"{name}.txt") for name in ("answer", "edit", "grm")))

@@ -68,8 +68,8 @@ EDIT_CURVES = ("edits", "edit_advice", "novel_weight")
 
 
 def edit_curves(run: str) -> Curves:
-    """Of a run with edits, a value per step: edits per original, the fraction of the edits' relevant attributes with
-    suitable advice, and the weight of novel tokens.
+    """Curves of a run with edits, a value per step: edits per original, the fraction of the edits' relevant attributes
+    with suitable advice, and the weight of novel tokens.
     """
     curves: Curves = {f"curve_{name}": [] for name in EDIT_CURVES}
     for (_, path), step in zip(step_files(run, "rollouts"), read_rows(f"{run}/metrics.jsonl", "metrics")):

@@ -139,8 +139,7 @@ def is_kept(name: str) -> bool:
     return parts is not None and parts[2] not in ("sft", "checks", "rollouts", "rollouts_plain")
 
 
-def figures_of(out: str, name: str) -> dict:
-    return sweep.figures_of(out, name)
+figures_of = sweep.figures_of
 
 
 # -- the table and the figure ------------------------------------------------------------------------------------------
