@@ -27,6 +27,7 @@ from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.swiglu import swiglu
 from lora import Linear, Lora, add_adapters, init_adapters, merged_parameters, save_adapter
 from model_config import Config, rope_inv_freq
+from tensor_parallel import EngineRanks, ModelPart
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
@@ -154,6 +155,7 @@ class Transformer(nn.Module):
         self.config = config
         self.scalar_head = scalar_head
         self.lora: Lora | None = None  # set by `add_adapters`
+        self.part: ModelPart | None = None  # of an engine that several ranks share; set by `load_pretrained`
         self.checkpoint_activations = False  # recompute layers in the backward pass: less memory, a third more time
         self.model = Trunk(config)
         if scalar_head:
@@ -163,8 +165,9 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Weight of the LM head, [V, d]."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """Weight of the LM head, [V, d], or what this rank uses of it."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return weight if self.part is None else weight[self.part.vocabulary]
 
     def forward(
         self,
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
 
         Returns, by head and arguments:
             scalar head: values, fp32 [S]
-            LM head without targets: logits, fp32 [S, V]
+            LM head without targets: logits, fp32 [S, V]; with a `part`, those of its part of the vocabulary
             LM head with targets: their log-probs at the temperature, fp32 [S], and the entropy, fp32 [S]
         """
         x = self.model.embed_tokens(input_ids)  # [T, d]
@@ -242,6 +245,7 @@ def load_pretrained(
     scalar_head: bool = False,
     shard: Callable[[Transformer], Any] | None = None,
     lora: Lora | None = None,
+    engine_ranks: EngineRanks | None = None,
 ) -> Transformer:
     """Loads a model from a checkpoint folder or hub id.
 
@@ -249,15 +253,23 @@ def load_pretrained(
     scalar_head: reads `score.weight` where the folder has one, else puts a head of zeros on the folder's trunk.
     shard: applies FSDP to the model before memory is allocated, so that a rank holds one whole tensor at a time.
     lora: freezes the model and adds new adapters.
+    engine_ranks: loads this rank's part, for an engine that these ranks share.
 
     Raises ValueError, naming the file or tensor, for another architecture, an unreadable file, a missing, superfluous
-    or misshapen tensor, and an LM head of its own where config.json ties it to the embedding.
+    or misshapen tensor, an LM head of its own where config.json ties it to the embedding, and heads that can't be
+    distributed over engine_ranks.
     """
     path = weights.resolve(path)
     config = weights.load_config(path)
     with torch.device("meta"):
         model = Transformer(config, scalar_head)
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    part = None if engine_ranks is None else ModelPart(config, engine_ranks)
+    if part is not None:
+        with torch.device("meta"):
+            model = Transformer(part.config, scalar_head)
+        model.part = part
+        part.sum_outputs(model)
     with weights.open_weights(path, shapes, scalar_head, config.tie_word_embeddings) as files:
         model.to(dtype or files["model.norm.weight"].get_tensor("model.norm.weight").dtype)
         if scalar_head:
@@ -272,6 +284,8 @@ def load_pretrained(
         for name, parameter in model.named_parameters():
             if name in shapes:  # not an adapter
                 full = files[name].get_tensor(name) if name in files else torch.zeros(shapes[name])
+                if part is not None:
+                    full = part.of(name, full)
                 weights.copy_into(parameter, full.to(device=device, dtype=parameter.dtype))
     return model
 

@@ -70,6 +70,9 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     """Tokens; longer prompts are left out at the start and counted."""
     max_new_tokens: flags.Count = 2048
     """Tokens of an original or an edit."""
+    tensor_parallel: flags.MayChange[flags.Count] = 1
+    """Neighbouring ranks that sample and judge as one engine, each with a part of every layer (docs/gpus.md).
+    --max-batch and --kv-tokens are then an engine's."""
     truncated: Literal["judge", "drop", "min_score"] = "judge"
     """A response that hits the limit is scored as it stands | leaves the batch | gets the judge's lowest reward."""
 
@@ -405,7 +408,7 @@ def rollout(
     templates: Templates,
     show: Callable[[str], None],
 ) -> Rollout:
-    """Samples and judges the originals of this rank's prompts, then their edits (docs/method.md 1.6a-d), overlapping.
+    """Samples and judges the originals of some prompts, then their edits (docs/method.md 1.6a-d), overlapping.
 
     step: part of every seed. show: is told of the progress.
     """
@@ -761,7 +764,7 @@ def main(args: Args) -> None:
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
-    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
+    ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic, args.tensor_parallel)
     folder = resolve(args.model)
     chat = Chat(folder)
     templates = load_templates(folder, args.answer_template, args.edit_template)
@@ -800,7 +803,8 @@ def main(args: Args) -> None:
         rollout, engine=engine, judge=judge, chat=chat, templates=templates, show=run.show
     )
     if run.first_step < last_step:  # a few answers first: does this judge give judgements at all?
-        probe = sample_and_judge(shard(prompts[:8], ranks), replace(args, n_samples=1, edit_rate=0), "probe")
+        once = replace(args, n_samples=1, edit_rate=0)
+        probe = sample_and_judge(shard(prompts[:8], ranks), once, "probe").of_leader(ranks)
         diagnostics.check_judge(probe, judge, args.judge, args.edit_rate > 0, ranks)
 
     for step in run.steps():
@@ -821,6 +825,8 @@ def main(args: Args) -> None:
                     responses, held_out, judge, second_judge, args.audit_share, args.seed, step
                 )
         run.stop_if([j.down for j in (judge, second_judge) if j and j.down])
+        responses = responses.of_leader(ranks)
+        checks = checks.of_leader(ranks)
 
         trajectories, selected = select(responses, args, step, ranks)
         with run.phase("score"):
@@ -843,9 +849,10 @@ def main(args: Args) -> None:
 
 
 def shard(rows: list[tuple[dict, list[int]]], ranks: Ranks) -> list[Prompt]:
-    """This rank's share of the prompts of a batch, each with its index in the whole batch."""
+    """The prompts of a batch that this rank's engine samples for, each with its index in the whole batch."""
     prompts = [Prompt(index=i, row=row, ids=ids) for i, (row, ids) in enumerate(rows)]
-    return prompts[ranks.rank :: ranks.world_size]
+    number, n_engines = ranks.engine
+    return prompts[number::n_engines]
 
 
 if __name__ == "__main__":

@@ -83,12 +83,16 @@ class Dropped(Response):
 
 @dataclass
 class Rollout:
-    """The responses of this rank's prompts."""
+    """The responses of this rank's engine."""
 
     n_prompts: int
     judged: list[Trajectory]
     dropped: list[Dropped]
     judge_counts: tuple[int, int]  # judgements asked for, those that failed
+
+    def of_leader(self, ranks: Ranks) -> "Rollout":
+        """Itself on one rank of each engine, and nothing on the others, which have the same."""
+        return self if ranks.leads else Rollout(0, [], [], (0, 0))
 
 
 @dataclass
@@ -98,6 +102,9 @@ class Checks:
     audits: dict[tuple, dict[str, float | None]]  # by the key of an original: its rewards in the audit
     held_out: Rollout | None
     swapped: list[float]  # what held-out answers lose under another person's profile
+
+    def of_leader(self, ranks: Ranks) -> "Checks":
+        return self if ranks.leads else Checks({}, self.held_out and self.held_out.of_leader(ranks), [])
 
 
 @dataclass

@@ -298,7 +298,7 @@ class ClockEngine(Engine):
         clock: Clock,
         on_cpu: bool = False,
     ):
-        self.model = SimpleNamespace(config=config)  # type: ignore[assignment]
+        self.model = SimpleNamespace(config=config, part=None)  # type: ignore[assignment]
         self.max_len = max_len
         self.max_batch = max_batch
         self.stop_ids = set(script.chat.stop_ids)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from attention import to_device
 from engine.block_manager import BLOCK_SIZE
@@ -18,10 +17,13 @@ from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
 from model import Transformer
 from packed_weights import pack_weights
+from weights import full_tensor
 
 
 class Engine:
     """Batched generation for one model on one device. The engine computes with `model` and never trains it.
+
+    With a part of a model (tensor_parallel.py), each of the ranks that share the engine makes the same calls.
 
     stop_ids: a response ends with the first of these. max_len: tokens of a sequence, prompt and response together.
     max_batch: samples that run at once; more wait. kv_tokens: size of the KV cache, see `default_kv_tokens`.
@@ -43,6 +45,8 @@ class Engine:
         pack_weights(model)
         if kv_tokens is None:
             kv_tokens = default_kv_tokens(model, max_len, max_batch)
+            if model.part is not None:
+                kv_tokens = min(model.part.ranks.gather(kv_tokens))
         self.n_blocks = max(2, -(-kv_tokens // BLOCK_SIZE) + 1)  # block 0 is not used
         runner_class: type[Runner] = GPURunner if self.device.type == "cuda" else CPURunner
         self.runner = runner_class(model, stop_ids, max_len, max_batch, self.n_blocks)
@@ -173,7 +177,8 @@ class Engine:
         for (name, target), (other_name, source) in pairs:
             assert name == other_name, (name, other_name)
             if model.lora is None or source.requires_grad:
-                target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+                full = full_tensor(source)
+                target.copy_(full if self.model.part is None else self.model.part.of(name, full))
         pack_weights(self.model)
 
     def reset_prefix_cache(self) -> None:
@@ -199,6 +204,9 @@ class Engine:
     def _after_sampling(self, first: int, logits: Tensor) -> None:
         """Lists alternatives, and polls when it is time. logits: of the slots from `first` on."""
         samples = self.scheduler.running[first:]
+        lists_any = any(sample.params.top_logprobs or sample.params.extra_logprob_ids for sample in samples)
+        if lists_any and self.model.part is not None:
+            logits = self.model.part.whole_logits(logits)
         for i, sample in enumerate(samples):
             params = sample.params
             if params.top_logprobs or params.extra_logprob_ids:

@@ -143,11 +143,18 @@ class Runner:
                 self.slots.logprobs[slot, : len(s.response)] = torch.tensor(s.logprobs, device=self.device)
 
     def sample(self, slots: slice, logits: Tensor) -> None:
-        """Draws the next token of each slot from logits [n, V] and appends it, unless the slot is done."""
+        """Draws the next token of each slot from logits [n, V] and appends it, unless the slot is done.
+
+        On an engine that ranks share, logits are those of this rank's part of the vocabulary.
+        """
         s = self.slots
         done = s.done[slots]
         position = s.position[slots]
-        tokens, logprobs = sample_or_nan(logits, s.temperature[slots], s.top_p[slots], s.seed[slots], position)
+        settings = s.temperature[slots], s.top_p[slots], s.seed[slots], position
+        if self.model.part is None:
+            tokens, logprobs = sample_or_nan(logits, *settings)
+        else:
+            tokens, logprobs = self.model.part.draw(sample_or_nan, logits, *settings)
         s.ids[slots].scatter_(1, position[:, None], tokens[:, None])
         s.logprobs[slots].scatter_(1, position[:, None], logprobs[:, None])
         s.token[slots] = tokens

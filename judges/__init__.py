@@ -28,7 +28,7 @@ no reward and says why: no score is ever made up.
 
 from typing import Any
 
-from judges.base import Judge, JudgeSettings, Verdict
+from judges.base import FirstRankAsks, Judge, JudgeSettings, Verdict
 from judges.chat_client import is_url
 from judges.functions import FUNCTION_SPEC, FunctionJudge, annotated_critiques, load_function
 from judges.models import BradleyTerryJudge, GenerativeJudge
@@ -78,9 +78,12 @@ def open_judge(spec: str, settings: JudgeSettings, ranks: Ranks) -> Judge:
     """
     kind, target = parse_spec(spec)
     try:
-        return kind.open(target, settings, ranks)
+        judge = kind.open(target, settings, ranks)
     except ValueError as error:
         raise ValueError(f"--judge {spec}: {error}") from error
+    if ranks.engine_ranks is not None and (is_url(target) or kind is FunctionJudge):
+        return FirstRankAsks(judge, ranks.engine_ranks)
+    return judge
 
 
 def fingerprint(spec: str, settings: JudgeSettings) -> list:

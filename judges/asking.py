@@ -159,7 +159,7 @@ class EngineBackend:
 def open_engine(target: str, ranks: Ranks, max_len: int, max_batch: int, kv_tokens: int | None = None) -> EngineBackend:
     """A folder or hub id on an engine for sequences of max_len tokens, or as many as the model has positions."""
     chat = Chat(target)
-    model = load_pretrained(target, ranks.dtype, ranks.device)
+    model = load_pretrained(target, ranks.dtype, ranks.device, engine_ranks=ranks.engine_ranks)
     max_len = min(max_len, model.config.max_position_embeddings)
     return EngineBackend(Engine(model, chat.stop_ids, max_len, max_batch, kv_tokens), chat)
 

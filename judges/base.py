@@ -13,6 +13,7 @@ from runtime.digests import input_digest
 from runtime.distributed import Ranks
 from runtime.flags import PATIENCE, JudgeArgs
 from runtime.progress import printable
+from tensor_parallel import EngineRanks
 from weights import resolve
 
 
@@ -144,6 +145,37 @@ class Judge:
             self.complaints.add(kind)
             print(f"judge: an answer got no judgement: {printable(error)}", file=sys.stderr)
         self.finished.append(verdict)
+
+
+class FirstRankAsks(Judge):
+    """A server or a function, for ranks that share an engine: the first asks, and tells the others what it got.
+
+    Another reply, or the same at another time, would make their engines differ. The ranks submit and poll alike.
+    """
+
+    def __init__(self, judge: Judge, ranks: EngineRanks):
+        super().__init__()
+        self.judge = judge
+        self.ranks = ranks
+        self.writes_critiques = judge.writes_critiques
+        self.lowest_reward = judge.lowest_reward
+
+    def submit(self, key: Any, row: dict, answer: Any, seed: int) -> None:
+        self.pending += 1
+        if self.ranks.rank == 0:
+            self.judge.submit(key, row, answer, seed)
+
+    def advance(self) -> None:
+        told = None
+        if self.ranks.rank == 0:
+            told = self.judge.poll(), self.judge.take_counts(), self.judge.down
+        verdicts, (asked, failed), self.down = self.ranks.from_first(told)
+        self.finished += verdicts
+        self.asked += asked
+        self.failed += failed
+
+    def forget(self) -> None:
+        self.judge.forget()
 
 
 def lowest_score(weights: tuple[float, float, float]) -> float:

@@ -124,7 +124,7 @@ class BradleyTerryJudge(Judge):
     @classmethod
     def open(cls, target: str, settings: JudgeSettings, ranks: Ranks) -> Judge:
         templates = cls.load_templates(target, settings)
-        model = load_pretrained(target, ranks.dtype, ranks.device, scalar_head=True)
+        model = load_pretrained(target, ranks.dtype, ranks.device, scalar_head=True, engine_ranks=ranks.engine_ranks)
         if not model.score.weight.any():  # a language model's folder gives zeros
             raise ValueError(f"{target} has no score.weight: it is no Bradley-Terry model")
         return cls(model, Chat(target), templates)

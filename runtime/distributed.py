@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.flags import TIMEOUTS
 from runtime.watch import watch_ranks
+from tensor_parallel import EngineRanks
 
 # Longest wait for the other ranks in a collective. A rank that has finished its rollout waits for the slowest one,
 # whose judge may be down for a while. watch.py finds a rank that hangs earlier.
@@ -36,6 +37,18 @@ class Ranks:
     device: torch.device
     dtype: torch.dtype
     mesh: Any  # a DeviceMesh over all ranks: (ranks,), or (copies, ranks of a copy) under --shard-size
+    engine_ranks: EngineRanks | None = None  # those that share an engine with this one under --tensor-parallel
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of its engine, whose samples it hands on."""
+        return self.engine_ranks is None or self.engine_ranks.rank == 0
+
+    @property
+    def engine(self) -> tuple[int, int]:
+        """(number of this rank's engine, number of all engines)."""
+        size = self.engine_ranks.size if self.engine_ranks else 1
+        return self.rank // size, self.world_size // size
 
 
 def start(
@@ -43,18 +56,22 @@ def start(
     shard_size: int | None = None,
     timeouts: tuple[int, int, int] | None = None,
     deterministic: bool = False,
+    tensor_parallel: int = 1,
 ) -> Ranks:
     """Joins the process group of torchrun, or makes one of a single process.
 
     dtype: auto | fp32 | bf16. shard_size: ranks that share one copy of a model (HSDP); None: all ranks. timeouts:
     seconds of a rank's start, rollout and update, which are watched from here to the end of main (watch.py); None: no
-    watch. deterministic: fixed order of sums on a GPU (`make_deterministic`). ValueError: shard_size does not divide
-    the number of ranks, or not all ranks joined in time.
+    watch. deterministic: fixed order of sums on a GPU (`make_deterministic`). tensor_parallel: neighbouring ranks that
+    share an engine. ValueError: shard_size or tensor_parallel does not divide the number of ranks, or not all ranks
+    joined in time.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard_size is not None and (shard_size < 1 or world_size % shard_size):
         raise ValueError(f"--shard-size {shard_size}: expected a divisor of the number of ranks, {world_size}")
+    if world_size % tensor_parallel:
+        raise ValueError(f"--tensor-parallel {tensor_parallel}: expected a divisor of the {world_size} ranks")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -73,9 +90,13 @@ def start(
         mesh = init_device_mesh(
             device.type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
         )
+    engine_ranks = None
+    if tensor_parallel > 1:
+        group, _ = dist.new_subgroups(tensor_parallel)
+        engine_ranks = EngineRanks(group, rank % tensor_parallel, tensor_parallel)
     if dtype == "auto":
         dtype = "bf16" if cuda else "fp32"
-    return Ranks(rank, world_size, device, DTYPES[dtype], mesh)
+    return Ranks(rank, world_size, device, DTYPES[dtype], mesh, engine_ranks)
 
 
 def make_deterministic() -> None:

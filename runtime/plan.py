@@ -25,6 +25,7 @@ from model import Transformer
 from model_config import Config
 from runtime import training
 from runtime.distributed import DTYPES
+from tensor_parallel import EngineRanks, ModelPart
 from weights import GIB, load_config, resolve
 
 RESERVED_GIB = 3.0  # of a GPU: CUDA context and NCCL about 1.5, the rest for fragmentation
@@ -103,13 +104,20 @@ def activations(model: Transformer, n_tokens: int, recompute: bool, key_copies: 
 
 @dataclasses.dataclass
 class Machine:
-    """Where a run is planned for. shard_size: ranks that share a copy of a model; None: all."""
+    """Where a run is planned for. shard_size: ranks that share a copy of a model; None: all. tensor_parallel: ranks
+    that share an engine."""
 
     world_size: int
     shard_size: int | None
     dtype: torch.dtype
     device: str  # cuda | cpu
     offload: bool
+    tensor_parallel: int = 1
+
+    def part(self, config: Config) -> Config:
+        """What a rank has of a model in an engine: the largest part."""
+        size = self.tensor_parallel
+        return config if size == 1 else ModelPart(config, EngineRanks(None, size - 1, size)).config
 
 
 def config_of(path: str) -> Config:
@@ -153,11 +161,12 @@ class Trained:
 
 
 def inference(config: Config, machine: Machine, kv_tokens: int, scalar_head: bool = False) -> tuple[int, int]:
-    """Bytes of a model that only computes, whole on every rank, and of its KV cache.
+    """Bytes per rank of a model that only computes, and of its KV cache.
 
     On a CPU an engine also has packed copies of matrices (kernels/packed_linear.py) and dense rows
     (engine/cpu_runner.py).
     """
+    config = machine.part(config)
     parameters = list(meta_model(config, scalar_head).parameters())
     n = count(parameters)
     if machine.device == "cpu":
@@ -175,7 +184,7 @@ def sampler(config: Config, machine: Machine, kv_tokens: int, lora: Lora | None)
     """
     weights, cache = inference(config, machine, kv_tokens)
     if lora:
-        model = meta_model(config, lora=lora)
+        model = meta_model(machine.part(config), lora=lora)
         n_adapters = count(training.trainable(model))
         weights += n_adapters * machine.dtype.itemsize
         if machine.world_size == 1:
@@ -194,7 +203,11 @@ def machine_of(args) -> Machine:
     world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     if args.shard_size is not None and (args.shard_size < 1 or world_size % args.shard_size):
         raise ValueError(f"--shard-size {args.shard_size}: expected a divisor of --world-size {world_size}")
-    return Machine(world_size, args.shard_size, DTYPES[dtype], "cuda" if args.gpu_gib else "cpu", args.offload)
+    tensor_parallel = getattr(args, "tensor_parallel", 1)  # a flag of RL alone
+    if world_size % tensor_parallel:
+        raise ValueError(f"--tensor-parallel {tensor_parallel}: expected a divisor of --world-size {world_size}")
+    device = "cuda" if args.gpu_gib else "cpu"
+    return Machine(world_size, args.shard_size, DTYPES[dtype], device, args.offload, tensor_parallel)
 
 
 Phases = dict[str, dict[str, float]]  # {phase: {part: bytes per rank}}
@@ -256,9 +269,10 @@ def one_model(args, config: Config, scalar_head: bool = False):
 
 
 def sequences_at_once(args, machine: Machine) -> int:
-    """Sequences that a rank can have in an engine: the originals of its prompts, since an edit follows its original."""
-    n_prompts = -(-args.prompts_per_step // machine.world_size)
-    n_held_out = -(-args.eval_n // machine.world_size) if args.eval_data else 0
+    """Sequences that an engine can have: the originals of its prompts, since an edit follows its original."""
+    n_engines = machine.world_size // machine.tensor_parallel
+    n_prompts = -(-args.prompts_per_step // n_engines)
+    n_held_out = -(-args.eval_n // n_engines) if args.eval_data else 0
     return min(args.max_batch, max(n_prompts * args.n_samples, n_held_out))
 
 
@@ -292,7 +306,8 @@ def rl(
     moments = {f"{name}: Adam moments": t.moments for name, t in models.items()}
     larger = max(models.values(), key=lambda t: t.gradients + t.whole + t.activations)
     gradients = {"gradients (one model at a time)": larger.gradients}
-    logits = 3 * 4 * args.max_batch * policy.vocab_size  # of a step of decoding, and the sampler's two copies
+    # of a step of decoding, and the sampler's two copies
+    logits = 3 * 4 * args.max_batch * policy.vocab_size / machine.tensor_parallel
     sampling = {**resident, "logits of a step": logits}
     passes = {**resident, **masters}
     optimizer = {**resident, **masters, **gradients}
@@ -321,7 +336,7 @@ def rl(
         caches = sum(size for part, size in judges.items() if part.endswith("KV cache"))
         caches += 0 if args.kv_tokens else cache
         expected.append(
-            f"a rank has at most {at_once} sequences at once: --max-batch {at_once} would make the KV caches "
+            f"an engine has at most {at_once} sequences at once: --max-batch {at_once} would make the KV caches "
             f"{caches / GIB:.2f} -> {caches * at_once / args.max_batch / GIB:.2f} GiB"
         )
     return report(args, machine, {"sampling": sampling, "passes": passes, "optimizer": optimizer}, expected)

@@ -44,12 +44,12 @@ def open_model(
 
 
 def open_sampler(path: str, policy: Transformer, ranks: Ranks) -> Transformer:
-    """Opens the engine's copy of a policy: unsharded, in the compute dtype. Adapters are applied, not merged (see
-    `pack_weights`), so that an unsharded policy and its engine share one copy of the base in memory."""
+    """Opens the engine's copy of a policy in the compute dtype, whole or this rank's part of it. Adapters are applied,
+    not merged (see `pack_weights`), so that an unsharded policy and its engine share one copy of the base in memory."""
     if policy.lora and ranks.world_size == 1:
         model = share_base_weights(policy)
     else:
-        model = load_pretrained(path, ranks.dtype, ranks.device, lora=policy.lora)
+        model = load_pretrained(path, ranks.dtype, ranks.device, lora=policy.lora, engine_ranks=ranks.engine_ranks)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(ranks.dtype)  # adapters: once, instead of in every pass
     return model
@@ -383,11 +383,22 @@ def machine_metrics(ranks: Ranks, flops: float, seconds: float, tflops: float | 
     )
 
 
+SYNC_TOKENS = 256  # their logits take 150 MiB with a vocabulary of 152,000
+
+
 @torch.no_grad()
 def weight_sync_error(engine_model: Transformer, policy: Transformer, ids: list[int], ranks: Ranks) -> float:
     """Largest difference in log-prob between the engine's model and the policy that it was just synced from, over the
-    tokens of a prompt and all ranks. Stale or broken weights show before anything is sampled."""
+    first tokens of a prompt and all ranks. Stale or broken weights show before anything is sampled."""
+    ids = ids[:SYNC_TOKENS]
     batch = pack([ids], [[False] + [True] * (len(ids) - 1)], ranks.device)
-    difference = forward(engine_model, batch) - forward(policy, batch)
+    if engine_model.part is None:
+        logprobs = forward(engine_model, batch)
+    else:
+        logits = engine_model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
+        logits = engine_model.part.whole_logits(logits)
+        assert batch.targets is not None
+        logprobs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    difference = logprobs - forward(policy, batch)
     reshard(policy)
     return all_max(ranks, difference.abs().max().item())

@@ -346,6 +346,51 @@ def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
         assert two["batch"] == one["batch"] and two["generated_tokens"] == one["generated_tokens"]
 
 
+SAME_LOSSES = ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio", "batch")
+
+
+def test_ranks_that_share_an_engine_give_the_losses_of_one(whole, tiny, judge, tmp_path):
+    """The GRM is shared by two ranks like the policy. Held-out answers and audits are asked for by both alike."""
+    checks = ["--eval-data", tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 3, "--audit-share", 0.5]
+    flags = [*flags_of(tiny, judge), "--max-steps", 3, *checks]
+    one = launch("ppo_cpe.py", *flags, "--out", tmp_path / "one")
+    two = launch("ppo_cpe.py", *flags, "--out", tmp_path / "two", "--tensor-parallel", 2, processes=2)
+    finish(one)
+    finish(two)
+    names = [*SAME_LOSSES, "held_out/original/reward", "held_out/swap", "audit/noise", "judge_calls"]
+    for ours, theirs in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+        assert ours["weight_sync_error"] < 1e-4 and ours["train_inference_mismatch_max"] < 1e-4
+        for name in names:
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-4), name
+        assert ours["generated_tokens"] == theirs["generated_tokens"]
+    for ours in sorted((tmp_path / "two" / "rollouts").iterdir()):  # nothing is there twice
+        theirs = tmp_path / "one" / "rollouts" / ours.name
+        answers = [[json.loads(line)["answer"] for line in path.read_text().splitlines()] for path in (ours, theirs)]
+        assert sorted(answers[0]) == sorted(answers[1])
+
+
+DRAWN = """
+import random
+from prompts import Judgement
+
+def judge(row, answer) -> Judgement:
+    with open({asked!r}, "a") as f:
+        f.write("once\\n")
+    return Judgement("Say it shorter.", random.randint(-5, 5), 0, 0)
+"""
+
+
+def test_one_rank_of_each_engine_asks_a_function(tiny, judge, tmp_path):
+    """Two engines of two ranks, and a judge that draws: all ranks of an engine get the same, or they would hang."""
+    (tmp_path / "my.py").write_text(DRAWN.format(asked=str(tmp_path / "asked")))
+    flags = [*flags_of(tiny, f"{tmp_path}/my.py:judge"), "--max-steps", 2, "--out", tmp_path / "run"]
+    finish(launch("ppo_cpe.py", *flags, "--tensor-parallel", 2, processes=4))
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["batch"] for line in metrics] == [12, 12]
+    n_probed = 8
+    assert (tmp_path / "asked").read_text().count("once") == n_probed + sum(line["judge_calls"] for line in metrics)
+
+
 def test_a_killed_run_continues_bit_for_bit(whole, tiny, judge, tmp_path):
     out = tmp_path / "run"
     run = launch("ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 5, "--out", out)
@@ -421,9 +466,13 @@ def test_a_bradley_terry_judge(tiny, judge, tmp_path):
     )
     flags = [*flags_of(tiny, judge), "--judge", f"bt:{bt / 'model'}", "--max-steps", 1]
     assert "writes no critiques" in run_script("ppo_cpe.py", *flags, "--out", tmp_path / "no", status=2)
-    run_script("ppo_cpe.py", *flags, "--edit-rate", 0, "--critic", bt / "model", "--out", tmp_path / "yes")
+    flags += ["--edit-rate", 0, "--critic", bt / "model", "--out"]
+    run_script("ppo_cpe.py", *flags, tmp_path / "yes")
     (metrics,) = read_metrics(tmp_path / "yes")
     assert metrics["original/reward"] is not None and metrics["batch"] == 8
+    finish(launch("ppo_cpe.py", *flags, tmp_path / "shared", "--tensor-parallel", 2, processes=2))
+    (shared,) = read_metrics(tmp_path / "shared")
+    assert shared["original/reward"] == pytest.approx(metrics["original/reward"], abs=1e-4) and shared["batch"] == 8
 
 
 REWARDS = """
@@ -521,11 +570,12 @@ class HashJudge(FaultyServer):
         self.reply(200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_judge_that_goes_down_loses_no_step(tiny, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "sharing"), [(1, 1), (2, 1), (2, 2)])
+def test_a_judge_that_goes_down_loses_no_step(tiny, tmp_path, processes, sharing):
     """It is waited for, then the run is saved where it is, between two checkpoints; and goes on to the same numbers."""
     server = Quiet(HashJudge)
-    flags = [*flags_of(tiny, server.url), "--save-every", 100, "--max-steps", 3, "--out"]
+    flags = [*flags_of(tiny, server.url), "--save-every", 100, "--max-steps", 3]
+    flags += ["--tensor-parallel", sharing, "--out"]
     try:
         server.breaks_at = math.inf
         finish(launch("ppo_cpe.py", *flags, tmp_path / "whole", processes=processes))
