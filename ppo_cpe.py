@@ -73,6 +73,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     tensor_parallel: flags.MayChange[flags.Count] = 1
     """Neighbouring ranks that sample and judge as one engine, each with a part of every layer (docs/gpus.md).
     --max-batch and --kv-tokens are then an engine's."""
+    release_cache: flags.MayChange[bool] = False
+    """Free the engines' KV caches on a GPU while models are trained. CUDA graphs are captured anew in each step."""
     truncated: Literal["judge", "drop", "min_score"] = "judge"
     """A response that hits the limit is scored as it stands | leaves the batch | gets the judge's lowest reward."""
 
@@ -824,6 +826,10 @@ def main(args: Args) -> None:
                 checks = diagnostics.ask_again(
                     responses, held_out, judge, second_judge, args.audit_share, args.seed, step
                 )
+            if args.release_cache:
+                engine.release_cache()
+                for asked in filter(None, (judge, second_judge)):
+                    asked.release_cache()
         run.stop_if([j.down for j in (judge, second_judge) if j and j.down])
         responses = responses.of_leader(ranks)
         checks = checks.of_leader(ranks)

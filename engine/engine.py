@@ -94,6 +94,7 @@ class Engine:
             max_new_tokens=min(max_new_tokens, self.max_len - len(prompt_ids)),
             top_p=max(params.top_p, MIN_TOP_P),
         )
+        self.runner.restore_cache()
         self.scheduler.add(prompt_ids, key, seeds, params)
 
     @torch.inference_mode()
@@ -184,6 +185,13 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forgets the cached prefixes: no later prompt reuses them."""
         self.scheduler.blocks.evict_all()
+
+    def release_cache(self) -> None:
+        """Frees the memory of the KV cache on a GPU until the next request. RuntimeError: requests are unfinished."""
+        if self.busy:
+            raise RuntimeError("release_cache while samples are running")
+        self.reset_prefix_cache()
+        self.runner.release_cache()
 
     # -- parts of a step -------------------------------------------------------------------------------------------
 

@@ -30,6 +30,15 @@ class PagedDecodeContext:
         return paged_attention(q, keys, values, self.block_table, self.lengths)
 
 
+def graph_size(n: int, most: int) -> int:
+    """The rows of the graph that n slots use: at most 16, or an eighth of n, are left over. most: of all graphs."""
+    power_of_two = 1 << (n - 1).bit_length()
+    if n <= 8:
+        return min(power_of_two, most)
+    step = max(16, power_of_two // 8)
+    return min(-(-n // step) * step, most)
+
+
 class GPURunner(Runner):
     """Replays CUDA graphs of decode steps. The host reads nothing from the device between two polls.
 
@@ -46,17 +55,25 @@ class GPURunner(Runner):
         self.logits = torch.empty(max_batch, model.config.vocab_size, device=self.device)
         self.memory_pool = torch.cuda.graph_pool_handle()
 
+    def release_cache(self) -> None:
+        self.graphs.clear()  # they hold the addresses
+        self.memory_pool = torch.cuda.graph_pool_handle()
+        if self.cache.numel():
+            self.cache_shape = self.cache.shape
+            self.cache = self.cache.new_empty(0)
+        torch.cuda.empty_cache()  # or small tensors that live on would split the memory
+
+    def restore_cache(self) -> None:
+        if self.cache.numel() == 0:
+            torch.cuda.empty_cache()  # as above
+            self.cache = self.cache.new_empty(self.cache_shape)
+
     def decode(self, n: int) -> Tensor:
-        size = self.graph_size(n)
+        size = graph_size(n, len(self.logits))
         if size not in self.graphs:
             self.capture(size)
         self.graphs[size].replay()
         return self.logits[:n]
-
-    def graph_size(self, n: int) -> int:
-        """The smallest size of 1, 2, 4, 8 and multiples of 16 that holds n slots."""
-        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 16) * 16
-        return min(size, len(self.logits))
 
     def capture(self, size: int) -> None:
         before = {name: tensor.clone() for name, tensor in self.slots.tensors().items()}

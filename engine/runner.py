@@ -104,6 +104,11 @@ class Runner:
             tensor.zero_()
         self.slots.clear(slice(None))
 
+    def release_cache(self) -> None:
+        """Frees the KV cache until `restore_cache`, on a GPU. On a CPU all stays."""
+
+    def restore_cache(self) -> None: ...
+
     def prefill(self, chunks: list[Chunk], n_finished: int) -> Tensor:
         """Computes the keys and values of chunks. Returns the logits after the first n_finished of them, [n, V]."""
         ids = [i for sequence, start, end in chunks for i in sequence.ids[start:end]]

@@ -128,6 +128,9 @@ class Judge:
     def forget(self) -> None:
         """Drops caches of earlier judgements, so that the next are computed like the first ones."""
 
+    def release_cache(self) -> None:
+        """Frees the KV cache of a model in this process until the next answer (Engine.release_cache)."""
+
     def take_counts(self) -> tuple[int, int]:
         """(judgements asked for, those that failed) since the last call."""
         counts = self.asked, self.failed

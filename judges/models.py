@@ -79,6 +79,10 @@ class LanguageModelJudge(Judge):
         if isinstance(self.backend, EngineBackend):
             self.backend.engine.reset_prefix_cache()
 
+    def release_cache(self) -> None:
+        if isinstance(self.backend, EngineBackend):
+            self.backend.engine.release_cache()
+
 
 class GenerativeJudge(LanguageModelJudge):
     """A generative reward model (docs/method.md 1.4): critique and scores."""

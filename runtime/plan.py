@@ -309,6 +309,8 @@ def rl(
     # of a step of decoding, and the sampler's two copies
     logits = 3 * 4 * args.max_batch * policy.vocab_size / machine.tensor_parallel
     sampling = {**resident, "logits of a step": logits}
+    if args.release_cache and machine.device == "cuda":
+        resident = {part: size for part, size in resident.items() if not part.endswith("KV cache")}
     passes = {**resident, **masters}
     optimizer = {**resident, **masters, **gradients}
     if machine.offload and machine.device == "cuda":

@@ -165,6 +165,18 @@ def test_graphs_see_new_weights():
 
 
 @emulated
+def test_a_released_cache_comes_back():
+    prompts, settings = [tokens(5), tokens(40, seed=1)], dict(max_new_tokens=12)
+    engine = Engine(model_on("cuda"), [], 128)
+    before = engine.generate(prompts, **settings)
+    for _ in range(2):  # also twice in a row, as by a judge that was asked nothing
+        engine.release_cache()
+        assert engine.runner.cache.numel() == 0 and not engine.runner.graphs
+    assert engine.generate(prompts, **settings) == before
+    assert engine.runner.cache.numel() > 0 and engine.scheduler.reused_tokens == 0
+
+
+@emulated
 def test_the_host_seldom_waits_for_a_decode_step():
     """32 samples, 64 steps: one poll every eight steps, no other read, and no copy that is waited for."""
     engine = Engine(model_on("cuda"), [], 200, max_batch=32, kv_tokens=32 * 208)
@@ -244,7 +256,7 @@ def test_offloading_reuses_its_host_memory():
 
 
 SMALL = ["--prompts-per-step", 2, "--mini-batch-prompts", 1]
-PPO = [*SMALL, "--offload", "--checkpoint-activations", "--deterministic"]
+PPO = [*SMALL, "--offload", "--checkpoint-activations", "--release-cache", "--deterministic"]
 
 
 @pytest.fixture(scope="module")
