@@ -307,6 +307,20 @@ def save_pretrained(
     templates: texts of the prompts that the model was trained with, by name (prompts.py). They are saved next to those
         of `tokenizer_from`.
     """
+    tensors, adapter = gathered_weights(model, dtype)
+    if tensors:
+        write_pretrained(model, tensors, adapter, path, tokenizer_from, templates)
+
+
+def gathered_weights(
+    model: Transformer,
+    dtype: torch.dtype | None,
+    to_host: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor.to("cpu", copy=True).contiguous(),
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights with adapters merged, and the adapters, by name in host memory: on rank 0. The others get nothing.
+
+    to_host: (name, tensor) -> its copy in host memory.
+    """
     tensors: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
     is_writer = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -314,12 +328,22 @@ def save_pretrained(
         if not is_writer:
             continue
         if model.lora and parameter.requires_grad:
-            adapter[name] = full.to(dtype=torch.float32, device="cpu", copy=True).contiguous()
+            adapter[name] = to_host(f"adapter/{name}", full.float())
         if "lora_" not in name:
             stored_dtype = parameter.dtype if dtype is None or name == "score.weight" else dtype
-            tensors[name] = full.to(dtype=stored_dtype, device="cpu", copy=True).contiguous()
-    if not is_writer:
-        return
+            tensors[name] = to_host(name, full.to(stored_dtype))
+    return tensors, adapter
+
+
+def write_pretrained(
+    model: Transformer,
+    tensors: dict[str, Tensor],
+    adapter: dict[str, Tensor],
+    path: str,
+    tokenizer_from: str | None,
+    templates: dict[str, str] | None = None,
+) -> None:
+    """Writes what `gathered_weights` gave; see `save_pretrained`. Reads nothing of the model but its config."""
     special = {} if tokenizer_from is None else weights.special_ids(tokenizer_from, model.config.vocab_size)
     with weights.replaced_folder(path) as folder:
         weights.save_tensors(tensors, folder)

@@ -10,6 +10,7 @@ after that. Nothing in it is pickled, so loading one runs no foreign code.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from model import Transformer, save_pretrained
+from model import Transformer, gathered_weights, write_pretrained
 from runtime.digests import git_hash, is_whole, sealed
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.rows import check_row, json_lines, sync, write_rows, write_text
@@ -76,9 +77,13 @@ def _piece(tensor: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int, bool]
     return tensor.to_local(), first, writes
 
 
-def _write_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> dict[str, list]:
-    """This rank's shards as safetensors -> {tensor: [its whole shape, {file: first row of the piece in there}]}."""
-    parts: list[dict[str, torch.Tensor]] = [{}]
+Part = dict[str, torch.Tensor]
+ToHost = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def _train_state(models: Mapping, optimizers: Mapping, ranks: Ranks, to_host: ToHost) -> tuple[list[Part], dict]:
+    """This rank's shards, a part for each file, and {tensor: [its whole shape, {file: first row of the piece}]}."""
+    parts: list[Part] = [{}]
     index: dict[str, list] = {}
     size = 0
     if torch.cuda.is_available():
@@ -91,12 +96,19 @@ def _write_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks:
             parts.append({})
             size = 0
         size += local.nbytes
-        parts[-1][key] = local
-        index[key] = [list(tensor.shape), {f"rank{ranks.rank:05d}_{len(parts) - 1:03d}.safetensors": first}]
+        parts[-1][key] = to_host(key, local)
+        index[key] = [list(tensor.shape), {_shard_file(ranks, len(parts) - 1): first}]
+    return parts, index
+
+
+def _shard_file(ranks: Ranks, number: int) -> str:
+    return f"rank{ranks.rank:05d}_{number:03d}.safetensors"
+
+
+def _write_parts(folder: str, parts: list[Part], ranks: Ranks) -> None:
     for i, part in enumerate(parts):
         content = {key: local.cpu().contiguous() for key, local in part.items()}
-        save_file(content, os.path.join(folder, f"rank{ranks.rank:05d}_{i:03d}.safetensors"))
-    return index
+        save_file(content, os.path.join(folder, _shard_file(ranks, i)))
 
 
 def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> None:
@@ -207,27 +219,92 @@ def finished(out: str) -> list[str]:
 # -- a whole checkpoint ------------------------------------------------------------------------------------------------
 
 
-def save(
-    out: str,
-    step: int,
-    models: Mapping[str, Transformer],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    tokenizer_from: str,
-    templates: dict[str, str],
-    keep: int,
-    ranks: Ranks,
-) -> None:
+_staging: dict[str, torch.Tensor] = {}  # pinned host memory of `_to_staging`, allocated once
+
+
+def _to_staging(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Starts a copy to host memory, which the next checkpoint overwrites."""
+    host = _staging.get(key)
+    if host is None:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        _staging[key] = host
+    return host.copy_(tensor, non_blocking=True)
+
+
+class Saving:
     """Writes OUT/checkpoints/step_NNNNNN, points OUT/NAME at its models, removes all but the newest `keep`.
 
-    models: {"policy": model, "critic": model, ...}. templates: see `model.save_pretrained`. OSError on every rank: one
-    of them could not write; what was there before is whole.
-    """
-    set_phase("checkpoint", step)
-    final = os.path.join(out, "checkpoints", f"step_{step:06d}")
-    tmp = f"{final}.tmp"
-    train_state = os.path.join(tmp, "train_state")
+        saving = Saving(..., in_background=True)    # copies everything to host memory; a thread writes it
+        saving.is_written()                         # on this rank
+        saving.complete()                           # waits, then makes it a checkpoint
 
-    def on_every_rank(action: Callable[[], Any]) -> Any:
+    models: {"policy": model, "critic": model, ...}. templates: see `model.save_pretrained`. in_background: without it
+    files are written at once, and host memory holds one model or part at a time. One at a time; every rank calls it.
+    OSError on every rank: one of them could not write; what was there before is whole.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        step: int,
+        models: Mapping[str, Transformer],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        tokenizer_from: str,
+        templates: dict[str, str],
+        keep: int,
+        ranks: Ranks,
+        in_background: bool = False,
+    ):
+        set_phase("checkpoint", step)
+        self.out = out
+        self.step = step
+        self.names = list(models)
+        self.keep = keep
+        self.ranks = ranks
+        self.final = os.path.join(out, "checkpoints", f"step_{step:06d}")
+        self.tmp = f"{self.final}.tmp"
+        train_state = os.path.join(self.tmp, "train_state")
+        jobs: list[Callable[[], Any]] = []  # writing, which the other ranks have no part in
+
+        def write(job: Callable[..., Any], *given: Any) -> None:
+            if in_background:
+                jobs.append(functools.partial(job, *given))
+            else:
+                self.on_every_rank(lambda: job(*given))
+
+        self.on_rank_0(lambda: os.makedirs(train_state))
+        for name, model in models.items():
+            staged = functools.partial(lambda name, key, tensor: _to_staging(f"{name}//{key}", tensor), name)
+            given = (staged,) if in_background else ()
+            tensors, adapter = gathered_weights(model, ranks.dtype, *given)
+            folder = os.path.join(self.tmp, name)
+            write(write_pretrained if tensors else _nothing, model, tensors, adapter, folder, tokenizer_from, templates)
+        parts, index = _train_state(models, optimizers, ranks, _to_staging if in_background else lambda key, x: x)
+        write(_write_parts, train_state, parts, ranks)
+        merged: dict[str, list] = {}
+        for key, (shape, pieces) in all_gather(ranks, index.items()):
+            merged.setdefault(key, [shape, {}])[1].update(pieces)
+        if ranks.rank == 0:
+            jobs.append(lambda: write_text(os.path.join(train_state, "index.json"), json.dumps(merged)))
+        jobs.append(lambda: _flush(self.tmp, _written_by(ranks.rank, self.tmp)))
+        if in_background and torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies
+        self.digests: Callable[[], dict[str, str]] = lambda: [job() for job in jobs][-1]
+        self.is_written = lambda: True
+        if in_background:
+            thread = ThreadPoolExecutor(1)
+            future = thread.submit(self.digests)
+            self.digests = future.result
+            self.is_written = future.done
+            thread.shutdown(wait=False)
+
+    def complete(self) -> None:
+        set_phase("checkpoint", self.step)
+        digests = self.on_every_rank(self.digests)
+        files = dict(sorted(all_gather(self.ranks, digests.items())))
+        self.on_rank_0(lambda: self.finish(files))
+
+    def on_every_rank(self, action: Callable[[], Any]) -> Any:
         """Runs an action on every rank. All ranks wait for it, and an I/O error on one of them is raised on all."""
         result = None
         errors = []
@@ -235,44 +312,36 @@ def save(
             result = action()
         except (OSError, SafetensorError) as error:
             errors.append(str(error))
-        if errors := all_gather(ranks, errors):
-            if ranks.rank == 0:
-                shutil.rmtree(tmp, ignore_errors=True)  # makes room
+        if errors := all_gather(self.ranks, errors):
+            if self.ranks.rank == 0:
+                shutil.rmtree(self.tmp, ignore_errors=True)  # makes room
             raise OSError(
-                f"{final} could not be written: {errors[0]}. Earlier checkpoints are whole: make room or mend "
+                f"{self.final} could not be written: {errors[0]}. Earlier checkpoints are whole: make room or mend "
                 "the folder, then run the same command again"
             )
         return result
 
-    def finish():
-        state = {"step": step, "git": git_hash(), "world_size": ranks.world_size, "files": files}
-        write_text(os.path.join(tmp, "state.json"), json.dumps(sealed(state)))
-        metrics = os.path.join(out, "metrics.jsonl")
+    def on_rank_0(self, action: Callable[[], Any]) -> None:
+        self.on_every_rank(action if self.ranks.rank == 0 else _nothing)
+
+    def finish(self, files: dict[str, str]) -> None:
+        state = {"step": self.step, "git": git_hash(), "world_size": self.ranks.world_size, "files": files}
+        write_text(os.path.join(self.tmp, "state.json"), json.dumps(sealed(state)))
+        metrics = os.path.join(self.out, "metrics.jsonl")
         if os.path.isfile(metrics):
             sync(metrics)
-        for folder, _, _ in os.walk(tmp):
+        for folder, _, _ in os.walk(self.tmp):
             sync(folder)
-        os.rename(tmp, final)
-        sync(os.path.dirname(final))
-        _link_newest(out, models)
-        for old in finished(out)[:-keep]:
+        os.rename(self.tmp, self.final)
+        sync(os.path.dirname(self.final))
+        _link_newest(self.out, self.names)
+        for old in finished(self.out)[: -self.keep]:
             os.rename(old, f"{old}.tmp")  # so that a half-removed one is not taken for one
             shutil.rmtree(f"{old}.tmp")
 
-    def on_rank_0(action):
-        on_every_rank(action if ranks.rank == 0 else lambda: None)
 
-    on_rank_0(lambda: os.makedirs(train_state))
-    for name, model in models.items():
-        on_every_rank(lambda: save_pretrained(model, os.path.join(tmp, name), tokenizer_from, ranks.dtype, templates))
-    index = on_every_rank(lambda: _write_train_state(train_state, models, optimizers, ranks))
-    merged: dict[str, list] = {}
-    for key, (shape, pieces) in all_gather(ranks, index.items()):
-        merged.setdefault(key, [shape, {}])[1].update(pieces)
-    on_rank_0(lambda: write_text(os.path.join(train_state, "index.json"), json.dumps(merged)))
-    digests = on_every_rank(lambda: _flush(tmp, _written_by(ranks.rank, tmp)))
-    files = dict(sorted(all_gather(ranks, digests.items())))
-    on_rank_0(finish)
+def _nothing(*_: Any) -> None:
+    """What a rank does while another one writes."""
 
 
 def _written_by(rank: int, tmp: str) -> list[str]:

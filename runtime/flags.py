@@ -81,6 +81,8 @@ class RuntimeArgs:
     """Stop after this many steps; a schedule stays that of the whole run. Default: all steps."""
     save_every: MayChange[Count] = 100
     """Steps between checkpoints; the last step always makes one."""
+    save_in_background: MayChange[bool] = False
+    """Write a checkpoint while the next steps run, from a copy in host memory."""
     keep_checkpoints: MayChange[Count] = 2
     """The newest so many are kept: if the newest is damaged, the run goes on from the one before it."""
     skip_bad_steps: MayChange[Natural] = 0

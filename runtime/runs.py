@@ -55,6 +55,7 @@ class Run:
         self.last_step = last_step
         self.step = 0
         self.seconds: dict[str, float] = {}
+        self.saving: checkpoints.Saving | None = None
         self.bar: tqdm | None = None
         if args.push_to_hub:
             model_card.check_hub(args.push_to_hub)
@@ -153,11 +154,15 @@ class Run:
         """Saves every --save-every steps, after the last step, and when a signal has asked any rank to stop."""
         done = self.step + 1
         # asked on every rank after every step, whatever the others say
-        if should_stop(self.ranks) or done % self.args.save_every == 0 or done == self.last_step:
-            self.save(done)
+        is_last = should_stop(self.ranks) or done == self.last_step
+        if is_last or done % self.args.save_every == 0:
+            self.save(done, self.args.save_in_background and not is_last)
+        elif self.saving is not None and all(all_gather(self.ranks, [self.saving.is_written()])):
+            self.complete_saving()
 
-    def save(self, steps_done: int) -> None:
-        checkpoints.save(
+    def save(self, steps_done: int, in_background: bool = False) -> None:
+        self.complete_saving()
+        self.saving = checkpoints.Saving(
             self.out,
             steps_done,
             self.models,
@@ -166,7 +171,17 @@ class Run:
             self.templates,
             self.args.keep_checkpoints,
             self.ranks,
+            in_background,
         )
+        if not in_background:
+            self.complete_saving()
+
+    def complete_saving(self) -> None:
+        """Waits for a checkpoint that is being written."""
+        saving = self.saving
+        self.saving = None
+        if saving is not None:
+            saving.complete()
 
     def release_models(self) -> None:
         """Drops models and optimizers, after the last step, to free their memory."""
@@ -178,6 +193,7 @@ class Run:
         reasons = all_gather(self.ranks, reasons)
         if not reasons:
             return
+        self.complete_saving()
         saved = os.path.isdir(os.path.join(self.out, "checkpoints", f"step_{self.step:06d}"))
         if self.step > 0 and not saved:
             self.save(self.step)

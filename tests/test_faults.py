@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import time
 
 import faults
 import pytest
@@ -244,14 +245,39 @@ def test_a_full_disk_loses_nothing(three, whole, tiny, capsys):
     assert_equal(three, whole / "5")
 
 
-def test_a_disk_that_fails_on_one_rank_ends_all(three, tiny, capsys, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--save-in-background",)], ids=["at once", "in background"])
+def test_a_disk_that_fails_on_one_rank_ends_all(three, tiny, capsys, monkeypatch, more):
     def fail(*_, **__):
         raise SafetensorError("I/O error: Read-only file system (os error 30)")
 
     monkeypatch.setattr(checkpoints, "save_file", fail)
-    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 4))
+    error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 5, *more))
     assert "step_000004 could not be written: I/O error: Read-only file system" in error
     assert sorted(os.listdir(three / "checkpoints")) == ["step_000002", "step_000003"]
+
+
+def test_a_checkpoint_in_the_background_is_of_its_own_step(whole, tiny, tmp_path, monkeypatch):
+    """Training goes on while it is written: it holds the weights and moments of the step after which it was begun."""
+    write = checkpoints.save_file
+    started = []
+
+    def slow(*given, **more):
+        started.append(len(read_metrics(tmp_path / "run")))
+        deadline = time.monotonic() + 60
+        while len(read_metrics(tmp_path / "run")) < min(started[-1] + 1, 5) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        write(*given, **more)
+
+    monkeypatch.setattr(checkpoints, "save_file", slow)
+    flags = sft_flags(tiny, tmp_path / "run", "--max-steps", 5, "--keep-checkpoints", 9, "--save-every", 2)
+    run(sft, *flags, "--save-in-background")
+    assert started == [2, 4, 5]
+    for step in (4, 5):
+        ours, theirs = (
+            json.loads((out / f"checkpoints/step_{step:06d}/state.json").read_text())["files"]
+            for out in (tmp_path / "run", whole / "5")
+        )
+        assert ours == theirs, step
 
 
 def test_a_folder_that_cannot_be_written(tiny, capsys):

@@ -263,7 +263,7 @@ def test_epochs_that_make_no_step(script, tiny, tmp_path, capsys):
 # -- what a continuation may change --------------------------------------------------------------------------------
 
 MACHINE = {"tokens_per_microbatch", "checkpoint_activations", "shard_size", "offload", "peak_tflops", "plan"}
-MACHINE |= {"world_size", "gpu_gib", "max_steps", "save_every", "keep_checkpoints"}
+MACHINE |= {"world_size", "gpu_gib", "max_steps", "save_every", "keep_checkpoints", "save_in_background"}
 MACHINE |= {"skip_bad_steps", "timeouts", "deterministic", "wandb", "tensorboard", "push_to_hub"}
 WATCHING = {"eval_data", "eval_every", "eval_n", "audit_share", "audit_judge", "save_batch", "log_tokens"}
 HELD_OUT = {"eval_data", "eval_every", "eval_judgements", "eval_max_new_tokens"}

@@ -36,7 +36,7 @@ def test_ppo_in_bf16_on_two_copies_of_two_ranks(tiny, tmp_path):
     """HSDP with offloaded moments and recomputed layers; killed after two steps and continued on two ranks."""
     (tmp_path / "my.py").write_text(REWARDS)
     flags = [*ppo_flags(tiny, f"{tmp_path}/my.py:critic"), "--dtype", "bf16", "--out", tmp_path / "run"]
-    flags += ["--offload", "--checkpoint-activations"]
+    flags += ["--offload", "--checkpoint-activations", "--save-in-background"]
     finish(launch("ppo_cpe.py", *flags, "--max-steps", 2, "--shard-size", 2, processes=4))
     assert "resumed from" in finish(launch("ppo_cpe.py", *flags, "--max-steps", 3, processes=2))
     for metrics in read_metrics(tmp_path / "run"):
