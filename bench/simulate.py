@@ -11,22 +11,18 @@ A floor is the same work at the fastest rates that were measured on such a GPU: 
 of decoding full, nothing copied. No GPU has confirmed the rates and constants below. bench/check_simulation.py compares
 a simulation with real steps on a CPU.
 
-    python bench/simulate.py --max-batch 64 --checkpoint-activations --offload    # 7B as recipes/qwen.sh runs it
-    python bench/simulate.py --max-batch 64 --checkpoint-activations --offload --layouts turns roles tp2 tp8
+    python bench/simulate.py --tensor-parallel 4 --max-batch 256 --release-cache --save-in-background   # 7B
+    python bench/simulate.py --max-batch 64 --checkpoint-activations --offload    # 7B with whole engines on each rank
 """
 
 import os
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not bench/, which has a generate.py too
 import ppo_cpe
 from runtime import flags
-
-# Where the two engines run. turns: both on every rank. server: the judge on two further GPUs that all ranks share.
-# roles: half of the ranks sample, half judge. tpN: both on each group of N ranks, which shares every product.
-Layout = Literal["turns", "server", "roles", "tp2", "tp4", "tp8"]
 
 
 @dataclass(kw_only=True)
@@ -36,10 +32,10 @@ class Args(ppo_cpe.Args):
     """7b, 14b (Qwen2.5), or a folder or hub id, of which only config.json is read. The critic has the same shape."""
     judge: str = ""
     """Model of the generative judge, as --model. Default: that of --model."""
+    judge_server: bool = False
+    """The judge runs on two further GPUs, which all ranks share."""
     world_size: flags.Count = 8
     """Ranks."""
-    layouts: tuple[Layout, ...] = ("turns",)
-    """Where policy and judge run. ppo_cpe.py has `turns` and `server`."""
     prompt_tokens: flags.Count = 800
     """Tokens of a prompt."""
     response_tokens: flags.Count = 400
@@ -70,7 +66,7 @@ from chat import Chat
 from engine import Engine
 from engine.block_manager import BLOCK_SIZE
 from engine.cache_size import likely_tokens
-from engine.gpu_runner import GPURunner
+from engine.gpu_runner import GPURunner, graph_size
 from engine.requests import Sequence
 from engine.runner import Runner
 from engine.scheduler import Chunk
@@ -108,6 +104,7 @@ PREFILL_SECONDS = 7e-3  # least time of a prefill, which is launched kernel by k
 SAMPLER_PASSES = 10  # over the fp32 logits of a step
 ALL_REDUCE_SECONDS = 14e-6  # latency; a layer split over ranks has two
 DISK = 2.5e9  # bytes/s that all ranks together write, flush and read again for the digests
+CAPTURE_SECONDS = 0.05  # of a CUDA graph: its kernels are launched one by one, then it is instantiated
 
 
 Cost = tuple[float, float]  # seconds of a call, and their floor
@@ -258,8 +255,10 @@ class ClockRunner(Runner):
         self.costs = costs
         self.clock = clock
         self.script = script
+        self.graphs: set[int] | None = None  # sizes that are captured; None: all
 
     def reset(self) -> None: ...
+    def restore_cache(self) -> None: ...
     def copy_blocks(self, copies) -> None: ...
     def start(self, first, samples) -> None: ...
     def sample(self, slots, logits) -> None: ...
@@ -272,6 +271,10 @@ class ClockRunner(Runner):
 
     def decode(self, n: int) -> Tensor:
         self.clock.add(f"{self.name} decode", self.costs.decode(self.engine.scheduler.running))
+        size = graph_size(n, self.engine.max_batch)
+        if self.graphs is not None and size not in self.graphs:
+            self.graphs.add(size)
+            self.clock.add("CUDA graphs", (CAPTURE_SECONDS, 0.0))
         return torch.zeros(n, 1)
 
     def ended(self, n: int) -> list[int]:
@@ -317,8 +320,8 @@ class ClockEngine(Engine):
         self.host_seconds += process_time() - started
 
 
-class OtherRank(EngineBackend):
-    """The judge's engine on another rank, whose clock goes on beside that of the policy's engine."""
+class ServerEngine(EngineBackend):
+    """The judge's engine on GPUs of its own, whose clock goes on beside that of the policy's engine."""
 
     def __init__(self, engine: Engine, chat: Chat, policy: Engine, clock: Clock, policy_clock: Clock):
         super().__init__(engine, chat)
@@ -434,22 +437,23 @@ def copied_seconds(args: Args, config: Config, gpu: GPU) -> dict[str, float]:
     if args.offload:  # masters come back after the rollout, Adam's moments for each update; copies out are hidden
         offloaded = 4 * per_rank + n_updates * 8 * per_rank
     checkpoint = sum(weights.values()) * (2 + 12)  # models in bf16; masters and moments in fp32
+    writing = checkpoint / DISK
+    if args.save_in_background:  # the copies: rank 0 has both models and its part of the rest
+        writing = sum(weights.values()) * (2 + 12 / args.world_size) / gpu.pcie
     return {
         "weights to the engine": 4 * weights["policy"] / gpu.nvlink,
         "offload": offloaded / gpu.pcie,
-        "checkpoint": checkpoint / DISK / args.save_every,
+        "checkpoint": writing / args.save_every,
     }
 
 
-def simulate(args: Args, gpu: GPU, layout: Layout) -> tuple[dict[str, float], dict[str, float]]:
+def simulate(args: Args, gpu: GPU) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a step by phase, and their floors. The phases of the rollout are means over the ranks."""
     policy = config_of(args.model)
     judge = config_of(args.judge or args.model)
-    tp = int(layout.removeprefix("tp")) if layout.startswith("tp") else 1
-    n_groups = args.world_size // (2 if layout == "roles" else tp)  # each samples for prompts of its own
-    apart = layout in ("roles", "server")
-    n_prompts = args.prompts_per_step // n_groups
-    max_batch = args.max_batch * args.world_size // n_groups
+    tp = args.tensor_parallel
+    n_engines = args.world_size // tp
+    n_prompts = args.prompts_per_step // n_engines
     n_passes = 3 - (args.lora_rank is not None)  # of an update, in forward passes
     training_flops = gpu.rates(*TRAINING).flops
     floor_flops = gpu.rates(*FLOOR).flops
@@ -463,29 +467,31 @@ def simulate(args: Args, gpu: GPU, layout: Layout) -> tuple[dict[str, float], di
     parts: Counter[str] = Counter()
     floors: Counter[str] = Counter()
     train_clock = Clock()
-    for group in range(n_groups):
+    for number in range(n_engines):
         clock = Clock()
         policy_script, judge_script = scripts_of(args)
-        costs = GPUCosts(policy, gpu, max_batch, tp)
-        engine = ClockEngine("policy", policy, ppo_cpe.longest_sequence(args), max_batch, policy_script, costs, clock)
-        judge_clock = Clock() if apart else clock
-        judge_costs = GPUCosts(judge, gpu, max_batch, tp)
-        if layout == "server":
-            judge_costs = GPUCosts(judge, gpu, max_batch, tp=2, sharers=args.world_size)
-        judge_engine = ClockEngine("judge", judge, 8192, max_batch, judge_script, judge_costs, judge_clock)
+        costs = GPUCosts(policy, gpu, args.max_batch, tp)
+        longest = ppo_cpe.longest_sequence(args)
+        engine = ClockEngine("policy", policy, longest, args.max_batch, policy_script, costs, clock)
+        judge_clock = Clock() if args.judge_server else clock
+        judge_costs = GPUCosts(judge, gpu, args.max_batch, tp)
+        if args.judge_server:
+            judge_costs = GPUCosts(judge, gpu, args.max_batch, tp=2, sharers=args.world_size)
+        judge_engine = ClockEngine("judge", judge, 8192, args.max_batch, judge_script, judge_costs, judge_clock)
         backend = EngineBackend(judge_engine, judge_script.chat)
-        if apart:
-            backend = OtherRank(judge_engine, judge_script.chat, engine, judge_clock, clock)
-        rollout = run_rollout(args, engine, backend, group * n_prompts, n_prompts)
+        if args.judge_server:
+            backend = ServerEngine(judge_engine, judge_script.chat, engine, judge_clock, clock)
+        if args.release_cache:
+            engine.runner.graphs = set()
+            judge_engine.runner.graphs = set()
+        rollout = run_rollout(args, engine, backend, number * n_prompts, n_prompts)
         clock.wait_until(judge_clock.now)
         clocks.append(clock)
         parts.update(clock.seconds)
         floors.update(clock.floors)
-        if layout == "roles":
-            floors.update(judge_clock.floors)
-        train_step(args, rollout, clock_models(policy, train_clock, pass_cost), n_prompts, n_groups)
+        train_step(args, rollout, clock_models(policy, train_clock, pass_cost), n_prompts, n_engines)
     rollout_seconds = max(clock.now for clock in clocks)
-    phases = {part: seconds / n_groups for part, seconds in parts.items()}
+    phases = {part: seconds / n_engines for part, seconds in parts.items()}
     phases["waiting for the slowest rank"] = rollout_seconds - sum(phases.values())
     phases |= {phase: train_clock.seconds[phase] / args.world_size for phase in ("score", "update")}
     phases |= copied_seconds(args, policy, gpu)
@@ -495,10 +501,7 @@ def simulate(args: Args, gpu: GPU, layout: Layout) -> tuple[dict[str, float], di
 
 
 def main(args: Args) -> None:
-    columns = []
-    for layout in args.layouts:
-        for gpu in GPUS:
-            columns.append((f"{gpu.name} {layout}", *simulate(args, gpu, layout)))
+    columns = [(gpu.name, *simulate(args, gpu)) for gpu in GPUS]
     print(
         f"seconds of a step of {args.prompts_per_step} prompts x {args.n_samples} on {args.world_size} ranks, "
         f"{args.model}; floors in brackets"

@@ -51,6 +51,7 @@ class GPURunner(Runner):
     def __init__(self, model: Transformer, stop_ids: Iterable[int], max_len: int, max_batch: int, n_blocks: int):
         super().__init__(model, stop_ids, max_len, max_batch, n_blocks)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+        self.compiled: set[int] = set()  # batch sizes whose kernels are
         # shared by the graphs, which never run at the same time: logits, and the memory of activations
         self.logits = torch.empty(max_batch, model.config.vocab_size, device=self.device)
         self.memory_pool = torch.cuda.graph_pool_handle()
@@ -76,19 +77,25 @@ class GPURunner(Runner):
         return self.logits[:n]
 
     def capture(self, size: int) -> None:
+        if size not in self.compiled:
+            self.compile(size)
+            self.compiled.add(size)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory_pool):
+            self.decode_step(size)
+        self.graphs[size] = graph
+
+    def compile(self, size: int) -> None:
+        """Runs a step outside of a graph, which compiles its kernels. What it writes to the cache, the next one writes
+        again."""
         before = {name: tensor.clone() for name, tensor in self.slots.tensors().items()}
-        # A first step outside the capture compiles the kernels. What it writes to the cache the replay writes again.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.decode_step(size)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory_pool):
-            self.decode_step(size)
         for name, tensor in self.slots.tensors().items():
             tensor.copy_(before[name])
-        self.graphs[size] = graph
 
     def decode_step(self, n: int) -> None:
         """A step of the first n slots. Nothing here may depend on a value on the device."""

@@ -68,12 +68,12 @@ def test_a_simulation_is_compared_by_phase(bench, capsys):
 
 @pytest.fixture
 def simulated(bench):
-    """Simulates a step of four prompts on two H100: phases and floors of a layout."""
+    """Simulates a step of four prompts on two H100: phases and floors."""
     simulate = bench("simulate")
 
-    def run(layout, **settings):
+    def run(**settings):
         sizes = dict(world_size=2, prompts_per_step=4, mini_batch_prompts=2, max_batch=8, tokens_per_microbatch=4096)
-        return simulate.simulate(simulate.Args(**{**sizes, **settings}), simulate.GPUS[0], layout)
+        return simulate.simulate(simulate.Args(**{**sizes, **settings}), simulate.GPUS[0])
 
     return run
 
@@ -82,7 +82,7 @@ def test_a_simulated_step_has_the_costs_of_its_calls(simulated):
     """7B, responses and judgements of one length, against a count by hand."""
     weights = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 3584 * 152064
     kv = 28 * 2 * 512 * 2  # bytes of a token's keys and values
-    phases, floors = simulated("turns", response_cv=0.0, edit_rate=0.0)
+    phases, floors = simulated(response_cv=0.0, edit_rate=0.0)
     # two prompts a rank: 8 originals decode 399 tokens, one comes from the prefill, and up to 8 are waited for
     bytes_read = 2 * weights + 8 * (800 + 200) * kv
     assert (
@@ -91,20 +91,24 @@ def test_a_simulated_step_has_the_costs_of_its_calls(simulated):
     assert floors["policy decode"] == pytest.approx(400 * bytes_read / (0.89 * 3.35e12), rel=0.03)
     trained = 2 * 6.53e9 * 2 * (800 + 4 * 400)  # FLOPs of a forward pass without attention, one model
     assert floors["update"] == pytest.approx(2 * 3 * trained / (0.81 * 989e12), rel=0.15)
-    recomputed, _ = simulated("turns", response_cv=0.0, edit_rate=0.0, checkpoint_activations=True)
+    recomputed, _ = simulated(response_cv=0.0, edit_rate=0.0, checkpoint_activations=True)
     assert recomputed["update"] == pytest.approx(phases["update"] * 4 / 3)
-    assert phases["offload"] == 0 and simulated("turns", offload=True)[0]["offload"] > 0
+    assert phases["offload"] == 0 and simulated(offload=True)[0]["offload"] > 0
 
 
-def test_layouts_share_the_work(simulated):
-    """Two ranks with roles, or that share each product, against two that do everything alone."""
-    turns, floors = simulated("turns")
-    roles, role_floors = simulated("roles")
-    together, _ = simulated("tp2")
-    assert roles["waiting for the judge"] > 0 and "judge decode" not in roles
-    assert together["policy decode"] < turns["policy decode"]
+def test_ranks_share_the_work_of_an_engine(simulated):
+    apart, floors = simulated()
+    together, lowest = simulated(tensor_parallel=2, max_batch=16)
+    assert together["policy decode"] < apart["policy decode"]
     for phase in ("policy prefill", "judge prefill", "score", "update"):  # the same work, on two ranks
-        assert role_floors[phase] == pytest.approx(floors[phase], rel=0.05)
+        assert lowest[phase] == pytest.approx(floors[phase], rel=0.05)
+    released, _ = simulated(tensor_parallel=2, max_batch=16, release_cache=True)
+    assert released["CUDA graphs"] > 0 and "CUDA graphs" not in together
+
+
+def test_a_simulated_server_judges_beside_the_policy(simulated):
+    phases, _ = simulated(judge_server=True)
+    assert phases["waiting for the judge"] > 0 and "judge decode" not in phases
 
 
 def test_without_trl_the_bench_says_what_it_needs(bench, monkeypatch):
