@@ -6,17 +6,15 @@
 #
 #   bash recipes/qwen.sh 0.5b    # one GPU of 80 GB, 32 prompts a step instead of the paper's 128: a complete run to look at
 #   bash recipes/qwen.sh 7b      # 8 x 80 GB; the GRM runs in the processes that train
-#   bash recipes/qwen.sh 14b     # 8 x 80 GB; a server has the GRM (the paper: two further GPUs), so in two parts:
-#       STAGES="rows sft grm dpo" bash recipes/qwen.sh 14b
-#       STAGES="ppo_grm cpe evaluate" JUDGE=http://OTHER_MACHINE:8000/v1 bash recipes/qwen.sh 14b
+#   bash recipes/qwen.sh 14b     # the same; the paper's GRM had two further GPUs
 #
 #   bash recipes/qwen.sh SIZE                               # judgements.jsonl is in DATA (data/annotate.py)
 #   bash recipes/qwen.sh SIZE --judge URL                   # no GRM is trained: rewards are those of that server
 #   bash recipes/qwen.sh SIZE PERSONAS QUESTIONS FLAGS...   # makes the rows first (recipes/own_data.sh, data/annotate.py)
 #   PLAN_ONLY=1 MODEL=FOLDER bash recipes/qwen.sh SIZE      # needs no GPU, and only config.json of the model
 #
-# STAGES       some of rows, sft, grm, bt, dpo, ppo_bt, ppo_grm, cpe, evaluate. 14b: without bt and ppo_bt, whose
-#              plan does not fit. Stage rows fetches the public rows that DATA lacks
+# STAGES       some of rows, sft, grm, bt, dpo, ppo_bt, ppo_grm, cpe, evaluate. Stage rows fetches the public rows that
+#              DATA lacks
 # MODEL        folder or hub id; GRM_MODEL: the same for a GRM of another size
 # DATA, OUT    rows; run folders OUT/STAGE, and OUT/evaluate/table.md
 # JUDGE        OpenAI-compatible server of the GRM in RL. EVALUATION_JUDGE, BASELINE: GPT-4.1 and GPT-4o of api.openai.com
@@ -44,17 +42,17 @@ case $SIZE in
     0.5b)
         GPUS=${GPUS:-1}
         MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct}
-        rl+=(--prompts-per-step 32 --mini-batch-prompts 16)
+        rl+=(--prompts-per-step 32 --mini-batch-prompts 16 --checkpoint-activations)
         ;;
     7b)
         MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-        rl+=(--offload --max-batch 64) # all originals of a step, on each rank
+        # all originals of a step run at once; without KV caches, the passes need neither recomputation nor --offload
+        rl+=(--tensor-parallel 4 --max-batch 256 --release-cache --tokens-per-microbatch 4096 --save-in-background)
         ;;
     14b)
-        stages="${stages/ bt dpo ppo_bt/ dpo}"
         MODEL=${MODEL:-Qwen/Qwen2.5-14B-Instruct}
-        JUDGE=${JUDGE:-http://localhost:8000/v1}
-        rl+=(--offload --max-batch 24 --tokens-per-microbatch 6144) # less memory than at 7B; the method is the same
+        rl+=(--tensor-parallel 8 --max-batch 512 --release-cache --tokens-per-microbatch 8192)
+        rl+=(--checkpoint-activations --offload)
         ;;
     *) echo "$usage" >&2; exit 2 ;;
 esac
@@ -71,18 +69,19 @@ for name in SFT GRM BT DPO RL EVALUATION; do
 done
 
 stage() { # stage NAME POLICY GRM BT: sets `command` to script and flags; the models are those of earlier stages
+    local recompute=(--checkpoint-activations)
     local without_edits=(--edit-rate 0 --n-samples 6) # as many trained responses as 4 originals and 2 edits
     case $1 in
-        sft) command=(sft.py --model "$MODEL" --data "$DATA/pairs.jsonl" "${sft_flags[@]}") ;;
-        grm) command=(train_grm.py --model "$GRM_MODEL" --data "$DATA/judgements.jsonl" "${grm_flags[@]}") ;;
-        bt) command=(train_grm.py --objective bt --model "$MODEL" --data "$DATA/pairs.jsonl" "${bt_flags[@]}") ;;
-        dpo) command=(dpo.py --model "$2" --data "$DATA/pairs.jsonl" "${dpo_flags[@]}") ;;
+        sft) command=(sft.py --model "$MODEL" --data "$DATA/pairs.jsonl" "${recompute[@]}" "${sft_flags[@]}") ;;
+        grm) command=(train_grm.py --model "$GRM_MODEL" --data "$DATA/judgements.jsonl" "${recompute[@]}" "${grm_flags[@]}") ;;
+        bt) command=(train_grm.py --objective bt --model "$MODEL" --data "$DATA/pairs.jsonl" "${recompute[@]}" "${bt_flags[@]}") ;;
+        dpo) command=(dpo.py --model "$2" --data "$DATA/pairs.jsonl" "${recompute[@]}" "${dpo_flags[@]}") ;;
         ppo_bt) command=(ppo_cpe.py --model "$2" --judge "bt:$4" "${without_edits[@]}" "${rl[@]}" "${rl_flags[@]}") ;;
         ppo_grm) command=(ppo_cpe.py --model "$2" --judge "$3" "${without_edits[@]}" "${rl[@]}" "${rl_flags[@]}") ;;
         cpe) command=(ppo_cpe.py --model "$2" --judge "$3" "${rl[@]}" "${rl_flags[@]}") ;;
         *) echo "STAGES: $1 is none of rows, sft, grm, bt, dpo, ppo_bt, ppo_grm, cpe, evaluate" >&2; exit 2 ;;
     esac
-    command+=(--out "$OUT/$1" --checkpoint-activations)
+    command+=(--out "$OUT/$1")
 }
 say() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 ranks() { torchrun --standalone --nproc_per_node="$GPUS" "$@"; }

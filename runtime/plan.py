@@ -237,11 +237,21 @@ def report(args, machine: Machine, phases: Phases, expected: list[str]) -> float
     return max(totals)
 
 
-def pinned(machine: Machine, n_bytes: float) -> list[str]:
-    """A line on the host memory of --offload."""
-    if not (machine.offload and machine.device == "cuda"):
-        return []
-    return [f"--offload pins {n_bytes / GIB:.1f} GiB of host memory per rank, up to twice as much as torch rounds it"]
+def pinned(args, machine: Machine, models: list[Trained], offloaded: float) -> list[str]:
+    """Lines on the host memory of --offload and --save-in-background. offloaded: bytes per rank."""
+    lines: list[str] = []
+    if machine.device != "cuda":
+        return lines
+    if machine.offload:
+        lines.append(f"--offload pins {offloaded / GIB:.1f} GiB of host memory per rank")
+    if args.save_in_background:
+        state = sum(t.masters + t.moments for t in models)
+        whole = sum(t.n_parameters for t in models) * machine.dtype.itemsize
+        most = f"{state / GIB:.1f} GiB of host memory per rank, {whole / GIB:.1f} more on the first"
+        lines.append(f"--save-in-background pins {most}")
+    if lines:
+        lines.append("pinned memory can be up to twice as much, as torch rounds it")
+    return lines
 
 
 def sizes(models: dict[str, Trained]) -> str:
@@ -264,7 +274,7 @@ def one_model(args, config: Config, scalar_head: bool = False):
     passes = state if machine.offload and machine.device == "cuda" else optimizer
     passes = passes | {"gathered weights and gradients": t.whole, "activations": t.activations}
     text = f"{sizes({'': t})} billion parameters; at most {n_tokens} tokens a pass and rank"
-    expected = [text, *pinned(machine, t.moments)]
+    expected = [text, *pinned(args, machine, [t], t.moments)]
     return report(args, machine, {"passes": passes, "optimizer": optimizer}, expected)
 
 
@@ -332,7 +342,7 @@ def rl(
         f"{prompts * per_prompt:g} responses trained, {computed:,} tokens computed in each pass",
     ]
     offloaded = sum(moments.values()) + (0 if lora else sum(masters.values()))
-    expected += pinned(machine, offloaded)
+    expected += pinned(args, machine, list(models.values()), offloaded)
     at_once = sequences_at_once(args, machine)
     if at_once < args.max_batch:
         caches = sum(size for part, size in judges.items() if part.endswith("KV cache"))

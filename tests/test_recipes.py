@@ -136,23 +136,22 @@ def test_the_recipe_of_qwen_begins_with_rows_or_takes_a_judge(calls_of, size):
     def judge_of(call):
         return call[call.index("--judge") + 1]
 
-    baselines = ["dpo.py"] if size == "14b" else BASELINES
-    stages = ["sft.py", "train_grm.py", *baselines, "ppo_cpe.py", "ppo_cpe.py"]
+    stages = ["sft.py", "train_grm.py", *BASELINES, "ppo_cpe.py", "ppo_cpe.py"]
     assert scripts(runs()) == [*PUBLIC, *stages, *TABLE]
     with_rows = runs("people.csv", "asked.csv", "--judge", "http://host#m", STAGES="sft grm cpe")
     assert scripts(with_rows) == ["prepare.py", "annotate.py", "report.py", *STAGES]
     assert "out/data" in with_rows[1] and "out/data/pairs.jsonl" in with_rows[3]
     for judged in (runs("--judge", "http://host"), runs(JUDGE="http://host")):
-        assert scripts(judged) == [*PUBLIC, "sft.py", *baselines, "ppo_cpe.py", "ppo_cpe.py", *TABLE]
+        assert scripts(judged) == [*PUBLIC, "sft.py", *BASELINES, "ppo_cpe.py", "ppo_cpe.py", *TABLE]
         of_ppo, of_cpe = [call for call in judged if "ppo_cpe.py" in call][-2:]
         assert judge_of(of_ppo) == judge_of(of_cpe) == "http://host"
     rl = runs(STAGES="cpe")
     assert scripts(rl) == ["ppo_cpe.py"]
-    assert judge_of(rl[0]) == ("http://localhost:8000/v1" if size == "14b" else f"out/qwen{size}/grm/model")
+    assert judge_of(rl[0]) == f"out/qwen{size}/grm/model"
     assert f"out/qwen{size}/sft/policy" in rl[0]
     plans = calls_of("qwen.sh", size, PLAN_ONLY="1", GRM_MODEL="larger")
     assert scripts(plans) == stages and all("--plan" in call for call in plans)
-    assert "larger" in plans[1] and (size == "14b" or judge_of(plans[-1]) == "larger")
+    assert "larger" in plans[1] and judge_of(plans[-1]) == "larger"
 
 
 def test_a_wrong_stage_or_benchmark_of_qwen_is_told_before_any_work(calls_of, stubs):
