@@ -91,6 +91,10 @@ if ((gpus > 1)); then
     stage nccl-ppo 120 torchrun --nproc_per_node="$gpus" ppo_cpe.py --model "$OUT/bf16/base/policy" \
         --judge "$OUT/bf16/grm/model" "${rl[@]}" --shard-size $((gpus / 2)) --out "$OUT/nccl_ppo" --max-steps 4
     stage nccl-mismatches 20 python bench/gpu.py mismatches "$OUT/nccl_ppo" 0.25
+    stage nccl-shared-engine 120 torchrun --nproc_per_node=2 ppo_cpe.py --model "$OUT/fp32/base/policy" \
+        --judge "$OUT/fp32/grm/model" "${rl[@]}" --dtype fp32 --tensor-parallel 2 --release-cache --save-in-background \
+        --out "$OUT/nccl_shared" --max-steps 4
+    stage nccl-shared-mismatches 20 python bench/gpu.py mismatches "$OUT/nccl_shared" 1e-3
 fi
 
 if [ -z "$EMULATED" ]; then # times; what transformers takes comes last

@@ -274,4 +274,5 @@ def test_what_a_continuation_may_change():
     assert may_change(JudgeArgs) == {"judge_patience"}
     assert may_change(module_of("sft").Args) == may_change(module_of("dpo").Args) == MACHINE
     assert may_change(module_of("train_grm").Args) == MACHINE | HELD_OUT
-    assert may_change(module_of("ppo_cpe").Args) == MACHINE | WATCHING | {"kv_tokens", "judge_patience"}
+    engines = {"kv_tokens", "tensor_parallel", "release_cache", "judge_patience"}
+    assert may_change(module_of("ppo_cpe").Args) == MACHINE | WATCHING | engines
