@@ -143,6 +143,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import diagnostics
+from attention import to_device
 from chat import Chat
 from engine import Engine, Sample
 from judges import Judge, JudgeSettings, fingerprint, open_judge, parse_spec, planned_memory
@@ -167,6 +168,7 @@ from trajectory import (
     UpdateRecord,
     ValueArrays,
     balance_prompts,
+    to_host,
 )
 from weights import resolve
 
@@ -594,11 +596,11 @@ def policy_pass(policy: Transformer, packed: packing.Batch, batch: Batch, args: 
     )
     current = logprobs.detach()
     device = current.device
-    old = []
-    for given, now in zip(batch.old_logprobs, current.split(packed.counts)):
-        old.append(now if given is None else given.to(device))  # None: sampled with the same weights
-    old_logprobs = torch.cat(old)
-    advantages = torch.cat(batch.advantages).to(device)
+    is_known = [given is not None for given in batch.old_logprobs]  # else sampled with the same weights
+    known = [torch.zeros(n) if given is None else given for given, n in zip(batch.old_logprobs, packed.counts)]
+    of_known = packing.per_token_flags(is_known, packed.counts, device)
+    old_logprobs = torch.where(of_known, to_device(torch.cat(known), device), current)
+    advantages = to_device(torch.cat(batch.advantages), device)
     is_edit = packing.per_token_flags([t.parent is not None for t in batch.trajectories], packed.counts, device)
 
     def loss_of(logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -608,13 +610,13 @@ def policy_pass(policy: Transformer, packed: packing.Batch, batch: Batch, args: 
     arrays = TokenArrays(
         trajectories=batch.trajectories,
         counts=packed.counts,
-        is_edit=is_edit.cpu(),
-        logprobs=current.cpu(),
-        old_logprobs=old_logprobs.cpu(),
-        advantages=advantages.cpu(),
-        entropy=entropy.cpu(),
-        loss=loss.detach().cpu(),
-        weight=gradient_weight(loss_of, current, advantages).cpu(),
+        is_edit=is_edit,
+        logprobs=current,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        entropy=entropy,
+        loss=loss.detach(),
+        weight=gradient_weight(loss_of, current, advantages),
     )
     return loss.sum(), arrays
 
@@ -622,10 +624,10 @@ def policy_pass(policy: Transformer, packed: packing.Batch, batch: Batch, args: 
 def critic_pass(critic: Transformer, packed: packing.Batch, batch: Batch, args: Args) -> tuple[Tensor, ValueArrays]:
     """A micro-batch of the critic: the sum of its token losses, a scalar with the graph, and arrays [S]."""
     values = training.forward(critic, packed, args.temperature)
-    old_values = torch.cat(batch.values).to(values.device)
-    returns = torch.cat(batch.returns).to(values.device)
+    old_values = to_device(torch.cat(batch.values), values.device)
+    returns = to_device(torch.cat(batch.returns), values.device)
     loss, clipped = value_loss(values, old_values, returns, args.value_clip)
-    return loss.sum(), ValueArrays(loss=loss.detach().cpu(), clipped=clipped.cpu())
+    return loss.sum(), ValueArrays(loss=loss.detach(), clipped=clipped)
 
 
 def backward(
@@ -649,7 +651,7 @@ def backward(
         (loss * ranks.world_size / n_tokens).backward()
         arrays.append(of_tokens)
         flops += roofline.update_flops(model, packed)
-    return arrays, flops
+    return [to_host(of_tokens) for of_tokens in arrays], flops  # after all passes: a copy waits for what is computed
 
 
 def update(

@@ -11,6 +11,7 @@ Batch          the trajectories that a rank trains on, with log-probs, values an
 UpdateRecord   what the update did with each token (TokenArrays, ValueArrays), for the metrics
 """
 
+import copy
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class TokenArrays:
-    """What a policy pass of an update did with the tokens of a micro-batch: [S] on the CPU."""
+    """What a policy pass of an update did with the tokens of a micro-batch: [S] each."""
 
     trajectories: list[Trajectory]
     counts: list[int]  # tokens of each; their sum is S
@@ -164,13 +165,22 @@ class TokenArrays:
 
 @dataclass(kw_only=True)
 class ValueArrays:
-    """What a critic pass did with the tokens of a micro-batch: [S] on the CPU."""
+    """What a critic pass did with the tokens of a micro-batch: [S] each."""
 
     loss: Tensor  # fp32
     clipped: Tensor  # bool: gets no gradient
 
 
 Arrays = TypeVar("Arrays", TokenArrays, ValueArrays)
+
+
+def to_host(arrays: Arrays) -> Arrays:
+    """The same with all tensors on the CPU."""
+    moved = copy.copy(arrays)
+    for name, value in vars(arrays).items():
+        if isinstance(value, Tensor):
+            setattr(moved, name, value.cpu())
+    return moved
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from attention import Packed, SharedPrefix
+from attention import Packed, SharedPrefix, to_device
 from runtime.distributed import Ranks, all_max, derive_seed, print0
 
 Masked = tuple[list[int], list[bool]]  # ids of a sequence, and which of them are learned
@@ -143,7 +143,7 @@ def shard(rows: list, sizes: list[int], ranks: Ranks) -> list:
 
 def per_token_flags(flags: list[bool], counts: list[int], device: torch.device) -> torch.Tensor:
     """Repeats the flag of each sequence for its tokens: bool [sum(counts)]."""
-    return torch.repeat_interleave(torch.tensor(flags), torch.tensor(counts)).to(device)
+    return to_device(torch.repeat_interleave(torch.tensor(flags), torch.tensor(counts)), device)
 
 
 def micro_batches(sizes: list[int], tokens_per_microbatch: int, ranks: Ranks) -> list[list[int]]:

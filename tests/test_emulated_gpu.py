@@ -196,6 +196,26 @@ def test_the_host_seldom_waits_for_a_decode_step():
     assert sum(emulated_gpu.WAITS.values()) == 64 // engine.runner.steps_per_poll, emulated_gpu.WAITS
 
 
+@emulated
+def test_the_host_does_not_wait_between_passes(tiny, tmp_path, monkeypatch):
+    """What an update did with each token is copied to the host after its last pass."""
+    (tmp_path / "my.py").write_text(REWARDS)
+    flags = [*flags_of(tiny, f"{tmp_path}/my.py:critic"), "--tokens-per-microbatch", 150, "--max-steps", 1]
+    n_passes = []
+    backward = ppo_cpe.backward
+
+    def counted(model, one_pass, micro_batches, *rest):
+        emulated_gpu.WAITS.clear()
+        found = backward(model, one_pass, micro_batches, *rest)
+        n_passes.append(len(micro_batches))
+        assert all("trajectory.py" in where for where in emulated_gpu.WAITS), emulated_gpu.WAITS  # to_host
+        return found
+
+    monkeypatch.setattr(ppo_cpe, "backward", counted)
+    on_gpu(ppo_cpe, *flags, "--out", tmp_path / "run")
+    assert max(n_passes) > 1
+
+
 # -- the stages --------------------------------------------------------------------------------------------------------
 
 

@@ -81,8 +81,6 @@ def test_recipes_pass_their_own_plan(size, tmp_path, capsys):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     calls = [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
     modules = [sft, train_grm, train_grm, dpo, ppo_cpe, ppo_cpe, ppo_cpe]
-    if size == "14b":  # BT does not fit
-        modules = [sft, train_grm, dpo, ppo_cpe, ppo_cpe]
     assert [script for script, *_ in calls] == [f"{module.__name__}.py" for module in modules]
     for module, (_, *flags) in zip(modules, calls):
         module.main(tyro.cli(module.Args, args=flags))  # exits where it does not fit
