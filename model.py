@@ -343,7 +343,7 @@ def write_pretrained(
     tokenizer_from: str | None,
     templates: dict[str, str] | None = None,
 ) -> None:
-    """Writes what `gathered_weights` gave; see `save_pretrained`. Reads nothing of the model but its config."""
+    """Writes what `gathered_weights` gave; see `save_pretrained`. Reads the model's settings, not its weights."""
     special = {} if tokenizer_from is None else weights.special_ids(tokenizer_from, model.config.vocab_size)
     with weights.replaced_folder(path) as folder:
         weights.save_tensors(tensors, folder)

@@ -71,8 +71,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     max_new_tokens: flags.Count = 2048
     """Tokens of an original or an edit."""
     tensor_parallel: flags.MayChange[flags.Count] = 1
-    """Neighbouring ranks that sample and judge as one engine, each with a part of every layer (docs/gpus.md).
-    --max-batch and --kv-tokens are then an engine's."""
+    """Number of neighbouring ranks that sample and judge as one engine, each with a part of every layer
+    (docs/gpus.md). --max-batch and --kv-tokens are then an engine's."""
     release_cache: flags.MayChange[bool] = False
     """Free the engines' KV caches on a GPU while models are trained. CUDA graphs are captured anew in each step."""
     truncated: Literal["judge", "drop", "min_score"] = "judge"
@@ -167,8 +167,8 @@ from trajectory import (
     Trajectory,
     UpdateRecord,
     ValueArrays,
+    arrays_on_cpu,
     balance_prompts,
-    to_host,
 )
 from weights import resolve
 
@@ -651,7 +651,8 @@ def backward(
         (loss * ranks.world_size / n_tokens).backward()
         arrays.append(of_tokens)
         flops += roofline.update_flops(model, packed)
-    return [to_host(of_tokens) for of_tokens in arrays], flops  # after all passes: a copy waits for what is computed
+    # after all passes, since a copy waits for what is being computed
+    return [arrays_on_cpu(of_tokens) for of_tokens in arrays], flops
 
 
 def update(
@@ -859,8 +860,8 @@ def main(args: Args) -> None:
 def shard(rows: list[tuple[dict, list[int]]], ranks: Ranks) -> list[Prompt]:
     """The prompts of a batch that this rank's engine samples for, each with its index in the whole batch."""
     prompts = [Prompt(index=i, row=row, ids=ids) for i, (row, ids) in enumerate(rows)]
-    number, n_engines = ranks.engine
-    return prompts[number::n_engines]
+    n_engines = ranks.world_size // ranks.ranks_per_engine
+    return prompts[ranks.rank // ranks.ranks_per_engine :: n_engines]
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from prompts import Judgement
 from runtime import packing
 from runtime.digests import is_whole
 from runtime.distributed import Ranks, start
-from trajectory import Batch, Prompt, Trajectory, UpdateRecord, to_host
+from trajectory import Batch, Prompt, Trajectory, UpdateRecord, arrays_on_cpu
 
 
 def load_script(path: str) -> ModuleType:
@@ -111,7 +111,7 @@ def gradient(
     for indices, packed in packing.packed_micro_batches(prompts, responses, None, args.tokens_per_microbatch, ranks):
         loss, tokens = script.policy_pass(policy, packed, batch.take(indices), args)
         (loss / n_tokens).backward()
-        record.policy.append(to_host(tokens))
+        record.policy.append(arrays_on_cpu(tokens))
     means = diagnostics.Means()
     diagnostics.describe_update(means, record, args.eps_low, args.eps_high)
     known = {name: value for name, value in means.over_ranks(ranks).items() if value is not None}

@@ -5,7 +5,7 @@ Origin         a request to the engine: an original y_o of x, or the edit y_e of
 Response       what the engine sampled for it
 Trajectory     a response with a reward, which can be trained on
 Dropped        a response that leaves the batch, with the reason
-Rollout        a rank's responses of a step
+Rollout        the responses of a rank's engine in a step
 Checks         more judgements of them, which change nothing in the training
 Batch          the trajectories that a rank trains on, with log-probs, values and advantages of their tokens
 UpdateRecord   what the update did with each token (TokenArrays, ValueArrays), for the metrics
@@ -174,7 +174,7 @@ class ValueArrays:
 Arrays = TypeVar("Arrays", TokenArrays, ValueArrays)
 
 
-def to_host(arrays: Arrays) -> Arrays:
+def arrays_on_cpu(arrays: Arrays) -> Arrays:
     """The same with all tensors on the CPU."""
     moved = copy.copy(arrays)
     for name, value in vars(arrays).items():

@@ -31,7 +31,7 @@ class PagedDecodeContext:
 
 
 def graph_size(n: int, most: int) -> int:
-    """The rows of the graph that n slots use: at most 16, or an eighth of n, are left over. most: of all graphs."""
+    """The rows of the graph that n slots use: up to 15 more, from 129 on up to a quarter. most: of any graph."""
     power_of_two = 1 << (n - 1).bit_length()
     if n <= 8:
         return min(power_of_two, most)
@@ -51,9 +51,9 @@ class GPURunner(Runner):
     def __init__(self, model: Transformer, stop_ids: Iterable[int], max_len: int, max_batch: int, n_blocks: int):
         super().__init__(model, stop_ids, max_len, max_batch, n_blocks)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
-        self.compiled: set[int] = set()  # batch sizes whose kernels are
+        self.compiled: set[int] = set()  # batch sizes whose kernels have been compiled
         # shared by the graphs, which never run at the same time: logits, and the memory of activations
-        self.logits = torch.empty(max_batch, model.config.vocab_size, device=self.device)
+        self.logits = torch.empty(max_batch, len(model.head_weight), device=self.device)
         self.memory_pool = torch.cuda.graph_pool_handle()
 
     def release_cache(self) -> None:
@@ -86,8 +86,8 @@ class GPURunner(Runner):
         self.graphs[size] = graph
 
     def compile(self, size: int) -> None:
-        """Runs a step outside of a graph, which compiles its kernels. What it writes to the cache, the next one writes
-        again."""
+        """Runs a step outside of a graph, which compiles its kernels. The next step overwrites what it writes to the
+        cache."""
         before = {name: tensor.clone() for name, tensor in self.slots.tensors().items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -169,6 +169,8 @@ class FirstRankAsks(Judge):
             self.judge.submit(key, row, answer, seed)
 
     def advance(self) -> None:
+        if self.pending == 0:
+            return
         told = None
         if self.ranks.rank == 0:
             told = self.judge.poll(), self.judge.take_counts(), self.judge.down

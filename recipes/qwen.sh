@@ -38,25 +38,28 @@ fi
 rl=(--prompts "$DATA/prompts_train.jsonl") # which --edit-loss to take: docs/method.md 2.1
 stages="rows sft grm bt dpo ppo_bt ppo_grm cpe evaluate"
 [ -z "$JUDGE" ] || stages=${stages/ grm/} # a judge is given: no GRM is trained
+[ "$SIZE" != 0.5b ] || GPUS=${GPUS:-1}
+GPUS=${GPUS:-8}
 case $SIZE in
     0.5b)
-        GPUS=${GPUS:-1}
         MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct}
         rl+=(--prompts-per-step 32 --mini-batch-prompts 16 --checkpoint-activations)
         ;;
     7b)
         MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
         # all originals of a step run at once; without KV caches, the passes need neither recomputation nor --offload
-        rl+=(--tensor-parallel 4 --max-batch 256 --release-cache --tokens-per-microbatch 4096 --save-in-background)
+        shared=$((GPUS < 4 ? GPUS : 4)) # ranks of an engine
+        rl+=(--tensor-parallel $shared --max-batch $((64 * shared)) --release-cache)
+        rl+=(--tokens-per-microbatch 4096 --save-in-background)
         ;;
     14b)
         MODEL=${MODEL:-Qwen/Qwen2.5-14B-Instruct}
-        rl+=(--tensor-parallel 8 --max-batch 512 --release-cache --tokens-per-microbatch 8192)
-        rl+=(--checkpoint-activations --offload)
+        shared=$((GPUS < 8 ? GPUS : 8))
+        rl+=(--tensor-parallel $shared --max-batch $((64 * shared)) --release-cache)
+        rl+=(--tokens-per-microbatch 8192 --checkpoint-activations --offload)
         ;;
     *) echo "$usage" >&2; exit 2 ;;
 esac
-GPUS=${GPUS:-8}
 GIB=${GIB:-80}
 GRM_MODEL=${GRM_MODEL:-$MODEL}
 BASELINE=${BASELINE:-https://api.openai.com/v1#gpt-4o}

@@ -21,7 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -109,6 +109,7 @@ def _write_parts(folder: str, parts: list[Part], ranks: Ranks) -> None:
     for i, part in enumerate(parts):
         content = {key: local.cpu().contiguous() for key, local in part.items()}
         save_file(content, os.path.join(folder, _shard_file(ranks, i)))
+        del content  # before the next is made
 
 
 def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> None:
@@ -219,28 +220,24 @@ def finished(out: str) -> list[str]:
 # -- a whole checkpoint ------------------------------------------------------------------------------------------------
 
 
-_staging: dict[str, torch.Tensor] = {}  # pinned host memory of `_to_staging`, allocated once
-
-
-def _to_staging(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy to host memory, which the next checkpoint overwrites."""
-    host = _staging.get(key)
-    if host is None:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        _staging[key] = host
-    return host.copy_(tensor, non_blocking=True)
+def _staged(staging: Part, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Starts a copy to pinned host memory, which the next checkpoint overwrites."""
+    if key not in staging:
+        staging[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return staging[key].copy_(tensor, non_blocking=True)
 
 
 class Saving:
     """Writes OUT/checkpoints/step_NNNNNN, points OUT/NAME at its models, removes all but the newest `keep`.
 
-        saving = Saving(..., in_background=True)    # copies everything to host memory; a thread writes it
-        saving.is_written()                         # on this rank
-        saving.complete()                           # waits, then makes it a checkpoint
+        saving = Saving(..., staging)    # copies everything to host memory; a thread writes it
+        saving.is_written()              # on this rank
+        saving.complete()                # waits, then makes it a checkpoint
 
-    models: {"policy": model, "critic": model, ...}. templates: see `model.save_pretrained`. in_background: without it
-    files are written at once, and host memory holds one model or part at a time. One at a time; every rank calls it.
-    OSError on every rank: one of them could not write; what was there before is whole.
+    models: {"policy": model, "critic": model, ...}. templates: see `model.save_pretrained`. staging: memory of the
+    copies, which the next checkpoint uses again, so complete one before the next begins. None: files are written at
+    once, and host memory holds one model or part at a time. Every rank makes these calls. OSError on every rank: one of
+    them could not write; what was there before is whole.
     """
 
     def __init__(
@@ -253,7 +250,7 @@ class Saving:
         templates: dict[str, str],
         keep: int,
         ranks: Ranks,
-        in_background: bool = False,
+        staging: Part | None = None,
     ):
         set_phase("checkpoint", step)
         self.out = out
@@ -267,40 +264,54 @@ class Saving:
         jobs: list[Callable[[], Any]] = []  # writing, which the other ranks have no part in
 
         def write(job: Callable[..., Any], *given: Any) -> None:
-            if in_background:
-                jobs.append(functools.partial(job, *given))
-            else:
+            if staging is None:
                 self.on_every_rank(lambda: job(*given))
+            else:
+                jobs.append(functools.partial(job, *given))
 
         self.on_rank_0(lambda: os.makedirs(train_state))
         for name, model in models.items():
-            staged = functools.partial(lambda name, key, tensor: _to_staging(f"{name}//{key}", tensor), name)
-            given = (staged,) if in_background else ()
-            tensors, adapter = gathered_weights(model, ranks.dtype, *given)
             folder = os.path.join(self.tmp, name)
+            if staging is None:
+                tensors, adapter = gathered_weights(model, ranks.dtype)
+            else:
+                prefix = f"{name}, saved as a model: "
+                to_host = functools.partial(lambda prefix, key, x: _staged(staging, prefix + key, x), prefix)
+                tensors, adapter = gathered_weights(model, ranks.dtype, to_host)
             write(write_pretrained if tensors else _nothing, model, tensors, adapter, folder, tokenizer_from, templates)
-        parts, index = _train_state(models, optimizers, ranks, _to_staging if in_background else lambda key, x: x)
+            del tensors, adapter  # before the next are gathered
+        if staging is None:
+            parts, index = _train_state(models, optimizers, ranks, lambda key, x: x)
+        else:
+            parts, index = _train_state(models, optimizers, ranks, functools.partial(_staged, staging))
         write(_write_parts, train_state, parts, ranks)
         merged: dict[str, list] = {}
         for key, (shape, pieces) in all_gather(ranks, index.items()):
             merged.setdefault(key, [shape, {}])[1].update(pieces)
         if ranks.rank == 0:
             jobs.append(lambda: write_text(os.path.join(train_state, "index.json"), json.dumps(merged)))
-        jobs.append(lambda: _flush(self.tmp, _written_by(ranks.rank, self.tmp)))
-        if in_background and torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies
-        self.digests: Callable[[], dict[str, str]] = lambda: [job() for job in jobs][-1]
-        self.is_written = lambda: True
-        if in_background:
+        self.written: Future[dict[str, str]] | None = None
+        self.jobs = jobs
+        if staging is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the copies
             thread = ThreadPoolExecutor(1)
-            future = thread.submit(self.digests)
-            self.digests = future.result
-            self.is_written = future.done
+            self.written = thread.submit(self.write)
             thread.shutdown(wait=False)
 
+    def write(self) -> dict[str, str]:
+        """Writes what is left to write -> the digests of this rank's files."""
+        for job in self.jobs:
+            job()
+        return _flush(self.tmp, _written_by(self.ranks.rank, self.tmp))
+
+    def is_written(self) -> bool:
+        return self.written is None or self.written.done()
+
     def complete(self) -> None:
+        """Waits until all ranks have written, then gives the checkpoint its name."""
         set_phase("checkpoint", self.step)
-        digests = self.on_every_rank(self.digests)
+        digests = self.on_every_rank(self.write if self.written is None else self.written.result)
         files = dict(sorted(all_gather(self.ranks, digests.items())))
         self.on_rank_0(lambda: self.finish(files))
 

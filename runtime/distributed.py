@@ -41,14 +41,12 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first rank of its engine, whose samples it hands on."""
+        """Whether this is the first rank of its engine, which passes the engine's samples on to training."""
         return self.engine_ranks is None or self.engine_ranks.rank == 0
 
     @property
-    def engine(self) -> tuple[int, int]:
-        """(number of this rank's engine, number of all engines)."""
-        size = self.engine_ranks.size if self.engine_ranks else 1
-        return self.rank // size, self.world_size // size
+    def ranks_per_engine(self) -> int:
+        return self.engine_ranks.size if self.engine_ranks else 1
 
 
 def start(
@@ -92,7 +90,7 @@ def start(
         )
     engine_ranks = None
     if tensor_parallel > 1:
-        group, _ = dist.new_subgroups(tensor_parallel)
+        group, _ = dist.new_subgroups(tensor_parallel, timeout=_collective_timeout(timeouts))
         engine_ranks = EngineRanks(group, rank % tensor_parallel, tensor_parallel)
     if dtype == "auto":
         dtype = "bf16" if cuda else "fp32"
@@ -135,8 +133,12 @@ def _join(backend: str, rank: int, world_size: int, timeouts: tuple[int, int, in
         raise ValueError(
             f"not all {world_size} ranks have joined within {seconds[0]} s (--timeouts): {first}"
         ) from error
-    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=max(seconds) + 600))
+    timeout = _collective_timeout(timeouts)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _collective_timeout(timeouts: tuple[int, int, int] | None) -> timedelta:
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=max(timeouts or TIMEOUTS) + 600))
 
 
 def print0(*values: Any) -> None:

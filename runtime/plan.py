@@ -316,8 +316,9 @@ def rl(
     moments = {f"{name}: Adam moments": t.moments for name, t in models.items()}
     larger = max(models.values(), key=lambda t: t.gradients + t.whole + t.activations)
     gradients = {"gradients (one model at a time)": larger.gradients}
-    # of a step of decoding, and the sampler's two copies
-    logits = 3 * 4 * args.max_batch * policy.vocab_size / machine.tensor_parallel
+    # of a step of decoding, and the sampler's two copies; ranks that share an engine also send and receive them
+    copies = 3 if machine.tensor_parallel == 1 else 6
+    logits = copies * 4 * args.max_batch * policy.vocab_size / machine.tensor_parallel
     sampling = {**resident, "logits of a step": logits}
     if args.release_cache and machine.device == "cuda":
         resident = {part: size for part, size in resident.items() if not part.endswith("KV cache")}

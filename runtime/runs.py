@@ -56,6 +56,7 @@ class Run:
         self.step = 0
         self.seconds: dict[str, float] = {}
         self.saving: checkpoints.Saving | None = None
+        self.staging: dict[str, torch.Tensor] = {}  # host memory of --save-in-background
         self.bar: tqdm | None = None
         if args.push_to_hub:
             model_card.check_hub(args.push_to_hub)
@@ -162,6 +163,8 @@ class Run:
 
     def save(self, steps_done: int, in_background: bool = False) -> None:
         self.complete_saving()
+        if not in_background:
+            self.staging.clear()
         self.saving = checkpoints.Saving(
             self.out,
             steps_done,
@@ -171,7 +174,7 @@ class Run:
             self.templates,
             self.args.keep_checkpoints,
             self.ranks,
-            in_background,
+            self.staging if in_background else None,
         )
         if not in_background:
             self.complete_saving()

@@ -254,6 +254,7 @@ def skip_bad_step(figures: Mapping[str, float], examples: Sequence, run: Run, pa
     described = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     message = f"step {step}: {described}: not finite or out of bounds; the update was left out, its batch is in {file}"
     if n_bad > limit:
+        run.complete_saving()
         raise FloatingPointError(
             f"{message}. Look for odd rows in it, try a lower learning rate or --max-grad-norm, or --dtype fp32, or "
             f"go on past it with --skip-bad-steps {n_bad} (the same command continues)"

@@ -285,6 +285,23 @@ def install_kernels() -> None:
     varlen_attention.varlen_attn = checked
 
 
+def collective(function):
+    """A collective of torch.distributed, over gloo. Its first argument is what it writes: a tensor or a list."""
+
+    def on_numbers(*args, **kwargs):
+        if not any(isinstance(x, OnGPU) for x in leaves(args)):
+            return function(*args, **kwargs)
+        plain = mapped(lambda x: x.numbers if isinstance(x, OnGPU) else x, args)
+
+        def compute():
+            with _disable_current_modes(), torch.no_grad():
+                function(*plain, **kwargs)
+
+        record(compute, leaves(plain), leaves(plain[:1]))
+
+    return on_numbers
+
+
 # -- torch.cuda, and what needs nccl -----------------------------------------------------------------------------------
 
 
@@ -366,5 +383,7 @@ def install() -> None:
 
     join = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda backend, **options: join("gloo", **options)
+    for name in ("all_reduce", "all_gather", "all_to_all_single"):
+        setattr(torch.distributed, name, collective(getattr(torch.distributed, name)))
     distributed.init_device_mesh = lambda *_, **__: None
     training.shard = lambda model, ranks: model.to(ranks.dtype)

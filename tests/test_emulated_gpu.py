@@ -208,7 +208,7 @@ def test_the_host_does_not_wait_between_passes(tiny, tmp_path, monkeypatch):
         emulated_gpu.WAITS.clear()
         found = backward(model, one_pass, micro_batches, *rest)
         n_passes.append(len(micro_batches))
-        assert all("trajectory.py" in where for where in emulated_gpu.WAITS), emulated_gpu.WAITS  # to_host
+        assert all("trajectory.py" in where for where in emulated_gpu.WAITS), emulated_gpu.WAITS  # arrays_on_cpu
         return found
 
     monkeypatch.setattr(ppo_cpe, "backward", counted)

@@ -1,6 +1,10 @@
 """Engines that several ranks share, over gloo: they say what a whole engine says."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +17,10 @@ from tensor_parallel import EngineRanks, ModelPart
 # Each rank runs this: it writes what its engine says before and after new weights.
 SCRIPT = """
 import sys, json, torch
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+if {on_gpu}:
+    import emulated_gpu
+    emulated_gpu.install()
 from test_tensor_parallel import STOPS, samples_of
 from engine import Engine
 from model import load_pretrained
@@ -21,14 +28,32 @@ from runtime.distributed import start
 from runtime.training import weight_sync_error
 
 ranks = start(tensor_parallel={size})
-engine = Engine(load_pretrained({first!r}, engine_ranks=ranks.engine_ranks), STOPS, 300, 8, 1200)
+device = ranks.device
+engine = Engine(load_pretrained({first!r}, None, device, engine_ranks=ranks.engine_ranks), STOPS, 300, 8, 1200)
 found = samples_of(engine)
-other = load_pretrained({second!r})
+engine.release_cache()
+other = load_pretrained({second!r}, None, device)
 engine.sync_weights(other)
 found += samples_of(engine)
 error = weight_sync_error(engine.model, other, list(range(40)), ranks)
+assert device.type == "cpu" or engine.runner.graphs
 json.dump([found, error], open(f"{folder}/{{ranks.rank}}.json", "w"))
 """
+
+
+def run_apart(script, processes):
+    """Runs the ranks of a script in new processes: the emulated GPU has to be there before anything is imported."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1], OMP_NUM_THREADS=1)
+    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    ranks = [
+        subprocess.Popen([sys.executable, script], env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors.decode()[-3000:]
 
 
 STOPS = range(6, 30)
@@ -50,25 +75,36 @@ def samples_of(engine):
     return [[s.ids, s.logprobs, s.finish_reason, s.top_logprobs] for s in samples]
 
 
+QWEN3 = dict(model_type="qwen3", tie_word_embeddings=False, vocab_size=301)
+
+
 @pytest.mark.parametrize(
-    ("size", "config"),
+    ("size", "config", "on_gpu"),
     [
-        (2, dict(model_type="qwen2")),
-        (2, dict(model_type="qwen3", tie_word_embeddings=False, vocab_size=301)),
+        (2, dict(model_type="qwen2"), False),
+        (2, QWEN3, False),
         # two ranks for each key-value head, with one and two of its three queries; uneven columns and vocabulary
-        (4, dict(model_type="llama", attention_bias=True, num_attention_heads=6, intermediate_size=50, head_dim=8)),
+        (
+            4,
+            dict(model_type="llama", attention_bias=True, num_attention_heads=6, intermediate_size=50, head_dim=8),
+            False,
+        ),
+        (2, QWEN3, True),
     ],
-    ids=["qwen2", "qwen3", "llama"],
+    ids=["qwen2", "qwen3", "llama", "qwen3 on an emulated gpu"],
 )
-def test_ranks_say_what_one_engine_says(size, config, tmp_path):
+def test_ranks_say_what_one_engine_says(size, config, on_gpu, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     models = [random_model(tiny_config(**config), seed=seed, std=0.3) for seed in (0, 1)]
     for model, path in zip(models, (first, second)):
         save_pretrained(model, str(path), None)
     script = tmp_path / "ranks.py"
-    names = dict(root=f"{ROOT}/tests", size=size, folder=str(tmp_path))
+    names = dict(root=ROOT, size=size, folder=str(tmp_path), on_gpu=on_gpu)
     script.write_text(SCRIPT.format(first=str(first), second=str(second), **names))
-    finish(launch(script, processes=size))
+    if on_gpu:
+        run_apart(script, size)
+    else:
+        finish(launch(script, processes=size))
     expected = [sample for model in models for sample in samples_of(Engine(model, STOPS, 300, 8, 1200))]
     assert len({tuple(ids) for ids, *_ in expected}) > 20 and {s[2] for s in expected} == {"stop", "length"}
     for rank in range(size):
