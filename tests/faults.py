@@ -60,6 +60,7 @@ def stages(world: str, base: str) -> dict[str, tuple[str, list[str]]]:
         "train_grm.py, bt": ("train_grm.py", [*train, "--model", base, *pairs, "--objective", "bt"]),
         "dpo.py": ("dpo.py", [*train, "--model", base, *pairs]),
         "ppo_cpe.py": ("ppo_cpe.py", ppo),
+        "ppo_cpe.py, in background": ("ppo_cpe.py", [*ppo, "--save-in-background"]),
         "ppo_cpe.py, LoRA": ("ppo_cpe.py", [*ppo, *lora]),
         "annotate.py": ("data/annotate.py", annotate),
         "evaluate.py": ("evaluate.py", evaluate),

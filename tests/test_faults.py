@@ -64,7 +64,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.slow
 def test_a_few_kills_and_damaged_files(tmp_path, capsys):
-    some = ("sft.py", "ppo_cpe.py", "annotate.py", "evaluate.py")
+    some = ("sft.py", "ppo_cpe.py", "ppo_cpe.py, in background", "annotate.py", "evaluate.py")
     assert faults.main(8, 2, str(tmp_path), only=some) == 0, capsys.readouterr().out
 
 
