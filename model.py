@@ -105,6 +105,8 @@ class MLP(nn.Module):
         if self.packed_gate_up is None or torch.is_grad_enabled():
             return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         gate, up = self.packed_gate_up(x).chunk(2, 1)
+        if x.is_cuda:
+            return self.down_proj(swiglu(gate, up))
         return self.down_proj(F.silu(gate).mul_(up))  # in place: on a CPU fresh memory costs more than the product
 
 

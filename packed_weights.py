@@ -1,4 +1,4 @@
-"""Joined and packed weights for fast inference on a CPU."""
+"""Joined and packed weights for fast inference."""
 
 import torch
 
@@ -9,13 +9,15 @@ from model import Layer, Transformer
 
 @torch.no_grad()
 def pack_weights(model: Transformer) -> None:
-    """Prepares fast inference on a CPU. Does nothing elsewhere; call it again after the weights have changed.
+    """Prepares fast inference; call it again after the weights have changed.
 
-    In fp32, adapters are merged into the packed weights. In bf16, as on a GPU, they are applied next to the shared
-    base: a merged weight would be rounded to steps of 1/256 of its size, and early updates are smaller than that.
+    Projections with a common input become views of one weight, and one product. On a CPU weights are also packed. Then
+    adapters are merged into them in fp32. In bf16, as on a GPU, adapters are applied next to the shared base: a merged
+    weight would be rounded to steps of 1/256 of its size, and early updates are smaller than that.
     """
     weight = model.model.embed_tokens.weight
-    if weight.device.type != "cpu" or (model.lora and weight.dtype == torch.bfloat16):
+    on_cpu = weight.device.type == "cpu"
+    if model.lora and (weight.dtype == torch.bfloat16 or not on_cpu):
         return
 
     def packed(*projections: Linear) -> PackedLinear:
@@ -25,9 +27,12 @@ def pack_weights(model: Transformer) -> None:
         assert isinstance(layer, Layer)
         attention = layer.self_attn
         mlp = layer.mlp
+        if not on_cpu and attention.packed_qkv is not None:
+            return  # new weights were written into the joined ones, whose addresses CUDA graphs hold
         attention.packed_qkv = packed(attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.o_proj.packed = packed(attention.o_proj)
         mlp.packed_gate_up = packed(mlp.gate_proj, mlp.up_proj)
-        mlp.down_proj.packed = packed(mlp.down_proj)
-    if not model.scalar_head:
+        if on_cpu:
+            attention.o_proj.packed = packed(attention.o_proj)
+            mlp.down_proj.packed = packed(mlp.down_proj)
+    if on_cpu and not model.scalar_head:
         model.packed_head = PackedLinear([(model.head_weight, None)])

@@ -1,4 +1,4 @@
-"""Linear layers for inference on a CPU: layers with a common input are joined, large weights are packed for oneDNN.
+"""Linear layers for inference: layers with a common input are joined; on a CPU, large weights are packed for oneDNN.
 
     linear = PackedLinear([(weight, bias), ...])
     y = linear(x)          # F.linear(x, weight, bias) of each, concatenated

@@ -75,6 +75,16 @@ class OnGPU(torch.Tensor):
     def data_ptr(self):
         return self.numbers.data_ptr()
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        """The parameter becomes another name of the other's memory."""
+        torch.Tensor.data.__set__(self, other)
+        self.numbers = other.numbers
+
     def is_pinned(self, *_):
         return False
 

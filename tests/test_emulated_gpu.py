@@ -162,6 +162,8 @@ def test_graphs_see_new_weights():
     expected = Engine(model_on("cpu", seed=5), [], 128).generate(prompts, **settings)
     assert [s.ids for (s,) in after] == [s.ids for (s,) in expected] != [s.ids for (s,) in before]
     assert engine.runner.graphs == graphs and engine.scheduler.reused_tokens == 0
+    attention = engine.model.model.layers[0].self_attn  # its projections are one product, of the memory that was synced
+    assert torch.equal(attention.packed_qkv.weight[:32], attention.q_proj.weight)
 
 
 @emulated
