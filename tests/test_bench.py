@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from conftest import random_model, tiny_config
 
 from engine import Engine
 from engine.cpu_runner import CPURunner
+from model import save_pretrained
 from runtime.distributed import start
+from runtime.roofline import Rates
 
 
 @pytest.fixture
@@ -116,3 +119,54 @@ def test_without_trl_the_bench_says_what_it_needs(bench, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: importlib.metadata.distribution("no-such-package"))
     with pytest.raises(ValueError, match="TRL is not installed; expected: pip install trl==1.16.0"):
         peers.main(peers.Args())
+
+
+@pytest.fixture
+def engines(bench, monkeypatch, tmp_path):
+    """bench/cpu_engines.py at small sizes, a folder of a small model, and its jobs run in this process."""
+    module, worker = bench("cpu_engines"), bench("cpu_engine")
+    for name, size in dict(PROMPT=6, NEW_TOKENS=4, PREFILL=20).items():
+        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(module, "run", lambda job, python: worker.measure(job))
+    monkeypatch.setattr(module, "measured_rates", lambda *_: Rates(1e11, 1e10, 4))
+    monkeypatch.setitem(worker.PEERS, "llama.cpp", ("no-such-package", None))
+    save_pretrained(random_model(tiny_config()), str(tmp_path), None)
+    args = module.Args(model=str(tmp_path), peers=("llama.cpp", "transformers"), batch=(1, 3), dtypes=("fp32",))
+    return module, worker, args
+
+
+def test_engines_on_a_cpu_are_compared(engines, capsys):
+    """Rates of ours and of `transformers`; what is not installed is named."""
+    module, _, args = engines
+    module.main(args)
+    missing, versions, header, one, three, prefill = capsys.readouterr().out.splitlines()
+    assert missing == f"llama.cpp is left out: {sys.executable} has no no-such-package"
+    assert versions.endswith(f"GFLOP/s; transformers {importlib.metadata.version('transformers')}")
+    assert header.split() == ["fp32,", "tokens/s", "limit", "ours", "transformers", "ratio"]
+    for line, name in ((one, "decode 1"), (three, "decode 3"), (prefill, "prefill")):
+        assert line.startswith(name)
+        limit, ours, peer, ratio = map(float, line.removeprefix(name).removesuffix("x").split())
+        assert min(limit, ours, peer) > 0
+        assert ratio == pytest.approx(ours / peer, rel=0.05)
+
+
+def test_an_engine_with_another_model_ends_the_bench(engines, monkeypatch):
+    module, worker, args = engines
+    open_transformers = worker.open_transformers
+
+    def open_other(job):
+        generate = open_transformers(job)
+        return lambda prompts, n_new: [[*ids[:-1], ids[-1] ^ 1] for ids in generate(prompts, n_new)]
+
+    monkeypatch.setitem(worker.PEERS, "transformers", ("transformers", open_other))
+    with pytest.raises(ValueError, match="transformers computes another model: expected the greedy tokens"):
+        module.main(args)
+
+
+def test_engines_are_asked_for_before_any_work(engines, tmp_path):
+    module, _, args = engines
+    with pytest.raises(ValueError, match="--peers-python nowhere/python: no such file"):
+        module.main(replace(args, peers_python="nowhere/python"))
+    save_pretrained(random_model(tiny_config(model_type="llama")), str(tmp_path / "llama"), None)
+    with pytest.raises(ValueError, match="--model .*llama: expected a Qwen2 model"):
+        module.main(replace(args, model=str(tmp_path / "llama")))
