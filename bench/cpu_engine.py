@@ -219,7 +219,7 @@ def measure(job: Job) -> Result:
     generate(prompts, 1)
     times = [seconds(generate, prompts, 1) for _ in range(job["repeats"])]
     rates["prefill"] = job["prefill"] / statistics.median(times)
-    responses = generate(random_ids(job, min(job["batch"]), job["prompt"]), min(n_new, 16))
+    responses = generate(random_ids(job, min(job["max_batch"], 4), job["prompt"]), min(n_new, 16))
     return Result(version=f"{package} {version}", rates=rates, responses=responses)
 
 
