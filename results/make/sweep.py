@@ -444,7 +444,10 @@ def check_table(figures: BySeed) -> str:
 
 
 def draw_diagram(figures: BySeed, folder: str) -> None:
-    """Score and advice against the rate in samples of the SFT policy; labels on the lines, other losses in grey."""
+    """Score and advice against the rate in samples of the SFT policy; labels on the lines, other losses in grey.
+
+    A line joins the rates that all seeds have. Rates on fewer seeds are hollow points.
+    """
     rates = rates_of(figures)
     x_of = {rate: max(1e-5, float(np.mean(values_of(figures, rate, "checks", "advice")))) for rate in rates}
     figure, axes = new_figure(2)
@@ -456,6 +459,11 @@ def draw_diagram(figures: BySeed, folder: str) -> None:
             if not known:
                 continue
             color = SHOWN.get(name, GREY)
+            seeds = [len(figures[rate, name]) for rate in known]
+            few = [rate for rate, n in zip(known, seeds) if n < max(seeds)]
+            means = [factor * np.mean(values_of(figures, rate, name, quantity)) for rate in few]
+            axis.plot([x_of[rate] for rate in few], means, "o", ms=4, mfc="white", color=color)
+            known = [rate for rate, n in zip(known, seeds) if n == max(seeds)]
             xs = [x_of[rate] for rate in known]
             ys = [factor * np.array(values_of(figures, rate, name, quantity)) for rate in known]
             axis.plot(xs, [y.mean() for y in ys], marker=".", color=color, lw=2 if name in SHOWN else 1)
@@ -470,13 +478,17 @@ def draw_diagram(figures: BySeed, folder: str) -> None:
 def label_lines(axis: Axes, ends: dict[str, float], x: float) -> None:
     """Names to the right of the lines' ends at x, moved apart where they would overlap."""
     low, high = axis.get_ylim()
-    lowest = low
-    for name, y in sorted(ends.items(), key=lambda item: item[1]):
-        lowest = max(y, lowest)
-        axis.annotate(
-            name, (x, y), (1.6 * x, lowest), color=SHOWN.get(name, GREY), fontsize=7, va="center", annotation_clip=False
-        )
-        lowest += 0.045 * (high - low)
+    gap = 0.045 * (high - low)
+    names = sorted(ends, key=ends.__getitem__)
+    places: list[float] = []
+    for name in names:
+        places.append(max(ends[name], places[-1] + gap if places else low))
+    highest = high - gap
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], highest)
+        highest = places[i] - gap
+    for name, place in zip(names, places):
+        axis.text(1.6 * x, place, name, color=SHOWN.get(name, GREY), fontsize=7, va="center")
     axis.set_xlim(right=8 * x)
 
 
