@@ -21,11 +21,12 @@ from judges.models import scalar_rewards
 from judges.pairs import probability_of_first
 from model import save_pretrained
 from prompts import Judgement, Templates, bt_ids, grm_prompt, judgement_text, pair_request, parse_pair
+from runtime.distributed import Ranks
 
 WEIGHTS = (0.35, 0.40, 0.25)
 TEMPLATES = Templates(answer="{persona} {question}", grm="judge {persona} {question} <<{answer}>>")
 ROW = {"prompt_id": "p", "persona": {"Name": "Ada"}, "question": "Where to?"}
-RANKS = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+RANKS = Ranks(0, 1, torch.device("cpu"), torch.float32, None)
 GOOD = judgement_text("Cut the intro.", 4, -2, 1)
 
 
