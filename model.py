@@ -309,9 +309,7 @@ def save_pretrained(
     templates: texts of the prompts that the model was trained with, by name (prompts.py). They are saved next to those
         of `tokenizer_from`.
     """
-    tensors, adapter = gathered_weights(model, dtype)
-    if tensors:
-        write_pretrained(model, tensors, adapter, path, tokenizer_from, templates)
+    write_pretrained(model, *gathered_weights(model, dtype), path, tokenizer_from, templates)
 
 
 def gathered_weights(
@@ -345,7 +343,9 @@ def write_pretrained(
     tokenizer_from: str | None,
     templates: dict[str, str] | None = None,
 ) -> None:
-    """Writes what `gathered_weights` gave; see `save_pretrained`. Reads the model's settings, not its weights."""
+    """Writes what `gathered_weights` gave this rank; see `save_pretrained`. Reads the model's settings alone."""
+    if not tensors:
+        return
     special = {} if tokenizer_from is None else weights.special_ids(tokenizer_from, model.config.vocab_size)
     with weights.replaced_folder(path) as folder:
         weights.save_tensors(tensors, folder)

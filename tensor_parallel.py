@@ -34,6 +34,12 @@ class EngineRanks:
         dist.all_gather_object(values, value, self.group)
         return values
 
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each rank, all of one shape."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(tensors, tensor, group=self.group)
+        return tensors
+
     def from_first(self, value: Any) -> Any:
         """The value of the first rank."""
         values = [value]
@@ -47,7 +53,7 @@ def part_of(n: int, rank: int, size: int) -> slice:
 
 
 class ModelPart:
-    """What this rank has of a model. config: that of the part, with its numbers of heads and columns."""
+    """This rank's part of a model. config: that of the part, with its numbers of heads and columns."""
 
     def __init__(self, config: Config, ranks: EngineRanks):
         """ValueError: the key-value heads can't be distributed."""
@@ -65,7 +71,9 @@ class ModelPart:
         queries = queries[part_of(len(queries), ranks.rank % copies, copies)]
         self.heads = slice(queries.start, queries.stop)
         self.columns = part_of(config.intermediate_size, ranks.rank, ranks.size)
-        self.vocabularies = [part_of(config.vocab_size, rank, ranks.size) for rank in range(ranks.size)]
+        vocabularies = [part_of(config.vocab_size, rank, ranks.size) for rank in range(ranks.size)]
+        self.vocabulary = vocabularies[ranks.rank]  # the ids whose logits this rank computes
+        self.widths = [ids.stop - ids.start for ids in vocabularies]  # of all ranks
         self.config = replace(
             config,
             num_attention_heads=len(queries),
@@ -99,18 +107,11 @@ class ModelPart:
             if name.endswith(("o_proj", "down_proj")):
                 module.register_forward_hook(add_up)
 
-    @property
-    def vocabulary(self) -> slice:
-        """The ids whose logits this rank computes."""
-        return self.vocabularies[self.ranks.rank]
-
     def whole_logits(self, logits: Tensor) -> Tensor:
         """All logits [n, V] on each rank, from those of its own part of the vocabulary."""
-        widths = [ids.stop - ids.start for ids in self.vocabularies]
-        padded = F.pad(logits, (0, max(widths) - logits.shape[1]))
-        parts = [torch.empty_like(padded) for _ in widths]
-        dist.all_gather(parts, padded, group=self.ranks.group)
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths)], 1)
+        padded = F.pad(logits, (0, max(self.widths) - logits.shape[1]))
+        parts = self.ranks.gather_tensors(padded)
+        return torch.cat([part[:, :width] for part, width in zip(parts, self.widths)], 1)
 
     def draw(self, sample: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *settings: Tensor) -> Any:
         """sample(logits, *settings) -> (tokens, log-probs), each [n]. Each rank draws for some of the rows.
@@ -120,17 +121,11 @@ class ModelPart:
         size = self.ranks.size
         n, width = logits.shape
         n_mine = -(-n // size)
-        widths = [ids.stop - ids.start for ids in self.vocabularies]
         sent = F.pad(logits, (0, 0, 0, n_mine * size - n))
-        received = sent.new_empty(n_mine * sum(widths))
-        sizes = [n_mine * width for width in widths]
+        sizes = [n_mine * width for width in self.widths]
+        received = sent.new_empty(sum(sizes))
         dist.all_to_all_single(received, sent.flatten(), sizes, [n_mine * width] * size, group=self.ranks.group)
         mine = torch.cat([part.view(n_mine, -1) for part in received.split(sizes)], 1)  # [n_mine, V]
         rows = slice(n_mine * self.ranks.rank, n_mine * (self.ranks.rank + 1))
         drawn = sample(mine, *(F.pad(values, (0, n_mine * size - n), value=1)[rows] for values in settings))
-        whole = []
-        for values in drawn:
-            parts = [torch.empty_like(values) for _ in range(size)]
-            dist.all_gather(parts, values, group=self.ranks.group)
-            whole.append(torch.cat(parts)[:n])
-        return whole
+        return [torch.cat(self.ranks.gather_tensors(values))[:n] for values in drawn]

@@ -137,7 +137,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class TokenArrays:
-    """What a policy pass of an update did with the tokens of a micro-batch: [S] each."""
+    """Arrays of a policy pass of an update, with a value for each token of the micro-batch: [S] each."""
 
     trajectories: list[Trajectory]
     counts: list[int]  # tokens of each; their sum is S
@@ -165,7 +165,7 @@ class TokenArrays:
 
 @dataclass(kw_only=True)
 class ValueArrays:
-    """What a critic pass did with the tokens of a micro-batch: [S] each."""
+    """Arrays of a critic pass, with a value for each token of the micro-batch: [S] each."""
 
     loss: Tensor  # fp32
     clipped: Tensor  # bool: gets no gradient

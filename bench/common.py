@@ -15,6 +15,7 @@ CONFIGS = {  # vocabulary, width, MLP, layers, heads, key-value heads
     "tiny": Config(1400, 128, 384, 4, 4, 2, tie_word_embeddings=True),
     # two layers of the 0.5B model, with the head's fraction of a 7B model
     "layers": Config(4096, 896, 4864, 2, 14, 2, tie_word_embeddings=True),
+    "135m": Config(49152, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True),  # SmolLM2
     "0.5b": Config(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
     "1.5b": Config(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
     "7b": Config(152064, 3584, 18944, 28, 28, 4),

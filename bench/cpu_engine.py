@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # names that torch and vLLM know
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
@@ -46,8 +47,8 @@ def open_ours(job: Job) -> Generate:
     from engine import Engine
     from model import load_pretrained
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["dtype"]]
-    engine = Engine(load_pretrained(job["folder"], dtype), [], job["max_len"], job["max_batch"])
+    model = load_pretrained(job["folder"], getattr(torch, DTYPES[job["dtype"]]))
+    engine = Engine(model, [], job["max_len"], job["max_batch"])
 
     def generate(prompts: list[list[int]], n_new: int) -> list[list[int]]:
         engine.reset_prefix_cache()
@@ -60,8 +61,7 @@ def open_transformers(job: Job) -> Generate:
     import torch
     import transformers
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["dtype"]]
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=DTYPES[job["dtype"]])
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     def generate(prompts: list[list[int]], n_new: int) -> list[list[int]]:
@@ -83,7 +83,7 @@ def open_vllm(job: Job) -> Generate:
     llm = vllm.LLM(
         job["folder"],
         skip_tokenizer_init=True,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[job["dtype"]],
+        dtype=DTYPES[job["dtype"]],
         max_model_len=job["max_len"],
         max_num_seqs=job["max_batch"],
         enable_prefix_caching=False,

@@ -37,7 +37,7 @@ class Args:
     peers: tuple[Literal["llama.cpp", "vLLM", "transformers"], ...] = ("llama.cpp", "vLLM", "transformers")
     """Which engines to compare with."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """Of the weights. llama.cpp keeps keys and values in fp32, or in fp16 with bf16 weights."""
+    """Dtypes of the weights. llama.cpp keeps keys and values in fp32, or in fp16 with bf16 weights."""
     batch: tuple[flags.Count, ...] = (1, 8, 32)
     """Numbers of prompts that are decoded at once."""
     repeats: flags.Count = 1
@@ -54,14 +54,14 @@ import time
 
 import torch
 
-from bench.common import device_name, measured_rates
+from bench.common import CONFIGS, device_name, measured_rates, random_model
 from bench.cpu_engine import Job, Result
-from model import Transformer, init_weights, save_pretrained
+from model import save_pretrained
 from model_config import Config
 from runtime import roofline
+from runtime.distributed import DTYPES
 from weights import load_config
 
-SMOLLM2_135M = Config(49152, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True)
 PROMPT = 64  # tokens of a prompt whose answer is decoded
 NEW_TOKENS = 128
 PREFILL = 1024  # tokens of the prompt whose prefill is measured
@@ -125,9 +125,7 @@ def main(args: Args) -> None:
         model_folder = args.model
         if model_folder is None:
             model_folder = os.path.join(folder, "model")
-            model = Transformer(SMOLLM2_135M)
-            init_weights(model, 0)
-            save_pretrained(model, model_folder, None)
+            save_pretrained(random_model(CONFIGS["135m"], "cpu", torch.float32), model_folder, None)
         config = load_config(model_folder)
         if config.model_type != "qwen2" or config.rope_scaling is not None:
             raise ValueError(f"--model {model_folder}: expected a Qwen2 model without RoPE scaling")
@@ -145,7 +143,7 @@ def main(args: Args) -> None:
                 max_len=max(PROMPT + NEW_TOKENS, PREFILL + 1),
                 repeats=args.repeats,
             )
-            a = torch.ones(1024, 1024, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+            a = torch.ones(1024, 1024, dtype=DTYPES[dtype])
             rates = measured_rates(a, a, time.process_time)
             results = run_all(job, args)
             peers = [name for name in results if name != "ours"]

@@ -212,16 +212,15 @@ class Engine:
     def _after_sampling(self, first: int, logits: Tensor) -> None:
         """Lists alternatives, and polls when it is time. logits: of the slots from `first` on."""
         samples = self.scheduler.running[first:]
-        lists_any = any(sample.params.top_logprobs or sample.params.extra_logprob_ids for sample in samples)
-        if lists_any and self.model.part is not None:
+        listing = [i for i, s in enumerate(samples) if s.params.top_logprobs or s.params.extra_logprob_ids]
+        if listing and self.model.part is not None:
             logits = self.model.part.whole_logits(logits)
-        for i, sample in enumerate(samples):
-            params = sample.params
-            if params.top_logprobs or params.extra_logprob_ids:
-                logprobs = torch.log_softmax(logits[i] / (params.temperature or 1.0), -1)
-                ids = logprobs.topk(params.top_logprobs).indices.tolist()
-                ids += [token for token in params.extra_logprob_ids if token not in ids]
-                sample.top_logprobs.append(list(zip(ids, logprobs[ids].tolist())))
+        for i in listing:
+            params = samples[i].params
+            logprobs = torch.log_softmax(logits[i] / (params.temperature or 1.0), -1)
+            ids = logprobs.topk(params.top_logprobs).indices.tolist()
+            ids += [token for token in params.extra_logprob_ids if token not in ids]
+            samples[i].top_logprobs.append(list(zip(ids, logprobs[ids].tolist())))
         self.steps_since_poll += 1
         at_the_limit = any(sample.tokens_left <= 0 for sample in samples)
         if at_the_limit or self.steps_since_poll >= self.runner.steps_per_poll:

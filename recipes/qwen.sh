@@ -72,19 +72,19 @@ for name in SFT GRM BT DPO RL EVALUATION; do
 done
 
 stage() { # stage NAME POLICY GRM BT: sets `command` to script and flags; the models are those of earlier stages
-    local recompute=(--checkpoint-activations)
     local without_edits=(--edit-rate 0 --n-samples 6) # as many trained responses as 4 originals and 2 edits
     case $1 in
-        sft) command=(sft.py --model "$MODEL" --data "$DATA/pairs.jsonl" "${recompute[@]}" "${sft_flags[@]}") ;;
-        grm) command=(train_grm.py --model "$GRM_MODEL" --data "$DATA/judgements.jsonl" "${recompute[@]}" "${grm_flags[@]}") ;;
-        bt) command=(train_grm.py --objective bt --model "$MODEL" --data "$DATA/pairs.jsonl" "${recompute[@]}" "${bt_flags[@]}") ;;
-        dpo) command=(dpo.py --model "$2" --data "$DATA/pairs.jsonl" "${recompute[@]}" "${dpo_flags[@]}") ;;
+        sft) command=(sft.py --model "$MODEL" --data "$DATA/pairs.jsonl" "${sft_flags[@]}") ;;
+        grm) command=(train_grm.py --model "$GRM_MODEL" --data "$DATA/judgements.jsonl" "${grm_flags[@]}") ;;
+        bt) command=(train_grm.py --objective bt --model "$MODEL" --data "$DATA/pairs.jsonl" "${bt_flags[@]}") ;;
+        dpo) command=(dpo.py --model "$2" --data "$DATA/pairs.jsonl" "${dpo_flags[@]}") ;;
         ppo_bt) command=(ppo_cpe.py --model "$2" --judge "bt:$4" "${without_edits[@]}" "${rl[@]}" "${rl_flags[@]}") ;;
         ppo_grm) command=(ppo_cpe.py --model "$2" --judge "$3" "${without_edits[@]}" "${rl[@]}" "${rl_flags[@]}") ;;
         cpe) command=(ppo_cpe.py --model "$2" --judge "$3" "${rl[@]}" "${rl_flags[@]}") ;;
         *) echo "STAGES: $1 is none of rows, sft, grm, bt, dpo, ppo_bt, ppo_grm, cpe, evaluate" >&2; exit 2 ;;
     esac
     command+=(--out "$OUT/$1")
+    case $1 in sft | grm | bt | dpo) command+=(--checkpoint-activations) ;; esac
 }
 say() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 ranks() { torchrun --standalone --nproc_per_node="$GPUS" "$@"; }

@@ -278,7 +278,7 @@ class Saving:
                 prefix = f"{name}, saved as a model: "
                 to_host = functools.partial(lambda prefix, key, x: _staged(staging, prefix + key, x), prefix)
                 tensors, adapter = gathered_weights(model, ranks.dtype, to_host)
-            write(write_pretrained if tensors else _nothing, model, tensors, adapter, folder, tokenizer_from, templates)
+            write(write_pretrained, model, tensors, adapter, folder, tokenizer_from, templates)
             del tensors, adapter  # before the next are gathered
         if staging is None:
             parts, index = _train_state(models, optimizers, ranks, lambda key, x: x)
@@ -333,7 +333,7 @@ class Saving:
         return result
 
     def on_rank_0(self, action: Callable[[], Any]) -> None:
-        self.on_every_rank(action if self.ranks.rank == 0 else _nothing)
+        self.on_every_rank(action if self.ranks.rank == 0 else lambda: None)
 
     def finish(self, files: dict[str, str]) -> None:
         state = {"step": self.step, "git": git_hash(), "world_size": self.ranks.world_size, "files": files}
@@ -349,10 +349,6 @@ class Saving:
         for old in finished(self.out)[: -self.keep]:
             os.rename(old, f"{old}.tmp")  # so that a half-removed one is not taken for one
             shutil.rmtree(f"{old}.tmp")
-
-
-def _nothing(*_: Any) -> None:
-    """What a rank does while another one writes."""
 
 
 def _written_by(rank: int, tmp: str) -> list[str]:

@@ -115,7 +115,7 @@ class Machine:
     tensor_parallel: int = 1
 
     def part(self, config: Config) -> Config:
-        """What a rank has of a model in an engine: the largest part."""
+        """The largest part that a rank has of a model in an engine."""
         size = self.tensor_parallel
         return config if size == 1 else ModelPart(config, EngineRanks(None, size - 1, size)).config
 

@@ -200,7 +200,7 @@ def test_the_host_seldom_waits_for_a_decode_step():
 
 @emulated
 def test_the_host_does_not_wait_between_passes(tiny, tmp_path, monkeypatch):
-    """What an update did with each token is copied to the host after its last pass."""
+    """The arrays of an update's tokens are copied to the host after its last pass."""
     (tmp_path / "my.py").write_text(REWARDS)
     flags = [*flags_of(tiny, f"{tmp_path}/my.py:critic"), "--tokens-per-microbatch", 150, "--max-steps", 1]
     n_passes = []
