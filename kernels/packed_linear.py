@@ -3,17 +3,16 @@
     linear = PackedLinear([(weight, bias), ...])
     y = linear(x)          # F.linear(x, weight, bias) of each, concatenated
 
-In fp32 `F.linear` calls MKL, which reads a weight with one thread at batch 1 and runs at half its speed at batches of 2
-to 32. Packed weights are faster. On two cores with AVX-512, at 4864 x 896:
+`F.linear` calls MKL in fp32, and a slow product in bf16. One thread of a Zen 4 core, 3072 x 576 (110 GFLOP/s at most):
 
-    rows    F.linear       here
-    1       14 GB/s        34 GB/s (oneDNN: 25)
-    8       10 GB/s        25 GB/s
-    32      96 GFLOP/s     192 GFLOP/s
+    rows    F.linear fp32    here    F.linear bf16    here
+    1       11 GB/s          22      5 GB/s           12
+    8       6 GB/s           10      6 GB/s           10
+    32      60 GFLOP/s       94      50 GFLOP/s       177
 
-One or two rows are left to MKL, as a batch of products with one part of the weight per thread. Small weights stay with
-`F.linear`, whose calls cost less. In all three the order of a sum depends on the number of rows, so that results of
-different batch sizes differ by rounding.
+In fp32 one or two rows go to MKL as a batch of products, each with a part of the weight: one thread reads a single
+matrix at half the memory's speed. Small weights stay with `F.linear`, whose calls cost less. In all of them the order of
+a sum depends on the number of rows, so that results of different batch sizes differ by rounding.
 """
 
 from collections.abc import Sequence
@@ -57,10 +56,12 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 @torch.no_grad()
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """Returns a copy of weight [out, in] for `packed_linear`, or None if not fp32, too small, or without oneDNN."""
-    if weight.dtype != torch.float32 or weight.numel() < WORTH_PACKING:
-        return None
-    if not torch.backends.mkldnn.is_available():
+    """Returns a copy of weight [out, in] for `packed_linear`, or None if too small or not for oneDNN on this CPU."""
+    supported = {
+        torch.float32: torch.backends.mkldnn.is_available(),
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    }
+    if weight.numel() < WORTH_PACKING or not supported.get(weight.dtype, False):
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
@@ -68,9 +69,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
 def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x fp32 [T, in], weight [out, in], packed: `pack` of it, bias [out] -> [T, out]. Not differentiable."""
-    parts = torch.get_num_threads()
-    if len(x) <= 2 and len(weight) % parts == 0:
+    """x [T, in], weight [out, in], packed: `pack` of it, bias [out] -> [T, out]. Not differentiable."""
+    parts = max(2, torch.get_num_threads())
+    if x.dtype == torch.float32 and len(x) <= 2 and len(weight) % parts == 0:
         y = torch.bmm(weight.view(parts, -1, weight.shape[1]), x.t().expand(parts, -1, -1))  # [parts, out / parts, T]
         y = y.view(len(weight), -1).t().contiguous()
         return y if bias is None else y + bias

@@ -153,11 +153,17 @@ def test_packed_linear(n_rows, bias):
     found = packed_linear.packed_linear(x, weight, packed_linear.pack(weight), b if bias else None)
     # sums of 512 products in another order: values of about 20, up to 100, and some hundred roundings of 1e-6
     torch.testing.assert_close(found, packed_linear.reference(x, weight, b if bias else None), atol=1e-3, rtol=0)
-    assert (
-        found.is_contiguous()
-        and packed_linear.pack(weight[:64]) is None
-        and packed_linear.pack(weight.bfloat16()) is None
-    )
+    assert found.is_contiguous() and packed_linear.pack(weight[:64]) is None
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN needs AVX-512 for bf16")
+@pytest.mark.parametrize("n_rows", [1, 5, 40])
+def test_packed_linear_in_bf16(n_rows):
+    x, weight = (torch.randn(n, 512, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (n_rows, 640))
+    found = packed_linear.packed_linear(x, weight, packed_linear.pack(weight))
+    assert found.dtype == torch.bfloat16
+    # sums in fp32, rounded once
+    torch.testing.assert_close(found.float(), x.float() @ weight.float().T, rtol=2**-8, atol=1e-4)
 
 
 def test_packed_weights_change_nothing_but_rounding(model, monkeypatch):

@@ -382,16 +382,16 @@ def test_triton_sample_ties_and_masked_logits(monkeypatch):
 
 @pytest.mark.parametrize("vocab_size", [1400, 30000])
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 8.0])
-def test_nucleus_threshold_is_exact(vocab_size, scale):
+def test_the_nucleus_is_exact(vocab_size, scale):
     top_p = torch.tensor([1e-7, 0.1, 0.5, 0.9, 0.999, 0.99999, 1.0])
     probs = torch.softmax(randn(7, vocab_size, seed=3, scale=scale).cpu(), -1)
-    threshold = sampling.nucleus_threshold(probs, top_p)
-    for p, t, wanted in zip(probs.double(), threshold.double(), top_p.double()):
-        if wanted == 1:
-            assert t == 0
-        else:
-            assert (p == t).any()
-            assert p[p >= t].sum() >= wanted - 1e-12 and p[p > t].sum() < wanted + 1e-12
+    nucleus = sampling.nucleus_of(probs, top_p)
+    for p, kept, wanted in zip(probs.double(), nucleus.double(), top_p.double()):
+        assert torch.equal(kept, torch.where(kept > 0, p, 0))
+        t = kept[kept > 0].min()
+        assert torch.equal(kept > 0, p >= t)
+        if wanted < 1:
+            assert kept.sum() >= wanted - 1e-12 and p[p > t].sum() < wanted + 1e-12
 
 
 def draw(probs, n, temperature=1.0, top_p=1.0):
