@@ -817,6 +817,7 @@ def main(args: Args) -> None:
         with run.phase("sync_weights"):
             engine.sync_weights(policy)
             sync_error = training.weight_sync_error(engine.model, policy, step_prompts[0][1], ranks)
+            judge.forget()  # or its prefix cache would grow until it fills the KV cache
 
         with training.offloaded(models, optimizers, ranks.device, args.offload):
             with run.phase("rollout"):  # sample, judge, edit, judge

@@ -11,8 +11,8 @@
     32      60 GFLOP/s       94      50 GFLOP/s       177
 
 In fp32 one or two rows go to MKL as a batch of products, each with a part of the weight: one thread reads a single
-matrix at half the memory's speed. Small weights stay with `F.linear`, whose calls cost less. In all of them the order of
-a sum depends on the number of rows, so that results of different batch sizes differ by rounding.
+matrix at half the memory's speed. Small weights stay with `F.linear`, whose calls cost less. In all of them the order
+of a sum depends on the number of rows, so that results of different batch sizes differ by rounding.
 """
 
 from collections.abc import Sequence

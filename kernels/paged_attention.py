@@ -3,9 +3,10 @@
     out = paged_attention(q, k_cache, v_cache, block_table, lengths)
 
 The Triton kernel splits a row's tokens over programs (split-K), because at batch 1 one program per head would leave
-most of a GPU idle. The size of a split depends on the width of the block table only, and the order of its sums is
-fixed, so a row's result does not depend on the other rows of the batch. Splits are merged by their log-sum-exp. Query
-heads that share a key head are rows of one tile, so that each key is read once for all of them.
+most of a GPU idle. In a large batch a program computes several splits. The size of a split depends on the width of the
+block table only, and the order of its sums is fixed, so a row's result does not depend on the other rows of the batch.
+Splits are merged by their log-sum-exp. Query heads that share a key head are rows of one tile, so that each key is read
+once for all of them.
 
 On a CPU decoding uses dense_attention.py; the torch code here is the definition of what the kernel computes.
 """
@@ -20,6 +21,7 @@ except ImportError:  # a CPU needs the torch code only
 
 SPLIT_TOKENS = 256  # tokens per program, or more where a row would have over MAX_SPLITS splits
 MAX_SPLITS = 32
+PROGRAMS = 4096  # at most, unless there are more rows times key heads: some six waves on an H100
 # Bytes of keys per iteration, by element size. With as many of values and two stages in flight this fits any shared
 # memory. In fp32, without tensor cores, twice as much spills registers at D = 128 on sm_90.
 TILE_BYTES = {2: 16384, 4: 8192}
@@ -85,20 +87,19 @@ if triton is not None:
         TILE_D: tl.constexpr,
         TILE_N: tl.constexpr,
     ):
-        """Program (row, key head, split): normalized output and base-2 log-sum-exp of one split, for all query heads of
-        the key head."""
+        """Program (row, key head, n): the splits n, n + programs, and so on. Stores of each, for all query heads of the
+        key head, the normalized output and the base-2 log-sum-exp."""
         row = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1)
-        split = tl.program_id(2)
         length = tl.load(lengths_ptr + row)
-        start = split * split_tokens
-        if start < length:
+        g = tl.arange(0, TILE_G)
+        d = tl.arange(0, TILE_D)
+        heads = head * G + g
+        mask = (g < G)[:, None] & (d < D)[None, :]
+        query = tl.load(q_ptr + row * q_stride + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
+        for split in range(tl.program_id(2), tl.cdiv(length, split_tokens), tl.num_programs(2)):
+            start = split * split_tokens
             end = tl.minimum(start + split_tokens, length)
-            g = tl.arange(0, TILE_G)
-            d = tl.arange(0, TILE_D)
-            heads = head * G + g
-            mask = (g < G)[:, None] & (d < D)[None, :]
-            query = tl.load(q_ptr + row * q_stride + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
             row_max = tl.full([TILE_G], float("-inf"), tl.float32)
             total = tl.zeros([TILE_G], tl.float32)
             acc = tl.zeros([TILE_G, TILE_D], tl.float32)
@@ -171,7 +172,9 @@ def triton_paged_attention(
     lse = torch.empty(n_rows, n_heads, n_splits, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = dim**-0.5 * 1.4426950408889634  # log2(e): the kernel works with powers of two
-    _split_kernel[n_rows, n_kv, n_splits](
+    # the table is as wide as the longest possible sequence, so most rows need few of their splits
+    n_programs = min(n_splits, triton.cdiv(PROGRAMS, n_rows * n_kv))
+    _split_kernel[n_rows, n_kv, n_programs](
         q,
         k_cache,
         v_cache,

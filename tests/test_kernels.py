@@ -105,6 +105,8 @@ def test_triton_paged_attention(group, dim, split, dtype, monkeypatch):
     q, k_cache, v_cache, block_table, lengths = arguments
     alone = paged.triton_paged_attention(q[5:6], k_cache, v_cache, block_table[5:6], lengths[5:6])
     assert torch.equal(alone[0], together[5])
+    monkeypatch.setattr(paged, "PROGRAMS", 1)  # a program computes all splits of its row
+    assert torch.equal(paged.triton_paged_attention(*arguments), together)
 
 
 @on_triton
