@@ -29,6 +29,7 @@ except ImportError:  # a CPU needs the torch code only
 CPU_CHUNK = 2**20  # CPU: probabilities processed at once; several passes read them, so they should fit in cache
 SMALL = 4096  # CPU: words; a larger vocabulary is searched in two levels, blocks of BLOCK words first
 BLOCK = 512
+CUTS = (4.0, 0.5, 0.0)  # CPU: the nucleus is sought among tokens this many times as likely as in a uniform distribution
 CHUNK = 8192  # GPU: words per program
 
 
@@ -118,21 +119,23 @@ def _locate(weights, fraction):
     return index, ((point - cumulative.gather(1, index) + weight) / weight).clamp_(0, 1)
 
 
-def nucleus_of(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def nucleus_of(probs: torch.Tensor, top_p: torch.Tensor, cuts: tuple[float, ...] = CUTS) -> torch.Tensor:
     """probs fp32 [R, V], top_p fp32 [R] -> probs with 0 for tokens outside the nucleus; rows with top_p 1 keep all."""
     vocab_size = probs.shape[1]
-    for cut in (0.5 / vocab_size, 0.0):  # half as likely as in a uniform distribution; then all
-        above = np.flatnonzero(probs.numpy() >= cut)  # NumPy compares and searches seven times as fast as torch
-        index = torch.from_numpy(above)
-        p = probs.view(-1)[index]
-        row = index // vocab_size
-        threshold, mass = threshold_among(row, p, top_p)
-        if bool(((mass >= top_p) | (top_p >= 1)).all()):
-            break
+    above = np.flatnonzero(probs.cpu().numpy() >= cuts[0] / vocab_size)  # NumPy compares seven times as fast as torch
+    index = torch.from_numpy(above).to(probs.device)
+    row = index // vocab_size
+    p = probs.view(-1)[index]
+    threshold, mass = threshold_among(row, p, top_p)
     inside = p >= threshold[row]
     nucleus = torch.zeros_like(probs)
     nucleus.view(-1)[index[inside]] = p[inside]
-    return torch.where(top_p[:, None] >= 1, probs, nucleus) if bool((top_p >= 1).any()) else nucleus
+    whole = top_p >= 1
+    nucleus[whole] = probs[whole]
+    too_few = (mass < top_p) & ~whole
+    if len(cuts) > 1 and bool(too_few.any()):
+        nucleus[too_few] = nucleus_of(probs[too_few], top_p[too_few], cuts[1:])
+    return nucleus
 
 
 def threshold_among(row: torch.Tensor, p: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
