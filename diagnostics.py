@@ -447,17 +447,14 @@ def check_judge(probe: Rollout, judge: Judge, spec: str, editing: bool, ranks: R
     print0(f"--judge {spec}: {n_judged} of {n_judged + len(reasons)} answers of the start policy got a judgement")
 
 
-def check_batch(batch: list[Trajectory], dropped: list[Dropped], step: int, ranks: Ranks) -> None:
-    """ValueError: no response of any rank is left to train on."""
+def check_batch(batch: list[Trajectory], dropped: list[Dropped], run: Run) -> None:
+    """ValueError: no response of any rank is left to train on. The steps before this one are saved first."""
     counts = lost_counts(dropped)
-    n_batch, *totals = map(int, all_sum(ranks, len(batch), *counts.values()))
+    n_batch, *totals = map(int, all_sum(run.ranks, len(batch), *counts.values()))
     if n_batch == 0:
         lost = dict(zip(counts, totals))
-        reasons = all_gather(ranks, [d.drop_reason for d in dropped][:1])
-        raise ValueError(
-            f"step {step + 1}: no response is left to train on ({lost}); is --judge a reward model? "
-            f"The first: {reasons[0]}"
-        )
+        reasons = all_gather(run.ranks, [d.drop_reason for d in dropped][:1])
+        run.stop_if([f"no response is left to train on ({lost}); is --judge a reward model? The first: {reasons[0]}"])
 
 
 # -- rows in the run folder --------------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ran
                 chosen, rejected, _ = answer_logprobs(model, [pairs[i] for i in part], ranks.device)
                 scored += zip(part, chosen.tolist(), rejected.tolist())  # zip leaves out a dummy pair
                 done()
+        training.reshard(model)  # before a checkpoint is loaded
         scored = sorted(all_gather(ranks, scored))
         if ranks.rank == 0:
             _, chosen_logprobs, rejected_logprobs = zip(*scored)

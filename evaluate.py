@@ -370,10 +370,11 @@ def side_table(results: dict) -> str:
         error = value["standard_error"]
         return text if error is None else f"{text} ± {scale * error:.2f}"
 
+    nothing = mean_and_error([])  # describe() gave the figure for answers of the other side alone
     lines = [f"{'':24}{'model':>18}{'baseline':>18}"]
-    for name in results["model"]:
+    for name in dict.fromkeys([*results["model"], *results["baseline"]]):
         label = SIDE_LABELS.get(name, name.replace("_", " "))
-        model, baseline = (cell(results[side][name], 100 if label.endswith("%") else 1) for side in SIDES)
+        model, baseline = (cell(results[side].get(name, nothing), 100 if label.endswith("%") else 1) for side in SIDES)
         if (model, baseline) != ("-", "-"):
             lines.append(f"{label:24}{model:>18}{baseline:>18}")
     return "\n".join(lines)
@@ -383,6 +384,10 @@ def win_rate(args: Args, ranks: Ranks) -> None:
     """--task win-rate."""
     rows = draw_rows(args)
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
+    if gamed is not None and len(rows) != winrate.ALPACA_ROWS:
+        raise ValueError(
+            f"--gamed-data: it needs AlpacaEval's {winrate.ALPACA_ROWS} rows, got {len(rows)} (--n-prompts 0: all rows)"
+        )
     check_judge(args, ranks)
     answers = answers_of(SIDES, rows, args, ranks)
     if args.stage == "answers":
@@ -463,7 +468,7 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
         shown.append(outcome.shown)
         rows.append({**pair, "outcome": right, "verdicts": list(of_pair.values())})
     results = accuracy_by_tier(pairs, np.array(outcomes, dtype=np.float64), args.seed) | dict(  # None is NaN
-        position_bias=position_bias(shown, args.seed),
+        position_bias=position_bias(shown, args.seed, persons_of(rows)),
         failures=dict(Counter(v["failure"] for of_pair in verdicts for v in of_pair.values() if v["failure"])),
         judge=args.judge,
     )

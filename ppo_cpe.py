@@ -510,13 +510,12 @@ def select(rollout: Rollout, args: Args, step: int, ranks: Ranks) -> tuple[list[
     """The step's batch: all originals and the selected edits.
 
     Returns this rank's trajectories (whole prompts, balanced over the ranks) and the (prompt_id, sample_id) of all
-    selected edits. Every rank makes the same selection, from the rewards of all. ValueError: nothing is left to train.
+    selected edits. Every rank makes the same selection, from the rewards of all.
     """
     edits = [EditReward(*t.key[:2], t.reward, t.parent.reward) for t in rollout.judged if t.parent]
     seed = derive_seed(args.seed, step, "select")
     selected = select_edits(all_gather(ranks, edits), args.edit_rate, args.edit_strategy, seed)
     trajectories = [t for t in rollout.judged if t.parent is None or t.key[:2] in selected]
-    diagnostics.check_batch(trajectories, rollout.dropped, step, ranks)
     return balance_prompts(trajectories, args.mini_batch_prompts, ranks), selected
 
 
@@ -684,9 +683,9 @@ def update(
         )
         if run.step >= args.critic_warmup_steps:
             tokens, flops = backward(models["policy"], policy_pass, micro_batches, mine, n_tokens, args, ranks)
-            own_sums = sum_of([arrays.loss for arrays in tokens]), sum_of([arrays.approx_kl() for arrays in tokens])
-            loss, kl = all_sum(ranks, *own_sums)
-            means = {"policy_loss": loss / n_tokens, "original/approx_kl": kl / n_tokens}
+            losses, kls = [arrays.loss for arrays in tokens], [arrays.approx_kl() for arrays in tokens]
+            loss, kl, n_kl = all_sum(ranks, sum_of(losses), sum_of(kls), sum(map(len, kls)))
+            means = {"policy_loss": loss / n_tokens, "original/approx_kl": kl / max(1, n_kl)}
             norm = step(models["policy"], optimizers["policy"], args.lr, means=means, part=f"_policy_{number}")
             record.grad_norms["policy"].append(norm)
             record.policy += tokens
@@ -817,7 +816,8 @@ def main(args: Args) -> None:
         with run.phase("sync_weights"):
             engine.sync_weights(policy)
             sync_error = training.weight_sync_error(engine.model, policy, step_prompts[0][1], ranks)
-            judge.forget()  # or its prefix cache would grow until it fills the KV cache
+            for asked in filter(None, (judge, second_judge)):
+                asked.forget()  # or its prefix cache would grow until it fills the KV cache
 
         with training.offloaded(models, optimizers, ranks.device, args.offload):
             with run.phase("rollout"):  # sample, judge, edit, judge
@@ -839,6 +839,7 @@ def main(args: Args) -> None:
         checks = checks.of_leader(ranks)
 
         trajectories, selected = select(responses, args, step, ranks)
+        diagnostics.check_batch(trajectories, responses.dropped, run)
         with run.phase("score"):
             old_logprobs, values, scoring_flops = score(trajectories, models, args, step, ranks)
             advantages, returns = compute_advantages(trajectories, values, args, ranks)

@@ -758,9 +758,11 @@ def main(args: Args) -> None:
         raise ValueError(f"--max-len {args.max_len}: expected 2 to {positions}, the positions of {args.model}")
     engine = Engine(model, chat.stop_ids, args.max_len or positions, args.max_batch, args.kv_tokens)
     name = args.name or args.model
-    app = make_app(engine, chat, name, limits)
-    print(f"{name!r} at http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
-    uvicorn.Server(server_config(app, host=args.host, port=args.port)).run()
+    config = server_config(make_app(engine, chat, name, limits), host=args.host, port=args.port)
+    listening = config.bind_socket()
+    port = listening.getsockname()[1]  # the one that --port 0 has chosen
+    print(f"{name!r} at http://{args.host}:{port}/v1", file=sys.stderr, flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def size(example: packing.Masked) -> int:
 
 
 def scratch_config(args: Args, chat: Chat) -> Config:
-    return Config(
+    config = Config(
         chat.tokenizer.get_vocab_size(),
         args.hidden_size,
         args.intermediate_size,
@@ -140,6 +140,7 @@ def scratch_config(args: Args, chat: Chat) -> Config:
         tie_word_embeddings=True,
         max_position_embeddings=2048,
     )
+    return Config.from_dict(config.to_dict(), "--from-scratch")  # checks the sizes
 
 
 def open_model(args: Args, chat: Chat, ranks: Ranks) -> Transformer:
@@ -189,10 +190,10 @@ def main(args: Args) -> None:
         metrics["trained_tokens"] = int(n_learned)
         run.log(metrics, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "seconds")})
         run.save_if_due()
-    rows = os.path.dirname(args.data)
-    after = f"train_grm.py --model {args.model} --data {rows}/judgements.jsonl"
+    folder = os.path.dirname(args.data)
+    after = f"train_grm.py --model {args.model} --data {os.path.join(folder, 'judgements.jsonl')}"
     if args.from_scratch:
-        after = f"sft.py --model {args.out}/policy --data {rows}/pairs.jsonl"
+        after = f"sft.py --model {args.out}/policy --data {os.path.join(folder, 'pairs.jsonl')}"
     run.finish("policy", f"python {after}")
 
 

@@ -305,6 +305,7 @@ def main(cli_args: Args) -> None:
     if args.objective == "grm" and args.eval_data:
         del model, optimizer  # the engine needs their memory
         run.release_models()
+        training.free_host_copies()
         judge_held_out(args, args.eval_data, chat, templates, ranks)
     judge = f"bt:{args.out}/model --edit-rate 0" if is_bt else f"{args.out}/model"
     prompts = os.path.join(os.path.dirname(args.data), "prompts_train.jsonl")

@@ -148,6 +148,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -294,9 +295,8 @@ def pairs(args: Args, asker: PaidAsker, model: Model) -> None:
     found = []
     for prompt_id, scored in of_prompt.items():
         apart = [sorted(pair, key=lambda row: row["score"]) for pair in itertools.combinations(scored, 2)]
-        # the largest difference first; if equal, the pair whose answers came first
-        apart.sort(key=lambda pair: pair[0]["score"] - pair[1]["score"])
-        kept = [pair for pair in apart if pair[1]["score"] - pair[0]["score"] > args.min_gap]
+        apart.sort(key=gap, reverse=True)  # if equal, the pair whose answers came first
+        kept = [pair for pair in apart if gap(pair) > Fraction(str(args.min_gap))]
         for pair in kept[: args.pairs_per_question]:
             row = dict(prompts[prompt_id])
             for side, answer in zip(("rejected", "chosen"), pair):
@@ -309,6 +309,12 @@ def pairs(args: Args, asker: PaidAsker, model: Model) -> None:
                 cause, reason = "small gap", f"no two scores differ by more than {args.min_gap:g}"
             dropped.append(discarded("pairs", cause, reason, about))
     write_step(args, "pairs", found, dropped, asker, len(requests), len(of_prompt))
+
+
+def gap(pair: Sequence[dict]) -> Fraction:
+    """Difference of the scores of (rejected, chosen), exactly: as floats 4.4 - 2.4 is more than 2."""
+    low, high = (Fraction(str(row["score"])) for row in pair)
+    return high - low
 
 
 def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) -> None:
@@ -330,6 +336,7 @@ def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) 
             judged[key] = parse_judgement(reply["reply"])
     judged_rows = {key: rows[key] | dataclasses.asdict(judgement) for key, judgement in judged.items()}
     kept = set()
+    reasons: dict[tuple[str, str], tuple[str, str]] = {}  # why an answer is dropped, unless another pair keeps it
     for pair in pair_rows:
         sides = [(pair["prompt_id"], pair[side]) for side in SIDES]
         keys = [key for key in sides if key in judged]
@@ -340,7 +347,8 @@ def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) 
         cause, reason = "alone", "the other answer of its pair has no judgement, so that a tie can't be seen"
         if len(scores) == 2:
             cause, reason = "tie", f"both answers have the weighted score {scores[0]:g}"
-        dropped += [discarded("judgements", cause, reason, judged_rows[key]) for key in keys]
+        reasons |= dict.fromkeys(keys, (cause, reason))
+    dropped += [discarded("judgements", *why, judged_rows[key]) for key, why in reasons.items() if key not in kept]
     found = [judged_rows[key] | {"judge": model.name} for key in rows if key in kept]
     audit(args, asker, [model, *others], found)
     write_step(args, "judgements", found, dropped, asker, len(rows), len(rows))
@@ -391,13 +399,16 @@ def read_personas(args: Args) -> dict[str, dict | str]:
 
 def read_prompts(args: Args) -> tuple[list[dict], list[dict]]:
     """-> prompts to train on, and held-out prompts. ValueError: none, or one that is both."""
-    sides = [args.prompts, args.eval_prompts]
-    if not any(sides):
-        files = [os.path.join(args.out, f"prompts_{name}.jsonl") for name in ("train", "eval")]
-        sides = [[file] if os.path.isfile(file) and os.path.getsize(file) else [] for file in files]
-    train, held_out = map(distinct_prompts, sides)
-    for file in sides[0]:
-        refuse_held_out(file, *sides[1])
+
+    def in_out(name: str) -> list[str]:
+        file = os.path.join(args.out, f"prompts_{name}.jsonl")
+        return [file] if os.path.isfile(file) and os.path.getsize(file) else []
+
+    files = args.prompts or in_out("train")
+    eval_files = args.eval_prompts or ([] if args.prompts else in_out("eval"))
+    train, held_out = distinct_prompts(files), distinct_prompts(eval_files)
+    for file in files:
+        refuse_held_out(file, *eval_files)
     if not train + held_out:
         raise ValueError(
             f"no prompts: {args.out} has no prompts_train.jsonl (data/prepare.py makes it of your tables); give "

@@ -320,6 +320,9 @@ class PaidAsker:
         for key, request in self.missing.items():
             of_model[request.model.spec].append(key)
         print(f"{step}: {len(self.missing)} requests to make, {len(set(keys)) - len(self.missing)} kept", flush=True)
+        for spec, asked in of_model.items():
+            if is_url(spec) and spec not in self.servers:  # all of them, before one of them is paid
+                self.servers[spec] = self.open_server(self.missing[asked[0]].model)
         with counting(len(self.missing), step, figures=self.figures) as self.done:
             self.run([self.open_asker(asked) for spec, asked in of_model.items() if is_url(spec)])
             for spec, asked in of_model.items():
@@ -396,16 +399,15 @@ class PaidAsker:
 
     # -- models
 
+    def open_server(self, model: Model) -> ChatServer:
+        return ChatServer(model.spec, patience=self.limits.patience, per_minute=model.per_minute, strict=True)
+
     def open_asker(self, asked: list[str]) -> Asker:
         """An asker of the model that all these requests are for, with their questions."""
         requests = [self.missing[key] for key in asked]
         model = requests[0].model
         backend: Backend
         if is_url(model.spec):
-            if model.spec not in self.servers:
-                patience = self.limits.patience
-                server = ChatServer(model.spec, patience=patience, per_minute=model.per_minute, strict=True)
-                self.servers[model.spec] = server
             backend = ServerBackend(self.servers[model.spec], self.limits.concurrency)
         elif model.is_language_model:
             chat = Chat(model.spec)
@@ -424,9 +426,13 @@ class PaidAsker:
             return ask_until_parsed(request, [request.settings["seed"]], {}, request.text_in)
         sampling = dict(request.settings)
         seed = sampling.pop("seed")
-        first = int(self.rows.get(key, {}).get("calls", 0)) + 1  # a failure that is asked again gets other seeds
         n = self.limits.attempts if sampling["temperature"] > 0 else 1
-        seeds = [seed if attempt == 1 else derive_seed(seed, attempt) for attempt in range(first, first + n)]
+        calls = 0
+        if row := self.rows.get(key):  # a failure that is asked again gets other seeds
+            calls = int(row["calls"])
+            if row["failure"] == STOPPED_HERE:
+                n -= calls % n
+        seeds = [seed if attempt == 1 else derive_seed(seed, attempt) for attempt in range(calls + 1, calls + n + 1)]
         return ask_until_parsed(request.messages, seeds, sampling, request.text_in)
 
     def run(self, askers: list[Asker]) -> None:

@@ -548,7 +548,7 @@ def benchmark_rows(files: dict, root: str, args: Args, dropped: Counter) -> dict
             _, first = next(read_objects(path), (path, {}))
             if os.path.isfile(os.path.join(root, str(first.get(f"chat_history_{size}_link")))):
                 questions, histories = personamem2_rows(path, root, size)
-                outputs[f"personamem2_{size}"] = questions
+                outputs[f"personamem2_{size}"] = distinct(questions, ("prompt_id",), dropped, "repeated questions")
                 outputs[f"personamem2_{size}_contexts"] = histories
         if not outputs:
             raise ValueError(f"{path}: the chat histories that its first row links to are not in {root}")

@@ -53,10 +53,13 @@ def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict
         mean = None if None in of_tiers else float(np.mean(of_tiers))
         return part(sorted(i for label in labels for i in rows_of[label])) | dict(mean_of_tiers=mean)
 
-    kinds = sorted({pair["kind"] for pair in pairs if pair.get("kind")})
+    labels_of: dict[str, list[str]] = {}  # of each kind
+    for label, of_label in rows_of.items():
+        if kind := pairs[of_label[0]].get("kind"):
+            labels_of.setdefault(kind, []).append(label)
     return dict(
         groups=groups,
-        kinds={kind: over([label for label in groups if label.split()[0] == kind]) for kind in kinds},
+        kinds={kind: over(labels_of[kind]) for kind in sorted(labels_of)},
         total=over(list(groups)),
         intervals=interval_method(persons),
     )

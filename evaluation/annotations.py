@@ -129,6 +129,10 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
                 row["glm_preference"] = float(prediction)
         low, high = winrate.bootstrap_length_controlled(verdicts, *lengths, result, seed, gamed, persons, draws)
         controlled[variant] = result | dict(low=low, high=high)
+    characters = {  # an answer that is missing is no answer of length 0
+        side: mean_and_error(n for n, row in zip(of_side, annotations) if side not in row.get("missing", ()))["mean"]
+        for side, of_side in zip(SIDES, lengths)
+    }
     groups = {}
     for label, rows in rows_by_group([row.get("group") for row in annotations]).items():
         groups[label] = win_rate(verdicts[rows], seed, persons and [persons[i] for i in rows])
@@ -146,23 +150,26 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
         win_rate=win_rate(verdicts, seed, persons),
         length_controlled=controlled,
         groups=groups,
-        leaderboard=leaderboard_row(verdicts, model_lengths, controlled),
-        characters=dict(model=float(np.mean(model_lengths)), baseline=float(np.mean(baseline_lengths))),
-        position_bias=position_bias([row.get("shown") for row in annotations], seed),
+        leaderboard=leaderboard_row(verdicts, characters["model"], controlled),
+        characters=characters,
+        position_bias=position_bias([row.get("shown") for row in annotations], seed, persons),
         methods=dict(Counter(row["method"] for row in annotations if row.get("method"))),
         failures=dict(Counter(row["failure"] for row in annotations if row.get("failure"))),
         **ids,
     )
 
 
-def leaderboard_row(verdicts: np.ndarray, lengths: np.ndarray, controlled: dict[str, dict]) -> dict:
-    """AlpacaEval's columns. The length-controlled rate is v1's where there is one, as upstream."""
+def leaderboard_row(verdicts: np.ndarray, length: float | None, controlled: dict[str, dict]) -> dict:
+    """AlpacaEval's columns. The length-controlled rate is v1's where there is one, as upstream.
+
+    length: mean characters of the answers.
+    """
     variant = controlled.get("v1") or controlled["minimal"]
     rates = {name: variant[name] for name in ("length_controlled_winrate", "lc_standard_error")}
-    return winrate.plain(verdicts) | rates | dict(mode="community", avg_length=int(np.mean(lengths)))
+    return winrate.plain(verdicts) | rates | dict(mode="community", avg_length=None if length is None else int(length))
 
 
-def position_bias(shown: Sequence[dict | None], seed: int) -> dict | None:
+def position_bias(shown: Sequence[dict | None], seed: int, persons: list | None) -> dict | None:
     """The effect of the order in which answers are shown; None where no row was asked in both orders.
 
     shown: for each row {"baseline_first": P(model), "model_first": P(model)} or None.
@@ -171,14 +178,17 @@ def position_bias(shown: Sequence[dict | None], seed: int) -> dict | None:
         first_place: mean preference for the answer shown first, 0.5 without a bias, with its interval; agree: fraction
         of rows in which the same answer won in both orders; rows
     """
-    both = [s for s in shown if s and None not in (s.get("baseline_first"), s.get("model_first"))]
-    if not both:
+    asked = enumerate(shown)
+    of_row = {i: s for i, s in asked if s and None not in (s.get("baseline_first"), s.get("model_first"))}
+    if not of_row:
         return None
+    both = of_row.values()
+    persons = persons and [persons[i] for i in of_row]
     baseline_first = np.array([s["baseline_first"] for s in both], dtype=np.float64)
     model_first = np.array([s["model_first"] for s in both], dtype=np.float64)
     first = (1 - baseline_first + model_first) / 2
     agree = np.mean(np.sign(baseline_first - 0.5) == np.sign(model_first - 0.5))
-    return winrate.mean_and_interval(first, seed, name="first_place") | dict(agree=float(agree), rows=len(both))
+    return winrate.mean_and_interval(first, seed, persons, "first_place") | dict(agree=float(agree), rows=len(both))
 
 
 # -- two files ---------------------------------------------------------------------------------------------------------

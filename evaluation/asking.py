@@ -17,6 +17,7 @@ from judges import JudgeSettings, fingerprint, open_judge, parse_spec
 from judges.asking import Asker, ServerBackend, ask_until_parsed, finish_of, open_engine
 from judges.base import weights_fingerprint
 from judges.chat_client import ChatServer, Failure, ServerDown, is_url
+from judges.functions import FunctionJudge
 from judges.journal import Record, made_once
 from prompts import DIMENSIONS, Judgement
 from runtime.digests import digest_of
@@ -81,9 +82,11 @@ def replies(
         sampling = dict(temperature=temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
         for i in indices:
             prompt_id, messages = requests[i]
-            seeds = [derive_seed(args.seed, prompt_id)] * (args.judge_attempts if server else 1)
+            seeds = [derive_seed(args.seed, prompt_id)]
+            if server:
+                seeds += [derive_seed(args.seed, prompt_id, attempt) for attempt in range(1, args.judge_attempts)]
             asker.submit(i, ask_until_parsed(messages, seeds, sampling, answer_in))
-        while asker.busy and not asker.down:
+        while asker.under_way if asker.down else asker.busy:
             for i, reply in asker.poll():
                 if reply.failure is None:
                     record(i, reply.value)
@@ -149,9 +152,12 @@ def verdicts_on(items: list[tuple], args, ranks: Ranks) -> list[dict]:
         args.seed,
         str(ranks.dtype),
     )
-    digests = [
-        digest_of(row["prompt_id"], row["persona"], row["question"], answer, *judge_parts) for row, answer in items
-    ]
+    is_function = parse_spec(args.judge)[0] is FunctionJudge  # it may read all of a row
+
+    def read(row: dict) -> Any:
+        return row if is_function else [row["prompt_id"], row["persona"], row["question"]]
+
+    digests = [digest_of(read(row), answer, *judge_parts) for row, answer in items]
     scores = (*DIMENSIONS, "critique")  # None if the judge writes none
     failed: dict[str, dict] = {}
 

@@ -95,15 +95,17 @@ def comparison_markdown(comparisons: list[dict], tests: Sequence[dict] = (), kap
             controlled.append(text + (" *" if lc["notes"] else ""))
         rate = c["win_rate"]
         counts = [rate[name] for name in ("wins", "ties", "losses", "left_out")]
-        characters = f"{c['characters']['model']:.0f}"
+        characters = number_text(c["characters"]["model"], 0)
         rows.append([c["generators"]["model"], percent_text(rate), *controlled, characters, *counts])
     header = ["model", "win rate %", *(f"length-controlled %, {v}" for v in variants), "characters"]
     lines = markdown_table([*header, "wins", "draws", "losses", "no verdict"], rows)
 
-    baselines = sorted({(c["generators"]["baseline"], round(c["characters"]["baseline"])) for c in comparisons})
+    baselines = sorted(
+        {(c["generators"]["baseline"], number_text(c["characters"]["baseline"], 0)) for c in comparisons}
+    )
     against = ", ".join(f"{name} ({n} characters)" for name, n in baselines)
     judges = ", ".join(sorted({str(c["annotator"]) for c in comparisons}))
-    intervals = comparisons[0]["intervals"]
+    intervals = " or ".join(dict.fromkeys(c["intervals"] for c in comparisons))
     lines += ["", f"Against {against}, judged by {judges}; 95 % intervals by bootstrap, {intervals}."]
 
     groups = list(dict.fromkeys(g for c in comparisons for g in c["groups"]))

@@ -69,7 +69,12 @@ class FunctionJudge(Judge):
     def advance(self) -> None:
         for _ in range(min(len(self.waiting), self.answers_per_poll)):
             key, row, answer = self.waiting[0]
-            verdict = Verdict(key, *self.judge(row, answer))
+            try:
+                verdict = Verdict(key, *self.judge(row, answer))
+            except ValueError:
+                if self.finished:  # so that they are not lost; the next poll calls it again
+                    return
+                raise
             self.waiting.popleft()
             if verdict.reward is None:
                 verdict.error = f"{self.name} gave None"

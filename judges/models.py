@@ -67,7 +67,7 @@ class LanguageModelJudge(Judge):
                 tries = f", {reply.calls} {self.asks_for}" if reply.failure.retry else ""
                 error = f"{reply.failure}{tries}"
                 self.finish(Verdict(key, None, None, reply.calls, error, reply.failure.kind), reply.failed)
-        if self.asker.down:
+        if self.asker.down and not self.asker.under_way:
             self.down = self.asker.down
             for key in self.asker.abandon():
                 self.finish(Verdict(key, None, None, 0, self.down, "request"), failed=0)

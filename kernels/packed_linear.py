@@ -57,11 +57,10 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 @torch.no_grad()
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
     """Returns a copy of weight [out, in] for `packed_linear`, or None if too small or not for oneDNN on this CPU."""
-    supported = {
-        torch.float32: torch.backends.mkldnn.is_available(),
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    }
-    if weight.numel() < WORTH_PACKING or not supported.get(weight.dtype, False):
+    if weight.device.type != "cpu" or weight.numel() < WORTH_PACKING or not torch.backends.mkldnn.is_available():
+        return None
+    is_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype != torch.float32 and not is_bf16:
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 

@@ -380,9 +380,9 @@ def load(
 ) -> int:
     """Fills models and optimizers from the newest intact checkpoint. Returns its step (0: there is none).
 
-    A damaged checkpoint is named and set aside. Lines of metrics.jsonl after the loaded step are dropped, since those
-    steps run again. The links to the models are made again, since a run may have been killed between writing a
-    checkpoint and its links. ValueError: all checkpoints are damaged.
+    A damaged checkpoint is named and set aside. Lines of metrics.jsonl and bad steps after the loaded step are dropped,
+    since those steps run again. The links to the models are made again, since a run may have been killed between
+    writing a checkpoint and its links. ValueError: all checkpoints are damaged.
     """
     started = time.monotonic()
     damaged: dict[str, list[str]] = {}
@@ -418,5 +418,8 @@ def load(
         if lines and step == 0:
             print(f"{out} has no checkpoint yet, so its {len(lines)} steps are run again", flush=True)
         write_rows(metrics, [row for _, row in lines if row["step"] <= step])
+        for file in glob.glob(f"{glob.escape(out)}/bad_steps/step_*.jsonl"):
+            if os.path.basename(file)[:11] > f"step_{step:06d}":
+                os.remove(file)
     barrier(ranks)
     return step

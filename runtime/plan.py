@@ -160,7 +160,9 @@ class Trained:
         return {f"{name}frozen weights": self.frozen, f"{name}fp32 adapters": self.masters}
 
 
-def inference(config: Config, machine: Machine, kv_tokens: int, scalar_head: bool = False) -> tuple[int, int]:
+def inference(
+    config: Config, machine: Machine, kv_tokens: int, scalar_head: bool = False, is_packed: bool = True
+) -> tuple[int, int]:
     """Bytes per rank of a model that only computes, and of its KV cache.
 
     On a CPU an engine also has packed copies of matrices (kernels/packed_linear.py) and dense rows
@@ -171,7 +173,7 @@ def inference(config: Config, machine: Machine, kv_tokens: int, scalar_head: boo
     n = count(parameters)
     if machine.device == "cpu":
         kv_tokens *= 2
-        if machine.dtype == torch.float32 and not scalar_head:
+        if is_packed and not scalar_head:
             n += count(p for p in parameters if p.dim() == 2)
     return n * machine.dtype.itemsize, kv_tokens * kv_bytes_per_token(config, machine.dtype.itemsize)
 
@@ -182,14 +184,15 @@ def sampler(config: Config, machine: Machine, kv_tokens: int, lora: Lora | None)
     Under adapters the frozen weights are the policy's where one process has both. On a CPU in fp32 the adapters are
     merged into copies of the matrices (`pack_weights`).
     """
-    weights, cache = inference(config, machine, kv_tokens)
+    merges = machine.device == "cpu" and machine.dtype == torch.float32
+    weights, cache = inference(config, machine, kv_tokens, is_packed=merges or not lora)
     if lora:
         model = meta_model(machine.part(config), lora=lora)
         n_adapters = count(training.trainable(model))
         weights += n_adapters * machine.dtype.itemsize
         if machine.world_size == 1:
             n_shared = count(model.parameters()) - n_adapters
-            if machine.device == "cpu" and machine.dtype == torch.float32:
+            if merges:
                 n_shared -= sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
             weights -= n_shared * machine.dtype.itemsize
     return weights, cache

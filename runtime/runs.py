@@ -116,6 +116,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures a phase of the step, and tells the other ranks about it (runtime/watch.py)."""
+        self.complete_if_written()
         self.show(set_phase(name, self.step + 1))
         started = time.perf_counter()
         yield
@@ -158,8 +159,8 @@ class Run:
         is_last = should_stop(self.ranks) or done == self.last_step
         if is_last or done % self.args.save_every == 0:
             self.save(done, self.args.save_in_background and not is_last)
-        elif self.saving is not None and all(all_gather(self.ranks, [self.saving.is_written()])):
-            self.complete_saving()
+        else:
+            self.complete_if_written()
 
     def save(self, steps_done: int, in_background: bool = False) -> None:
         self.complete_saving()
@@ -177,6 +178,10 @@ class Run:
             self.staging if in_background else None,
         )
         if not in_background:
+            self.complete_saving()
+
+    def complete_if_written(self) -> None:
+        if self.saving is not None and all(all_gather(self.ranks, [self.saving.is_written()])):
             self.complete_saving()
 
     def complete_saving(self) -> None:

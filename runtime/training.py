@@ -148,6 +148,11 @@ def to_host(parameter: torch.Tensor, name: str, tensor: torch.Tensor) -> torch.T
     return host
 
 
+def free_host_copies() -> None:
+    """Frees the pinned memory, and the parameters that it is known by, once no model is trained any more."""
+    _host_copies.clear()
+
+
 def wait_for_host_copies() -> None:
     if _host_copies:
         _copy_stream().synchronize()

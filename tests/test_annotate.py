@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -446,6 +447,12 @@ def test_a_server_that_is_down_makes_no_failures(server, prompts, tmp_path, stat
     assert len(journal(out)) == 24
 
 
+def test_all_servers_are_found_before_one_is_paid(server, prompts, tmp_path, capsys):
+    flags = [*flags_for(server, prompts, tmp_path / "out"), "--models", f"{server.url}#a", "gone=http://127.0.0.1:9#b"]
+    assert "127.0.0.1:9" in error_of(annotate, capsys, "answers", *flags, "--patience", 0.2)
+    assert server.asked == []
+
+
 # -- money and the plan ------------------------------------------------------------------------------------------------
 
 
@@ -606,6 +613,15 @@ def test_wrong_flags(server, prompts, tmp_path, capsys, flags, message):
     assert server.asked == []
 
 
+def test_held_out_prompts_beside_those_of_the_folder(server, prompts, tmp_path):
+    out = tmp_path / "out"
+    os.mkdir(out)
+    os.rename(prompts, out / "prompts_train.jsonl")
+    who = f"{server.url}#a"
+    run("answers", "--out", out, "--eval-prompts", prompts.with_name("held_out.jsonl"), "--models", who)
+    assert len({row["prompt_id"] for row in read_rows(str(out / "annotate" / "answers.jsonl"), "answer")}) == 12
+
+
 def test_no_prompts(tmp_path, capsys):
     assert "no prompts: " in error_of(annotate, capsys, "--out", tmp_path)
 
@@ -648,6 +664,34 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
     assert len(set(scores)) > 12
     for flag, message in (("--judge", "writes no critiques"), ("--models", "scores answers, and writes none")):
         assert message in error_of(annotate, capsys, *flags, "--out", tmp_path / "x", flag, f"bt:{tmp_path / 'bt'}")
+
+
+def test_an_answer_that_another_pair_keeps_is_not_dropped(prompts, tmp_path):
+    """Of three answers two tie, and each of them differs from the third; two others have only their tie."""
+    (tmp_path / "my.py").write_text(OWN.replace('-min(5, answer.count("!"))', 'int("!" in answer)'))
+    prompt = read_rows(str(prompts), "prompt")[0]
+    texts = {"x": ["a", "b", "!"], "y": ["a", "b"]}
+    pairs = [
+        prompt
+        | dict(prompt_id=prompt_id, question=f"{prompt_id}?", chosen=one, rejected=other)
+        | dict(chosen_score=2, rejected_score=1, chosen_model="m", rejected_model="m")
+        for prompt_id, of_prompt in texts.items()
+        for one, other in itertools.combinations(of_prompt, 2)
+    ]
+    out = tmp_path / "out"
+    os.makedirs(out / "annotate")
+    write_rows(str(out / "annotate" / "pairs.jsonl"), pairs)
+    run("judgements", "--out", out, "--judge", f"me={tmp_path}/my.py:judge")
+    kept = read_rows(str(out / "annotate" / "judgements.jsonl"), "judgement")
+    assert [(row["prompt_id"], row["answer"]) for row in kept] == [("x", "a"), ("x", "b"), ("x", "!")]
+    assert [(r["cause"], r["prompt_id"], r["answer"]) for r in dropped(out, "judgements")] == [
+        ("tie", "y", "a"),
+        ("tie", "y", "b"),
+    ]
+
+
+def test_gaps_are_exact():
+    assert annotate.gap([{"score": 2.4}, {"score": 4.4}]) == 2 < 4.4 - 2.4
 
 
 def test_a_function_that_writes_a_tag_of_the_form_is_named(prompts, tmp_path, capsys):

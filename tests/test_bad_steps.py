@@ -64,6 +64,16 @@ def test_bad_steps_are_skipped_and_counted(tiny, tmp_path, capsys, spoilt):
     assert metrics[2]["loss"] is None and metrics[3]["loss"] < metrics[0]["loss"]
 
 
+def test_a_bad_step_that_is_run_again_does_not_count_twice(tiny, tmp_path, capsys, spoilt, monkeypatch):
+    out = tmp_path / "run"
+    spoilt({3}, float("nan"))
+    error_of(sft, capsys, *sft_flags(tiny, out, "--max-steps", 4))
+    assert os.listdir(out / "bad_steps") == ["step_000003.jsonl"]
+    monkeypatch.undo()
+    run(sft, *sft_flags(tiny, out, "--max-steps", 4))
+    assert os.listdir(out / "bad_steps") == [] and [m["bad_steps"] for m in read_metrics(out)] == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("number, model", [(1, "policy"), (2, "critic")])
 def test_a_bad_update_of_rl(tiny, tmp_path, spoilt, number, model):
     """The passes of a step are policy, critic, policy, critic."""

@@ -154,6 +154,7 @@ def test_packed_linear(n_rows, bias):
     # sums of 512 products in another order: values of about 20, up to 100, and some hundred roundings of 1e-6
     torch.testing.assert_close(found, packed_linear.reference(x, weight, b if bias else None), atol=1e-3, rtol=0)
     assert found.is_contiguous() and packed_linear.pack(weight[:64]) is None
+    assert packed_linear.pack(weight.to("meta")) is None  # it has to be on the CPU
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN needs AVX-512 for bf16")

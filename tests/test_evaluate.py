@@ -286,6 +286,10 @@ def test_a_function_of_your_own_judges(world, tmp_path, capsys):
         rates.append(results["win_rate"]["win_rate"])
         assert "verdicts: 12 to make, 0 kept" in capsys.readouterr().out
     assert rates == [pytest.approx(np.mean(longer)), pytest.approx(1 - np.mean(longer))]
+    rows = [json.loads(line) | {"reference": "new"} for line in (world / "prompts.jsonl").read_text().splitlines()]
+    flags[1] = write(tmp_path / "prompts.jsonl", rows)  # a function may read all of a row
+    run(*flags)
+    assert "verdicts: 12 to make, 0 kept" in capsys.readouterr().out
     (tmp_path / "rule.py").write_text("def longer(row, answer):\n    raise KeyError(row['prompt_id'])\n")
     error = error_of(evaluate, capsys, *flags)
     assert "rule.py:longer, prompt" in error and "KeyError" in error
@@ -464,6 +468,9 @@ def test_what_has_no_verdict_is_no_number(world, tmp_path, pair_server, capsys):
     ids = [row["prompt_id"] for row in rows]
     assert results["missing"] == {"model": [ids[5]], "baseline": []}
     assert results["truncated"] == {"model": [ids[4]], "baseline": []}
+    given = [len(row["answer"]) for row in good[:5]]
+    assert results["characters"]["model"] == sum(given) / 5  # a missing answer is none of 0 characters
+    assert results["leaderboard"]["avg_length"] == int(sum(given) / 5)
     printed = capsys.readouterr().out
     assert "1 pairs without a verdict: refused" in printed
     assert f"1 answers of the model are missing: {ids[5]}" in printed

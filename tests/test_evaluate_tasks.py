@@ -46,10 +46,12 @@ def test_position_bias_by_hand():
         {"baseline_first": 0.1, "model_first": None},
         {"model_first": 0.8},
     ]
-    bias = annotations.position_bias(shown, seed=0)
+    bias = annotations.position_bias(shown, 0, None)
     assert bias["first_place"] == pytest.approx(((0.3 + 0.9) / 2 + (0.4 + 0.4) / 2) / 2)
     assert bias["rows"] == 2 and bias["agree"] == 0.5
-    assert annotations.position_bias([None], seed=0) is None
+    assert annotations.position_bias([None], 0, None) is None
+    of_person = [annotations.position_bias(shown[:2] * 10, 0, persons) for persons in (list(range(20)), [0, 1] * 10)]
+    assert of_person[0]["high"] - of_person[0]["low"] < of_person[1]["high"] - of_person[1]["low"]
 
 
 # -- answers in AlpacaEval's format

@@ -17,6 +17,7 @@ import torch
 from conftest import error_of, finish, launch, read_metrics
 from safetensors import SafetensorError
 
+import ppo_cpe
 import sft
 from model import load_pretrained
 from runtime import checkpoints, flags, rows
@@ -278,6 +279,24 @@ def test_a_checkpoint_in_the_background_is_of_its_own_step(whole, tiny, tmp_path
             for out in (tmp_path / "run", whole / "5")
         )
         assert ours == theirs, step
+
+
+def test_a_checkpoint_in_the_background_counts_from_the_next_phase(tiny, tmp_path, monkeypatch):
+    """Step 3 fails after the checkpoint of step 2 was written, which is whole all the same."""
+    (tmp_path / "judge.py").write_text(JUDGE.format(when="False", what="pass"))
+    flags = ppo_flags(tiny, tmp_path / "run", tmp_path / "judge.py", "--max-steps", 4)
+    score = ppo_cpe.score
+
+    def failing(trajectories, models, args, step, ranks):
+        if step == 2:
+            raise ZeroDivisionError
+        return score(trajectories, models, args, step, ranks)
+
+    monkeypatch.setattr(ppo_cpe, "score", failing)
+    monkeypatch.setattr(checkpoints.Saving, "is_written", lambda self: bool(self.written.result()))  # waits for it
+    with pytest.raises(ZeroDivisionError):
+        run(ppo_cpe, *flags, "--save-every", 2, "--save-in-background")
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step_000002"]
 
 
 def test_a_folder_that_cannot_be_written(tiny, capsys):

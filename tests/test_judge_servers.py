@@ -95,6 +95,9 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
             return self.connection.close()
         if fault == "hang":
             return self.server.ended.wait(20)
+        if fault == "late":
+            time.sleep(0.5)
+            fault = GOOD
         if fault == "trickle":  # a byte at a time, for ever
             self.reply(200, b"", length=10**6)
             while not self.server.ended.wait(0.05):
@@ -321,6 +324,15 @@ def test_a_bill_that_is_not_paid_is_not_waited_for(server, opened, fault, has_an
     found = answers_in_time(judge, "never")  # the patience would be half an hour
     assert (found.reward, found.failure, found.error) == (None, "request", judge.down)
     assert "no money is left" in judge.down and len(server.requests["never"]) == 1
+
+
+def test_replies_under_way_are_kept_when_the_money_is_spent(server, opened):
+    server.faults = {"fine": ["late"], "never": [402]}
+    judge = opened(server.url)
+    for key in ("fine", "never"):
+        judge.submit(key, ROW, key, seed=0)
+    found = verdicts(judge)
+    assert found["fine"].reward == 0.85 and found["never"].failure == "request"
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,13 @@ def test_reference_logprobs_that_were_changed_are_not_trained_on(here, capsys, c
     assert file.read_text() == whole
 
 
+def test_reference_logprobs_are_made_again_before_sharded_weights_are_loaded(here):
+    flags = flags_of(dpo, here, "--dtype", "bf16")  # bf16 shards on a single process, too
+    run(dpo, *flags)
+    (here / "run" / "reference.json").unlink()
+    run(dpo, *flags, "--max-steps", 2)
+
+
 def test_checkpoints_without_their_flags_are_not_continued(here, capsys):
     run(sft, *flags_of(sft, here))
     (here / "run" / "args.json").unlink()
