@@ -26,8 +26,10 @@ from json_files import read_json
 from recipes import rare_content
 from results.make import ladder, subset
 from results.make.draw import (
+    COLUMNS,
     GREY,
     RARE_CONTENT,
+    column,
     difference,
     difference_table,
     figure_table,
@@ -342,17 +344,25 @@ def all_experiments(figures: BySeed) -> str:
 
 
 def questions_table(figures: BySeed) -> str | None:
-    """Each question beside the method that it varies, on the same seeds."""
+    """In brackets: the method that is varied, on the same seeds."""
+    names = ["reward", *RARE_CONTENT, "generated", "judge_calls", "update"]
     rows = []
     for rate, name, method, _ in QUESTIONS:
         asked = figures.get((rate, name), {})
         if asked:
-            varied = [of_seed for seed, of_seed in figures.get((rate, method), {}).items() if seed in asked]
-            rows.append(([name, f"{rate:g}", len(asked)], list(asked.values())))
-            rows.append(([f"  beside {LABELS[method]}", f"{rate:g}", len(varied)], varied))
-    if not rows:
-        return None
-    return figure_table(["", "R", "seeds"], rows, ["reward", *RARE_CONTENT, "generated", "judge_calls", "update"])
+            varied = [figures[rate, method][seed] for seed in asked]
+            d = difference(figures, (rate, name), (rate, method), "reward")
+            interval = f"{d['mean']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})" if d else "-"
+            steps = f"{steps_until_half(asked.values())} ({steps_until_half(varied)})"
+            cells = [f"{column(asked.values(), figure)} ({column(varied, figure)})" for figure in names]
+            rows.append([f"{name} ({method})", f"{rate:g}", len(asked), interval, steps, *cells])
+    header = ["experiment (varied)", "R", "seeds", "difference of scores", "steps until half"]
+    return markdown_table([*header, *(COLUMNS[figure][0] for figure in names)], rows) if rows else None
+
+
+def steps_until_half(runs: Iterable[dict]) -> str:
+    """Of each seed; "-" where half is not reached."""
+    return ", ".join(str(step_of_half(run["curve"]) or "-") for run in runs)
 
 
 def rewrites_table(figures: BySeed) -> str | None:
