@@ -585,7 +585,9 @@ def save_batch(script: str, batch: Batch, run: Run) -> None:
     save_pretrained(policy, os.path.join(folder, "policy"), run.tokenizer_from, torch.float32, run.templates)
     if run.ranks.rank == 0:
         trajectories = [row.pop("trajectories") for row in rows]
-        tensors = {f"{name}.{i}": x for i, row in enumerate(rows) for name, x in row.items() if x is not None}
+        named = {f"{name}.{i}": x for i, row in enumerate(rows) for name, x in row.items() if x is not None}
+        # a fork's tensors may be views, or the same under two names
+        tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in named.items()}
         save_file(tensors, os.path.join(folder, "batch.safetensors"))
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), trajectories=trajectories)
         content["digests"] = batch_digests(folder)

@@ -476,7 +476,7 @@ def simulate(args: Args, gpu: GPU) -> tuple[dict[str, float], dict[str, float]]:
         judge_clock = Clock() if args.judge_server else clock
         judge_costs = GPUCosts(judge, gpu, args.max_batch, tp)
         if args.judge_server:
-            judge_costs = GPUCosts(judge, gpu, args.max_batch, tp=2, sharers=args.world_size)
+            judge_costs = GPUCosts(judge, gpu, args.max_batch, tp=2, sharers=n_engines)
         judge_engine = ClockEngine("judge", judge, 8192, args.max_batch, judge_script, judge_costs, judge_clock)
         backend = EngineBackend(judge_engine, judge_script.chat)
         if args.judge_server:

@@ -68,9 +68,10 @@ def main(args: Args) -> None:
     if args.name not in forks:
         raise ValueError(f"{args.name}: expected one of {', '.join(forks)}, the forks of {' and '.join(PAGES)}")
     file = os.path.join(args.folder, f"{args.name}.py")
-    if os.path.exists(file):
-        raise ValueError(f"{file} is there already; remove or rename it")
-    write_text(file, code_of(args.name, forks))
+    code = code_of(args.name, forks)
+    if os.path.exists(file) and read(os.path.abspath(file)) != code:
+        raise ValueError(f"{file} is there already, and differs; remove or rename it")
+    write_text(file, code)
     print(f"output: {file}")
 
 

@@ -137,6 +137,7 @@ done
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
 [ $# = 0 ] || DATA=$DATA STAGES=data bash recipes/own_data.sh "$@"
+case " $* " in *" --plan "*) exit 0 ;; esac # it was a plan of the data alone
 for name in "${stages[@]}"; do
     case $name in
         rows | evaluate) "$name" ;;

@@ -232,7 +232,7 @@ def form_faults(row: dict, answer: str) -> list[tuple[str, int]]:
         faults.append(("End with a whole sentence.", 3))
     if re.search(r"^\s*([-*\u2022]|\d+[.)])\s", answer, re.MULTILINE):
         faults.append(("Write sentences, not a list.", 4))
-    if any(name in answer for name in row["name"].split()):
+    if any(re.search(rf"\b{re.escape(name)}\b", answer) for name in row["name"].split()):
         faults.append(("Do not use the person's name.", 3))
     if len(set(sentences)) < len(sentences):
         faults.append(("Say nothing twice.", 4))

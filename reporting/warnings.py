@@ -141,22 +141,21 @@ def rl_warnings(metrics: list[dict]) -> list[dict]:
         if row.get("judge_calls") and row.get("judge_unparsed") is not None:
             row[UNPARSED] = row["judge_unparsed"] / row["judge_calls"]
     has_exact = any(row.get("exact/original") is not None for row in metrics)
-    last_fifth = [metrics[4 * len(metrics) // 5]["step"], metrics[-1]["step"]]
     warnings = []
     for rule in RULES:
         if rule is HACKING and has_exact:
             rule = HACKING_EXACT
         fifths = zip(*(means_by_fifth(metrics, name) for name in rule.metrics))
-        measured = [values for values in fifths if None not in values]
+        measured = {k: values for k, values in enumerate(fifths) if None not in values}
         warning: dict = dict(name=rule.name, rule=rule.rule)
         if len(measured) < 2:
             warnings.append(warning | dict(state="none", found="not measured in this run"))
             continue
-        series = list(zip(*measured))
+        series = list(zip(*measured.values()))
+        last = max(measured)
+        steps = [metrics[last * len(metrics) // 5]["step"], metrics[(last + 1) * len(metrics) // 5 - 1]["step"]]
         state = "warn" if rule.fires(*series) else "ok"
-        warnings.append(
-            warning | dict(state=state, found=rule.text(*series), link={"steps": last_fifth, **rule.rollouts})
-        )
+        warnings.append(warning | dict(state=state, found=rule.text(*series), link={"steps": steps, **rule.rollouts}))
     return warnings
 
 

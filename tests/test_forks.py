@@ -147,6 +147,12 @@ def test_a_loss_is_replayed_by_the_copys_own_code(tiny, exp, tmp_path):
         assert not torch.equal(gradients["root"], gradients[name])
 
 
+def test_a_batch_without_a_critic_is_kept(tiny, exp, tmp_path):
+    run_script(exp / "grpo.py", *flags_of(tiny, tmp_path), "--save-batch", 1, "--max-steps", 1)
+    assert (tmp_path / "run" / "batch_000001" / "batch.json").exists()
+    assert read_metrics(tmp_path / "run")[0]["explained_variance"] is None
+
+
 @pytest.mark.parametrize("place", ["batch", "beside", "relative"])
 def test_a_batch_runs_no_script_of_its_own(place, tiny, tmp_path, monkeypatch):
     """A batch that somebody sent may name any file."""

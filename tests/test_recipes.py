@@ -87,6 +87,24 @@ def test_a_folder_may_have_a_space_in_its_name(calls_of, name):
     assert sorted(renamed) == sorted(plain)  # tiny.sh runs some beside others, in any order
 
 
+def test_a_world_of_another_rarity_is_not_taken_for_this_one(stubs):
+    world = stubs / "out/tiny/world"
+    world.mkdir(parents=True)
+    (world / "judgements_eval.jsonl").write_text("")
+    (world / "made_with.txt").write_text("SEED=0 RARITY=0\n")
+    environment = os.environ | {"CALLS": str(stubs / "calls"), "RARITY": "0.1"}
+    command = ["bash", str(stubs / "recipes/tiny.sh")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1 and "was made with SEED=0 RARITY=0, not SEED=0 RARITY=0.1" in ran.stderr
+
+
+def test_a_plan_of_the_data_trains_nothing(calls_of):
+    calls = calls_of("qwen.sh", "0.5b", "people.csv", "-", "--plan", PLAN_ONLY="")
+    assert any("--plan" in call and "data/annotate.py" in call for call in calls)
+    after = calls[max(i for i, call in enumerate(calls) if "data/annotate.py" in call) + 1 :]
+    assert after == []
+
+
 RECIPES = [name for name in sorted(os.listdir(f"{ROOT}/recipes")) if name.endswith(".sh")]
 SOURCED = {"environment.sh", "jobs.sh", "world_flags.sh"}
 

@@ -226,6 +226,12 @@ def test_a_warning_by_held_out_rewards_that_are_few():
     assert warning["state"] == "warn" and "held-out reward 1.00, best 2.00, last 1.20" in warning["found"]
 
 
+def test_a_warning_leads_to_the_steps_that_it_is_about():
+    metrics = [row if row["step"] <= 12 else row | {"edit/gain": None} for row in steady(edit__gain=lambda s: 0.01)]
+    (warning,) = [warning for warning in rl_warnings(metrics) if warning["name"] == "Edits no better"]
+    assert warning["state"] == "warn" and warning["link"]["steps"] == [9, 12]
+
+
 def test_warnings_of_what_was_not_measured_or_is_short():
     metrics = [{k: v for k, v in row.items() if not k.startswith(("edit/", "exact/"))} for row in steady()]
     states = {warning["name"]: warning["state"] for warning in rl_warnings(metrics)}

@@ -63,6 +63,26 @@ def test_experiments_are_run_once_in_the_order_of_their_needs(tmp_path):
         run([Experiment("b", [writes(log, "d")])], str(tmp_path), jobs=1)
 
 
+def test_an_experiment_is_of_what_it_needs(tmp_path, monkeypatch):
+    """Another command of what it needs, another input or other flags of a stage: its figures are of other settings."""
+
+    def wanted(command="x", made_from=""):
+        found = [Experiment("a", [command], [], made_from), Experiment("b", ["y"], ["a"])]
+        experiments.set_settings(found)
+        return found[1]
+
+    made = wanted()
+    record = dict(commands=made.commands, settings=made.settings)
+    assert not experiments.was_made_otherwise(wanted(), record)
+    assert experiments.was_made_otherwise(wanted("z"), record) and experiments.was_made_otherwise(
+        wanted("x", "1"), record
+    )
+    monkeypatch.setitem(experiments.FLAGS, "grm", "--epochs 9")
+    write(tmp_path / "table.json", {"b": record})
+    with pytest.raises(ValueError, match="table.json: b was run with other commands or after others"):
+        experiments.read_kept(str(tmp_path / "table.json"), [wanted()])
+
+
 def test_an_experiment_that_fails_stops_the_others_and_is_run_again(tmp_path):
     fails = Experiment("fails", ["-c 'raise SystemExit(\"the check failed\")'"])
     slow = Experiment("slow", ["-c 'import time; time.sleep(60)'"])

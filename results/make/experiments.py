@@ -1,8 +1,9 @@
 """Experiments in the generated world: their commands, and a runner.
 
 An experiment is one folder under OUT, made by a few commands: a base model, an SFT policy, a run of RL with its
-evaluation. `done.json` in the folder has the commands and the seconds, and OUT/NAME.log has the output. An experiment
-whose commands have changed since it ran is an error, so that two settings are never mixed.
+evaluation. `done.json` in the folder has the commands, the settings and the seconds, and OUT/NAME.log has the output.
+An experiment whose commands have changed since it ran, or those of what it needs, is an error, so that two settings are
+never mixed.
 """
 
 import json
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from json_files import read_json
+from runtime.digests import digest_of
 from runtime.rows import write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -30,6 +32,8 @@ class Experiment:
     name: str  # its folder under OUT
     commands: list[str]  # for the shell, without `python`, or with `env` in front
     needs: list[str] = field(default_factory=list)  # names of other experiments
+    made_from: str = ""  # digest of inputs that the commands don't name
+    settings: str = ""  # see `set_settings`
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -44,6 +48,27 @@ def world_flags() -> dict[str, str]:
 
 FLAGS = world_flags()
 
+
+def set_settings(experiments: list[Experiment]) -> None:
+    """Sets `settings`, a digest of the flags of all stages, of an experiment's commands, and of all that it needs."""
+    by_name = {experiment.name: experiment for experiment in experiments}
+
+    def settings_of(experiment: Experiment) -> str:
+        if not experiment.settings:
+            needed = [settings_of(by_name[name]) for name in experiment.needs]
+            experiment.settings = digest_of(FLAGS, experiment.commands, experiment.made_from, needed)
+        return experiment.settings
+
+    for experiment in experiments:
+        settings_of(experiment)
+
+
+def was_made_otherwise(experiment: Experiment, record: dict) -> bool:
+    """Whether a record of an experiment, in done.json or a file of figures, has other commands or settings."""
+    settings = record.get("settings", experiment.settings)  # a test's record may have none
+    return record["commands"] != experiment.commands or settings != experiment.settings
+
+
 # -- the runner --------------------------------------------------------------------------------------------------------
 
 
@@ -53,10 +78,10 @@ def is_done(out: str, experiment: Experiment) -> bool:
     path = f"{folder}/done.json"
     if not os.path.exists(path):
         return False
-    with open(path) as f:
-        commands = json.load(f)["commands"]
-    if commands != experiment.commands:
-        raise ValueError(f"{path}: it was run with other commands; remove the folder {folder} or give another --out")
+    if was_made_otherwise(experiment, read_json(path)):
+        raise ValueError(
+            f"{path}: it was run with other commands or after others; remove the folder {folder} or give another --out"
+        )
     return True
 
 
@@ -83,7 +108,7 @@ def finish(experiment: Experiment, out: str, returncode: int, seconds: float) ->
             lines = f.read().replace("\r", "\n").splitlines()
         tail = "\n".join(lines[-8:])
         raise ValueError(f"{experiment.name} failed ({out}/{experiment.name}.log):\n{tail}")
-    done = {"commands": experiment.commands, "seconds": round(seconds, 1)}
+    done = {"commands": experiment.commands, "settings": experiment.settings, "seconds": round(seconds, 1)}
     write_text(f"{out}/{experiment.name}/done.json", json.dumps(done, indent=2))
 
 
@@ -128,12 +153,15 @@ def run(experiments: list[Experiment], out: str, jobs: int) -> None:
 # -- figures of finished experiments, in a JSON file -------------------------------------------------------------------
 
 
-def read_kept(path: str, commands: dict[str, list[str]]) -> dict[str, dict]:
-    """{name: commands and figures}. ValueError: an experiment has other commands now."""
+def read_kept(path: str, experiments: list[Experiment]) -> dict[str, dict]:
+    """{name: commands, settings and figures}. ValueError: an experiment has other commands or settings now."""
     known = read_json(path) if os.path.exists(path) else {}
-    for name, figures in known.items():
-        if name in commands and commands[name] != figures["commands"]:
-            raise ValueError(f"{path}: {name} was run with other commands; give another --results, or take it out")
+    for experiment in experiments:
+        name = experiment.name
+        if name in known and was_made_otherwise(experiment, known[name]):
+            raise ValueError(
+                f"{path}: {name} was run with other commands or after others; give another --results, or take it out"
+            )
     return known
 
 

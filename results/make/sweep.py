@@ -245,7 +245,9 @@ def by_rate(known: dict[str, dict]) -> BySeed:
         parts = parts_of(experiment)
         if parts:
             seed, rate, name = parts
-            figures[rate, name][seed] = {key: value for key, value in kept.items() if key != "commands"}
+            figures[rate, name][seed] = {
+                key: value for key, value in kept.items() if key not in ("commands", "settings")
+            }
     return figures
 
 

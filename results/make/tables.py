@@ -24,7 +24,7 @@ import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from results.make import ladder, memory, one_step, sweep, tournament
-from results.make.experiments import Experiment, is_done, missing, read_kept, run, write_kept
+from results.make.experiments import Experiment, is_done, missing, read_kept, run, set_settings, write_kept
 from runtime import flags
 from runtime.flags import Count
 
@@ -36,9 +36,9 @@ class Args:
 
     # -- experiments (ladder, sweep, tournament)
     out: str = "out/ladder"
-    """Folder of all runs, which these tables share; a quick run uses OUT_quick."""
+    """Folder of all runs, which these tables share; a quick run uses OUT_quick/TABLE."""
     results: str | None = None
-    """Folder of tables and figures. Default: results/TABLE, or OUT/results for a quick run."""
+    """Folder of tables and figures. Default: results/TABLE, or OUT_quick/results/TABLE for a quick run."""
     quick: bool = False
     """One seed, fewer experiments."""
     seeds: Count = 5
@@ -60,8 +60,9 @@ def main(args: Args) -> None:
         return memory.main()
     if args.table == "one-step":
         return print(one_step.page(args.run, args.step), end="")
-    out = f"{args.out}_quick" if args.quick else args.out
-    results = args.results or (f"{out}/results" if args.quick else f"results/{args.table}")
+    out, results = args.out, args.results or f"results/{args.table}"
+    if args.quick:  # of each table, since their recipes differ
+        out, results = f"{args.out}_quick/{args.table}", args.results or f"{args.out}_quick/results/{args.table}"
     table = {"ladder": ladder, "sweep": sweep, "tournament": tournament}[args.table]
     known = run_missing(args, table, out, f"{results}/{args.table}.json")
     table.write_tables(known, results)
@@ -73,24 +74,28 @@ def wanted_in(args: Args, folder: str) -> list[Experiment]:
     if args.table == "ladder":
         return ladder.experiments(out, args.quick)
     if args.table == "tournament":
-        return tournament.experiments(out, args.seeds)
+        return tournament.experiments(out, args.seeds, args.quick)
     return sweep.experiments(out, args.seeds, args.quick)
 
 
 def run_missing(args: Args, table: ModuleType, out: str, path: str) -> dict[str, dict]:
     """Runs the experiments whose figures the file at `path` lacks, and adds them -> {name: commands and figures}."""
+    named = wanted_in(args, "OUT")  # with the commands as the file has them
+    set_settings(named)
+    known = read_kept(path, named)
     wanted = wanted_in(args, out)
-    commands = {e.name: e.commands for e in wanted_in(args, "OUT")}  # as the file has them
-    known = read_kept(path, commands)
+    for e, of_file in zip(wanted, named, strict=True):
+        e.settings = of_file.settings
     try:
         if not args.only_draw:
             run(missing(wanted, known, table.is_kept), out, args.jobs)
     finally:  # what is finished stays, also where a run was stopped
-        for e in wanted:
+        for e, of_file in zip(wanted, named):
             if table.is_kept(e.name) and e.name not in known and is_done(out, e):
-                known[e.name] = {"commands": commands[e.name]} | table.figures_of(out, e.name)
+                made = {"commands": of_file.commands, "settings": e.settings}
+                known[e.name] = made | table.figures_of(out, e.name)
         write_kept(known, path)
-    kept = [name for name in commands if table.is_kept(name)]
+    kept = [e.name for e in named if table.is_kept(e.name)]
     print(f"{sum(name in known for name in kept)} of {len(kept)} experiments are finished")
     return known
 

@@ -9,9 +9,11 @@ import os
 import numpy as np
 
 from json_files import read_json
+from recipes import fork
 from results.make import ladder, sweep
 from results.make.draw import GREY, RARE_CONTENT, figure_table, new_figure, save_figure, write_page
 from results.make.experiments import FLAGS, Experiment
+from runtime.digests import digest_of
 
 LR = sweep.LR
 DPO_LR = 1e-4
@@ -40,6 +42,7 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "ppo_t13": (None, f"{NO_EDITS} --temperature 1.3"),
     "ppo_200": (None, f"{NO_EDITS} --max-steps {LONG}"),
 }
+QUICK = ("grpo", "raft_edits")
 TRAINED_ON_ROLLOUTS = {  # name: (script, rows of recipes/edit_pairs.py), from rollouts of the SFT policy
     "sft_best_original": ("sft.py", "best_original"),
     "sft_best": ("sft.py", "best"),
@@ -85,10 +88,24 @@ NOTE = (
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 
-def experiments(out: str, seeds: int) -> list[Experiment]:
-    """All methods at the main rates of the sweep, a seed before the next; then twice the learning rate on one seed."""
-    forks = sorted({fork for fork, _ in METHODS.values() if fork})
-    wanted = [Experiment(f"forks/{name}", [f"recipes/fork.py {name} --folder {out}/forks"]) for name in forks]
+def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
+    """All methods at the main rates of the sweep, a seed before the next; then twice the learning rate on one seed.
+
+    quick: one seed and rate, two methods.
+    """
+    diffs = fork.all_diffs()
+    names = [METHODS[name][0] for name in (QUICK if quick else METHODS)]
+    wanted = [
+        Experiment(
+            f"forks/{name}",
+            [f"recipes/fork.py {name} --folder {out}/forks"],
+            made_from=digest_of(fork.code_of(name, diffs)),
+        )
+        for name in sorted(set(filter(None, names)))
+    ]
+    if quick:
+        recipe = ladder.recipe(out, 0, until_checks=True)
+        return [*wanted, recipe, *sweep.start_of(out, 0, 0.0), *(train(out, 0, 0.0, name) for name in QUICK)]
     for seed in range(seeds):
         wanted.append(ladder.recipe(out, seed))
         for rate in sweep.MAIN_RATES:
@@ -102,12 +119,12 @@ def experiments(out: str, seeds: int) -> list[Experiment]:
 
 def train(out: str, seed: int, rate: float, name: str, times: int = 1) -> Experiment:
     """One run of RL and its evaluation. times: the learning rate, in units of the sweep's."""
-    fork, flags = METHODS[name]
-    script = f"{out}/forks/{fork}.py" if fork else "ppo_cpe.py"
+    name_of_fork, flags = METHODS[name]
+    script = f"{out}/forks/{name_of_fork}.py" if name_of_fork else "ppo_cpe.py"
     faster = f" --lr {times * LR:g}" if times > 1 else ""
     suffix = f"_{times}lr" if times > 1 else ""
     experiment = sweep.train(out, seed, rate, f"{name}{suffix}", f"{flags}{faster}", script=script)
-    experiment.needs += [f"forks/{fork}"] if fork else []
+    experiment.needs += [f"forks/{name_of_fork}"] if name_of_fork else []
     return experiment
 
 
