@@ -109,7 +109,7 @@ from prompts import (
     parse_judgement,
     response_ids,
 )
-from runtime import packing, plan, training
+from runtime import offload, packing, plan, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows, refuse_held_out, write_rows, write_text
@@ -305,7 +305,7 @@ def main(cli_args: Args) -> None:
     if args.objective == "grm" and args.eval_data:
         del model, optimizer  # the engine needs their memory
         run.release_models()
-        training.free_host_copies()
+        offload.free_host_copies()
         judge_held_out(args, args.eval_data, chat, templates, ranks)
     judge = f"bt:{args.out}/model --edit-rate 0" if is_bt else f"{args.out}/model"
     prompts = os.path.join(os.path.dirname(args.data), "prompts_train.jsonl")

@@ -21,7 +21,9 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ EMULATED = os.environ.get("EMULATED") == "1"  # tests/on_emulated_gpu.py: small 
 NEEDED = [
     "triton",
     "pytest",
+    "hypothesis",
     "tyro",
     "pydantic",
     "tokenizers",
@@ -80,9 +83,13 @@ def versions() -> bool:
     for name in NEEDED:
         print(name, "is missing" if name in missing else importlib.metadata.version(name))
     print(attention_used(True))
+    compiler = next(filter(shutil.which, [os.environ.get("CC", "gcc"), "gcc", "clang"]), None)
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    can_build = compiler is not None and os.path.exists(header)
+    print(f"C compiler {compiler}, {header}{'' if can_build else ': Triton needs both, to build its launcher'}")
     if missing:
         print(f"install {' '.join(missing)}, or lay their wheels into a folder and name it: WHEELS=FOLDER")
-    return not missing and torch.cuda.is_available()
+    return not missing and can_build and torch.cuda.is_available()
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ python=(python)
 [ -z "$EMULATED" ] || python=(python tests/on_emulated_gpu.py)
 if [ -n "${WHEELS:-}" ]; then
     python -m pip install --quiet --no-index --find-links "$WHEELS" \
-        pytest tyro pydantic tokenizers safetensors tqdm transformers numpy openai
+        pytest hypothesis tyro pydantic tokenizers safetensors tqdm transformers numpy openai
 fi
 
 stage() { # stage NAME SECONDS COMMAND...

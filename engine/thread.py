@@ -252,6 +252,8 @@ class EngineThread:
             self._count_ended(request, 1)
             if len(request.ended) == request.n:
                 del self.requests[key]
+        if self.engine.steps_since_poll:  # on a GPU each look at a slot waits for all steps so far
+            return
         for request in self.requests.values():
             if request.wants_progress:
                 for index in set(range(request.started)) - request.ended:

@@ -164,21 +164,13 @@ class _RMSNorm(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         grad_total = grad_total.contiguous() if add else grad_out
         grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
-        programs = min(n_rows, 2 * _processors(total.device))
+        options = _launch_options(width)
+        # some 16 warps a multiprocessor: narrow rows, as of Qwen3's heads, have one warp a program
+        programs = min(n_rows, 2 * _processors(total.device) * max(1, 8 // options["num_warps"]))
         partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
         if n_rows:
             _backward_kernel[programs,](
-                grad_out,
-                grad_total,
-                total,
-                weight,
-                rstd,
-                grad_x,
-                partial,
-                total.stride(0),
-                n_rows,
-                ADD=add,
-                **_launch_options(width),
+                grad_out, grad_total, total, weight, rstd, grad_x, partial, total.stride(0), n_rows, ADD=add, **options
             )
         return grad_x, grad_x if ctx.add else None, partial.sum(0).to(weight.dtype), None
 

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from model import Transformer, gathered_weights, write_pretrained
 from runtime.digests import git_hash, is_whole, sealed
 from runtime.distributed import Ranks, all_gather, barrier, print0
+from runtime.offload import move_moments, to_host
 from runtime.rows import check_row, json_lines, sync, write_rows, write_text
 from runtime.watch import set_phase
 from weights import GIB
@@ -112,8 +113,11 @@ def _write_parts(folder: str, parts: list[Part], ranks: Ranks) -> None:
         del content  # before the next is made
 
 
-def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks) -> None:
-    """Fills models and optimizers in place, from the pieces of however many ranks."""
+def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: Ranks, offloads: bool) -> None:
+    """Fills models and optimizers in place, from the pieces of however many ranks.
+
+    offloads: moments go to host memory, those of one model before the next is read.
+    """
     with open(os.path.join(folder, "index.json")) as f:
         index = json.load(f)
     with contextlib.ExitStack() as stack:
@@ -154,6 +158,9 @@ def _read_train_state(folder: str, models: Mapping, optimizers: Mapping, ranks: 
                     value = torch.empty_like(parameter.detach()) if alike else torch.empty(shape)
                     state.setdefault(i, {})[kind] = fill(f"{name}/{parameter_name}/{kind}", value)
             optimizers[name].load_state_dict({**optimizers[name].state_dict(), "state": state})
+            del state  # on the device; the optimizer may have its own
+            if offloads:
+                move_moments(optimizers[name], to_host)
 
 
 # -- files: on the disk, with digests ----------------------------------------------------------------------------------
@@ -376,7 +383,11 @@ def _link_newest(out, names):
 
 
 def load(
-    out: str, models: Mapping[str, Transformer], optimizers: Mapping[str, torch.optim.Optimizer], ranks: Ranks
+    out: str,
+    models: Mapping[str, Transformer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ranks: Ranks,
+    offloads: bool = False,
 ) -> int:
     """Fills models and optimizers from the newest intact checkpoint. Returns its step (0: there is none).
 
@@ -406,7 +417,7 @@ def load(
         step = _step(newest)
         size = sum(os.path.getsize(os.path.join(newest, name)) for name in _files(newest))
         seconds = time.monotonic() - started
-        _read_train_state(os.path.join(newest, "train_state"), models, optimizers, ranks)
+        _read_train_state(os.path.join(newest, "train_state"), models, optimizers, ranks, offloads)
         if ranks.rank == 0:
             _link_newest(out, models)
         print0(f"resumed from {newest} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")

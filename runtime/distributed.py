@@ -25,6 +25,7 @@ from tensor_parallel import EngineRanks
 # whose judge may be down for a while. watch.py finds a rank that hangs earlier.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 T = TypeVar("T")
+GPU = "/dev/nvidiactl"  # exists where a driver is loaded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,6 +72,11 @@ def start(
     if world_size % tensor_parallel:
         raise ValueError(f"--tensor-parallel {tensor_parallel}: expected a divisor of the {world_size} ranks")
     cuda = torch.cuda.is_available()
+    if not cuda and torch.version.cuda and os.path.exists(GPU) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise ValueError(
+            f"the machine has a GPU ({GPU}), and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it; "
+            "is its driver too old? CUDA_VISIBLE_DEVICES= trains on the CPU"
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

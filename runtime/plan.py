@@ -328,7 +328,7 @@ def rl(
     passes = {**resident, **masters}
     optimizer = {**resident, **masters, **gradients}
     if machine.offload and machine.device == "cuda":
-        if lora:  # a frozen base stays (training.to_host)
+        if lora:  # a frozen base stays (training.offloaded)
             sampling |= masters
         name = max(moments, key=moments.__getitem__)  # one by one
         optimizer[name] = moments[name]

@@ -95,7 +95,7 @@ class Run:
         self.optimizers = optimizers
         self.tokenizer_from = tokenizer_from
         self.templates = templates
-        self.first_step = checkpoints.load(self.out, models, optimizers, self.ranks)
+        self.first_step = checkpoints.load(self.out, models, optimizers, self.ranks, self.args.offload)
         self.step = self.first_step
         if self.first_step == self.last_step:
             print0(f"{self.out} is finished already, with {self.last_step} steps")

@@ -1,7 +1,6 @@
 """Shared by all training scripts: FSDP2, AdamW, learning rate, offloading, forward passes, and machine metrics."""
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from model import Transformer, load_pretrained
 from runtime import roofline
 from runtime.distributed import Ranks, all_gather, all_max, all_sum, barrier, print0
 from runtime.flags import RuntimeArgs
+from runtime.offload import from_host, host_copy, move_moments, to_host, wait_for_host_copies
 from runtime.packing import DUMMY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
 from runtime.runs import Run, count_bad_steps
@@ -111,69 +111,6 @@ def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-# {(parameter, "weight" or a moment's name): pinned memory}, allocated once
-_host_copies: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
-
-
-@functools.cache
-def _copy_stream() -> torch.cuda.Stream:
-    """Runs copies to the host beside what is computed meanwhile."""
-    return torch.cuda.Stream()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def to_host(parameter: torch.Tensor, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy of a parameter or one of its moments to pinned host memory, and returns that memory.
-
-    The host may read it after `wait_for_host_copies`. A tensor that is not on a GPU is returned as it is.
-    """
-    if not tensor.is_cuda:
-        return tensor
-    host = _host_copies.get((parameter, name))
-    if host is None:
-        host = tensor.to("cpu")
-        memory = _local(host)
-        memory.data = memory.pin_memory()
-        _host_copies[parameter, name] = host
-    else:
-        stream = _copy_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            host.copy_(tensor, non_blocking=True)
-        _local(tensor).record_stream(stream)  # its memory is not given to others before the copy ends
-    return host
-
-
-def free_host_copies() -> None:
-    """Frees the pinned memory, and the parameters that it is known by, once no model is trained any more."""
-    _host_copies.clear()
-
-
-def wait_for_host_copies() -> None:
-    if _host_copies:
-        _copy_stream().synchronize()
-
-
-def from_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of `to_host` back, without making the host wait."""
-    if device.type == "cuda":
-        torch.cuda.current_stream().wait_stream(_copy_stream())
-    return tensor.to(device, non_blocking=True)
-
-
-def move_moments(
-    optimizer: torch.optim.Optimizer, move: Callable[[torch.Tensor, str, torch.Tensor], torch.Tensor]
-) -> None:
-    """Replaces each of Adam's moments by move(parameter, name, moment)."""
-    for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = move(parameter, name, state[name])
-
-
 @contextlib.contextmanager
 def offloaded(
     models: Mapping[str, Transformer],
@@ -196,7 +133,7 @@ def offloaded(
             to_host(parameter, "weight", parameter)
     wait_for_host_copies()  # FSDP may read a shard on the host, to pad it
     for model in away:
-        model._apply(lambda parameter: _host_copies[parameter, "weight"].detach())  # `to`, for FSDP as well
+        model._apply(lambda parameter: host_copy(parameter, "weight").detach())  # `to`, for FSDP as well
     yield
     for model in away:
         model._apply(lambda parameter: from_host(parameter, device))

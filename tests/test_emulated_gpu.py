@@ -31,7 +31,7 @@ from chat import Chat
 from engine import Engine
 from engine.gpu_runner import GPURunner
 from model import load_pretrained
-from runtime import training
+from runtime import offload, training
 from runtime.flags import parse
 from runtime.rows import write_rows
 
@@ -258,7 +258,7 @@ def test_offloading_reuses_its_host_memory():
         for name, model in models.items():
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 0.5)
-            training.move_moments(optimizers[name], lambda parameter, name, moment: moment.to("cuda"))
+            offload.move_moments(optimizers[name], lambda parameter, name, moment: moment.to("cuda"))
             optimizers[name].step()
             optimizers[name].zero_grad()
         before = [p.tolist() for model in models.values() for p in model.parameters()]
