@@ -1,36 +1,43 @@
-"""Does a real model learn from edits what it never says? Rows, judge and table of recipes/real_english.sh.
+"""Does a real model learn from edits what it never says? Rows, targets and table of recipes/real_english.sh.
 
 Each person has one concern (rain, money, ...). An answer should have 15 to 30 words and say one thing that serves the
-concern, as the critique dictates it: "Tell them to check the forecast." What it is depends on concern and kind
-of question, so that a policy can learn it. Every concern has one thing that samples of the SFT policy often say, one
-that they seldom say, and one that they say hardly ever. Their rates are measured before RL; one run has all three.
+concern, as the critique dictates it: "Tell them to check the forecast." What it is depends on concern and kind of
+question, so that a policy can learn it. Each concern has a thing that the SFT policy often says, one that it seldom
+says and one that it hardly ever says, for the three kinds of question. One run of RL has all of them.
 
-    python recipes/real_english.py questions --out DATA                         # questions.jsonl, templates
-    python recipes/real_english.py sft --answers ANSWERS.jsonl --out DATA       # sft.jsonl: answers and rewrites
-    python recipes/real_english.py prompts --answers SAMPLES.jsonl --out DATA   # prompts_train, prompts_dev, rates.json
-    python recipes/real_english.py gate --answers RUN --out DATA                # do edits do what critiques say?
-    python recipes/real_english.py table --answers PPO=ANSWERS.jsonl CPE=OTHER.jsonl --out OUT
+    python recipes/real_english.py questions --out DATA                     # questions.jsonl, templates
+    python recipes/real_english.py sft --answers ANSWERS.jsonl --out DATA   # sft.jsonl: answers and rewrites
+    python recipes/real_english.py prompts --answers SAMPLES.jsonl --model SFT --out DATA   # prompts_*, rates.json
+    python recipes/real_english.py gate --answers RUN --out DATA            # do edits do what critiques say?
+    python recipes/real_english.py table --answers ppo=RUN cpe=RUN sft=ANSWERS.jsonl --model CHECKPOINT --out OUT
 
-ANSWERS.jsonl is the output of generate.py for these questions or prompts, RUN a run folder of ppo_cpe.py.
+ANSWERS.jsonl is the output of generate.py for these questions or prompts; a RUN of the table is a run folder of
+ppo_cpe.py with answers.jsonl in it.
 """
 
 import json
 import os
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
+from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from chat import Chat
 from evaluation.tables import markdown_table
-from prompts import Judgement, Templates, answer_request, fill
+from evaluation.winrate import mean_and_interval
+from model import Transformer, load_pretrained
+from prompts import Templates, answer_request, fill
+from recipes.real_english_judge import CONCERNS, SENTENCE, form_faults, judge, says, words_in
 from runtime import flags
+from runtime.packing import pack
 from runtime.rows import read_rows, step_files, write_rows, write_text
 
 
@@ -41,122 +48,15 @@ class Args:
     out: str = "out/real_english/data"
     """Folder of the written files."""
     answers: tuple[str, ...] = ()
-    """Output of generate.py; for gate a run folder; for table NAME=FILE of each policy."""
+    """Output of generate.py; for gate a run folder; for table NAME=FILE or NAME=RUN of each policy."""
+    model: str | None = None
+    """For prompts the policy that gave the samples, whose rates are measured; for table the model of the perplexity."""
     people: flags.Count = 100
     """Names in training; each has all concerns and questions. prompts_dev has a quarter as many others."""
     seed: int = 0
     """Order and choice of rows."""
 
 
-# Concerns, with what may be said for them: {concern: (what the persona says, {word: clause with this word})}. A clause
-# follows "Tell them to". How rare each word is, is measured.
-CONCERNS: dict[str, tuple[str, dict[str, str]]] = {
-    "rain": (
-        "I hate getting wet in the rain.",
-        {
-            "weather": "look at the weather first",
-            "umbrella": "take an umbrella",
-            "indoors": "stay indoors if it pours",
-            "jacket": "wear a light jacket",
-            "forecast": "check the forecast",
-            "boots": "put on rubber boots",
-            "raincoat": "pack a raincoat",
-            "shelter": "know where the next shelter is",
-        },
-    ),
-    "money": (
-        "I have very little money this month.",
-        {
-            "budget": "set a small budget",
-            "free": "look for something free",
-            "cheap": "choose the cheap option",
-            "discount": "ask for a discount",
-            "coupons": "bring coupons",
-            "borrow": "borrow what is missing",
-            "receipt": "keep each receipt",
-            "leftovers": "use up leftovers",
-        },
-    ),
-    "back": (
-        "I have a bad back that hurts.",
-        {
-            "rest": "rest in between",
-            "stretch": "stretch before and after",
-            "posture": "mind your posture",
-            "chair": "sit on a firm chair",
-            "cushion": "bring a cushion",
-            "lifting": "do no heavy lifting",
-            "knees": "bend the knees, not the back",
-            "backpack": "carry a backpack on both shoulders",
-        },
-    ),
-    "dog": (
-        "I have a young dog that comes along everywhere.",
-        {
-            "walk": "plan a walk with the dog",
-            "park": "stop at a park on the way",
-            "leash": "bring the leash",
-            "treats": "carry some treats",
-            "bowl": "fill a bowl with water",
-            "toy": "pack a toy",
-            "vet": "ask the vet first",
-            "towel": "keep an old towel ready for paws",
-        },
-    ),
-    "allergy": (
-        "I am allergic to pollen and nuts.",
-        {
-            "health": "think of your health",
-            "doctor": "ask a doctor",
-            "avoid": "avoid what makes you sneeze",
-            "labels": "read all labels",
-            "pills": "take your pills along",
-            "tissues": "bring tissues",
-            "windows": "keep the windows shut",
-            "ingredients": "ask for the ingredients",
-        },
-    ),
-    "sleep": (
-        "I sleep badly and am always tired.",
-        {
-            "relax": "leave time to relax",
-            "early": "finish early",
-            "nap": "take a short nap",
-            "tea": "drink herbal tea instead of coffee",
-            "screens": "turn off all screens at nine",
-            "alarm": "set no alarm the next day",
-            "pillow": "buy a better pillow",
-            "curtains": "close the curtains",
-        },
-    ),
-    "noise": (
-        "I cannot stand noise and crowds.",
-        {
-            "quiet": "look for a quiet place",
-            "peaceful": "choose a peaceful hour",
-            "crowds": "keep away from crowds",
-            "headphones": "wear headphones",
-            "earplugs": "carry earplugs",
-            "weekday": "go on a weekday",
-            "library": "try the library",
-            "corner": "ask for a table in the corner",
-        },
-    ),
-    "children": (
-        "I look after two small children all day.",
-        {
-            "kids": "let the kids help",
-            "fun": "make it fun for everybody",
-            "games": "think of some games",
-            "snacks": "pack snacks",
-            "stroller": "take the stroller",
-            "crayons": "bring crayons",
-            "babysitter": "ask a babysitter",
-            "playground": "end at a playground",
-        },
-    ),
-}
-CONCERN_OF = {word: concern for concern, (_, clauses) in CONCERNS.items() for word in clauses}
 QUESTIONS = {
     "out": ("What should I do on Saturday?", "Where could I go this weekend?", "What is a good day trip?"),
     "home": (
@@ -167,7 +67,8 @@ QUESTIONS = {
     "food": ("What should I have for dinner?", "What is a good lunch for today?", "How do I eat better?"),
 }
 KIND_OF = {question: kind for kind, questions in QUESTIONS.items() for question in questions}
-BINS = {"common": (0.02, 0.2), "middle": (0.002, 0.02), "rare": (0.0, 0.0005)}  # rate in samples of the SFT policy
+BINS = {"common": (0.08, 0.4), "middle": (0.005, 0.04), "rare": (0.0, 0.0005)}  # chance that an answer of SFT says it
+N_CONCERNS = 4  # of those with a word in each bin; more would leave too few samples for each target
 NAMES = tuple(
     f"{first} {last}"
     for first in (
@@ -200,74 +101,28 @@ POOL = (
     "polish the spoons", "watch the sunset", "join a choir", "plant some herbs", "mend a sock", "practice the piano",
 )  # fmt: skip
 INSERTIONS = ("You should {}.", "Also, {}.", "Remember to {}.", "It helps to {}.")
-ANSWER_TEMPLATE = "{persona} {question} Give me your advice in one or two short sentences.\n"
-EDIT_TEMPLATE = "{critique} Rewrite the answer so that this is done. Output only the new answer.\n"
-TEMPLATES = Templates(answer=ANSWER_TEMPLATE, edit=EDIT_TEMPLATE)
-MIN_WORDS, MAX_WORDS = 15, 30
-SENTENCE = re.compile(r"[^.!?]+[.!?]+")
-
-
-# -- the judge ---------------------------------------------------------------------------------------------------------
-
-
-def words_in(answer: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", answer.lower()))
-
-
-def concerns_served(answer: str) -> set[str]:
-    """The concerns of which the answer says a word."""
-    return {CONCERN_OF[word] for word in words_in(answer) & CONCERN_OF.keys()}
-
-
-def form_faults(row: dict, answer: str) -> list[tuple[str, int]]:
-    """(request, points) for each fault of form: length, ending, list, name, repetition."""
-    n_words = len(answer.split())
-    sentences = [" ".join(re.findall(r"[a-z]+", s)) for s in re.split(r"[.!?]+", answer.lower()) if s.strip()]
-    faults = []
-    if n_words > MAX_WORDS:
-        faults.append((f"Cut it to {MAX_WORDS} words; it has {n_words}.", min(8, 1 + (n_words - MAX_WORDS) // 5)))
-    if n_words < MIN_WORDS:
-        faults.append((f"Say a little more, at least {MIN_WORDS} words.", 4))
-    if not answer.rstrip().endswith((".", "!", "?")):
-        faults.append(("End with a whole sentence.", 3))
-    if re.search(r"^\s*([-*\u2022]|\d+[.)])\s", answer, re.MULTILINE):
-        faults.append(("Write sentences, not a list.", 4))
-    if any(re.search(rf"\b{re.escape(name)}\b", answer) for name in row["name"].split()):
-        faults.append(("Do not use the person's name.", 3))
-    if len(set(sentences)) < len(sentences):
-        faults.append(("Say nothing twice.", 4))
-    return faults
-
-
-def judge(row: dict, answer: str) -> Judgement:
-    """Helpfulness and naturalness by form, personalization by the word that the prompt's target asks for.
-
-    row: a prompt row with `target`, the word, or a row of `questions` without one.
-    """
-    faults = form_faults(row, answer)
-    target = row.get("target")
-    said = target is None or target in words_in(answer)
-    foreign = concerns_served(answer) - {row["concern"]}
-    requests = [] if said else [f"Tell them to {CONCERNS[row['concern']][1][target]}."]
-    requests += [request for request, _ in faults]
-    n_points = sum(points for _, points in faults)
-    personalization = (5 if said else -2) - 2 * len(foreign)
-    critique = " ".join(requests[:2]) or "Nothing to fix."
-    return Judgement(critique, max(-5, 5 - n_points), max(-5, personalization), max(-5, 5 - n_points))
+# without a line break at the end, which is not part of a template that is read from a file
+TEMPLATES = Templates(
+    answer="{persona} {question} Give me your advice in one or two short sentences.",
+    edit="{critique} Rewrite the answer so that this is done. Output only the new answer.",
+)
+TEMPERATURE = 0.8  # of all samples
+N_PLAIN, N_REWRITES = 500, 1500  # rows of SFT, at most
+PASSED = 0.5  # of the gate: edits that say their target, in each bin
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def question_rows(names: Sequence[str], seed: int, split: str) -> list[dict]:
-    """A row per name and concern, with a random question."""
+def question_rows(names: Sequence[str], concerns: Iterable[str], seed: int, split: str) -> list[dict]:
+    """A row per name, concern and kind of question, in random order."""
     rng = Random(f"{seed} {split}")
     rows = []
     for name in names:
-        for concern in CONCERNS:
-            question = rng.choice(QUESTIONS[rng.choice(list(QUESTIONS))])
-            row = dict(prompt_id=f"{split}{len(rows)}", question=question, concern=concern, name=name)
-            rows.append(row | {"persona": f"My name is {name}. {CONCERNS[concern][0]}"})
+        for concern in concerns:
+            for questions in QUESTIONS.values():
+                row = dict(prompt_id=f"{split}{len(rows)}", question=rng.choice(questions), concern=concern, name=name)
+                rows.append(row | {"persona": f"My name is {name}. {CONCERNS[concern][0]}"})
     rng.shuffle(rows)
     return rows
 
@@ -282,163 +137,291 @@ def names_of(people: int) -> tuple[list[str], list[str]]:
     return names[:people], names[people : people + n_dev]
 
 
-def insert(rng: Random, answer: str, clause: str) -> str:
-    """The answer with a sentence that says the clause, at its end or before its last sentence."""
-    sentences = SENTENCE.findall(answer)
-    place = rng.choice((len(sentences), max(0, len(sentences) - 1)))
-    sentences.insert(place, f" {rng.choice(INSERTIONS).format(clause)}")
-    return " ".join(s.strip() for s in sentences)
+def conversation(row: dict, critique: str | None = None, edit: str | None = None) -> dict:
+    """The answer, or its rewrite by a critique, as a row of SFT: under the prompts that RL will have."""
+    turns = [answer_request(TEMPLATES, row), row["text"]]
+    if critique is not None and edit is not None:
+        turns += [fill(TEMPLATES.edit, critique=critique), edit]
+    return {"messages": [dict(role=role, content=text) for role, text in zip(("user", "assistant") * 2, turns)]}
+
+
+def rewrites(row: dict, rng: Random) -> list[dict]:
+    """Rewrites of an answer by critiques as RL will have them: with a clause of POOL, cut, or both.
+
+    A rewrite without a fault of form is kept. The sentence goes to the end, or takes the place of what comes last.
+    """
+    sentences = [sentence.strip() for sentence in SENTENCE.findall(row["text"]) if sentence.strip()]
+    faults = [request for request, _ in form_faults(row, row["text"])]
+    clause = rng.choice(POOL)
+    insertion = rng.choice(INSERTIONS).format(clause)
+    both = " ".join([f"Tell them to {clause}.", *faults[:1]])
+    found = []
+    for critique, added in ((both, [insertion]), (" ".join(faults[:2]), [])):
+        for n_kept in range(len(sentences), 0, -1) if critique else ():
+            edit = " ".join([*sentences[:n_kept], *added])
+            if not form_faults(row, edit):
+                found.append(conversation(row, critique, edit))
+                break
+    return found
 
 
 def sft_rows(answers: list[dict], seed: int) -> list[dict]:
-    """Conversations: the model's own answers of good form, and rewrites of them by critiques.
-
-    Half of the good answers are learned as they are. The others are answered by a critique: add a clause of POOL (two
-    of three), or nothing to fix. Answers that are too long, and become good when cut, show how to cut.
-    """
+    """Conversations: some of the model's own answers of good form, and rewrites of answers of any form."""
     rng = Random(seed)
-    rows = []
-    for row in answers:
-        prompt = answer_request(TEMPLATES, row)
-        faults = form_faults(row, row["text"])
-        cut = "".join(SENTENCE.findall(row["text"])[:2]).strip()
-        if not faults and rng.random() < 0.5:
-            turns = [prompt, row["text"]]
-        elif not faults:
-            clause = rng.choice(POOL)
-            critique, edit = f"Tell them to {clause}.", insert(rng, row["text"], clause)
-            if rng.random() < 1 / 3:
-                critique, edit = "Nothing to fix.", row["text"]
-            turns = [prompt, row["text"], fill(TEMPLATES.edit, critique=critique), edit]
-        elif not form_faults(row, cut):
-            critique = " ".join(request for request, _ in faults[:2])
-            turns = [prompt, row["text"], fill(TEMPLATES.edit, critique=critique), cut]
-        else:
-            continue
-        roles = ("user", "assistant") * 2
-        rows.append({"messages": [dict(role=role, content=text) for role, text in zip(roles, turns)]})
-    return rows
+    plain = [conversation(row) for row in answers if not form_faults(row, row["text"])]
+    edited = [conversation for row in answers for conversation in rewrites(row, rng)]
+    return rng.sample(plain, min(N_PLAIN, len(plain))) + rng.sample(edited, min(N_REWRITES, len(edited)))
 
 
-def says(rows: list[dict], word: str) -> float:
-    """The fraction of answers with the word."""
-    return float(np.mean([word in words_in(row["text"]) for row in rows])) if rows else 0.0
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+Rates = dict[str, dict[str, dict[str, float]]]  # {concern: {kind of question: {word: chance that an answer says it}}}
 
 
-def choose_targets(samples: list[dict], seed: int) -> dict[str, dict[str, tuple[str, str]]]:
-    """{concern: {kind of question: (bin, word)}}, by how often samples for this concern say its words.
+def sequence_of(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
+    """Ids of a row's prompt and of its answer."""
+    prompt = chat.messages([dict(role="user", content=answer_request(TEMPLATES, row))])
+    return prompt, chat.tokenizer.encode(row["text"], add_special_tokens=False).ids
 
-    The bins go round, so that each is asked for by each kind of question. Where no word is in a bin, the word is taken
-    whose rate is nearest to it.
+
+@torch.no_grad()
+def logits_of(model: Transformer, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits before each token of the answer, [L, V]."""
+    batch = pack([prompt + answer], [[False] * len(prompt) + [True] * len(answer)], "cpu")
+    return model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
+
+
+def measure_rates(folder: str, samples: list[dict]) -> Rates:
+    """The chance that an answer of a policy says each word, from its probabilities along its own samples.
+
+    A count of N samples sees nothing below 1 / N; this does. Words of several tokens are left out.
     """
-    rng = Random(seed)
+    chat = Chat(folder)
+    model = load_pretrained(folder, torch.float32)
+    ids = {w: chat.tokenizer.encode(f" {w}", add_special_tokens=False).ids for _, ws in CONCERNS.values() for w in ws}
+    columns = {word: found[0] for word, found in ids.items() if len(found) == 1}
+    sums: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
+    for row in tqdm(samples, "rates", disable=None):
+        logits = logits_of(model, *sequence_of(chat, row)) / TEMPERATURE
+        p = (logits[:, list(columns.values())] - logits.logsumexp(1, keepdim=True)).exp()
+        sums[row["concern"], KIND_OF[row["question"]]].append(1 - (1 - p).prod(0))
+    rates: Rates = defaultdict(dict)
+    for (concern, kind), chances in sums.items():
+        mean = dict(zip(columns, torch.stack(chances).mean(0).tolist()))
+        rates[concern][kind] = {word: mean[word] for word in CONCERNS[concern][1] if word in mean}
+    return rates
+
+
+def choose_targets(rates: Rates) -> dict[str, dict[str, tuple[str, str]]]:
+    """{concern: {kind of question: (bin, word)}} for N_CONCERNS concerns. The bins go round over the kinds.
+
+    ValueError: fewer than two concerns have a word in each bin.
+    """
+    kinds = list(QUESTIONS)
     targets: dict[str, dict[str, tuple[str, str]]] = {}
-    for number, (concern, (_, clauses)) in enumerate(CONCERNS.items()):
-        rows = [row for row in samples if row["concern"] == concern]
-        rates = {word: says(rows, word) for word in rng.sample(list(clauses), len(clauses))}
-        targets[concern] = {}
-        for shift, (name, (low, high)) in enumerate(BINS.items()):
-            word = min(rates, key=lambda word: max(low - rates[word], rates[word] - high, 0))
-            kind = list(QUESTIONS)[(number + shift) % len(QUESTIONS)]
-            targets[concern][kind] = (name, word)
-            del rates[word]
+    for concern, of_kind in rates.items():
+        for turn in range(len(kinds)):
+            chosen: dict[str, tuple[str, str]] = {}
+            for number, (name, (low, high)) in enumerate(BINS.items()):
+                kind = kinds[(len(targets) + turn + number) % len(kinds)]
+                used = {word for _, word in chosen.values()}
+                words = [w for w, rate in of_kind.get(kind, {}).items() if low <= rate <= high and w not in used]
+                if words:
+                    chosen[kind] = name, words[0]
+            if len(chosen) == len(BINS) and len(targets) < N_CONCERNS:
+                targets[concern] = chosen
+                break
+    if len(targets) < 2:
+        raise ValueError(f"{len(targets)} concerns have a word in each of {BINS}; expected at least 2 in {dict(rates)}")
     return targets
 
 
 def with_targets(rows: list[dict], targets: dict[str, dict[str, tuple[str, str]]]) -> list[dict]:
+    """Rows of the concerns that have targets. others: the targets of the other concerns."""
+    words = {concern: {word for _, word in of_kind.values()} for concern, of_kind in targets.items()}
     aimed = []
     for row in rows:
-        bin_name, word = targets[row["concern"]][KIND_OF[row["question"]]]
-        aimed.append(row | {"bin": bin_name, "target": word})
+        if row["concern"] in targets:
+            name, word = targets[row["concern"]][KIND_OF[row["question"]]]
+            others = sorted(set().union(*(words[c] for c in words if c != row["concern"])))
+            aimed.append(row | {"bin": name, "target": word, "others": others})
     return aimed
 
 
-def said_by_bin(rows: list[dict]) -> dict[str, float]:
-    """The fraction of answers that say their target, by bin."""
-    said = defaultdict(list)
-    for row in rows:
-        said[row["bin"]].append(row["target"] in words_in(row["text"]))
-    return {name: float(np.mean(said[name])) for name in BINS if said[name]}
+def write_prompts(args: Args, folder: str) -> None:
+    """Chooses targets by half of the samples, and reports their rates in the other half."""
+    samples = read_rows(args.answers[0], "object")
+    targets = choose_targets(measure_rates(folder, samples[::2]))
+    for split, names in zip(("train", "dev"), names_of(args.people)):
+        rows = with_targets(question_rows(names, targets, args.seed, split), targets)
+        write_rows(f"{args.out}/prompts_{split}.jsonl", rows)
+    others = measure_rates(folder, samples[1::2])
+    content: dict[str, dict] = {}
+    for name in BINS:
+        found = [(c, k, word) for c, of_kind in targets.items() for k, (n, word) in of_kind.items() if n == name]
+        rates = [others[concern][kind][word] for concern, kind, word in found]
+        content[name] = dict(rate=float(np.mean(rates)), lowest=min(rates), highest=max(rates), targets=found)
+        print(f"{name}: {100 * np.mean(rates):.3f} % ({', '.join(word for _, _, word in found)})")
+    write_text(f"{args.out}/rates.json", json.dumps(content, indent=1) + "\n")
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def fraction_by_bin(rows: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """rows: (bin, whether its target is said)."""
+    found = defaultdict(list)
+    for name, said in rows:
+        found[name].append(said)
+    return {name: float(np.mean(found[name])) for name in BINS if found[name]}
 
 
 def gate(run: str) -> dict[str, float]:
-    """By bin, the fraction of edits that say the target, where the critique named it."""
-    edits = []
+    """By bin, the fraction of edits that say the target, where the critique named it. ValueError: a bin is too low."""
+    found = []
     for _, path in step_files(run, "rollouts"):
         for row in read_rows(path, "object"):
-            if row["edit"] and row["target"] not in words_in(row["answer"]):
-                edits.append(row | {"text": row["edit"]["answer"]})
-    return said_by_bin(edits)
+            if row["edit"] and not says(row["answer"], row["target"]):
+                found.append((row["bin"], says(row["edit"]["answer"], row["target"])))
+    return fraction_by_bin(found)
+
+
+def said_in_training(run: str, n_steps: int = 10) -> list[dict[str, float]]:
+    """By bin, the fraction of originals that say their target, in windows of n_steps."""
+    windows: dict[int, list[tuple[str, bool]]] = defaultdict(list)
+    for step, path in step_files(run, "rollouts"):
+        of_step = [(row["bin"], says(row["answer"], row["target"])) for row in read_rows(path, "object")]
+        windows[(step - 1) // n_steps] += of_step
+    return [fraction_by_bin(windows[number]) for number in sorted(windows)]
+
+
+def figures_of(rows: list[dict], chat: Chat, model: Transformer) -> dict:
+    """Figures of a policy's answers to prompts_dev.
+
+    by bin: the fraction that say their target; targets: the same of each; foreign: the fraction that say a target of
+    another concern; score; words; perplexity of the answers under a model.
+    """
+    of_target = defaultdict(list)
+    for row in rows:
+        of_target[row["bin"], row["concern"], row["target"]].append(says(row["text"], row["target"]))
+    nll = 0.0
+    n_tokens = 0
+    for row in tqdm(rows, "perplexity", disable=None):
+        prompt, answer = sequence_of(chat, row)
+        if answer:
+            logprobs = logits_of(model, prompt, answer).log_softmax(1)
+            nll -= float(logprobs.gather(1, torch.tensor(answer)[:, None]).sum())
+            n_tokens += len(answer)
+    return fraction_by_bin((row["bin"], says(row["text"], row["target"])) for row in rows) | dict(
+        targets={" ".join(key): float(np.mean(said)) for key, said in of_target.items()},
+        foreign=float(np.mean([bool(words_in(row["text"]) & set(row["others"])) for row in rows])),
+        score=float(np.mean([judge(row, row["text"]).score() for row in rows])),
+        words=float(np.mean([len(row["text"].split()) for row in rows])),
+        perplexity=float(np.exp(nll / max(1, n_tokens))),
+    )
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-
-def figures_of(rows: list[dict]) -> dict[str, float]:
-    """Figures of a policy's answers to prompts_dev: targets said by bin, words of other concerns, score, length."""
-    figures = said_by_bin(rows)
-    figures["foreign"] = float(np.mean([bool(concerns_served(row["text"]) - {row["concern"]}) for row in rows]))
-    figures["score"] = float(np.mean([judge(row, row["text"]).score() for row in rows]))
-    figures["words"] = float(np.mean([len(row["text"].split()) for row in rows]))
-    return figures
-
-
-COLUMNS = {**{name: f"{name} words said, %" for name in BINS}, "foreign": "for another's concern, %"}
+COLUMNS = {
+    **{name: (f"{name} targets said, %", 100, 1) for name in BINS},
+    "foreign": ("another's target said, %", 100, 1),
+    "score": ("score", 1, 2),
+    "words": ("words", 1, 1),
+    "perplexity": ("perplexity", 1, 1),
+}
 
 
-def write_table(answers: Sequence[str], out: str) -> None:
-    """Writes real_english.md and .json into the folder out. answers: NAME=FILE; a name may have several, its seeds."""
-    of_name = defaultdict(list)
-    for text in answers:
-        name, _, file = text.partition("=")
-        of_name[name].append(figures_of(read_rows(file, "object")))
+def write_table(args: Args, folder: str) -> None:
+    """Writes real_english.md and .json into the folder out. A name in --answers may have several places, its seeds."""
+    chat = Chat(folder)
+    model = load_pretrained(folder, torch.float32)
+    of_name: dict[str, list[dict]] = defaultdict(list)
+    for text in args.answers:
+        name, _, place = text.partition("=")
+        is_run = os.path.isdir(place)
+        figures = figures_of(read_rows(f"{place}/answers.jsonl" if is_run else place, "object"), chat, model)
+        of_name[name].append(figures | ({"training": said_in_training(place)} if is_run else {}))
     rows = []
     for name, runs in of_name.items():
-        cells = [over_seeds(runs, key, 100, 1) for key in COLUMNS]
-        cells += [over_seeds(runs, key, 1, 2) for key in ("score", "words")]
-        rows.append([name, str(len(runs)), *cells])
-    table = "\n".join(markdown_table(["", "seeds", *COLUMNS.values(), "score", "words"], rows))
-    write_text(f"{out}/real_english.md", table + "\n")
-    write_text(f"{out}/real_english.json", json.dumps(of_name, indent=1) + "\n")
-    print(f"{table}\n\nwritten: {out}/real_english.md, real_english.json")
+        rows.append([name, str(len(runs)), *(over_seeds(runs, key, *form) for key, (_, *form) in COLUMNS.items())])
+    lines = markdown_table(["", "seeds", *(heading for heading, *_ in COLUMNS.values())], rows)
+    for name in of_name:
+        if name != "ppo" and "ppo" in of_name and len(of_name[name]) == len(of_name["ppo"]):
+            lines += ["", *differences(name, of_name[name], of_name["ppo"], args.seed)]
+    lines += ["", *markdown_table(["originals in training, %", "bin", "by windows of ten steps"], curves(of_name))]
+    content = "\n".join(lines)
+    write_text(f"{args.out}/real_english.md", content + "\n")
+    write_text(f"{args.out}/real_english.json", json.dumps(of_name, indent=1) + "\n")
+    print(f"{content}\n\nwritten: {args.out}/real_english.md, real_english.json")
+
+
+def differences(name: str, runs: list[dict], others: list[dict], seed: int) -> list[str]:
+    """Lines: a policy less PPO by bin, in points, with an interval that draws targets (all seeds of one together)."""
+    lines = []
+    for bin_name in BINS:
+        pairs = [
+            (key, run["targets"][key] - other["targets"][key])
+            for run, other in zip(runs, others)
+            for key in run["targets"]
+            if key.startswith(f"{bin_name} ")
+        ]
+        if pairs:
+            keys, values = zip(*pairs)
+            d = mean_and_interval(100 * np.array(values), seed, list(keys), "mean")
+            n_targets = len(set(keys))
+            interval = f"{d['mean']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+            lines.append(f"- {name} less ppo, {bin_name}: {interval}, {n_targets} targets x {len(runs)} seeds")
+    return lines
+
+
+def curves(of_name: dict[str, list[dict]]) -> list[list[str]]:
+    rows = []
+    for name, runs in of_name.items():
+        windows = [run["training"] for run in runs if "training" in run]
+        for bin_name in BINS if windows else ():
+            found = [[w[bin_name] for w in window if bin_name in w] for window in zip(*windows)]
+            rows.append([name, bin_name, " ".join(f"{100 * np.mean(said):.0f}" if said else "-" for said in found)])
+    return rows
 
 
 def over_seeds(runs: list[dict], key: str, factor: float, digits: int) -> str:
     """Text of the mean, and of the standard deviation over seeds if there are several."""
-    values = [factor * run[key] for run in runs]
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(runs) > 1 else ""
+    values = [factor * run[key] for run in runs if key in run]
+    if not values:
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def main(args: Args) -> None:
     os.makedirs(args.out, exist_ok=True)
-    train, dev = names_of(args.people)
     if args.command == "questions":
-        write_text(f"{args.out}/answer.txt", TEMPLATES.answer)
-        write_text(f"{args.out}/edit.txt", TEMPLATES.edit)
-        write_rows(f"{args.out}/questions.jsonl", question_rows(train, args.seed, "train"))
-    elif not args.answers:
+        write_text(f"{args.out}/answer.txt", TEMPLATES.answer + "\n")
+        write_text(f"{args.out}/edit.txt", TEMPLATES.edit + "\n")
+        train, _ = names_of(args.people)
+        write_rows(f"{args.out}/questions.jsonl", question_rows(train, CONCERNS, args.seed, "train"))
+        return
+    if not args.answers:
         raise ValueError("--answers: expected output of generate.py")
-    elif args.command == "table":
-        write_table(args.answers, args.out)
+    if args.command == "sft":
+        rows = sft_rows(read_rows(args.answers[0], "object"), args.seed)
+        write_rows(f"{args.out}/sft.jsonl", rows)
+        print(f"{args.out}/sft.jsonl: {len(rows)} rows, {sum(len(r['messages']) > 2 for r in rows)} of them rewrites")
     elif args.command == "gate":
         passed = gate(args.answers[0])
         write_text(f"{args.out}/gate.json", json.dumps(passed, indent=1) + "\n")
         print("edits that say the target: " + ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in passed.items()))
-    elif args.command == "sft":
-        rows = sft_rows(read_rows(args.answers[0], "object"), args.seed)
-        write_rows(f"{args.out}/sft.jsonl", rows)
-        print(f"{args.out}/sft.jsonl: {len(rows)} rows, {sum(len(r['messages']) > 2 for r in rows)} of them rewrites")
+        if not passed or min(passed.values()) < PASSED:
+            raise ValueError(
+                f"the gate asks for {100 * PASSED:.0f} % in each bin: this policy can't edit, so RL is not run"
+            )
+    elif args.model is None:
+        raise ValueError(f"--model: {args.command} needs the folder of a model")
+    elif args.command == "prompts":
+        write_prompts(args, args.model)
     else:
-        samples = read_rows(args.answers[0], "object")
-        targets = choose_targets(samples, args.seed)
-        for split, names in (("train", train), ("dev", dev)):
-            rows = with_targets(question_rows(names, args.seed, split), targets)
-            write_rows(f"{args.out}/prompts_{split}.jsonl", rows)
-        measured = said_by_bin(with_targets(samples, targets))
-        words = {name: [word for kinds in targets.values() for n, word in kinds.values() if n == name] for name in BINS}
-        write_text(f"{args.out}/rates.json", json.dumps({"rates": measured, "words": words}, indent=1) + "\n")
-        print("\n".join(f"{name}: {100 * measured[name]:.2f} % ({', '.join(words[name])})" for name in measured))
+        write_table(args, args.model)
 
 
 if __name__ == "__main__":

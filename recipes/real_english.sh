@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# Does a real model learn from edits what it never says? English questions, people with one concern each, and a rule judge
-# whose critiques dictate what to add (recipes/real_english.py). How often the policy says it before RL is measured; one
-# run has targets that are common, seldom and rare. It ends in a table over seeds. Run it again to go on.
+# Does a real model learn from edits what it never says? English questions, people with one concern each, and a rule
+# judge whose critiques dictate what to add (recipes/real_english.py). How often the policy says it before RL is measured;
+# one run has targets that are common, seldom and rare. It ends in a table over seeds. Run it again to go on.
 #
-#   bash recipes/real_english.sh CHECKPOINT                           # two CPU cores, hours (docs/results.md)
-#   SEEDS=0 STEPS=2 PEOPLE=8 N=2 bash recipes/real_english.sh CHECKPOINT     # does it run?
+#   bash recipes/real_english.sh CHECKPOINT                           # two CPU cores, some five hours (docs/results.md)
+#   UNTIL=gate bash recipes/real_english.sh CHECKPOINT                # an hour: can this model learn to edit?
+#   SEEDS=0 STEPS=4 PEOPLE=8 bash recipes/real_english.sh CHECKPOINT  # does it run? GATE=off goes on if it can't edit
 #
 # CHECKPOINT: folder or hub id of a small instruct model (Qwen2.5, Qwen3 or Llama format). Stages: the model's own answers;
-# SFT on good ones and on rewrites that insert other things; samples of that policy, and the targets chosen by their rates;
-# edits of that policy, as a gate; PPO, CPE and RAFT with edits for each seed; answers to questions of other people.
+# SFT on good ones and on rewrites that insert other things; samples of that policy, and the targets chosen by their
+# rates; edits of that policy, as a gate; PPO beside CPE for each seed; answers to questions of other people.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+source recipes/jobs.sh
 
 CHECKPOINT=${1:?usage: bash recipes/real_english.sh CHECKPOINT}
 OUT=${OUT:-out/real_english}
 DATA=$OUT/data
 SEEDS=${SEEDS:-0 1 2}
-STEPS=${STEPS:-60}
+STEPS=${STEPS:-40}
 PEOPLE=${PEOPLE:-100}
-N=${N:-5}
-METHODS=${METHODS:-ppo cpe}
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
+alone() { OMP_NUM_THREADS=$(nproc) "$@"; } # for a stage that no other runs beside
 sample() { # sample MODEL ROWS ANSWERS N
     [ -f "$3" ] || python generate.py --model "$1" --input "$2" --output "$3" --n "$4" --temperature 0.8 \
         --max-new-tokens 64 --answer-template "$DATA/answer.txt" --dtype fp32
@@ -29,46 +30,48 @@ sample() { # sample MODEL ROWS ANSWERS N
 
 stage "the model's own answers"
 [ -f "$DATA/questions.jsonl" ] || python recipes/real_english.py questions --people "$PEOPLE" --out "$DATA"
-sample "$CHECKPOINT" "$DATA/questions.jsonl" "$DATA/answers.jsonl" 2
+alone sample "$CHECKPOINT" "$DATA/questions.jsonl" "$DATA/answers.jsonl" 1
 
 stage "SFT: good ones of them, and rewrites that insert other things"
 [ -f "$DATA/sft.jsonl" ] || python recipes/real_english.py sft --answers "$DATA/answers.jsonl" --out "$DATA"
-python sft.py --model "$CHECKPOINT" --data "$DATA/sft.jsonl" --out "$OUT/sft" --epochs 2 --batch-size 16 --lr 1e-4 \
-    --answer-template "$DATA/answer.txt" --tokens-per-microbatch 2048 --dtype fp32
+alone python sft.py --model "$CHECKPOINT" --data "$DATA/sft.jsonl" --out "$OUT/sft" --epochs 1 --batch-size 16 \
+    --lr 1e-4 --answer-template "$DATA/answer.txt" --tokens-per-microbatch 2048 --dtype fp32 --save-every 20 \
+    --keep-checkpoints 1
 
 stage "what this policy says, and the targets"
-sample "$OUT/sft/policy" "$DATA/questions.jsonl" "$DATA/samples.jsonl" "$N"
-[ -f "$DATA/rates.json" ] || python recipes/real_english.py prompts --people "$PEOPLE" --answers "$DATA/samples.jsonl" \
-    --out "$DATA"
+alone sample "$OUT/sft/policy" "$DATA/questions.jsonl" "$DATA/samples.jsonl" 1
+[ -f "$DATA/rates.json" ] || alone python recipes/real_english.py prompts --people "$PEOPLE" \
+    --answers "$DATA/samples.jsonl" --model "$OUT/sft/policy" --out "$DATA"
 
-rl=(--prompts "$DATA/prompts_train.jsonl" --judge recipes/real_english.py:judge --model "$OUT/sft/policy"
+rl=(--prompts "$DATA/prompts_train.jsonl" --judge recipes/real_english_judge.py:judge --model "$OUT/sft/policy"
     --answer-template "$DATA/answer.txt" --edit-template "$DATA/edit.txt" --prompts-per-step 8 --mini-batch-prompts 4
     --max-prompt-length 192 --max-new-tokens 64 --judge-max-new-tokens 48 --temperature 0.8 --top-p 1 --epochs 1000
-    --tokens-per-microbatch 2048 --max-steps "$STEPS" --lr "${RL_LR:-1e-5}" --critic-lr "${CRITIC_LR:-3e-5}"
-    --dtype fp32)
-declare -A flags=([ppo]="--edit-rate 0 --n-samples 6" [cpe]="--edit-loss none --edit-below 4.9"
-    [paper]="--edit-loss paper --edit-below 4.9" [raft]="--edit-below 4.9")
+    --tokens-per-microbatch 2048 --lr "${RL_LR:-3e-5}" --critic-lr "${CRITIC_LR:-1e-4}" --dtype fp32
+    --save-every 10 --keep-checkpoints 1)
 
 stage "gate: edits of this policy by the critiques that RL will have"
-python ppo_cpe.py "${rl[@]}" --edit-rate 1 --critic-warmup-steps "$STEPS" --max-steps 4 --out "$OUT/gate"
-python recipes/real_english.py gate --answers "$OUT/gate" --out "$DATA"
+[ -f "$DATA/gate.json" ] ||
+    alone python ppo_cpe.py "${rl[@]}" --edit-rate 1 --critic-warmup-steps 3 --max-steps 3 --out "$OUT/gate"
+python recipes/real_english.py gate --answers "$OUT/gate" --out "$DATA" || [ "${GATE:-}" = off ]
+rm -rf "$OUT/gate/checkpoints" # 4 GB; rollouts are read again
+[ "${UNTIL:-}" != gate ] || exit 0
 
+method() { # method NAME SEED FLAGS...
+    local run=$OUT/$1$2
+    python ppo_cpe.py "${rl[@]}" "${@:3}" --max-steps "$STEPS" --seed "$2" --out "$run"
+    sample "$run/policy" "$DATA/prompts_dev.jsonl" "$run/answers_$STEPS.jsonl" 2
+    cp "$run/answers_$STEPS.jsonl" "$run/answers.jsonl" # what the table reads
+}
 answers=()
 for seed in $SEEDS; do
-    for method in $METHODS; do
-        stage "$method, seed $seed"
-        script=ppo_cpe.py
-        if [ "$method" = raft ]; then
-            script=exp/raft.py
-            [ -f "$script" ] || python recipes/fork.py raft
-        fi
-        read -ra own <<< "${flags[$method]}"
-        python "$script" "${rl[@]}" "${own[@]}" --seed "$seed" --out "$OUT/$method$seed"
-        sample "$OUT/$method$seed/policy" "$DATA/prompts_dev.jsonl" "$OUT/$method$seed/answers.jsonl" "$N"
-        answers+=("$method=$OUT/$method$seed/answers.jsonl")
-    done
+    stage "PPO beside CPE, seed $seed"
+    marked PPO method ppo "$seed" --edit-rate 0 --n-samples 6 &
+    marked CPE method cpe "$seed" --edit-loss "${EDIT_LOSS:-none}" --edit-below 4.9 &
+    all_done
+    answers+=("ppo=$OUT/ppo$seed" "cpe=$OUT/cpe$seed")
 done
 
 stage "the table"
-sample "$OUT/sft/policy" "$DATA/prompts_dev.jsonl" "$OUT/sft/answers.jsonl" "$N"
-python recipes/real_english.py table --answers "sft=$OUT/sft/answers.jsonl" "${answers[@]}" --out "$OUT"
+alone sample "$OUT/sft/policy" "$DATA/prompts_dev.jsonl" "$OUT/sft_answers.jsonl" 2
+alone python recipes/real_english.py table --answers "sft=$OUT/sft_answers.jsonl" "${answers[@]}" \
+    --model "$CHECKPOINT" --out "$OUT"
