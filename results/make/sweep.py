@@ -458,7 +458,7 @@ def check_table(figures: BySeed) -> str:
 def draw_diagram(figures: BySeed, folder: str) -> None:
     """Score and advice against the rate in samples of the SFT policy; labels on the lines, other losses in grey.
 
-    A line joins the rates that all seeds have. Rates on fewer seeds are hollow points.
+    A line joins the rates with FEW_SEEDS or more. Rates on fewer seeds are hollow points.
     """
     rates = rates_of(figures)
     x_of = {rate: max(1e-5, float(np.mean(values_of(figures, rate, "checks", "advice")))) for rate in rates}
@@ -471,11 +471,11 @@ def draw_diagram(figures: BySeed, folder: str) -> None:
             if not known:
                 continue
             color = SHOWN.get(name, GREY)
-            seeds = [len(figures[rate, name]) for rate in known]
-            few = [rate for rate, n in zip(known, seeds) if n < max(seeds)]
+            enough = min(FEW_SEEDS, max(len(figures[rate, name]) for rate in known))
+            few = [rate for rate in known if len(figures[rate, name]) < enough]
             means = [factor * np.mean(values_of(figures, rate, name, quantity)) for rate in few]
             axis.plot([x_of[rate] for rate in few], means, "o", ms=4, mfc="white", color=color)
-            known = [rate for rate, n in zip(known, seeds) if n == max(seeds)]
+            known = [rate for rate in known if rate not in few]
             xs = [x_of[rate] for rate in known]
             ys = [factor * np.array(values_of(figures, rate, name, quantity)) for rate in known]
             axis.plot(xs, [y.mean() for y in ys], marker=".", color=color, lw=2 if name in SHOWN else 1)
