@@ -7,8 +7,8 @@ policy that RL starts from, and in nothing else: judge and prompts are the same.
 
 The tables give the rate that is *measured* in samples of the SFT policy, since SFT on chosen answers raises it above R.
 They report how often the final policy says the content without a critique in its context, and the exact judge's score,
-on unseen people's questions. All methods train on as many responses, at the first command's learning rate; four of them
-also at twice that rate.
+on unseen people's questions. All methods have up to six responses a prompt, at the first command's learning rate; four
+of them also at twice that rate.
 
 Figures and commands of each experiment are kept in sweep.json: what is there is not run again, so that runs can be
 spread over days and machines.
@@ -432,15 +432,17 @@ def mean_of(values: list) -> float:
 
 
 def takeoff_table(figures: BySeed) -> str | None:
-    """How well what is known after three steps orders the runs by the step of half."""
+    """How well what is known after three steps orders the runs by the step of half: over all rates, and within each."""
     runs = takeoffs(figures)
-    if len({run["half"] for run in runs}) < 3:
-        return None
+    parts = {"all": runs, f"R < {RATES[0]:g}": [run for run in runs if run["rate"] < RATES[0]]}
+    parts |= {f"R = {rate:g}": [run for run in runs if run["rate"] == rate] for rate in RATES}
+    parts = {name: part for name, part in parts.items() if len({run["half"] for run in part}) >= 3}
     rows = []
-    for label in PREDICTORS:
-        correlation = stats.spearmanr([-run[label] for run in runs], [run["half"] for run in runs]).statistic
-        rows.append([label, len(runs), f"{correlation:.2f}"])
-    return markdown_table(["in the first three steps", "runs", "rank correlation with an early half"], rows)
+    for name, part in parts.items():
+        halves = [run["half"] for run in part]
+        correlations = [stats.spearmanr([-run[label] for run in part], halves).statistic for label in PREDICTORS]
+        rows.append([name, len(part), *(f"{x:.2f}" if np.isfinite(x) else "-" for x in correlations)])
+    return markdown_table(["rank correlation with an early half", "runs", *PREDICTORS], rows) if rows else None
 
 
 def check_table(figures: BySeed) -> str:

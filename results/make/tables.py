@@ -1,7 +1,7 @@
 """Makes the tables and figures of results/ and docs/: trains what they need, and draws them.
 
     python results/make/tables.py ladder                # the first command on five seeds, a ladder of judges; two hours
-    python results/make/tables.py sweep                 # when do edits pay? Some five hours on two CPU cores
+    python results/make/tables.py sweep                 # when do edits pay? Five to seven hours on two CPU cores
     python results/make/tables.py tournament            # every way to learn from a critique; some seven hours
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
     python results/make/tables.py one-step > docs/one-step.md      # one step with real text, of recipes/tiny.sh's run
