@@ -13,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+cores=$(nproc) # before jobs.sh sets OMP_NUM_THREADS, which nproc obeys
 source recipes/jobs.sh
 
 CHECKPOINT=${1:?usage: bash recipes/real_english.sh CHECKPOINT}
@@ -22,7 +23,7 @@ SEEDS=${SEEDS:-0 1 2}
 STEPS=${STEPS:-40}
 PEOPLE=${PEOPLE:-100}
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
-alone() { OMP_NUM_THREADS=$(nproc) "$@"; } # for a stage that no other runs beside
+alone() { OMP_NUM_THREADS=$cores "$@"; } # for a stage that no other runs beside
 sample() { # sample MODEL ROWS ANSWERS N
     [ -f "$3" ] || python generate.py --model "$1" --input "$2" --output "$3" --n "$4" --temperature 0.8 \
         --max-new-tokens 64 --answer-template "$DATA/answer.txt" --dtype fp32
