@@ -36,8 +36,8 @@ from evaluation.winrate import mean_and_interval
 from model import Transformer, load_pretrained
 from prompts import Templates, answer_request, fill
 from recipes.real_english_judge import CONCERNS, SENTENCE, form_faults, judge, says, words_in
-from runtime import flags
-from runtime.packing import pack
+from runtime import flags, training
+from runtime.packing import Batch, pack
 from runtime.rows import read_rows, step_files, write_rows, write_text
 
 
@@ -184,10 +184,15 @@ def sequence_of(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
     return prompt, chat.tokenizer.encode(row["text"], add_special_tokens=False).ids
 
 
+def batch_of(prompt: list[int], answer: list[int]) -> Batch:
+    """One sequence, whose answer is scored."""
+    return pack([prompt + answer], [[False] * len(prompt) + [True] * len(answer)], "cpu")
+
+
 @torch.no_grad()
 def logits_of(model: Transformer, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """Logits before each token of the answer, [L, V]."""
-    batch = pack([prompt + answer], [[False] * len(prompt) + [True] * len(answer)], "cpu")
+    batch = batch_of(prompt, answer)
     return model(batch.input_ids, batch.context.position_ids, batch.context, batch.index)
 
 
@@ -277,7 +282,7 @@ def fraction_by_bin(rows: Iterable[tuple[str, bool]]) -> dict[str, float]:
 
 
 def gate(run: str) -> dict[str, float]:
-    """By bin, the fraction of edits that say the target, where the critique named it. ValueError: a bin is too low."""
+    """By bin, the fraction of edits that say the target, where the critique named it."""
     found = []
     for _, path in step_files(run, "rollouts"):
         for row in read_rows(path, "object"):
@@ -295,6 +300,7 @@ def said_in_training(run: str, n_steps: int = 10) -> list[dict[str, float]]:
     return [fraction_by_bin(windows[number]) for number in sorted(windows)]
 
 
+@torch.no_grad()
 def figures_of(rows: list[dict], chat: Chat, model: Transformer) -> dict:
     """Figures of a policy's answers to prompts_dev.
 
@@ -309,8 +315,7 @@ def figures_of(rows: list[dict], chat: Chat, model: Transformer) -> dict:
     for row in tqdm(rows, "perplexity", disable=None):
         prompt, answer = sequence_of(chat, row)
         if answer:
-            logprobs = logits_of(model, prompt, answer).log_softmax(1)
-            nll -= float(logprobs.gather(1, torch.tensor(answer)[:, None]).sum())
+            nll -= float(training.forward(model, batch_of(prompt, answer)).sum())
             n_tokens += len(answer)
     return fraction_by_bin((row["bin"], says(row["text"], row["target"])) for row in rows) | dict(
         targets={" ".join(key): float(np.mean(said)) for key, said in of_target.items()},

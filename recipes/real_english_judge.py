@@ -161,11 +161,6 @@ def form_faults(row: dict, answer: str) -> list[tuple[str, int]]:
     return faults
 
 
-def request_of(row: dict) -> str:
-    """What a critique dictates for a prompt row with a target."""
-    return f"Tell them to {CONCERNS[row['concern']][1][row['target']]}."
-
-
 def judge(row: dict, answer: str) -> Judgement:
     """Helpfulness and naturalness by form, personalization by whether the prompt's target is said.
 
@@ -173,7 +168,7 @@ def judge(row: dict, answer: str) -> Judgement:
     """
     faults = form_faults(row, answer)
     said = says(answer, row["target"])
-    requests = [] if said else [request_of(row)]
+    requests = [] if said else [f"Tell them to {CONCERNS[row['concern']][1][row['target']]}."]
     requests += [request for request, _ in faults]
     form = max(-5, 5 - sum(points for _, points in faults))
     return Judgement(" ".join(requests[:2]) or "Nothing to fix.", form, 5 if said else -2, form)

@@ -667,7 +667,7 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
 
 
 def test_an_answer_that_another_pair_keeps_is_not_dropped(prompts, tmp_path):
-    """Of three answers two tie, and each of them differs from the third; two others have only their tie."""
+    """Two of three answers tie, and each differs from the third; two others have only their tie."""
     (tmp_path / "my.py").write_text(OWN.replace('-min(5, answer.count("!"))', 'int("!" in answer)'))
     prompt = read_rows(str(prompts), "prompt")[0]
     texts = {"x": ["a", "b", "!"], "y": ["a", "b"]}

@@ -65,7 +65,7 @@ def set_settings(experiments: list[Experiment]) -> None:
 
 def was_made_otherwise(experiment: Experiment, record: dict) -> bool:
     """Whether a record of an experiment, in done.json or a file of figures, has other commands or settings."""
-    settings = record.get("settings", experiment.settings)  # a test's record may have none
+    settings = record.get("settings", experiment.settings)  # records from before settings were kept have none
     return record["commands"] != experiment.commands or settings != experiment.settings
 
 

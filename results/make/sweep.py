@@ -363,7 +363,7 @@ def questions_table(figures: BySeed) -> str | None:
 
 
 def steps_until_half(runs: Iterable[dict]) -> str:
-    """Of each seed; "-" where half is not reached."""
+    """The step of half of each seed, as text; "-" where it is not reached."""
     return ", ".join(str(step_of_half(run["curve"]) or "-") for run in runs)
 
 

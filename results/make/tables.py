@@ -60,9 +60,10 @@ def main(args: Args) -> None:
         return memory.main()
     if args.table == "one-step":
         return print(one_step.page(args.run, args.step), end="")
-    out, results = args.out, args.results or f"results/{args.table}"
-    if args.quick:  # of each table, since their recipes differ
-        out, results = f"{args.out}_quick/{args.table}", args.results or f"{args.out}_quick/results/{args.table}"
+    out, folder = args.out, "results"
+    if args.quick:  # a folder for each table, since their recipes differ
+        out, folder = f"{args.out}_quick/{args.table}", f"{args.out}_quick/results"
+    results = args.results or f"{folder}/{args.table}"
     table = {"ladder": ladder, "sweep": sweep, "tournament": tournament}[args.table]
     known = run_missing(args, table, out, f"{results}/{args.table}.json")
     table.write_tables(known, results)
