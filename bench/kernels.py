@@ -93,19 +93,24 @@ def bench_attention(n_rows: int, length: int, n_kv: int, group: int, dim: int, r
 
 
 def bench_sampling(n_rows: int, vocab_size: int, rate: float) -> None:
-    """Peer: sorting the vocabulary, and nothing else."""
-    logits = torch.randn(n_rows, vocab_size, device=DEVICE) * 3
+    """Peers: sorting the vocabulary, and nothing else; sampling without top-p."""
+    logits = torch.randn(n_rows, vocab_size, device=DEVICE) * 4  # as peaked as those of a trained model
     temperature = torch.full((n_rows,), 1.0, device=DEVICE)
     top_p = torch.full((n_rows,), 0.9, device=DEVICE)
     seeds = torch.arange(n_rows, device=DEVICE)
-    row(
-        "sample",
-        f"{n_rows} x {vocab_size} fp32, top-p 0.9; torch.sort",
-        lambda: sample(logits, temperature, top_p, seeds, seeds),
-        lambda: logits.sort(-1, descending=True),
-        logits.nbytes,
-        rate,
-    )
+    peers: dict[str, Callable[[], object]] = {
+        "torch.sort": lambda: logits.sort(-1, descending=True),
+        "top-p 1": lambda: sample(logits, temperature, torch.ones_like(top_p), seeds, seeds),
+    }
+    for name, peer in peers.items():
+        row(
+            "sample",
+            f"{n_rows} x {vocab_size} fp32, top-p 0.9; {name}",
+            lambda: sample(logits, temperature, top_p, seeds, seeds),
+            peer,
+            logits.nbytes,
+            rate,
+        )
 
 
 def bench_layer(n_tokens: int, d: int, f: int, rate: float) -> None:
@@ -181,7 +186,8 @@ def main() -> None:
         bench_rope(8192, 14, 2, 64, rate)
     else:
         bench_attention(32, 512, 2, 7, 64, rate)
-        bench_sampling(32, 151936, rate)
+        for vocab_size in (49152, 151936):
+            bench_sampling(32, vocab_size, rate)
         bench_layer(512, 896, 4864, rate)
         bench_rope(512, 14, 2, 64, rate)
 

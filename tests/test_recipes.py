@@ -109,7 +109,9 @@ RECIPES = [name for name in sorted(os.listdir(f"{ROOT}/recipes")) if name.endswi
 SOURCED = {"environment.sh", "jobs.sh", "world_flags.sh"}
 
 
-@pytest.mark.parametrize("file", [f"recipes/{name}" for name in RECIPES if name not in SOURCED] + ["bench/gpu.sh"])
+@pytest.mark.parametrize(
+    "file", [f"recipes/{name}" for name in RECIPES if name not in SOURCED] + ["bench/cpu.sh", "bench/gpu.sh"]
+)
 def test_the_help_of_a_recipe_is_its_first_comment(file, tmp_path):
     """And nothing is run, from whatever folder it is asked."""
     folder, name = os.path.split(f"{ROOT}/{file}")
