@@ -286,8 +286,10 @@ def step_metrics(
 
     counts = lost_counts(rollout.dropped)
     counts["lost/prompts"] = rollout.n_prompts - len({t.prompt.index for t in rollout.judged})
+    if checks.held_out:
+        counts["held_out/lost"] = len(checks.held_out.dropped)
     counts["judge_calls"], counts["judge_unparsed"] = rollout.judge_counts
-    counts["generated_tokens"] = sum(len(t.response_ids) for t in rollout.judged)
+    counts["generated_tokens"] = sum(len(t.response_ids) for t in [*rollout.judged, *rollout.dropped])
     counts["trained_tokens"] = update.logical_tokens
     counts["computed_tokens"] = update.computed_tokens
     counts["batch"] = len(batch.trajectories)
@@ -308,34 +310,7 @@ def step_metrics(
         **{f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()},
     }
     warn_of_no_gradient(metrics, run.step + 1)
-    return in_order(metrics)
-
-
-# The order of metrics in a line, as in the table of docs/metrics.md, by the beginning of their names.
-ORDER = (
-    *(
-        "step",
-        "original/",
-        "edit/",
-        "held_out/",
-        "audit/",
-        "batch",
-        "lost/",
-        "judge_",
-        "policy_loss",
-        "value_loss",
-        "entropy",
-    ),
-    *("grad_norm_", "value_clipfrac", "explained_variance", "train_inference_mismatch", "weight_sync_error"),
-    *("generated_tokens", "trained_tokens", "computed_tokens", "mfu", "peak_memory_gib", "seconds/"),
-)
-
-
-def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
-    def position(name: str) -> int:
-        return next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
-
-    return {name: metrics[name] for name in sorted(metrics, key=position)}
+    return metrics
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float | None]:
@@ -399,12 +374,14 @@ def audit(
 ) -> dict[tuple, dict[str, float | None]]:
     """Judges a fraction of the originals once more, with another seed, and by a second judge.
 
+    Originals that were cut off are left out: --truncated min_score replaces their judge's reward.
+
     Returns {key: {"again": reward, "second": reward}}, None where no judgement came or there is no second judge.
     """
     if not fraction:
         return {}
     rng = random.Random(derive_seed(seed, step, "audit"))
-    originals = [t for t in judged if not t.parent]
+    originals = [t for t in judged if not t.parent and not t.truncated]
     chosen = rng.sample(originals, math.ceil(fraction * len(originals)))
     asked = [(t.prompt.row, t.answer, derive_seed(seed, step, *t.key, "audit")) for t in chosen]
     again = [verdict.reward for verdict in ask_all(judge, asked)]
@@ -413,8 +390,8 @@ def audit(
 
 
 def swap_personas(held_out: Rollout, judge: Judge) -> list[float]:
-    """The reward that held-out answers lose when they are judged under the next prompt's persona."""
-    originals = [t for t in held_out.judged if not t.parent]
+    """The reward that held-out answers, but those cut off, lose if judged under the next prompt's persona."""
+    originals = [t for t in held_out.judged if not t.parent and not t.truncated]
     swapped = []
     for t, other in zip(originals, originals[1:] + originals[:1]):
         persona = other.prompt.row["persona"]
@@ -537,7 +514,8 @@ def token_rows(record: UpdateRecord, chat: Chat, n: int, seed: int, step: int, r
         row = dict(prompt_id=t.key[0], sample_id=t.sample_id, edit=t.parent is not None)
         row["text"] = text_pieces(chat, t.response_ids)
         for short, of_key in arrays.items():
-            row[short] = [round(x, 4) for x in of_key[t.key].tolist()]
+            values = of_key[t.key].tolist()  # of an update that was left out they may be NaN
+            row[short] = [round(x, 4) if math.isfinite(x) else None for x in values]
         if t.parent:
             row["kept"] = kept_tokens(t.parent.response_ids, t.response_ids).tolist()
         rows.append(row)
@@ -560,7 +538,7 @@ def write_rollouts(
     if any(all_gather(run.ranks, lost)):
         run.write_rows("lost", lost)
     if checks.held_out:
-        run.write_rows("held_out", rollout_rows(checks.held_out.judged))
+        run.write_rows("held_out", rollout_rows(checks.held_out.judged) + dropped_rows(checks.held_out.dropped))
     if log_tokens:
         run.write_rows("tokens", token_rows(update, chat, log_tokens, seed, run.step + 1, run.ranks))
 

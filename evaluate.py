@@ -430,7 +430,8 @@ def compare_files(args: Args) -> None:
     comparisons = [compare(rows, args.seed, gamed, args.bootstrap_draws) for _, rows in files]
     tests = []
     for (path_a, a), (path_b, b) in itertools.combinations(files, 2):
-        tests.append(paired(a, b, args.seed, (path_a, path_b)))
+        test = paired(a, b, args.seed, (path_a, path_b))
+        tests += [test] if test else []
     kappas = []
     for label_path, label_rows in labels:
         agreements = [judge_kappa(rows, label_rows, (path, label_path)) for path, rows in files]

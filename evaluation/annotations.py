@@ -218,16 +218,26 @@ def matched(
     return [first[indices[0][key]] for key in keys], [second[indices[1][key]] for key in keys]
 
 
-def paired(first: list[dict], second: list[dict], seed: int, paths: tuple[str, str]) -> dict:
-    """Tests two models on the same questions against the same baseline answers: names, and winrate.paired_test."""
+def paired(first: list[dict], second: list[dict], seed: int, paths: tuple[str, str]) -> dict | None:
+    """Tests two models on the questions in both files, against the same baseline answers; None without any.
+
+    Names, in_one_file_only (rows), and what winrate.paired_test returns.
+    """
     a, b = matched(first, second, ("instruction",), paths)
+    if not a:
+        return None
     if any(x["output_1"] != y["output_1"] for x, y in zip(a, b)):
         raise ValueError(
             f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different answers of a "
             "baseline: a paired test would mean nothing"
         )
     result = winrate.paired_test(verdicts_of(a), verdicts_of(b), seed, persons_of(a))
-    return dict(first=first[0]["generator_2"], second=second[0]["generator_2"], **result)
+    return dict(
+        first=first[0]["generator_2"],
+        second=second[0]["generator_2"],
+        in_one_file_only=len(first) + len(second) - 2 * len(a),
+        **result,
+    )
 
 
 def judge_kappa(annotations: list[dict], labels: list[dict], paths: tuple[str, str]) -> dict | None:

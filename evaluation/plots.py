@@ -28,14 +28,15 @@ def save_plot(figure: Figure, folder: str, name: str) -> None:
 
 
 def win_rates(comparisons: list[dict], folder: str) -> None:
-    """One line a model and group, with 95 % intervals; length-controlled rates in a second colour."""
+    """One line a model and group, with its 95 % interval; length-controlled rates in a second colour."""
     labels = []
-    points = []  # (value, low, high, color), in percent
+    points = []  # (value, [low, high] or [], color), in percent
 
     def add(label: str, rate: dict, name: str, scale: int, color: str) -> None:
-        if rate[name] is not None and rate["low"] is not None:
+        if rate[name] is not None:
             labels.append(label)
-            points.append((*(scale * rate[k] for k in (name, "low", "high")), color))
+            interval = [scale * rate[k] for k in ("low", "high") if rate[k] is not None]
+            points.append((scale * rate[name], interval, color))
 
     for c in comparisons:
         if c["win_rate"]["win_rate"] is None:
@@ -55,8 +56,8 @@ def win_rates(comparisons: list[dict], folder: str) -> None:
     if not points:
         return
     figure, axis = new_plot(6.5, 0.9 + 0.32 * len(points))
-    for y, (value, low, high, color) in enumerate(points):
-        axis.plot([low, high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
+    for y, (value, interval, color) in enumerate(points):
+        axis.plot(interval, [y] * len(interval), color=color, linewidth=2, solid_capstyle="butt")
         axis.plot(value, y, "o", color=color, markersize=6)
     axis.axvline(50, **GUIDE)
     axis.set_yticks(range(len(points)), labels)

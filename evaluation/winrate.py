@@ -376,12 +376,14 @@ def _without_nan(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarra
 def bootstrap_mean(
     values: np.ndarray, seed: int, groups: Sequence | None = None, draws: int = 10_000
 ) -> tuple[float | None, float | None]:
-    """95 % percentile interval (low, high) of the mean; NaNs are left out. (None, None) without values.
+    """95 % percentile interval (low, high) of the mean; NaNs are left out.
+
+    (None, None) where rows drawn again say nothing about the spread: without values, of one group, or all equal.
 
     groups: a label for each row. Rows of one label, such as the same person's, are drawn together.
     """
     values, clusters = _without_nan(values, groups)
-    if not clusters:
+    if len(clusters) < 2 or (values == values[0]).all():
         return None, None
     sums = np.array([values[rows].sum() for rows in clusters])
     sizes = np.array([len(rows) for rows in clusters])

@@ -4,6 +4,7 @@ import itertools
 import os
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from reporting.panels import AXES, OTHER
 
@@ -23,7 +24,12 @@ def draw(runs: list[dict], out: str) -> None:
     ValueError: no run has finished a step.
     """
     runs = [run for run in runs if run.get("metrics")]
-    panels = {p["title"]: p for run in runs for p in run["panels"] if p["section"] not in ("Performance", OTHER)}
+    panels: dict[str, dict] = {}
+    for run in runs:
+        for panel in run["panels"]:
+            if panel["section"] not in ("Performance", OTHER):
+                series = panels.setdefault(panel["title"], panel | {"series": []})["series"]
+                series += [named for named in panel["series"] if named not in series]
     if not panels:
         raise ValueError("--figures: expected a training run with at least one step")
     os.makedirs(out, exist_ok=True)
@@ -39,7 +45,8 @@ def draw(runs: list[dict], out: str) -> None:
             axis.set_xlabel(x_title)
         for axis in axes[len(panels) :]:
             axis.axis("off")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        lines = [Line2D([], [], color=f"C{i}", label=run["name"]) for i, run in enumerate(runs)]
+        figure.legend(handles=lines, loc="lower right", frameon=False)
         figure.tight_layout()
         name = f"by_{x_title.replace(' ', '_')}"
         for ending in ("png", "svg"):
@@ -56,11 +63,7 @@ def draw_panel(axis, panel: dict, runs: list[dict], x_name: str | None) -> None:
             points = [(x, y) for x, y in zip(xs, run["metrics"].get(name, [])) if y is not None]
             if points:
                 axis.plot(
-                    *zip(*points),
-                    linestyle=LINE_STYLES[k],
-                    color=f"C{i}",
-                    label=run["name"] if k == 0 else None,
-                    marker="." if len(points) < 10 else "",
+                    *zip(*points), linestyle=LINE_STYLES[k], color=f"C{i}", marker="." if len(points) < 10 else ""
                 )
     labels = ", ".join(label for _, label in panel["series"])
     title = panel["title"] if len(panel["series"]) == 1 else f"{panel['title']}: {labels}"

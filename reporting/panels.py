@@ -48,7 +48,7 @@ PANELS = {
         "Edits better and worse": ({"edit/improved": "better", "edit/worse": "worse"}, "Fraction of all edits."),
         "Ratio r": (
             {"edit/kept_ratio": "kept", "edit/inserted_ratio": "inserted", "edit/novel_ratio": "novel"},
-            "p / q, mean per token. Novel tokens are inserted tokens with p below 0.1.",
+            "p / q, mean per token. Novel tokens: inserted, named by the critique, and p below 0.1.",
         ),
         "Gradient mass": (
             {
@@ -95,8 +95,9 @@ PANELS = {
         ),
         "Judge failures": (
             {"judge_unparsed": "unparsed", "lost/originals": "lost originals", "lost/edits": "lost edits"},
-            "Judgements that did not parse, and responses that left the batch without a judgement, per step.",
+            "Judgements without scores, and responses that left the batch without a judgement, per step.",
         ),
+        "Updates left out": ({"bad_steps": "so far"}, "Their loss or gradient was not a finite number."),
     },
     "Performance": {
         "Tokens per second": (
@@ -117,7 +118,7 @@ PANELS = {
     },
 }
 OTHER = "Other metrics"
-AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "judge_calls", "trained tokens": "tokens"}
+AXES = {"step": None, "generated tokens": "generated_tokens", "judge calls": "judge_calls", "tokens": "tokens"}
 
 
 def panels_of(metrics: list[dict]) -> list[dict]:

@@ -10,14 +10,13 @@ from typing import Any
 
 from json_files import read_json
 from reporting.evaluations import judgement_pair
-from reporting.old_names import FLAG_NAMES, METRIC_NAMES, renamed
 from reporting.panels import panels_of
 from reporting.warnings import rl_warnings, supervised_warnings
 from runtime.rows import DIMENSIONS, logged_rows, step_files
 
 SAMPLE = ("prompt_id", "sample_id")  # identifies an original
 LABELS = {"grm": "Generative reward model", "bt": "Bradley-Terry reward model", "dpo": "DPO", "sft": "SFT"}
-Scorer = Callable[[dict, str], float]  # (prompt row, answer) -> score
+Scorer = Callable[[dict, str], float | None]  # (prompt row, answer) -> score; None: no score
 
 
 def label_of(kind: str, args: dict) -> str:
@@ -79,17 +78,9 @@ def by_interest(rows: list[dict]) -> list[int]:
     return list(dict.fromkeys(first + rest))
 
 
-def with_new_names(row: dict) -> dict:
-    row = renamed(row, METRIC_NAMES)
-    if row.get("edit"):
-        row["edit"] = renamed(row["edit"], METRIC_NAMES)
-    return row
-
-
 def add_lost(file: str, rows: list[dict], index_of: dict[tuple, int]) -> None:
     """Adds OUT/lost of a step to its rows: a lost original as a row, a lost edit to the row of its original."""
     for lost in logged_rows(file, SAMPLE):
-        lost = with_new_names(lost)
         i = index_of.get(sample_of(lost))
         if i is None:
             rows.append(lost)
@@ -116,13 +107,15 @@ def add_tokens(file: str, rows: list[dict], index_of: dict[tuple, int], budget: 
                 row["edit"]["tokens"] = figures
 
 
-def read_rollouts(folder: str, last_step: int, max_bytes: float) -> tuple[list[dict], int, dict[int, list[dict]]]:
+def read_rollouts(
+    folder: str, last_step: int, max_bytes: float, n_first: int
+) -> tuple[list[dict], int, dict[int, list[dict]]]:
     """Reads a sample of a run's rollouts; a quarter of max_bytes is for tokens.
 
     Steps after last_step are left out: the run was killed in them and will repeat them.
 
     Returns:
-        rows, with `step` and `held_out`; the number of rollouts that were logged; {step: its first 64 rows}
+        rows, with `step` and `held_out`; the number of rollouts that were logged; {step: its n_first first rows}
     """
     files = {
         kind: {step: file for step, file in step_files(folder, kind) if step <= last_step}
@@ -136,10 +129,10 @@ def read_rollouts(folder: str, last_step: int, max_bytes: float) -> tuple[list[d
     first_rows = {}
     for kind in ("rollouts", "held_out"):
         for step, file in files[kind].items():
-            rows = [with_new_names(row) for row in logged_rows(file, (*SAMPLE, "answer"))]
+            rows = logged_rows(file, (*SAMPLE, "answer"))
             sizes = [size_of(row) for row in rows]
             if kind == "rollouts":
-                first_rows[step] = rows[:64]
+                first_rows[step] = rows[:n_first]
                 index_of = {sample_of(row): i for i, row in enumerate(rows)}
                 if step in files["tokens"]:
                     add_tokens(files["tokens"][step], rows, index_of, tokens_budget)
@@ -162,13 +155,15 @@ def load_scorer(spec: str) -> Scorer:
     from prompts import Judgement
 
     function = load_function(spec)
-    scores: dict[tuple, float] = {}
+    scores: dict[tuple, float | None] = {}
 
-    def score(row: dict, answer: str) -> float:
+    def score(row: dict, answer: str) -> float | None:
         key = (row["prompt_id"], answer)
         if key not in scores:
             value = function(row, answer)
-            scores[key] = value.score() if isinstance(value, Judgement) else float(value)
+            if isinstance(value, Judgement):
+                value = value.score()
+            scores[key] = None if value is None or not math.isfinite(value) else float(value)
         return scores[key]
 
     return score
@@ -179,13 +174,21 @@ def add_exact(metrics: list[dict], rows_by_step: dict[int, list[dict]], score: S
     per_step = max(4, min(64, 4000 // max(1, len(rows_by_step))))  # a few seconds for a whole run
     for line in metrics:
         rows = rows_by_step.get(line["step"], [])[:per_step]
-        originals = [score(row, row["answer"]) for row in rows]
-        edits = [(before, score(row, row["edit"]["answer"])) for row, before in zip(rows, originals) if row.get("edit")]
-        if originals:
-            line["exact/original"] = sum(originals) / len(originals)
-        if edits:
-            line["exact/edit"] = sum(after for _, after in edits) / len(edits)
-            line["exact/gain"] = line["exact/edit"] - sum(before for before, _ in edits) / len(edits)
+        originals = []
+        edits = []
+        gains = []
+        for row in rows:
+            before = score(row, row["answer"])
+            after = score(row, row["edit"]["answer"]) if row.get("edit") else None
+            if before is not None:
+                originals.append(before)
+            if after is not None:
+                edits.append(after)
+            if before is not None and after is not None:
+                gains.append(after - before)
+        for name, values in (("original", originals), ("edit", edits), ("gain", gains)):
+            if values:
+                line[f"exact/{name}"] = sum(values) / len(values)
 
 
 RESPONSE_FIELDS = (
@@ -219,8 +222,9 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
         figures["recited"] = round(recited(row.get("persona"), answer), 3)
         if has_control_text(answer):
             figures["control_text"] = True
-        if score:
-            figures["exact"] = round(score(row, answer), 2)
+        exact = score(row, answer) if score else None
+        if exact is not None:
+            figures["exact"] = round(exact, 2)
         return figures
 
     prompts: dict[str, dict] = {}
@@ -279,16 +283,16 @@ def columns(metrics: list[dict]) -> dict[str, list]:
 
 def training_run(folder: str, kind: str, max_bytes: float, exact_judge: str | None = None) -> dict[str, Any]:
     """The entry of a training run. kind: rl | grm | bt | dpo | sft; max_bytes: of rollouts."""
-    args = renamed(read_json(os.path.join(folder, "args.json")), FLAG_NAMES)
+    args = read_json(os.path.join(folder, "args.json"))
     metrics_file = os.path.join(folder, "metrics.jsonl")
-    metrics = [renamed(row, METRIC_NAMES) for row in logged_rows(metrics_file)]
+    metrics = logged_rows(metrics_file)
     for number, line in enumerate(metrics, 1):
         if type(line.get("step")) is not int:
             raise ValueError(f'{metrics_file}:{number}: expected a number as "step"')
     run: dict[str, Any] = dict(kind=kind, label=label_of(kind, args), args=args, rows=[], prompts={})
     if kind == "rl" and metrics:
         score = load_scorer(exact_judge) if exact_judge else None
-        rows, n_logged, first_rows = read_rollouts(folder, metrics[-1]["step"], max_bytes)
+        rows, n_logged, first_rows = read_rollouts(folder, metrics[-1]["step"], max_bytes, 64 if score else 0)
         if score:
             add_exact(metrics, first_rows, score)
         run["sampled"] = {"shown": len(rows), "of": n_logged}

@@ -23,9 +23,9 @@ def hacking_rule(metric: str, label: str) -> Rule:
     return Rule(
         "Reward hacking",
         f"Raised if the reward is at least as high as where the {label} was best, but the {label} has since lost more "
-        "than a tenth of its range.",
+        "than 0.3 and a tenth of its range.",
         ("original/reward", metric),
-        lambda r, h: r[-1] >= r[h.index(max(h))] and max(h) - h[-1] > 0.1 * (max(h) - min(h)),
+        lambda r, h: r[-1] >= r[h.index(max(h))] and max(h) - h[-1] > max(0.3, 0.1 * (max(h) - min(h))),
         lambda r, h: f"reward {r[0]:.2f} to {r[-1]:.2f}; {label} {h[0]:.2f}, best {max(h):.2f}, last {h[-1]:.2f}",
         {"sort": "best"},
     )
@@ -58,11 +58,18 @@ RULES = (
     ),
     Rule(
         "Judge failures",
-        "Raised if more than a tenth of the last fifth's judgements do not parse.",
+        "Raised if more than a tenth of the last fifth's judgements give no scores.",
         (UNPARSED,),
         lambda unparsed: unparsed[-1] > 0.1,
         lambda unparsed: f"{100 * unparsed[-1]:.1f} % of the judgements",
         {"show": "dropped"},
+    ),
+    Rule(
+        "Updates left out",
+        "Raised if an update was left out, because its loss or gradient was not a finite number.",
+        ("bad_steps",),
+        lambda left_out: left_out[-1] > 0,
+        lambda left_out: f"number so far, on average: first fifth {left_out[0]:.1f}, last {left_out[-1]:.1f}",
     ),
     Rule(
         "Train-inference mismatch",

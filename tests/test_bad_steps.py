@@ -10,6 +10,7 @@ from conftest import error_of, read_metrics
 from test_faults import JUDGE, ppo_flags, run, sft_flags
 
 import ppo_cpe
+import report
 import sft
 from model import Transformer, load_pretrained
 from runtime import rows, training
@@ -86,6 +87,7 @@ def test_a_bad_update_of_rl(tiny, tmp_path, spoilt, number, model):
     _, *batch = rows.read_rows(str(tmp_path / "run" / "bad_steps" / name), "object")
     assert batch[0]["example"]["response_ids"] and batch[0]["example"]["advantages"]
     assert read_metrics(tmp_path / "run")[0]["bad_steps"] == 1
+    report.main(report.Args(run=str(tmp_path / "run"), out=str(tmp_path / "page.html")))  # what is NaN stays empty
 
 
 def test_bounds_of_an_update(tiny, tmp_path):

@@ -5,16 +5,18 @@ import torch
 
 from diagnostics import (
     Means,
+    audit,
     describe_edits,
     describe_rollout,
     distinct,
-    in_order,
     kept_tokens,
     leaves,
     recited,
+    swap_personas,
     warn_of_lost,
     warn_of_no_gradient,
 )
+from judges import Verdict
 from runtime.distributed import start
 from trajectory import Prompt, Rollout, TokenArrays, Trajectory
 
@@ -150,7 +152,32 @@ def test_distinct_pairs_do_not_depend_on_the_number_of_samples():
     assert found[0] == found[1]
 
 
-def test_metrics_are_in_the_order_of_the_readme():
-    names = ["seconds/update", "entropy", "edit/gain", "original/reward", "step", "own_figure"]
-    expected = ["step", "original/reward", "edit/gain", "entropy", "seconds/update", "own_figure"]
-    assert list(in_order(dict.fromkeys(names))) == expected
+class Recording:
+    """A judge that gives the number of the answer, at once."""
+
+    def __init__(self):
+        self.asked = []
+        self.verdicts = []
+
+    def submit(self, key, row, answer, seed):
+        self.asked.append(answer)
+        self.verdicts.append(Verdict(key, float(answer[-1])))
+
+    @property
+    def busy(self):
+        return bool(self.verdicts)
+
+    def poll(self):
+        return [self.verdicts.pop()]
+
+
+def test_answers_that_were_cut_off_are_not_audited():
+    """--truncated min_score replaces their rewards, which would be compared with the judge's."""
+    answers = [trajectory([1], index=i, answer=f"answer {i}") for i in range(4)]
+    answers[1].truncated = answers[2].truncated = True
+    for other in answers[2:]:
+        other.prompt.row["persona"] = "somebody else"
+    judge = Recording()
+    assert [found["again"] for found in audit(answers, judge, None, 1.0, 0, 1).values()] in ([0, 3], [3, 0])
+    assert swap_personas(Rollout(4, answers, [], (0, 0)), judge) == [0, -3]
+    assert set(judge.asked) == {"answer 0", "answer 3"} and len(judge.asked) == 4

@@ -126,6 +126,10 @@ def test_a_step_does_what_the_method_says(whole):
     assert len(set(edited)) == len(edited) and 0 < len(edits) + first["lost/edits"] <= 4
     assert all(e["selected"] for e in edits)
     assert first["batch"] == len(rows) + len(edits)
+    lost = whole / "lost" / "step_000001.jsonl"
+    lost = [json.loads(line) for line in lost.read_text().splitlines()] if lost.exists() else []
+    sampled = [*rows, *edits, *(row["edit"] or row for row in lost)]
+    assert first["generated_tokens"] == sum(response["n_tokens"] for response in sampled)
     assert first["original/edited"] == pytest.approx(len(edits) / len(rows))
     assert first["edit/gain"] == pytest.approx(
         sum(r["edit"]["reward"] - r["reward"] for r in rows if r["edit"]) / len(edits), abs=1e-9

@@ -11,7 +11,7 @@ from conftest import ROOT, TEMPLATES, error_of
 import report
 from chat import Chat
 from prompts import Templates, answer_prompt, edit_prompt, load_templates, persona_text
-from reporting import old_names
+from reporting import figures
 from reporting.evaluations import evaluation_run
 from reporting.warnings import rl_warnings
 from weights import save_templates
@@ -186,7 +186,7 @@ def steady(**changes):
         "value_loss": 1,
     }
     figures |= {"explained_variance": 0.5, "entropy": 1, "original/recited": 0.1, "edit/inserted_ratio": 0.9}
-    figures["original/control_text"] = 0
+    figures |= {"original/control_text": 0, "bad_steps": 0}
     changed = {name.replace("__", "/"): f for name, f in changes.items()}
     return [{"step": s, **figures, **{n: f(s) for n, f in changed.items()}} for s in range(1, 21)]
 
@@ -203,6 +203,7 @@ def steady(**changes):
         ("Value loss", dict(value_loss=lambda s: 1 + s, explained_variance=lambda s: 0.5 - s / 10)),
         ("Entropy", dict(entropy=lambda s: 1 / s)),
         ("Control text", dict(original__control_text=lambda s: 0.05 * (s == 3))),
+        ("Updates left out", dict(bad_steps=lambda s: s > 12)),
         ("Persona values repeated", dict(original__recited=lambda s: 0.1 + s / 100)),
     ],
 )
@@ -224,6 +225,13 @@ def test_a_warning_by_held_out_rewards_that_are_few():
         metrics[step - 1]["held_out/original/reward"] = reward
     (warning,) = [warning for warning in rl_warnings(metrics) if warning["name"] == "Reward hacking"]
     assert warning["state"] == "warn" and "held-out reward 1.00, best 2.00, last 1.20" in warning["found"]
+
+
+def test_noise_of_a_judge_is_no_hacking():
+    """Held-out rewards that stay where they are differ by less than 0.3."""
+    noise = [0.0, 0.1, -0.1, 0.15, -0.1]
+    metrics = steady(original__reward=lambda s: s, exact__original=lambda s: noise[(s - 1) // 4])
+    assert {warning["state"] for warning in rl_warnings(metrics)} == {"ok"}
 
 
 def test_a_warning_leads_to_the_steps_that_it_is_about():
@@ -351,6 +359,20 @@ def test_figures(tmp_path):
     assert (tmp_path / "figures" / "by_step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_show_what_any_of_the_runs_has(tmp_path, monkeypatch):
+    """PPO has no edits: the curves of CPE's are drawn nevertheless, whichever run comes first."""
+    runs = [rl_run(tmp_path / name, steps=3) for name in ("cpe", "ppo")]
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    write_lines(runs[1] / "metrics.jsonl", [{k: v for k, v in x.items() if not k.startswith("edit/")} for x in lines])
+    drawn = {}
+    monkeypatch.setattr(figures, "draw_panel", lambda axis, panel, runs, x: drawn.update({panel["title"]: panel}))
+    for order in runs, runs[::-1]:
+        drawn.clear()
+        made(order, tmp_path / "page.html", figures=str(tmp_path / "figures"))
+        assert [name for name, _ in drawn["Reward"]["series"]] == ["original/reward", "edit/reward"]
+        assert "Gain of edits" in drawn
+
+
 def test_training_never_imports_it():
     for name in os.listdir(ROOT):
         if name.endswith(".py") and name != "report.py":
@@ -382,21 +404,12 @@ def test_exact_scores(tmp_path):
     assert "exact/original" not in report.read_runs([str(run)], 20)[0]["metrics"]
 
 
-def test_a_folder_with_names_of_an_earlier_version(tmp_path):
-    """Metrics, rollouts and flags of an earlier version are shown under today's names."""
-    run = rl_run(tmp_path / "run", steps=2)
-    (line, *others) = (run / "metrics.jsonl").read_text().splitlines()
-    values = {name: i / 8 for i, name in enumerate(old_names.METRIC_NAMES)}
-    (run / "metrics.jsonl").write_text("\n".join([json.dumps(json.loads(line) | values), *others, ""]))
-    lost = run / "lost" / "step_000002.jsonl"
-    lost.write_text(lost.read_text().replace('"drop_reason"', '"left"'))
-    args = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps(args | {"edit_ratio": args.pop("edit_loss")}))
-    (found,) = data_of(made([run], tmp_path / "page.html"))["runs"]
-    for then, now in old_names.METRIC_NAMES.items():
-        assert found["metrics"][now] == [values[then], None] and then not in found["metrics"]
-    assert [r["drop_reason"] for r in found["rows"] if "drop_reason" in r] == ["unparsable"]
-    assert [r["edit"]["drop_reason"] for r in found["rows"] if "drop_reason" in r.get("edit", {})] == [
-        "cut off at --max-new-tokens"
-    ]
-    assert found["args"]["edit_loss"] == "unclipped"
+def test_answers_without_an_exact_score(tmp_path):
+    """Their place stays empty, and means are over the others."""
+    text = (
+        "def score(row, answer):\n    return None if 'Answer 0' in answer else float('nan') if 'new' in answer else 2\n"
+    )
+    (tmp_path / "some.py").write_text(text)
+    (found,) = report.read_runs([str(rl_run(tmp_path / "run", steps=2))], 20, f"{tmp_path}/some.py:score")
+    assert found["metrics"]["exact/original"] == [2, 2] and "exact/gain" not in found["metrics"]
+    assert {row.get("exact") for row in found["rows"]} == {2, None}

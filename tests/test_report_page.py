@@ -64,7 +64,7 @@ def test_overview(at):
     assert b.text("#header .status").startswith(
         "PPO with critique-post-editstep 12"
     )  # a dot between them is the style sheet's
-    assert b.count(".warning") == 10 and b.count(".warning.warn") == 1
+    assert b.count(".warning") == 11 and b.count(".warning.warn") == 1
     b.until("return document.querySelectorAll('.chart canvas').length >= 4")
     assert b.text('.chart[data-title="Reward"] .values').split() == ["originals", "2.20", "edits", "2"]
     set_value(b, "#x", "generated tokens")
@@ -274,6 +274,30 @@ def test_comparison(at):
     b.until("return document.querySelector('.column h3').innerText.includes('2 of 2')")
     b.click('#at [data-value="first"]')
     b.until("return document.querySelector('.column h3').innerText.includes('step 1,')")
+
+
+def test_runs_are_smoothed_over_their_own_steps(at):
+    """Over generated tokens the points of two runs lie between one another."""
+    b = at("#view=compare")
+    smooth = "return smoothed([0, 1, 0, 1, 0], 1).map((y) => y.toFixed(2)).join()"
+    assert b.run(smooth) == "0.50,0.33,0.67,0.33,0.50"
+    made_card = (
+        "state.smooth = 1; "
+        "const line = (xs) => ({ label: 'a', color: '--c1', dash: 0, xs, ys: [0, 1, 0], steps: [1, 2, 3] }); "
+        "chartCard('t', '', [line([1, 3, 5]), line([2, 4, 6])]); charts.at(-1).draw(); "
+        "return charts.at(-1).u.data.map((ys) => ys.map((y) => y ?? '-').join()).join(' ')"
+    )
+    xs, raw, soft, *_ = b.run(made_card).split(" ")
+    assert (xs, raw, soft[:7]) == ("1,2,3,4,5,6", "0,-,1,-,0,-", "0.5,-,0")
+
+
+def test_tokens_without_a_log_prob(at):
+    """Those of an update that was left out have no colour."""
+    b = at()
+    tokens = "const tokens = { logp: [null, -6], logq: [-1, -1], weight: [null, 1], advantage: [null, 1] }; "
+    for coloring in ("logp", "ratio", "weight", "advantage"):
+        assert b.run(f"{tokens}return shadeOf(tokens, 0, '{coloring}')") == ["--hue-a", 0]
+    assert b.run(f"{tokens}return shadeOf(tokens, 1, 'logp')") == ["--hue-a", 1]
 
 
 def test_evaluation(at):

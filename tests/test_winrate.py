@@ -335,8 +335,9 @@ def test_the_interval_is_that_of_a_share():
     low, high = winrate.bootstrap_mean(values, seed=0)
     assert (low, high) == pytest.approx((0.504, 0.696), abs=0.015)
     assert winrate.bootstrap_mean(values, seed=0) == (low, high)
-    assert winrate.bootstrap_mean(np.ones(5), seed=0) == (1, 1)
-    assert winrate.bootstrap_mean(np.array([np.nan]), seed=0) == (None, None)
+    # rows drawn again say nothing about the spread
+    for few, groups in ([np.nan], None), ([1.0] * 5, None), ([1.0, 0.0, 1.0], ["p"] * 3):
+        assert winrate.bootstrap_mean(np.array(few), 0, groups) == (None, None)
 
 
 def test_rows_of_one_person_are_drawn_together():

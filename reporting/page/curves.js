@@ -53,14 +53,15 @@ function chartCard(title, about, lines, dashes = "") {
   const card = h("figure", { class: "chart", "data-title": title }, h("figcaption", { title: about }, h("b", {}, title), dashes ? h("span", { class: "muted" }, dashes) : null, values), plot);
   const xs = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
   const place = new Map(xs.map((x, k) => [x, k]));
-  const spread = lines.map((line) => {
-    const ys = new Array(xs.length).fill(null);
-    line.xs.forEach((x, k) => { ys[place.get(x)] = line.ys[k] ?? null; });
-    return ys;
-  });
+  const placed = (line, ys) => {
+    const all = new Array(xs.length).fill(null);
+    line.xs.forEach((x, k) => { all[place.get(x)] = ys[k] ?? null; });
+    return all;
+  };
+  const spread = lines.map((line) => placed(line, line.ys));
   const stepAt = new Array(xs.length).fill(null);
   for (const line of lines) line.xs.forEach((x, k) => { stepAt[place.get(x)] = line.steps[k]; });
-  const soft = spread.map((ys) => smoothed(ys, state.smooth));
+  const soft = lines.map((line) => placed(line, smoothed(line.ys, state.smooth)));
   const last = (ys) => ys.findLast((y) => y !== null);
 
   function showValues(index) {

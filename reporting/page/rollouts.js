@@ -107,14 +107,16 @@ const ABOUT = {
   weight: ["factor of grad log p, on a log scale; struck through where it is 0 (no gradient)", ["0", "1", "\u2265 8"]],
   advantage: ["whitened over the batch", ["\u2264 \u22122", "0", "\u2265 2"]],
 };
-const ratioOf = (tokens, k) => Math.exp(tokens.logp[k] - tokens.logq[k]);
+// null where a log-prob is not finite
+const ratioOf = (tokens, k) => (tokens.logp[k] === null || tokens.logq[k] === null ? null : Math.exp(tokens.logp[k] - tokens.logq[k]));
 
 // [css variable of the hue, strength from 0 to 1]
 function shadeOf(tokens, k, coloring) {
-  if (coloring === "logp") return ["--hue-a", Math.min(1, -tokens.logp[k] / 6)];
-  const logScale = { ratio: ratioOf(tokens, k), weight: tokens.weight[k] }[coloring];
-  const value = logScale === undefined ? tokens.advantage[k] / 2 : Math.log2(logScale) / 3;
-  return [value < 0 ? "--hue-b" : "--hue-a", Math.min(1, Math.abs(value))];
+  const value = { logp: tokens.logp[k], ratio: ratioOf(tokens, k), weight: tokens.weight[k], advantage: tokens.advantage[k] }[coloring];
+  if (value === null) return ["--hue-a", 0];
+  if (coloring === "logp") return ["--hue-a", Math.min(1, -value / 6)];
+  const scaled = coloring === "advantage" ? value / 2 : Math.log2(value) / 3;
+  return [scaled < 0 ? "--hue-b" : "--hue-a", Math.min(1, Math.abs(scaled))];
 }
 
 function tokenText(tokens) {
