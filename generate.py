@@ -76,15 +76,14 @@ def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[
     return answer_prompt(chat, templates, row)
 
 
-def generate_file(path: str, args: Args, engine: Engine, chat: Chat, templates: Templates) -> None:
-    rows = read_rows(path, "object")
-    prompts = [row_prompt(normalized(row), chat, templates, f"{path}:{i + 1}") for i, row in enumerate(rows)]
+def generate_file(rows: list[dict], prompts: list[list[int]], args: Args, engine: Engine, chat: Chat) -> None:
+    """Writes the samples of each row of --input, whose prompts are given."""
     for i, ids in enumerate(prompts):
         seeds = [derive_seed(args.seed, i, sample) for sample in range(args.n)]
         try:
             engine.submit(ids, i, args.n, seeds, args.max_new_tokens, args.temperature, args.top_p)
         except ValueError as error:
-            raise ValueError(f"{path}:{i + 1}: {error}") from error
+            raise ValueError(f"{args.input}:{i + 1}: {error}") from error
     samples = []
     with counting(len(rows) * args.n, "samples") as done:
         while engine.busy:
@@ -181,10 +180,15 @@ def main(args: Args) -> None:
     ranks = start(args.dtype)
     chat = Chat(args.model)
     templates = load_templates(resolve(args.model), answer_template=args.answer_template)
+    rows = read_rows(args.input, "object") if args.input else []
+    prompts = [row_prompt(normalized(row), chat, templates, f"{args.input}:{i}") for i, row in enumerate(rows, 1)]
     model = load_pretrained(args.model, ranks.dtype, ranks.device)
-    engine = Engine(model, chat.stop_ids, model.config.max_position_embeddings, args.max_batch, args.kv_tokens)
+    max_len = model.config.max_position_embeddings
+    if args.input:  # a GPU may not have the memory for as many tokens as the model has positions
+        max_len = min(max_len, max(map(len, prompts)) + args.max_new_tokens)
+    engine = Engine(model, chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
     if args.input:
-        generate_file(args.input, args, engine, chat, templates)
+        generate_file(rows, prompts, args, engine, chat)
     else:
         chat_loop(args, engine, chat, templates)
 

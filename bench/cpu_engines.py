@@ -143,7 +143,7 @@ def main(args: Args) -> None:
                 max_len=max(PROMPT + NEW_TOKENS, PREFILL + 1),
                 repeats=args.repeats,
             )
-            a = torch.ones(1024, 1024, dtype=DTYPES[dtype])
+            a = torch.randn(1024, 1024).to(DTYPES[dtype])
             rates = measured_rates(a, a, time.process_time)
             results = run_all(job, args)
             peers = [name for name in results if name != "ours"]

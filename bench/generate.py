@@ -129,7 +129,7 @@ def main(args: Args) -> None:
     ranks = start()
     options = dict(device=ranks.device, dtype=ranks.dtype)
     size = 8192 if ranks.device.type == "cuda" else 1024
-    rates = measured_rates(torch.ones(size, size, **options), torch.ones(size, size, **options))
+    rates = measured_rates(torch.randn(size, size, **options), torch.randn(size, size, **options))
     print(
         f"{device_name()}, transformers {transformers.__version__}; measured {rates.bandwidth / 1e9:.0f} GB/s, "
         f"{rates.flops / 1e9:.0f} GFLOP/s"

@@ -3,7 +3,7 @@
 # stages and several ranks give what they give on a CPU, and how fast are they? Each stage has its time limit and its
 # log; one that fails does not stop the others. It ends in OUT/table.md and a summary line, status 1 if a stage failed.
 #
-#   bash bench/gpu.sh                              # torch 2.11 to 2.13, triton 3.6 or 3.7; flash-attn if it is there
+#   bash bench/gpu.sh                              # torch 2.13, triton 3.7; flash-attn if it is there
 #   WHEELS=FOLDER bash bench/gpu.sh                # first installs what it needs from wheels in a folder
 #   STAGES="versions engine" bash bench/gpu.sh     # only these
 #   EMULATED=1 bash bench/gpu.sh                   # without a GPU, on tests/emulated_gpu.py: does the command itself run?

@@ -23,10 +23,10 @@ def likely_tokens(max_len: int, max_batch: int) -> int:
 
 
 def default_kv_tokens(model: Transformer, max_len: int, max_batch: int) -> int:
-    """Default size of the cache in tokens, capped at a fraction of the free memory.
+    """Default size of the cache in tokens, capped at a fraction of the free memory, but no less than max_len.
 
     On a GPU it is `likely_tokens`. On a CPU, where memory counts only once it is written, it is the most that there
-    can be.
+    can be. ValueError: the free memory of a GPU does not hold max_len tokens.
     """
     weight = next(model.parameters())
     config = model.config
@@ -40,4 +40,9 @@ def default_kv_tokens(model: Transformer, max_len: int, max_batch: int) -> int:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     bytes_per_token = kv_bytes_per_token(config, weight.element_size())
     affordable = int(MEMORY_FRACTION[weight.device.type] * free / bytes_per_token)
+    if weight.device.type == "cuda" and affordable < max_len:
+        raise ValueError(
+            f"{free / 2**30:.1f} GiB of the GPU are free, room for the keys and values of {affordable} tokens; "
+            f"expected {max_len}, the longest sequence: shorten it or set --kv-tokens"
+        )
     return max(max_len, min(wanted, affordable))

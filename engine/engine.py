@@ -111,6 +111,7 @@ class Engine:
             logits = self.runner.decode(n)
             for sample in self.scheduler.running:
                 sample.n_sampled += 1
+            self.steps_since_poll += 1
             self._after_sampling(0, logits)
 
     def collect(self, errors: bool = False) -> list[Sample]:
@@ -221,7 +222,6 @@ class Engine:
             ids = logprobs.topk(params.top_logprobs).indices.tolist()
             ids += [token for token in params.extra_logprob_ids if token not in ids]
             samples[i].top_logprobs.append(list(zip(ids, logprobs[ids].tolist())))
-        self.steps_since_poll += 1
         at_the_limit = any(sample.tokens_left <= 0 for sample in samples)
         if at_the_limit or self.steps_since_poll >= self.runner.steps_per_poll:
             self._poll()

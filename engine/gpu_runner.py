@@ -55,6 +55,7 @@ class GPURunner(Runner):
         # shared by the graphs, which never run at the same time: logits, and the memory of activations
         self.logits = torch.empty(max_batch, len(model.head_weight), device=self.device)
         self.memory_pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # of all captures: cuBLAS keeps a workspace for each stream
 
     def release_cache(self) -> None:
         self.graphs.clear()  # they hold the addresses
@@ -81,7 +82,7 @@ class GPURunner(Runner):
             self.compile(size)
             self.compiled.add(size)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory_pool):
+        with torch.cuda.graph(graph, pool=self.memory_pool, stream=self.stream):
             self.decode_step(size)
         self.graphs[size] = graph
 
@@ -89,11 +90,10 @@ class GPURunner(Runner):
         """Runs a step outside of a graph, which compiles its kernels. The next step overwrites what it writes to the
         cache."""
         before = {name: tensor.clone() for name, tensor in self.slots.tensors().items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self.decode_step(size)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         for name, tensor in self.slots.tensors().items():
             tensor.copy_(before[name])
 

@@ -191,7 +191,8 @@ if triton is not None:
         chunk_max = tl.load(maxima_ptr + row * n_chunks + s, mask=s < n_chunks, other=float("-inf"))
         row_max = tl.max(chunk_max, 0)
         chunk_sum = tl.load(sums_ptr + row * n_chunks + s, mask=s < n_chunks, other=0.0)
-        return row_max, tl.sum(tl.where(chunk_sum > 0, chunk_sum * tl.exp((chunk_max - row_max) * scale), 0.0), 0)
+        # a chunk of -inf only has the sum 0; NaN has to stay NaN
+        return row_max, tl.sum(tl.where(chunk_sum == 0, 0.0, chunk_sum * tl.exp((chunk_max - row_max) * scale)), 0)
 
     @triton.jit
     def _stats_kernel(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import generate
 from attention import Packed
 from chat import Chat
-from engine import Engine
+from engine import Engine, cache_size
 from kernels.sampling import sample, uniform
 from model import load_pretrained, save_pretrained
 from runtime.flags import user_errors
@@ -223,6 +224,32 @@ def test_the_stop_token_is_never_shown(model):
         engine.step()
         shown.append(engine.partial(None))
     assert [ids for ids in shown if ids != response[: len(ids)]] == [] and shown.count(response) > 1
+
+
+def test_polls_come_after_decoding_whatever_arrives(model):
+    """On a GPU a stream is sent after a step that ended with a poll: new requests in each step must not hide it."""
+    engine = engine_of(model, max_batch=64)
+    engine.runner.steps_per_poll = 8
+    engine.submit([5, 6], "stays", max_new_tokens=60)
+    engine.step()
+    engine.step()
+    polled = []
+    for i in range(48):
+        engine.submit([7, 8, i], i, max_new_tokens=60)
+        engine.step()
+        polled.append(engine.steps_since_poll == 0)
+    assert sum(polled) >= 48 // 8
+
+
+def test_a_gpu_without_room_for_the_longest_sequence(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    weight = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 4)
+    on_gpu = SimpleNamespace(parameters=lambda: iter([weight]), config=model.config)
+    n = int(0.9 * 2**20 / cache_size.kv_bytes_per_token(model.config, 4))
+    assert cache_size.default_kv_tokens(on_gpu, n, 8) == n
+    with pytest.raises(ValueError, match=f"of {n} tokens; expected {n + 1}, .*--kv-tokens"):
+        cache_size.default_kv_tokens(on_gpu, n + 1, 8)
 
 
 def test_refused_requests(model):

@@ -368,6 +368,21 @@ def test_triton_sample(n_rows, vocab_size, chunk, dtype, monkeypatch):
 
 
 @on_triton
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
+def test_triton_sample_of_what_is_no_number(temperature, top_p, monkeypatch):
+    """The log-prob is NaN, by which the engine knows; other rows are as they were."""
+    monkeypatch.setattr(sampling, "CHUNK", 64)
+    for value in (math.nan, math.inf):
+        for spoilt in (slice(7, 8), slice(70, 71), slice(64, 128), slice(0, 200)):
+            logits = torch.zeros(2, 200, device=DEVICE)
+            logits[0, spoilt] = value
+            settings = [torch.full((2,), x, device=DEVICE) for x in (temperature, top_p)]
+            seeds = torch.arange(2, device=DEVICE)
+            tokens, logprobs = sampling.triton_sample(logits, *settings, seeds, seeds)
+            assert logprobs.isnan().tolist() == [True, False] and tokens.min() >= 0 and tokens.max() < 200
+
+
+@on_triton
 def test_triton_sample_ties_and_masked_logits(monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK", 64)
     logits = torch.full((12, 140), -math.inf, device=DEVICE, dtype=torch.bfloat16)  # a whole chunk holds nothing
