@@ -24,7 +24,7 @@ def label_of(kind: str, args: dict) -> str:
         return "Pretraining from scratch" if args.get("from_scratch") else LABELS.get(kind, kind)
     if not args.get("edit_rate"):
         return "PPO"
-    return "PPO with critique credit" if args.get("edit_loss") == "sdpo" else "PPO with critique-post-edit"
+    return "PPO with critique-post-edit"
 
 
 # -- a sample of the rollouts ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import replay
 from chat import Chat
 from judges import Judge, Verdict
 from model import load_pretrained
-from prompts import Judgement, answer_prompt, edit_prompt, fill, load_templates, response_ids
+from prompts import Judgement, answer_prompt, edit_prompt, load_templates, response_ids
 from recipes import fork
 from runtime import training
 from runtime.distributed import start
@@ -71,8 +71,7 @@ RUN_WITH = {
     "critique_grpo": ("--eps-low", 1, "--eps-high", 1e9),
     "golf": ("--inject-below", 2.5),
     "hinted": ("--hint-steps", 1, "--edit-rate", 1),
-    "sdpo_released": ("--success-reward", 100, "--teacher-rate", 1),
-    "sdpo": (),
+    "sdpo": ("--success-reward", 100, "--teacher-rate", 1),
     "released_paper": (),
     "kl": ("--mini-batch-prompts", 4),  # one update a step: the first starts at the reference
     "entropy": (),
@@ -176,15 +175,6 @@ def test_grpo_has_no_critic(tiny, exp, trained, tmp_path):
     assert "policy" in planned and "critic" not in planned
     run = trained("grpo")
     assert "value_loss" not in read_metrics(run)[0] and not (run / "critic").exists()
-
-
-def test_sdpo_edits_nothing(tiny, exp, trained, tmp_path):
-    rows = rollouts(trained("sdpo"), 1)
-    assert rows and all(row["edit"] is None for row in rows)
-    script = exp / "sdpo.py"
-    flags = [*flags_of(tiny, tmp_path, "def judge(row, answer): return 1.0"), "--max-steps", 1]
-    assert "--edit-rate" in run_script(script, *flags, "--edit-rate", 0.5, status=2)
-    assert "no critique of an answer" in run_script(script, *flags, status=2)
 
 
 # -- the mathematics of the forks: their functions on a few trajectories of the tiny model -----------------------------
@@ -483,8 +473,8 @@ def test_two_calls_of_the_judge(module):
     assert not judge.busy and judge.take_counts() == (6, 2) and judge.lowest_reward == -5
 
 
-def test_sdpo_released_divergence(module):
-    divergence = module("sdpo_released").divergence
+def test_sdpo_divergence(module):
+    divergence = module("sdpo").divergence
     one = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     other = torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log()
     found = divergence(one, other)
@@ -492,8 +482,8 @@ def test_sdpo_released_divergence(module):
     assert found[1].item() == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2))  # by hand: m = (.5, .5)
 
 
-def test_sdpo_released_learns_from_its_teacher_where_answers_fail(module, world):
-    script = module("sdpo_released")
+def test_sdpo_learns_from_its_teacher_where_answers_fail(module, world):
+    script = module("sdpo")
     trajectories = [t for t in two_prompts(world) if t.parent is None][:2]  # rewards 1 and 3
     told = {t.key: script.told_prompt(t, world.chat, world.templates) for t in trajectories}
     text = world.chat.decode(told[trajectories[0].key])
@@ -510,18 +500,18 @@ def test_sdpo_released_learns_from_its_teacher_where_answers_fail(module, world)
     assert tokens.loss.abs().max() < 1e-6
 
 
-def test_sdpo_released_averages_its_teacher(trained):
+def test_sdpo_averages_its_teacher(trained):
     """With a rate of 1 it becomes the policy."""
-    run = trained("sdpo_released")
+    run = trained("sdpo")
     policy, teacher = (load_file(run / name / "model.safetensors") for name in ("policy", "teacher"))
     assert all(torch.equal(policy[name], teacher[name]) for name in policy)
 
 
-def test_sdpo_released_continues_to_the_same_numbers(tiny, exp, tmp_path):
+def test_sdpo_continues_to_the_same_numbers(tiny, exp, tmp_path):
     """Its teacher is in the checkpoints."""
     flags = [*flags_of(tiny, tmp_path), "--success-reward", 100, "--lr", 1e-3]
     for out, steps in (("whole", 2), ("continued", 1), ("continued", 2)):
-        run_script(exp / "sdpo_released.py", *flags, "--out", tmp_path / out, "--max-steps", steps)
+        run_script(exp / "sdpo.py", *flags, "--out", tmp_path / out, "--max-steps", steps)
     names = ("policy", "teacher")
     whole, continued = (
         [load_file(tmp_path / out / name / "model.safetensors") for name in names] for out in ("whole", "continued")
@@ -529,31 +519,6 @@ def test_sdpo_released_continues_to_the_same_numbers(tiny, exp, tmp_path):
     for expected, found in zip(whole, continued, strict=True):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not torch.equal(*(weights["model.norm.weight"] for weights in whole))
-
-
-def test_sdpo_credit_is_what_the_critique_adds(module, world):
-    sdpo = module("sdpo")
-    prompt = prompt_of(world, 0)
-    critiques = ("Say it shorter.", "Name the tea.")
-    batch = [answer_of(world, prompt, i, i, critique=critique) for i, critique in enumerate(critiques)]
-    args = sdpo.Args(temperature=0.9, sdpo_lambda=0.25)
-    old_logprobs, _ = sdpo.old_policy_logprobs(batch, world.policy, args, world.ranks)
-    credit, _ = sdpo.critique_credit(
-        batch, old_logprobs, world.policy, (world.chat, world.templates), args, world.ranks
-    )
-    chat = world.chat
-    for t, own in zip(batch, credit, strict=True):
-        request = chat.turn("user", fill(world.templates.edit, critique=t.judgement.critique))
-        told = [*prompt.ids, chat.turn_end, *chat.after_turn, *request, *chat.header]
-        with torch.no_grad():
-            under_both = [logprobs_alone(world, context, t.response_ids, 0.9) for context in (told, prompt.ids)]
-        assert torch.allclose(own, under_both[0] - under_both[1], atol=1e-4)
-        assert own.abs().max() > 1e-2
-
-    values = [torch.zeros(len(t.response_ids)) for t in batch]
-    advantages, _ = sdpo.compute_advantages(batch, values, credit, args, world.ranks)
-    for own, whitened, c in zip(advantages, (-1.0, 1.0), credit, strict=True):
-        assert torch.allclose(own, 0.25 * whitened + 0.75 * c, atol=1e-5)
 
 
 # -- rows from rollouts ------------------------------------------------------------------------------------------------

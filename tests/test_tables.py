@@ -1,11 +1,14 @@
 """results/make: the experiments and their commands, the runner, and the tables that finished experiments become."""
 
 import json
+import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +19,7 @@ from test_recipes import ROW, write, write_run
 
 from data import persona_world
 from data.persona_world import say
+from recipes import fork
 from results.make import (
     agreement,
     critics,
@@ -30,6 +34,7 @@ from results.make import (
     tournament,
 )
 from results.make.experiments import Experiment, run
+from runtime.digests import digest_of
 from runtime.rows import read_rows
 
 pytestmark = pytest.mark.tables
@@ -83,14 +88,29 @@ def test_an_experiment_is_of_what_it_needs(tmp_path, monkeypatch):
         experiments.read_kept(str(tmp_path / "table.json"), [wanted()])
 
 
-def test_an_experiment_that_fails_stops_the_others_and_is_run_again(tmp_path):
+def test_an_experiment_that_fails_stops_no_other_and_is_run_again(tmp_path):
+    """Those that need it are left out, and the command fails in the end."""
+    log = tmp_path / "log"
     fails = Experiment("fails", ["-c 'raise SystemExit(\"the check failed\")'"])
+    after = [Experiment("after", [writes(log, "a")], ["fails"]), Experiment("later", [writes(log, "l")], ["after"])]
+    with pytest.raises(ValueError, match=r"(?s)fails failed .*fails.log.*the check failed.*after was left out.*later"):
+        run([fails, *after, Experiment("other", [writes(log, "o")])], str(tmp_path), jobs=1)
+    assert log.read_text() == "o"
+    run([Experiment("fails", [writes(log, "f")]), *after], str(tmp_path), jobs=2)
+    assert log.read_text() == "ofal"
+
+
+def test_a_signal_ends_the_running_experiments(tmp_path):
+    """SIGTERM, as `kill` sends it."""
     slow = Experiment("slow", ["-c 'import time; time.sleep(60)'"])
-    with pytest.raises(ValueError, match=r"(?s)fails failed .*fails.log.*the check failed"):
-        run([slow, fails, Experiment("after", [writes(tmp_path / "log")], ["fails"])], str(tmp_path), jobs=2)
-    assert not (tmp_path / "log").exists() and not (tmp_path / "slow/done.json").exists()
-    run([Experiment("fails", [writes(tmp_path / "log")])], str(tmp_path), jobs=2)
-    assert (tmp_path / "log").read_text() == "x"
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run([slow], str(tmp_path), jobs=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "slow/done.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -375,8 +395,13 @@ def test_the_experiments_of_the_tournament():
     for name in set(commands) & set(swept):  # shared, so they must not differ
         assert commands[name] == swept[name]
     assert {"seed1/rate0/sft", "seed1/recipe"} <= set(swept) & set(commands)
-    assert commands["seed1/rate0.3/raft"][0].startswith("out/forks/raft.py --model out/seed1/rate0.3/sft/policy")
+    assert commands["seed1/rate0.3/raft"][0].startswith("out/forks/raft/raft.py --model out/seed1/rate0.3/sft/policy")
     assert commands["seed0/rate0/golf_2lr"][0].endswith("--lr 0.0001")
+    assert commands["seed0/rate0/dpo_edits_2lr"][0].endswith("--lr 0.0002")
+    # figures stay those of a fork while only its base, ppo_cpe.py, changes around it
+    (raft,) = [e for e in wanted if e.name == "forks/raft"]
+    diffs = fork.all_diffs()
+    assert raft.made_from == digest_of(diffs["raft"], diffs["grpo"])
 
 
 @pytest.mark.slow
@@ -386,7 +411,7 @@ def test_finished_experiments_become_the_tournament(tmp_path, capsys):
     out = tmp_path / "runs"
     for experiment in tournament.experiments(str(out), 2):
         seed, rate, name = sweep.parts_of(experiment.name) or (None, None, None)
-        if rate == 0.0 and name in ("raft", "raft_2lr", "sft_edits"):
+        if rate == 0.0 and name in ("raft", "raft_2lr", "rollouts", "sft_edits"):
             write_run(out / experiment.name, rng)
             write(out / experiment.name / "done.json", dict(commands=experiment.commands, seconds=1))
     ppo = {f"seed{seed}/rate0/ppo": dict(commands=[], reward=0.5 + seed, curve=[0.1, 0.6]) for seed in (0, 1)}
@@ -394,9 +419,9 @@ def test_finished_experiments_become_the_tournament(tmp_path, capsys):
     args = tables.Args(table="tournament", out=str(out), results=str(tmp_path / "tournament"), seeds=2, only_draw=True)
     tables.main(args)
     text = (tmp_path / "tournament/tournament.md").read_text()
-    assert "| PPO, n = 6 | 2 | 1.00 ± 0.71 |" in text and "| RAFT, no edits | 2 | 1.00 ± 0.00 |" in text
-    assert "| SFT on edits that gained | 2 |" in text and "| RAFT, no edits | 0 | 0.0001 |" in text
-    assert "| PPO, n = 6 |  |  | 2 (2 of 2) |" in text
+    assert "| [PPO, n = 6](" in text and ") | 2 | 1.00 ± 0.71 |" in text and "#raft) | 2 | 1.00 ± 0.00 |" in text
+    assert "[SFT on edits that gained](" in text and "| RAFT, no edits | x 2 | 2 |" in text
+    assert "| PPO, n = 6 | 2 (2 of 2) |" in text and "| RAFT, no edits | 0.01, 0.01 |" in text
     assert (tmp_path / "tournament/tournament.png").exists()
 
 
@@ -405,11 +430,17 @@ def test_steps_until_half_of_the_samples_and_holms_correction():
     seeds = {"ppo": (1.0, 1.1, 1.2), "none": (2.0, 2.3, 2.2), "paper": (1.3, 1.2, 1.5)}
     known = {f"seed{i}/rate0/{n}": dict(reward=x, commands=[]) for n, xs in seeds.items() for i, x in enumerate(xs)}
     known |= {f"seed{i}/rate0/checks": dict(advice=0.0, commands=[]) for i in range(3)}
-    table = sweep.differences_from_ppo(sweep.by_rate(known), sweep.LABELS, [0.0])
+    table = sweep.differences(sweep.by_rate(known), sweep.LABELS, [0.0], "ppo")
     raw = [stats.ttest_rel(seeds[name], seeds["ppo"]).pvalue for name in ("none", "paper")]
     assert raw[0] < raw[1]
-    rows = {line.split(" | ")[0]: line.split(" | ")[4] for line in table.splitlines()[2:]}
-    assert float(rows["| CPE, none (the first command)"]) == pytest.approx(
-        2 * raw[0], abs=5e-4
-    )  # two comparisons, the smaller p first
-    assert float(rows["| CPE, paper"]) == pytest.approx(max(2 * raw[0], raw[1]), abs=5e-4)
+    # by hand: residuals of the two-way layout have 4 degrees of freedom
+    scores = np.array(list(seeds.values()))
+    rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    error = np.sqrt(2 * (rest**2).sum() / 4 / 3)
+    pooled = [2 * stats.t.sf((np.mean(seeds[name]) - 1.1) / error, 4) for name in ("none", "paper")]
+    assert 0 < pooled[0] < pooled[1] < 0.5
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| CPE, none (the first command)", "| CPE, paper"]
+    for column, p in ((4, raw), (5, pooled)):  # two comparisons, the smaller p first
+        found = [float(row[column].removeprefix("< ")) for row in rows]
+        assert found == pytest.approx([max(1e-3, 2 * p[0]), max(2 * p[0], p[1])], abs=5e-4)

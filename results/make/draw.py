@@ -1,6 +1,6 @@
 """Markdown tables and panels of curves, of the figures of experiments over seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -86,14 +86,19 @@ def difference(experiments: dict, name, other, figure: str) -> dict | None:
     }
 
 
-def difference_table(header: Sequence[str], rows: Iterable[tuple[Sequence, dict]], with_p: bool = False) -> str | None:
-    """rows: the first cells (under `header`, whose last heading is that of the mean) and a `difference`."""
+def difference_table(
+    header: Sequence[str], rows: Iterable[tuple[Sequence, dict]], p_values: Mapping[str, str] = {}
+) -> str | None:
+    """rows: the first cells (under `header`, whose last heading is that of the mean) and a `difference`.
+
+    p_values: {key of a difference: heading}.
+    """
     cells = []
     for first, d in rows:
-        p = "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}"
+        ps = ["< 0.001" if d[key] < 0.001 else f"{d[key]:.3f}" for key in p_values]
         interval = f"{d['low']:+.2f} to {d['high']:+.2f}"
-        cells.append([*first, f"{d['mean']:+.2f}", interval, *([p] if with_p else []), d["seeds"]])
-    columns = [*header, "95 % interval over seeds", *(["p"] if with_p else []), "seeds"]
+        cells.append([*first, f"{d['mean']:+.2f}", interval, *ps, d["seeds"]])
+    columns = [*header, "95 % interval over seeds", *p_values.values(), "seeds"]
     return markdown_table(columns, cells) if cells else None
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -115,10 +116,12 @@ def finish(experiment: Experiment, out: str, returncode: int, seconds: float) ->
 def run(experiments: list[Experiment], out: str, jobs: int) -> None:
     """Runs the experiments that are not done, `jobs` at a time; they share the cores equally.
 
-    ValueError: one failed. Those that were running beside it are stopped.
+    SIGTERM and SIGINT end the running ones, too.
+    ValueError, after all others have run: some failed, or need one that did.
     """
     waiting = {e.name: e for e in experiments if not is_done(out, e)}
     running: dict[str, tuple[Experiment, subprocess.Popen, float]] = {}
+    failed: dict[str, str] = {}
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
 
     def can_start(experiment: Experiment) -> bool:
@@ -126,13 +129,17 @@ def run(experiments: list[Experiment], out: str, jobs: int) -> None:
             return False
         return len(running) < jobs
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet = not sys.stderr.isatty()  # a log file gets a line per experiment instead of a bar
     n_done = len(experiments) - len(waiting)
     bar = tqdm(total=len(experiments), initial=n_done, unit="experiment", desc=out, disable=quiet)
     try:
         while waiting or running:
             for experiment in list(waiting.values()):
-                if can_start(experiment):
+                if any(need in failed for need in experiment.needs):
+                    del waiting[experiment.name]
+                    failed[experiment.name] = f"{experiment.name} was left out: it needs one that failed"
+                elif can_start(experiment):
                     del waiting[experiment.name]
                     running[experiment.name] = (experiment, start(experiment, out, threads), time.time())
             bar.set_postfix_str(", ".join(running))
@@ -141,13 +148,20 @@ def run(experiments: list[Experiment], out: str, jobs: int) -> None:
                 if process.poll() is not None:
                     del running[name]
                     seconds = time.time() - started
-                    finish(experiment, out, process.returncode, seconds)
+                    try:
+                        finish(experiment, out, process.returncode, seconds)
+                    except ValueError as error:
+                        failed[name] = str(error)
+                        bar.write(failed[name])
+                        continue
                     bar.update()
                     bar.write(f"{name}: {seconds:.0f} s, {len(waiting) + len(running)} experiments to go")
     finally:
         for _, process, _ in running.values():
-            os.killpg(process.pid, 15)
+            os.killpg(process.pid, signal.SIGTERM)
         bar.close()
+    if failed:
+        raise ValueError("\n".join(failed.values()))
 
 
 # -- figures of finished experiments, in a JSON file -------------------------------------------------------------------

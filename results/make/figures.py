@@ -31,8 +31,8 @@ def recites(rows: list[dict]) -> float:
 def evaluated(run: str, evaluation: str) -> dict:
     """Figures of a policy. run: its run folder; evaluation: that of evaluate.py.
 
-    Exact scores, win rates and other rates in percent, fractions of rare content; of RL also the totals of the run and
-    "curve", the fraction of samples with suitable advice by step.
+    Exact scores, win rates and other rates in percent, fractions of rare content; of RL also the totals of the run and,
+    by step, "curve" (fraction of samples with suitable advice) and "curve_generated" (tokens).
     """
     results = read_json(f"{evaluation}/results.json")
     answers = read_rows(f"{evaluation}/answers_model.jsonl", "object")
@@ -43,7 +43,9 @@ def evaluated(run: str, evaluation: str) -> dict:
     figures |= rare_content.measure(answers)
     rollouts = [read_rows(path, "object") for _, path in step_files(run, "rollouts")]
     if rollouts:
-        figures |= training_cost(read_rows(f"{run}/metrics.jsonl", "metrics"))
+        steps = read_rows(f"{run}/metrics.jsonl", "metrics")
+        figures |= training_cost(steps)
+        figures["curve_generated"] = [step["generated_tokens"] for step in steps]
         figures["curve"] = [rare_content.measure(rows)["advice"] for rows in rollouts]
     return figures
 

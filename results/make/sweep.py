@@ -268,7 +268,7 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
         "Gives suitable advice, %": diagram_table(figures, "advice", 100, 1),
         "Answers with a wrong fact, %": diagram_table(figures, "wrong", 100, 1),
         "Steps until half of the samples give the advice": half_table(figures, LABELS, rates_of(figures)),
-        "Score less PPO's": differences_from_ppo(figures, LABELS, rates_of(figures)),
+        "Score less PPO's": differences(figures, LABELS, rates_of(figures), "ppo"),
         "All experiments": all_experiments(figures),
         "Take-off": takeoff_table(figures),
         "Better editors": rewrites_table(figures),
@@ -319,20 +319,42 @@ def step_of_half(curve: list[float]) -> int | None:
     return next((step for step, value in enumerate(curve, 1) if value >= 0.5), None)
 
 
-def differences_from_ppo(figures: BySeed, labels: dict[str, str], rates: Sequence[float]) -> str | None:
-    """Paired over seeds. p is Holm's, over all comparisons of the table."""
+def pooled_variance(figures: BySeed, names: Iterable[str], rate: float) -> tuple[float, int]:
+    """Variance of a score around the means of its method and its seed, over all methods, and its degrees of freedom.
+
+    Of methods with as many seeds as PPO; 0 degrees of freedom with fewer than two methods or seeds.
+    """
+    seeds = sorted(figures.get((rate, "ppo"), {}))
+    of_methods = [figures.get((rate, name), {}) for name in names if name != "sft"]
+    scores = np.array([[runs[seed]["reward"] for seed in seeds] for runs in of_methods if set(seeds) <= set(runs)])
+    if min(scores.shape) < 2:
+        return 0.0, 0
+    rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    freedom = (scores.shape[0] - 1) * (scores.shape[1] - 1)
+    return float((rest**2).sum() / freedom), freedom
+
+
+def differences(figures: BySeed, labels: dict[str, str], rates: Sequence[float], reference: str) -> str | None:
+    """Scores less those of the reference, paired over seeds. Both p are Holm's, over all comparisons of the table.
+
+    The first is that of the pair alone. Five seeds tell little about its variance, so the second is by
+    `pooled_variance`, which takes it to be the same for all methods.
+    """
     found = []
     for rate in rates:
+        variance, freedom = pooled_variance(figures, labels, rate)
         for name in labels:
-            d = difference(figures, (rate, name), (rate, "ppo"), "reward")
-            if d and name not in ("sft", "ppo"):
+            d = difference(figures, (rate, name), (rate, reference), "reward")
+            if d and freedom and name not in ("sft", reference):
+                t = d["mean"] / np.sqrt(2 * variance / d["seeds"])
+                d["p_pooled"] = float(2 * stats.t.sf(abs(t), freedom))
                 found.append(([labels[name], f"{rate:g}"], d))
-    order = sorted(range(len(found)), key=lambda i: found[i][1]["p"])
-    smallest = 0.0
-    for rank, i in enumerate(order):
-        smallest = max(smallest, min(1.0, found[i][1]["p"] * (len(found) - rank)))
-        found[i][1]["p"] = smallest
-    return difference_table(["", "R", "difference of scores"], found, with_p=True)
+    for key in ("p", "p_pooled"):
+        smallest = 0.0
+        for rank, (_, d) in enumerate(sorted(found, key=lambda of_pair: of_pair[1][key])):
+            smallest = max(smallest, min(1.0, d[key] * (len(found) - rank)))
+            d[key] = smallest
+    return difference_table(["", "R", "difference of scores"], found, {"p": "p", "p_pooled": "p, variance pooled"})
 
 
 def all_experiments(figures: BySeed) -> str:

@@ -1,7 +1,7 @@
 """Ways to learn from a critique, on one engine, with one judge: the methods of docs/tournament.md.
 
 They start from the SFT policies of the sweep (results/make/sweep.py) and are compared with its PPO and CPE. All have
-the sweep's learning rate, and on seed 0 also twice that. Figures and commands are kept in tournament.json.
+the sweep's learning rate; at R = 0 three seeds also have twice that. Figures and commands are kept in tournament.json.
 """
 
 import os
@@ -11,13 +11,17 @@ import numpy as np
 from json_files import read_json
 from recipes import fork
 from results.make import ladder, sweep
-from results.make.draw import GREY, RARE_CONTENT, figure_table, new_figure, save_figure, write_page
+from results.make.draw import GREY, RARE_CONTENT, figure_table, markdown_table, new_figure, save_figure, write_page
 from results.make.experiments import FLAGS, Experiment
+from results.make.figures import training_cost
 from runtime.digests import digest_of
+from runtime.rows import read_rows
 
 LR = sweep.LR
 DPO_LR = 1e-4
-SEARCHED = 0  # the seed of twice the learning rate
+SFT_LR = 3e-4  # that of FLAGS["sft"]
+RATES = (0.0, 0.3, 0.003)  # the last one on the first FEW seeds, as twice the learning rate at R = 0
+FEW = sweep.FEW_SEEDS
 LONG = 200  # steps
 NO_EDITS = sweep.PLAIN
 EDITS = sweep.EDITS
@@ -32,9 +36,8 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "critique_grpo": ("critique_grpo", "--n-samples 5 --edit-rate 0.2 --eps-low 1 --eps-high 1e9"),
     "golf": ("golf", f"{EDITS} --inject-below 4 --edit-loss luffy"),
     "hinted": ("hinted", f"{EDITS} --n-samples 5 --edit-rate 0.4 --hint-steps {ladder.STEPS}"),
-    "sdpo_released": ("sdpo_released", "--n-samples 6 --success-reward 4"),
-    "sdpo": ("sdpo", "--n-samples 6"),
-    "released_paper": ("released_paper", "--judge-temperature 0.9"),
+    "sdpo": ("sdpo", "--n-samples 6 --success-reward 4"),
+    "released_paper": ("released_paper", ""),
     "ppo_kl": ("kl", f"{NO_EDITS} --kl-beta 0.02"),
     "none_kl": ("kl", f"{EDITS} --edit-loss none --kl-beta 0.02"),
     "ppo_entropy": ("entropy", f"{NO_EDITS} --entropy-bonus 0.01"),
@@ -43,6 +46,11 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "ppo_200": (None, f"{NO_EDITS} --max-steps {LONG}"),
 }
 QUICK = ("grpo", "raft_edits")
+LEFT_OUT = {  # exploration is a question where samples lack the content, over-optimisation where they have it
+    0.3: ("ppo_n24", "ppo_t13", "ppo_200", "ppo_entropy", "sdpo", "rltf_fm"),
+    0.003: ("rltf_fm", "ppo_kl", "none_kl"),
+    0.0: (),
+}
 TRAINED_ON_ROLLOUTS = {  # name: (script, rows of recipes/edit_pairs.py), from rollouts of the SFT policy
     "sft_best_original": ("sft.py", "best_original"),
     "sft_best": ("sft.py", "best"),
@@ -50,11 +58,14 @@ TRAINED_ON_ROLLOUTS = {  # name: (script, rows of recipes/edit_pairs.py), from r
     "dpo_edits": ("dpo.py", "gained"),
 }
 LABELS = {
+    "sft": "SFT",
     "ppo": "PPO, n = 6",
     "none": "CPE, none",
+    "novel": "CPE, novel",
+    "unclipped": "CPE, unclipped",
     "paper": "CPE, paper",
     "released": "CPE, released",
-    "novel": "CPE, novel",
+    "luffy": "CPE, luffy",
     "grpo": "GRPO, no edits",
     "grpo_edits": "GRPO, edits with none",
     "raft": "RAFT, no edits",
@@ -65,9 +76,8 @@ LABELS = {
     "critique_grpo": "Critique-GRPO",
     "golf": "GOLF",
     "hinted": "hints that fade",
-    "sdpo_released": "SDPO",
-    "sdpo": "token credit",
-    "released_paper": "the paper as released",
+    "sdpo": "SDPO",
+    "released_paper": "the paper as released, all edits",
     "ppo_kl": "PPO, KL .02",
     "none_kl": "CPE, none, KL .02",
     "ppo_entropy": "PPO, entropy bonus .01",
@@ -79,17 +89,33 @@ LABELS = {
     "sft_edits": "SFT on edits that gained",
     "dpo_edits": "DPO on edits that gained",
 }
-OF_SWEEP = ("ppo", "none", "paper", "released", "novel")
+OF_SWEEP = ("sft", "ppo", "none", "novel", "unclipped", "paper", "released", "luffy")
+SECTIONS = {  # of docs/tournament.md, by fork; the others have no diff, or one of docs/forking.md
+    "raft": "raft",
+    "rltf_sd": "rltf-sd",
+    "rltf_fm": "rltf-fm",
+    "critique_grpo": "critique-grpo",
+    "golf": "golf",
+    "hinted": "hints-that-fade",
+    "sdpo": "sdpo",
+    "released_paper": "the-paper-as-released",
+    "kl": "a-kl-term",
+    "entropy": "an-entropy-bonus",
+    None: "ppo-that-explores",
+}
 NOTE = (
-    "Made by `python results/make/tables.py tournament`; docs/tournament.md has each method's code. Exact judge, "
-    "unseen people's questions, mean ± standard deviation over seeds. PPO and CPE are runs of results/sweep/sweep.md."
+    "Made by `python results/make/tables.py tournament`. Each name leads to the method's code and its paper. Exact "
+    "judge, unseen people's questions, mean ± standard deviation over seeds. PPO and CPE are runs of "
+    "results/sweep/sweep.md; their seconds are left out, since they ran on another day. For SFT and DPO, responses, "
+    "tokens and judge calls are "
+    "those of the rollouts that made their rows."
 )
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 
 def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
-    """All methods at the main rates of the sweep, a seed before the next; then twice the learning rate on one seed.
+    """All methods, a seed before the next: at R = 0, also with twice the learning rate, then at the other rates.
 
     quick: one seed and rate, two methods.
     """
@@ -98,8 +124,8 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
     wanted = [
         Experiment(
             f"forks/{name}",
-            [f"recipes/fork.py {name} --folder {out}/forks"],
-            made_from=digest_of(fork.code_of(name, diffs)),
+            [f"recipes/fork.py {name} --folder {out}/forks/{name}"],
+            made_from=digest_of(diffs[name], diffs["grpo"]),  # against which some diffs are
         )
         for name in sorted(set(filter(None, names)))
     ]
@@ -108,19 +134,19 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
         return [*wanted, recipe, *sweep.start_of(out, 0, 0.0), *(train(out, 0, 0.0, name) for name in QUICK)]
     for seed in range(seeds):
         wanted.append(ladder.recipe(out, seed))
-        for rate in sweep.MAIN_RATES:
+        for rate in RATES if seed < FEW else RATES[:2]:
             wanted += sweep.start_of(out, seed, rate)
-            wanted += [train(out, seed, rate, name) for name in METHODS]
+            wanted += [train(out, seed, rate, name) for name in METHODS if name not in LEFT_OUT[rate]]
             wanted += from_rollouts(out, seed, rate)
-    for rate in sweep.ENDS:
-        wanted += [train(out, SEARCHED, rate, name, 2) for name in METHODS]
+            if rate == 0 and seed < FEW:  # PPO is in the sweep with twice the rate; 200 steps of it would say no more
+                wanted += [train(out, seed, rate, name, 2) for name in METHODS if name != "ppo_200"]
     return wanted
 
 
 def train(out: str, seed: int, rate: float, name: str, times: int = 1) -> Experiment:
     """One run of RL and its evaluation. times: the learning rate, in units of the sweep's."""
     name_of_fork, flags = METHODS[name]
-    script = f"{out}/forks/{name_of_fork}.py" if name_of_fork else "ppo_cpe.py"
+    script = f"{out}/forks/{name_of_fork}/{name_of_fork}.py" if name_of_fork else "ppo_cpe.py"
     faster = f" --lr {times * LR:g}" if times > 1 else ""
     suffix = f"_{times}lr" if times > 1 else ""
     experiment = sweep.train(out, seed, rate, f"{name}{suffix}", f"{flags}{faster}", script=script)
@@ -129,23 +155,35 @@ def train(out: str, seed: int, rate: float, name: str, times: int = 1) -> Experi
 
 
 def from_rollouts(out: str, seed: int, rate: float) -> list[Experiment]:
-    """SFT and DPO on what the judge likes best in rollouts of the SFT policy, by runs that train only their critic."""
+    """SFT and DPO on what the judge likes best in rollouts of the SFT policy, also at twice their learning rates.
+
+    The rollouts are those of GRPO before its first update.
+    """
     place = f"seed{seed}/rate{rate:g}"
     wanted = []
     for name, flags in (("rollouts", EDITS), ("rollouts_plain", NO_EDITS)):
         frozen = f"{flags} --critic-warmup-steps {ladder.STEPS}"
-        rollouts = sweep.train(out, seed, rate, name, frozen)
+        rollouts = sweep.train(out, seed, rate, name, frozen, script=f"{out}/forks/grpo/grpo.py")
         rollouts.commands[-1] = f"recipes/edit_pairs.py {out}/{place}/{name} --out {out}/{place}/{name}/pairs"
+        rollouts.needs.append("forks/grpo")
         wanted.append(rollouts)
     for name, (script, rows) in TRAINED_ON_ROLLOUTS.items():
-        source = "rollouts_plain" if rows == "best_original" else "rollouts"
-        run = f"{out}/{place}/{name}"
-        command = (
-            f"{script} --model {out}/{place}/sft/policy --data {out}/{place}/{source}/pairs/{rows}.jsonl --out {run} "
-            f"{FLAGS['sft']} --epochs 4 --seed {seed}" + (f" --lr {DPO_LR:g}" if script == "dpo.py" else "")
-        )
-        wanted.append(Experiment(f"{place}/{name}", [command, sweep.evaluation(out, seed, run)], [f"{place}/{source}"]))
+        source = source_of(name)
+        lr = DPO_LR if script == "dpo.py" else SFT_LR
+        for times in (1, 2) if rate == 0 and seed < FEW else (1,):
+            folder = f"{place}/{name}" if times == 1 else f"{place}/{name}_{times}lr"
+            command = (
+                f"{script} --model {out}/{place}/sft/policy --data {out}/{place}/{source}/pairs/{rows}.jsonl "
+                f"--out {out}/{folder} {FLAGS['sft']} --epochs 4 --seed {seed} --lr {times * lr:g}"
+            )
+            commands = [command, sweep.evaluation(out, seed, f"{out}/{folder}")]
+            wanted.append(Experiment(folder, commands, [f"{place}/{source}"]))
     return wanted
+
+
+def source_of(name: str) -> str:
+    """The rollouts that SFT or DPO on rollouts learns from."""
+    return "rollouts_plain" if TRAINED_ON_ROLLOUTS[name][1] == "best_original" else "rollouts"
 
 
 # -- tournament.json ---------------------------------------------------------------------------------------------------
@@ -156,7 +194,14 @@ def is_kept(name: str) -> bool:
     return parts is not None and parts[2] not in ("sft", "checks", "rollouts", "rollouts_plain")
 
 
-figures_of = sweep.figures_of
+def figures_of(out: str, name: str) -> dict:
+    """The figures of an experiment, for tournament.json."""
+    figures = sweep.figures_of(out, name)
+    place, _, method = name.rpartition("/")
+    method = method.removesuffix("_2lr")
+    if method in TRAINED_ON_ROLLOUTS:  # what its rows have cost
+        figures |= training_cost(read_rows(f"{out}/{place}/{source_of(method)}/metrics.jsonl", "metrics"))
+    return figures
 
 
 # -- the table and the figure ------------------------------------------------------------------------------------------
@@ -167,13 +212,17 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
     path = f"{folder}/../sweep/sweep.json"
     of_sweep = read_json(path) if os.path.exists(path) else {}
     runs = sweep.by_rate(known)
-    runs |= {key: seeds for key, seeds in sweep.by_rate(of_sweep).items() if key[1] in OF_SWEEP}
+    for (rate, name), seeds in sweep.by_rate(of_sweep).items():
+        if name.removesuffix("_2lr") in OF_SWEEP:
+            runs[rate, name] = {seed: run | {"seconds": None} for seed, run in seeds.items()}
     sections: dict[str, str | None] = {}
-    for rate in sweep.MAIN_RATES:
+    for rate in RATES:
         sections[f"R = {rate:g}"] = table_of(runs, rate)
-    sections["Steps until half of the samples give the advice"] = sweep.half_table(runs, LABELS, sweep.MAIN_RATES)
-    sections["Score less PPO's"] = sweep.differences_from_ppo(runs, LABELS, sweep.MAIN_RATES)
-    sections[f"Twice the learning rate, seed {SEARCHED}"] = faster_table(runs)
+    sections["Steps until half of the samples give the advice"] = sweep.half_table(runs, LABELS, RATES)
+    sections["Tokens until then, in millions, R = 0"] = tokens_table(runs)
+    sections["Score less PPO's"] = sweep.differences(runs, LABELS, RATES, "ppo")
+    sections["Score less CPE's, none"] = sweep.differences(runs, LABELS, RATES, "none")
+    sections["Two learning rates, R = 0"] = faster_table(runs)
     write_page(f"{folder}/tournament.md", "Ways to learn from a critique", NOTE, sections)
     draw(runs, folder)
 
@@ -181,31 +230,63 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
 COLUMNS = ("reward", *RARE_CONTENT, "trained", "generated", "judge_calls", "seconds")
 
 
+def linked(name: str) -> str:
+    """The label of a method, which leads to its code."""
+    label = LABELS[name]
+    if name in OF_SWEEP:
+        return (
+            label
+            if name == "sft"
+            else f"[{label}](../../docs/method.md#21-losses-on-edits---edit-loss-and-which-to-take)"
+        )
+    if name in TRAINED_ON_ROLLOUTS:
+        return f"[{label}](../../docs/tournament.md#sft-and-dpo-on-edits)"
+    section = SECTIONS.get(METHODS[name][0])
+    if section:
+        return f"[{label}](../../docs/tournament.md#{section})"
+    return f"[{label}](../../docs/forking.md#grpo-instead-of-the-critic)"
+
+
 def table_of(runs: sweep.BySeed, rate: float) -> str:
-    named = [(label, runs.get((rate, name), {})) for name, label in LABELS.items()]
-    rows = [([label, len(seeds)], list(seeds.values())) for label, seeds in named if seeds]
+    named = [(name, runs.get((rate, name), {})) for name in LABELS]
+    rows = [([linked(name), len(seeds)], list(seeds.values())) for name, seeds in named if seeds]
     return figure_table(["", "seeds"], rows, COLUMNS)
 
 
-def faster_table(runs: sweep.BySeed) -> str | None:
-    """Each method at both learning rates, on the same seed."""
+def tokens_table(runs: sweep.BySeed) -> str | None:
+    """Generated tokens until half of the samples give the advice, for each seed; "-" where that is never so."""
     rows = []
-    for rate in sweep.ENDS:
-        for name in METHODS:
-            faster = runs.get((rate, f"{name}_2lr"), {}).get(SEARCHED)
-            usual = runs.get((rate, name), {}).get(SEARCHED)
-            if faster and usual:
-                rows += [([LABELS[name], f"{rate:g}", f"{lr:g}"], [run]) for lr, run in ((LR, usual), (2 * LR, faster))]
-    return figure_table(["", "R", "lr"], rows, ["reward", *RARE_CONTENT]) if rows else None
+    for name, label in LABELS.items():
+        cells = []
+        for _, run in sorted(runs.get((0.0, name), {}).items()):
+            if "curve_generated" in run:
+                half = sweep.step_of_half(run["curve"])
+                cells.append(f"{sum(run['curve_generated'][:half]) / 1e6:.2f}" if half else "-")
+        if cells:
+            rows.append([label, ", ".join(cells)])
+    return markdown_table(["", "tokens of each seed"], rows) if rows else None
+
+
+def faster_table(runs: sweep.BySeed) -> str | None:
+    """Each method at both learning rates, on the same seeds."""
+    rows = []
+    for name, label in LABELS.items():
+        faster = runs.get((0.0, f"{name}_2lr"), {})
+        usual = runs.get((0.0, name), {})
+        seeds = sorted(set(faster) & set(usual))
+        for times, of_seeds in ((1, usual), (2, faster)):
+            if seeds:
+                rows.append(([label, f"x {times}", len(seeds)], [of_seeds[seed] for seed in seeds]))
+    return figure_table(["", "learning rate", "seeds"], rows, ["reward", *RARE_CONTENT]) if rows else None
 
 
 def draw(runs: sweep.BySeed, folder: str) -> None:
     """A panel per rate: a row per method, best first at R = 0, with a dot per seed and a line at PPO's mean."""
-    names = [name for name in LABELS if any(runs.get((rate, name)) for rate in sweep.MAIN_RATES)]
+    names = [name for name in LABELS if any(runs.get((rate, name)) for rate in RATES)]
     names.sort(key=lambda name: np.mean(sweep.values_of(runs, 0.0, name, "reward") or [-5]))
-    figure, axes = new_figure(len(sweep.MAIN_RATES))
+    figure, axes = new_figure(len(RATES))
     figure.set_size_inches(12, 0.24 * len(names) + 1.2)
-    for axis, rate in zip(axes, sweep.MAIN_RATES):
+    for axis, rate in zip(axes, RATES):
         for y, name in enumerate(names):
             xs = sweep.values_of(runs, rate, name, "reward")
             axis.plot(xs, [y] * len(xs), "o", ms=4, color=sweep.SHOWN.get(name, GREY))
