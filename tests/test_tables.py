@@ -414,14 +414,18 @@ def test_finished_experiments_become_the_tournament(tmp_path, capsys):
         if rate == 0.0 and name in ("raft", "raft_2lr", "rollouts", "sft_edits"):
             write_run(out / experiment.name, rng)
             write(out / experiment.name / "done.json", dict(commands=experiment.commands, seconds=1))
-    ppo = {f"seed{seed}/rate0/ppo": dict(commands=[], reward=0.5 + seed, curve=[0.1, 0.6]) for seed in (0, 1)}
+    ppo = {
+        f"seed{seed}/rate0/ppo": dict(commands=[], reward=0.5 + seed, curve=[0.1, 0.6], curve_generated=[1e6, 2e6])
+        for seed in (0, 1)
+    }
     write(tmp_path / "sweep/sweep.json", ppo)
     args = tables.Args(table="tournament", out=str(out), results=str(tmp_path / "tournament"), seeds=2, only_draw=True)
     tables.main(args)
     text = (tmp_path / "tournament/tournament.md").read_text()
     assert "| [PPO, n = 6](" in text and ") | 2 | 1.00 ± 0.71 |" in text and "#raft) | 2 | 1.00 ± 0.00 |" in text
     assert "[SFT on edits that gained](" in text and "| RAFT, no edits | x 2 | 2 |" in text
-    assert "| PPO, n = 6 | 2 (2 of 2) |" in text and "| RAFT, no edits | 0.01, 0.01 |" in text
+    assert "| PPO, n = 6 | 2 (2 of 2) |" in text
+    assert "| PPO, n = 6 | 3.00, 3.00 |" in text and "| RAFT, no edits | -, - |" in text
     assert (tmp_path / "tournament/tournament.png").exists()
 
 
