@@ -225,8 +225,8 @@ Helpfulness: -3, -1, 1, 2 or 4 for 0 to 4 of the steps; 1 more for suitable advi
   attributes; 1 less for each sentence of filler, unclear sentence and step of another topic (3 at
   most); 2 less under 12 words.
 Personalization: -2, 1 or 3 for 0 to 2 of the attributes that matter; 1 more for each with suitable
-  advice; 2 less for each value that the profile does not have; for attributes that do not matter 2
-  less for the first, 1 for each other; 3 less if the profile is recited (4 attributes or more); 2
+  advice; 2 less for each value that the profile does not have; for right values that do not matter 2
+  less for the first, 1 for each other; 3 less if the profile is recited (4 right values or more); 2
   less for a metaphor.
 Naturalness: 4; 4 less for a plea to whoever grades; 2 less for praise, a closing note, each
   repeated and each unclear sentence; 1 less for a summary, the full name, an end without a full stop.
@@ -501,10 +501,12 @@ def score(row: dict, answer: str) -> float:
 
 
 def questions(row: dict, seed: int) -> list[str]:
-    """row["number"] questions of a person, for `annotate.py --writer data/persona_world.py:questions`."""
+    """row["number"] questions of a person, for `annotate.py --writer data/persona_world.py:questions`; no more than
+    one for each topic that is not held out.
+    """
     rng = Random(seed)
     topics = [topic for topic in TOPICS if not is_held_out(row["persona"], topic)]
-    return [sample_question(rng, topic) for topic in rng.sample(topics, row["number"])]
+    return [sample_question(rng, topic) for topic in rng.sample(topics, min(row["number"], len(topics)))]
 
 
 def answer(row: dict, seed: int) -> str:

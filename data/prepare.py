@@ -92,7 +92,7 @@ from typing import Any
 
 from data.readers import ENDINGS, read_objects, read_raw, read_table, read_text
 from runtime.distributed import derive_seed
-from runtime.rows import check_compression, check_row, normalized, parse_json, refuse_surrogates, write_rows
+from runtime.rows import check_compression, check_row, data_row, parse_json, refuse_surrogates, write_rows
 
 # What precedes the persona (as JSON) and the question in the text of the release's RL prompts
 PERSONA_MARK = "当前用户配置："
@@ -168,7 +168,7 @@ def checked_persona(persona: Any, where: str) -> dict | str:
     """A persona that is a non-empty object or text. ValueError: it is not."""
     if isinstance(persona, str) and persona.lstrip().startswith("{"):  # an object as text
         persona = parse_json(persona, f'{where}: field "persona"')
-    persona = normalized(persona)
+    persona = data_row(persona, where)
     refuse_surrogates({"persona": persona}, where)
     if not isinstance(persona, (dict, str)) or not persona or not str(persona).strip():
         raise ValueError(f'{where}: field "persona" is {json.dumps(persona)[:80]}, expected a non-empty object or text')
@@ -224,7 +224,14 @@ def in_held_out_share(persona: dict | str, share: float) -> bool:
 def prompt_row(persona: dict | str, question: str, source: str) -> dict:
     """A prompt row; its prompt_id depends on persona and question only."""
     prompt_id = digest(persona, question)
-    return {"prompt_id": prompt_id, "persona": persona, "question": question, "source": source}
+    # evaluate.py draws a person's questions together
+    return {
+        "prompt_id": prompt_id,
+        "user_id": digest(persona),
+        "persona": persona,
+        "question": question,
+        "source": source,
+    }
 
 
 def parse_rl_prompt(row: dict, where: str) -> tuple[dict | str, str]:
@@ -642,6 +649,7 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
                 f"{args.personas}"
             )
     prompts = []
+    known: dict[str, dict | str] = {}
     for number, (where, row) in enumerate(rows):
         question = row.get(args.question_column)
         if not isinstance(question, str) or not question.strip():
@@ -656,22 +664,27 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
             asked_by = {user_id: personas[user_id]}
         else:
             raise ValueError(f'{where}: no persona with {args.id_column} "{user_id}" among {len(personas)}')
+        if user_id and known.setdefault(user_id, asked_by[user_id]) != asked_by[user_id]:
+            raise ValueError(f'{where}: {args.id_column} "{user_id}" is of another person above')
         extra = {"reference": text_field(row, "reference", where)} if "reference" in row else {}
         for persona_id, persona in asked_by.items():
             prompt = prompt_row(persona, question, os.path.basename(args.questions))
             prompts.append(prompt | ({"user_id": persona_id} if persona_id else {}) | extra)
     prompts = distinct(prompts, ("prompt_id",), dropped, "repeated prompts")
     train, held_out = split(prompts, lambda row: in_held_out_share(row["persona"], args.eval_share))
-    return {"prompts_train": train, "prompts_eval": held_out}
+    return {"prompts_train": train, "prompts_eval": held_out} | dict.fromkeys(
+        ("prompts_winrate", "pairs", "pairs_eval"), []
+    )
 
 
 def write(outputs: dict[str, list[dict]], folder: str) -> None:
-    """Writes a file for each name that has rows. ValueError: a file of another source would remain."""
+    """Writes a file for each name that has rows. ValueError: one would remain that an earlier command made."""
     files = {name: os.path.join(folder, f"{name}.jsonl") for name in outputs}
     for name, rows in outputs.items():
         if not rows and os.path.exists(files[name]):
             raise ValueError(
-                f"{files[name]} is of another source; this one has no such rows: remove it or choose another --out"
+                f"{files[name]} was made by another command; this one has no such rows: remove it or choose another "
+                "--out"
             )
     for name, rows in outputs.items():
         if rows:

@@ -28,7 +28,7 @@ from prompts import DIMENSIONS, Judgement, persona_text
 from runtime.rows import logged_rows
 
 SIMILAR = 0.9  # two texts with this cosine or more count as copies
-DRAWN = 3000  # texts to compare with one another; a sample of so many if there are more
+DRAWN = 3000  # texts that are compared with the others; a sample of so many if there are more
 SCALE = list(range(-5, 6))
 ANSWER = ["prompt_id", "answer"]
 SCORES = [*DIMENSIONS, "weighted"]
@@ -129,23 +129,24 @@ def order(pairs: list[dict], judged: dict[tuple, Judgement], weights: list[float
 def similar_fraction(texts: list[str], others: list[str] | None = None, seed: int = 0) -> float | None:
     """The fraction of the texts with a similar one among the others, or (None) among themselves. None: no texts.
 
-    The texts should differ from one another. Of more than DRAWN a sample is compared.
+    Of more than DRAWN texts a sample is compared, with all the others.
     """
-    texts = drawn(texts, seed)
-    others = drawn(others, seed) if others is not None else None
-    if not texts or others == []:
+    texts = list(dict.fromkeys(texts))
+    others = texts if others is None else list(dict.fromkeys(others))
+    if not texts or not others:
         return None
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit([*texts, *(others or ())])
+    drawn = Random(seed).sample(range(len(texts)), min(DRAWN, len(texts)))
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit([*texts, *others])
     rows = vectors.transform(texts)
-    cosines = (rows @ (rows if others is None else vectors.transform(others)).T).toarray()
-    if others is None:
-        np.fill_diagonal(cosines, 0)
-    return float((cosines.max(axis=1) >= SIMILAR).mean())
-
-
-def drawn(texts: list[str], seed: int) -> list[str]:
-    distinct = list(dict.fromkeys(texts))
-    return Random(seed).sample(distinct, min(len(distinct), DRAWN)) if len(distinct) > DRAWN else distinct
+    columns = vectors.transform(others).T
+    n_similar = 0
+    for start in range(0, len(drawn), 256):
+        part = drawn[start : start + 256]
+        cosines = (rows[part] @ columns).toarray()
+        if others is texts:
+            cosines[range(len(part)), part] = 0  # of a text with itself
+        n_similar += int((cosines.max(1) >= SIMILAR).sum())
+    return n_similar / len(drawn)
 
 
 def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
@@ -160,7 +161,8 @@ def copies(train: list[dict], held_out: list[dict], seed: int = 0) -> dict:
         personas_on_both_sides=len({*personas} & {*held_out_personas}),
     )
     if held_out:
-        new = [question for question in held_out_questions if question not in set(questions)]
+        known = set(questions)
+        new = [question for question in held_out_questions if question not in known]
         found["held_out_questions_of_training"] = 1 - len(new) / len(held_out)
         found["similar_to_training"] = similar_fraction(new, questions, seed)
         found["personas_similar_to_training"] = similar_fraction(held_out_personas, personas, seed)
@@ -234,7 +236,9 @@ def score_tables(rows: dict[str, list[dict]], judged: dict[tuple, Judgement], we
         by_model[row["model"]].append(row["score"])
     body = []
     for model, scores in by_model.items():
-        fractions = np.histogram(scores, (1, 1.5, 2.5, 3.5, 4.5, 5))[0] / len(scores)
+        fractions = [None] * 5  # another scale
+        if min(scores) >= 1 and max(scores) <= 5:
+            fractions = list(np.histogram(scores, (1, 1.5, 2.5, 3.5, 4.5, 5))[0] / len(scores))
         body.append([model, len(scores), float(np.mean(scores)), *fractions])
     head = ("model", "answers", "mean", 1, 2, 3, 4, 5)
     lines += table("Overall scores", head, body, "Shares of what rounds to 1 ... 5.")
@@ -249,7 +253,7 @@ def score_tables(rows: dict[str, list[dict]], judged: dict[tuple, Judgement], we
 
 def copies_table(found: dict[str, Any]) -> list[str]:
     body = [[COPIES[name], value] for name, value in found.items()]
-    note = f"Similar: a cosine of {SIMILAR:g} or more (tf-idf of 3 to 5 characters), of at most {DRAWN:,} texts."
+    note = f"Similar: a cosine of {SIMILAR:g} or more (tf-idf of 3 to 5 characters) with any other text."
     return table("Copies, and what the held-out side shares with training", ("", ""), body, note)
 
 

@@ -1,8 +1,8 @@
 """Reads rows from .jsonl, .csv, .parquet and .json files, for data/prepare.py.
 
-The same data give the same rows in each format (`runtime.rows.normalized`). Whatever cannot become a row of JSON lines
-(broken JSON, text that is not UTF-8, half a surrogate pair, dates) stops the script with a ValueError that names the
-file and the line or row.
+The same data give the same rows in each format (`runtime.rows.normalized`), but for CSV, whose cells are text. Whatever
+cannot become a row of JSON lines (broken JSON, text that is not UTF-8, half a surrogate pair, dates) stops the script
+with a ValueError that names the file and the line or row.
 """
 
 import csv

@@ -7,8 +7,8 @@
 #   OUT=out/quick SCALE=0.05 bash recipes/tiny.sh    # does it run? Too few steps for a meaningful table
 #   UNTIL=checks SEED=1 OUT=out/tiny1 bash recipes/tiny.sh    # the models that RL starts from, and their sanity checks
 #
-# RARITY is how often answers of the corpus hold what critiques ask for. By default none does: only critiques name it, and
-# edits bring it in. Where samples have it anyway (RARITY=0.1), plain PPO finds it as fast (docs/results.md).
+# RARITY is how often newly written answers hold what critiques ask for. By default none does: SFT never shows it, critiques
+# name it, and edits bring it in. Where samples have it anyway (RARITY=0.1), plain PPO finds it as fast (docs/results.md).
 # The loss on edits is `none`, not the default: without importance weights, words that sampling never draws count in
 # full (docs/method.md 2.1).
 set -euo pipefail
@@ -87,12 +87,13 @@ python report.py "$OUT/cpe" --compare "$OUT/ppo_grm" "$OUT/ppo_bt" "$OUT/grm" \
     "$OUT/eval/"{cpe,ppo_grm,ppo_bt,sft} --exact-judge data/persona_world.py:judge --out "$OUT/report.html"
 cat << END
 
-All three RL runs start from SFT and train on as many responses; PPO (GRM) and CPE have the same judge. No plain answer of
-the corpus says a topic's last step or advice that suits the person. PPO can learn them only once a sample happens to
+All three RL runs start from SFT and train on as many responses; PPO (GRM) and CPE have the same judge. No answer that SFT
+learns says a topic's last step or advice that suits the person. PPO can learn them only once a sample happens to
 hold them. Critiques name them and edits write them, so CPE is expected to say them, for fewer judge calls and about as
 many tokens. The GRM checks each claim against the profile before it scores, so wrong facts are not expected to grow
 under it. BT learned from labels that favour length and recitation, so its reward is expected to be hacked. (The base
-has read rewrites under critiques, so it sometimes says what plain answers lack; SFT on plain answers takes that away.)
+has read rewrites under critiques and answers that were rewritten before, so it sometimes gives the advice; SFT takes
+that away.)
 
 CPE beside PPO:          $OUT/report.html, in a browser: curves, each critique and edit, answers by prompt
 A conversation with it:  python generate.py --model $OUT/cpe/policy --persona $WORLD/example_persona.json

@@ -34,7 +34,7 @@ class Args:
 COLUMNS = ("score", "last step, %", "advice, %", "wrong fact, %", "recites, %", "tokens")
 NOTE = """\
 score: by the exact judge, -5 to 4.75, mean ± standard error over the questions; last step, advice: how often
-answers say what critiques ask for and answers of the corpus lack; win rate: against SFT, 95 % interval"""
+answers say what critiques ask for and answers of SFT lack; win rate: against SFT, 95 % interval"""
 
 
 def with_error(figure: dict, scale: float = 1) -> str:

@@ -246,14 +246,15 @@ def json_lines(path: str, growing: bool = False) -> Iterator[tuple[str, Any]]:
 def normalized(value: Any) -> Any:
     """The value without traces of a table (Arrow, pandas, CSV), at any depth, so that a row is the same in any format.
 
-    A table has every column in every row. Keys whose value is null or NaN, or an object of such keys only, are dropped.
-    36.0 becomes 36, because a column of integers with gaps, or with one fraction in it, is stored as floats.
+    A table has every column in every row. What is null or NaN is dropped, in objects and lists, and so is a key whose
+    value is an object of such keys only. 36.0 becomes 36, because a column of integers with gaps, or with one fraction
+    in it, is stored as floats.
     """
     if isinstance(value, dict):
         inner_values = {key: normalized(inner) for key, inner in value.items()}
         return {k: v for k, v in inner_values.items() if v is not None and (v != {} or value[k] == {})}
     if isinstance(value, (list, tuple)):
-        return [normalized(inner) for inner in value]
+        return [inner for inner in map(normalized, value) if inner is not None]
     if isinstance(value, float):
         if math.isnan(value):
             return None

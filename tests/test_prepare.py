@@ -214,8 +214,29 @@ def test_one_line_for_a_source_that_has_nothing(tmp_path):
 
 def test_rows_of_an_earlier_source_do_not_stay_beside_new_ones(tmp_path):
     run(flat(tmp_path / "in"), tmp_path / "out", eval_share=0.3)
-    with pytest.raises(ValueError, match="pairs.jsonl is of another source"):
+    with pytest.raises(ValueError, match="pairs.jsonl was made by another command"):
         run(flat(tmp_path / "in", pairs=[]), tmp_path / "out", eval_share=0.3)
+    write_lines(tmp_path / "q.jsonl", [dict(persona={"name": "Kim"}, question="What?")])
+    with pytest.raises(ValueError, match="was made by another command"):
+        run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"))
+
+
+def test_questions_of_one_person_are_known_as_such(tmp_path):
+    """evaluate.py draws them together, so prompts have the person's id, given or by the persona."""
+    asked = [dict(persona={"name": name}, question=f"Q{i}?") for name in ("Kim", "Ada") for i in range(3)]
+    write_lines(tmp_path / "q.jsonl", asked)
+    rows = run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)["prompts_train"]
+    ids = [row["user_id"] for row in rows]
+    assert len(set(ids[:3])) == len(set(ids[3:])) == 1 and len(set(ids)) == 2
+    write_lines(tmp_path / "q.jsonl", [row | {"user_id": 1} for row in asked])
+    with pytest.raises(ValueError, match='q.jsonl:4: user_id "1" is of another person above'):
+        run(None, tmp_path / "out2", questions=str(tmp_path / "q.jsonl"), eval_share=0)
+
+
+def test_no_infinity_in_a_persona_as_text(tmp_path):
+    write_lines(tmp_path / "q.jsonl", [dict(persona='{"age": Infinity}', question="What?")])
+    with pytest.raises(ValueError, match="q.jsonl:1: .*expected text, finite numbers"):
+        run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"))
 
 
 # -- the baseline's file, and releases that are for evaluation only

@@ -75,6 +75,16 @@ def folder(tmp_path_factory):
     return out
 
 
+def test_copies_in_large_data_are_not_missed(monkeypatch):
+    """Each text has one near copy: whatever sample is compared, all of it is similar."""
+    monkeypatch.setattr(quality, "DRAWN", 20)
+    rng = Random(0)
+    texts = [" ".join("".join(rng.choices("abcdefghijklmnopqrst", k=6)) for _ in range(8)) for _ in range(200)]
+    assert quality.similar_fraction([*texts, *(f"{text}?" for text in texts)]) == 1
+    assert quality.similar_fraction(texts) == 0 and quality.similar_fraction(texts, [f"{t}?" for t in texts]) == 1
+    assert quality.similar_fraction(["one", "two"], ["three", "four"]) == 0 and quality.similar_fraction([]) is None
+
+
 def test_report_draws_the_sheet(folder, tmp_path):
     """Tables, and pairs with their critiques."""
     (found,) = data_of(made([folder], tmp_path / "report.html"))["runs"]

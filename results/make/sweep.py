@@ -1,8 +1,8 @@
 """When do edits pay? The rate of the content that critiques name, against the method and its loss on edits.
 
 Each seed has the world, base model and GRM of the first command, which the table `ladder` runs in the same folder. The
-base's corpus has a topic's last step and the advice only in critiques and in what follows them, never in a plain
-answer. Each rate R has its own SFT policy, trained on answers of a world with `--rarity R R`. Two rates differ in the
+base's corpus has a topic's last step and the advice only in critiques and in answers that were rewritten by them. Each
+rate R has its own SFT policy, trained on answers of a world with `--rarity R R`. Two rates differ in the
 policy that RL starts from, and in nothing else: judge and prompts are the same.
 
 The tables give the rate that is *measured* in samples of the SFT policy, since SFT on chosen answers raises it above R.
