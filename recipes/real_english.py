@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import Chat
-from evaluation.tables import markdown_table
+from evaluation.tables import interval_text, markdown_table
 from evaluation.winrate import mean_and_interval
 from model import Transformer, load_pretrained
 from prompts import Templates, answer_request, fill
@@ -67,7 +67,7 @@ QUESTIONS = {
     "food": ("What should I have for dinner?", "What is a good lunch for today?", "How do I eat better?"),
 }
 KIND_OF = {question: kind for kind, questions in QUESTIONS.items() for question in questions}
-BINS = {"common": (0.08, 0.4), "middle": (0.005, 0.04), "rare": (0.0, 0.0005)}  # chance that an answer of SFT says it
+BINS = {"common": (0.05, 0.4), "middle": (0.002, 0.02), "rare": (0.0, 0.0005)}  # chance that an answer of SFT says it
 N_CONCERNS = 4  # of those with a word in each bin; more would leave too few samples for each target
 NAMES = tuple(
     f"{first} {last}"
@@ -237,7 +237,7 @@ def choose_targets(rates: Rates) -> dict[str, dict[str, tuple[str, str]]]:
                 targets[concern] = chosen
                 break
     if len(targets) < 2:
-        raise ValueError(f"{len(targets)} concerns have a word in each of {BINS}; expected at least 2 in {dict(rates)}")
+        raise ValueError(f"{len(targets)} concerns have a word in each of {BINS}; expected at least 2")
     return targets
 
 
@@ -256,7 +256,9 @@ def with_targets(rows: list[dict], targets: dict[str, dict[str, tuple[str, str]]
 def write_prompts(args: Args, folder: str) -> None:
     """Chooses targets by half of the samples, and reports their rates in the other half."""
     samples = read_rows(args.answers[0], "object")
-    targets = choose_targets(measure_rates(folder, samples[::2]))
+    rates = measure_rates(folder, samples[::2])
+    write_text(f"{args.out}/candidates.json", json.dumps(rates, indent=1) + "\n")  # for other BINS or words
+    targets = choose_targets(rates)
     for split, names in zip(("train", "dev"), names_of(args.people)):
         rows = with_targets(question_rows(names, targets, args.seed, split), targets)
         write_rows(f"{args.out}/prompts_{split}.jsonl", rows)
@@ -375,7 +377,7 @@ def differences(name: str, runs: list[dict], others: list[dict], seed: int) -> l
             keys, values = zip(*pairs)
             d = mean_and_interval(100 * np.array(values), seed, list(keys), "mean")
             n_targets = len(set(keys))
-            interval = f"{d['mean']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+            interval = interval_text(d["mean"], d["low"], d["high"])
             lines.append(f"- {name} less ppo, {bin_name}: {interval}, {n_targets} targets x {len(runs)} seeds")
     return lines
 

@@ -15,6 +15,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.persona_world import judge, recites_profile
 from evaluation.annotations import mean_and_error
+from evaluation.tables import percent_text
 from json_files import read_json
 from recipes import rare_content
 from runtime import flags
@@ -51,8 +52,7 @@ def run_line(name: str, folder: str) -> str:
     figures = [with_error(results["model"]["reward"])]
     figures += [f"{100 * rare[key]:.1f}" for key in ("last_step", "advice", "wrong")]
     figures += [with_error(recites, 100), with_error(results["model"]["n_tokens"])]
-    won = results["win_rate"]
-    win_rate = f"{100 * won['win_rate']:.1f} ({100 * won['low']:.1f} to {100 * won['high']:.1f})"
+    win_rate = percent_text(results["win_rate"])
     return f"{name:12}" + "".join(f"{figure:>15}" for figure in figures) + f"{win_rate:>22}"
 
 

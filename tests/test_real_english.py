@@ -163,7 +163,7 @@ def test_the_table(tmp_path, tiny, capsys):
     table = (tmp_path / "out/real_english.md").read_text()
     assert "| ppo | 2 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 | 16.7 ± 23.6 |" in table
     assert "| sft | 1 | 100.0 | 0.0 | 0.0 | 0.0 |" in table
-    assert "- cpe less ppo, rare: +100.0" in table and "1 targets x 2 seeds" in table
+    assert "- cpe less ppo, rare: 100.0" in table and "1 targets x 2 seeds" in table
     assert "| cpe | common | 100 100 |" in table
     kept = json.loads((tmp_path / "out/real_english.json").read_text())
     assert all(run["perplexity"] > 1 for runs in kept.values() for run in runs)

@@ -34,7 +34,7 @@ const SIDE_LABELS = { reward: "Weighted score", helpfulness: "Helpfulness", pers
 function mountResults(main) {
   const one = run(), s = one.summary, boxes = [];
   if (s) {
-    const range = (x) => `95 %: ${percent(x.low, 1)} to ${percent(x.high, 1)}`;
+    const range = (x) => (x.low === null ? "" : `95 %: ${percent(x.low, 1)} to ${percent(x.high, 1)}`);
     const { win_rate: rate, length_controlled: lc } = s;
     boxes.push(["Win rate", percent(rate.win_rate, 1), range(rate)]);
     for (const [name, found] of Object.entries(lc || {})) {
