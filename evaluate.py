@@ -81,8 +81,6 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     # -- sampling of answers (the released evaluation's values; the length limit is that of RL)
     temperature: flags.NonNegative = 0.8
     """Sampling temperature. RL samples at 0.9 (ppo_cpe.py)."""
-    baseline_temperature: flags.NonNegative | None = None
-    """Sampling temperature of the baseline. Default: --temperature."""
     top_p: flags.TopP = 0.9
     """Nucleus sampling; the same in RL."""
     max_new_tokens: flags.Count = 2048
@@ -182,9 +180,6 @@ def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks: Ranks)
     """Gets the answers of each side, and writes them. Files and templates are checked before any sampling."""
     specs = {"model": args.model, "baseline": args.baseline}
     files = {"model": args.answers, "baseline": args.baseline_answers}
-    temperatures = {"model": args.temperature, "baseline": args.temperature}
-    if args.baseline_temperature is not None:
-        temperatures["baseline"] = args.baseline_temperature
     answers = {}
     requests = {}
     for side in sides:
@@ -200,12 +195,9 @@ def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks: Ranks)
             texts = [answer_request(templates, row) for row in shown]
             requests[side] = [(row["prompt_id"], [{"role": "user", "content": t}]) for row, t in zip(rows, texts)]
     for side in requests:
-        replied = replies(f"answers_{side}", specs[side], requests[side], temperatures[side], args, ranks)
-        name = specs[side]
-        if args.baseline_temperature is not None:
-            name += f" at temperature {temperatures[side]:g}"
+        replied = replies(f"answers_{side}", specs[side], requests[side], args.temperature, args, ranks)
         no_reply = {"answer": None, "truncated": None}
-        answers[side] = Answers(name, [row | (reply or no_reply) for row, reply in zip(rows, replied)])
+        answers[side] = Answers(specs[side], [row | (reply or no_reply) for row, reply in zip(rows, replied)])
     local = [specs[side] for side in requests if not is_url(specs[side])]
     chat = Chat(local[0]) if local else None  # one tokenizer counts the tokens of both sides
     for side in answers:

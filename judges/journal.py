@@ -41,7 +41,7 @@ class Journal:
                         break
                     try:
                         row = json.loads(line)
-                        if "digest" in row and not is_whole(row):  # earlier versions wrote none
+                        if not is_whole(row):
                             raise ValueError("not what was written")
                         missing = [field for field in self.fields if field not in row]
                         if missing:
