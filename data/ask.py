@@ -267,7 +267,7 @@ class PaidAsker:
     def __init__(self, limits: Limits, ranks: Ranks):
         self.limits = limits
         self.ranks = ranks
-        self.journal = Journal(limits.out, "replies", 0, ("step", "model", "reply", "failure", "reason", *COUNTS))
+        self.journal = Journal(limits.out, "replies", 0)
         self.rows: dict[str, dict] = {}  # the journal by key
         self.servers: dict[str, ChatServer] = {}
         self.uncounted: set[str] = set()  # models whose server counts no tokens

@@ -33,12 +33,10 @@ def draw_rows(args, kind: str = "prompt") -> list[dict]:
     return [rows[i] for i in sorted(order[: args.n_prompts or len(rows)].tolist())]
 
 
-def make_stage(
-    name: str, fields: tuple[str, ...], stage: str, digests: list[str], make: Callable, args, ranks: Ranks
-) -> list[dict | None]:
+def make_stage(name: str, stage: str, digests: list[str], make: Callable, args, ranks: Ranks) -> list[dict | None]:
     """`made_once` for a part of an evaluation, which --stage may leave out."""
     reason = None if args.stage in ("all", stage) else f"--stage {args.stage} makes none"
-    return made_once(name, fields, digests, make, args.journal or args.out, ranks, reason)
+    return made_once(name, digests, make, args.journal or args.out, ranks, reason)
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------
@@ -97,7 +95,7 @@ def replies(
         if asker.down:
             raise ServerDown(asker.down)
 
-    return make_stage(name, ("answer", "truncated"), "answers", digests, make, args, ranks)
+    return make_stage(name, "answers", digests, make, args, ranks)
 
 
 def answer_in(choice: dict) -> dict:
@@ -177,7 +175,7 @@ def verdicts_on(items: list[tuple], args, ranks: Ranks) -> list[dict]:
         if judge.down:
             raise ServerDown(judge.down)
 
-    rows = make_stage("verdicts", ("reward", *scores, "method"), "verdicts", digests, make, args, ranks)
+    rows = make_stage("verdicts", "verdicts", digests, make, args, ranks)
     failed = dict(all_gather(ranks, failed.items()))
     none = dict.fromkeys(("reward", *scores, "method")) | dict(error="not asked", failure="not asked")
     verdicts = [row or failed.get(digest, none) for row, digest in zip(rows, digests)]

@@ -144,7 +144,7 @@ def likelihoods(rows: list[dict], contexts: Contexts, args, ranks: Ranks) -> lis
             else:  # argmax would choose a NaN
                 print(f'likelihoods: not finite at prompt "{rows[i]["prompt_id"]}"', file=sys.stderr)
 
-    return make_stage("likelihoods", ("sums", "means"), "answers", digests, make, args, ranks)
+    return make_stage("likelihoods", "answers", digests, make, args, ranks)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

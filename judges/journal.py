@@ -21,13 +21,11 @@ from runtime.watch import set_phase
 class Journal:
     """Rows, one a line, in OUT/journal/NAME.RANK.jsonl; a line is either whole or torn. Each line has a digest.
 
-    fields: of each row, besides made_by. ValueError: another run is writing there, or a line in the middle is no such
-    row, or was changed.
+    ValueError: another run is writing there, or a line in the middle is no such row, or was changed.
     """
 
-    def __init__(self, out: str, name: str, rank: int, fields: tuple[str, ...] = ()):
+    def __init__(self, out: str, name: str, rank: int):
         self.name = name
-        self.fields = fields
         self.folder = os.path.join(out, "journal")
         self.path = os.path.join(self.folder, f"{name}.{rank}.jsonl")
 
@@ -43,11 +41,8 @@ class Journal:
                         row = json.loads(line)
                         if not is_whole(row):
                             raise ValueError("not what was written")
-                        missing = [field for field in self.fields if field not in row]
-                        if missing:
-                            raise ValueError(f'field "{missing[0]}" is missing')
                         rows[row["made_by"]] = {name: row[name] for name in row if name != "digest"}
-                    except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    except (ValueError, KeyError, AttributeError, RecursionError) as error:
                         raise ValueError(f"{path}:{number}: no row of a journal ({error}); remove the line") from error
         return rows
 
@@ -73,21 +68,15 @@ Record = Callable[[int, dict], None]
 
 
 def made_once(
-    name: str,
-    fields: tuple[str, ...],
-    digests: list[str],
-    make: Callable[[list[int], Record], None],
-    out: str,
-    ranks: Ranks,
-    reason: str | None,
+    name: str, digests: list[str], make: Callable[[list[int], Record], None], out: str, ranks: Ranks, reason: str | None
 ) -> list[dict | None]:
     """Rows for the digests, in order, None where there is none: from OUT/journal, and the missing ones from `make`.
 
-    fields: of each row. make(indices, record): makes this rank's part of the missing rows, given as indices into
-    digests; calls record(index, row) for each as soon as it is done. reason: why none are made now, if so.
+    make(indices, record): makes this rank's part of the missing rows, given as indices into digests; calls
+    record(index, row) for each as soon as it is done. reason: why none are made now, if so.
     """
     set_phase(name)
-    journal = Journal(out, name, ranks.rank, fields)
+    journal = Journal(out, name, ranks.rank)
     rows = journal.rows()
     barrier(ranks)  # no rank writes before all have read: they have to agree on what is missing
     index_of: dict[str, int] = {}
