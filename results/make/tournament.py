@@ -107,8 +107,7 @@ NOTE = (
     "Made by `python results/make/tables.py tournament`. Each name leads to the method's code and its paper. Exact "
     "judge, unseen people's questions, mean ± standard deviation over seeds. PPO and CPE are runs of "
     "results/sweep/sweep.md; their seconds are left out, since they ran on another day. For SFT and DPO, responses, "
-    "tokens and judge calls are "
-    "those of the rollouts that made their rows."
+    "tokens and judge calls are those of the rollouts that made their rows."
 )
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
