@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benchmarks of a CPU, one after the other, as bench/RESULTS.md shows them. On two idle cores they take an hour.
+# All benchmarks of a CPU, one after the other, as bench/RESULTS.md shows them. On two idle cores they take 40 minutes.
 # The tables are in OUT/*.log. A benchmark whose peers or models are missing is left out, and a line says so.
 #
 #   bash bench/cpu.sh                                                   # what needs nothing else
