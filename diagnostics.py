@@ -369,19 +369,24 @@ def ask_again(
     return Checks(audits, held_out, swapped)
 
 
+def was_replaced(t: Trajectory, judge: Judge) -> bool:
+    """Whether the reward is the judge's lowest because the response was cut off (--truncated min_score)."""
+    return t.truncated and t.reward == judge.lowest_reward
+
+
 def audit(
     judged: list[Trajectory], judge: Judge, second: Judge | None, fraction: float, seed: int, step: int
 ) -> dict[tuple, dict[str, float | None]]:
     """Judges a fraction of the originals once more, with another seed, and by a second judge.
 
-    Originals that were cut off are left out: --truncated min_score replaces their judge's reward.
+    Originals with a replaced reward (--truncated min_score) are left out.
 
     Returns {key: {"again": reward, "second": reward}}, None where no judgement came or there is no second judge.
     """
     if not fraction:
         return {}
     rng = random.Random(derive_seed(seed, step, "audit"))
-    originals = [t for t in judged if not t.parent and not t.truncated]
+    originals = [t for t in judged if not t.parent and not was_replaced(t, judge)]
     chosen = rng.sample(originals, math.ceil(fraction * len(originals)))
     asked = [(t.prompt.row, t.answer, derive_seed(seed, step, *t.key, "audit")) for t in chosen]
     again = [verdict.reward for verdict in ask_all(judge, asked)]
@@ -390,8 +395,8 @@ def audit(
 
 
 def swap_personas(held_out: Rollout, judge: Judge) -> list[float]:
-    """The reward that held-out answers, but those cut off, lose if judged under the next prompt's persona."""
-    originals = [t for t in held_out.judged if not t.parent and not t.truncated]
+    """The reward that held-out answers lose when they are judged under the next prompt's persona."""
+    originals = [t for t in held_out.judged if not t.parent and not was_replaced(t, judge)]
     swapped = []
     for t, other in zip(originals, originals[1:] + originals[:1]):
         persona = other.prompt.row["persona"]

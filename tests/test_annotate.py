@@ -329,7 +329,9 @@ def test_killed_twice(server, prompts, tmp_path):
     flags, kept = flags_for(server, prompts, out, *more), []
     for target in (15, 60):  # among the answers, among the scores
         process = launch("data/annotate.py", *flags)
+        deadline = time.monotonic() + 120
         while len(server.asked) < target:
+            assert process.ranks[0].is_alive() and time.monotonic() < deadline
             time.sleep(0.01)
         process.ranks[0].kill()
         finish(process, status=-signal.SIGKILL)
@@ -347,7 +349,9 @@ def test_killed_twice(server, prompts, tmp_path):
 def test_ctrl_c_keeps_what_is_under_way(server, prompts, tmp_path):
     out, server.delay = tmp_path / "out", 0.3
     process = launch("data/annotate.py", *flags_for(server, prompts, out, "--concurrency", 4))
+    deadline = time.monotonic() + 120
     while len(server.asked) < 10:
+        assert process.ranks[0].is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.ranks[0].pid, signal.SIGINT)
     text = finish(process, status=75)

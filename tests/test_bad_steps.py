@@ -13,7 +13,7 @@ import ppo_cpe
 import report
 import sft
 from model import Transformer, load_pretrained
-from runtime import rows, training
+from runtime import checkpoints, rows, training
 from runtime.distributed import start
 
 
@@ -73,6 +73,26 @@ def test_a_bad_step_that_is_run_again_does_not_count_twice(tiny, tmp_path, capsy
     monkeypatch.undo()
     run(sft, *sft_flags(tiny, out, "--max-steps", 4))
     assert os.listdir(out / "bad_steps") == [] and [m["bad_steps"] for m in read_metrics(out)] == [0, 0, 0, 0]
+
+
+def test_a_bad_step_before_a_checkpoint_counts(tiny, tmp_path, spoilt):
+    """The checkpoint is that of the very step that was left out."""
+    out = tmp_path / "run"
+    spoilt({3}, float("nan"))
+    for steps in (3, 4):
+        run(sft, *sft_flags(tiny, out, "--max-steps", steps, "--skip-bad-steps", 1))
+    assert [m["bad_steps"] for m in read_metrics(out)] == [0, 0, 1, 1]
+
+
+def test_a_state_in_several_files(tiny, tmp_path, monkeypatch):
+    """As that of a rank with more than 2 GiB: what is read is what was written."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(sft, *sft_flags(tiny, whole, "--max-steps", 4))
+    monkeypatch.setattr(checkpoints, "PART_BYTES", 50_000)
+    run(sft, *sft_flags(tiny, parts, "--max-steps", 2))
+    assert len(list(parts.glob("checkpoints/step_000002/train_state/rank00000_*"))) > 2
+    run(sft, *sft_flags(tiny, parts, "--max-steps", 4))
+    assert [m["loss"] for m in read_metrics(parts)] == [m["loss"] for m in read_metrics(whole)]
 
 
 @pytest.mark.parametrize("number, model", [(1, "policy"), (2, "critic")])

@@ -155,6 +155,8 @@ def test_distinct_pairs_do_not_depend_on_the_number_of_samples():
 class Recording:
     """A judge that gives the number of the answer, at once."""
 
+    lowest_reward = -5.0
+
     def __init__(self):
         self.asked = []
         self.verdicts = []
@@ -171,10 +173,11 @@ class Recording:
         return [self.verdicts.pop()]
 
 
-def test_answers_that_were_cut_off_are_not_audited():
-    """--truncated min_score replaces their rewards, which would be compared with the judge's."""
+def test_rewards_that_were_replaced_are_not_audited():
+    """--truncated min_score gives the lowest reward, which would be compared with the judge's."""
     answers = [trajectory([1], index=i, answer=f"answer {i}") for i in range(4)]
-    answers[1].truncated = answers[2].truncated = True
+    for t in answers[1:3]:
+        t.truncated, t.reward = True, -5.0
     for other in answers[2:]:
         other.prompt.row["persona"] = "somebody else"
     judge = Recording()

@@ -354,3 +354,13 @@ def test_the_scheduler_alone():
     assert scheduler.preemptions > 5 and scheduler.reused_tokens > 500 and len(scheduler.blocks.free) == 20
     with pytest.raises(ValueError, match="need 21 blocks of 16 tokens; the whole cache has 20"):
         scheduler.add(tokens(300), "long", [0], SamplingParams(21))
+
+
+def test_a_block_is_cached_once_all_its_keys_are_there(model):
+    """The last token of a response has no keys yet: of 40 + 24 tokens three blocks are used again, not four."""
+    engine = Engine(model, [], 200)
+    ((first,),) = engine.generate([tokens(40)], max_new_tokens=24)
+    longer = tokens(40) + first.ids + tokens(10, seed=1)
+    ((found,),) = engine.generate([longer], temperature=0, **SETTINGS)
+    assert engine.scheduler.reused_tokens == 3 * BLOCK_SIZE
+    assert found.ids == Engine(model, [], 200).generate([longer], temperature=0, **SETTINGS)[0][0].ids

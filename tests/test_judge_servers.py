@@ -778,3 +778,23 @@ def test_pairs_with_unreadable_log_probabilities_are_asked_again(pair_server, op
     judge.submit(0, ROW, ("a longer one", "x"), seed=0)
     lost = verdicts(judge)[0]
     assert (lost.reward, lost.failure) == (None, "request") and "unreadable" in lost.error
+
+
+def test_a_busy_server_is_asked_until_it_has_time(server, opened):
+    server.faults = {"fine": [429] * (chat_client.SUSPECT + 5)}
+    assert answers_in_time(opened(server.url)).reward == 0.85
+    assert len(server.requests["fine"]) == chat_client.SUSPECT + 6
+
+
+def test_a_slow_server_gets_more_time(server, opened, monkeypatch):
+    monkeypatch.setattr(chat_client, "TIMEOUT", 0.4)
+    server.faults = {"fine": ["late", "late"]}
+    assert answers_in_time(opened(server.url)).reward == 0.85
+    assert len(server.requests["fine"]) == 2
+
+
+def test_seeds_of_requests_have_31_bits(server, opened):
+    judge = opened(server.url)
+    judge.submit("fine", ROW, "fine", seed=0)
+    verdicts(judge)
+    assert server.requests["fine"] and all(0 <= request["seed"] < 2**31 for request in server.requests["fine"])

@@ -18,6 +18,7 @@ from ppo_cpe import (
     policy_loss,
     select_edits,
     should_edit,
+    token_losses,
     value_loss,
 )
 from prompts import Judgement
@@ -264,3 +265,28 @@ def test_a_rate_below_one_edit_per_prompt_is_right_on_average():
     counts = [len(select_edits(EDITS, 0.1, "reward_rank", seed)) for seed in range(400)]
     # 8 edits x 0.1 = 0.8; two draws of probability 0.4 have variance 0.48, so four standard errors are 0.14
     assert abs(sum(counts) / len(counts) - 0.8) < 0.14
+
+
+def test_gamma_lambda_and_the_critics_values():
+    rewards, values = torch.tensor([[0.0, 0.0, 4.0]]), torch.tensor([[1.0, 2.0, 3.0]])
+    advantages, _ = gae(rewards, values, torch.ones(1, 3), 0.5, 0.25)
+    assert advantages[0].tolist() == pytest.approx([0.125 * -0.375, -0.375, 1])
+    batch = [trajectory(2.0, 2)]
+    args = Args(gamma=0.5, gae_lambda=0.25)
+    advantages, returns = compute_advantages(batch, [torch.tensor([1.0, 3.0])], args, start("fp32"))
+    assert returns[0].tolist() == pytest.approx([1.375, 2]) and advantages[0].tolist() == pytest.approx([1, -1])
+
+
+def test_flags_of_the_loss_reach_their_tokens():
+    """Two tokens of an original, two of an edit; ratios 1.5 and 0.5."""
+    logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log()
+    advantages = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    is_edit = torch.tensor([False, False, True, True])
+
+    def losses(**flags):
+        args = Args(eps_low=0.1, eps_high=0.3, **flags)
+        return token_losses(logprobs, torch.zeros(4), advantages, is_edit, args).tolist()
+
+    assert losses(edit_loss="paper") == pytest.approx([-1.3, 0.9, -1.3, -0.9])
+    assert losses(edit_loss="unclipped", ratio_cap=1.25)[2:] == pytest.approx([-1.25, -0.5])
+    assert losses(edit_loss="luffy", luffy_gamma=0.5)[2:] == pytest.approx([-0.75, -0.5])

@@ -16,7 +16,7 @@ from evaluation.annotations import read_annotations
 from evaluation.answer_files import read_outputs
 from json_files import read_json
 from judges.journal import Journal
-from prompts import load_templates, persona_text
+from prompts import answer_prompt, load_templates, persona_text, response_ids
 from runtime.rows import (
     HELD_OUT,
     MADE_BY,
@@ -414,3 +414,19 @@ def test_every_training_script_refuses_held_out_rows(script, tiny, tmp_path, cap
     error = error_of(script, capsys, *flags, *size)
     assert f"{tmp_path}/rows.jsonl:5: its" in error and "prompts_winrate.jsonl:1" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_sft_learns_of_pairs_and_conversations(tiny):
+    """Chosen answers and the assistant's turns, with what ends them; nothing of prompts and the user's turns."""
+    chat = Chat(str(tiny / "checkpoint"))
+    templates = load_templates(None, answer_template=str(tiny / "answer.txt"))
+    pairs = str(tiny / "pairs.jsonl")
+    examples = sft.read_examples(sft.Args(data=pairs, batch_size=1), chat, templates)
+    for (ids, loss_mask), row in zip(examples, read_rows(pairs, "pair"), strict=True):
+        x, y = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
+        assert (ids, loss_mask) == (x + y, [False] * len(x) + [True] * len(y))
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    texts = ("S", "Tea?", "Yes.", "Jazz?", "No.", "Why?")
+    ids, loss_mask = sft.conversation(chat, [dict(role=role, content=text) for role, text in zip(roles, texts)])
+    learned = [token for token, is_learned in zip(ids, loss_mask, strict=True) if is_learned]
+    assert learned == response_ids(chat, "Yes.") + response_ids(chat, "No.") and "Why?" not in chat.decode(ids)

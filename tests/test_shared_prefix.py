@@ -1,6 +1,7 @@
 """Prompts that are computed once for all of their responses give what computing them every time gives."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from attention import SharedPrefix
 from kernels.gather_rows import gather_rows
 from runtime import packing, training
 from runtime.distributed import start
-from trajectory import Prompt, Trajectory
+from trajectory import Batch, Prompt, Trajectory
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [5, 6, 7]]
 
@@ -192,3 +193,35 @@ def test_the_update_depends_neither_on_processes_nor_on_the_budget(updates, sett
         assert largest > 1e-2  # a mean over another count, or a rank left out, changes the first digit
         for key, grad in one[model].items():
             assert (other[model][key] - grad).abs().max() < 1e-5 * max(1, largest), (name, key)
+
+
+def test_an_update_is_a_step_down_the_methods_loss():
+    """Each response under its prompt alone: -A log p (`none`), half the squared error of values; means over tokens."""
+    ranks = start("fp32")
+    batch = trajectories()
+    settings = dict(prompts_per_step=2, mini_batch_prompts=2, temperature=0.9, edit_loss="none")
+    args = ppo_cpe.Args(**settings, lr=1.0, critic_lr=1.0, max_grad_norm=1e9)
+    models = {"policy": random_model(tiny_config()), "critic": random_model(tiny_config(), scalar_head=True)}
+    advantages = [torch.full((len(t.response_ids),), 0.5 + i) for i, t in enumerate(batch)]
+    n = sum(map(len, advantages))
+    losses = {"policy": torch.zeros(()), "critic": torch.zeros(())}
+    values = []
+    for t, a in zip(batch, advantages):
+        x, y = t.prompt.ids, t.response_ids
+        alone = packing.pack([x + y], [[False] * len(x) + [True] * len(y)], "cpu")
+        losses["policy"] = losses["policy"] - (a * training.forward(models["policy"], alone, 0.9)).sum() / n
+        value = training.forward(models["critic"], alone)
+        values.append(value.detach())
+        losses["critic"] = losses["critic"] + 0.5 * (value - a).square().sum() / n
+    expected = {}
+    for name, model in models.items():
+        losses[name].backward()
+        expected[name] = {key: p.detach() - p.grad for key, p in model.named_parameters()}
+        model.zero_grad()
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in models.items()}
+    old_logprobs, _, _ = ppo_cpe.score(batch, models, args, 0, ranks)
+    run = SimpleNamespace(ranks=ranks, args=args, step=0, out="")
+    ppo_cpe.update(models, optimizers, Batch(batch, old_logprobs, values, advantages, advantages), args, run)
+    for name, model in models.items():
+        for key, p in model.named_parameters():
+            assert torch.allclose(p, expected[name][key], rtol=1e-4, atol=1e-4), (name, key)

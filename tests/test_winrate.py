@@ -396,3 +396,26 @@ def test_kappa_by_hand():
     constant = winrate.cohens_kappa(np.ones(4), np.ones(4))
     assert constant["kappa"] is None and constant["agreement"] == 1
     assert winrate.cohens_kappa(np.array([np.nan]), np.array([1.0]))["kappa"] is None
+
+
+def test_intervals_by_person_follow_their_rows():
+    """A row without a value takes its label along; persons have different numbers of rows; tests flip persons."""
+    values, persons = np.repeat([1.0] * 15 + [0.0] * 10, 4), list(np.repeat(np.arange(25), 4))
+    with_nan = winrate.bootstrap_mean(np.r_[np.nan, values], 0, ["x", *persons])
+    assert with_nan == winrate.bootstrap_mean(values, 0, persons)
+    unequal = [i // 9 for i in range(90)] + list(range(10, 20))
+    low, high = winrate.bootstrap_mean(np.r_[np.ones(90), np.zeros(10)], 0, unequal)
+    assert 0.75 < low < 0.9 < high <= 1
+    first = np.array([1.0, 0.9, 0.5, 1.0, 0.2, 0.8, 1.0, np.nan])
+    second = np.array([0.0, 0.7, 0.5, 0.3, 0.4, 0.1, 0.4, 0.5])
+    four = winrate.paired_test(np.repeat(first, 4), np.repeat(second, 4), 0, list(np.repeat(range(8), 4)))
+    assert four["p_permutation"] == winrate.paired_test(first, second, 0)["p_permutation"]
+    rows = [row for row in annotations("mixed", 75) for _ in range(4)]
+    fit = controlled(rows)
+
+    def width(groups):
+        given = (verdicts(rows), *lengths(rows), fit, 0)
+        low, high = winrate.bootstrap_length_controlled(*given, groups=groups, draws=60)
+        return high - low
+
+    assert width([i // 4 for i in range(300)]) > 1.5 * width(None)

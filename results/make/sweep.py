@@ -346,8 +346,8 @@ def differences(figures: BySeed, labels: dict[str, str], rates: Sequence[float],
         for name in labels:
             d = difference(figures, (rate, name), (rate, reference), "reward")
             if d and freedom and name not in ("sft", reference):
-                t = d["mean"] / np.sqrt(2 * variance / d["seeds"])
-                d["p_pooled"] = float(2 * stats.t.sf(abs(t), freedom))
+                error = np.sqrt(2 * variance / d["seeds"])
+                d["p_pooled"] = float(2 * stats.t.sf(abs(d["mean"]) / error, freedom)) if error else 1.0
                 found.append(([labels[name], f"{rate:g}"], d))
     for key in ("p", "p_pooled"):
         smallest = 0.0
