@@ -652,6 +652,10 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
     run(*flags, "--out", tmp_path / "out", "--scorer", own["score"])
     pairs = read_rows(str(tmp_path / "out" / "annotate" / "pairs.jsonl"), "pair")
     assert pairs and all(p["chosen_score"] == 10 * p["chosen"].count("!") for p in pairs)
+    scored = read_rows(str(tmp_path / "out" / "annotate" / "scores.jsonl"), "object")
+    for pair in pairs:  # the two furthest apart
+        of_prompt = [row["score"] for row in scored if row["prompt_id"] == pair["prompt_id"]]
+        assert (pair["chosen_score"], pair["rejected_score"]) == (max(of_prompt), min(of_prompt))
     judged = read_rows(str(tmp_path / "out" / "annotate" / "judgements.jsonl"), "judgement")
     assert {row["judge"] for row in judged} == {"me"}
     assert all(row["critique"].startswith("Say less, Kim") for row in judged)
