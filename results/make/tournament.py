@@ -114,7 +114,7 @@ NOTE = (
 
 
 def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
-    """All methods, a seed before the next: at R = 0, also with twice the learning rate, then at the other rates.
+    """All methods at one rate, a seed before the next; at R = 0, then with twice the learning rate; at the next rate.
 
     quick: one seed and rate, two methods.
     """
@@ -131,14 +131,17 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
     if quick:
         recipe = ladder.recipe(out, 0, until_checks=True)
         return [*wanted, recipe, *sweep.start_of(out, 0, 0.0), *(train(out, 0, 0.0, name) for name in QUICK)]
-    for seed in range(seeds):
-        wanted.append(ladder.recipe(out, seed))
-        for rate in RATES if seed < FEW else RATES[:2]:
+    few = min(seeds, FEW)
+    for rate in RATES:
+        for seed in range(few if rate == RATES[-1] else seeds):
+            if rate == RATES[0]:
+                wanted.append(ladder.recipe(out, seed))
             wanted += sweep.start_of(out, seed, rate)
             wanted += [train(out, seed, rate, name) for name in METHODS if name not in LEFT_OUT[rate]]
             wanted += from_rollouts(out, seed, rate)
-            if rate == 0 and seed < FEW:  # PPO is in the sweep with twice the rate; 200 steps of it would say no more
-                wanted += [train(out, seed, rate, name, 2) for name in METHODS if name != "ppo_200"]
+        for seed in range(few if rate == 0 else 0):  # PPO is in the sweep; 200 steps of it would say no more
+            wanted += [train(out, seed, rate, name, 2) for name in METHODS if name != "ppo_200"]
+            wanted += from_rollouts(out, seed, rate, 2)
     return wanted
 
 
@@ -153,14 +156,14 @@ def train(out: str, seed: int, rate: float, name: str, times: int = 1) -> Experi
     return experiment
 
 
-def from_rollouts(out: str, seed: int, rate: float) -> list[Experiment]:
-    """SFT and DPO on what the judge likes best in rollouts of the SFT policy, also at twice their learning rates.
+def from_rollouts(out: str, seed: int, rate: float, times: int = 1) -> list[Experiment]:
+    """SFT and DPO on what the judge likes best in rollouts of the SFT policy: those of GRPO before its first update.
 
-    The rollouts are those of GRPO before its first update.
+    times: their learning rate, in units of the usual one; other than 1: without the rollouts, which are there.
     """
     place = f"seed{seed}/rate{rate:g}"
     wanted = []
-    for name, flags in (("rollouts", EDITS), ("rollouts_plain", NO_EDITS)):
+    for name, flags in (("rollouts", EDITS), ("rollouts_plain", NO_EDITS)) if times == 1 else ():
         frozen = f"{flags} --critic-warmup-steps {ladder.STEPS}"
         rollouts = sweep.train(out, seed, rate, name, frozen, script=f"{out}/forks/grpo/grpo.py")
         rollouts.commands[-1] = f"recipes/edit_pairs.py {out}/{place}/{name} --out {out}/{place}/{name}/pairs"
@@ -169,14 +172,13 @@ def from_rollouts(out: str, seed: int, rate: float) -> list[Experiment]:
     for name, (script, rows) in TRAINED_ON_ROLLOUTS.items():
         source = source_of(name)
         lr = DPO_LR if script == "dpo.py" else SFT_LR
-        for times in (1, 2) if rate == 0 and seed < FEW else (1,):
-            folder = f"{place}/{name}" if times == 1 else f"{place}/{name}_{times}lr"
-            command = (
-                f"{script} --model {out}/{place}/sft/policy --data {out}/{place}/{source}/pairs/{rows}.jsonl "
-                f"--out {out}/{folder} {FLAGS['sft']} --epochs 4 --seed {seed} --lr {times * lr:g}"
-            )
-            commands = [command, sweep.evaluation(out, seed, f"{out}/{folder}")]
-            wanted.append(Experiment(folder, commands, [f"{place}/{source}"]))
+        folder = f"{place}/{name}" if times == 1 else f"{place}/{name}_{times}lr"
+        command = (
+            f"{script} --model {out}/{place}/sft/policy --data {out}/{place}/{source}/pairs/{rows}.jsonl "
+            f"--out {out}/{folder} {FLAGS['sft']} --epochs 4 --seed {seed} --lr {times * lr:g}"
+        )
+        commands = [command, sweep.evaluation(out, seed, f"{out}/{folder}")]
+        wanted.append(Experiment(folder, commands, [f"{place}/{source}"]))
     return wanted
 
 
