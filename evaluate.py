@@ -420,10 +420,9 @@ def compare_files(args: Args) -> None:
     labels = [(path, read_annotations(path)) for path in args.labels]
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
     comparisons = [compare(rows, args.seed, gamed, args.bootstrap_draws) for _, rows in files]
-    tests = []
-    for (path_a, a), (path_b, b) in itertools.combinations(files, 2):
-        test = paired(a, b, args.seed, (path_a, path_b))
-        tests += [test] if test else []
+    pairs = itertools.combinations(files, 2)
+    found = [paired(a, b, args.seed, (path_a, path_b)) for (path_a, a), (path_b, b) in pairs]
+    tests = [test for test in found if test]
     kappas = []
     for label_path, label_rows in labels:
         agreements = [judge_kappa(rows, label_rows, (path, label_path)) for path, rows in files]

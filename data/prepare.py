@@ -672,9 +672,9 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
             prompts.append(prompt | ({"user_id": persona_id} if persona_id else {}) | extra)
     prompts = distinct(prompts, ("prompt_id",), dropped, "repeated prompts")
     train, held_out = split(prompts, lambda row: in_held_out_share(row["persona"], args.eval_share))
-    return {"prompts_train": train, "prompts_eval": held_out} | dict.fromkeys(
-        ("prompts_winrate", "pairs", "pairs_eval"), []
-    )
+    # so that `write` leaves none of another source beside the new prompts
+    none: dict[str, list[dict]] = {"prompts_winrate": [], "pairs": [], "pairs_eval": []}
+    return {"prompts_train": train, "prompts_eval": held_out} | none
 
 
 def write(outputs: dict[str, list[dict]], folder: str) -> None:

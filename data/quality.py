@@ -129,21 +129,20 @@ def order(pairs: list[dict], judged: dict[tuple, Judgement], weights: list[float
 def similar_fraction(texts: list[str], others: list[str] | None = None, seed: int = 0) -> float | None:
     """The fraction of the texts with a similar one among the others, or (None) among themselves. None: no texts.
 
-    Of more than DRAWN texts a sample is compared, with all the others.
+    If there are more than DRAWN texts, a sample of them is compared with all the others.
     """
     texts = list(dict.fromkeys(texts))
-    others = texts if others is None else list(dict.fromkeys(others))
-    if not texts or not others:
+    others = list(dict.fromkeys(others)) if others is not None else None
+    if not texts or others == []:
         return None
     drawn = Random(seed).sample(range(len(texts)), min(DRAWN, len(texts)))
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit([*texts, *others])
-    rows = vectors.transform(texts)
-    columns = vectors.transform(others).T
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit([*texts, *(others or ())])
+    columns = vectors.transform(others or texts).T
     n_similar = 0
     for start in range(0, len(drawn), 256):
         part = drawn[start : start + 256]
-        cosines = (rows[part] @ columns).toarray()
-        if others is texts:
+        cosines = (vectors.transform([texts[i] for i in part]) @ columns).toarray()
+        if others is None:
             cosines[range(len(part)), part] = 0  # of a text with itself
         n_similar += int((cosines.max(1) >= SIMILAR).sum())
     return n_similar / len(drawn)

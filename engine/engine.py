@@ -111,6 +111,7 @@ class Engine:
             logits = self.runner.decode(n)
             for sample in self.scheduler.running:
                 sample.n_sampled += 1
+            # a prefill does not count, or new requests could shift every poll to one; progress is sent after decoding
             self.steps_since_poll += 1
             self._after_sampling(0, logits)
 

@@ -16,15 +16,14 @@ from runtime.rows import DIMENSIONS, logged_rows, step_files
 
 SAMPLE = ("prompt_id", "sample_id")  # identifies an original
 LABELS = {"grm": "Generative reward model", "bt": "Bradley-Terry reward model", "dpo": "DPO", "sft": "SFT"}
+EXACT_ANSWERS = 64  # answers of a step that --exact-judge scores, at most
 Scorer = Callable[[dict, str], float | None]  # (prompt row, answer) -> score; None: no score
 
 
 def label_of(kind: str, args: dict) -> str:
     if kind != "rl":
         return "Pretraining from scratch" if args.get("from_scratch") else LABELS.get(kind, kind)
-    if not args.get("edit_rate"):
-        return "PPO"
-    return "PPO with critique-post-edit"
+    return "PPO with critique-post-edit" if args.get("edit_rate") else "PPO"
 
 
 # -- a sample of the rollouts ------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def load_scorer(spec: str) -> Scorer:
 
 def add_exact(metrics: list[dict], rows_by_step: dict[int, list[dict]], score: Scorer) -> None:
     """Adds exact/original, exact/edit and exact/gain to the metrics of each step: means over its first rows."""
-    per_step = max(4, min(64, 4000 // max(1, len(rows_by_step))))  # a few seconds for a whole run
+    per_step = max(4, min(EXACT_ANSWERS, 4000 // max(1, len(rows_by_step))))  # a few seconds for a whole run
     for line in metrics:
         rows = rows_by_step.get(line["step"], [])[:per_step]
         originals = []
@@ -292,7 +291,9 @@ def training_run(folder: str, kind: str, max_bytes: float, exact_judge: str | No
     run: dict[str, Any] = dict(kind=kind, label=label_of(kind, args), args=args, rows=[], prompts={})
     if kind == "rl" and metrics:
         score = load_scorer(exact_judge) if exact_judge else None
-        rows, n_logged, first_rows = read_rollouts(folder, metrics[-1]["step"], max_bytes, 64 if score else 0)
+        rows, n_logged, first_rows = read_rollouts(
+            folder, metrics[-1]["step"], max_bytes, EXACT_ANSWERS if score else 0
+        )
         if score:
             add_exact(metrics, first_rows, score)
         run["sampled"] = {"shown": len(rows), "of": n_logged}

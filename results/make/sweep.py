@@ -320,9 +320,9 @@ def step_of_half(curve: list[float]) -> int | None:
 
 
 def pooled_variance(figures: BySeed, names: Iterable[str], rate: float) -> tuple[float, int]:
-    """Variance of a score around the means of its method and its seed, over all methods, and its degrees of freedom.
+    """Variance of a score around the means of its method and its seed, and its degrees of freedom.
 
-    Of methods with as many seeds as PPO; 0 degrees of freedom with fewer than two methods or seeds.
+    Methods with fewer seeds than PPO are left out. Fewer than two methods or seeds have 0 degrees of freedom.
     """
     seeds = sorted(figures.get((rate, "ppo"), {}))
     of_methods = [figures.get((rate, name), {}) for name in names if name != "sft"]

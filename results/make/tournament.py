@@ -90,18 +90,19 @@ LABELS = {
     "dpo_edits": "DPO on edits that gained",
 }
 OF_SWEEP = ("sft", "ppo", "none", "novel", "unclipped", "paper", "released", "luffy")
-SECTIONS = {  # of docs/tournament.md, by fork; the others have no diff, or one of docs/forking.md
-    "raft": "raft",
-    "rltf_sd": "rltf-sd",
-    "rltf_fm": "rltf-fm",
-    "critique_grpo": "critique-grpo",
-    "golf": "golf",
-    "hinted": "hints-that-fade",
-    "sdpo": "sdpo",
-    "released_paper": "the-paper-as-released",
-    "kl": "a-kl-term",
-    "entropy": "an-entropy-bonus",
-    None: "ppo-that-explores",
+SECTIONS = {  # by fork: where docs/ has its code; None: without a fork
+    "grpo": "forking.md#grpo-instead-of-the-critic",
+    "raft": "tournament.md#raft",
+    "rltf_sd": "tournament.md#rltf-sd",
+    "rltf_fm": "tournament.md#rltf-fm",
+    "critique_grpo": "tournament.md#critique-grpo",
+    "golf": "tournament.md#golf",
+    "hinted": "tournament.md#hints-that-fade",
+    "sdpo": "tournament.md#sdpo",
+    "released_paper": "tournament.md#the-paper-as-released",
+    "kl": "tournament.md#a-kl-term",
+    "entropy": "tournament.md#an-entropy-bonus",
+    None: "tournament.md#ppo-that-explores",
 }
 NOTE = (
     "Made by `python results/make/tables.py tournament`. Each name leads to the method's code and its paper. Exact "
@@ -131,15 +132,14 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
     if quick:
         recipe = ladder.recipe(out, 0, until_checks=True)
         return [*wanted, recipe, *sweep.start_of(out, 0, 0.0), *(train(out, 0, 0.0, name) for name in QUICK)]
-    few = min(seeds, FEW)
+    few = range(min(seeds, FEW))
+    wanted += [ladder.recipe(out, seed) for seed in range(seeds)]
     for rate in RATES:
-        for seed in range(few if rate == RATES[-1] else seeds):
-            if rate == RATES[0]:
-                wanted.append(ladder.recipe(out, seed))
+        for seed in few if rate == RATES[-1] else range(seeds):
             wanted += sweep.start_of(out, seed, rate)
             wanted += [train(out, seed, rate, name) for name in METHODS if name not in LEFT_OUT[rate]]
             wanted += from_rollouts(out, seed, rate)
-        for seed in range(few if rate == 0 else 0):  # PPO is in the sweep; 200 steps of it would say no more
+        for seed in few if rate == 0 else ():  # PPO is in the sweep; 200 steps of it would say no more
             wanted += [train(out, seed, rate, name, 2) for name in METHODS if name != "ppo_200"]
             wanted += from_rollouts(out, seed, rate, 2)
     return wanted
@@ -233,19 +233,15 @@ COLUMNS = ("reward", *RARE_CONTENT, "trained", "generated", "judge_calls", "seco
 
 def linked(name: str) -> str:
     """The label of a method, which leads to its code."""
-    label = LABELS[name]
+    if name == "sft":
+        return LABELS[name]
     if name in OF_SWEEP:
-        return (
-            label
-            if name == "sft"
-            else f"[{label}](../../docs/method.md#21-losses-on-edits---edit-loss-and-which-to-take)"
-        )
-    if name in TRAINED_ON_ROLLOUTS:
-        return f"[{label}](../../docs/tournament.md#sft-and-dpo-on-edits)"
-    section = SECTIONS.get(METHODS[name][0])
-    if section:
-        return f"[{label}](../../docs/tournament.md#{section})"
-    return f"[{label}](../../docs/forking.md#grpo-instead-of-the-critic)"
+        place = "method.md#21-losses-on-edits---edit-loss-and-which-to-take"
+    elif name in TRAINED_ON_ROLLOUTS:
+        place = "tournament.md#sft-and-dpo-on-edits"
+    else:
+        place = SECTIONS[METHODS[name][0]]
+    return f"[{LABELS[name]}](../../docs/{place})"
 
 
 def table_of(runs: sweep.BySeed, rate: float) -> str:
