@@ -9,7 +9,8 @@ says and one that it hardly ever says, for the three kinds of question. One run 
     python recipes/real_english.py sft --answers ANSWERS.jsonl --out DATA   # sft.jsonl: answers and rewrites
     python recipes/real_english.py prompts --answers SAMPLES.jsonl --model SFT --out DATA   # prompts_*, rates.json
     python recipes/real_english.py gate --answers RUN --out DATA            # do edits do what critiques say?
-    python recipes/real_english.py table --answers ppo=RUN cpe=RUN sft=ANSWERS.jsonl --model CHECKPOINT --out OUT
+    python recipes/real_english.py table --answers ppo=RUN cpe=RUN sft=ANSWERS.jsonl --model CHECKPOINT \\
+        --rates DATA/rates.json --out OUT                                   # real_english.md, .json, .png, .svg
 
 ANSWERS.jsonl is the output of generate.py for these questions or prompts; a RUN of the table is a run folder of
 ppo_cpe.py with answers.jsonl in it.
@@ -27,15 +28,19 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import Chat
+from evaluation.plots import COLORS
 from evaluation.tables import interval_text, markdown_table
 from evaluation.winrate import mean_and_interval
+from json_files import read_json
 from model import Transformer, load_pretrained
 from prompts import Templates, answer_request, fill
 from recipes.real_english_judge import CONCERNS, SENTENCE, form_faults, judge, says, words_in
+from results.make.draw import save_figure, spread
 from runtime import flags, training
 from runtime.packing import Batch, pack
 from runtime.rows import read_rows, step_files, write_rows, write_text
@@ -51,6 +56,8 @@ class Args:
     """Output of generate.py; for gate a run folder; for table NAME=FILE or NAME=RUN of each policy."""
     model: str | None = None
     """For prompts the policy that gave the samples, whose rates are measured; for table the model of the perplexity."""
+    rates: str | None = None
+    """For table the file that prompts wrote: how often the policy says each target before RL."""
     people: flags.Count = 100
     """Names in training; each has all concerns and questions. prompts_dev has a quarter as many others."""
     seed: int = 0
@@ -109,6 +116,7 @@ TEMPLATES = Templates(
 TEMPERATURE = 0.8  # of all samples
 N_PLAIN, N_REWRITES = 500, 1500  # rows of SFT, at most
 PASSED = 0.5  # of the gate: edits that say their target, in each bin
+WINDOW = 5  # steps of a point of the curves
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -263,13 +271,13 @@ def write_prompts(args: Args, folder: str) -> None:
         rows = with_targets(question_rows(names, targets, args.seed, split), targets)
         write_rows(f"{args.out}/prompts_{split}.jsonl", rows)
     others = measure_rates(folder, samples[1::2])
-    content: dict[str, dict] = {}
-    for name in BINS:
-        found = [(c, k, word) for c, of_kind in targets.items() for k, (n, word) in of_kind.items() if n == name]
-        rates = [others[concern][kind][word] for concern, kind, word in found]
-        content[name] = dict(rate=float(np.mean(rates)), lowest=min(rates), highest=max(rates), targets=found)
-        print(f"{name}: {100 * np.mean(rates):.3f} % ({', '.join(word for _, _, word in found)})")
-    write_text(f"{args.out}/rates.json", json.dumps(content, indent=1) + "\n")
+    rates_of_bin: dict[str, dict[str, float]] = {name: {} for name in BINS}
+    for concern, of_kind in targets.items():
+        for kind, (name, word) in of_kind.items():
+            rates_of_bin[name][f"{name} {concern} {word}"] = others[concern][kind][word]
+    for name, rate_of in rates_of_bin.items():
+        print(f"{name}: {100 * np.mean(list(rate_of.values())):.3f} % ({', '.join(rate_of)})")
+    write_text(f"{args.out}/rates.json", json.dumps(rates_of_bin, indent=1) + "\n")
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -293,12 +301,12 @@ def gate(run: str) -> dict[str, float]:
     return fraction_by_bin(found)
 
 
-def said_in_training(run: str, n_steps: int = 10) -> list[dict[str, float]]:
-    """By bin, the fraction of originals that say their target, in windows of n_steps."""
+def said_in_training(run: str) -> list[dict[str, float]]:
+    """By bin, the fraction of originals that say their target, in windows of WINDOW steps."""
     windows: dict[int, list[tuple[str, bool]]] = defaultdict(list)
     for step, path in step_files(run, "rollouts"):
         of_step = [(row["bin"], says(row["answer"], row["target"])) for row in read_rows(path, "object")]
-        windows[(step - 1) // n_steps] += of_step
+        windows[(step - 1) // WINDOW] += of_step
     return [fraction_by_bin(windows[number]) for number in sorted(windows)]
 
 
@@ -307,8 +315,10 @@ def figures_of(rows: list[dict], chat: Chat, model: Transformer) -> dict:
     """Figures of a policy's answers to prompts_dev.
 
     by bin: the fraction that say their target; targets: the same of each; foreign: the fraction that say a target of
-    another concern; score; words; perplexity of the answers under a model.
+    another concern, foreign_rare a rare one; score; words; perplexity of the answers under a model.
     """
+    rare = {row["target"] for row in rows if row["bin"] == "rare"}
+    foreign = [words_in(row["text"]) & set(row["others"]) for row in rows]
     of_target = defaultdict(list)
     for row in rows:
         of_target[row["bin"], row["concern"], row["target"]].append(says(row["text"], row["target"]))
@@ -321,7 +331,8 @@ def figures_of(rows: list[dict], chat: Chat, model: Transformer) -> dict:
             n_tokens += len(answer)
     return fraction_by_bin((row["bin"], says(row["text"], row["target"])) for row in rows) | dict(
         targets={" ".join(key): float(np.mean(said)) for key, said in of_target.items()},
-        foreign=float(np.mean([bool(words_in(row["text"]) & set(row["others"])) for row in rows])),
+        foreign=float(np.mean([bool(words) for words in foreign])),
+        foreign_rare=float(np.mean([bool(words & rare) for words in foreign])),
         score=float(np.mean([judge(row, row["text"]).score() for row in rows])),
         words=float(np.mean([len(row["text"].split()) for row in rows])),
         perplexity=float(np.exp(nll / max(1, n_tokens))),
@@ -331,16 +342,20 @@ def figures_of(rows: list[dict], chat: Chat, model: Transformer) -> dict:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 COLUMNS = {
-    **{name: (f"{name} targets said, %", 100, 1) for name in BINS},
-    "foreign": ("another's target said, %", 100, 1),
-    "score": ("score", 1, 2),
+    **{name: (f"{name} target said, %", 1, 100) for name in BINS},
+    "foreign": ("another's target, %", 1, 100),
+    "foreign_rare": ("another's rare target, %", 1, 100),
+    "score": ("score", 2, 1),
     "words": ("words", 1, 1),
     "perplexity": ("perplexity", 1, 1),
+    "generated_tokens": ("generated tokens", 0, 1),
+    "judge_calls": ("judge calls", 0, 1),
 }
 
 
-def write_table(args: Args, folder: str) -> None:
-    """Writes real_english.md and .json into the folder out. A name in --answers may have several places, its seeds."""
+def write_table(args: Args, folder: str, rates_file: str) -> None:
+    """Writes the table, its numbers and the curves. A name in --answers may have several places, its seeds."""
+    rates = read_json(rates_file)
     chat = Chat(folder)
     model = load_pretrained(folder, torch.float32)
     of_name: dict[str, list[dict]] = defaultdict(list)
@@ -348,19 +363,26 @@ def write_table(args: Args, folder: str) -> None:
         name, _, place = text.partition("=")
         is_run = os.path.isdir(place)
         figures = figures_of(read_rows(f"{place}/answers.jsonl" if is_run else place, "object"), chat, model)
-        of_name[name].append(figures | ({"training": said_in_training(place)} if is_run else {}))
+        if is_run:
+            steps = read_rows(f"{place}/metrics.jsonl", "metrics")
+            figures["training"] = said_in_training(place)
+            figures |= {key: sum(step[key] for step in steps) for key in ("generated_tokens", "judge_calls")}
+        of_name[name].append(figures)
     rows = []
     for name, runs in of_name.items():
-        rows.append([name, str(len(runs)), *(over_seeds(runs, key, *form) for key, (_, *form) in COLUMNS.items())])
+        cells = [spread([run.get(key) for run in runs], *form) for key, (_, *form) in COLUMNS.items()]
+        rows.append([name, len(runs), *cells])
     lines = markdown_table(["", "seeds", *(heading for heading, *_ in COLUMNS.values())], rows)
     for name in of_name:
         if name != "ppo" and "ppo" in of_name and len(of_name[name]) == len(of_name["ppo"]):
             lines += ["", *differences(name, of_name[name], of_name["ppo"], args.seed)]
-    lines += ["", *markdown_table(["originals in training, %", "bin", "by windows of ten steps"], curves(of_name))]
+    header = ["originals in training, %", "bin", f"by windows of {WINDOW} steps"]
+    lines += ["", *markdown_table(header, window_rows(of_name))]
     content = "\n".join(lines)
     write_text(f"{args.out}/real_english.md", content + "\n")
     write_text(f"{args.out}/real_english.json", json.dumps(of_name, indent=1) + "\n")
-    print(f"{content}\n\nwritten: {args.out}/real_english.md, real_english.json")
+    draw(of_name, rates, args.out)
+    print(f"{content}\n\nwritten: {args.out}/real_english.md, .json, .png, .svg")
 
 
 def differences(name: str, runs: list[dict], others: list[dict], seed: int) -> list[str]:
@@ -382,23 +404,45 @@ def differences(name: str, runs: list[dict], others: list[dict], seed: int) -> l
     return lines
 
 
-def curves(of_name: dict[str, list[dict]]) -> list[list[str]]:
-    rows = []
+def curves(of_name: dict[str, list[dict]], bin_name: str) -> dict[str, np.ndarray]:
+    """{policy: fraction of originals that say a target of the bin, [n seeds, n windows]}; NaN: none was asked for."""
+    found = {}
     for name, runs in of_name.items():
-        windows = [run["training"] for run in runs if "training" in run]
-        for bin_name in BINS if windows else ():
-            found = [[w[bin_name] for w in window if bin_name in w] for window in zip(*windows)]
-            rows.append([name, bin_name, " ".join(f"{100 * np.mean(said):.0f}" if said else "-" for said in found)])
+        if windows := [run["training"] for run in runs if "training" in run]:
+            n = min(map(len, windows))
+            found[name] = np.array([[window.get(bin_name, np.nan) for window in run[:n]] for run in windows])
+    return found
+
+
+def window_rows(of_name: dict[str, list[dict]]) -> list[list[str]]:
+    rows = []
+    for bin_name in BINS:
+        for name, of_seed in curves(of_name, bin_name).items():
+            text = " ".join("-" if np.isnan(said) else f"{100 * said:.0f}" for said in of_seed.mean(0))
+            rows.append([name, bin_name, text])
     return rows
 
 
-def over_seeds(runs: list[dict], key: str, factor: float, digits: int) -> str:
-    """Text of the mean, and of the standard deviation over seeds if there are several."""
-    values = [factor * run[key] for run in runs if key in run]
-    if not values:
-        return "-"
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
+def draw(of_name: dict[str, list[dict]], rates: dict[str, dict[str, float]], out: str) -> None:
+    """A panel of curves for each bin, and one of how often each target is said at the end, by its rate before RL."""
+    figure = Figure(figsize=(13, 3.4))
+    axes = figure.subplots(1, len(BINS) + 1, sharey=True)
+    for axis, bin_name in zip(axes, BINS):
+        before = 100 * np.mean(list(rates[bin_name].values()))
+        axis.set(title=f"{bin_name}: before RL {before:.3g} %", xlabel="step")
+        for (name, of_seed), color in zip(curves(of_name, bin_name).items(), COLORS):
+            steps = WINDOW * (np.arange(of_seed.shape[1]) + 0.5)
+            axis.plot(steps, 100 * of_seed.mean(0), color=color, label=name.upper())
+            axis.fill_between(steps, 100 * of_seed.min(0), 100 * of_seed.max(0), color=color, alpha=0.15, lw=0)
+    axes[0].set(ylabel="answers that say their target, %", ylim=(-3, 103))
+    axes[0].legend(frameon=False)
+    rate_of = {target: rate for of_target in rates.values() for target, rate in of_target.items()}
+    names = [name for name, runs in of_name.items() if "training" in runs[0]]
+    for name, color in zip(names, COLORS):
+        points = [(100 * rate_of[t], 100 * np.mean([run["targets"][t] for run in of_name[name]])) for t in rate_of]
+        axes[-1].plot(*zip(*points), "o", color=color, alpha=0.7)
+    axes[-1].set(title="each target, questions of other people", xlabel="before RL, %", xscale="log")
+    save_figure(figure, out, "real_english")
 
 
 def main(args: Args) -> None:
@@ -427,8 +471,10 @@ def main(args: Args) -> None:
         raise ValueError(f"--model: {args.command} needs the folder of a model")
     elif args.command == "prompts":
         write_prompts(args, args.model)
+    elif args.rates is None:
+        raise ValueError("--rates: table needs rates.json, which prompts wrote")
     else:
-        write_table(args, args.model)
+        write_table(args, args.model, args.rates)
 
 
 if __name__ == "__main__":

@@ -75,4 +75,4 @@ done
 stage "the table"
 alone sample "$OUT/sft/policy" "$DATA/prompts_dev.jsonl" "$OUT/sft_answers.jsonl" 2
 alone python recipes/real_english.py table --answers "sft=$OUT/sft_answers.jsonl" "${answers[@]}" \
-    --model "$CHECKPOINT" --out "$OUT"
+    --model "$CHECKPOINT" --rates "$DATA/rates.json" --out "$OUT"

@@ -30,7 +30,7 @@ ELSEWHERE = {
     r".*https?://": "needs a server; tests/test_judge_servers.py",
     r"python results/make/tables\.py": "minutes to hours; tests/test_tables.py",
     r"bash tests/faults\.sh|(COMPILE_ALL|HYPOTHESIS_PROFILE)=": "minutes to hours",
-    r".*recipes/(real_cpu|own_data|real_curve)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
+    r".*recipes/(real_cpu|own_data|real_english)\.sh|EMULATED_GPU=|python serve\.py": "a test of its own",
     r"python data/annotate\.py|.*out/own": "tests/test_annotate.py runs docs/own-experiment.md",
     r".*out/edits": "needs more rollouts; tests/test_forks.py",
 }

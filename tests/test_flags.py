@@ -121,7 +121,7 @@ def flag_texts(script):
     return [(name, text, defaults[name]) for _, name, text in _documented(args_class)]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "data/annotate", "results/make/tables", "recipes/real_curve"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/annotate", "results/make/tables", "recipes/real_english"])
 def test_none_is_shown_only_where_nothing_is_used(script):
     """A flag whose value then comes from elsewhere has a "Default: " that says from where."""
     elsewhere = re.compile(r"\b(none|None|unset): |by default|replaces")

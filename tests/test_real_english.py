@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +148,8 @@ def write_run(folder, rows, texts):
     write_rows(f"{folder}/rollouts/step_000001.jsonl", answers)
     write_rows(f"{folder}/rollouts/step_000011.jsonl", answers[:1])
     write_rows(f"{folder}/answers.jsonl", [row | {"text": text} for row, text in zip(rows, texts)])
+    steps = [dict(step=step, generated_tokens=700, judge_calls=step) for step in (1, 11)]
+    write_rows(f"{folder}/metrics.jsonl", steps)
 
 
 def test_the_table(tmp_path, tiny, capsys):
@@ -158,13 +162,19 @@ def test_the_table(tmp_path, tiny, capsys):
     write_run(tmp_path / "cpe1", rows, said)
     answers = tuple(f"{name[:3]}={tmp_path}/{name}" for name in ("ppo0", "ppo1", "cpe0", "cpe1"))
     answers += (f"sft={tmp_path}/ppo0/answers.jsonl",)
+    rates = {name: {f"{name} rain {word}": 10.0**-i} for i, (name, word) in enumerate(zip(real_english.BINS, words))}
+    (tmp_path / "rates.json").write_text(json.dumps(rates))
     args = real_english.Args("table", str(tmp_path / "out"), answers, str(tiny / "checkpoint"))
-    real_english.main(args)
+    with pytest.raises(ValueError, match="--rates"):
+        real_english.main(args)
+    real_english.main(replace(args, rates=str(tmp_path / "rates.json")))
     table = (tmp_path / "out/real_english.md").read_text()
-    assert "| ppo | 2 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 | 16.7 ± 23.6 |" in table
-    assert "| sft | 1 | 100.0 | 0.0 | 0.0 | 0.0 |" in table
+    assert "| ppo | 2 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 | 16.7 ± 23.6 | 0.0 ± 0.0 |" in table
+    assert "| 1400 ± 0 | 12 ± 0 |" in table
+    assert "| sft | 1 | 100.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in table
     assert "- cpe less ppo, rare: 100.0" in table and "1 targets x 2 seeds" in table
     assert "| cpe | common | 100 100 |" in table
+    assert {f"real_english.{kind}" for kind in ("md", "json", "png", "svg")} == set(os.listdir(tmp_path / "out"))
     kept = json.loads((tmp_path / "out/real_english.json").read_text())
     assert all(run["perplexity"] > 1 for runs in kept.values() for run in runs)
 

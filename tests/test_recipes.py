@@ -1,4 +1,4 @@
-"""The recipes: their commands, qwen.sh to its table, the rule judge of real_curve.py by hand, rare content, tables."""
+"""The recipes: their commands, qwen.sh to its table, rare content, tables."""
 
 import io
 import json
@@ -17,11 +17,10 @@ from test_judge_servers import PairServer, Quiet
 
 from data.persona_world import TOPICS, judge, judgement_rows, recites_profile, sample_prompt, write_answer
 from json_files import read_json
-from judges import annotated_critiques
 from prompts import DIMENSIONS, judgement_text
-from recipes import rare_content, real_curve, sanity_checks, tiny_table
+from recipes import rare_content, sanity_checks, tiny_table
 from results.make import experiments, ladder, sweep
-from runtime.rows import check_row, read_rows
+from runtime.rows import read_rows
 
 # -- the shell recipes -------------------------------------------------------------------------------------------------
 
@@ -543,56 +542,3 @@ def test_a_judge_that_does_not_read_the_profile_fails_the_checks(tmp_path, monke
     assert figures["sees_other_profile"] == pytest.approx(float(reads))
     for name in ("sees_other_profile", "swapped_correlation"):
         assert (sanity_checks.shortfall(name, figures[name]) <= 0) == reads
-
-
-# -- real_curve.py -----------------------------------------------------------------------------------------------------
-
-LIKES_ROW = dict(
-    prompt_id="p",
-    persona={"name": "Mia", "likes": {"food": "curry", "sport": "yoga", "music": "jazz", "place": "lakes"}},
-    question="What should I cook tonight?",
-)
-GOOD = "Make a quick curry with rice, beans and a spoon of yoghurt on top; it takes twenty minutes and warms you up."
-
-
-@pytest.mark.parametrize(
-    "answer, scores, critique",
-    [
-        (GOOD, (5, 4, 5), "Nothing to fix."),
-        (GOOD.replace("curry", "stew"), (5, -3, 5), "Suggest something with curry."),
-        (GOOD + " Then go for yoga.", (5, 2, 5), "Leave out yoga."),
-        ("Mia, curry.", (1, 4, 2), "Say a little more, at least 20 words. Do not use the person's name."),
-        (GOOD[:-1], (3, 4, 5), "End with a whole sentence."),
-        ("As an AI, I say:\n- " + GOOD, (5, 4, -2), "Write sentences, not a list. Do not talk about yourself or the"),
-        ("word " * 99 + "curry.", (1, 4, 5), "Cut it to 60 words; it has 100."),
-        ("word " * 999, (-5, -3, 5), "Cut it to 60 words; it has 999. End with a whole sentence. Suggest"),
-    ],
-)
-def test_the_rule_by_hand(answer, scores, critique):
-    found = real_curve.judge(LIKES_ROW, answer)
-    assert (found.helpfulness, found.personalization, found.naturalness) == scores
-    assert found.critique.startswith(critique)
-
-
-def test_rows_and_judge_fit_rl(tmp_path):
-    real_curve.main(real_curve.Args("rows", out=str(tmp_path), rows=50))
-    train, dev = (read_rows(str(tmp_path / f"prompts_{name}.jsonl"), "prompt") for name in ("train", "dev"))
-    assert (len(train), len(dev)) == (50, 5) and not {r["prompt_id"] for r in train} & {r["prompt_id"] for r in dev}
-    for row in train:
-        check_row(row, "prompt", "here")
-        assert real_curve.judge(row, "I do not know.").critique
-    assert annotated_critiques(real_curve.judge)  # known to write critiques before anything is sampled
-
-
-def test_the_curve_of_two_runs(tmp_path, capsys):
-    for name in ("ppo", "cpe"):
-        steps = []
-        for i in range(6):
-            steps.append({"step": i + 1, "original/reward": i / 2, "generated_tokens": 10, "seconds/rollout": 60.0})
-            if i % 2 == 0:
-                steps[-1][real_curve.HELD_OUT] = float(i)
-        write(tmp_path / name / "metrics.jsonl", steps)
-    runs = tuple(f"{name}={tmp_path / name}" for name in ("ppo", "cpe"))
-    real_curve.main(real_curve.Args("curve", runs=runs, out=str(tmp_path / "drawn")))
-    assert "| cpe | 6 | 6 | 60 | 0.00 | 2.00 |" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"curve.png", "curve.svg", "curve.md"}
