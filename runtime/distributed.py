@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.utils.deterministic
 from torch.distributed.device_mesh import init_device_mesh
 
-from runtime.flags import TIMEOUTS
+from runtime.flags import TIMEOUTS, around_main
 from runtime.watch import watch_ranks
 from tensor_parallel import EngineRanks
 
@@ -83,6 +83,7 @@ def start(
     if deterministic:
         make_deterministic()
     if not dist.is_initialized():
+        around_main.push(_leave)  # before the watch, whose end needs the group
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
             _join(backend, rank, world_size, timeouts)
@@ -141,6 +142,12 @@ def _join(backend: str, rank: int, world_size: int, timeouts: tuple[int, int, in
         ) from error
     timeout = _collective_timeout(timeouts)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _leave(error: type[BaseException] | None, *_: Any) -> None:
+    """Leaves the process group at the end of main. After an error other ranks may wait in a collective: watch.py."""
+    if error is None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _collective_timeout(timeouts: tuple[int, int, int] | None) -> timedelta:

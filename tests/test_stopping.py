@@ -240,6 +240,7 @@ def main(_):
 
 
 flags.run(main, None)
+print("groups left at the end:", int(dist.is_initialized()), flush=True)
 """
 
 
@@ -249,6 +250,7 @@ def test_who_waits_for_another_rank(tmp_path):
     output = finish(launch(tmp_path / "waiting.py", processes=2))
     said = [line.split() for line in output.splitlines() if line.endswith(("True", "False"))]
     names = {name for name, _ in said}
+    assert output.count("groups left at the end: 0") == 2
     assert len(names) == 9 and sorted(said) == sorted([name, w] for name in names for w in ("False", "True")), said
 
 
