@@ -96,12 +96,14 @@ def read_runs(folders: list[str], max_mb: float, exact_judge: str | None = None)
 
 
 def main(args: Args) -> None:
+    file = args.out or os.path.join(args.run, "report.html")
+    if os.path.isdir(file):
+        raise ValueError(f"--out {file}: expected a file, found a folder")
     runs = read_runs([args.run, *args.compare], args.max_mb, args.exact_judge)
     if args.figures:
         from reporting.figures import draw  # brings matplotlib along
 
         draw(runs, args.figures)
-    file = args.out or os.path.join(args.run, "report.html")
     html = html_page(runs)
     write_text(file, html)
     sampled = [run["sampled"] for run in runs if run.get("sampled")]

@@ -429,7 +429,7 @@ def draw(of_name: dict[str, list[dict]], rates: dict[str, dict[str, float]], out
     axes = figure.subplots(1, len(BINS) + 1, sharey=True)
     for axis, bin_name in zip(axes, BINS):
         before = 100 * np.mean(list(rates[bin_name].values()))
-        axis.set(title=f"{bin_name}: before RL {before:.3g} %", xlabel="step")
+        axis.set(title=f"{bin_name}: before RL {before:.2g} %", xlabel="step")
         for (name, of_seed), color in zip(curves(of_name, bin_name).items(), COLORS):
             steps = WINDOW * (np.arange(of_seed.shape[1]) + 0.5)
             axis.plot(steps, 100 * of_seed.mean(0), color=color, label=name.upper())
@@ -441,7 +441,7 @@ def draw(of_name: dict[str, list[dict]], rates: dict[str, dict[str, float]], out
     for name, color in zip(names, COLORS):
         points = [(100 * rate_of[t], 100 * np.mean([run["targets"][t] for run in of_name[name]])) for t in rate_of]
         axes[-1].plot(*zip(*points), "o", color=color, alpha=0.7)
-    axes[-1].set(title="each target, questions of other people", xlabel="before RL, %", xscale="log")
+    axes[-1].set(title="each target, other people", xlabel="said before RL, %", xscale="log")
     save_figure(figure, out, "real_english")
 
 

@@ -169,6 +169,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     rl_run(tmp_path / "out" / "cpe")
     line = error_of(report, capsys, tmp_path / "out")
     assert "args.json" in line and line.endswith(f"it holds runs: {tmp_path}/out/cpe")
+    assert "--out" in error_of(report, capsys, tmp_path / "out" / "cpe", "--out", tmp_path)
     (tmp_path / "out" / "cpe" / "rollouts" / "step_000001.jsonl").write_text(
         json.dumps(dict(prompt_id="a", sample_id=0, answer="b")) + "\nno json\n{}\n"
     )

@@ -40,6 +40,8 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "released_paper": ("released_paper", ""),
     "ppo_kl": ("kl", f"{NO_EDITS} --kl-beta 0.02"),
     "none_kl": ("kl", f"{EDITS} --edit-loss none --kl-beta 0.02"),
+    "ppo_kl_strong": ("kl", f"{NO_EDITS} --kl-beta 0.1"),
+    "none_kl_strong": ("kl", f"{EDITS} --edit-loss none --kl-beta 0.1"),
     "ppo_entropy": ("entropy", f"{NO_EDITS} --entropy-bonus 0.01"),
     "ppo_n24": (None, f"{NO_EDITS} --n-samples 24 --prompts-per-step 4 --mini-batch-prompts 2"),
     "ppo_t13": (None, f"{NO_EDITS} --temperature 1.3"),
@@ -48,8 +50,8 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
 QUICK = ("grpo", "raft_edits")
 LEFT_OUT = {  # exploration is a question where samples lack the content, over-optimisation where they have it
     0.3: ("ppo_n24", "ppo_t13", "ppo_200", "ppo_entropy", "sdpo", "rltf_fm"),
-    0.003: ("rltf_fm", "ppo_kl", "none_kl"),
-    0.0: (),
+    0.003: ("rltf_fm", "ppo_kl", "none_kl", "ppo_kl_strong", "none_kl_strong"),
+    0.0: ("ppo_kl_strong", "none_kl_strong"),
 }
 TRAINED_ON_ROLLOUTS = {  # name: (script, rows of recipes/edit_pairs.py), from rollouts of the SFT policy
     "sft_best_original": ("sft.py", "best_original"),
@@ -80,6 +82,8 @@ LABELS = {
     "released_paper": "the paper as released, all edits",
     "ppo_kl": "PPO, KL .02",
     "none_kl": "CPE, none, KL .02",
+    "ppo_kl_strong": "PPO, KL .1",
+    "none_kl_strong": "CPE, none, KL .1",
     "ppo_entropy": "PPO, entropy bonus .01",
     "ppo_n24": "PPO, n = 24",
     "ppo_t13": "PPO, temperature 1.3",
@@ -140,7 +144,8 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
             wanted += [train(out, seed, rate, name) for name in METHODS if name not in LEFT_OUT[rate]]
             wanted += from_rollouts(out, seed, rate)
         for seed in few if rate == 0 else ():  # PPO is in the sweep; 200 steps of it would say no more
-            wanted += [train(out, seed, rate, name, 2) for name in METHODS if name != "ppo_200"]
+            left_out = ("ppo_200", *LEFT_OUT[rate])
+            wanted += [train(out, seed, rate, name, 2) for name in METHODS if name not in left_out]
             wanted += from_rollouts(out, seed, rate, 2)
     return wanted
 
