@@ -86,7 +86,7 @@ from runtime.progress import counting
 from runtime.rows import read_rows, refuse_held_out, write_text
 from runtime.runs import Run
 from runtime.watch import set_phase
-from weights import resolve
+from weights import load_config, resolve
 
 
 class Pair(NamedTuple):
@@ -114,8 +114,8 @@ def dpo_loss(
     return -F.logsigmoid(margin), margin
 
 
-def read_pairs(args: Args, chat: Chat, templates: Templates) -> list[Pair]:
-    """The pairs, without reference log-probs."""
+def read_pairs(args: Args, chat: Chat, templates: Templates, max_length: int) -> list[Pair]:
+    """The pairs whose answers have at most max_length tokens each with the prompt, without reference log-probs."""
     pairs = []
     for row in read_rows(args.data, "pair"):
         prompt = answer_prompt(chat, templates, row)
@@ -124,7 +124,7 @@ def read_pairs(args: Args, chat: Chat, templates: Templates) -> list[Pair]:
     def longest(pair: Pair) -> int:
         return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
-    return packing.within_length(pairs, longest, args.max_length, args.data, args.batch_size)
+    return packing.within_length(pairs, longest, max_length, args.data, args.batch_size)
 
 
 def size(pair: Pair) -> int:
@@ -147,13 +147,13 @@ def answer_logprobs(
 
 
 @torch.no_grad()
-def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ranks) -> list[Pair]:
+def with_reference(args: Args, model: Transformer, model_digest: str, pairs: list[Pair], ranks: Ranks) -> list[Pair]:
     """The pairs with their log-probs under the start model, which are kept in OUT/reference.json.
 
-    ValueError: that file is damaged, or of other pairs: the data changed under an unfinished run.
+    ValueError: that file is damaged, or of other pairs or another model: they changed under an unfinished run.
     """
     file = os.path.join(args.out, "reference.json")
-    digest = derive_seed(*(derive_seed(*ids) for pair in pairs for ids in pair[:3]))
+    digest = derive_seed(model_digest, *(derive_seed(*ids) for pair in pairs for ids in pair[:3]))
     if not os.path.isfile(file):
         mine = list(range(ranks.rank, len(pairs), ranks.world_size))
         parts = packing.split(mine, lambda i: size(pairs[i]), args.tokens_per_microbatch, ranks)
@@ -175,7 +175,10 @@ def with_reference(args: Args, model: Transformer, pairs: list[Pair], ranks: Ran
     if not is_whole(kept):
         raise ValueError(f"{file}: damaged; remove it, and the same command makes it again from the start model")
     if kept["pairs"] != digest:
-        raise ValueError(f"{file}: made from other pairs than {args.data} now holds; choose another --out or remove it")
+        raise ValueError(
+            f"{file}: made from other pairs than {args.data} now holds, or by another model than {args.model}; choose "
+            "another --out or remove it"
+        )
     return [
         pair._replace(reference_chosen=chosen_logprob, reference_rejected=rejected_logprob)
         for pair, chosen_logprob, rejected_logprob in zip(pairs, kept["chosen"], kept["rejected"], strict=True)
@@ -208,8 +211,9 @@ def main(args: Args) -> None:
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
-    pairs = read_pairs(args, chat, templates)
     refuse_held_out(args.data)
+    positions = load_config(tokenizer_from).max_position_embeddings
+    pairs = read_pairs(args, chat, templates, min(args.max_length, positions))
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(pairs), args.batch_size)
     inputs = {
         "--data": input_digest(args.data),
@@ -220,7 +224,7 @@ def main(args: Args) -> None:
     model = training.open_model(args.model, args, args.seed, ranks)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     # before the checkpoint is loaded: here the model is still the reference (B of an adapter is zero)
-    pairs = with_reference(args, model, pairs, ranks)
+    pairs = with_reference(args, model, inputs["--model"], pairs, ranks)
     run.resume({"policy": model}, {"policy": optimizer}, tokenizer_from, templates.texts("answer"))
 
     for step in run.steps():

@@ -504,7 +504,7 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
         return
     own = verdicts[: len(shown)]
     swapped = verdicts[len(shown) :]
-    names = [name for name in (*DIMENSIONS, "reward") if any(v[name] is not None for v in own)]
+    names = [*(name for name in DIMENSIONS if any(v[name] is not None for v in own)), "reward"]
     persons = persons_of([row for row, _, _ in shown])
 
     def test(name: str) -> dict:

@@ -69,6 +69,8 @@ def row_prompt(row: dict, chat: Chat, templates: Templates, where: str) -> list[
         return ids
     if "messages" in row:
         check_row(row, "messages", where)
+        if row["messages"][-1]["role"] == "assistant":
+            raise ValueError(f"{where}: the last message is the assistant's; expected one to be answered")
         return chat.messages(row["messages"])
     if "persona" not in row and "question" not in row:
         raise ValueError(f'{where}: expected "messages", or "persona" and "question", or "prompt_ids"')
@@ -107,13 +109,13 @@ def generate_file(rows: list[dict], prompts: list[list[int]], args: Args, engine
 
 
 def read_persona(text: str) -> Any:
-    """The value of --persona: the name of a JSON file, JSON, or any other text, which describes the person.
+    """The value of --persona: the name of a file with JSON or text, JSON, or any other text; it describes the person.
 
     ValueError: it looks like the name of a file, and there is none.
     """
     if os.path.isfile(text):
         with open(text, encoding="utf-8-sig") as f:
-            persona = parse_json(f.read(), f"--persona {text}")
+            persona = parse_json(f.read(), f"--persona {text}") if not text.endswith(".txt") else f.read()
     elif text.lstrip()[:1] in ("{", "[", '"'):
         persona = parse_json(text, "--persona")
     elif text.endswith((".json", ".jsonl", ".txt")):

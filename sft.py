@@ -1,7 +1,8 @@
 """Stage 1: supervised fine-tuning of the policy (docs/method.md 1.3), and pretraining of a tiny base from scratch.
 
 1. Read preference pairs and learn the chosen answers, or read conversations (`messages`) and learn every assistant
-   turn. From scratch, every token is learned.
+   turn. A later turn follows the ids of the earlier ones, as an edit does in RL: a template that would shorten earlier
+   turns (Qwen3 drops their empty <think> blocks) is not applied again. From scratch, every token is learned.
 2. Each step takes the next `batch_size` rows of the epoch's permutation, shards them over the ranks and packs them
    without padding. The loss is the mean negative log-likelihood over the learned tokens of all ranks.
 3. AdamW with warm-up and cosine decay. Checkpoints are saved regularly; the same command continues from the newest.
@@ -78,11 +79,11 @@ from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_sum, print0, start
 from runtime.rows import read_rows, refuse_held_out
 from runtime.runs import Run
-from weights import resolve
+from weights import load_config, resolve
 
 
-def read_examples(args: Args, chat: Chat, templates: Templates) -> list[packing.Masked]:
-    """(ids, loss_mask) of each row: token ids, and which of them are learned."""
+def read_examples(args: Args, chat: Chat, templates: Templates, max_length: int) -> list[packing.Masked]:
+    """(ids, loss_mask) of each row of at most max_length tokens: token ids, and which of them are learned."""
     examples: list[packing.Masked] = []
     if read_rows(args.data, "object")[0].get("messages") is None:  # null: a table that holds conversations too
         for row in read_rows(args.data, "pair"):
@@ -93,15 +94,14 @@ def read_examples(args: Args, chat: Chat, templates: Templates) -> list[packing.
         for line, row in enumerate(read_rows(args.data, "messages"), 1):
             if row["messages"][0]["role"] == "assistant":
                 raise ValueError(f"{args.data}:{line}: messages[0]: expected a message of the user (or the system's)")
-            ids, loss_mask = conversation(chat, row["messages"])
-            if args.from_scratch:  # pretraining learns from the questions too
-                loss_mask = [False] + [True] * (len(ids) - 1)
-            examples.append((ids, loss_mask))
+            examples.append(conversation(chat, row["messages"]))
         n_rows = len(examples)
         examples = [(ids, loss_mask) for ids, loss_mask in examples if any(loss_mask)]
         if len(examples) < n_rows:
             print0(f"{n_rows - len(examples)} rows of {args.data} are left out: no turn of the assistant")
-    return packing.within_length(examples, size, args.max_length, args.data, args.batch_size)
+    if args.from_scratch:  # pretraining learns from the questions too
+        examples = [(ids, [False] + [True] * (len(ids) - 1)) for ids, _ in examples]
+    return packing.within_length(examples, size, max_length, args.data, args.batch_size)
 
 
 def conversation(chat: Chat, messages: list[dict]) -> packing.Masked:
@@ -163,8 +163,9 @@ def main(args: Args) -> None:
     tokenizer_from = resolve(args.from_scratch or args.model)
     chat = Chat(tokenizer_from)
     templates = load_templates(tokenizer_from, answer_template=args.answer_template)
-    examples = read_examples(args, chat, templates)
     refuse_held_out(args.data)
+    config = scratch_config(args, chat) if args.from_scratch else load_config(tokenizer_from)
+    examples = read_examples(args, chat, templates, min(args.max_length, config.max_position_embeddings))
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
     inputs = {
         "--data": input_digest(args.data),

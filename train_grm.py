@@ -86,6 +86,7 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import dataclasses
+import glob
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -114,7 +115,7 @@ from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_gather, all_sum, print0, start
 from runtime.rows import read_rows, refuse_held_out, write_rows, write_text
 from runtime.runs import Run
-from weights import resolve
+from weights import load_config, resolve
 
 
 class Settings(Args):
@@ -141,8 +142,10 @@ def with_defaults(args: Args) -> Settings:
 Example = tuple[Sequence[int], Sequence[int]]
 
 
-def read_examples(args: Settings, path: str, chat: Chat, templates: Templates, batch_size: int = 1) -> list[Example]:
-    """Examples of a file that are within --max-length. ValueError: fewer than batch_size."""
+def read_examples(
+    args: Settings, path: str, chat: Chat, templates: Templates, max_length: int, batch_size: int = 1
+) -> list[Example]:
+    """Examples of a file that have at most max_length tokens. ValueError: fewer than batch_size."""
     examples: list[Example] = []
     if args.objective == "grm":
         for row in read_rows(path, "judgement"):
@@ -156,7 +159,7 @@ def read_examples(args: Settings, path: str, chat: Chat, templates: Templates, b
             chosen = bt_ids(chat, templates, row, row["chosen"])
             rejected = bt_ids(chat, templates, row, row["rejected"])
             examples.append((chosen, rejected))
-    return packing.within_length(examples, lambda e: max(len(e[0]), len(e[1])), args.max_length, path, batch_size)
+    return packing.within_length(examples, lambda e: max(len(e[0]), len(e[1])), max_length, path, batch_size)
 
 
 def size(objective: str, example: Example) -> int:
@@ -268,9 +271,10 @@ def main(cli_args: Args) -> None:
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
     templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
     template_texts = templates.texts("answer" if is_bt else "grm")
-    examples = read_examples(args, args.data, chat, templates, args.batch_size)
     refuse_held_out(args.data)
-    held_out = read_examples(args, args.eval_data, chat, templates) if args.eval_data else []
+    max_length = min(args.max_length, load_config(tokenizer_from).max_position_embeddings)
+    examples = read_examples(args, args.data, chat, templates, max_length, args.batch_size)
+    held_out = read_examples(args, args.eval_data, chat, templates, max_length) if args.eval_data else []
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
     inputs = {
         "--data": input_digest(args.data),
@@ -283,6 +287,9 @@ def main(cli_args: Args) -> None:
     model = training.open_model(args.model, args, args.seed, ranks, scalar_head=is_bt)
     optimizer = training.adamw(model, args.lr, args.weight_decay)
     run.resume({"model": model}, {"model": optimizer}, tokenizer_from, template_texts)
+    if run.first_step < last_step and ranks.rank == 0:
+        for file in glob.glob(f"{glob.escape(args.out)}/held_out.json*"):  # of an earlier last step
+            os.remove(file)
 
     for step in run.steps():
         with run.phase("update"):

@@ -339,7 +339,10 @@ def is_outputs(value: Any) -> bool:
 
 
 def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
-    """AlpacaEval's instructions in order, each with a drawn persona. ValueError: no personas, or several files."""
+    """AlpacaEval's instructions in order, each with a drawn persona, of those that are held out from training.
+
+    ValueError: no such personas, or several files.
+    """
     baseline = [path for path in paths if os.path.basename(path) == ALPACA_BASELINE] or paths
     if len(baseline) > 1:
         names = ", ".join(sorted(baseline)[:5])
@@ -351,8 +354,11 @@ def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
             "(such as PersonalAILab/PersonaFeedback)"
         )
     pool = find_personas(sort_files(list_files(args.personas)[1]))
+    pool = {user_id: persona for user_id, persona in pool.items() if in_held_out_share(persona, args.eval_share)}
     if not pool:
-        raise ValueError(f"--personas {args.personas}: no personas there")
+        raise ValueError(
+            f"--personas {args.personas}: no personas there that --eval-share {args.eval_share:g} holds out"
+        )
     user_ids = sorted(pool)
     outputs = parse_json(read_text(path), path)
     refuse_surrogates(outputs, path)
@@ -366,7 +372,7 @@ def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
             source=os.path.basename(path),
             dataset=row.get("dataset") or "",
             user_id=user_id,
-            assigned=f"at random, seed {args.seed}, of {len(pool)} personas in {args.personas}",
+            assigned=f"at random, seed {args.seed}, of {len(pool)} held-out personas in {args.personas}",
         )
 
 
@@ -587,7 +593,7 @@ def personafeedback(files: dict, root: str, args: Args, dropped: Counter) -> dic
     for path in files.get("baseline", []):
         winrate += winrate_rows(path, os.path.relpath(path, root), dropped)
     pairs = distinct(pairs, ("prompt_id", "chosen", "rejected"), dropped, "repeated pairs")
-    prompts += [{field: pair[field] for field in ("prompt_id", "persona", "question", "source")} for pair in pairs]
+    prompts += [prompt_row(pair["persona"], pair["question"], pair["source"]) for pair in pairs]
     prompts = distinct(prompts, ("prompt_id",), dropped, "repeated prompts")
     if not prompts and not winrate:
         n_files = sum(map(len, files.values()))

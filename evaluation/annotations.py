@@ -114,9 +114,10 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
     """
     verdicts = verdicts_of(annotations)
     persons = persons_of(annotations)
-    model_lengths = np.array([len(row["output_2"]) for row in annotations])
-    baseline_lengths = np.array([len(row["output_1"]) for row in annotations])
-    lengths = (model_lengths, baseline_lengths)
+    lengths = []  # of the model's answers and of the baseline's
+    for side, field in zip(SIDES, ("output_2", "output_1")):
+        of_rows = [np.nan if side in row.get("missing", ()) else len(row[field]) for row in annotations]
+        lengths.append(np.array(of_rows, dtype=np.float64))
     model = annotations[0]["generator_2"]
     baseline = annotations[0]["generator_1"]
     is_baseline = model == baseline and all(row["output_1"] == row["output_2"] for row in annotations)
@@ -129,10 +130,7 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
                 row["glm_preference"] = float(prediction)
         low, high = winrate.bootstrap_length_controlled(verdicts, *lengths, result, seed, gamed, persons, draws)
         controlled[variant] = result | dict(low=low, high=high)
-    characters = {  # an answer that is missing is no answer of length 0
-        side: mean_and_error(n for n, row in zip(of_side, annotations) if side not in row.get("missing", ()))["mean"]
-        for side, of_side in zip(SIDES, lengths)
-    }
+    characters = {side: mean_and_error(n[~np.isnan(n)])["mean"] for side, n in zip(SIDES, lengths)}
     groups = {}
     for label, rows in rows_by_group([row.get("group") for row in annotations]).items():
         groups[label] = win_rate(verdicts[rows], seed, persons and [persons[i] for i in rows])
@@ -226,7 +224,8 @@ def paired(first: list[dict], second: list[dict], seed: int, paths: tuple[str, s
     a, b = matched(first, second, ("instruction",), paths)
     if not a:
         return None
-    if any(x["output_1"] != y["output_1"] for x, y in zip(a, b)):
+    both = [(x, y) for x, y in zip(a, b) if "baseline" not in [*x.get("missing", ()), *y.get("missing", ())]]
+    if any(x["output_1"] != y["output_1"] for x, y in both):
         raise ValueError(
             f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different answers of a "
             "baseline: a paired test would mean nothing"

@@ -32,7 +32,7 @@ ALPACA_ROWS = 805
 VARIANTS = ("minimal", "v1")
 DRAWS_AT_ONCE = 500  # bounds the memory of a bootstrap
 
-Lengths = Sequence[int] | np.ndarray  # characters, [n]
+Lengths = Sequence[int] | np.ndarray  # characters, [n]; NaN for a missing answer, whose row has no verdict
 
 
 def verdicts_from_preferences(preferences: Sequence[float | None]) -> np.ndarray:
@@ -81,14 +81,15 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 def length_feature(model_lengths: Lengths, baseline_lengths: Lengths) -> np.ndarray | None:
     """tanh of the baseline's length minus the model's (characters), divided by its standard deviation: fp64 [n].
 
-    The deviation is over all rows, including those without a verdict. The difference is not centred. Returns None where
-    every difference is 0, because there is nothing to control for.
+    The deviation is over all rows with both answers, including those without a verdict. The difference is not centred.
+    Returns None where every difference is 0, because there is nothing to control for.
     """
     difference = np.asarray(baseline_lengths, dtype=np.float64) - np.asarray(model_lengths, dtype=np.float64)
-    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    known = difference[~np.isnan(difference)]
+    deviation = known.std(ddof=1) if len(known) > 1 else 0.0
     if deviation == 0:
         # a constant difference is infinitely many deviations, and the tanh of that is its sign
-        return np.sign(difference) if difference.any() else None
+        return np.sign(difference) if known.any() else None
     return np.tanh(difference / deviation)
 
 
@@ -295,7 +296,7 @@ def length_controlled(
     free = _fit_unpenalized(train)
     unpenalized = None if free is None else 100 * float(sigmoid(test @ free).mean())
     difference = np.asarray(baseline_lengths) - np.asarray(model_lengths)
-    constant = bool((difference == difference[0]).all())
+    constant = len(np.unique(difference[~np.isnan(difference)])) == 1
     judged = verdicts[~np.isnan(verdicts)]
     one_class = judged[0] in (0, 1) and bool((judged == judged[0]).all())
     result |= dict(
@@ -413,20 +414,20 @@ def bootstrap_length_controlled(
     groups: Sequence | None = None,
     draws: int = 1000,
 ) -> tuple[float | None, float | None]:
-    """95 % interval (low, high) of a length-controlled win rate. (None, None) where there is no fit, one class, or
-    classes that are separated.
+    """95 % interval (low, high) of a length-controlled win rate. (None, None) where there is no fit, one class, classes
+    that are separated, or one group.
 
     Rows or groups are drawn again, lengths standardized again, and the model fitted again, at the C of `result`.
     Cross-validation would not work here: over rows that were drawn twice it would test on its training rows.
     """
     judged = verdicts[~np.isnan(verdicts)]
-    if result["penalty"] is None or result["separated"] or not judged.any() or (judged == 1).all():
+    clusters = _clusters(groups, len(verdicts))
+    if result["penalty"] is None or result["separated"] or not judged.any() or (judged == 1).all() or len(clusters) < 2:
         return None, None
     if result["variant"] != "v1":
         gamed = None
     model_lengths = np.asarray(model_lengths)
     baseline_lengths = np.asarray(baseline_lengths)
-    clusters = _clusters(groups, len(verdicts))
     rng = np.random.default_rng(seed)
     rates = []
     for _ in range(draws):
@@ -453,7 +454,7 @@ def paired_test(
     Returns:
         difference (mean of first - second) with its 95 % bootstrap interval low and high; p_permutation (two-sided:
         the signs of the differences are flipped at random, those of a group together); better, equal and worse, with
-        p_sign (two-sided, exact); n and left_out.
+        p_sign (two-sided, exact, of groups: a group is better whose differences add up to more than 0); n and left_out.
     """
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     left_out = int(np.isnan(difference).sum())
@@ -461,9 +462,9 @@ def paired_test(
     difference, clusters = _without_nan(difference, groups)
     better = int((difference > 0).sum())
     worse = int((difference < 0).sum())
+    sums = np.array([difference[rows].sum() for rows in clusters])
     p_permutation = None
     if clusters:
-        sums = np.array([difference[rows].sum() for rows in clusters])
         observed = abs(sums.sum())
         rng = np.random.default_rng(seed)
         n_extreme = 1  # the observed signs are one of the draws
@@ -476,7 +477,7 @@ def paired_test(
         better=better,
         worse=worse,
         equal=len(difference) - better - worse,
-        p_sign=sign_test(better, worse),
+        p_sign=sign_test(int((sums > 1e-9).sum()), int((sums < -1e-9).sum())),
         n=len(difference),
         left_out=left_out,
     )

@@ -10,8 +10,10 @@
 # JUDGE, BASELINE  GPT-4.1 and GPT-4o of api.openai.com. With the authors' file of GPT-4o's answers these are the baseline
 # DATA, OUT        rows, fetched if they are missing; evaluations and OUT/table.md
 # PAIRS, GPUS      number of pairs of each benchmark (0: all), number of ranks
-# EVALUATION_FLAGS further flags of evaluate.py. The released GRM was trained with the authors' rubric, and is asked with
-#                  ours; --grm-template FILE takes another. OUT/*/*/table.md counts judgements that don't parse
+# EVALUATION_FLAGS further flags of evaluate.py. The released models were trained with the authors' prompts, in Chinese,
+#                  and are asked with ours, which may lower their figures. --grm-template FILE is another rubric;
+#                  --answer-template FILE another prompt of the policy and of a baseline that is asked.
+#                  OUT/*/*/table.md counts judgements that don't parse
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -28,7 +30,8 @@ read -r -a flags <<< "${EVALUATION_FLAGS:-}"
 [ -f "$DATA/prompts_eval.jsonl" ] || python data/prepare.py --source PersonalAILab/PersonaFeedback --out "$DATA"
 [ -f "$DATA/rewardbench.jsonl" ] || # whole profiles would be longer than a judge's 8,192 tokens
     python data/prepare.py --source QiyaoMa/Personalized-RewardBench --profile-entries 20 --out "$DATA"
-[ -f "$DATA/personafeedback.jsonl" ] || cat "$DATA"/pairs*.jsonl > "$DATA/personafeedback.jsonl" # of all persons
+[ -f "$DATA/personafeedback.jsonl" ] || # of all persons
+    { cat "$DATA"/pairs*.jsonl > "$DATA/pairs.tmp" && mv "$DATA/pairs.tmp" "$DATA/personafeedback.jsonl"; }
 questions=$DATA/prompts_eval.jsonl
 if [ -f "$DATA/prompts_winrate.jsonl" ]; then
     questions=$DATA/prompts_winrate.jsonl

@@ -17,7 +17,8 @@ from runtime.rows import write_text
 
 NOTE = """\
 LC: length-controlled win rate; * marks an unreliable one, and BENCHMARK/table.md says why. tokens: mean length of
-answers. swap: mean score under the own persona, less that under another's. (...): 95 % interval. -: no figure."""
+answers. swap: mean score under the own persona, less that under another's. (...): 95 % interval. [288 of 300]: only so
+many rows have a verdict or an answer; running the evaluation again asks for the others. -: no figure."""
 
 
 @dataclass
@@ -34,16 +35,26 @@ def figures_of(results: dict) -> dict[str, str]:
     """The figures of one evaluation as text, by title: a results.json of any task of evaluate.py."""
     task = results["args"]["task"]
     if task == "reward-accuracy":
-        return {"accuracy, %": percent_text(results["total"], "accuracy")}
+        total = results["total"]
+        return {"accuracy, %": percent_text(total, "accuracy") + counted(total["n"], total["without_verdict"])}
     if task == "personamem":
-        return {"choice, %": percent_text(results["by choice"]["total"], "accuracy")}
+        total = results["by choice"]["total"]
+        return {"choice, %": percent_text(total, "accuracy") + counted(total["n"], total["not_answered"])}
     if task == "persona-swap":
         swap = results["difference"]["reward"]
-        return {"swap": interval_text(swap["difference"], swap["low"], swap["high"], digits=2)}
+        interval = interval_text(swap["difference"], swap["low"], swap["high"], digits=2)
+        return {"swap": interval + counted(swap["n"], swap["left_out"] + len(results["missing"]))}
     controlled = results["length_controlled"]["minimal"]
     rate = interval_text(controlled["length_controlled_winrate"], controlled["low"], controlled["high"])
     tokens = number_text(results["model"]["n_tokens"]["mean"], digits=0)
-    return {"LC, %": rate + (" *" if controlled["notes"] else ""), "tokens": tokens}
+    left_out = results["win_rate"]["left_out"]
+    mark = (" *" if controlled["notes"] else "") + counted(results["rows"] - left_out, left_out)
+    return {"LC, %": rate + mark, "tokens": tokens}
+
+
+def counted(n: int, n_missing: int) -> str:
+    """A mark of a figure that some rows lack."""
+    return f" [{n} of {n + n_missing}]" if n_missing else ""
 
 
 def main(args: Args) -> None:

@@ -15,6 +15,9 @@
 # JUDGE                 of the stages cpe and evaluate; default: the GRM that stage grm trains
 # GPUS                  ranks of a stage
 # PREPARE_FLAGS, SFT_FLAGS, GRM_FLAGS, CPE_FLAGS, EVALUATION_FLAGS   further flags
+#
+# A tenth of the persons are held out. With few of them, hold out more: --eval-share 0.3, a flag of data/annotate.py where
+# questions are written, else of PREPARE_FLAGS.
 set -euo pipefail
 usage="usage: bash recipes/own_data.sh PERSONAS QUESTIONS [flags of data/annotate.py]"
 cd "$(dirname "$0")/.."
@@ -47,14 +50,22 @@ data() {
     python data/annotate.py --out "$DATA" "$@"
     case " $* " in *" --plan "*) exit 0 ;; esac
     python report.py "$DATA"
+    if [ ! -s "$DATA/prompts_eval.jsonl" ]; then
+        echo "no person is held out, so that nothing could be evaluated; see --eval-share in this recipe's --help" >&2
+        exit 2
+    fi
+}
+grm() { # with no judgements of persons that are held out, none are judged at the end
+    local held_out=()
+    [ ! -s "$DATA/judgements_eval.jsonl" ] || held_out=(--eval-data "$DATA/judgements_eval.jsonl")
+    run train_grm.py --model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" "${held_out[@]}" "${grm[@]}"
 }
 
 for stage in "${stages[@]}"; do
     case $stage in
         data) data "$@" ;;
         sft) run sft.py --model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" "${sft[@]}" ;;
-        grm) [ "$JUDGE" != "$OUT/grm/model" ] || run train_grm.py --model "$MODEL" --data "$DATA/judgements.jsonl" \
-            --out "$OUT/grm" --eval-data "$DATA/judgements_eval.jsonl" "${grm[@]}" ;;
+        grm) [ "$JUDGE" != "$OUT/grm/model" ] || grm ;;
         cpe) run ppo_cpe.py --model "$OUT/sft/policy" --judge "$JUDGE" --prompts "$DATA/prompts_train.jsonl" \
             --out "$OUT/cpe" "${cpe[@]}" ;;
         evaluate) run evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --judge "$JUDGE" \

@@ -104,7 +104,7 @@ rows() { # a source is read only if DATA lacks its rows
 evaluate() { # every policy that is there, by one journal: the baseline answers each question once
     local policies=("base=$MODEL") questions=prompts_eval results=$OUT/evaluate
     for name in sft dpo ppo_bt ppo_grm cpe; do
-        [ ! -d "$OUT/$name/policy" ] || policies+=("$name=$OUT/$name/policy")
+        [ ! -f "$OUT/$name/policy/README.md" ] || policies+=("$name=$OUT/$name/policy") # the card of a finished run
     done
     for url in "${peers[@]}"; do
         policies+=("${url##*#}=$url")

@@ -4,12 +4,11 @@
 # evaluation; a chat. It shows that the pipeline works on real weights and text. Three steps don't improve a model.
 #
 #   bash recipes/real_cpu.sh CHECKPOINT [SOURCE]
-#   DATA=out/own/data bash recipes/real_cpu.sh CHECKPOINT      # rows of your own, of data/annotate.py
 #
 # CHECKPOINT: folder or hub id of a small chat model (Qwen2.5, Qwen3 or Llama format). SOURCE: PersonaFeedback's
-# files, a folder or hub id. Its questions are Chinese; use DATA with a checkpoint that only speaks English.
+# files, a folder or hub id. Its questions are Chinese; for rows of your own there is recipes/own_data.sh.
 # The GRM: PersonaFeedback has no judgements, so the GRM is trained on those of the generated world. It learns the form
-# of a judgement, and little about the answers that it then scores. With DATA it is trained on DATA/judgements.jsonl.
+# of a judgement, and little about the answers that it then scores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -17,15 +16,13 @@ source recipes/environment.sh
 CHECKPOINT=${1:?usage: bash recipes/real_cpu.sh CHECKPOINT [SOURCE]}
 SOURCE=${2:-PersonalAILab/PersonaFeedback}
 OUT=${OUT:-out/real_cpu}
+DATA=$OUT/data
 DTYPE=${DTYPE:-fp32}
 small=(--tokens-per-microbatch 4096 --max-length 2048 --dtype "$DTYPE")
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 
 stage "data"
-if [ -z "${DATA:-}" ]; then
-    DATA=$OUT/data
-    python data/prepare.py --source "$SOURCE" --out "$DATA"
-fi
+python data/prepare.py --source "$SOURCE" --out "$DATA"
 [ -f "$OUT/world/judgements_eval.jsonl" ] || python data/persona_world.py --out "$OUT/world" --base-rows 1000 \
     --train-prompts 10 --pairs 10 --judgements 1000
 
@@ -33,12 +30,10 @@ stage "SFT: the chosen answers"
 python sft.py --model "$CHECKPOINT" --data "$DATA/pairs.jsonl" --out "$OUT/sft" "${small[@]}" --batch-size 4 \
     --max-steps 4
 
-judgements=$OUT/world
-[ ! -s "$DATA/judgements_eval.jsonl" ] || judgements=$DATA
-stage "GRM: $judgements/judgements.jsonl"  # the world's short template: training teaches the form
-python train_grm.py --model "$CHECKPOINT" --data "$judgements/judgements.jsonl" --out "$OUT/grm" "${small[@]}" \
+stage "GRM: the world's judgements, with its short template"
+python train_grm.py --model "$CHECKPOINT" --data "$OUT/world/judgements.jsonl" --out "$OUT/grm" "${small[@]}" \
     --grm-template "$OUT/world/tokenizer/templates/grm.txt" --batch-size 8 --epochs 1 --max-steps 40 --lr 2e-4 \
-    --eval-data "$judgements/judgements_eval.jsonl" --eval-judgements 24 --eval-max-new-tokens 128
+    --eval-data "$OUT/world/judgements_eval.jsonl" --eval-judgements 24 --eval-max-new-tokens 128
 python - "$OUT/grm/held_out.json" <<'PYTHON'
 import json, sys
 parsed = json.load(open(sys.argv[1]))["parsed"]

@@ -360,10 +360,8 @@ class Saving:
 
 def _written_by(rank: int, tmp: str) -> list[str]:
     """Files that this rank wrote: its own shards, and on rank 0 everything else."""
-    files = [file for file in _files(tmp) if file.startswith(f"train_state/rank{rank:05d}_")]
-    if rank == 0:
-        files += [file for file in _files(tmp) if not file.startswith("train_state/rank")]
-    return files
+    own = f"train_state/rank{rank:05d}_"
+    return [f for f in _files(tmp) if f.startswith(own) or (rank == 0 and not f.startswith("train_state/rank"))]
 
 
 def _link_newest(out, names):
@@ -391,9 +389,9 @@ def load(
 ) -> int:
     """Fills models and optimizers from the newest intact checkpoint. Returns its step (0: there is none).
 
-    A damaged checkpoint is named and set aside. Lines of metrics.jsonl and bad steps after the loaded step are dropped,
-    since those steps run again. The links to the models are made again, since a run may have been killed between
-    writing a checkpoint and its links. ValueError: all checkpoints are damaged.
+    A damaged checkpoint is named and set aside. What the folder has of later steps (metrics, rollouts, lost answers,
+    bad steps) is dropped, since they run again. The links to the models are made again, since a run may have been
+    killed between writing a checkpoint and its links. ValueError: all checkpoints are damaged.
     """
     started = time.monotonic()
     damaged: dict[str, list[str]] = {}
@@ -429,8 +427,10 @@ def load(
         if lines and step == 0:
             print(f"{out} has no checkpoint yet, so its {len(lines)} steps are run again", flush=True)
         write_rows(metrics, [row for _, row in lines if row["step"] <= step])
-        for file in glob.glob(f"{glob.escape(out)}/bad_steps/step_*.jsonl"):
-            if os.path.basename(file)[:11] > f"step_{step:06d}":
-                os.remove(file)
+    if ranks.rank == 0:
+        for kind in ("rollouts", "lost", "tokens", "held_out", "bad_steps"):
+            for file in glob.glob(f"{glob.escape(out)}/{kind}/step_*.jsonl"):
+                if os.path.basename(file)[:11] > f"step_{step:06d}":
+                    os.remove(file)
     barrier(ranks)
     return step

@@ -1,5 +1,6 @@
 """Digests of what a run reads, by which a continued run notices that its inputs have changed."""
 
+import functools
 import glob
 import hashlib
 import json
@@ -48,6 +49,7 @@ def is_whole(content: dict[str, Any]) -> bool:
     return content.get("digest") == digest_of(rest)
 
 
+@functools.cache  # of what runs, not of what is edited meanwhile
 def git_hash() -> str:
     """The commit of this code, with + where files differ from it; "unknown" outside a repository."""
     here = os.path.dirname(os.path.abspath(__file__))

@@ -37,15 +37,16 @@ def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> list[in
 def within_length(
     examples: list[E], longest: Callable[[E], int], max_length: int, path: str, batch_size: int = 1
 ) -> list[E]:
-    """Examples of at most --max-length tokens; prints how many are left out. ValueError: too few are left.
+    """Examples of at most max_length tokens; prints how many are left out. ValueError: too few are left.
 
-    longest: tokens of an example's longest sequence.
+    longest: tokens of an example's longest sequence. max_length: the lower of --max-length and the model's positions.
     """
     kept = [example for example in examples if longest(example) <= max_length]
     n_left_out = len(examples) - len(kept)
-    print0(f"{len(kept)} rows from {path}; {n_left_out} left out (over --max-length {max_length} tokens)")
+    limit = f"{max_length} tokens, the lower of --max-length and the model's positions"
+    print0(f"{len(kept)} rows from {path}; {n_left_out} left out (over {limit})")
     if not kept:
-        raise ValueError(f"{path}: no row is within --max-length {max_length} tokens")
+        raise ValueError(f"{path}: no row is within {limit}")
     if len(kept) < batch_size:
         raise ValueError(f"{path}: {len(kept)} usable rows, fewer than --batch-size {batch_size}")
     return kept

@@ -317,7 +317,7 @@ def logged_rows(path: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def step_files(folder: str, kind: str) -> list[tuple[int, str]]:
-    """(step, file) of each FOLDER/KIND/step_NNNNNN.jsonl (`runs.write_step`), by step."""
+    """(step, file) of each FOLDER/KIND/step_NNNNNN.jsonl (`Run.write_rows`), by step."""
     files = []
     for name in sorted(glob.glob(os.path.join(glob.escape(folder), kind, "step_*.jsonl"))):
         if match := re.search(r"step_(\d+)\.jsonl$", name):

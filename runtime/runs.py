@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import inspect
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import IO, Any
 
 import torch
@@ -22,7 +23,7 @@ from model import Transformer
 from runtime import checkpoints, model_card, trackers
 from runtime.digests import git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
-from runtime.flags import RuntimeArgs, flag, may_change, record
+from runtime.flags import RuntimeArgs, flag, may_change, non_default, record
 from runtime.rows import append_line, write_rows, write_text
 from runtime.signals import end_if_stopped, should_stop, stop_on_signal
 from runtime.watch import set_phase
@@ -62,6 +63,7 @@ class Run:
             model_card.check_hub(args.push_to_hub)
         file = os.path.join(out, "args.json")
         flags_of_run = json.loads(json.dumps(dataclasses.asdict(args)))
+        script = os.path.basename(inspect.getfile(type(args)))  # a copy of a script is another one
         _check_same_on_ranks(flags_of_run, inputs, ranks)
         continued = os.path.isfile(file)
         if not continued and checkpoints.finished(out):
@@ -70,13 +72,17 @@ class Run:
                 "choose another --out or remove it"
             )
         if continued:
-            _check_unchanged(out, _read_args(file), flags_of_run, inputs, may_change(type(args)))
+            before = _read_args(file)
+            if before.get("script", script) != script:
+                raise ValueError(f"{out} holds a run of {before['script']}, not of {script}; {ELSEWHERE}")
+            fixed = flags_of_run.keys() - may_change(type(args)) - {"out"}
+            _check_unchanged(out, before, flags_of_run, fixed, non_default(args), inputs)
         if ranks.rank == 0:
             os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
             _lock(out)
             if continued:
                 _remove_unfinished(out)
-            content = record(args) | {"inputs": inputs, "git": git_hash()}
+            content = record(args) | {"inputs": inputs, "git": git_hash(), "script": script}
             write_text(file, json.dumps(content, indent=2))
             trackers.open_trackers(out, args)
         barrier(ranks)
@@ -97,8 +103,8 @@ class Run:
         self.templates = templates
         self.first_step = checkpoints.load(self.out, models, optimizers, self.ranks, self.args.offload)
         self.step = self.first_step
-        if self.first_step == self.last_step:
-            print0(f"{self.out} is finished already, with {self.last_step} steps")
+        if self.first_step >= self.last_step:
+            print0(f"{self.out} is finished already, with {self.first_step} steps")
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a bar on a terminal. SystemExit: stopped by a signal, after a checkpoint."""
@@ -229,24 +235,28 @@ def count_bad_steps(out: str, step: int) -> int:
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-def _check_unchanged(out: str, before: dict, now: dict, inputs: dict[str, str], free: set[str]) -> None:
-    """ValueError: the run in the folder has other flags or inputs. free: flags that a continuation may change."""
-    elsewhere = "choose another --out or remove it"
-    gone = sorted(set(before) - set(now) - {"non_default", "inputs", "git"})
-    if gone:
-        names = ", ".join(map(flag, gone))
-        raise ValueError(
-            f"{out} holds a run of another version, with flags that this one does not have ({names}); {elsewhere}"
-        )
-    changed = [name for name in now if name not in free | {"out"} and name in before and before[name] != now[name]]
+ELSEWHERE = "choose another --out or remove it"
+
+
+def _check_unchanged(
+    out: str, before: dict, now: dict, fixed: Set[str], changed_from_default: list[str], inputs: dict[str, str]
+) -> None:
+    """ValueError: the run in the folder has other flags or inputs. fixed: flags that a continuation may not change."""
+    gone = sorted(set(before) - set(now) - {"non_default", "inputs", "git", "script"})
+    new = [name for name in changed_from_default if name in fixed and name not in before]
+    if gone or new:
+        names = ", ".join(map(flag, gone or new))
+        which = "flags that this one does not have" if gone else "no such flags"
+        raise ValueError(f"{out} holds a run of another version, with {which} ({names}); {ELSEWHERE}")
+    changed = [name for name in now if name in fixed and name in before and before[name] != now[name]]
     if changed:
         was = ", ".join(f"{flag(name)} {before[name]} -> {now[name]}" for name in changed)
-        raise ValueError(f"{out} holds a run with other flags ({was}); {elsewhere}")
+        raise ValueError(f"{out} holds a run with other flags ({was}); {ELSEWHERE}")
     known = before.get("inputs", {})
     changed = [name for name, digest in inputs.items() if known.get(name, digest) != digest]
     if changed:
         raise ValueError(
-            f"{out} holds a run on other inputs: what {', '.join(changed)} names has changed since; {elsewhere}"
+            f"{out} holds a run on other inputs: what {', '.join(changed)} names has changed since; {ELSEWHERE}"
         )
 
 
@@ -275,7 +285,7 @@ def _check_same_on_ranks(flags_of_run: dict, inputs: dict[str, str], ranks: Rank
             raise ValueError(f"rank {rank} differs from rank 0: {', '.join(different)}; start all ranks alike")
 
 
-UNFINISHED = re.compile(r"(args|reference)\.json\.tmp|[^/]+/step_\d{6,}(\.jsonl)?\.tmp")
+UNFINISHED = re.compile(r"(args\.json|reference\.json|metrics\.jsonl|[^/]+/step_\d{6,}\w*(\.jsonl)?)\.tmp")
 
 
 def _remove_unfinished(out: str) -> None:

@@ -16,6 +16,7 @@ import evaluate
 from data import persona_world
 from evaluation import annotations, tables
 from evaluation.accuracy import accuracy, accuracy_by_tier, longer_wins
+from recipes import benchmark_table
 
 # -- numbers ---------------------------------------------------------------------------------------
 
@@ -328,3 +329,12 @@ def test_persona_swap(world, tmp_path, capsys):
     assert results["difference"]["reward"]["difference"] == pytest.approx(np.mean(gaps)) and np.mean(gaps) > 0
     assert "| reward |" in capsys.readouterr().out
     assert "needs a judge that scores" in error_of(evaluate, capsys, *flags[:-3], "pair:x", "--out", tmp_path / "no")
+
+    (tmp_path / "judge.py").write_text("def judge(row, answer):\n    return None\n")  # no verdict at all
+    judged = [*flags[:-3], f"{tmp_path}/judge.py:judge", "--out", tmp_path / "none"]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in judged]))
+    nothing = json.loads((tmp_path / "none/results.json").read_text())
+    assert nothing["difference"]["reward"]["difference"] is None
+    n = len(verdicts)
+    assert benchmark_table.figures_of(nothing) == {"swap": f"- [0 of {n}]"}
+    assert "[" not in benchmark_table.figures_of(results)["swap"]

@@ -474,6 +474,8 @@ def test_chat_with_a_person(tiny, monkeypatch, capsys):
     assert "--persona mia.json: no such file" in message
     assert "--persona" in error_of(generate, capsys, "--model", tiny / "checkpoint", "--persona", '{"name": ')
     assert generate.read_persona("Mia, a vegan") == "Mia, a vegan"
+    (tiny / "persona.txt").write_text("Mia, a vegan")
+    assert generate.read_persona(str(tiny / "persona.txt")) == "Mia, a vegan"
 
 
 def test_a_terminal_obeys_no_text_of_a_model(capsys):

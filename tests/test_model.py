@@ -155,7 +155,8 @@ def test_config_reads_both_generations_of_rope_fields():
         model_type="qwen2", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     assert Config.from_dict({**raw, "rope_theta": 1e6}).rope_theta == 1e6
-    assert Config.from_dict({**raw, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5
+    rope = {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 1.0}  # as transformers 5 saves it
+    assert Config.from_dict({**raw, "rope_parameters": rope}).rope_theta == 5e5
 
 
 # -- what other tools make of a saved folder ---------------------------------------------------------------------------

@@ -222,7 +222,8 @@ def test_rows_of_an_earlier_source_do_not_stay_beside_new_ones(tmp_path):
 
 
 def test_questions_of_one_person_are_known_as_such(tmp_path):
-    """evaluate.py draws them together, so prompts have the person's id, given or by the persona."""
+    """evaluate.py draws them together, so prompts have the person's id, given or by the persona; of pairs, too."""
+    assert all(row["user_id"] for row in run(flat(tmp_path / "in"), tmp_path / "pairs")["prompts_train"])
     asked = [dict(persona={"name": name}, question=f"Q{i}?") for name in ("Kim", "Ada") for i in range(3)]
     write_lines(tmp_path / "q.jsonl", asked)
     rows = run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)["prompts_train"]
@@ -275,13 +276,16 @@ def test_alpaca_eval_with_personas(tmp_path):
     with pytest.raises(ValueError, match="give --personas"):
         run(str(tmp_path / "in"), tmp_path / "out")
     flat(tmp_path / "pool")
-    settings = dict(personas=str(tmp_path / "pool"))
+    settings = dict(personas=str(tmp_path / "pool"), eval_share=0.6)
     rows = run(str(tmp_path / "in"), tmp_path / "out", **settings)["alpaca_eval"]
     assert [row["question"] for row in rows] == [o["instruction"] for o in outputs]  # difficulties go by place
     assert [row["reference"] for row in rows] == [o["output"] for o in outputs]
     assert all(row["persona"] == PERSONAS[row["user_id"]] for row in rows)
-    assert "seed 0, of 20 personas" in rows[0]["assigned"]
-    assert len({row["user_id"] for row in rows}) > 5
+    held_out = {user for user, persona in PERSONAS.items() if prepare.in_held_out_share(persona, 0.6)}
+    assert 5 < len(held_out) < 20 and f"seed 0, of {len(held_out)} held-out personas" in rows[0]["assigned"]
+    assert len({row["user_id"] for row in rows}) > 5 and {row["user_id"] for row in rows} <= held_out
+    with pytest.raises(ValueError, match="no personas there that --eval-share 0 holds out"):
+        run(str(tmp_path / "in"), tmp_path / "no", **settings | dict(eval_share=0.0))
     assert run(str(tmp_path / "in"), tmp_path / "same", **settings)["alpaca_eval"] == rows
     assert run(str(tmp_path / "in"), tmp_path / "other", seed=1, **settings)["alpaca_eval"] != rows
     file.rename(tmp_path / "in/b.json")

@@ -58,6 +58,10 @@ def calls_of(stubs):
     def calls(name, *arguments, **environment):
         log = stubs / "calls"
         log.write_text("")
+        if name in ("own_data.sh", "qwen.sh"):  # as if data/annotate.py had written rows of held-out persons
+            for folder in ("out/own/data", "out/data", f"{environment.get('OUT')}/data", environment.get("DATA")):
+                if folder:
+                    write(stubs / folder / "prompts_eval.jsonl", [{}])
         environment = os.environ | environment | {"CALLS": str(log)}
         command = ["bash", str(stubs / "recipes" / name), *arguments]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -140,6 +144,21 @@ def test_the_recipe_of_own_data(calls_of):
     assert scripts(calls) == ["annotate.py"] and "--personas" in calls[0]
     calls = calls_of("own_data.sh", "people.csv", "asked.csv", JUDGE="http://host", STAGES="sft grm cpe")
     assert scripts(calls) == ["sft.py", "ppo_cpe.py"] and calls[1][calls[1].index("--judge") + 1] == "http://host"
+
+
+def test_own_data_without_held_out_persons(calls_of, stubs):
+    """Said before any training; without judgements of theirs, the GRM is trained and not tested."""
+    write(stubs / "out/own/data/judgements_eval.jsonl", [{}])
+    (held_out,) = calls_of("own_data.sh", "people.csv", "asked.csv", STAGES="grm")
+    assert held_out[held_out.index("--eval-data") + 1] == "out/own/data/judgements_eval.jsonl"
+    (stubs / "out/own/data/judgements_eval.jsonl").write_text("")
+    (none,) = calls_of("own_data.sh", "people.csv", "asked.csv", STAGES="grm")
+    assert "--eval-data" not in none
+    (stubs / "out/own/data/prompts_eval.jsonl").unlink()
+    command = ["bash", str(stubs / "recipes/own_data.sh"), "people.csv", "asked.csv"]
+    environment = os.environ | {"CALLS": str(stubs / "calls")}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2 and "no person is held out" in ran.stderr
 
 
 BASELINES = ["train_grm.py", "dpo.py", "ppo_cpe.py"]  # BT, DPO, PPO (BT)
@@ -303,6 +322,9 @@ def test_the_recipe_of_qwen_to_its_table(stubs, tiny, chat_server):
     commands, outputs = run_recipe(stubs, "qwen.sh", "0.5b", **environment | dict(STAGES="sft cpe evaluate"))
     assert not chat_server.requests and not any(re.search("[1-9][0-9]* to make", output) for output in outputs)
     assert (results / "table.md").read_text() == table
+    (stubs / "out/qwen0.5b/dpo/policy/README.md").unlink()  # a run that was stopped: its policy is half trained
+    commands, _ = run_recipe(stubs, "qwen.sh", "0.5b", **environment | dict(STAGES="evaluate"))
+    assert "out/qwen0.5b/sft/policy" in str(commands) and "out/qwen0.5b/dpo/policy" not in str(commands)
 
 
 def test_the_audit_fetches_rows_and_evaluates_each_weight(calls_of, stubs):
@@ -363,17 +385,6 @@ def test_the_audit_to_its_table(stubs, tiny, chat_server):
 def test_the_recipe_of_qwen_knows_three_sizes(calls_of):
     with pytest.raises(AssertionError, match=r"usage: bash recipes/qwen.sh 0.5b\|7b\|14b"):
         calls_of("qwen.sh", "3b")
-
-
-def test_the_recipe_for_a_cpu_takes_rows_of_ones_own(calls_of, tmp_path):
-    """Its GRM is trained on their judgements, if some are held out to see whether it parses, else on the world's."""
-    by_default = calls_of("real_cpu.sh", "model", OUT="o")
-    assert "o/world/judgements.jsonl" in by_default[scripts_at(by_default, "train_grm.py")]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "judgements_eval.jsonl").write_text("{}\n")
-    own = calls_of("real_cpu.sh", "model", OUT="o", DATA="mine")
-    assert "mine/judgements.jsonl" in own[scripts_at(own, "train_grm.py")]
-    assert "mine/pairs.jsonl" in own[scripts_at(own, "sft.py")]
 
 
 def scripts_at(calls, script):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 from conftest import error_of
@@ -359,7 +360,7 @@ def test_a_table_leaves_no_traces_in_input_of_generate_and_conversations(tiny, t
     assert generate.read_persona(json.dumps(table["persona"])) == {"name": "Kim"}
     pairs = [ROWS["pair"] | {"messages": None}, other("pair")]
     args = sft.Args(data=write(tmp_path, *pairs), batch_size=2)
-    assert len(sft.read_examples(args, chat, templates)) == 2
+    assert len(sft.read_examples(args, chat, templates, 8192)) == 2
     turns = [message | {"name": None} for message in ROWS["messages"]["messages"]]
     assert read_rows(write(tmp_path, {"messages": turns, "chosen": None}), "messages") == [ROWS["messages"]]
 
@@ -421,7 +422,7 @@ def test_what_sft_learns_of_pairs_and_conversations(tiny):
     chat = Chat(str(tiny / "checkpoint"))
     templates = load_templates(None, answer_template=str(tiny / "answer.txt"))
     pairs = str(tiny / "pairs.jsonl")
-    examples = sft.read_examples(sft.Args(data=pairs, batch_size=1), chat, templates)
+    examples = sft.read_examples(sft.Args(data=pairs, batch_size=1), chat, templates, 8192)
     for (ids, loss_mask), row in zip(examples, read_rows(pairs, "pair"), strict=True):
         x, y = answer_prompt(chat, templates, row), response_ids(chat, row["chosen"])
         assert (ids, loss_mask) == (x + y, [False] * len(x) + [True] * len(y))
@@ -430,3 +431,21 @@ def test_what_sft_learns_of_pairs_and_conversations(tiny):
     ids, loss_mask = sft.conversation(chat, [dict(role=role, content=text) for role, text in zip(roles, texts)])
     learned = [token for token, is_learned in zip(ids, loss_mask, strict=True) if is_learned]
     assert learned == response_ids(chat, "Yes.") + response_ids(chat, "No.") and "Why?" not in chat.decode(ids)
+    scratch = sft.Args(data=pairs, batch_size=1, from_scratch=str(tiny / "tokenizer"))
+    for ids, loss_mask in sft.read_examples(scratch, chat, templates, 8192):
+        assert loss_mask == [False] + [True] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("script, name", [(sft, "pairs"), (dpo, "pairs"), (train_grm, "judgements")])
+def test_no_row_is_trained_beyond_the_models_positions(tiny, tmp_path, capsys, script, name):
+    shutil.copytree(tiny / "checkpoint", tmp_path / "short")
+    config = tmp_path / "short/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 16}))
+    flags = ["--model", tmp_path / "short", "--data", tiny / f"{name}.jsonl", "--out", tmp_path / "out"]
+    assert "no row is within 16 tokens, the lower of --max-length and the model's" in error_of(script, capsys, *flags)
+
+
+def test_a_conversation_with_its_answer_is_no_input_of_generate(tiny):
+    chat, templates = Chat(str(tiny / "checkpoint")), load_templates(None)
+    with pytest.raises(ValueError, match="rows.jsonl:1: the last message is the assistant's"):
+        generate.row_prompt(ROWS["messages"], chat, templates, "rows.jsonl:1")

@@ -128,6 +128,36 @@ AS_SAID = {  # a template may be built in, or lie beside the weights: no flag ne
 }
 
 
+def test_a_fork_does_not_continue_the_run_of_its_original(here, capsys):
+    run(sft, *flags_of(sft, here))
+    file = here / "run" / "args.json"
+    kept = json.loads(file.read_text())
+    assert kept["script"] == "sft.py"
+    file.write_text(json.dumps(kept | {"script": "mine.py"}))
+    assert "holds a run of mine.py, not of sft.py" in error_of(sft, capsys, *flags_of(sft, here, "--max-steps", 2))
+    del kept["warmup_ratio"]
+    file.write_text(json.dumps(kept))  # a fork's new flag: its default may stand for what the run did, other values not
+    error = error_of(sft, capsys, *flags_of(sft, here, "--max-steps", 2, "--warmup-ratio", 0.5))
+    assert "holds a run of another version, with no such flags (--warmup-ratio)" in error
+    run(sft, *flags_of(sft, here, "--max-steps", 2))
+
+
+def test_nothing_of_steps_that_run_again_stays(here):
+    """Lost answers, bad steps: of an attempt that ended before its checkpoint, with metrics or without."""
+    flags = flags_of(sft, here)
+    run(sft, *flags)
+    folder = here / "run"
+    kinds = ("rollouts", "lost", "tokens", "held_out", "bad_steps")
+    for kind in kinds:
+        (folder / kind).mkdir(exist_ok=True)
+        for step in (1, 2):
+            (folder / kind / f"step_00000{step}.jsonl").write_text("{}\n")
+    (folder / "metrics.jsonl").unlink()
+    run(sft, *flags, "--max-steps", 2)
+    for kind in kinds:
+        assert os.listdir(folder / kind) == ["step_000001.jsonl"]
+
+
 @pytest.mark.parametrize("module", INPUTS, ids=lambda module: module.__name__)
 def test_the_same_command_on_changed_inputs(module, here, capsys):
     flags = flags_of(module, here)
@@ -275,6 +305,11 @@ def test_reference_logprobs_that_were_changed_are_not_trained_on(here, capsys, c
     file.unlink()
     run(dpo, *flags_of(dpo, here, "--max-steps", 2))
     assert file.read_text() == whole
+    shutil.move(here / "run", here / "other")  # another model, with nothing left of the run but this file
+    (here / "run").mkdir()
+    file.write_text(whole)
+    other_weights(here / "checkpoint")
+    assert "or by another model than" in error_of(dpo, capsys, *flags_of(dpo, here))
 
 
 def test_reference_logprobs_are_made_again_before_sharded_weights_are_loaded(here):

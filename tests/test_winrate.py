@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold
 
 from evaluation import winrate
-from evaluation.annotations import compare
+from evaluation.annotations import compare, paired
 from evaluation.tables import comparison_markdown
 
 
@@ -357,6 +357,23 @@ def test_length_controlled_interval():
     assert (high - low) == pytest.approx(plain_high - plain_low, rel=0.33)
     nothing = controlled(rows[:3])
     assert winrate.bootstrap_length_controlled(verdicts(rows[:3]), *lengths(rows[:3]), nothing, 0) == (None, None)
+    one_person = winrate.bootstrap_length_controlled(verdicts(rows), *lengths(rows), result, 0, groups=[1] * 300)
+    assert one_person == (None, None)
+
+
+def test_a_missing_answer_has_no_length():
+    """It counts neither as one of 0 characters in the length control, nor in the mean length, nor as another text."""
+    rows = annotations("mixed", 100)
+    lost = [rows[i] | dict(output_2="", preference=None, missing=["model"]) for i in range(5)]
+    found = compare([*rows, *lost], 0, draws=20)
+    alone = compare(rows, 0, draws=20)
+    for name in ("length_controlled_winrate", "coefficients", "unpenalized"):
+        assert found["length_controlled"]["minimal"][name] == alone["length_controlled"]["minimal"][name]
+    assert found["characters"]["model"] == alone["characters"]["model"] and len(found["missing"]["model"]) == 5
+    unasked = [rows[0] | dict(output_1="", preference=None, missing=["baseline"]), *rows[1:]]
+    assert paired(rows, unasked, 0, ("a", "b"))["n"] == paired(rows, rows, 0, ("a", "b"))["n"] - 1
+    with pytest.raises(ValueError, match="different answers of a baseline"):
+        paired(rows, [rows[0] | dict(output_1="")], 0, ("a", "b"))
 
 
 # -- tests and agreement
@@ -409,7 +426,8 @@ def test_intervals_by_person_follow_their_rows():
     first = np.array([1.0, 0.9, 0.5, 1.0, 0.2, 0.8, 1.0, np.nan])
     second = np.array([0.0, 0.7, 0.5, 0.3, 0.4, 0.1, 0.4, 0.5])
     four = winrate.paired_test(np.repeat(first, 4), np.repeat(second, 4), 0, list(np.repeat(range(8), 4)))
-    assert four["p_permutation"] == winrate.paired_test(first, second, 0)["p_permutation"]
+    one = winrate.paired_test(first, second, 0)
+    assert (four["p_permutation"], four["p_sign"]) == (one["p_permutation"], one["p_sign"]) and four["better"] == 20
     rows = [row for row in annotations("mixed", 75) for _ in range(4)]
     fit = controlled(rows)
 
