@@ -67,7 +67,9 @@ def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict
 
 def accuracy_table(results: dict) -> str:
     """Markdown."""
-    parts = {**results["groups"], **{f"{k}, all": v for k, v in results["kinds"].items()}, "total": results["total"]}
+    groups = results["groups"]  # a kind without tiers is one of them
+    kinds = {f"{kind}, all": part for kind, part in results["kinds"].items() if kind not in groups}
+    parts = {**groups, **kinds, "total": results["total"]}
     rows = []
     for name, p in parts.items():
         rates = [number_text(p.get(k), scale=100) for k in ("mean_of_tiers", "ties_half", "longer_answer")]

@@ -315,13 +315,14 @@ def test_models_and_limits(module, tiny, tmp_path, capsys):
     folder = tmp_path / "empty"
     folder.mkdir()
     assert f"{folder}: no tokenizer.json" in error_of(module, capsys, *flags, "--model", folder)
-    here = [*flags, "--model", tiny / "checkpoint"]
+    template = "grm" if module is train_grm else "answer"  # the built-in ones are over the 512 positions
+    here = [*flags, "--model", tiny / "checkpoint", f"--{template}-template", tiny / f"{template}.txt"]
     assert "fewer than --batch-size 128" in error_of(module, capsys, *here)
 
 
 def test_held_out_rows_are_checked_before_work(tiny, tmp_path, capsys):
     flags = [*grm_flags(tiny), "--out", tmp_path / "out", "--max-length"]
-    assert "no row is within --max-length 20" in error_of(train_grm, capsys, *flags, 20)
+    assert "no row is within 20 tokens" in error_of(train_grm, capsys, *flags, 20)
     short = tmp_path / "short.jsonl"
     short.write_text((tiny / "pairs.jsonl").read_text())
     error = error_of(train_grm, capsys, *flags, 500, "--eval-data", short)
