@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from evaluation import plots, winrate
 from runtime.rows import write_text
 
@@ -31,6 +33,15 @@ def write_json(path: str, value: Any) -> None:
 
 def number_text(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
     return "-" if value is None else f"{scale * value:.{digits}f}"
+
+
+def spread(values: Iterable[float | None], digits: int = 2, factor: float = 1) -> str:
+    """Text of the mean ± standard deviation over seeds; "-" without values."""
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{round(np.mean(known), digits) + 0.0:.{digits}f}"  # no minus sign before a zero
+    return f"{text} ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else text
 
 
 def interval_text(

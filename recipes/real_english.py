@@ -33,14 +33,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import Chat
-from evaluation.plots import COLORS
-from evaluation.tables import interval_text, markdown_table
+from evaluation.plots import COLORS, save_plot
+from evaluation.tables import interval_text, markdown_table, spread
 from evaluation.winrate import mean_and_interval
 from json_files import read_json
 from model import Transformer, load_pretrained
 from prompts import Templates, answer_request, fill
 from recipes.real_english_judge import CONCERNS, SENTENCE, form_faults, judge, says, words_in
-from results.make.draw import save_figure, spread
 from runtime import flags, training
 from runtime.packing import Batch, pack
 from runtime.rows import read_rows, step_files, write_rows, write_text
@@ -442,7 +441,7 @@ def draw(of_name: dict[str, list[dict]], rates: dict[str, dict[str, float]], out
         points = [(100 * rate_of[t], 100 * np.mean([run["targets"][t] for run in of_name[name]])) for t in rate_of]
         axes[-1].plot(*zip(*points), "o", color=color, alpha=0.7)
     axes[-1].set(title="each target, other people", xlabel="said before RL, %", xscale="log")
-    save_figure(figure, out, "real_english")
+    save_plot(figure, out, "real_english")
 
 
 def main(args: Args) -> None:

@@ -254,7 +254,9 @@ def test_epochs_that_make_no_step(script, tiny, tmp_path, capsys):
     kind = {"train_grm": "judgements", "ppo_cpe": "prompts"}.get(script, "pairs")
     rows = ["--prompts" if script == "ppo_cpe" else "--data", tiny / f"{kind}.jsonl"]
     size = ["--prompts-per-step" if script == "ppo_cpe" else "--batch-size", 8]
-    flags = ["--model", tiny / "checkpoint", *rows, *size, "--out", tmp_path / "out", "--epochs", 0.2]
+    template = "grm" if script == "train_grm" else "answer"
+    short = [f"--{template}-template", tiny / f"{template}.txt"]
+    flags = ["--model", tiny / "checkpoint", *rows, *size, *short, "--out", tmp_path / "out", "--epochs", 0.2]
     error = error_of(module_of(script), capsys, *flags)  # 32 rows: four steps an epoch
     assert error == "error: --epochs 0.2: 32 rows make less than one step of 8"
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from evaluation.tables import markdown_row
+from evaluation.tables import markdown_row, spread
 from results.make.figures import Figures
 from runtime.rows import write_text
 
@@ -31,15 +31,6 @@ GREY = "#777777"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def spread(values: Iterable[float | None], digits: int = 2, factor: float = 1) -> str:
-    """Text of the mean ± standard deviation over seeds; "-" without values."""
-    known = [factor * value for value in values if value is not None]
-    if not known:
-        return "-"
-    text = f"{round(np.mean(known), digits) + 0.0:.{digits}f}"  # no minus sign before a zero
-    return f"{text} ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else text
 
 
 def percent(values: Iterable[float | None], digits: int = 1) -> str:
