@@ -107,6 +107,12 @@ def win_rate(verdicts: np.ndarray, seed: int, persons: list | None = None) -> di
     )
 
 
+def characters_of(annotations: list[dict], side: str, field: str) -> np.ndarray:
+    """The length of each answer of a side, NaN where it is missing: fp64 [n]."""
+    lengths = [np.nan if side in row.get("missing", ()) else len(row[field]) for row in annotations]
+    return np.array(lengths, dtype=np.float64)
+
+
 def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws: int = 1000) -> dict:
     """The numbers of one comparison, as results.json holds them. Adds `glm_preference` to the annotations.
 
@@ -114,10 +120,7 @@ def compare(annotations: list[dict], seed: int, gamed: dict | None = None, draws
     """
     verdicts = verdicts_of(annotations)
     persons = persons_of(annotations)
-    lengths = []  # of the model's answers and of the baseline's
-    for side, field in zip(SIDES, ("output_2", "output_1")):
-        of_rows = [np.nan if side in row.get("missing", ()) else len(row[field]) for row in annotations]
-        lengths.append(np.array(of_rows, dtype=np.float64))
+    lengths = (characters_of(annotations, "model", "output_2"), characters_of(annotations, "baseline", "output_1"))
     model = annotations[0]["generator_2"]
     baseline = annotations[0]["generator_1"]
     is_baseline = model == baseline and all(row["output_1"] == row["output_2"] for row in annotations)

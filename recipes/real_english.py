@@ -440,7 +440,7 @@ def draw(of_name: dict[str, list[dict]], rates: dict[str, dict[str, float]], out
     for name, color in zip(names, COLORS):
         points = [(100 * rate_of[t], 100 * np.mean([run["targets"][t] for run in of_name[name]])) for t in rate_of]
         axes[-1].plot(*zip(*points), "o", color=color, alpha=0.7)
-    axes[-1].set(title="each target, other people", xlabel="said before RL, %", xscale="log")
+    axes[-1].set(title="each target, held-out people", xlabel="said before RL, %", xscale="log")
     save_plot(figure, out, "real_english")
 
 
