@@ -115,7 +115,8 @@ def read_persona(text: str) -> Any:
     """
     if os.path.isfile(text):
         with open(text, encoding="utf-8-sig") as f:
-            persona = parse_json(f.read(), f"--persona {text}") if not text.endswith(".txt") else f.read()
+            content = f.read()
+        persona = content if text.endswith(".txt") else parse_json(content, f"--persona {text}")
     elif text.lstrip()[:1] in ("{", "[", '"'):
         persona = parse_json(text, "--persona")
     elif text.endswith((".json", ".jsonl", ".txt")):

@@ -136,8 +136,8 @@ def _rope_scaling(
     fields = ROPE_FIELDS[rope_type]
     for name, value in rope.items():
         is_known = name in ("type", "rope_type", "rope_theta", "original_max_position_embeddings", *fields)
-        is_known = is_known or (name, value) == ("partial_rotary_factor", 1)  # all of it
-        if not is_known and value is not None:
+        rotates_all = (name, value) == ("partial_rotary_factor", 1)
+        if not is_known and not rotates_all and value is not None:
             raise ValueError(f"{where}: rope parameter {name} = {value!r} of type {rope_type!r}: not computed")
     if not fields:
         return None

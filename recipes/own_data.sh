@@ -55,7 +55,7 @@ data() {
         exit 2
     fi
 }
-grm() { # with no judgements of persons that are held out, none are judged at the end
+train_grm() { # with no judgements of persons that are held out, none are judged at the end
     local held_out=()
     [ ! -s "$DATA/judgements_eval.jsonl" ] || held_out=(--eval-data "$DATA/judgements_eval.jsonl")
     run train_grm.py --model "$MODEL" --data "$DATA/judgements.jsonl" --out "$OUT/grm" "${held_out[@]}" "${grm[@]}"
@@ -65,7 +65,7 @@ for stage in "${stages[@]}"; do
     case $stage in
         data) data "$@" ;;
         sft) run sft.py --model "$MODEL" --data "$DATA/pairs.jsonl" --out "$OUT/sft" "${sft[@]}" ;;
-        grm) [ "$JUDGE" != "$OUT/grm/model" ] || grm ;;
+        grm) [ "$JUDGE" != "$OUT/grm/model" ] || train_grm ;;
         cpe) run ppo_cpe.py --model "$OUT/sft/policy" --judge "$JUDGE" --prompts "$DATA/prompts_train.jsonl" \
             --out "$OUT/cpe" "${cpe[@]}" ;;
         evaluate) run evaluate.py --model "$OUT/cpe/policy" --baseline "$OUT/sft/policy" --judge "$JUDGE" \

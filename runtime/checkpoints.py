@@ -33,7 +33,7 @@ from model import Transformer, gathered_weights, write_pretrained
 from runtime.digests import git_hash, is_whole, sealed
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.offload import move_moments, to_host
-from runtime.rows import check_row, json_lines, sync, write_rows, write_text
+from runtime.rows import check_row, json_lines, step_files, sync, write_rows, write_text
 from runtime.watch import set_phase
 from weights import GIB
 
@@ -419,18 +419,22 @@ def load(
         if ranks.rank == 0:
             _link_newest(out, models)
         print0(f"resumed from {newest} ({size / GIB:.2f} GiB, compared with its digests in {seconds:.1f} s)")
+    if ranks.rank == 0:
+        _drop_later_steps(out, step)
+    barrier(ranks)
+    return step
+
+
+def _drop_later_steps(out: str, step: int) -> None:
     metrics = os.path.join(out, "metrics.jsonl")
-    if ranks.rank == 0 and os.path.isfile(metrics):
+    if os.path.isfile(metrics):
         lines = list(json_lines(metrics, growing=True))
         for where, row in lines:
             check_row(row, "metrics", where)
         if lines and step == 0:
             print(f"{out} has no checkpoint yet, so its {len(lines)} steps are run again", flush=True)
         write_rows(metrics, [row for _, row in lines if row["step"] <= step])
-    if ranks.rank == 0:
-        for kind in ("rollouts", "lost", "tokens", "held_out", "bad_steps"):
-            for file in glob.glob(f"{glob.escape(out)}/{kind}/step_*.jsonl"):
-                if os.path.basename(file)[:11] > f"step_{step:06d}":
-                    os.remove(file)
-    barrier(ranks)
-    return step
+    for kind in ("rollouts", "lost", "tokens", "held_out", "bad_steps"):
+        for of_step, file in step_files(out, kind, r"\w*"):
+            if of_step > step:
+                os.remove(file)

@@ -251,6 +251,11 @@ def non_default(args: Any) -> list[str]:
     return [name for name, default in defaults.items() if getattr(args, name) != default]
 
 
+def script_of(args: Any) -> str:
+    """The name of the script whose flags these are. A copy of a script is another one."""
+    return os.path.basename(inspect.getfile(type(args)))
+
+
 def record(args: Any) -> dict[str, Any]:
     """The flags as a file of results holds them: {name: value}, and the names of those that are not the default."""
     return dataclasses.asdict(args) | {"non_default": non_default(args)}

@@ -1,7 +1,6 @@
 """The model card of a run's last weights (README.md beside them), and --push-to-hub, which uploads both."""
 
 import os
-import sys
 from typing import Any
 
 import yaml
@@ -11,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from json_files import read_json
 from runtime.digests import git_hash
-from runtime.flags import RuntimeArgs, flag, non_default
+from runtime.flags import RuntimeArgs, flag, non_default, script_of
 from runtime.rows import logged_rows
 
 DATA_FLAGS = ("data", "prompts", "judge", "eval_data")
@@ -61,7 +60,7 @@ def model_card(out: str, args: RuntimeArgs, inputs: dict[str, str], base_folder:
     licence = {name: value for name, value in before.items() if name.startswith("license")}
     metadata = ModelCardData(base_model=origin, library_name="transformers", tags=["critique-post-edit"], **licence)
 
-    script = os.path.basename(sys.argv[0])
+    script = script_of(args)
     trained_from = f"`{base}`" if base else "random weights"
     if origin and origin != base:
         trained_from += f" (which was trained from {origin})"

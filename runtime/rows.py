@@ -316,11 +316,14 @@ def logged_rows(path: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
-def step_files(folder: str, kind: str) -> list[tuple[int, str]]:
-    """(step, file) of each FOLDER/KIND/step_NNNNNN.jsonl (`Run.write_rows`), by step."""
+def step_files(folder: str, kind: str, rest: str = "") -> list[tuple[int, str]]:
+    """(step, file) of each FOLDER/KIND/step_NNNNNN.jsonl (`Run.write_rows`), by step.
+
+    rest: a pattern of what follows the number, as in bad_steps/step_000005_policy_1.jsonl.
+    """
     files = []
     for name in sorted(glob.glob(os.path.join(glob.escape(folder), kind, "step_*.jsonl"))):
-        if match := re.search(r"step_(\d+)\.jsonl$", name):
+        if match := re.search(rf"step_(\d+){rest}\.jsonl$", name):
             files.append((int(match[1]), name))
     return files
 

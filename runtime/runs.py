@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
-import inspect
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import torch
@@ -23,8 +22,8 @@ from model import Transformer
 from runtime import checkpoints, model_card, trackers
 from runtime.digests import git_hash
 from runtime.distributed import Ranks, all_gather, barrier, print0
-from runtime.flags import RuntimeArgs, flag, may_change, non_default, record
-from runtime.rows import append_line, write_rows, write_text
+from runtime.flags import RuntimeArgs, flag, may_change, non_default, record, script_of
+from runtime.rows import append_line, step_files, write_rows, write_text
 from runtime.signals import end_if_stopped, should_stop, stop_on_signal
 from runtime.watch import set_phase
 
@@ -63,7 +62,6 @@ class Run:
             model_card.check_hub(args.push_to_hub)
         file = os.path.join(out, "args.json")
         flags_of_run = json.loads(json.dumps(dataclasses.asdict(args)))
-        script = os.path.basename(inspect.getfile(type(args)))  # a copy of a script is another one
         _check_same_on_ranks(flags_of_run, inputs, ranks)
         continued = os.path.isfile(file)
         if not continued and checkpoints.finished(out):
@@ -72,17 +70,13 @@ class Run:
                 "choose another --out or remove it"
             )
         if continued:
-            before = _read_args(file)
-            if before.get("script", script) != script:
-                raise ValueError(f"{out} holds a run of {before['script']}, not of {script}; {ELSEWHERE}")
-            fixed = flags_of_run.keys() - may_change(type(args)) - {"out"}
-            _check_unchanged(out, before, flags_of_run, fixed, non_default(args), inputs)
+            _check_unchanged(out, _read_args(file), flags_of_run, args, inputs)
         if ranks.rank == 0:
             os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
             _lock(out)
             if continued:
                 _remove_unfinished(out)
-            content = record(args) | {"inputs": inputs, "git": git_hash(), "script": script}
+            content = record(args) | {"inputs": inputs, "git": git_hash(), "script": script_of(args)}
             write_text(file, json.dumps(content, indent=2))
             trackers.open_trackers(out, args)
         barrier(ranks)
@@ -228,35 +222,37 @@ class Run:
 
 def count_bad_steps(out: str, step: int) -> int:
     """Updates left out up to this step; `training.optimizer_step` writes a file for each."""
-    files = glob.glob(f"{glob.escape(out)}/bad_steps/step_*.jsonl")
-    return sum(os.path.basename(file)[:11] <= f"step_{step:06d}" for file in files)
+    return sum(of_step <= step for of_step, _ in step_files(out, "bad_steps", r"\w*"))
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-ELSEWHERE = "choose another --out or remove it"
+def _check_unchanged(out: str, before: dict, now: dict, args: RuntimeArgs, inputs: dict[str, str]) -> None:
+    """ValueError: the run in the folder is another script's, or has other flags or inputs.
 
-
-def _check_unchanged(
-    out: str, before: dict, now: dict, fixed: Set[str], changed_from_default: list[str], inputs: dict[str, str]
-) -> None:
-    """ValueError: the run in the folder has other flags or inputs. fixed: flags that a continuation may not change."""
+    before, now: the flags as JSON has them; before also has what args.json holds beside them.
+    """
+    elsewhere = "choose another --out or remove it"
+    script = script_of(args)
+    if before.get("script", script) != script:
+        raise ValueError(f"{out} holds a run of {before['script']}, not of {script}; {elsewhere}")
+    free = may_change(type(args)) | {"out"}
     gone = sorted(set(before) - set(now) - {"non_default", "inputs", "git", "script"})
-    new = [name for name in changed_from_default if name in fixed and name not in before]
+    new = [name for name in non_default(args) if name not in free and name not in before]
     if gone or new:
         names = ", ".join(map(flag, gone or new))
         which = "flags that this one does not have" if gone else "no such flags"
-        raise ValueError(f"{out} holds a run of another version, with {which} ({names}); {ELSEWHERE}")
-    changed = [name for name in now if name in fixed and name in before and before[name] != now[name]]
+        raise ValueError(f"{out} holds a run of another version, with {which} ({names}); {elsewhere}")
+    changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
     if changed:
         was = ", ".join(f"{flag(name)} {before[name]} -> {now[name]}" for name in changed)
-        raise ValueError(f"{out} holds a run with other flags ({was}); {ELSEWHERE}")
+        raise ValueError(f"{out} holds a run with other flags ({was}); {elsewhere}")
     known = before.get("inputs", {})
     changed = [name for name, digest in inputs.items() if known.get(name, digest) != digest]
     if changed:
         raise ValueError(
-            f"{out} holds a run on other inputs: what {', '.join(changed)} names has changed since; {ELSEWHERE}"
+            f"{out} holds a run on other inputs: what {', '.join(changed)} names has changed since; {elsewhere}"
         )
 
 
