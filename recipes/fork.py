@@ -44,9 +44,14 @@ def all_diffs() -> dict[str, str]:
     return {name: diff for page in PAGES for name, diff in diffs(read(page)).items()}
 
 
+def base_of(diff: str) -> str:
+    """What a diff is against, after ---: ppo_cpe or the name of another fork."""
+    return re.search(r"^--- (?:exp/)?(\w+)\.py$", diff, re.MULTILINE)[1]
+
+
 def code_of(name: str, forks: dict[str, str]) -> str:
-    """The code of a fork: its diff applied to the file that it names after ---, ppo_cpe.py or another fork."""
-    base = re.search(r"^--- (?:exp/)?(\w+)\.py$", forks[name], re.MULTILINE)[1]
+    """The code of a fork: its diff applied to what it is against."""
+    base = base_of(forks[name])
     return apply(forks[name], read("ppo_cpe.py") if base == "ppo_cpe" else code_of(base, forks))
 
 

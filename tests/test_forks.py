@@ -72,6 +72,7 @@ RUN_WITH = {
     "golf": ("--inject-below", 2.5),
     "hinted": ("--hint-steps", 1, "--edit-rate", 1),
     "sdpo": ("--success-reward", 100, "--teacher-rate", 1),
+    "srpo": ("--success-reward", 3, "--teacher-prompt", "edit"),
     "released_paper": (),
     "kl": ("--mini-batch-prompts", 4),  # one update a step: the first starts at the reference
     "entropy": (),
@@ -485,11 +486,11 @@ def test_sdpo_divergence(module):
 def test_sdpo_learns_from_its_teacher_where_answers_fail(module, world):
     script = module("sdpo")
     trajectories = [t for t in two_prompts(world) if t.parent is None][:2]  # rewards 1 and 3
-    told = {t.key: script.told_prompt(t, world.chat, world.templates) for t in trajectories}
+    args = script.Args(temperature=1.0, success_reward=2.0)
+    told = {t.key: script.told_prompt(t, world.chat, world.templates, args) for t in trajectories}
     text = world.chat.decode(told[trajectories[0].key])
     assert text.count("user") == 1 and "What to drink at 0?" in text and "Say it shorter." in text
     more = dict(teacher=world.policy, told=told)
-    args = script.Args(temperature=1.0, success_reward=2.0)
     found, tokens = run_pass(script, world, batch_of(trajectories), args, **more)
     n = len(trajectories[0].response_ids)
     assert tokens.loss[:n].all() and not tokens.loss[n:].any() and found.norm() > 0
@@ -498,6 +499,34 @@ def test_sdpo_learns_from_its_teacher_where_answers_fail(module, world):
     same = {t.key: t.prompt.ids for t in trajectories}  # a teacher that knows no more than the policy
     _, tokens = run_pass(script, world, batch_of(trajectories), args, teacher=world.policy, told=same)
     assert tokens.loss.abs().max() < 1e-6
+
+
+def test_srpo_divides_answers_between_two_losses(module, world):
+    """The failed answer has SDPO's loss, with weights of mean 1, and the other one GRPO's."""
+    sdpo, srpo = module("sdpo"), module("srpo")
+    trajectories = [t for t in two_prompts(world) if t.parent is None][:2]  # rewards 1 and 3
+    n = len(trajectories[0].response_ids)
+    advantages = srpo.group_advantages(trajectories)
+    batch = batch_of(trajectories, advantages)
+    batch.old_logprobs = [None, None]
+    args = dict(temperature=1.0, success_reward=2.0, teacher_prompt="edit")
+    told = {t.key: srpo.told_prompt(t, world.chat, world.templates, srpo.Args(**args)) for t in trajectories}
+    for t in trajectories:  # it reads the answer and the critique
+        expected = edit_prompt(world.chat, world.templates, t.prompt.ids, t.response_ids, t.critique)
+        assert told[t.key] == expected
+    more = dict(teacher=world.policy, told=told)
+    _, distilled = run_pass(sdpo, world, batch, sdpo.Args(**args), **more)
+    found, tokens = run_pass(srpo, world, batch, srpo.Args(**args), **more)
+    assert torch.allclose(tokens.loss[n:], -advantages[1])  # the ratio is 1
+    weights = tokens.loss[:n] / distilled.loss[:n]
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5) and weights.std() > 0 and found.norm() > 0
+
+
+def test_srpo_trusts_a_teacher_that_is_sure(module):
+    sure, unsure = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
+    teacher = torch.stack([sure, unsure, unsure]).clamp(min=1e-30).log()
+    found = module("srpo").confidence(teacher, [2, 1])
+    assert torch.allclose(found, torch.tensor([4 / 3, 2 / 3, 1.0]))  # by hand: exp(-H) is 1, 1/2; an answer alone: 1
 
 
 def test_sdpo_averages_its_teacher(trained):

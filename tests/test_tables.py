@@ -399,9 +399,10 @@ def test_the_experiments_of_the_tournament():
     assert commands["seed0/rate0/golf_2lr"][0].endswith("--lr 0.0001")
     assert commands["seed0/rate0/dpo_edits_2lr"][0].endswith("--lr 0.0002")
     # figures stay those of a fork while only its base, ppo_cpe.py, changes around it
-    (raft,) = [e for e in wanted if e.name == "forks/raft"]
+    made_from = {e.name: e.made_from for e in wanted}
     diffs = fork.all_diffs()
-    assert raft.made_from == digest_of(diffs["raft"], diffs["grpo"])
+    assert made_from["forks/raft"] == digest_of(diffs["raft"], diffs["grpo"])
+    assert made_from["forks/srpo"] == digest_of(diffs["srpo"], diffs["sdpo"], diffs["grpo"])
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ FEW = sweep.FEW_SEEDS
 LONG = 200  # steps
 NO_EDITS = sweep.PLAIN
 EDITS = sweep.EDITS
+SUCCESSES = "--n-samples 6 --success-reward 4"
 METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "grpo": ("grpo", NO_EDITS),
     "grpo_edits": ("grpo", f"{EDITS} --edit-loss none"),
@@ -36,7 +37,9 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "critique_grpo": ("critique_grpo", "--n-samples 5 --edit-rate 0.2 --eps-low 1 --eps-high 1e9"),
     "golf": ("golf", f"{EDITS} --inject-below 4 --edit-loss luffy"),
     "hinted": ("hinted", f"{EDITS} --n-samples 5 --edit-rate 0.4 --hint-steps {ladder.STEPS}"),
-    "sdpo": ("sdpo", "--n-samples 6 --success-reward 4"),
+    "sdpo": ("sdpo", SUCCESSES),
+    "sdpo_edit": ("sdpo", f"{SUCCESSES} --teacher-prompt edit"),
+    "srpo": ("srpo", f"{SUCCESSES} --teacher-prompt edit"),
     "released_paper": ("released_paper", ""),
     "ppo_kl": ("kl", f"{NO_EDITS} --kl-beta 0.02"),
     "none_kl": ("kl", f"{EDITS} --edit-loss none --kl-beta 0.02"),
@@ -49,8 +52,8 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
 }
 QUICK = ("grpo", "raft_edits")
 LEFT_OUT = {  # exploration is a question where samples lack the content, over-optimisation where they have it
-    0.3: ("ppo_n24", "ppo_t13", "ppo_200", "ppo_entropy", "sdpo", "rltf_fm"),
-    0.003: ("rltf_fm", "ppo_kl", "none_kl", "ppo_kl_strong", "none_kl_strong"),
+    0.3: ("ppo_n24", "ppo_t13", "ppo_200", "ppo_entropy", "sdpo", "sdpo_edit", "srpo", "rltf_fm"),
+    0.003: ("ppo_200", "rltf_fm", "ppo_kl", "none_kl", "ppo_kl_strong", "none_kl_strong"),
     0.0: ("ppo_kl_strong", "none_kl_strong"),
 }
 TRAINED_ON_ROLLOUTS = {  # name: (script, rows of recipes/edit_pairs.py), from rollouts of the SFT policy
@@ -79,6 +82,8 @@ LABELS = {
     "golf": "GOLF",
     "hinted": "hints that fade",
     "sdpo": "SDPO",
+    "sdpo_edit": "SDPO, teacher reads the edit prompt",
+    "srpo": "SRPO, with that teacher",
     "released_paper": "the paper as released, all edits",
     "ppo_kl": "PPO, KL .02",
     "none_kl": "CPE, none, KL .02",
@@ -103,6 +108,7 @@ SECTIONS = {  # by fork: where docs/ has its code; None: without a fork
     "golf": "tournament.md#golf",
     "hinted": "tournament.md#hints-that-fade",
     "sdpo": "tournament.md#sdpo",
+    "srpo": "tournament.md#srpo",
     "released_paper": "tournament.md#the-paper-as-released",
     "kl": "tournament.md#a-kl-term",
     "entropy": "tournament.md#an-entropy-bonus",
@@ -129,7 +135,7 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
         Experiment(
             f"forks/{name}",
             [f"recipes/fork.py {name} --folder {out}/forks/{name}"],
-            made_from=digest_of(diffs[name], diffs["grpo"]),  # against which some diffs are
+            made_from=digest_of(*diffs_of(name, diffs)),
         )
         for name in sorted(set(filter(None, names)))
     ]
@@ -148,6 +154,12 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
             wanted += [train(out, seed, rate, name, 2) for name in METHODS if name not in left_out]
             wanted += from_rollouts(out, seed, rate, 2)
     return wanted
+
+
+def diffs_of(name: str, diffs: dict[str, str]) -> list[str]:
+    """The diff of a fork, and those that it is applied to."""
+    base = fork.base_of(diffs[name])
+    return [diffs[name], *(diffs_of(base, diffs) if base in diffs else [])]
 
 
 def train(out: str, seed: int, rate: float, name: str, times: int = 1) -> Experiment:
