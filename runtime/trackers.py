@@ -80,9 +80,11 @@ class _Wandb:
         self.run = wandb.init(project=args.wandb, name=name, id=before, resume="allow", dir=out, config=config)
         self.out = out
         write_text(id_file, self.run.id + "\n")
+        # its own steps may not go back, and steps that a killed run had logged run again
+        self.run.define_metric("*", step_metric="step")
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
-        self.run.log(metrics, step=metrics["step"])
+        self.run.log(metrics)
 
     def log_rows(self, kind: str, step: int, rows: list[dict], path: str) -> None:
         columns = sorted({name for row in rows for name in row})
@@ -92,7 +94,7 @@ class _Wandb:
             cells.append([json.dumps(value) if isinstance(value, (dict, list)) else value for value in values])
         # a field may be a number in one row and text in another
         table = self.wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
-        self.run.log({kind: table}, step=step)
+        self.run.log({kind: table, "step": step})
         self.run.save(path, base_path=self.out, policy="now")  # the panel shows the newest table: here are all
 
 

@@ -456,13 +456,14 @@ class FakeWandb:
     """As much of wandb as is called; `log` and `saved` are what a run was given."""
 
     def __init__(self, log, saved):
-        self.logged, self.saved, self.opened = log, saved, []
+        self.logged, self.saved, self.opened, self.axes = log, saved, [], []
 
     def init(self, **settings):
         self.opened.append(settings)
-        log = lambda values, step: self.logged.append((step, values))  # noqa: E731
+        log = self.logged.append
         save = lambda path, base_path, policy: self.saved.append(os.path.relpath(path, base_path))  # noqa: E731
-        return SimpleNamespace(id=settings["id"] or "abc", log=log, save=save)
+        define = lambda name, step_metric: self.axes.append((name, step_metric))  # noqa: E731
+        return SimpleNamespace(id=settings["id"] or "abc", log=log, save=save, define_metric=define)
 
     def Table(self, columns, data, allow_mixed_types=False):
         """Like the real one: values of a column other than None have one type, unless types may be mixed."""
@@ -498,10 +499,10 @@ def test_odd_rows_in_a_wandb_table(tmp_path, monkeypatch, capsys, library):
     trackers.log_metrics({"step": 2, "loss": 1.0, "accuracy": None})
     assert "warning" not in capsys.readouterr().err
     if library == "fake":
-        assert fake.logged[0][1]["rollouts"][2] == dict(
+        assert fake.logged[0]["rollouts"][2] == dict(
             reward="lost", parent=3, failed=None, scores='{"a": null}', only_here=None
         )
-        assert fake.logged[1] == (2, {"rollouts": []}) and fake.logged[2] == (2, {"step": 2, "loss": 1.0})
+        assert fake.logged[1:] == [{"rollouts": [], "step": 2}, {"step": 2, "loss": 1.0}]
     else:
         tables = [json.loads(f.read_text()) for f in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
         (full,) = [table for table in tables if table["data"]]
@@ -538,8 +539,9 @@ def test_wandb_gets_metrics_and_rollouts_of_every_step(here, monkeypatch):
     flags = [*flags_of(ppo_cpe, here, "--wandb", "cpe"), "--max-steps", 2]
     run(ppo_cpe, *flags)
     assert fake.opened[0]["project"] == "cpe" and fake.opened[0]["id"] is None and fake.opened[0]["name"] == "run"
-    assert [step for step, values in fake.logged if "original/reward" in values] == [1, 2]
-    tables = [(step, values["rollouts"]) for step, values in fake.logged if "rollouts" in values]
+    assert fake.axes == [("*", "step")]  # not W&B's own steps, which may not go back
+    assert [values["step"] for values in fake.logged if "original/reward" in values] == [1, 2]
+    tables = [(values["step"], values["rollouts"]) for values in fake.logged if "rollouts" in values]
     assert [step for step, _ in tables] == [1, 2] and len(tables[0][1]) == 2
     first = json.loads((here / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
     assert tables[0][1][0]["answer"] == first["answer"] and json.loads(tables[0][1][0]["persona"]) == first["persona"]
