@@ -252,7 +252,7 @@ def edit_loss(
         return -advantages * p / (p + gamma)
     if kind == "topr":  # arXiv 2503.14286: a bad edit is unlearned only as far as the policy would say it
         return -torch.where(advantages < 0, ratio.clamp(max=1), 1.0) * advantages * logprobs
-    if kind == "novel":  # good edits teach whole what the policy would never sample; the rest is PPO's
+    if kind == "novel":  # good edits teach whole what the policy would hardly sample; the rest is as in paper
         is_novel = (ratio < NOVEL) & (advantages > 0)
         return -torch.where(is_novel, logprobs, clipped_ratio) * advantages
     if kind == "none":
