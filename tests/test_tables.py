@@ -388,13 +388,13 @@ def test_the_experiments_of_the_tournament():
     wanted = tournament.experiments("out", 2)
     commands = {e.name: e.commands for e in wanted}
     assert len(commands) == len(wanted) and all(need in commands for e in wanted for need in e.needs)
-    assert set(tournament.METHODS) | set(tournament.TRAINED_ON_ROLLOUTS) | set(tournament.OF_SWEEP) == set(
-        tournament.LABELS
-    )
+    assert {"sft", *tournament.METHODS, *tournament.TRAINED_ON_ROLLOUTS} == set(tournament.LABELS)
     swept = {e.name: e.commands for e in sweep.experiments("out", 2)}
     for name in set(commands) & set(swept):  # shared, so they must not differ
         assert commands[name] == swept[name]
-    assert {"seed1/rate0/sft", "seed1/recipe"} <= set(swept) & set(commands)
+    assert {"seed1/rate0/sft", "seed1/recipe", "seed0/rate0.3/ppo", "seed0/rate0/none_2lr"} <= set(swept) & set(
+        commands
+    )
     assert commands["seed1/rate0.3/raft"][0].startswith("out/forks/raft/raft.py --model out/seed1/rate0.3/sft/policy")
     assert commands["seed0/rate0/golf_2lr"][0].endswith("--lr 0.0001")
     assert commands["seed0/rate0/dpo_edits_2lr"][0].endswith("--lr 0.0002")
@@ -407,27 +407,28 @@ def test_the_experiments_of_the_tournament():
 
 @pytest.mark.slow
 def test_finished_experiments_become_the_tournament(tmp_path, capsys):
-    """Beside the sweep's PPO, from sweep.json."""
     rng = random.Random(0)
     out = tmp_path / "runs"
     for experiment in tournament.experiments(str(out), 2):
         seed, rate, name = sweep.parts_of(experiment.name) or (None, None, None)
-        if rate == 0.0 and name in ("raft", "raft_2lr", "rollouts", "sft_edits"):
+        if rate == 0.0 and name in ("ppo", "raft", "raft_2lr", "rollouts", "sft_edits"):
             write_run(out / experiment.name, rng)
             write(out / experiment.name / "done.json", dict(commands=experiment.commands, seconds=1))
-    ppo = {
-        f"seed{seed}/rate0/ppo": dict(commands=[], reward=0.5 + seed, curve=[0.1, 0.6], curve_generated=[1e6, 2e6])
-        for seed in (0, 1)
-    }
-    write(tmp_path / "sweep/sweep.json", ppo)
     args = tables.Args(table="tournament", out=str(out), results=str(tmp_path / "tournament"), seeds=2, only_draw=True)
     tables.main(args)
     text = (tmp_path / "tournament/tournament.md").read_text()
-    assert "| [PPO, n = 6](" in text and ") | 2 | 1.00 ± 0.71 |" in text and "#raft) | 2 | 1.00 ± 0.00 |" in text
+    assert "| [PPO, n = 6](" in text and "#raft) | 2 | 1.00 ± 0.00 |" in text and "## R = 0.3" not in text
     assert "[SFT on edits that gained](" in text and "| RAFT, no edits | x 2 | 2 |" in text
-    assert "| PPO, n = 6 | 2 (2 of 2) |" in text
-    assert "| PPO, n = 6 | 3.00, 3.00 |" in text and "| RAFT, no edits | -, - |" in text
+    assert "| RAFT, no edits | 0 | +0.00 |" in text and "| RAFT, no edits | (0 of 2) |" in text
     assert (tmp_path / "tournament/tournament.png").exists()
+
+
+def test_tokens_until_half_of_the_samples():
+    curves = {0: [0.1, 0.6, 0.2], 1: [0.1, 0.2, 0.3]}
+    known = {
+        f"seed{seed}/rate0/ppo": dict(curve=curve, curve_generated=[1e6, 2e6, 4e6]) for seed, curve in curves.items()
+    }
+    assert "| PPO, n = 6 | 3.00, - |" in tournament.tokens_table(sweep.by_rate(known))
 
 
 def test_steps_until_half_of_the_samples_and_holms_correction():

@@ -1,14 +1,11 @@
 """Ways to learn from a critique, on one engine, with one judge: the methods of docs/tournament.md.
 
-They start from the SFT policies of the sweep (results/make/sweep.py) and are compared with its PPO and CPE. All have
-the sweep's learning rate; at R = 0 three seeds also have twice that. Figures and commands are kept in tournament.json.
+They start from the SFT policies of the sweep (results/make/sweep.py), whose PPO and CPE are among them. All have the
+sweep's learning rate; at R = 0 three seeds also have twice that. Figures and commands are kept in tournament.json.
 """
-
-import os
 
 import numpy as np
 
-from json_files import read_json
 from recipes import fork
 from results.make import ladder, sweep
 from results.make.draw import GREY, RARE_CONTENT, figure_table, markdown_table, new_figure, save_figure, write_page
@@ -27,6 +24,7 @@ NO_EDITS = sweep.PLAIN
 EDITS = sweep.EDITS
 SUCCESSES = "--n-samples 6 --success-reward 4"
 METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
+    **{name: (None, sweep.METHODS[name]) for name in ("ppo", "none")},
     "grpo": ("grpo", NO_EDITS),
     "grpo_edits": ("grpo", f"{EDITS} --edit-loss none"),
     "raft": ("raft", NO_EDITS),
@@ -66,11 +64,6 @@ LABELS = {
     "sft": "SFT",
     "ppo": "PPO, n = 6",
     "none": "CPE, none",
-    "novel": "CPE, novel",
-    "unclipped": "CPE, unclipped",
-    "paper": "CPE, paper",
-    "released": "CPE, released",
-    "luffy": "CPE, luffy",
     "grpo": "GRPO, no edits",
     "grpo_edits": "GRPO, edits with none",
     "raft": "RAFT, no edits",
@@ -98,7 +91,6 @@ LABELS = {
     "sft_edits": "SFT on edits that gained",
     "dpo_edits": "DPO on edits that gained",
 }
-OF_SWEEP = ("sft", "ppo", "none", "novel", "unclipped", "paper", "released", "luffy")
 SECTIONS = {  # by fork: where docs/ has its code; None: without a fork
     "grpo": "forking.md#grpo-instead-of-the-critic",
     "raft": "tournament.md#raft",
@@ -116,9 +108,8 @@ SECTIONS = {  # by fork: where docs/ has its code; None: without a fork
 }
 NOTE = (
     "Made by `python results/make/tables.py tournament`. Each name leads to the method's code and its paper. Exact "
-    "judge, unseen people's questions, mean ± standard deviation over seeds. PPO and CPE are runs of "
-    "results/sweep/sweep.md; their seconds are left out, since they ran on another day. For SFT and DPO, responses, "
-    "tokens and judge calls are those of the rollouts that made their rows."
+    "judge, unseen people's questions, mean ± standard deviation over seeds. For SFT and DPO on rollouts, responses, "
+    "tokens and judge calls are those of the rollouts. CPE's other losses are in results/sweep/sweep.md."
 )
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
@@ -143,13 +134,13 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
         recipe = ladder.recipe(out, 0, until_checks=True)
         return [*wanted, recipe, *sweep.start_of(out, 0, 0.0), *(train(out, 0, 0.0, name) for name in QUICK)]
     few = range(min(seeds, FEW))
-    wanted += [ladder.recipe(out, seed) for seed in range(seeds)]
     for rate in RATES:
         for seed in few if rate == RATES[-1] else range(seeds):
+            wanted += [ladder.recipe(out, seed)] if rate == RATES[0] else []
             wanted += sweep.start_of(out, seed, rate)
             wanted += [train(out, seed, rate, name) for name in METHODS if name not in LEFT_OUT[rate]]
             wanted += from_rollouts(out, seed, rate)
-        for seed in few if rate == 0 else ():  # PPO is in the sweep; 200 steps of it would say no more
+        for seed in few if rate == 0 else ():
             left_out = ("ppo_200", *LEFT_OUT[rate])
             wanted += [train(out, seed, rate, name, 2) for name in METHODS if name not in left_out]
             wanted += from_rollouts(out, seed, rate, 2)
@@ -209,7 +200,7 @@ def source_of(name: str) -> str:
 
 def is_kept(name: str) -> bool:
     parts = sweep.parts_of(name)
-    return parts is not None and parts[2] not in ("sft", "checks", "rollouts", "rollouts_plain")
+    return parts is not None and parts[2] not in ("checks", "rollouts", "rollouts_plain")
 
 
 def figures_of(out: str, name: str) -> dict:
@@ -226,13 +217,8 @@ def figures_of(out: str, name: str) -> dict:
 
 
 def write_tables(known: dict[str, dict], folder: str) -> None:
-    """Writes tournament.md and the figure, with the sweep's PPO and CPE where sweep.json has them."""
-    path = f"{folder}/../sweep/sweep.json"
-    of_sweep = read_json(path) if os.path.exists(path) else {}
+    """Writes tournament.md and the figure."""
     runs = sweep.by_rate(known)
-    for (rate, name), seeds in sweep.by_rate(of_sweep).items():
-        if name.removesuffix("_2lr") in OF_SWEEP:
-            runs[rate, name] = {seed: run | {"seconds": None} for seed, run in seeds.items()}
     sections: dict[str, str | None] = {}
     for rate in RATES:
         sections[f"R = {rate:g}"] = table_of(runs, rate)
@@ -252,7 +238,7 @@ def linked(name: str) -> str:
     """The label of a method, which leads to its code."""
     if name == "sft":
         return LABELS[name]
-    if name in OF_SWEEP:
+    if name in ("ppo", "none"):
         place = "method.md#21-losses-on-edits---edit-loss-and-which-to-take"
     elif name in TRAINED_ON_ROLLOUTS:
         place = "tournament.md#sft-and-dpo-on-edits"
@@ -261,10 +247,10 @@ def linked(name: str) -> str:
     return f"[{LABELS[name]}](../../docs/{place})"
 
 
-def table_of(runs: sweep.BySeed, rate: float) -> str:
+def table_of(runs: sweep.BySeed, rate: float) -> str | None:
     named = [(name, runs.get((rate, name), {})) for name in LABELS]
     rows = [([linked(name), len(seeds)], list(seeds.values())) for name, seeds in named if seeds]
-    return figure_table(["", "seeds"], rows, COLUMNS)
+    return figure_table(["", "seeds"], rows, COLUMNS) if rows else None
 
 
 def tokens_table(runs: sweep.BySeed) -> str | None:
