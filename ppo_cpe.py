@@ -774,7 +774,7 @@ def main(args: Args) -> None:
     templates = load_templates(folder, args.answer_template, args.edit_template)
     read = functools.partial(read_prompts, chat=chat, templates=templates, limit=args.max_prompt_length)
     prompts = read(args.prompts)  # (row, token ids) of each
-    refuse_held_out(args.prompts)
+    refuse_held_out(args.prompts, *filter(None, [args.eval_data]))
     held_out_prompts = shard(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     if args.save_batch and args.save_batch > last_step:

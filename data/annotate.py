@@ -171,7 +171,7 @@ from prompts import (
     score_request,
 )
 from runtime.distributed import derive_seed, start
-from runtime.rows import final_answer, logged_rows, read_rows, refuse_held_out, write_rows, write_text
+from runtime.rows import final_answer, json_lines, logged_rows, read_rows, refuse_held_out, write_rows, write_text
 
 PLAN_REQUESTS = 20
 PROMPT = ("prompt_id", "persona", "question", "source", "user_id", "kind", "reference")  # what later rows keep
@@ -350,7 +350,7 @@ def judgements(args: Args, asker: PaidAsker, model: Model, others: list[Model]) 
         reasons |= dict.fromkeys(keys, (cause, reason))
     dropped += [discarded("judgements", *why, judged_rows[key]) for key, why in reasons.items() if key not in kept]
     found = [judged_rows[key] | {"judge": model.name} for key in rows if key in kept]
-    audit(args, asker, [model, *others], found)
+    audit(args, asker, [model, *others], [rows[key] for key in rows if key in kept])
     write_step(args, "judgements", found, dropped, asker, len(rows), len(rows))
 
 
@@ -378,6 +378,8 @@ def split(args: Args) -> None:
         for row in rows:
             if row["prompt_id"] not in train | held_out:
                 raise ValueError(f'{file}: prompt_id "{row["prompt_id"]}" is none of the prompts; make {name} again')
+        for side in (name, f"{name}_eval"):
+            set_aside(args, side, "chosen_model" if name == "pairs" else "judge")
         write_side(args, name, [row for row in rows if row["prompt_id"] in train])
         write_side(args, f"{name}_eval", [row for row in rows if row["prompt_id"] in held_out])
     print(f"look at it: python report.py {args.out}")
@@ -426,6 +428,15 @@ def distinct_prompts(files: Sequence[str]) -> list[dict]:
             if (first["persona"], first["question"]) != (row["persona"], row["question"]):
                 raise ValueError(f'{file}: prompt_id "{row["prompt_id"]}" is of another prompt in another file')
     return list(prompts.values())
+
+
+def set_aside(args: Args, name: str, field: str) -> None:
+    """Renames OUT/NAME.jsonl if another command made it: its first row lacks a field that rows have here."""
+    path = os.path.join(args.out, f"{name}.jsonl")
+    if os.path.isfile(path) and field not in next((row for _, row in json_lines(path)), {field: ""}):
+        kept = os.path.join(args.out, f"{name}.before.jsonl")
+        os.replace(path, kept)
+        print(f"{path} was made by another command, and is now {kept}")
 
 
 def write_side(args: Args, name: str, rows: list[dict]) -> None:

@@ -109,6 +109,7 @@ FIELDS = {  # kind of file: fields of its first row, the first kind that fits
     "pairs": {"user_id", "question", "chosen"},
     "rl": {"prompt", "reward_model"},
 }
+WINRATE_BASELINE = "mix_gpt-4o.jsonl"  # of the authors' repository, which has GPT-4o-mini's answers beside it
 ALPACA_BASELINE = "alpaca_eval_gpt4_baseline.json"  # of AlpacaEval 2, whose difficulties belong to it
 OPTION = re.compile(r"\s*\(([a-d])\)\s*")
 
@@ -147,9 +148,14 @@ def what_it_holds(path: str) -> str | None:
     if name.startswith("chat_history_"):  # of PersonaMem v2: its questions link to them
         return None
     if path.endswith(".json"):
+        if name.startswith("dataset_info") or name in ("state.json", "dataset_dict.json"):  # of the library datasets
+            return None
         if "persona" in os.path.basename(folder):
             return "persona"
-        return "alpaca" if is_outputs(parse_json(read_text(path), path)) else None
+        text = read_text(path)
+        if text.startswith("version https://git-lfs"):  # a pointer to a file that was not fetched
+            return None
+        return "alpaca" if is_outputs(parse_json(text, path)) else None
     if path.endswith(".csv"):
         if path.endswith(os.path.join("text", "benchmark.csv")):
             return "personamem2"
@@ -528,7 +534,9 @@ def sort_files(paths: list[str]) -> dict[str | None, list[str]]:
     return files
 
 
-def find_personas(files: dict[str | None, list[str]]) -> dict[str, dict | str]:
+def find_personas(
+    files: dict[str | None, list[str]], id_column: str = "user_id", persona_columns: tuple[str, ...] = ()
+) -> dict[str, dict | str]:
     """Personas by user_id, of all files of a source. ValueError: two persons have one user_id."""
     personas: dict[str, dict | str] = {}
     for path in files.get("personas", []) + files.get("persona", []):
@@ -536,7 +544,7 @@ def find_personas(files: dict[str | None, list[str]]) -> dict[str, dict | str]:
             user_id = os.path.basename(path).removesuffix(".json")
             in_file = {user_id: checked_persona(read_text(path), path)}
         else:
-            in_file = read_personas(path)
+            in_file = read_personas(path, id_column, persona_columns)
         for user_id, persona in in_file.items():
             if personas.setdefault(user_id, persona) != persona:
                 raise ValueError(f'{path}: user_id "{user_id}" is of another person in another file')
@@ -590,7 +598,12 @@ def personafeedback(files: dict, root: str, args: Args, dropped: Counter) -> dic
         pairs += pair_rows(path, os.path.relpath(path, root), personas, dropped)
     for path in files.get("rl", []):
         prompts += rl_rows(path, os.path.relpath(path, root))
-    for path in files.get("baseline", []):
+    baselines = files.get("baseline", [])
+    baselines = [path for path in baselines if os.path.basename(path) == WINRATE_BASELINE] or baselines
+    if len(baselines) > 1:
+        names = ", ".join(baselines)
+        raise ValueError(f"--source {args.source}: several files of baseline answers ({names}); keep one")
+    for path in baselines:
         winrate += winrate_rows(path, os.path.relpath(path, root), dropped)
     pairs = distinct(pairs, ("prompt_id", "chosen", "rejected"), dropped, "repeated pairs")
     prompts += [prompt_row(pair["persona"], pair["question"], pair["source"]) for pair in pairs]
@@ -630,11 +643,23 @@ def persona_of(row: dict, columns: tuple[str, ...]) -> Any:
 def own_personas(args: Args, needs_ids: bool) -> dict[str, dict | str]:
     """Personas by id, of --personas: a table's rows, or those of a source."""
     if not os.path.isfile(args.personas):
-        return find_personas(sort_files(list_files(args.personas)[1]))
+        return find_personas(sort_files(list_files(args.personas)[1]), args.id_column, args.persona_column)
     if needs_ids:
         reason = f", by which the questions of {args.questions} name their persona"
         require_column(args.id_column, read_table(args.personas)[0], args.personas, reason)
     return read_personas(args.personas, args.id_column, args.persona_column)
+
+
+def refuse_other_ids(args: Args, columns: list[str]) -> None:
+    """ValueError: questions without --id-column share another column with the table of personas, likely their ids."""
+    of_personas = read_table(args.personas)[0] if os.path.isfile(args.personas) else []
+    shared = [name for name in columns if name in of_personas and name not in (args.question_column, "reference")]
+    if shared:
+        raise ValueError(
+            f'{args.questions}: no column "{args.id_column}", but {args.personas} has {", ".join(shared)}, too; '
+            f"expected --id-column {shared[0]}, if it says whose question it is, or another name for it"
+        )
+    print(f'{args.questions} has no column "{args.id_column}": each question is given to drawn personas')
 
 
 def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
@@ -649,6 +674,8 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
             require_column(column, columns, args.questions, " of personas, and no --personas are given")
     else:
         personas = own_personas(args, has_ids)
+        if not has_ids:
+            refuse_other_ids(args, columns)
         if not has_ids and args.personas_per_question > len(personas):
             raise ValueError(
                 f"--personas-per-question {args.personas_per_question}: expected 1 to {len(personas)}, the personas of "
@@ -672,7 +699,8 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
             raise ValueError(f'{where}: no persona with {args.id_column} "{user_id}" among {len(personas)}')
         if user_id and known.setdefault(user_id, asked_by[user_id]) != asked_by[user_id]:
             raise ValueError(f'{where}: {args.id_column} "{user_id}" is of another person above')
-        extra = {"reference": text_field(row, "reference", where)} if "reference" in row else {}
+        reference = text_field(row, "reference", where) if row.get("reference") is not None else ""
+        extra = {"reference": reference} if reference.strip() else {}
         for persona_id, persona in asked_by.items():
             prompt = prompt_row(persona, question, os.path.basename(args.questions))
             prompts.append(prompt | ({"user_id": persona_id} if persona_id else {}) | extra)

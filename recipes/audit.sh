@@ -27,11 +27,14 @@ OUT=${OUT:-out/audit}
 PAIRS=${PAIRS:-0}
 read -r -a flags <<< "${EVALUATION_FLAGS:-}"
 
-[ -f "$DATA/prompts_eval.jsonl" ] || python data/prepare.py --source PersonalAILab/PersonaFeedback --out "$DATA"
+[ -f "$DATA/pairs_eval.jsonl" ] || # the last file that it writes
+    python data/prepare.py --source PersonalAILab/PersonaFeedback --out "$DATA"
 [ -f "$DATA/rewardbench.jsonl" ] || # whole profiles would be longer than a judge's 8,192 tokens
     python data/prepare.py --source QiyaoMa/Personalized-RewardBench --profile-entries 20 --out "$DATA"
-[ -f "$DATA/personafeedback.jsonl" ] || # of all persons
-    { cat "$DATA"/pairs*.jsonl > "$DATA/pairs.tmp" && mv "$DATA/pairs.tmp" "$DATA/personafeedback.jsonl"; }
+if [ ! -f "$DATA/personafeedback.jsonl" ]; then # of all persons
+    cat "$DATA"/pairs.jsonl "$DATA"/pairs_eval.jsonl > "$DATA/pairs.tmp"
+    mv "$DATA/pairs.tmp" "$DATA/personafeedback.jsonl"
+fi
 questions=$DATA/prompts_eval.jsonl
 if [ -f "$DATA/prompts_winrate.jsonl" ]; then
     questions=$DATA/prompts_winrate.jsonl

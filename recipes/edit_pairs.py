@@ -4,9 +4,9 @@
     best.jsonl           the best answer to a prompt in a step, among originals and edits, chosen over the worst
     best_original.jsonl  the same among originals: best of n without critiques
 
-All are pairs: dpo.py compares the two answers, sft.py learns the chosen ones. Answers without text are left out, and so
-are prompts whose answers all have the same reward. A run that trains only its critic has rollouts of the policy that it
-starts from:
+All are pairs: dpo.py compares the two answers, sft.py learns the chosen ones. Answers that are empty or were cut off at
+--max-new-tokens are left out, and so are prompts whose answers all have the same reward. A run that trains only its
+critic has rollouts of the policy that it starts from:
 
     python ppo_cpe.py --edit-rate 1 --critic-warmup-steps 20 --max-steps 20 --out out/rollouts
     python recipes/edit_pairs.py out/rollouts --out out/edits
@@ -35,7 +35,8 @@ class Args:
 
 def pair(row: dict, answers: list[dict]) -> list[dict]:
     """The pair of the best and the worst of some answers to a prompt; none if all have the same reward."""
-    answers = sorted((answer for answer in answers if answer["answer"].strip()), key=lambda answer: answer["reward"])
+    whole = [answer for answer in answers if answer["answer"].strip() and not answer["truncated"]]
+    answers = sorted(whole, key=lambda answer: answer["reward"])
     if not answers or answers[0]["reward"] == answers[-1]["reward"]:
         return []
     prompt = {name: row[name] for name in ("prompt_id", "persona", "question")}

@@ -351,7 +351,7 @@ def refuse_held_out(path: str, *files: str) -> None:
         if key in held_out:
             raise ValueError(
                 f"{where}: its {key[0]} is held out, at {held_out[key]}; expected rows to train on. Remove the row, or "
-                "keep the files in different folders"
+                "keep a held-out file that you don't use in another folder"
             )
 
 

@@ -120,11 +120,18 @@ def tiny_tokenizer(folder, texts):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder with checkpoint/, {prompts,pairs,judgements}.jsonl and {answer,edit,grm}.txt (short templates)."""
+    """Folder with checkpoint/, {prompts,pairs,judgements}.jsonl and {answer,edit,grm}.txt (short templates).
+
+    NAME_other.jsonl has the same rows of other people.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     rows = tiny_rows()
     for name, some in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(text)
+        (folder / f"{name}_other.jsonl").write_text(
+            text.replace('"prompt_id": "p', '"prompt_id": "q').replace("Kim", "Ben")
+        )
     for name, text in TEMPLATES.items():
         (folder / f"{name}.txt").write_text(text)
     texts = [json.dumps(row) for some in rows.values() for row in some] + list(TEMPLATES.values())
@@ -241,7 +248,7 @@ def grm_flags(tiny):
         "--tokens-per-microbatch",
         500,
         "--eval-data",
-        tiny / "judgements.jsonl",
+        tiny / "judgements_other.jsonl",
         "--eval-judgements",
         8,
         "--eval-max-new-tokens",

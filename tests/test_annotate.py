@@ -217,6 +217,9 @@ def test_a_row_goes_where_its_prompt_lies(server, tmp_path, source):
     who = f"{server.url}#a"
     flags = ("--out", out, "--models", who, "--answers-per-model", 4, "--min-gap", 1, "--scorer", who, "--judge", who)
     run(*flags)
+    if source == "PersonaFeedback":  # whose own pairs are kept
+        assert all("chosen_model" not in row for row in read_rows(str(out / "pairs.before.jsonl"), "pair"))
+    run("split", "--out", out)  # once more: now they are its own
     train, held_out = (
         {row["prompt_id"] for row in read_rows(str(out / f"prompts_{side}.jsonl"), "prompt")}
         for side in ("train", "eval")
@@ -640,6 +643,7 @@ def score(row, answer) -> float:
     return -10.0 if answer.endswith("Tea") else 10.0 * answer.count("!")
 
 def judge(row, answer) -> Judgement | None:
+    assert "critique" not in row  # an audit must not show it the first judgement
     return Judgement(f"Say less, {row['persona']['name']}.", 1, 2, -min(5, answer.count("!")))
 """
 
@@ -649,7 +653,7 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
     (tmp_path / "my.py").write_text(OWN)
     own = {name: f"{tmp_path}/my.py:{name}" for name in ("answer", "score", "judge")}
     flags = ["--prompts", prompts, "--models", own["answer"], "--answers-per-model", 4, "--judge", f"me={own['judge']}"]
-    run(*flags, "--out", tmp_path / "out", "--scorer", own["score"])
+    run(*flags, "--out", tmp_path / "out", "--scorer", own["score"], "--audit-answers", 2)
     pairs = read_rows(str(tmp_path / "out" / "annotate" / "pairs.jsonl"), "pair")
     assert pairs and all(p["chosen_score"] == 10 * p["chosen"].count("!") for p in pairs)
     scored = read_rows(str(tmp_path / "out" / "annotate" / "scores.jsonl"), "object")

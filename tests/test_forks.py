@@ -555,14 +555,17 @@ def test_sdpo_continues_to_the_same_numbers(tiny, exp, tmp_path):
 
 def test_pairs_of_edits_and_of_the_best(tmp_path):
     def row(name, sample_id, answer, reward, edit=None):
-        made = edit and dict(answer=edit[0], reward=edit[1], selected=True)
+        cut = answer.startswith("cut")
+        made = edit and dict(answer=edit[0], reward=edit[1], selected=True, truncated=edit[0].startswith("cut"))
         prompt = dict(prompt_id=name, persona={"drink": "tea"}, question="What?", reference="x")
-        return dict(prompt, sample_id=sample_id, answer=answer, reward=reward, critique="Say tea.", edit=made)
+        about = dict(answer=answer, reward=reward, truncated=cut, critique="Say tea.", edit=made)
+        return dict(prompt, sample_id=sample_id, **about)
 
     steps = [
         [row("a", 0, "low", 1.0, ("lower", 0.5)), row("a", 1, "middle", 2.0, ("high", 3.0))],
         [row("a", 0, "again", 1.0), row("b", 0, "same", 1.0), row("b", 1, "as good", 1.0, ("also", 1.0))],
         [row("c", 0, " ", -1.0, ("words", 2.0))],
+        [row("d", 0, "whole", 1.0, ("cut of", 5.0)), row("d", 1, "cut sho", 0.0)],
     ]
     for i, rows in enumerate(steps, 1):
         write_rows(str(tmp_path / "rollouts" / f"step_{i:06d}.jsonl"), rows)

@@ -248,7 +248,7 @@ def watched(tiny, judge, tmp_path_factory):
         "--out",
         out,
         "--eval-data",
-        tiny / "prompts.jsonl",
+        tiny / "prompts_other.jsonl",
         "--eval-every",
         2,
         "--eval-n",
@@ -338,7 +338,7 @@ def test_policy_and_critic_are_saved_for_others(whole, tiny):
 
 def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
     # with one held-out prompt: the second process has none
-    held_out = ["--eval-data", tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 1]
+    held_out = ["--eval-data", tiny / "prompts_other.jsonl", "--eval-every", 2, "--eval-n", 1]
     finish(
         launch(
             "ppo_cpe.py", *flags_of(tiny, judge), "--max-steps", 3, "--out", tmp_path / "two", *held_out, processes=2
@@ -355,7 +355,7 @@ SAME_LOSSES = ("policy_loss", "value_loss", "original/reward", "edit/reward", "e
 
 def test_ranks_that_share_an_engine_give_the_losses_of_one(whole, tiny, judge, tmp_path):
     """The GRM is shared by two ranks like the policy. Held-out answers and audits are asked for by both alike."""
-    checks = ["--eval-data", tiny / "prompts.jsonl", "--eval-every", 2, "--eval-n", 3, "--audit-share", 0.5]
+    checks = ["--eval-data", tiny / "prompts_other.jsonl", "--eval-every", 2, "--eval-n", 3, "--audit-share", 0.5]
     flags = [*flags_of(tiny, judge), "--max-steps", 3, *checks]
     one = launch("ppo_cpe.py", *flags, "--out", tmp_path / "one")
     two = launch("ppo_cpe.py", *flags, "--out", tmp_path / "two", "--tensor-parallel", 2, processes=2)

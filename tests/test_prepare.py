@@ -67,6 +67,8 @@ def authors(folder):
         file.write_text(json.dumps(persona))
     write_lines(folder / "eval/data/rm_benchmark_all/specific_mid.jsonl", PAIRS)
     write_lines(folder / "eval/baseline.jsonl", [{"question": "x", "response": "z"}])
+    (folder / "LLaMA-Factory").mkdir()
+    (folder / "LLaMA-Factory/sft.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     from datasets import Dataset
 
     (folder / "eval/data/RL_data").mkdir()
@@ -105,7 +107,7 @@ def test_every_layout_gives_the_same_rows(tmp_path, capsys):
         for file, part in results[name].items():
             assert without_origin(part) == without_origin(results["flat"][file])
         assert {pair["kind"] for pair in results[name]["pairs"]} == {"specific"}
-    assert "not used, 1 other files: eval/baseline.jsonl" in capsys.readouterr().out
+    assert "not used, 2 other files: LLaMA-Factory/sft.json, eval/baseline.jsonl" in capsys.readouterr().out
 
     rows = results["flat"]
     assert len(rows["pairs"]) + len(rows["pairs_eval"]) == 40
@@ -262,6 +264,13 @@ def test_questions_of_the_baseline(tmp_path):
     trained = {row["persona"]["Name"] for row in written["pairs"] + written["prompts_train"]}
     asked = {row["persona"]["Name"] for row in found}
     assert len(asked) == 6 and not trained & asked and "prompts_eval" in written
+    write_lines(source / "mix_gpt-4o-mini.jsonl", rows[:5])  # as in the authors' repository
+    with pytest.raises(ValueError, match=r"several files of baseline answers \(.*gpt4o_baseline.jsonl, .*mini.jsonl"):
+        run(str(source), tmp_path / "two", eval_share=0.0)
+    (source / "gpt4o_baseline.jsonl").rename(source / "mix_gpt-4o.jsonl")
+    assert run(str(source), tmp_path / "two", eval_share=0.0)["prompts_winrate"][170]["reference"] == "A170"
+    (source / "mix_gpt-4o.jsonl").unlink()
+    (source / "mix_gpt-4o-mini.jsonl").unlink()
     write_lines(source / "gpt4o_baseline.jsonl", rows[:20] + [{**rows[0], "persona": "{}"}])
     with pytest.raises(ValueError, match=r"baseline.jsonl:21: .*persona"):
         run(str(source), tmp_path / "again", eval_share=0.0)
@@ -731,6 +740,36 @@ def test_questions_without_ids_go_to_drawn_personas(tmp_path):
     assert len({row["prompt_id"] for row in both}) == 120
     assert run(None, tmp_path / "same", **settings) == rows
     assert run(None, tmp_path / "other", seed=1, **settings) != rows
+
+
+def test_questions_that_share_a_column_with_personas_are_not_drawn_for(tmp_path):
+    """The ids may have another name than --id-column's default."""
+    write_csv(tmp_path / "p.csv", [{"id": n, "job": f"J{n}"} for n in range(3)])
+    write_csv(tmp_path / "q.csv", [{"id": n, "question": f"Q{n}"} for n in range(3)])
+    settings = dict(personas=str(tmp_path / "p.csv"), questions=str(tmp_path / "q.csv"), eval_share=0.0)
+    with pytest.raises(
+        ValueError, match=r'q.csv: no column "user_id", but .*p.csv has id, too; expected --id-column id'
+    ):
+        run(None, tmp_path / "out", **settings)
+    rows = run(None, tmp_path / "out", id_column="id", **settings)["prompts_train"]
+    assert [row["persona"]["job"] for row in rows] == ["J0", "J1", "J2"]
+
+
+def test_a_folder_of_personas_is_read_by_the_same_columns(tmp_path):
+    """A description that the library datasets leaves beside them is no person."""
+    folder = tmp_path / "personas"
+    write_lines(folder / "personas.jsonl", [{"uid": f"u{n}", "bio": f"B{n}", "age": n} for n in range(3)])
+    (folder / "dataset_infos.json").write_text('{"default": {"description": "x"}}')
+    settings = dict(persona_column=("bio",), id_column="uid")
+    found = prepare.own_personas(prepare.Args(personas=str(folder), **settings), needs_ids=True)
+    assert found == {"u0": "B0", "u1": "B1", "u2": "B2"}
+
+
+def test_an_empty_reference_is_none(tmp_path):
+    rows = [{"persona": "P", "question": f"Q{n}", "reference": text} for n, text in enumerate(("", None, "R"))]
+    write_lines(tmp_path / "q.jsonl", rows)
+    found = run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0.0)["prompts_train"]
+    assert [row.get("reference") for row in found] == [None, None, "R"]
 
 
 def test_one_table_of_personas_and_questions(tmp_path):

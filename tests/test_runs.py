@@ -35,7 +35,7 @@ def score(row, answer) -> Judgement:
 @pytest.fixture
 def here(tiny, tmp_path):
     """A folder of inputs that a test may change: checkpoint/, the rows, the templates, judge.py."""
-    for name in ("prompts", "pairs", "judgements"):
+    for name in ("prompts", "pairs", "judgements", "prompts_other", "judgements_other"):
         shutil.copy(tiny / f"{name}.jsonl", tmp_path)
     for name in TEMPLATES:
         shutil.copy(tiny / f"{name}.txt", tmp_path)
@@ -52,12 +52,12 @@ def flags_of(module, here, *more):
         flags += ["--prompts", here / "prompts.jsonl", "--judge", f"{here}/judge.py:score", "--edit-rate", 0]
         flags += ["--edit-template", here / "edit.txt", "--prompts-per-step", 2, "--mini-batch-prompts", 2]
         flags += ["--n-samples", 1, "--max-new-tokens", 4, "--answer-template", here / "answer.txt"]
-        shutil.copy(here / "prompts.jsonl", here / "held_out.jsonl")
+        shutil.copy(here / "prompts_other.jsonl", here / "held_out.jsonl")
         flags += ["--eval-data", here / "held_out.jsonl", "--eval-n", 1]
         flags += ["--audit-judge", f"{here}/second.py:score", "--audit-share", 0.5]
     elif module is train_grm:
         flags += ["--data", here / "judgements.jsonl", "--grm-template", here / "grm.txt", "--batch-size", 4]
-        shutil.copy(here / "judgements.jsonl", here / "held_out.jsonl")
+        shutil.copy(here / "judgements_other.jsonl", here / "held_out.jsonl")
         flags += ["--eval-data", here / "held_out.jsonl", "--eval-judgements", 1, "--eval-max-new-tokens", 4]
     else:
         flags += ["--data", here / "pairs.jsonl", "--answer-template", here / "answer.txt", "--batch-size", 4]
@@ -184,7 +184,7 @@ def test_the_same_command_on_changed_inputs(module, here, capsys):
 def test_a_continuation_may_hold_out_other_rows(here):
     """--eval-data may change, to another file and to none."""
     run(train_grm, *flags_of(train_grm, here))
-    (here / "other.jsonl").write_text((here / "judgements.jsonl").read_text().replace("tea", "coffee"))
+    (here / "other.jsonl").write_text((here / "judgements_other.jsonl").read_text().replace("tea", "coffee"))
     run(train_grm, *flags_of(train_grm, here, "--eval-data", here / "other.jsonl", "--max-steps", 2))
     assert (here / "run" / "metrics.jsonl").read_text().count("\n") == 2
 

@@ -56,7 +56,7 @@ def flags_of(name, tiny):
             "--epochs",
             3,
             "--eval-data",
-            tiny / "pairs.jsonl",
+            tiny / "pairs_other.jsonl",
             "--eval-every",
             5,
         ]
@@ -324,9 +324,11 @@ def test_held_out_rows_are_checked_before_work(tiny, tmp_path, capsys):
     flags = [*grm_flags(tiny), "--out", tmp_path / "out", "--max-length"]
     assert "no row is within 20 tokens" in error_of(train_grm, capsys, *flags, 20)
     short = tmp_path / "short.jsonl"
-    short.write_text((tiny / "pairs.jsonl").read_text())
+    short.write_text((tiny / "pairs_other.jsonl").read_text())
     error = error_of(train_grm, capsys, *flags, 500, "--eval-data", short)
     assert f'{short}:1: field "answer" is missing' in error
+    error = error_of(train_grm, capsys, *flags, 500, "--eval-data", tiny / "judgements.jsonl")
+    assert f"{tiny / 'judgements.jsonl'}:1: its prompt_id is held out" in error
     assert not (tmp_path / "out").exists()
 
 

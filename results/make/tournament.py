@@ -208,8 +208,9 @@ def figures_of(out: str, name: str) -> dict:
     figures = sweep.figures_of(out, name)
     place, _, method = name.rpartition("/")
     method = method.removesuffix("_2lr")
-    if method in TRAINED_ON_ROLLOUTS:  # what its rows have cost
-        figures |= training_cost(read_rows(f"{out}/{place}/{source_of(method)}/metrics.jsonl", "metrics"))
+    if method in TRAINED_ON_ROLLOUTS:
+        of_rollouts = training_cost(read_rows(f"{out}/{place}/{source_of(method)}/metrics.jsonl", "metrics"))
+        figures |= {name: of_rollouts[name] for name in ("trained", "generated", "judge_calls")}  # what its rows cost
     return figures
 
 
