@@ -298,16 +298,17 @@ def step_metrics(
     warn_of_lost(counts, run.step + 1)
     del counts["judged"]  # not a metric of its own
 
-    training_seconds = run.seconds["score"] + run.seconds["update"]
+    seconds = {name: all_max(ranks, value) for name, value in run.seconds.items()}  # others wait for the slowest
+    training_seconds = seconds["score"] + seconds["update"]
     metrics = {
         **means.over_ranks(ranks),
         **counts,
         **training.machine_metrics(ranks, update.flops, training_seconds, run.args.peak_tflops),
         "explained_variance": explained_variance(batch.returns, batch.values, ranks),
         "weight_sync_error": sync_error,
-        "generated_tokens_per_second": counts["generated_tokens"] / run.seconds["rollout"],
+        "generated_tokens_per_second": counts["generated_tokens"] / seconds["rollout"],
         "trained_tokens_per_second": counts["trained_tokens"] / training_seconds,
-        **{f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()},
+        **{f"seconds/{name}": round(value, 3) for name, value in seconds.items()},
     }
     warn_of_no_gradient(metrics, run.step + 1)
     return metrics
@@ -361,9 +362,10 @@ def ask_again(
     fraction: float,
     seed: int,
     step: int,
+    ranks: Ranks,
 ) -> Checks:
     """Audits a fraction of the originals, and judges held-out answers under other personas."""
-    audits = audit(rollout.judged, judge, second, fraction, seed, step)
+    audits = audit(rollout.judged, judge, second, fraction, seed, step, ranks)
     swapped = swap_personas(held_out, judge) if held_out else []
     judge.take_counts()  # no cost of the training
     return Checks(audits, held_out, swapped)
@@ -375,9 +377,9 @@ def was_replaced(t: Trajectory, judge: Judge) -> bool:
 
 
 def audit(
-    judged: list[Trajectory], judge: Judge, second: Judge | None, fraction: float, seed: int, step: int
+    judged: list[Trajectory], judge: Judge, second: Judge | None, fraction: float, seed: int, step: int, ranks: Ranks
 ) -> dict[tuple, dict[str, float | None]]:
-    """Judges a fraction of the originals once more, with another seed, and by a second judge.
+    """Judges a fraction of all ranks' originals once more, with another seed, and by a second judge.
 
     Originals with a replaced reward (--truncated min_score) are left out.
 
@@ -387,7 +389,9 @@ def audit(
         return {}
     rng = random.Random(derive_seed(seed, step, "audit"))
     originals = [t for t in judged if not t.parent and not was_replaced(t, judge)]
-    chosen = rng.sample(originals, math.ceil(fraction * len(originals)))
+    keys = sorted(set(all_gather(ranks, [t.key for t in originals])))  # ranks of one engine have the same
+    drawn = set(rng.sample(keys, math.ceil(fraction * len(keys))))
+    chosen = [t for t in originals if t.key in drawn]
     asked = [(t.prompt.row, t.answer, derive_seed(seed, step, *t.key, "audit")) for t in chosen]
     again = [verdict.reward for verdict in ask_all(judge, asked)]
     others = [verdict.reward for verdict in ask_all(second, asked)] if second else [None] * len(asked)
@@ -421,7 +425,7 @@ def check_judge(probe: Rollout, judge: Judge, spec: str, editing: bool, ranks: R
             f"--judge {spec}: not one of {len(reasons)} answers got a judgement; is it a reward model? "
             f"The first: {reasons[0]}"
         )
-    if editing and n_judged and not n_critiques:
+    if editing and n_judged and not n_critiques and judge.writes_critiques is not True:
         raise ValueError(
             f"--judge {spec}: no critique of {n_judged} answers, which edits (--edit-rate > 0) need; "
             "--edit-rate 0 trains without edits"
@@ -507,11 +511,12 @@ def token_rows(record: UpdateRecord, chat: Chat, n: int, seed: int, step: int, r
     names = {"logp": "logprobs", "weight": "weight", "logq": "old_logprobs", "advantage": "advantages"}
     arrays = {short: {t.key: own for t, own in last_arrays(record, name)} for short, name in names.items()}
     trained = sorted((t for t, _ in last_arrays(record, "logprobs")), key=lambda t: (t.prompt.index, t.key))
-    rng = random.Random(derive_seed(seed, step, "tokens", ranks.rank))
     edited = {t.key[:2] for t in trained if t.parent}
-    originals = [t.key[:2] for t in trained if t.parent is None]
-    order = sorted(rng.sample(originals, len(originals)), key=lambda key: key not in edited)
-    chosen = order[: math.ceil(n / ranks.world_size)]
+    answers = [(t.key[:2], t.key[:2] in edited) for t in trained if t.parent is None]
+    order = sorted(all_gather(ranks, answers))
+    random.Random(derive_seed(seed, step, "tokens")).shuffle(order)
+    order.sort(key=lambda answer: not answer[1])
+    chosen = {key for key, _ in order[:n]}
     rows = []
     for t in trained:
         if t.key[:2] not in chosen:

@@ -204,7 +204,7 @@ class Transformer(nn.Module):
             x = gather_rows(x, index)  # [S, d]
         x, _ = self.model.norm(x, None)
         if self.scalar_head:
-            return self.score(x).squeeze(-1)
+            return self.score(x).sum(-1)  # of one column; FSDP warns of outputs that are views
         if targets is not None:
             return linear_logprob(x, self.head_weight, targets, temperature)
         if self.packed_head is not None and not torch.is_grad_enabled():

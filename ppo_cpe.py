@@ -67,7 +67,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     top_p: flags.TopP = 0.9
     """Nucleus; recorded log-probs stay those of the full softmax."""
     max_prompt_length: flags.Count = 2048
-    """Tokens; longer prompts are left out at the start and counted."""
+    """Tokens; longer prompts are left out and counted. So are those after which a response may pass the positions."""
     max_new_tokens: flags.Count = 2048
     """Tokens of an original or an edit."""
     tensor_parallel: flags.MayChange[flags.Count] = 1
@@ -456,7 +456,7 @@ def rollout(
             if t.parent is None and t.key[:2] in edited and should_edit(t, args):
                 context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
                 edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
-                if len(context_ids) >= engine.max_len:  # a critique may be of any length
+                if len(context_ids) + args.max_new_tokens > engine.max_len:  # a critique may be of any length
                     dropped.append(never_sampled(edit, f"an edit prompt of {len(context_ids)} tokens"))
                     continue
                 in_engine[edit.key, 0] = edit
@@ -707,13 +707,24 @@ def sum_of(tensors: list[Tensor]) -> float:
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-def longest_sequence(args: Args) -> int:
-    """Tokens of an edit prompt and its edit: prompt, answer, critique, edit, and 512 for the template."""
-    return args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512
+def longest_sequence(args: Args, positions: int) -> int:
+    """Tokens of an edit prompt and its edit: prompt, answer, critique, edit, and 512 for the template. At most as many
+    as the policy has positions."""
+    return min(args.max_prompt_length + 2 * args.max_new_tokens + args.judge_max_new_tokens + 512, positions)
+
+
+def judge_settings(args: Args) -> JudgeSettings:
+    judged = args.max_prompt_length + args.max_new_tokens + args.judge_max_new_tokens + 2048  # and the rubric
+    max_len = max(JudgeSettings.max_len, judged)
+    return JudgeSettings.from_args(
+        args, answer_template=args.answer_template, max_batch=args.max_batch, max_len=max_len
+    )
 
 
 def check_flags(args: Args, max_len: int) -> None:
     """Checks what concerns several flags together; the range of each is in its type."""
+    if args.max_new_tokens >= max_len:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected fewer than the {max_len} of {args.model}")
     if args.kv_tokens is not None and args.kv_tokens < max_len:
         raise ValueError(f"--kv-tokens {args.kv_tokens}: expected at least {max_len}, an edit prompt and its response")
     if args.audit_judge and not args.audit_share:
@@ -741,7 +752,7 @@ def print_plan(args: Args, max_len: int) -> None:
     machine = plan.machine_of(args)
     if machine.device == "cpu":  # where a cache takes memory only once it is written
         args = replace(args, max_batch=plan.sequences_at_once(args, machine))
-    settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
+    settings = judge_settings(args)
     resident: dict[str, int] = {}
     for name, spec in (("judge", args.judge), ("audit judge", args.audit_judge)):
         parts = planned_memory(spec, settings, machine) if spec else {}
@@ -764,7 +775,7 @@ def open_models(args: Args, ranks: Ranks) -> tuple[dict[str, Transformer], dict[
 
 
 def main(args: Args) -> None:
-    max_len = longest_sequence(args)
+    max_len = longest_sequence(args, plan.config_of(args.model).max_position_embeddings)
     check_flags(args, max_len)
     if args.plan:
         return print_plan(args, max_len)
@@ -772,14 +783,15 @@ def main(args: Args) -> None:
     folder = resolve(args.model)
     chat = Chat(folder)
     templates = load_templates(folder, args.answer_template, args.edit_template)
-    read = functools.partial(read_prompts, chat=chat, templates=templates, limit=args.max_prompt_length)
+    limit = min(args.max_prompt_length, max_len - args.max_new_tokens)
+    read = functools.partial(read_prompts, chat=chat, templates=templates, limit=limit)
     prompts = read(args.prompts)  # (row, token ids) of each
     refuse_held_out(args.prompts, *filter(None, [args.eval_data]))
     held_out_prompts = shard(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     if args.save_batch and args.save_batch > last_step:
         raise ValueError(f"--save-batch {args.save_batch}: expected at most {last_step}, the steps of this run")
-    settings = JudgeSettings.from_args(args, answer_template=args.answer_template, max_batch=args.max_batch)
+    settings = judge_settings(args)
     judge = open_judge(args.judge, settings, ranks)
     second_judge = open_judge(args.audit_judge, settings, ranks) if args.audit_judge else None
     check_judge_suits(judge, args)
@@ -828,7 +840,7 @@ def main(args: Args) -> None:
                     once = replace(args, n_samples=1, edit_rate=math.ceil(args.edit_rate))
                     held_out = sample_and_judge(held_out_prompts, once, "held out")
                 checks = diagnostics.ask_again(
-                    responses, held_out, judge, second_judge, args.audit_share, args.seed, step
+                    responses, held_out, judge, second_judge, args.audit_share, args.seed, step, ranks
                 )
             if args.release_cache:
                 engine.release_cache()

@@ -316,7 +316,7 @@ def read_prompts(path: str, chat: Chat, templates: Templates, limit: int) -> lis
     """Reads a file's prompts of at most `limit` tokens -> [(row, prompt ids)]. Prints how many are longer."""
     prompts = [(row, answer_prompt(chat, templates, row)) for row in read_rows(path, "prompt")]
     short = [(row, ids) for row, ids in prompts if len(ids) <= limit]
-    print0(f"{len(short)} prompts from {path}; {len(prompts) - len(short)} over --max-prompt-length {limit} left out")
+    print0(f"{len(short)} prompts from {path}; {len(prompts) - len(short)} over {limit} tokens left out")
     return short
 
 

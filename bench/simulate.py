@@ -471,7 +471,7 @@ def simulate(args: Args, gpu: GPU) -> tuple[dict[str, float], dict[str, float]]:
         clock = Clock()
         policy_script, judge_script = scripts_of(args)
         costs = GPUCosts(policy, gpu, args.max_batch, tp)
-        longest = ppo_cpe.longest_sequence(args)
+        longest = ppo_cpe.longest_sequence(args, policy.max_position_embeddings)
         engine = ClockEngine("policy", policy, longest, args.max_batch, policy_script, costs, clock)
         judge_clock = Clock() if args.judge_server else clock
         judge_costs = GPUCosts(judge, gpu, args.max_batch, tp)

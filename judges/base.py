@@ -73,7 +73,7 @@ class Judge:
     lowest_reward: float | None = None  # None: there is no bound
     compares = False  # two answers at a time
     template: str  # the one of prompts.Templates that it fills
-    down: str | None = None  # why no more judgements are to be had, once a server is given up
+    down: str | None = None  # why no more judgements are to be had: a server is given up, a function raised
 
     def __init__(self) -> None:
         self.pending = 0

@@ -31,8 +31,8 @@ FUNCTION_SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 class FunctionJudge(Judge):
     """Calls the function once for each answer, in turn.
 
-    The return annotation says whether it writes critiques: `-> Judgement` does, `-> float` does not. ValueError, which
-    stops a run: the function raises, or returns something else than a finite number, a Judgement or None.
+    The return annotation says whether it writes critiques: `-> Judgement` does, `-> float` does not. It is `down` once
+    the function raises, or returns something else than a finite number, a Judgement or None.
     """
 
     answers_per_poll = 16  # so that a slow function holds up neither sampling nor the journal of its verdicts
@@ -68,14 +68,15 @@ class FunctionJudge(Judge):
 
     def advance(self) -> None:
         for _ in range(min(len(self.waiting), self.answers_per_poll)):
-            key, row, answer = self.waiting[0]
+            key, row, answer = self.waiting.popleft()
             try:
                 verdict = Verdict(key, *self.judge(row, answer))
-            except ValueError:
-                if self.finished:  # so that they are not lost; the next poll calls it again
-                    return
-                raise
-            self.waiting.popleft()
+            except ValueError as error:
+                self.down = str(error)
+                for unjudged in (key, *(key for key, *_ in self.waiting)):
+                    self.finish(Verdict(unjudged, None, error=self.down, failure="request"), failed=0)
+                self.waiting.clear()
+                return
             if verdict.reward is None:
                 verdict.error = f"{self.name} gave None"
                 verdict.failure = "no judgement"

@@ -56,7 +56,10 @@ def linear_logprob(
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """hidden [T, d] @ weight [V, d].T -> [T, V] in fp32 (fp64 for fp64). For sampling, where T is small."""
+    """hidden [T, d] @ weight [V, d].T -> [T, V] in fp32 (fp64 for fp64). For sampling, where T is small.
+
+    On a CPU, and with gradients, the product of bf16 tensors is rounded to bf16 before it becomes fp32.
+    """
     if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.is_grad_enabled():
         return _product(hidden, weight.t())
     return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))

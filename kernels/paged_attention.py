@@ -34,7 +34,7 @@ def paged_attention(
 
     q [R, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D], contiguous, of q's dtype (bf16, fp16, fp32), Hq a
     multiple of Hkv; block_table int32 [R, max_blocks], any valid block past a row's end; lengths int32 [R], at most
-    max_blocks * block_size -> [R, Hq, D]. A row of length 0 (padding of a CUDA graph) gives zeros. Sums are fp32.
+    max_blocks * block_size -> [R, Hq, D]. A row of length 0 gives zeros. Sums are fp32.
     """
     n_heads, dim = q.shape[1:]
     assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(), v_cache.stride())

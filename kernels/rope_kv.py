@@ -29,7 +29,8 @@ def rope_kv(
 
     q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, such as slices of one projection), cos and sin [T, 1, D],
     k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size
-    + offset, each at most once; -1 writes nothing. Not differentiable.
+    + offset, each at most once; -1 writes nothing. (The padding rows of a CUDA graph all write slot 0, which only they
+    read.) Not differentiable.
     """
     n_tokens, n_heads, dim = q.shape
     n_kv = k.shape[1]

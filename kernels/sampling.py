@@ -14,7 +14,7 @@ The search for t is exact: it ends on one value, not on an interval.
 - Triton: t is searched among the logits, mapped to integers in the same order, from the leading bits down, four bits
   per pass: a pass sums the mass above 15 thresholds (8 passes for fp32, 4 for bf16). All passes run over (row, chunk of
   the vocabulary), so that one row occupies many programs, and sums are merged in a fixed order. Rows with top_p = 1
-  skip each pass. Nothing is read on the host, so the kernels can be part of a CUDA graph.
+  skip all passes but the last. Nothing is read on the host, so the kernels can be part of a CUDA graph.
 """
 
 import numpy as np

@@ -132,7 +132,7 @@ class EngineArgs:
     """Flags of the generation engine, in ppo_cpe.py and evaluate.py."""
 
     # -- generation
-    max_batch: Count = 256
+    max_batch: MayChange[Count] = 256
     """Sequences that are generated at once, per rank."""
     kv_tokens: MayChange[Count | None] = None
     """Tokens in the KV cache of the model that answers, per rank. Default: by --max-batch and the free memory."""

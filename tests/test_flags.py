@@ -256,6 +256,7 @@ def test_epochs_that_make_no_step(script, tiny, tmp_path, capsys):
     size = ["--prompts-per-step" if script == "ppo_cpe" else "--batch-size", 8]
     template = "grm" if script == "train_grm" else "answer"
     short = [f"--{template}-template", tiny / f"{template}.txt"]
+    short += ["--max-new-tokens", 4] if script == "ppo_cpe" else []
     flags = ["--model", tiny / "checkpoint", *rows, *size, *short, "--out", tmp_path / "out", "--epochs", 0.2]
     error = error_of(module_of(script), capsys, *flags)  # 32 rows: four steps an epoch
     assert error == "error: --epochs 0.2: 32 rows make less than one step of 8"
@@ -276,5 +277,5 @@ def test_what_a_continuation_may_change():
     assert may_change(JudgeArgs) == {"judge_patience"}
     assert may_change(module_of("sft").Args) == may_change(module_of("dpo").Args) == MACHINE
     assert may_change(module_of("train_grm").Args) == MACHINE | HELD_OUT
-    engines = {"kv_tokens", "tensor_parallel", "release_cache", "judge_patience"}
+    engines = {"max_batch", "kv_tokens", "tensor_parallel", "release_cache", "judge_patience"}
     assert may_change(module_of("ppo_cpe").Args) == MACHINE | WATCHING | engines

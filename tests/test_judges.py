@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import time
 from collections import defaultdict
 from types import SimpleNamespace
@@ -283,9 +284,8 @@ def test_world_judge(opened):
         assert (found[n].judgement, found[n].reward) == (expected, expected.score(WEIGHTS))
     judge.submit("fine", rows[0], "Tea.", seed=0)
     judge.submit("alien", ROW, "Tea.", seed=0)
-    assert [verdict.key for verdict in judge.poll()] == ["fine"]  # it is kept before the next stops the run
-    with pytest.raises(ValueError, match="persona_world"):
-        judge.poll()
+    found = verdicts(judge)  # what came before the error is kept
+    assert found["fine"].reward is not None and found["alien"].reward is None and "persona_world" in judge.down
 
 
 # -- a function in a file
@@ -349,11 +349,14 @@ def test_a_function_in_a_file_judges(tmp_path, capsys):
     ],
 )
 def test_what_a_function_must_not_give_stops_the_run(tmp_path, answer, problem):
+    """As a server that is down does, so that the steps before are saved; nothing more is asked."""
     (tmp_path / "my.py").write_text(FUNCTIONS)
     judge = open_judge(f"{tmp_path}/my.py:unknown", JudgeSettings(), RANKS)
-    judge.submit(0, ROW, answer, seed=0)
-    with pytest.raises(ValueError, match=f'/my.py:unknown, prompt "p": .*{problem}'):
-        judge.poll()
+    for key, text in enumerate((answer, "none")):
+        judge.submit(key, ROW, text, seed=0)
+    found = verdicts(judge)
+    assert re.search(f'/my.py:unknown, prompt "p": .*{problem}', judge.down)
+    assert [(v.reward, v.failure) for v in found.values()] == [(None, "request")] * 2 and not judge.busy
 
 
 def test_files_without_such_a_function(tmp_path):

@@ -211,7 +211,7 @@ def test_nobody_waits_for_a_straggler(tiny):
     rows = [json.loads(line) for line in (tiny / "prompts.jsonl").read_text().splitlines()[:4]]
     prompts = [Prompt(index=i, row=row, ids=answer_prompt(chat, templates, row)) for i, row in enumerate(rows)]
     engine = Recorded(load_pretrained(str(tiny / "checkpoint")), [], 400)
-    args = ppo_cpe.Args(n_samples=2, edit_rate=1, temperature=1.0, top_p=1.0)
+    args = ppo_cpe.Args(n_samples=2, edit_rate=1, temperature=1.0, top_p=1.0, max_new_tokens=120)
     asked = dict(engine=engine, judge=AtOnce(), chat=chat, templates=templates, show=events.count)
     responses = ppo_cpe.rollout(prompts, args, 0, **asked)
     assert len(responses.judged) == 16 and not responses.dropped
@@ -336,6 +336,15 @@ def test_policy_and_critic_are_saved_for_others(whole, tiny):
     load_pretrained(str(whole / "critic"), scalar_head=True)
 
 
+def test_no_response_passes_the_positions_of_the_model(tiny, judge, tmp_path):
+    """The tiny model has 512, and its prompts have more than one token."""
+    flags = [*flags_of(tiny, judge), "--out", tmp_path / "out"]
+    assert "expected fewer than the 512 of" in run_script("ppo_cpe.py", *flags, "--max-new-tokens", 512, status=2)
+    text = run_script("ppo_cpe.py", *flags, "--max-new-tokens", 511, status=2)
+    assert "0 prompts from" in text and "32 over 1 tokens left out" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
     # with one held-out prompt: the second process has none
     held_out = ["--eval-data", tiny / "prompts_other.jsonl", "--eval-every", 2, "--eval-n", 1]
@@ -348,6 +357,11 @@ def test_two_processes_give_the_losses_of_one(whole, tiny, judge, tmp_path):
         for name in ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
         assert two["batch"] == one["batch"] and two["generated_tokens"] == one["generated_tokens"]
+    logged = []  # the same answers, as many as --log-tokens over both processes
+    for folder in (whole, tmp_path / "two"):
+        rows = map(json.loads, (folder / "tokens/step_000001.jsonl").read_text().splitlines())
+        logged.append({(row["prompt_id"], row["sample_id"]) for row in rows})
+    assert logged[0] == logged[1] and len(logged[0]) == 4
 
 
 SAME_LOSSES = ("policy_loss", "value_loss", "original/reward", "edit/reward", "entropy", "edit/ratio", "batch")
@@ -487,6 +501,9 @@ def short(row, answer):
 
 def critic(row, answer) -> Judgement:
     return Judgement("Say it shorter.", min(5, len(answer) % 6), 0, 0)
+
+def content(row, answer) -> Judgement:
+    return Judgement("", min(5, len(answer) % 6), 0, 0)
 """
 
 
@@ -500,7 +517,9 @@ def test_a_function_in_a_file_as_the_judge(tiny, judge, tmp_path):
     run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:critic", "--out", tmp_path / "cpe")
     (metrics,) = read_metrics(tmp_path / "cpe")
     assert metrics["batch"] == 12 and metrics["edit/gain"] is not None
-    # without an annotation it is the first judgement that shows
+    # an annotated one may have nothing to say of the first answers; else it is these that show
+    run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:content", "--out", tmp_path / "content")
+    assert read_metrics(tmp_path / "content")[0]["batch"] == 8
     output = run_script("ppo_cpe.py", *flags, f"{tmp_path}/my.py:short", "--out", tmp_path / "no", status=2)
     assert (
         "my.py:short: no critique of 8 answers, which edits (--edit-rate > 0) need; --edit-rate 0 trains" in output
@@ -542,7 +561,7 @@ def test_bad_input_ends_in_one_line(tiny, judge, tmp_path):
     assert "--edit-rate 1.5: it should be less than or equal to 1" in bad(tiny, judge, tmp_path, "--edit-rate", 1.5)
     assert "--save-batch 99: expected at most" in bad(tiny, judge, tmp_path, "--save-batch", 99)
     assert "an --audit-share above 0" in bad(tiny, judge, tmp_path, "--audit-judge", "world")
-    assert "expected at least 2648" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # 2048 + 2 x 12 + 64 + 512
+    assert "expected at least 512" in bad(tiny, judge, tmp_path, "--kv-tokens", 100)  # the positions of the model
     assert "--eval-every 0: it should be greater" in bad(tiny, judge, tmp_path, "--eval-every", 0)
     assert "127.0.0.1:9" in bad(tiny, judge, tmp_path, "--judge", "http://127.0.0.1:9/v1")
     assert "compares answers" in bad(tiny, judge, tmp_path, "--judge", f"pair:{tiny / 'checkpoint'}")
