@@ -26,7 +26,7 @@ Departures from the paper: both orders instead of one, our own text for the judg
     python evaluate.py                                  # out/ppo_cpe/policy against out/sft/policy, scored by out/grm
     torchrun --nproc_per_node=8 evaluate.py --judge pair:https://api.example.com/v1#NAME --baseline reference
     python evaluate.py --stage answers; python evaluate.py --stage verdicts; python evaluate.py --stage table
-    python evaluate.py --annotations annotations.json --gamed-data tatsu-lab/alpaca_eval
+    python evaluate.py --annotations annotations.json --gamed-data tatsu-lab/alpaca_eval --out out/compare
 """
 
 import os
@@ -45,7 +45,7 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     task: Literal["win-rate", "reward-accuracy", "persona-swap", "personamem"] = "win-rate"
     """See the top of this file."""
     stage: Literal["all", "answers", "verdicts", "table"] = "all"
-    """The stage to run; results of earlier ones are only read."""
+    """The stage to run; results of earlier ones are only read. A server without #NAME is asked for it each time."""
     annotations: tuple[str, ...] = ()
     """Tables from these files instead of a task. Each file is one model."""
     labels: tuple[str, ...] = ()
@@ -67,7 +67,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     n_prompts: flags.Natural = 300
     """Number of prompts, drawn at random by the seed. 0: all."""
     out: str = "out/evaluate"
-    """Folder for journal, answers, verdicts, annotations, tables and plots."""
+    """Folder for journal, answers, verdicts, annotations, tables and plots. With --annotations: one without an
+    evaluation."""
     journal: str | None = None
     """Folder whose journal/ to use instead of OUT/journal, so that evaluations one after the other share answers and
     verdicts."""
@@ -195,7 +196,7 @@ def answers_of(sides: Sequence[str], rows: list[dict], args: Args, ranks: Ranks)
             texts = [answer_request(templates, row) for row in shown]
             requests[side] = [(row["prompt_id"], [{"role": "user", "content": t}]) for row, t in zip(rows, texts)]
     for side in requests:
-        replied = replies(f"answers_{side}", specs[side], requests[side], args.temperature, args, ranks)
+        replied = replies("answers", specs[side], requests[side], args.temperature, args, ranks)
         no_reply = {"answer": None, "truncated": None}
         answers[side] = Answers(specs[side], [row | (reply or no_reply) for row, reply in zip(rows, replied)])
     local = [specs[side] for side in requests if not is_url(specs[side])]
@@ -339,7 +340,8 @@ def summarize(answers: Answers, verdicts: list[dict]) -> dict:
     means = {name: mean_and_error(v[name] for v in verdicts) for name in (*DIMENSIONS, "reward")}
     means |= {name: mean_and_error(row.get(name) for row in answers.rows) for name in answers.figures}
     return means | dict(
-        answers=sum(answer is not None for answer in answers.texts), unjudged=sum(v["reward"] is None for v in verdicts)
+        answers=sum(answer is not None for answer in answers.texts),
+        unjudged=sum(v["reward"] is None for v in verdicts) if verdicts else None,  # None: the judge compares
     )
 
 
@@ -355,9 +357,9 @@ SIDE_LABELS = {
 def side_table(results: dict) -> str:
     """The numbers of both sides as text."""
 
-    def cell(value: dict | int, scale: int) -> str:
+    def cell(value: dict | int | None, scale: int) -> str:
         if not isinstance(value, dict):
-            return str(value)
+            return "-" if value is None else str(value)
         text = number_text(value["mean"], 2, scale)
         error = value["standard_error"]
         return text if error is None else f"{text} ± {scale * error:.2f}"
@@ -416,6 +418,9 @@ def win_rate(args: Args, ranks: Ranks) -> None:
 
 def compare_files(args: Args) -> None:
     """--annotations: tables, paired tests between the models, kappas against --labels."""
+    for name in ("annotations.json", "verdicts.jsonl", "choices.jsonl"):
+        if os.path.exists(os.path.join(args.out, name)):
+            raise ValueError(f"--out {args.out}: it holds an evaluation ({name}); expected another folder for tables")
     files = [(path, read_annotations(path)) for path in args.annotations]
     labels = [(path, read_annotations(path)) for path in args.labels]
     gamed = winrate.read_gamed(args.gamed_data) if args.gamed_data else None
@@ -451,6 +456,12 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
     rows = []
     outcomes = []
     shown = []
+    of_what = {
+        "model": {"side": "chosen"},
+        "baseline": {"side": "rejected"},
+        "model_first": {"order": "chosen_first"},
+        "baseline_first": {"order": "rejected_first"},
+    }
     for pair, of_pair in zip(pairs, verdicts):
         outcome = outcome_of(pair["chosen"], pair["rejected"], of_pair)
         right = None
@@ -458,7 +469,8 @@ def reward_accuracy(args: Args, ranks: Ranks) -> None:
             right = 0.5 + 0.5 * float(np.sign(outcome.preference - 1.5))
         outcomes.append(right)
         shown.append(outcome.shown)
-        rows.append({**pair, "outcome": right, "verdicts": list(of_pair.values())})
+        judged = [of_what[name] | verdict for name, verdict in of_pair.items()]
+        rows.append({**pair, "outcome": right, "verdicts": judged})
     results = accuracy_by_tier(pairs, np.array(outcomes, dtype=np.float64), args.seed) | dict(  # None is NaN
         position_bias=position_bias(shown, args.seed, persons_of(rows)),
         failures=dict(Counter(v["failure"] for of_pair in verdicts for v in of_pair.values() if v["failure"])),
@@ -549,10 +561,15 @@ TASKS = {
 }
 
 
-def named_server(spec: str) -> str:
+def named_server(flag: str, spec: str) -> str:
     """Adds the name of the server's model to the spec of a judge or model behind a server, if it has none."""
     url = spec.removeprefix("pair:")
-    return f"{spec}#{ChatServer(url).model}" if is_url(url) and "#" not in url else spec
+    if not is_url(url) or "#" in url:
+        return spec
+    try:
+        return f"{spec}#{ChatServer(url).model}"
+    except ValueError as error:
+        raise ValueError(f"--{flag} {spec}: {error} (every stage asks for #NAME, which is not given)") from error
 
 
 def main(args: Args) -> None:
@@ -561,7 +578,7 @@ def main(args: Args) -> None:
     if args.labels:
         raise ValueError("--labels needs --annotations: the files whose judges are compared")
     ranks = start(args.dtype, timeouts=args.timeouts)
-    named: dict[str, Any] = {name: named_server(getattr(args, name)) for name in ("model", "baseline", "judge")}
+    named: dict[str, Any] = {name: named_server(name, getattr(args, name)) for name in ("model", "baseline", "judge")}
     args = dataclasses.replace(args, **named)
     TASKS[args.task](args, ranks)
     if args.stage in ("all", "table"):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from json_files import read_json_list
 from prompts import persona_text
-from runtime.rows import read_rows, refuse_thoughts
+from runtime.rows import EMPTY_THOUGHT, normalized, read_rows, refuse_thoughts
 
 
 class Entry(NamedTuple):
@@ -15,6 +15,7 @@ class Entry(NamedTuple):
     place: str  # such as "line 7"
     where: str  # the place with the file's name
     keys: list[tuple[str, str]]  # what the answer can be found by: (kind of key, key)
+    asked: tuple[str, str]  # the key of its question, and of its persona if it names one
     fields: dict
 
 
@@ -30,7 +31,8 @@ def given_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
         the generator, and the rows with `answer`, which is None where the file has none
 
     Raises:
-        ValueError: there is no answer to any prompt, a second one to some prompt, or another question under its id.
+        ValueError: there is no answer to any prompt, a second one to some prompt, or one to another question or for
+            another persona under its id.
     """
     generator, entries = read_outputs(file) if file.endswith(".json") else read_answers(file)
     entries_of: dict[tuple[str, str], list[Entry]] = {}
@@ -40,14 +42,16 @@ def given_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
     times = Counter(row["question"] for row in rows)
     given = []
     for row in rows:
+        instruction = instruction_of(row)
         keys = [
             ("prompt", row["prompt_id"]),
             ("question of a persona", _persona_and_question(row["persona"], row["question"])),
-            ("instruction", instruction_of(row)),
+            ("question of a persona", _persona_and_question(row["persona"], instruction)),
+            ("instruction", instruction),
+            ("instruction", row["question"]),
         ]
-        if times[row["question"]] == 1:
-            keys.append(("instruction", row["question"]))
-        matching = [key for key in keys if key in entries_of]
+        known = keys if times[row["question"]] == 1 else keys[:-1]  # the question alone would fit several prompts
+        matching = [key for key in known if key in entries_of]
         if not matching:
             given.append({**row, "answer": None})
             continue
@@ -55,8 +59,10 @@ def given_answers(file: str, rows: list[dict]) -> tuple[str, list[dict]]:
         if others:
             kind, text = matching[0]
             raise ValueError(f'{others[0].where}: a second answer to {kind} "{text[:80]}"; the first is {entry.place}')
-        if entry.fields.get("question", row["question"]) != row["question"]:
-            raise ValueError(f'{file}: prompt "{row["prompt_id"]}": it has another question there')
+        if entry.asked not in keys:
+            raise ValueError(
+                f'{entry.where}: prompt "{row["prompt_id"]}" has another question or persona here than in --prompts'
+            )
         given.append({**row, **entry.fields})
     if all(row["answer"] is None for row in given):
         raise ValueError(f"{file}: no answer to any of the {len(rows)} prompts")
@@ -68,7 +74,9 @@ def read_answers(file: str) -> tuple[str, list[Entry]]:
     names = [row["generator"] for row in rows if row.get("generator")]
     entries = []
     for number, row in enumerate(rows, 1):
-        entries.append(Entry(f"line {number}", f"{file}:{number}", [("prompt", row["prompt_id"])], row))
+        asked = ("question of a persona", _persona_and_question(row["persona"], row["question"]))
+        fields = row | {"answer": EMPTY_THOUGHT.sub("", row["answer"])}
+        entries.append(Entry(f"line {number}", f"{file}:{number}", [("prompt", row["prompt_id"])], asked, fields))
     return names[-1] if names else file, entries
 
 
@@ -85,8 +93,9 @@ def read_outputs(file: str) -> tuple[str, list[Entry]]:
                 )
         refuse_thoughts({"output": output["output"]}, f"{file}, entry {i}")
         generator = output.get("generator") or generator
-        entry = Entry(f"entry {i}", f"{file}, entry {i}", _keys_of(output), {"answer": output["output"]})
-        entries.append(entry)
+        keys = _keys_of(output)
+        fields = {"answer": EMPTY_THOUGHT.sub("", output["output"])}
+        entries.append(Entry(f"entry {i}", f"{file}, entry {i}", keys, keys[-1], fields))
     return generator, entries
 
 
@@ -110,7 +119,7 @@ def _persona_and_question(persona: dict | str, question: str) -> str:
             value = json.loads(persona)
         except (ValueError, RecursionError):  # not JSON, but a text
             value = persona.strip()
-    return json.dumps([value, question], sort_keys=True)
+    return json.dumps([normalized(value), question], sort_keys=True)
 
 
 def reference_answers(file: str, rows: list[dict]) -> list[dict]:
@@ -121,4 +130,4 @@ def reference_answers(file: str, rows: list[dict]) -> list[dict]:
                 f'{file}: prompt "{row["prompt_id"]}" has no reference; give --baseline FOLDER or --baseline-answers '
                 "FILE"
             )
-    return [{**row, "answer": row["reference"], "truncated": None} for row in rows]
+    return [{**row, "answer": EMPTY_THOUGHT.sub("", row["reference"]), "truncated": None} for row in rows]

@@ -39,6 +39,15 @@ def make_stage(name: str, stage: str, digests: list[str], make: Callable, args, 
     return made_once(name, digests, make, args.journal or args.out, ranks, reason)
 
 
+def check_replies(spec: str, found: list[dict | None], failures: list[tuple[str, str]]) -> None:
+    """Raises ValueError if there is nothing, from earlier runs either, because no request got a reply.
+
+    failures: (kind, reason) of all ranks.
+    """
+    if failures and not any(found) and all(kind == "request" for kind, _ in failures):
+        raise ValueError(f"{spec}: none of {len(failures)} requests got a reply; the first reason: {failures[0][1]}")
+
+
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +56,7 @@ def replies(
 ) -> list[dict | None]:
     """A model's replies to (prompt_id, messages) requests -> [{"answer", "truncated"} or None], each made once.
 
-    ValueError: a prompt that leaves no room for the reply.
+    ValueError: a prompt that leaves no room for the reply; the server refused every request.
     """
     settings = dict(temperature=temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
     prompts: list[Any] = [messages for _, messages in requests]  # a server gets messages, a model here ids
@@ -71,6 +80,8 @@ def replies(
         for (prompt_id, _), prompt in zip(requests, prompts)
     ]
 
+    failures: list[tuple[str, str]] = []  # kind and reason
+
     def make(indices: list[int], record: Record) -> None:
         if server:
             asker = Asker(ServerBackend(server, args.concurrency))
@@ -91,11 +102,14 @@ def replies(
                 elif reply.failure.kind == "not a number":
                     raise FloatingPointError(f'prompt "{requests[i][0]}": {reply.failure}')
                 else:  # not kept, so the next run asks again
-                    print(f'{name}: no answer to prompt "{requests[i][0]}": {reply.failure}', file=sys.stderr)
+                    failures.append((reply.failure.kind, str(reply.failure)))
+                    print(f'{spec}: no answer to prompt "{requests[i][0]}": {reply.failure}', file=sys.stderr)
         if asker.down:
             raise ServerDown(asker.down)
 
-    return make_stage(name, "answers", digests, make, args, ranks)
+    found = make_stage(name, "answers", digests, make, args, ranks)
+    check_replies(spec, found, all_gather(ranks, failures))
+    return found
 
 
 def answer_in(choice: dict) -> dict:
@@ -138,7 +152,8 @@ def verdicts_on(items: list[tuple], args, ranks: Ranks) -> list[dict]:
 
     A verdict row: reward (a score, or P(first is better); None: no verdict), the judgement's scores and critique,
     method, error, failure. Both sides get the same random numbers for a prompt, so that equal answers tie. The journal
-    keeps scores rather than their weighted sum: other --score-weights ask for nothing again.
+    keeps scores rather than their weighted sum: other --score-weights ask for nothing again. ValueError: the server
+    refused every request.
     """
     settings = judge_settings(args)
     judge_parts = (
@@ -177,6 +192,7 @@ def verdicts_on(items: list[tuple], args, ranks: Ranks) -> list[dict]:
 
     rows = make_stage("verdicts", "verdicts", digests, make, args, ranks)
     failed = dict(all_gather(ranks, failed.items()))
+    check_replies(f"--judge {args.judge}", rows, [(row["failure"], row["error"]) for row in failed.values()])
     none = dict.fromkeys(("reward", *scores, "method")) | dict(error="not asked", failure="not asked")
     verdicts = [row or failed.get(digest, none) for row, digest in zip(rows, digests)]
     return [row | {"reward": weighted(row, settings.weights)} for row in verdicts]

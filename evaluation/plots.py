@@ -63,7 +63,9 @@ def win_rates(comparisons: list[dict], folder: str) -> None:
     axis.set_yticks(range(len(points)), labels)
     axis.set_ylim(len(points) - 0.5, -0.5)
     axis.set_xlim(-2, 102)  # shows whole markers at either end
-    axis.set_xlabel(f"win rate against {comparisons[0]['generators']['baseline']}, %, 95 % interval")
+    baselines = {c["generators"]["baseline"] for c in comparisons}
+    baseline = baselines.pop() if len(baselines) == 1 else "the baseline"
+    axis.set_xlabel(f"win rate against {baseline}, %, 95 % interval")
     save_plot(figure, folder, "win_rates")
 
 

@@ -64,7 +64,7 @@ def markdown_row(*cells: Any) -> str:
 
 def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
     """Lines of a table; the first column is left-aligned, the others are right-aligned."""
-    rule = markdown_row("---", *["--:"] * (len(header) - 1))
+    rule = "|---" + "|--:" * (len(header) - 1) + "|"
     return [markdown_row(*header), rule, *(markdown_row(*row) for row in rows)]
 
 

@@ -17,7 +17,7 @@ VERDICTS = {
     "win-rate": ("model wins", "tie", "baseline wins", "no verdict"),
     "reward-accuracy": ("right", "ties", "wrong", "no verdict"),
     "persona-swap": ("own persona higher", "equal", "own persona lower", "no verdict"),
-    "personamem": ("right", "", "wrong", "no letter"),
+    "personamem": ("right", "", "wrong", "not answered"),
     "annotation": ("chosen has the higher weighted score", "equal", "rejected has the higher one", "not both judged"),
     "grm": ("all three as labelled", "some", "none as labelled", "does not parse"),
 }
@@ -99,19 +99,19 @@ def win_rate_rows(folder: str) -> list[dict]:
 
 
 def reward_accuracy_rows(folder: str) -> list[dict]:
+    from evaluation.annotations import group_of  # brings scikit-learn along
+
     rows = []
     for row in logged_rows(os.path.join(folder, "verdicts.jsonl")):
-        texts = [row["chosen"], row["rejected"]]
-        sides = []
-        for title, text, verdict in zip(("chosen", "rejected"), texts, row["verdicts"]):
-            sides.append(dict(title=title, answer=text, **scores_of(verdict)))
+        of_side = {verdict.get("side"): verdict for verdict in row["verdicts"]}  # a judge of pairs scores no side
+        sides = [dict(title=side, answer=row[side], **scores_of(of_side.get(side))) for side in ("chosen", "rejected")]
         rows.append(
             page_row(
                 row,
                 verdict_of(row["outcome"]),
                 sides,
-                group=row.get("tier") or row.get("source"),
-                gap=len(texts[0]) - len(texts[1]),
+                group=group_of(row),
+                gap=len(row["chosen"]) - len(row["rejected"]),
             )
         )
     return rows
@@ -142,7 +142,10 @@ def personamem_rows(folder: str) -> list[dict]:
     for row in logged_rows(os.path.join(folder, "choices.jsonl")):
         correct = row["options"]["abcd".index(row["correct"])]
         sides = [dict(title="reply", answer=row["answer"]), dict(title=f"right: ({row['correct']})", answer=correct)]
-        rows.append(page_row(row, verdict_of(row["right"]), sides, group=row["question_type"]))
+        no_letter = row["answer"] is not None and row["right"] is None
+        verdict = "loss" if no_letter else verdict_of(row["right"])
+        note = "no letter" if no_letter else None
+        rows.append(page_row(row, verdict, sides, group=row["question_type"], note=note))
     return rows
 
 

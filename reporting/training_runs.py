@@ -5,7 +5,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from json_files import read_json
@@ -148,10 +148,13 @@ def read_rollouts(
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def load_scorer(spec: str) -> Scorer:
-    """--exact-judge FILE.py:FUNCTION -> its score of an answer; each answer is judged once."""
+def load_scorer(spec: str, weights: Sequence[float] | None) -> Scorer:
+    """--exact-judge FILE.py:FUNCTION -> its score of an answer; each answer is judged once.
+
+    weights: the run's --score-weights. None: the default ones.
+    """
     from judges import load_function  # these bring torch along
-    from prompts import Judgement
+    from prompts import SCORE_WEIGHTS, Judgement
 
     function = load_function(spec)
     scores: dict[tuple, float | None] = {}
@@ -161,7 +164,7 @@ def load_scorer(spec: str) -> Scorer:
         if key not in scores:
             value = function(row, answer)
             if isinstance(value, Judgement):
-                value = value.score()
+                value = value.score(weights or SCORE_WEIGHTS)
             scores[key] = None if value is None or not math.isfinite(value) else float(value)
         return scores[key]
 
@@ -290,7 +293,7 @@ def training_run(folder: str, kind: str, max_bytes: float, exact_judge: str | No
             raise ValueError(f'{metrics_file}:{number}: expected a number as "step"')
     run: dict[str, Any] = dict(kind=kind, label=label_of(kind, args), args=args, rows=[], prompts={})
     if kind == "rl" and metrics:
-        score = load_scorer(exact_judge) if exact_judge else None
+        score = load_scorer(exact_judge, args.get("score_weights")) if exact_judge else None
         rows, n_logged, first_rows = read_rollouts(
             folder, metrics[-1]["step"], max_bytes, EXACT_ANSWERS if score else 0
         )

@@ -18,6 +18,7 @@ from test_serve import Running
 import evaluate
 from data import persona_world
 from evaluation import asking
+from evaluation.answer_files import reference_answers
 from evaluation.asking import answer_in
 from judges import journal
 from judges.chat_client import Failure, ServerDown
@@ -126,20 +127,28 @@ def test_recitals_are_counted(world, tmp_path):
 
 
 def test_equal_answers_tie(world, tmp_path):
+    """Also if one file has an empty thought before each: it is no part of the answer, nor of its length."""
     good = world / "good.jsonl"
+    rows = [json.loads(line) for line in good.read_text().splitlines()]
+    thought = "<think>\n\n</think>\n\n"
     results, _, _ = run(
         "--prompts",
         world / "prompts.jsonl",
         "--answers",
         good,
         "--baseline-answers",
-        good,
+        write(tmp_path / "thought.jsonl", [row | {"answer": thought + row["answer"]} for row in rows]),
         "--judge",
         "world",
         "--out",
         tmp_path,
     )
     assert results["win_rate"]["ties"] == 6 and results["win_rate"]["win_rate"] == 0.5
+    assert (
+        results["characters"]["baseline"] == results["characters"]["model"] == sum(len(r["answer"]) for r in rows) / 6
+    )
+    (row,) = reference_answers("prompts.jsonl", [{"prompt_id": "a", "reference": f"{thought}Tea."}])
+    assert row["answer"] == "Tea."
 
 
 def test_two_sets_of_answers_under_one_name_are_refused(world, tmp_path, capsys):
@@ -316,7 +325,7 @@ def test_each_side_answers_under_its_own_template(tiny, world, tmp_path, monkeyp
     asked = {}
 
     def no_replies(name, spec, requests, *settings):
-        asked[name] = [messages[0]["content"] for _, messages in requests]
+        asked[os.path.basename(spec)] = [messages[0]["content"] for _, messages in requests]
         return [{"answer": "Tea.", "truncated": False}] * len(requests)
 
     monkeypatch.setattr(evaluate, "replies", no_replies)
@@ -328,8 +337,8 @@ def test_each_side_answers_under_its_own_template(tiny, world, tmp_path, monkeyp
     flags = ["--prompts", world / "prompts.jsonl", "--judge", "world", "--out", tmp_path / "out"]
     flags += ["--model", tmp_path / "model", "--baseline", tmp_path / "baseline"]
     run(*flags)
-    assert all(text.startswith("model ") for text in asked["answers_model"])
-    assert all(text.startswith("baseline ") for text in asked["answers_baseline"])
+    assert all(text.startswith("model ") for text in asked["model"])
+    assert all(text.startswith("baseline ") for text in asked["baseline"])
     run(*flags, "--answer-template", tiny / "answer.txt")
     assert all(text.startswith("Profile:") for texts in asked.values() for text in texts)
 
@@ -358,7 +367,9 @@ def test_bad_answers(world, tmp_path, capsys):
     assert "answers.jsonl: empty" in error([])
     assert "answers.jsonl: no answer to any of the 6 prompts" in error([good[0] | {"prompt_id": "other"}])
     assert f'answers.jsonl:7: a second answer to prompt "{first}"' in error([*good, good[0]])
-    assert f'prompt "{first}": it has another question there' in error([good[0] | {"question": "?"}, *good[1:]])
+    for other in ({"question": "?"}, {"persona": "Somebody else."}):
+        expected = f'answers.jsonl:1: prompt "{first}" has another question or persona here'
+        assert expected in error([good[0] | other, *good[1:]])
     del good[2]["answer"]
     assert 'answers.jsonl:3: field "answer" is missing' in error(good)
     assert "no such file" in error_of(evaluate, capsys, *flags, tmp_path / "none.jsonl")
@@ -370,7 +381,8 @@ def test_bad_models_and_judges(tiny, world, tmp_path, capsys):
     model = ["--model", tiny / "checkpoint"]
     missing = tmp_path / "not/a/folder"
     assert f"{missing}" in error_of(evaluate, capsys, *flags, *model, "--judge", missing)
-    assert "127.0.0.1:9" in error_of(evaluate, capsys, *flags, *model, "--judge", "http://127.0.0.1:9/v1")
+    error = error_of(evaluate, capsys, *flags, *model, "--judge", "http://127.0.0.1:9/v1", "--stage", "table")
+    assert "--judge http://127.0.0.1:9/v1: no OpenAI" in error and "every stage asks for #NAME" in error
     assert f"{missing}" in error_of(evaluate, capsys, *flags, "--judge", "world", "--model", missing)
     error = error_of(evaluate, capsys, *flags, *model, "--judge", "world")  # the default length, 512 positions
     assert "--max-new-tokens 2048" in error and "over the 512 positions" in error
@@ -413,9 +425,10 @@ def pair_flags(world, server, out):
     ]
 
 
-def test_pairs_in_both_orders(world, tmp_path, pair_server):
+def test_pairs_in_both_orders(world, tmp_path, pair_server, capsys):
     flags = pair_flags(world, pair_server, tmp_path)
     results, answers, verdicts = run(*flags)
+    assert "without a judgement" not in capsys.readouterr().out and results["model"]["unjudged"] is None
     longer = [len(a["answer"]) > len(b["answer"]) for a, b in zip(answers["model"], answers["baseline"])]
     expected = [0.8 if is_longer else 0.2 for is_longer in longer]  # the server likes length
     assert results["win_rate"]["win_rate"] == pytest.approx(np.mean(expected))
@@ -587,7 +600,7 @@ def test_a_kept_answer_without_its_text_is_named(tiny, tmp_path, capsys):
     flags += ["--judge", "world", "--n-prompts", 2, "--max-new-tokens", 4, "--answer-template", tiny / "answer.txt"]
     flags += ["--out", tmp_path, "--stage", "answers"]
     evaluate.main(parse(evaluate.Args, evaluate.__doc__, [str(flag) for flag in flags]))
-    file = tmp_path / "journal" / "answers_model.0.jsonl"
+    file = tmp_path / "journal" / "answers.0.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     write(file, [{"made_by": row["made_by"], "truncated": False} for row in rows])
     error = error_of(evaluate, capsys, *flags)
@@ -642,6 +655,32 @@ def test_answers_of_a_server(tiny, tmp_path):
     assert len(answers["model"]) == 5 and results["win_rate"]["ties"] == 5
     running.server.should_exit = True
     running.thread.join(10)
+
+
+def test_a_model_in_both_roles_is_asked_once(world, tmp_path, server):
+    (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
+    flags = ["--prompts", world / "prompts.jsonl", "--model", server.url, "--baseline", server.url, "--judge", "world"]
+    flags += ["--answer-template", tmp_path / "answer.txt", "--stage", "answers", "--out", tmp_path / "out"]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in flags]))
+    assert sum(map(len, server.requests.values())) == 6
+    texts = [(tmp_path / f"out/answers_{side}.jsonl").read_text() for side in ("model", "baseline")]
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 6
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_server_that_refuses_every_request_ends_the_run(world, tmp_path, server, capsys, status):
+    """There is nothing to write a table of. One answer, or one of an earlier run, is something."""
+    server.refuses = {"messages": (status, {"error": {"message": "no access"}})}
+    (tmp_path / "answer.txt").write_text("{persona} <<{question}>>")
+    (tmp_path / "grm.txt").write_text("{persona} {question} <<{answer}>>")
+    flags = ["--prompts", world / "prompts.jsonl", "--baseline-answers", world / "bad.jsonl", "--out", tmp_path / "out"]
+    model = ["--model", server.url, "--answer-template", tmp_path / "answer.txt", "--judge", "world"]
+    judge = ["--answers", world / "good.jsonl", "--judge", server.url, "--grm-template", tmp_path / "grm.txt"]
+    for more, expected in ((model, "#tiny: none of 6"), (judge, "#tiny: none of 12")):
+        error = error_of(evaluate, capsys, *flags, *more)
+        assert f"{server.url}{expected} requests got a reply; the first reason: HTTP {status}: " in error
+        assert "no access" in error
+    assert not (tmp_path / "out/results.json").exists()
 
 
 @pytest.mark.parametrize("thoughts", ["<think>Hm.</think>\n\n", "Hm.\n</think>\n\n", ""])

@@ -17,6 +17,7 @@ from data import persona_world
 from evaluation import annotations, tables
 from evaluation.accuracy import accuracy, accuracy_by_tier, longer_wins
 from recipes import benchmark_table
+from reporting.evaluations import evaluation_run
 
 # -- numbers ---------------------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ def test_alpaca_eval_outputs(world, tmp_path):
     """Answers in AlpacaEval's format are found by the question, or by profile and question."""
     good = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
     outputs = [dict(instruction=evaluate.instruction_of(r), output=r["answer"], generator="Good-7B") for r in good]
+    outputs[1]["output"] = f"<think>\n\n</think>\n\n{outputs[1]['output']}"  # no part of the answer
     questions = [r["question"] for r in good]
     for output, r in zip(outputs[:3], good):
         if questions.count(r["question"]) == 1:
@@ -89,7 +91,7 @@ def test_outputs_to_a_question_of_several_people(world, tmp_path, capsys):
     rows = [r | {"question": good[0]["question"]} for r in good]
     outputs = [dict(instruction=r["question"], output=r["answer"], persona=r["persona"]) for r in rows]
     outputs[1]["persona"] = json.dumps(outputs[1]["persona"])
-    outputs[2] = dict(instruction="?", output=rows[2]["answer"], prompt_id=rows[2]["prompt_id"])
+    outputs[2] = dict(outputs[2], instruction=evaluate.instruction_of(rows[2]), prompt_id=rows[2]["prompt_id"])
     rows[5]["persona"] = rows[5]["persona"] | {"name": "Somebody Else"}  # whose answer is not there
     flags = ["--prompts", write(tmp_path / "prompts.jsonl", rows), "--judge", f"{tmp_path}/length.py:length"]
     flags += ["--baseline-answers", write(tmp_path / "bad.jsonl", [r | {"answer": "Tea."} for r in rows])]
@@ -102,6 +104,10 @@ def test_outputs_to_a_question_of_several_people(world, tmp_path, capsys):
     (tmp_path / "outputs.json").write_text(json.dumps([*outputs, outputs[3]]))
     assert "outputs.json, entry 6: a second answer to question of a persona" in error_of(evaluate, capsys, *flags)
     assert "the first is entry 3" in error_of(evaluate, capsys, *flags)
+    for other in ({"instruction": "?"}, {"persona": rows[3]["persona"]}):  # under the id of a prompt
+        (tmp_path / "outputs.json").write_text(json.dumps([*outputs[:2], outputs[2] | other]))
+        expected = f'outputs.json, entry 2: prompt "{rows[2]["prompt_id"]}" has another question or persona here'
+        assert expected in error_of(evaluate, capsys, *flags)
 
 
 # -- tables from annotation files
@@ -114,6 +120,7 @@ def test_annotations_to_tables(tmp_path, capsys):
         r | {"generator_2": "other", "output_2": "o", "preference": r["preference"] and max(1, r["preference"] - 0.3)}
         for r in first
     ]
+    second = [r | {"generator_1": "the same under another name"} for r in second]
     people = [r | {"annotator": "people", "preference": r["preference"] and round(r["preference"])} for r in first[::2]]
     for name, rows in (("a", first), ("b", second), ("people", people)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
@@ -147,11 +154,14 @@ def test_annotations_to_tables(tmp_path, capsys):
     for name in ("win_rates", "lengths"):
         assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
+    assert "win rate against the baseline, %" in (tmp_path / "out/plots/win_rates.svg").read_text()
     table = (tmp_path / "out/table.md").read_text()
     assert table in capsys.readouterr().out and "| model - other |" in table and "Cohen's kappa" in table
     assert f"| model | {100 * np.nanmean(y):.1f} (" in table
     error = error_of(evaluate, capsys, "--annotations", tmp_path / "b.json", *flags[3:])
     assert "people.json: no instruction with the same two outputs" in error
+    (tmp_path / "out/annotations.json").write_text("[]")  # as an evaluation leaves it
+    assert f"--out {tmp_path}/out: it holds an evaluation (annotations.json)" in error_of(evaluate, capsys, *flags)
 
 
 def test_rows_that_occur_twice_are_not_compared(tmp_path, capsys):
@@ -267,10 +277,17 @@ def test_reward_accuracy_of_a_judge_that_scores(tmp_path, capsys):
     assert set(results["groups"]) == {f"{k} {t}" for k in ("general", "specific") for t in ("easy", "mid", "hard")}
     assert results["total"]["longer_answer"] == pytest.approx(np.mean([longer_wins(p) for p in pairs]))
     assert "| longer answer % |" in capsys.readouterr().out
+    shown = evaluation_run(str(tmp_path / "out"))["rows"]
+    assert [[side["reward"] for side in row["sides"]] for row in shown] == scores
+    assert {row["group"] for row in shown} == set(results["groups"])
 
 
 def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):
     file, pairs = world_pairs(tmp_path)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for pair in pairs[1], rows[1]:
+        pair["rejected"] = pair["chosen"]
+    write(file, rows)
     pair_server.faults = {(pairs[0]["chosen"], pairs[0]["rejected"]): ["neither"]}
     evaluate.main(
         tyro.cli(
@@ -292,7 +309,13 @@ def test_reward_accuracy_of_a_judge_that_compares(tmp_path, pair_server):
     assert results["total"]["accuracy"] == pytest.approx(np.mean([x == 1 for x in longer]))
     assert results["total"]["ties"] == longer.count(0.5)
     assert results["total"]["without_verdict"] == 1 and results["failures"] == {"unparsable": 1}
-    assert results["position_bias"]["rows"] == 11
+    assert results["position_bias"]["rows"] == 10  # equal texts are not asked about
+    with open(tmp_path / "out/verdicts.jsonl") as f:
+        verdicts = [json.loads(line)["verdicts"] for line in f]
+    assert [v["order"] for v in verdicts[0]] == ["rejected_first", "chosen_first"] and verdicts[1] == []
+    for row, pair in zip(evaluation_run(str(tmp_path / "out"))["rows"], pairs):  # a P(first is better) is no score
+        sides = [(side["title"], side["answer"], side["reward"]) for side in row["sides"]]
+        assert sides == [("chosen", pair["chosen"], None), ("rejected", pair["rejected"], None)]
 
 
 # -- persona swap

@@ -378,7 +378,7 @@ def test_the_audit_to_its_table(stubs, tiny, chat_server):
     assert [len(times) for text, times in chat_server.requests.items() if isinstance(text, str)] == [1] * 6
     pairs = read_json(f"{stubs}/out/personafeedback/{grm[0]}/results.json")["total"]
     assert pairs["n"] + pairs["without_verdict"] == 12  # the pairs of both files
-    sampled = [next(line for line in output.splitlines() if line.startswith("answers_model")) for output in outputs[:4]]
+    sampled = [next(line for line in output.splitlines() if line.startswith("answers:")) for output in outputs[:4]]
     assert ["0 to make" in line for line in sampled] == [False, True, True, True]  # the second has the first's weights
 
 

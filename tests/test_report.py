@@ -298,17 +298,21 @@ def test_evaluations(tmp_path):
     assert rows[0]["sides"][0]["answer"] == "Long answer." and rows[0]["sides"][0]["reward"] == 1.0
     assert rows[0]["sides"][1]["answer"] == "Short." and rows[0]["persona"] == PERSONA and rows[0]["group"] == "g"
 
-    pair = dict(**prompt, chosen="Good one.", rejected="Bad.", outcome=0.0, verdicts=[low, verdict])
+    verdicts = [low | {"side": "chosen"}, verdict | {"side": "rejected"}]
+    pair = dict(**prompt, chosen="Good one.", rejected="Bad.", outcome=0.0, verdicts=verdicts)
     (row,) = evaluation_run(str(folder("reward-accuracy", verdicts=[pair])))["rows"]
     assert row["verdict"] == "loss" and [s["answer"] for s in row["sides"]] == ["Good one.", "Bad."]
+    assert [s["reward"] for s in row["sides"]] == [0.5, 1.0]
 
     swap = dict(prompt_id="a", persona={"name": "Kim"}, own=verdict, swapped=low)
     (row,) = evaluation_run(str(folder("persona-swap", verdicts=[swap], **answers)))["rows"]
     assert row["verdict"] == "win" and row["sides"][1]["persona"] == {"name": "Kim"}
 
     choice = dict(prompt_id="a", question="Which?", options=list("wxyz"), correct="c", question_type="t", answer="(a)")
-    (row,) = evaluation_run(str(folder("personamem", choices=[choice | dict(right=0.0)])))["rows"]
-    assert row["verdict"] == "loss" and row["sides"][1]["answer"] == "y"
+    replies = [dict(right=0.0), dict(right=None), dict(right=None, answer=None)]  # the last: no reply
+    row, *others = evaluation_run(str(folder("personamem", choices=[choice | reply for reply in replies])))["rows"]
+    assert row["verdict"] == "loss" and row["sides"][1]["answer"] == "y" and row["note"] is None
+    assert [(r["verdict"], r["note"]) for r in others] == [("loss", "no letter"), ("none", None)]
     html = made([out, tmp_path / "persona-swap"], tmp_path / "page.html")
     assert [r["name"] for r in data_of(html)["runs"]] == ["win-rate", "persona-swap"]
 
@@ -402,6 +406,10 @@ def test_exact_scores(tmp_path):
     assert found["metrics"]["exact/gain"] == [len(" It is new.")] * 2 and row["edit"]["exact"] == row["exact"] + 11
     (found,) = report.read_runs([str(run)], 20, f"{tmp_path}/truth.py:judgement")
     assert found["metrics"]["exact/original"] == [0.35 + 0.8 + 0.75] * 2
+    args = json.loads((run / "args.json").read_text()) | {"score_weights": [0, 0, 1]}
+    (run / "args.json").write_text(json.dumps(args))
+    (found,) = report.read_runs([str(run)], 20, f"{tmp_path}/truth.py:judgement")
+    assert found["metrics"]["exact/original"] == [3] * 2
     assert "exact/original" not in report.read_runs([str(run)], 20)[0]["metrics"]
 
 

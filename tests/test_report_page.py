@@ -310,6 +310,10 @@ def test_evaluation(at):
     b.until("return document.querySelectorAll('.item').length === 1")
     b.click('#pair [data-value="diff"]')
     b.until("return document.querySelector('.sides .diff del') !== null")
+    options = "return [...document.querySelectorAll('#order option')].map((option) => option.value)"
+    assert b.run(options) == ["file", "longer", "shorter", "ahead", "behind"]
+    b.run("run().task = 'reward-accuracy'; set({ view: 'overview' }); set({ view: 'rows' })")
+    assert b.run(options) == ["file", "ahead", "behind"]  # the others name a model and a baseline
 
 
 def test_hostile_text_is_shown_as_text(at):

@@ -406,7 +406,7 @@ def test_every_training_script_refuses_held_out_rows(script, tiny, tmp_path, cap
         sft: ("pairs", "--data", ["--batch-size", 2]),
         dpo: ("pairs", "--data", ["--batch-size", 2]),
         train_grm: ("judgements", "--data", ["--batch-size", 2]),
-        ppo_cpe: ("prompts", "--prompts", []),
+        ppo_cpe: ("prompts", "--prompts", ["--max-new-tokens", 4]),
     }[script]
     lines = (tiny / f"{name}.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(lines)

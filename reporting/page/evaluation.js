@@ -127,7 +127,7 @@ views.rows = {
     main.append(h("div", { class: "filters" }, h("div", { class: "controls" },
       h("input", { id: "q", type: "search", value: state.q, placeholder: "Search question, persona, answers", "aria-label": "Search", oninput: (e) => { clearTimeout(wait); wait = setTimeout(() => set({ q: e.target.value, row: "" }, true), 150); } }),
       choice("verdict", "Verdict", [["all", "All verdicts"], ...Object.entries(words).filter(([v]) => counts[v]).map(([v, text]) => [v, `${text || v} (${counts[v]})`])]),
-      choice("order", "Order", Object.entries(ORDERS).filter(([k]) => !["longer", "shorter"].includes(k) || all.some((r) => typeof r.gap === "number")).map(([k, [text]]) => [k, text])),
+      choice("order", "Order", Object.entries(ORDERS).filter(([k]) => !["longer", "shorter"].includes(k) || one.task === "win-rate").map(([k, [text]]) => [k, text])),
       groups.length > 1 && choice("group", "Group", [["", "All groups"], ...groups.map((g) => [String(g), visible(g)])]),
       h("button", { id: "save", class: "quiet", title: "These rows as JSON lines", onclick: () => saveRows(this.found.map((i) => all[i])) }, "Save rows")),
       h("p", { id: "count", class: "muted", "aria-live": "polite" })),

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from evaluation.tables import markdown_row, spread
+from evaluation import tables
+from evaluation.tables import spread
 from results.make.figures import Figures
 from runtime.rows import write_text
 
@@ -44,8 +45,7 @@ def column(figures: Iterable[Figures], name: str) -> str:
 
 
 def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
-    lines = [markdown_row(*header), "|---" + "|--:" * (len(header) - 1) + "|"]
-    return "\n".join(lines + [markdown_row(*row) for row in rows])
+    return "\n".join(tables.markdown_table(header, rows))
 
 
 def figure_table(header: Sequence[str], rows: Iterable[tuple[Sequence, list[Figures]]], names: Sequence[str]) -> str:
