@@ -714,10 +714,13 @@ def longest_sequence(args: Args, positions: int) -> int:
 
 
 def judge_settings(args: Args) -> JudgeSettings:
-    judged = args.max_prompt_length + args.max_new_tokens + args.judge_max_new_tokens + 2048  # and the rubric
-    max_len = max(JudgeSettings.max_len, judged)
+    """Of both judges. Their engine holds the longest prompt, response and judgement, and a rubric of 2,048 tokens."""
+    longest = args.max_prompt_length + args.max_new_tokens + args.judge_max_new_tokens + 2048
     return JudgeSettings.from_args(
-        args, answer_template=args.answer_template, max_batch=args.max_batch, max_len=max_len
+        args,
+        answer_template=args.answer_template,
+        max_batch=args.max_batch,
+        max_len=max(JudgeSettings.max_len, longest),
     )
 
 

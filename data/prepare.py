@@ -659,7 +659,6 @@ def refuse_other_ids(args: Args, columns: list[str]) -> None:
             f'{args.questions}: no column "{args.id_column}", but {args.personas} has {", ".join(shared)}, too; '
             f"expected --id-column {shared[0]}, if it says whose question it is, or another name for it"
         )
-    print(f'{args.questions} has no column "{args.id_column}": each question is given to drawn personas')
 
 
 def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
@@ -676,11 +675,12 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
         personas = own_personas(args, has_ids)
         if not has_ids:
             refuse_other_ids(args, columns)
-        if not has_ids and args.personas_per_question > len(personas):
-            raise ValueError(
-                f"--personas-per-question {args.personas_per_question}: expected 1 to {len(personas)}, the personas of "
-                f"{args.personas}"
-            )
+            print(f'{args.questions} has no column "{args.id_column}": each question is given to drawn personas')
+            if args.personas_per_question > len(personas):
+                raise ValueError(
+                    f"--personas-per-question {args.personas_per_question}: expected 1 to {len(personas)}, the "
+                    f"personas of {args.personas}"
+                )
     prompts = []
     known: dict[str, dict | str] = {}
     for number, (where, row) in enumerate(rows):

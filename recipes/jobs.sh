@@ -1,6 +1,12 @@
-# Sourced by recipes that run stages side by side: background jobs, whose lines are marked and which are stopped at exit.
+# Sourced by recipes. Background jobs: their lines are marked, and they are stopped at exit.
 set -m # each job is a process group, so that all of it can be stopped
 marked() { "${@:2}" 2>&1 | sed -u "s/^/[$1] /"; } # marked NAME COMMAND...
+made_with() { # made_with FOLDER SETTINGS: an error if the folder was made with other settings before
+    mkdir -p "$1"
+    [ -f "$1/made_with.txt" ] || echo "$2" > "$1/made_with.txt"
+    [ "$(cat "$1/made_with.txt")" = "$2" ] ||
+        { echo "error: $1 was made with $(cat "$1/made_with.txt"), not $2; choose another OUT" >&2; exit 1; }
+}
 all_done() { for job in $(jobs -p); do wait "$job"; done; }
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
 export OMP_NUM_THREADS=1 # two processes with one thread each do more than one process with two

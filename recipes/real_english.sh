@@ -30,13 +30,7 @@ sample() { # sample MODEL ROWS ANSWERS N
 }
 
 stage "the model's own answers"
-made_with="PEOPLE=$PEOPLE CHECKPOINT=$CHECKPOINT"
-mkdir -p "$DATA"
-[ -f "$DATA/made_with.txt" ] || echo "$made_with" > "$DATA/made_with.txt"
-if [ "$(cat "$DATA/made_with.txt")" != "$made_with" ]; then
-    echo "error: $DATA was made with $(cat "$DATA/made_with.txt"), not $made_with; choose another OUT" >&2
-    exit 1
-fi
+made_with "$DATA" "PEOPLE=$PEOPLE CHECKPOINT=$CHECKPOINT"
 [ -f "$DATA/questions.jsonl" ] || python recipes/real_english.py questions --people "$PEOPLE" --out "$DATA"
 alone sample "$CHECKPOINT" "$DATA/questions.jsonl" "$DATA/answers.jsonl" 1
 

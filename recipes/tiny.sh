@@ -28,15 +28,9 @@ EVAL_PROMPTS=$(scaled 200 20)
 stage() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
 
 stage "the generated world"
-made_with="SEED=$SEED RARITY=$RARITY"
-if [ ! -f "$WORLD/judgements_eval.jsonl" ]; then
-    mkdir -p "$WORLD"
-    echo "$made_with" > "$WORLD/made_with.txt"
+made_with "$WORLD" "SEED=$SEED RARITY=$RARITY"
+[ -f "$WORLD/judgements_eval.jsonl" ] ||
     python data/persona_world.py --out "$WORLD" --seed "$SEED" --rarity "$RARITY" "$RARITY"
-elif [ "$(cat "$WORLD/made_with.txt")" != "$made_with" ]; then
-    echo "error: $WORLD was made with $(cat "$WORLD/made_with.txt"), not $made_with; choose another OUT" >&2
-    exit 1
-fi
 
 stage "base: from random weights, on answers, rewrites and judgements of mixed quality; two data-parallel processes"
 torchrun --nproc_per_node=2 sft.py --from-scratch "$WORLD/tokenizer" --data "$WORLD/base_corpus.jsonl" \

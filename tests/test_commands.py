@@ -52,6 +52,7 @@ NAMED = {
     "out/qwen7b/evaluate/prompts_eval/cpe": "out/evaluate",
     "out/NAME": "out/ppo_cpe",
     "out/tiny/cpe": "out/ppo_cpe",
+    '"${world[@]}" ': "",  # the flags for recipes/tiny.sh's run
     "--temperature 1.3": "--temperature 0.9",  # hotter answers are none that the GRM can read
 }
 RUN_HERE = {page: [c for c in commands(page) if not any(re.match(e, c) for e in ELSEWHERE)] for page in PAGES}
@@ -63,9 +64,13 @@ def run(folder, command):
         command = command.replace(placeholder, name)
     words = shlex.split(command)
     script = words[words.index("python") + 1]
-    if script in SMALL and "--plan" not in words:
+    if script in SMALL:
         words += shlex.split(SMALL[script])
-        words += [] if "--out" in words else ["--out", f"out/fresh/{len(os.listdir(folder / 'out/fresh'))}"]
+        words += (
+            []
+            if "--out" in words or "--plan" in words
+            else ["--out", f"out/fresh/{len(os.listdir(folder / 'out/fresh'))}"]
+        )
     return run_script(script, *words[words.index(script) + 1 :], folder=folder)
 
 

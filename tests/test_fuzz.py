@@ -280,4 +280,4 @@ def test_a_million_characters_take_no_time(piece):
     grm_request(Templates(), {"persona": {text: [text]}, "question": text}, without_control_tokens(text))
     with pytest.raises(Failure):
         first_choice(text)
-    assert time.process_time() - began < 10  # a second or two; what is quadratic takes hours
+    assert time.process_time() - began < 100  # seconds; what is quadratic takes hours

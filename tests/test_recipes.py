@@ -316,7 +316,7 @@ def test_the_recipe_of_qwen_to_its_table(stubs, tiny, chat_server):
             )
             assert evaluated["generators"]["baseline"] == (url if benchmark == "personamem_32k" else "reference")
     asked = [len(times) for text, times in chat_server.requests.items() if isinstance(text, str)]
-    assert asked == [3] * 6  # as a model in both benchmarks, and once as the baseline of all models
+    assert asked == [2] * 6  # once a benchmark, in one of which it is the baseline, too
 
     chat_server.requests.clear()
     commands, outputs = run_recipe(stubs, "qwen.sh", "0.5b", **environment | dict(STAGES="sft cpe evaluate"))
@@ -328,10 +328,11 @@ def test_the_recipe_of_qwen_to_its_table(stubs, tiny, chat_server):
 
 
 def test_the_audit_fetches_rows_and_evaluates_each_weight(calls_of, stubs):
-    write(stubs / "d/pairs.jsonl", [])  # as data/prepare.py would
+    for name in ("pairs", "pairs_eval"):  # as data/prepare.py would
+        write(stubs / f"d/{name}.jsonl", [])
     calls = calls_of("audit.sh", OUT="o", DATA="d")
-    assert scripts(calls) == ["prepare.py", "prepare.py", *["evaluate.py"] * 6, "benchmark_table.py"]
-    assert [call[call.index("--task") + 1] for call in calls[2:8]] == ["win-rate", "persona-swap"] * 2 + [
+    assert scripts(calls) == ["prepare.py", *["evaluate.py"] * 6, "benchmark_table.py"]
+    assert [call[call.index("--task") + 1] for call in calls[1:7]] == ["win-rate", "persona-swap"] * 2 + [
         "reward-accuracy"
     ] * 2
     assert calls[-1][-3:] == [
