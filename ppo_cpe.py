@@ -714,7 +714,7 @@ def longest_sequence(args: Args, positions: int) -> int:
 
 
 def judge_settings(args: Args) -> JudgeSettings:
-    """Of both judges. Their engine holds the longest prompt, response and judgement, and a rubric of 2,048 tokens."""
+    """Settings of the judges. Their engine holds the longest prompt, response and judgement, and 2,048 tokens more."""
     longest = args.max_prompt_length + args.max_new_tokens + args.judge_max_new_tokens + 2048
     return JudgeSettings.from_args(
         args,
@@ -789,7 +789,7 @@ def main(args: Args) -> None:
     limit = min(args.max_prompt_length, max_len - args.max_new_tokens)
     read = functools.partial(read_prompts, chat=chat, templates=templates, limit=limit)
     prompts = read(args.prompts)  # (row, token ids) of each
-    refuse_held_out(args.prompts, *filter(None, [args.eval_data]))
+    refuse_held_out(args.prompts, args.eval_data)
     held_out_prompts = shard(read(args.eval_data)[: args.eval_n], ranks) if args.eval_data else []
     _, last_step = packing.count_steps(args.epochs, args.max_steps, len(prompts), args.prompts_per_step)
     if args.save_batch and args.save_batch > last_step:

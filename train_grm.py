@@ -271,7 +271,7 @@ def main(cli_args: Args) -> None:
     print0(f"objective {args.objective}: lr {args.lr:g}, {args.epochs:g} epochs")
     templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
     template_texts = templates.texts("answer" if is_bt else "grm")
-    refuse_held_out(args.data, *filter(None, [args.eval_data]))
+    refuse_held_out(args.data, args.eval_data)
     max_length = min(args.max_length, load_config(tokenizer_from).max_position_embeddings)
     examples = read_examples(args, args.data, chat, templates, max_length, args.batch_size)
     held_out = read_examples(args, args.eval_data, chat, templates, max_length) if args.eval_data else []

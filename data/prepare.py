@@ -344,16 +344,20 @@ def is_outputs(value: Any) -> bool:
     return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
+def the_one(paths: list[str], name: str, what: str, args: Args) -> str:
+    """The only file, or the one of this name. ValueError: there are several, and not one of that name."""
+    found = [path for path in paths if os.path.basename(path) == name] or paths
+    if len(found) > 1:
+        raise ValueError(f"--source {args.source}: several files of {what} ({', '.join(sorted(found)[:5])}); name one")
+    return found[0]
+
+
 def alpaca_rows(paths: list[str], args: Args) -> Iterator[dict]:
     """AlpacaEval's instructions in order, each with a drawn persona, of those that are held out from training.
 
     ValueError: no such personas, or several files.
     """
-    baseline = [path for path in paths if os.path.basename(path) == ALPACA_BASELINE] or paths
-    if len(baseline) > 1:
-        names = ", ".join(sorted(baseline)[:5])
-        raise ValueError(f"--source {args.source}: several files of outputs ({names}); name one")
-    (path,) = baseline
+    path = the_one(paths, ALPACA_BASELINE, "outputs", args)
     if args.personas is None:
         raise ValueError(
             "AlpacaEval's instructions have no personas: give --personas, a folder or data set that has some "
@@ -598,12 +602,8 @@ def personafeedback(files: dict, root: str, args: Args, dropped: Counter) -> dic
         pairs += pair_rows(path, os.path.relpath(path, root), personas, dropped)
     for path in files.get("rl", []):
         prompts += rl_rows(path, os.path.relpath(path, root))
-    baselines = files.get("baseline", [])
-    baselines = [path for path in baselines if os.path.basename(path) == WINRATE_BASELINE] or baselines
-    if len(baselines) > 1:
-        names = ", ".join(baselines)
-        raise ValueError(f"--source {args.source}: several files of baseline answers ({names}); keep one")
-    for path in baselines:
+    if files.get("baseline"):
+        path = the_one(files["baseline"], WINRATE_BASELINE, "baseline answers", args)
         winrate += winrate_rows(path, os.path.relpath(path, root), dropped)
     pairs = distinct(pairs, ("prompt_id", "chosen", "rejected"), dropped, "repeated pairs")
     prompts += [prompt_row(pair["persona"], pair["question"], pair["source"]) for pair in pairs]

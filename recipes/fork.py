@@ -45,7 +45,7 @@ def all_diffs() -> dict[str, str]:
 
 
 def base_of(diff: str) -> str:
-    """What a diff is against, after ---: ppo_cpe or the name of another fork."""
+    """Name after `---` in a diff: ppo_cpe or another fork."""
     return re.search(r"^--- (?:exp/)?(\w+)\.py$", diff, re.MULTILINE)[1]
 
 

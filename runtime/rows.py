@@ -334,15 +334,15 @@ def step_files(folder: str, kind: str, rest: str = "") -> list[tuple[int, str]]:
 HELD_OUT = ("prompts_eval", "prompts_winrate", "pairs_eval", "judgements_eval")
 
 
-def refuse_held_out(path: str, *files: str) -> None:
+def refuse_held_out(path: str, *files: str | None) -> None:
     """Refuses a file to train on if it has a persona or prompt of a held-out row.
 
-    Held out are the rows of the HELD_OUT files in the same folder, and those of `files`. Raises ValueError with
-    file:line of both rows.
+    Held out are the rows of the HELD_OUT files in the same folder, and those of `files` (None: no file). Raises
+    ValueError with file:line of both rows.
     """
     beside = [os.path.join(os.path.dirname(path), f"{name}.jsonl") for name in HELD_OUT]
     held_out: dict[tuple[str, str], str] = {}  # {(field, value): where}
-    for file in filter(os.path.isfile, [*beside, *files]):
+    for file in filter(os.path.isfile, filter(None, [*beside, *files])):
         for where, key in _identities(file):
             held_out.setdefault(key, where)
     if not held_out:
