@@ -34,7 +34,7 @@ from runtime.digests import git_hash, is_whole, sealed
 from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.offload import move_moments, to_host
 from runtime.rows import check_row, json_lines, step_files, sync, write_rows, write_text
-from runtime.watch import set_phase
+from runtime.watch import set_phase, shared
 from weights import GIB
 
 PART_BYTES = 2**31  # size of a file of trainer state; host memory holds one such part at a time
@@ -333,10 +333,11 @@ class Saving:
         if errors := all_gather(self.ranks, errors):
             if self.ranks.rank == 0:
                 shutil.rmtree(self.tmp, ignore_errors=True)  # makes room
-            raise OSError(
+            message = (
                 f"{self.final} could not be written: {errors[0]}. Earlier checkpoints are whole: make room or mend "
                 "the folder, then run the same command again"
             )
+            raise shared(OSError(message))
         return result
 
     def on_rank_0(self, action: Callable[[], Any]) -> None:

@@ -25,7 +25,7 @@ from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.flags import RuntimeArgs, flag, may_change, non_default, record, script_of
 from runtime.rows import append_line, step_files, write_rows, write_text
 from runtime.signals import end_if_stopped, should_stop, stop_on_signal
-from runtime.watch import set_phase
+from runtime.watch import set_phase, shared
 
 
 class Run:
@@ -205,7 +205,7 @@ class Run:
         saved = os.path.isdir(os.path.join(self.out, "checkpoints", f"step_{self.step:06d}"))
         if self.step > 0 and not saved:
             self.save(self.step)
-        raise ValueError(f"step {self.step + 1}: {reasons[0]}; what is done is saved, the same command goes on")
+        raise shared(ValueError(f"step {self.step + 1}: {reasons[0]}; what is done is saved, the same command goes on"))
 
     def finish(self, weights: str, next_command: str) -> None:
         """Writes the model card of the last weights, uploads both (--push-to-hub), prints what to run next."""
@@ -278,7 +278,7 @@ def _check_same_on_ranks(flags_of_run: dict, inputs: dict[str, str], ranks: Rank
             f"{name} is {first[name]} there and {other[name]} here" for name in first if other[name] != first[name]
         ]
         if different:
-            raise ValueError(f"rank {rank} differs from rank 0: {', '.join(different)}; start all ranks alike")
+            raise shared(ValueError(f"rank {rank} differs from rank 0: {', '.join(different)}; start all ranks alike"))
 
 
 UNFINISHED = re.compile(r"(args\.json|reference\.json|metrics\.jsonl|[^/]+/step_\d{6,}\w*(\.jsonl)?)\.tmp")

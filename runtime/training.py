@@ -21,6 +21,7 @@ from runtime.offload import from_host, host_copy, move_moments, to_host, wait_fo
 from runtime.packing import DUMMY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
 from runtime.runs import Run, count_bad_steps
+from runtime.watch import shared
 from weights import GIB
 
 E = TypeVar("E")
@@ -197,10 +198,11 @@ def skip_bad_step(figures: Mapping[str, float], examples: Sequence, run: Run, pa
     message = f"step {step}: {described}: not finite or out of bounds; the update was left out, its batch is in {file}"
     if n_bad > limit:
         run.complete_saving()
-        raise FloatingPointError(
-            f"{message}. Look for odd rows in it, try a lower learning rate or --max-grad-norm, or --dtype fp32, or "
-            f"go on past it with --skip-bad-steps {n_bad} (the same command continues)"
+        advice = (
+            "Look for odd rows in it, try a lower learning rate or --max-grad-norm, or --dtype fp32, or go on past it "
+            f"with --skip-bad-steps {n_bad} (the same command continues)"
         )
+        raise shared(FloatingPointError(f"{message}. {advice}"))
     print0(f"warning: {message} ({n_bad} of --skip-bad-steps {limit})")
 
 

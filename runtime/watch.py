@@ -11,12 +11,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from runtime.flags import around_main
 
+E = TypeVar("E", bound=Exception)
 STOPPED = 75  # exit status after a signal: saved, and the same command continues (EX_TEMPFAIL)
 RANK_LOST = 70  # exit status of a job that was ended because of one rank (EX_SOFTWARE)
 SILENCE = 60  # seconds without a sign of life (or the time-out of an update, where that is shorter)
@@ -34,6 +36,7 @@ class _State:
     count = 0
     since = 0.0
     watch: "Watch | None" = None
+    shared_error: Exception | None = None
 
 
 def set_phase(phase: str, step: int | None = None) -> str:
@@ -47,6 +50,12 @@ def set_phase(phase: str, step: int | None = None) -> str:
     _State.phase = text
     _State.since = time.monotonic()
     return text
+
+
+def shared(error: E) -> E:
+    """The error, noted as one that all ranks raise at this point: no rank is named for it."""
+    _State.shared_error = error
+    return error
 
 
 class Watch:
@@ -216,6 +225,8 @@ def report_failures() -> Iterator[None]:
     except Exception as error:
         watch = _State.watch
         assert watch is not None
+        if error is _State.shared_error:
+            raise
         if isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN):
             time.sleep(watch.silence + 30)  # until the watch has found who is gone, and ends this process
         with contextlib.suppress(dist.DistNetworkError):  # the store has gone with its rank, which has said why

@@ -262,12 +262,12 @@ def test_a_checkpoint_in_the_background_is_of_its_own_step(whole, tiny, tmp_path
     write = checkpoints.save_file
     started = []
 
-    def slow(*given, **more):
-        started.append(len(read_metrics(tmp_path / "run")))
+    def slow(tensors, file, *given, **more):
+        started.append(int(re.search(r"step_(\d+)", file)[1]))
         deadline = time.monotonic() + 60
         while len(read_metrics(tmp_path / "run")) < min(started[-1] + 1, 5) and time.monotonic() < deadline:
             time.sleep(0.001)
-        write(*given, **more)
+        write(tensors, file, *given, **more)
 
     monkeypatch.setattr(checkpoints, "save_file", slow)
     flags = sft_flags(tiny, tmp_path / "run", "--max-steps", 5, "--keep-checkpoints", 9, "--save-every", 2)

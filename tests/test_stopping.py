@@ -103,34 +103,30 @@ def test_a_rank_that_dies_or_is_stopped_is_named(tiny, tmp_path, number, rank):
     assert not re.search(rf"error: rank {1 - rank} ", output)
 
 
-HANGS = {
-    "hangs in its rollout": (
-        "time.sleep(1000)",
-        (60, 4, 60),
-        r"rank 1 .* has been in rollout of step \d+ at [a-z_/.]+:\d+",
-        watch.RANK_LOST,
-    ),
-    "has a judge that raises": (
-        "raise ValueError('no tea')",
-        (60, 60, 60),
-        r"step \d+: .*no tea; what is done is saved",
-        2,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HANGS)
-def test_a_rank_that(tiny, tmp_path, name):
-    what, limits, said, code = HANGS[name]
-    (tmp_path / "judge.py").write_text(JUDGE.format(when=f"os.path.exists('{tmp_path}/now')", what=what))
+def end_when_the_judge_of_rank_1(tiny, tmp_path, does, *more):
+    """RL on two ranks, whose judge on rank 1 does so after the first step -> as `end`."""
+    (tmp_path / "judge.py").write_text(JUDGE.format(when=f"os.path.exists('{tmp_path}/now')", what=does))
     out = tmp_path / "run"
-    given = ppo_flags(tiny, out, tmp_path / "judge.py", "--max-steps", 1000, "--epochs", 1000, "--timeouts", *limits)
+    given = ppo_flags(tiny, out, tmp_path / "judge.py", "--max-steps", 1000, "--epochs", 1000, *more)
     launched = launch("ppo_cpe.py", *given, processes=2)
     wait_for_steps(out, 1, launched)
     (tmp_path / "now").touch()
-    codes, output, seconds = end(launched)
-    assert codes[0] == code and codes[1] in (watch.RANK_LOST, -signal.SIGKILL, 2) and seconds < 40
-    assert re.search(said, output) and not re.search("error: rank 0 ", output), output[-3000:]
+    return end(launched)
+
+
+def test_a_rank_that_hangs_in_its_rollout(tiny, tmp_path):
+    limits = ("--timeouts", 60, 4, 60)
+    codes, output, seconds = end_when_the_judge_of_rank_1(tiny, tmp_path, "time.sleep(1000)", *limits)
+    assert codes[0] == watch.RANK_LOST and codes[1] in (watch.RANK_LOST, -signal.SIGKILL) and seconds < 40
+    assert re.search(r"rank 1 .* has been in rollout of step \d+ at [a-z_/.]+:\d+", output), output[-3000:]
+    assert not re.search("error: rank 0 ", output), output[-3000:]
+
+
+def test_a_judge_that_raises_on_one_rank_ends_both(tiny, tmp_path):
+    codes, output, seconds = end_when_the_judge_of_rank_1(tiny, tmp_path, "raise ValueError('no tea')")
+    assert codes == [2, 2] and seconds < 40
+    assert len(re.findall(r"error: step \d+: .*no tea; what is done is saved", output)) == 2
+    assert not re.search("error: rank ", output), output[-3000:]
 
 
 PATCHED = """
