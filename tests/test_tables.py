@@ -66,6 +66,9 @@ def test_experiments_are_run_once_in_the_order_of_their_needs(tmp_path):
     assert json.loads((tmp_path / "b/done.json").read_text())["commands"] == second.commands
     with pytest.raises(ValueError, match="b/done.json: it was run with other commands"):
         run([Experiment("b", [writes(log, "d")])], str(tmp_path), jobs=1)
+    for text in "ef":  # a folder that is always made anew
+        run([Experiment("always", [writes(tmp_path / "always/log", text)], always=True)], str(tmp_path), jobs=1)
+    assert (tmp_path / "always/log").read_text() == "f"
 
 
 def test_an_experiment_is_of_what_it_needs(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ class Experiment:
     needs: list[str] = field(default_factory=list)  # names of other experiments
     made_from: str = ""  # digest of inputs that the commands don't name
     settings: str = ""  # see `set_settings`
+    always: bool = False  # made anew at each start: it is quick, and the code that it is made from may have changed
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -74,10 +76,10 @@ def was_made_otherwise(experiment: Experiment, record: dict) -> bool:
 
 
 def is_done(out: str, experiment: Experiment) -> bool:
-    """Whether an experiment is finished. ValueError: it was run with other commands."""
+    """Whether an experiment is finished, and stays so. ValueError: it was run with other commands."""
     folder = f"{out}/{experiment.name}"
     path = f"{folder}/done.json"
-    if not os.path.exists(path):
+    if experiment.always or not os.path.exists(path):
         return False
     if was_made_otherwise(experiment, read_json(path)):
         raise ValueError(
@@ -93,6 +95,8 @@ def with_python(command: str) -> str:
 
 def start(experiment: Experiment, out: str, threads: int) -> subprocess.Popen:
     """Starts the commands, one after the other, in a process group of their own."""
+    if experiment.always:
+        shutil.rmtree(f"{out}/{experiment.name}", ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     os.makedirs(f"{out}/{experiment.name}", exist_ok=True)
     commands = " && ".join(map(with_python, experiment.commands))

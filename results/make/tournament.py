@@ -127,6 +127,7 @@ def experiments(out: str, seeds: int, quick: bool = False) -> list[Experiment]:
             f"forks/{name}",
             [f"recipes/fork.py {name} --folder {out}/forks/{name}"],
             made_from=digest_of(*diffs_of(name, diffs)),
+            always=True,
         )
         for name in sorted(set(filter(None, names)))
     ]
