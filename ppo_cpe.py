@@ -412,7 +412,10 @@ def rollout(
     templates: Templates,
     show: Callable[[str], None],
 ) -> Rollout:
-    """Samples and judges the originals of some prompts, then their edits (docs/method.md 1.6a-d), overlapping.
+    """Samples and judges the originals of some prompts, then their edits (docs/method.md 1.6a-d).
+
+    Judging overlaps sampling, except with a judge in this process. The two models would share its device and halve each
+    other's batches, so they take turns: each works until it has nothing to do.
 
     step: part of every seed. show: is told of the progress.
     """
@@ -433,8 +436,13 @@ def rollout(
             seeds.append(derive_seed(args.seed, step, prompt.row["prompt_id"], i, "original"))
         submit(prompt.ids, key=prompt.index, n=args.n_samples, seeds=seeds)
 
+    sampling = judging = True
     while engine.busy or judge.busy:
-        engine.step()
+        if judge.in_process:
+            sampling = engine.busy if sampling else not judge.busy
+            judging = not sampling
+        if sampling:
+            engine.step()
         for sample in engine.collect():
             response = response_of(in_engine.pop((sample.key, sample.index)), sample, chat)
             if response.truncated and args.truncated == "drop":
@@ -443,7 +451,7 @@ def rollout(
             in_judge[response.key] = response
             seed = derive_seed(args.seed, step, *response.key, "judge")
             judge.submit(response.key, response.prompt.row, response.answer, seed)
-        for verdict in judge.poll():
+        for verdict in judge.poll() if judging else ():
             response = in_judge.pop(verdict.key)
             if verdict.reward is None:
                 dropped.append(Dropped(**vars(response), drop_reason=verdict.error or "no judgement"))

@@ -323,6 +323,8 @@ class ClockEngine(Engine):
 class ServerEngine(EngineBackend):
     """The judge's engine on GPUs of its own, whose clock goes on beside that of the policy's engine."""
 
+    in_process = False
+
     def __init__(self, engine: Engine, chat: Chat, policy: Engine, clock: Clock, policy_clock: Clock):
         super().__init__(engine, chat)
         self.policy = policy

@@ -64,7 +64,7 @@ class JudgeSettings:
 
 
 class Judge:
-    """Scores answers. All judges are fed and polled alike, so that judging overlaps sampling.
+    """Scores answers. All judges are fed and polled alike, so that judging can overlap sampling.
 
     A subclass defines `open`, `submit` and `advance`. Class attributes and class methods need no model to be loaded.
     """
@@ -72,6 +72,7 @@ class Judge:
     writes_critiques: bool | None = True  # None: the first verdict will show
     lowest_reward: float | None = None  # None: there is no bound
     compares = False  # two answers at a time
+    in_process = False  # a model that shares this process's device
     template: str  # the one of prompts.Templates that it fills
     down: str | None = None  # why no more judgements are to be had: a server is given up, a function raised
 

@@ -47,6 +47,7 @@ class LanguageModelJudge(Judge):
     def __init__(self, backend: EngineBackend | ServerBackend, templates: Templates, settings: JudgeSettings):
         super().__init__()
         self.backend = backend
+        self.in_process = backend.in_process
         self.asker = Asker(backend)
         self.templates = templates
         self.settings = settings
@@ -122,6 +123,7 @@ class BradleyTerryJudge(Judge):
     """A scalar at the last token of prompt and answer (docs/method.md 1.5), over packed sequences. No critique."""
 
     writes_critiques = False
+    in_process = True
     template = "answer"
     tokens_per_batch = 16384  # per poll
 

@@ -177,8 +177,10 @@ def test_mfu_of_a_peak_that_is_given(tiny, judge, tmp_path):
     assert all(metrics[f"seconds/{phase}"] > 0 for phase in ("sync_weights", "rollout", "score", "update"))
 
 
-def test_nobody_waits_for_a_straggler(tiny):
-    """One answer goes on for long after the others: their critiques and edits are finished before it."""
+@pytest.mark.parametrize("in_process", [False, True])
+def test_who_waits_for_a_straggler(tiny, in_process):
+    """One answer goes on for long after the others: their critiques and edits are finished before it, unless the judge
+    waits for its turn."""
     events = []
 
     class Recorded(Engine):
@@ -192,6 +194,7 @@ def test_nobody_waits_for_a_straggler(tiny):
 
     class AtOnce:
         pending = ()
+        in_process = False
         busy = property(lambda self: bool(self.pending))
 
         def submit(self, key, row, answer, seed):
@@ -212,12 +215,16 @@ def test_nobody_waits_for_a_straggler(tiny):
     prompts = [Prompt(index=i, row=row, ids=answer_prompt(chat, templates, row)) for i, row in enumerate(rows)]
     engine = Recorded(load_pretrained(str(tiny / "checkpoint")), [], 400)
     args = ppo_cpe.Args(n_samples=2, edit_rate=1, temperature=1.0, top_p=1.0, max_new_tokens=120)
-    asked = dict(engine=engine, judge=AtOnce(), chat=chat, templates=templates, show=events.count)
+    judge = AtOnce()
+    judge.in_process = in_process
+    asked = dict(engine=engine, judge=judge, chat=chat, templates=templates, show=events.count)
     responses = ppo_cpe.rollout(prompts, args, 0, **asked)
     assert len(responses.judged) == 16 and not responses.dropped
-    # 2 x 4 originals and their edits; the straggler is the first prompt's, and its edits come last
+    # 2 x 4 originals and their edits; the straggler is the first prompt's
     straggler = min(events.index((0, i)) for i in range(2))
-    assert straggler == 12 and all(key[2] for key, _ in events[6:12])
+    assert straggler == (6 if in_process else 12)
+    edits = events[8:] if in_process else events[6:12]
+    assert all(key[2] for key, _ in edits)
 
 
 def test_one_endless_critique_costs_its_edit_alone(tiny, tmp_path):
