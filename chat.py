@@ -83,6 +83,9 @@ TURN_FORMATS = (
 )
 
 
+TALK = [{"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"), ("user", "Q2"))]
+
+
 class Chat:
     """Text to ids and back for one checkpoint: a folder or hub id with tokenizer.json.
 
@@ -96,8 +99,8 @@ class Chat:
     block is part of the prompt, so that no response holds one that would be trained or judged. In an edit prompt it
     stays in the earlier turn, unlike in the template, because prompts have to be continued.
 
-    Raises ValueError without a tokenizer, for a tokenizer with neither ChatML's nor Llama 3's tokens, and for a chat
-    template that writes turns in another way.
+    Raises ValueError without a tokenizer or a chat template, for a tokenizer with neither ChatML's nor Llama 3's
+    tokens, and for a chat template that writes turns in another way or with other ids.
     """
 
     def __init__(self, path: str):
@@ -137,6 +140,9 @@ class Chat:
         self._before = self._template_ids(additions.before)
         self._preamble = additions.preamble
         self.header = [*self._open_turn("assistant", ""), *self._template_ids(additions.no_think_suffix)]
+        settings: dict[str, Any] = {**TEMPLATE_DEFAULTS, "add_generation_prompt": True, "return_dict": False}
+        if self.messages(TALK) != reference.apply_chat_template(TALK, **settings):
+            raise ValueError(f"{path}: its tokenizer gives a text other ids alone than within its chat template")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. No text gives a control id."""
@@ -232,13 +238,12 @@ class TemplateAdditions:
 def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat, path: str) -> TemplateAdditions:
     """Finds out what the checkpoint's chat template adds by rendering conversations with it.
 
-    Raises ValueError if it writes turns in another format.
+    Raises ValueError if there is none, or it writes turns in another format.
     """
     if reference.chat_template is None:
-        return TemplateAdditions()
+        raise ValueError(f"{path}: no chat template; expected one, such as its family's Instruct models have")
 
-    def render(turns: list[tuple[str, str]], **settings: Any) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
+    def render(messages: list[dict], **settings: Any) -> str:
         settings = {**TEMPLATE_DEFAULTS, **settings, "tokenize": False, "add_generation_prompt": True}
         try:
             return str(reference.apply_chat_template(messages, **settings))
@@ -248,22 +253,21 @@ def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat
     def opened(role: str) -> str:
         return f"{turn_format.start}{role}{turn_format.role_end}{turn_format.gap}"
 
-    def expected(turns: list[tuple[str, str]]) -> str:
-        written = [f"{opened(role)}{text}{turn_format.end}{turn_format.after_turn}" for role, text in turns]
-        return before + "".join(written) + opened("assistant")
+    def turn(role: str, content: str) -> str:
+        return f"{opened(role)}{content}{turn_format.end}{turn_format.after_turn}"
 
-    talk = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
-    text = render(talk, enable_thinking=True)
-    text_with_system = render([("system", "S"), *talk], enable_thinking=True)
+    text = render(TALK, enable_thinking=True)
+    text_with_system = render([{"role": "system", "content": "S"}, *TALK], enable_thinking=True)
     before = text[: max(0, text.find(turn_format.start))]
     system_turn = re.compile(re.escape(before + opened("system")) + "(.*?)" + re.escape(turn_format.end), re.DOTALL)
     inserted = system_turn.match(text)
     given = system_turn.match(text_with_system)
     preamble = given[1].removesuffix("S") if given else ""
-    turns = [("system", inserted[1]), *talk] if inserted else talk
-    if text != expected(turns) or text_with_system != expected([("system", f"{preamble}S"), *talk]):
+    talk = "".join(turn(**message) for message in TALK) + opened("assistant")
+    system = turn("system", inserted[1]) if inserted else ""
+    if (text, text_with_system) != (before + system + talk, before + turn("system", f"{preamble}S") + talk):
         raise ValueError(f"{path}: its chat template is not plain {turn_format.name}; a talk gives {text!r}")
-    no_think = render(talk)
+    no_think = render(TALK)
     if not no_think.startswith(text):
         raise ValueError(
             f"{path}: with enable_thinking=False its chat template is not plain {turn_format.name}: {no_think!r}"

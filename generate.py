@@ -90,9 +90,11 @@ def generate_file(rows: list[dict], prompts: list[list[int]], args: Args, engine
     with counting(len(rows) * args.n, "samples") as done:
         while engine.busy:
             engine.step()
-            for sample in engine.collect():
+            for sample in engine.collect(errors=True):
                 samples.append(sample)
                 done()
+    failed = [sample for sample in samples if sample.error]
+    samples = [sample for sample in samples if not sample.error]
     samples.sort(key=lambda sample: (sample.key, sample.index))  # the order of the input
     output_rows = []
     for sample in samples:
@@ -106,6 +108,11 @@ def generate_file(rows: list[dict], prompts: list[list[int]], args: Args, engine
         output_rows.append(rows[sample.key] | fields)
     write_rows(args.output, output_rows)
     print(f"{len(samples)} samples of {len(rows)} rows: {args.output}")
+    if failed:
+        first = failed[0]
+        raise FloatingPointError(
+            f"{len(failed)} samples are left out, the first one of {args.input}:{first.key + 1}: {first.error}"
+        )
 
 
 def read_persona(text: str) -> Any:
@@ -139,7 +146,8 @@ def stream(engine: Engine, chat: Chat, prompt_ids: list[int], args: Args, seed: 
         if done or not text.endswith("\ufffd"):  # half of a character: its other bytes are in the next token
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
-    print(" [cut off at --max-new-tokens]" if done[0].finish_reason == "length" else "")
+    cut_off = " [cut off at --max-new-tokens, or the last of the model's positions]"
+    print(cut_off if done[0].finish_reason == "length" else "")
     return shown
 
 
@@ -173,14 +181,17 @@ def chat_loop(args: Args, engine: Engine, chat: Chat, templates: Templates) -> N
             prompt_ids = answer_prompt(chat, templates, row) if persona else chat.messages(messages)
             try:
                 reply = stream(engine, chat, prompt_ids, args, derive_seed(args.seed, turn))
-            except ValueError as error:  # the conversation has outgrown the model
-                print(f"{error}; /new starts over")
+            except ValueError as error:  # longer than the model's positions
+                messages.pop()
+                print(error if persona else f"{error}; /new starts over")
                 continue
             messages.append({"role": "assistant", "content": reply})
 
 
 def main(args: Args) -> None:
     ranks = start(args.dtype)
+    if ranks.world_size > 1:
+        raise ValueError(f"{ranks.world_size} processes; expected one: python generate.py, without torchrun")
     chat = Chat(args.model)
     templates = load_templates(resolve(args.model), answer_template=args.answer_template)
     rows = read_rows(args.input, "object") if args.input else []

@@ -15,7 +15,7 @@ the full softmax at the sampling temperature (at temperature 0, of the plain sof
 ends before the first of its `stop` strings. A field that would change the answer and is not supported (penalties,
 tools, response formats, log-probs of a stream, any unknown name) is refused, not ignored.
 
-    python serve.py --model out/grm/model --port 8000
+    python serve.py --model out/grm/model --host 0.0.0.0 --port 8000
     python ppo_cpe.py --judge http://HOST:8000          # on the machine that trains
 """
 
@@ -506,7 +506,7 @@ def is_own_host(name: str | None) -> bool:
     try:
         return ipaddress.ip_address((name or "").strip("[]")) is not None
     except ValueError:
-        return name in ("localhost", socket.gethostname())
+        return name in ("localhost", socket.gethostname().lower())  # as starlette has the header's
 
 
 def read_to_end(app: ASGIApp, seconds: float) -> ASGIApp:
@@ -756,7 +756,9 @@ def main(args: Args) -> None:
     positions = model.config.max_position_embeddings
     if args.max_len is not None and not 2 <= args.max_len <= positions:
         raise ValueError(f"--max-len {args.max_len}: expected 2 to {positions}, the positions of {args.model}")
-    engine = Engine(model, chat.stop_ids, args.max_len or positions, args.max_batch, args.kv_tokens)
+    # a request without max_tokens may take all that is left of a sequence, which has to fit into the cache
+    max_len = min(args.max_len or positions, args.kv_tokens or positions)
+    engine = Engine(model, chat.stop_ids, max_len, args.max_batch, args.kv_tokens)
     name = args.name or args.model
     config = server_config(make_app(engine, chat, name, limits), host=args.host, port=args.port)
     listening = config.bind_socket()

@@ -16,8 +16,9 @@ How it works:
    So an edit reuses its prompt and answer, a judgement the rubric, persona and question of others. New weights empty
    the cache.
 3. A step admits waiting sequences while slots and blocks are free, prefills up to PREFILL_TOKENS of them (a long prompt
-   in chunks), and decodes one token for each slot (scheduler.py). A prompt is prefilled once and then forked: its n
-   samples share the full blocks, and the last block is copied.
+   in chunks), and decodes one token for each slot (scheduler.py). A prompt is prefilled once and then forked: its
+   samples share the full blocks, and the last block is copied. More than SAMPLES_AT_ONCE enter in groups, which find
+   the prompt in the cache.
 4. When blocks run out, the youngest sample gives up its own and waits again. Later it is recomputed from its ids.
 5. The random number of a sample's i-th token is a hash of (its seed, i), and no sum runs over the batch. So a sample
    does not depend on the others, beyond the rounding of matrix products of different sizes. Logits that are not finite

@@ -1,8 +1,8 @@
 """Default size of the KV cache."""
 
 import gc
-import os
 
+import psutil
 import torch
 
 from model import Transformer
@@ -37,7 +37,7 @@ def default_kv_tokens(model: Transformer, max_len: int, max_batch: int) -> int:
         free, _ = torch.cuda.mem_get_info(weight.device)
     else:
         wanted = max_len * max_batch
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = psutil.virtual_memory().available
     bytes_per_token = kv_bytes_per_token(config, weight.element_size())
     affordable = int(MEMORY_FRACTION[weight.device.type] * free / bytes_per_token)
     if weight.device.type == "cuda" and affordable < max_len:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from engine.block_manager import BLOCK_SIZE, BlockManager
 from engine.requests import SamplingParams, Sequence
 
+SAMPLES_AT_ONCE = 16  # of a prompt, which start together
 PREFILL_TOKENS = 4096  # per step, so that a long queue of prompts does not hold up running samples
 
 
@@ -57,8 +58,8 @@ class Scheduler:
                 f"a prompt of {len(prompt_ids)} tokens and a response of up to {params.max_new_tokens} need {needed} "
                 f"blocks of {BLOCK_SIZE} tokens; the whole cache has {n_blocks} (its size: kv_tokens)"
             )
-        # samples of a prompt start together, so there may not be more of them than ever fit at once
-        at_once = min(self.max_slots, n_blocks - len(prompt_ids) // BLOCK_SIZE)
+        # Samples of a prompt start together: a few, so that they soon find free slots, and never more than fit.
+        at_once = min(SAMPLES_AT_ONCE, self.max_slots, n_blocks - len(prompt_ids) // BLOCK_SIZE)
         if self.max_padded_tokens is not None:
             at_once = min(at_once, self.max_padded_tokens // (len(prompt_ids) + 1))
         at_once = max(1, at_once)

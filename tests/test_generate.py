@@ -14,6 +14,7 @@ import generate
 from attention import Packed
 from chat import Chat
 from engine import Engine, cache_size
+from engine.scheduler import SAMPLES_AT_ONCE
 from kernels.sampling import sample
 from model import load_pretrained, save_pretrained
 from runtime.flags import user_errors
@@ -117,6 +118,16 @@ def test_samples_of_a_prompt_prefill_it_once(model):
 def test_more_samples_than_places(model):
     (samples,) = engine_of(model, max_batch=2).generate([[5, 6]], n=5, max_new_tokens=4)
     assert [s.index for s in samples] == [0, 1, 2, 3, 4] and all(len(s.ids) == 4 for s in samples)
+
+
+def test_the_next_samples_do_not_wait_for_all_of_a_prompt(model):
+    """With one slot still taken, those of the next prompt get the others."""
+    engine = engine_of(model, max_batch=40)
+    engine.submit([5, 6], "long", max_new_tokens=50)
+    for key in range(2):
+        engine.submit([7, 8, 9], key, n=40, max_new_tokens=9)
+    engine.step()
+    assert len(engine.scheduler.running) == 1 + 2 * SAMPLES_AT_ONCE
 
 
 def test_stop_ids_and_truncation(model):
@@ -420,6 +431,19 @@ def test_bad_rows_are_named(line, problem, tiny, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_sample_that_failed_costs_no_other(tmp_path):
+    broken = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[299] = float("nan")
+    engine = Engine(broken, [], 64)
+    args = generate.Args(input="rows.jsonl", output=str(tmp_path / "out.jsonl"), n=2, max_new_tokens=3)
+    chat = SimpleNamespace(decode=str)
+    with pytest.raises(FloatingPointError, match=r"2 samples are left out, the first one of rows.jsonl:1: the logits"):
+        generate.generate_file([{"id": "bad"}, {"id": "good"}], [[299, 4], [5, 4]], args, engine, chat)
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in written] == [("good", 0), ("good", 1)]
+
+
 def chat_with(tiny, monkeypatch, capsys, typed, *flags):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     args = ["--model", str(tiny / "checkpoint"), "--max-new-tokens", "5", "--temperature", "0", *map(str, flags)]
@@ -441,8 +465,13 @@ def test_chat_keeps_the_conversation(tiny, monkeypatch, capsys):
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Jazz?"}]
     second = reply_of(tiny, chat.messages(messages))
     out = chat_with(tiny, monkeypatch, capsys, "Tea?\nJazz?\n\n/new\nTea?\n")
-    end = " [cut off at --max-new-tokens]\n> "
+    end = " [cut off at --max-new-tokens, or the last of the model's positions]\n> "
     assert out.split("\n", 1)[1] == "> " + first + end + second + end + "> > " + first + end + "\n"
+
+
+def test_a_message_that_is_too_long_is_forgotten(tiny, monkeypatch, capsys):
+    out = chat_with(tiny, monkeypatch, capsys, "Tea?\n" + "word " * 600 + "\nJazz?\n")
+    assert out.count("/new starts over\n") == 1 and out.count("cut off at") == 2
 
 
 def test_a_word_after_a_slash_is_no_question(tiny, monkeypatch, capsys):

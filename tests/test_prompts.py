@@ -335,7 +335,19 @@ def test_llama_3s_template(tmp_path, template):
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
-    assert Chat(write_tokenizer(tmp_path / "none", template=None)).system is None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300))
+    tokenizer.add_special_tokens(CHATML_CONTROL)
+    folder = write_tokenizer(tmp_path / "sentencepiece")
+    tokenizer.save(f"{folder}/tokenizer.json")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+    (tmp_path / "sentencepiece/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "sentencepiece/config.json").write_text('{"model_type": "llama", "eos_token_id": 1}')
+    with pytest.raises(ValueError, match="sentencepiece: .* other ids alone"):
+        Chat(folder)
+    with pytest.raises(ValueError, match="none: no chat template"):
+        Chat(write_tokenizer(tmp_path / "none", template=None))
     with pytest.raises(ValueError, match="not plain ChatML"):
         other = TEMPLATE.replace("<|im_start|>' + message.role", "[' + message.role")
         Chat(write_tokenizer(tmp_path / "other", other))
