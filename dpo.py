@@ -206,7 +206,7 @@ def loss_of(
 
 def main(args: Args) -> None:
     if args.plan:
-        return plan.one_model(args, plan.config_of(args.model))
+        return plan.one_model(args, plan.config_of(args.model), sequences=2)
     ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

@@ -264,7 +264,7 @@ def main(cli_args: Args) -> None:
     args = with_defaults(cli_args)
     is_bt = args.objective == "bt"
     if args.plan:
-        return plan.one_model(args, plan.config_of(args.model), is_bt)
+        return plan.one_model(args, plan.config_of(args.model), is_bt, sequences=2 if is_bt else 1)
     ranks = start(args.dtype, args.shard_size, args.timeouts, args.deterministic)
     tokenizer_from = resolve(args.model)
     chat = Chat(tokenizer_from)

@@ -3,13 +3,14 @@
     logprobs, entropy = linear_logprob(hidden, weight, targets, temperature)
 
 At V = 152k a single fp32 logits matrix for 8k tokens takes 5 GB. The forward pass therefore iterates over tiles of the
-logits with an online log-sum-exp, and the backward pass recomputes each tile instead of storing it. Logits, sums and
-gradients are fp32 (fp64 for fp64 inputs), also if hidden and weight are bf16: nothing is rounded before the softmax.
+logits with an online log-sum-exp, and the backward pass recomputes each tile instead of storing it. Logits and
+sums are fp32 (fp64 for fp64 inputs), also if hidden and weight are bf16: nothing is rounded before the softmax.
 
 - CPU: tiles that fit its cache, vocabulary in the outer loop, tokens in the inner; matrix products by torch.
 - Triton forward: one program per block of tokens and split of the vocabulary, product and log-sum-exp in one kernel;
-  the splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary in
-  the dtype of the inputs (product, softmax and scaling fused); two matrix products then give d hidden and d weight.
+  the splits are merged in a fixed order. Backward: a kernel writes d loss / d logits of a slice of the vocabulary,
+  rounded to the dtype of the inputs (product, softmax and scaling fused); two matrix products then give d hidden and
+  d weight.
 """
 
 import torch

@@ -62,6 +62,8 @@ def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries:
         # --deterministic; torch's own follows the switch by itself
         fixed_order = torch.are_deterministic_algorithms_enabled()
         return flash_attn_varlen_func(q, k, v, *where, causal=True, deterministic=fixed_order)
+    if q.is_cuda:  # torch's memory-efficient kernel has no grouped heads; without it all scores would be stored
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     outs = []
     segments = (x.transpose(0, 1).split(s.lengths, 1) for x, s in ((q, queries), (k, keys), (v, keys)))
     for qs, ks, vs in zip(*segments):  # [H, L, D] each

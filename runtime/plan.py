@@ -4,15 +4,17 @@ It needs a config.json and no GPU.
 
 Parameters are counted on the model as it is built; what the forward pass keeps for the backward one is counted by
 running two layers on the meta device and looking at what autograd saves, so that it follows the code. Attention saves
-what FlashAttention saves there (on a CPU torch keeps the output twice). Not counted: memory that the allocator has
-split and cannot use (on a CPU the C library's may be a third of all), and on a GPU the context and NCCL's buffers, for
-which `RESERVED_GIB` is set aside.
+what a memory-efficient one saves there (on a CPU torch keeps the output twice), and for a GPU the fused kernels save
+what they save on one. Not counted: memory that the allocator has split and cannot use (on a CPU the C library's may be
+a third of all), and on a GPU the context and NCCL's buffers, for which `RESERVED_GIB` is set aside.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Iterable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,18 +44,46 @@ class _Attention(torch.autograd.Function):
         return out.clone() if stored_twice else out
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Saves what the kernel of kernels/rmsnorm.py saves, computes nothing."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.empty_like(x)
+        ctx.save_for_backward(total, weight, x.new_empty(len(x), dtype=torch.float32))
+        return torch.empty_like(x), total
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The same for kernels/swiglu.py."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+
+KERNELS_OF_A_GPU = {  # in model.py
+    "rms_norm": lambda x, weight, eps: _RMSNorm.apply(x, x, weight)[0],
+    "add_rms_norm": lambda x, residual, weight, eps: _RMSNorm.apply(x, residual, weight),
+    "swiglu": _SwiGLU.apply,
+}
+
+
 class _Context(Packed):
     """As `Packed`, with `_Attention`. `key_copies` of keys and values: SharedPrefix copies those of a prefix."""
 
-    def __init__(self, n_tokens: int, key_copies: int, stored_twice: bool):
+    def __init__(self, n_tokens: int, key_copies: int, device: str):
         super().__init__([n_tokens], "meta")
         self.key_copies = key_copies
-        self.stored_twice = stored_twice
+        self.device = device
 
     def attend(self, layer, q, k, v, cos, sin):
         k = apply_rope(k, cos, sin).repeat(self.key_copies, 1, 1)
         v = v.repeat(self.key_copies, 1, 1)
-        return _Attention.apply(apply_rope(q, cos, sin), k, v, self.stored_twice)
+        if self.device == "cuda" and q.dtype == torch.float32:  # as varlen_attention has it
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return _Attention.apply(apply_rope(q, cos, sin), k, v, self.device == "cpu")
 
 
 def meta_model(config: Config, scalar_head: bool = False, lora: Lora | None = None) -> Transformer:
@@ -69,7 +99,7 @@ def count(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def saved_bytes(model: Transformer, n_layers: int, recompute: bool, key_copies: int, on_cpu: bool) -> float:
+def saved_bytes(model: Transformer, n_layers: int, recompute: bool, key_copies: int, device: str) -> float:
     """Bytes per token that a forward pass of the first n_layers saves for the backward pass."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved = {}
@@ -83,19 +113,22 @@ def saved_bytes(model: Transformer, n_layers: int, recompute: bool, key_copies: 
     model.model.layers = layers[:n_layers]
     model.checkpoint_activations = recompute
     ids = torch.zeros(PROBE_TOKENS, dtype=torch.int64, device="meta")
-    context = _Context(PROBE_TOKENS, key_copies, stored_twice=on_cpu)
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+    context = _Context(PROBE_TOKENS, key_copies, device)
+    with contextlib.ExitStack() as stack:
+        for name, kernel in KERNELS_OF_A_GPU.items() if device == "cuda" else ():
+            stack.enter_context(mock.patch(f"model.{name}", kernel))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(save, lambda x: x))
         model(ids, context.position_ids, context, ids, None if model.scalar_head else ids)
     model.model.layers = layers
     return sum(x.untyped_storage().nbytes() for x in saved.values()) / PROBE_TOKENS
 
 
-def activations(model: Transformer, n_tokens: int, recompute: bool, key_copies: int, on_cpu: bool) -> int:
+def activations(model: Transformer, n_tokens: int, recompute: bool, key_copies: int, device: str) -> int:
     """Bytes of a micro-batch at the turn from forward to backward, with what one layer's backward pass adds."""
-    one, two = (saved_bytes(model, n, recompute, key_copies, on_cpu) for n in (1, 2))
+    one, two = (saved_bytes(model, n, recompute, key_copies, device) for n in (1, 2))
     total = one + (model.config.num_hidden_layers - 1) * (two - one)
     if recompute:  # the layer that the backward pass is in
-        one, two = (saved_bytes(model, n, False, key_copies, on_cpu) for n in (1, 2))
+        one, two = (saved_bytes(model, n, False, key_copies, device) for n in (1, 2))
         total += two - one
     # gradients of the MLP's three wide tensors
     total += 3 * model.config.intermediate_size * model.model.norm.weight.itemsize
@@ -139,7 +172,7 @@ class Trained:
         self.gradients = self.masters
         self.moments = 2 * self.masters
         self.frozen = itemsize * (self.n_parameters - self.n_trained) / ranks
-        self.activations = activations(model, n_tokens, recompute, key_copies, machine.device == "cpu")
+        self.activations = activations(model, n_tokens, recompute, key_copies, machine.device)
         layer = count(model.model.layers[0].parameters())
         root = self.n_parameters - model.config.num_hidden_layers * layer
         self.whole = 0
@@ -266,11 +299,12 @@ def sizes(models: dict[str, Trained]) -> str:
     return ", ".join(texts)
 
 
-def one_model(args, config: Config, scalar_head: bool = False):
-    """The plan of sft.py, train_grm.py and dpo.py."""
+def one_model(args, config: Config, scalar_head: bool = False, sequences: int = 1):
+    """The plan of sft.py, train_grm.py and dpo.py. sequences: those of an example."""
     machine = machine_of(args)
     lora = lora_settings(args.lora_rank, args.lora_alpha, args.model, args.seed)
-    n_tokens = args.tokens_per_microbatch
+    # an example of any length is in one pass
+    n_tokens = max(args.tokens_per_microbatch, sequences * min(args.max_length, config.max_position_embeddings))
     t = Trained(meta_model(config, scalar_head, lora), machine, n_tokens, args.checkpoint_activations)
     state = {**t.held(), "gradients": t.gradients}
     optimizer = {**state, "Adam moments": t.moments}
@@ -300,7 +334,7 @@ def rl(
     """
     machine = machine_of(args)
     lora = lora_settings(args.lora_rank, args.lora_alpha, args.model, args.seed)
-    budget = args.tokens_per_microbatch
+    budget = max(args.tokens_per_microbatch, min(args.max_prompt_length + args.max_new_tokens, max_len))
     configs = {name: config_of(path) for name, (path, _) in trained.items()}
     policy = next(iter(configs.values()))
     models: dict[str, Trained] = {}

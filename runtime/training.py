@@ -45,8 +45,11 @@ def open_model(
 
 
 def open_sampler(path: str, policy: Transformer, ranks: Ranks) -> Transformer:
-    """Opens the engine's copy of a policy in the compute dtype, whole or this rank's part of it. Adapters are applied,
-    not merged (see `pack_weights`), so that an unsharded policy and its engine share one copy of the base in memory."""
+    """Opens the engine's copy of a policy in the compute dtype, whole or this rank's part of it.
+
+    Adapters are applied, not merged, so that an unsharded policy and its engine share one copy of the base in memory.
+    Only on a CPU in fp32 they are merged (`pack_weights`).
+    """
     if policy.lora and ranks.world_size == 1:
         model = share_base_weights(policy)
     else:

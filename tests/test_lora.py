@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_at_first_the_model_is_its_base(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_policy_critic_and_sampler_share_the_base(tmp_path, tied):
     save_pretrained(random_model(tiny_config(tie_word_embeddings=tied)), str(tmp_path / "m"), None)
-    ranks = start("bf16")
+    ranks = replace(start("bf16"), device=torch.device("cpu"))
     args = sft.Args(lora_rank=4, checkpoint_activations=True)
     policy = training.open_model(str(tmp_path / "m"), args, args.seed, ranks)
     critic = training.open_model(str(tmp_path / "m"), args, args.seed, ranks, scalar_head=True, other=policy)

@@ -19,6 +19,7 @@ import ppo_cpe
 import sft
 import train_grm
 from attention import Packed
+from kernels import rmsnorm, swiglu
 from lora import Lora, add_adapters
 from model import save_pretrained
 from runtime import plan, training
@@ -118,6 +119,9 @@ def test_seven_billion_by_hand(tmp_path, capsys):
     # the inputs of all layers (hidden states and residual), and one layer's seven tensors as wide as the MLP, or more
     assert 8192 * 2 * 27 * 3584 * 2 < less["activations"] * GIB < 8192 * (2 * 28 * 3584 + 12 * 18944) * 2
     assert parts["activations"] > 10 * less["activations"]  # 2 x the tokens, 28 whole layers
+    # a row of 2,048 + 2,048 tokens is in one pass
+    _, longest = ppo_plan(tmp_path, capsys, "--world-size", 8, "--checkpoint-activations", "--tokens-per-microbatch", 9)
+    assert longest["activations"] == pytest.approx(less["activations"] / 2, abs=0.01)
     _, spread = ppo_plan(tmp_path, capsys, "--world-size", 32, "--shard-size", 8)
     assert spread["policy: fp32 masters"] == parts["policy: fp32 masters"]  # four copies of eight ranks each
 
@@ -190,14 +194,33 @@ def test_what_the_plan_counts_is_what_autograd_saves(lora, recompute):
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         training.forward(model, batch, 1.0)
     found = sum(x.untyped_storage().nbytes() for x in kept.values())
-    assert found == n * plan.saved_bytes(plan.meta_model(config, lora=lora), 3, recompute, 1, on_cpu=True)
+    assert found == n * plan.saved_bytes(plan.meta_model(config, lora=lora), 3, recompute, 1, device="cpu")
+
+
+class NoLaunch:
+    def __getitem__(self, grid):
+        return lambda *given, **options: None
+
+
+def test_a_plan_for_a_gpu_counts_what_its_kernels_save(monkeypatch):
+    model = plan.meta_model(tiny_config()).to(torch.bfloat16)
+    planned = plan.saved_bytes(model, 2, False, 1, "cuda")
+    for module in (rmsnorm, swiglu):
+        monkeypatch.setattr(module, "_forward_kernel", NoLaunch())
+    real = {
+        "rms_norm": lambda x, weight, eps: rmsnorm._RMSNorm.apply(x, None, weight, eps)[0],
+        "add_rms_norm": rmsnorm._RMSNorm.apply,
+        "swiglu": swiglu._SwiGLU.apply,
+    }
+    monkeypatch.setattr(plan, "KERNELS_OF_A_GPU", real)
+    assert plan.saved_bytes(model, 2, False, 1, "cuda") == planned < plan.saved_bytes(model, 2, False, 1, "cpu")
 
 
 def test_a_recomputed_layer_keeps_hidden_states_and_residual():
     """Both are its inputs; only the first layer has no residual yet."""
     config = tiny_config(num_hidden_layers=5)
-    per_token = plan.activations(plan.meta_model(config), 1, True, 1, on_cpu=True)
-    one_layer_less = plan.activations(plan.meta_model(replace(config, num_hidden_layers=4)), 1, True, 1, on_cpu=True)
+    per_token = plan.activations(plan.meta_model(config), 1, True, 1, device="cpu")
+    one_layer_less = plan.activations(plan.meta_model(replace(config, num_hidden_layers=4)), 1, True, 1, device="cpu")
     assert per_token - one_layer_less == 2 * 4 * config.hidden_size
 
 

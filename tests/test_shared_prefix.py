@@ -1,6 +1,7 @@
 """Prompts that are computed once for all of their responses give what computing them every time gives."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,11 @@ from runtime.distributed import start
 from trajectory import Batch, Prompt, Trajectory
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [5, 6, 7]]
+
+
+def on_cpu():
+    """The ranks of one process, also where there is a GPU."""
+    return replace(start("fp32"), device=torch.device("cpu"))
 
 
 def sequences(seed=0):
@@ -154,7 +160,7 @@ def trajectories():
 
 
 def test_old_logprobs_are_those_of_every_response_under_its_own_prompt():
-    ranks, model, batch = start("fp32"), random_model(tiny_config()), trajectories()
+    ranks, model, batch = on_cpu(), random_model(tiny_config()), trajectories()
     args = ppo_cpe.Args(mini_batch_prompts=1, tokens_per_microbatch=40, temperature=0.9)
     logprobs, flops = ppo_cpe.old_policy_logprobs(batch, model, args, ranks)
     assert flops > 0
@@ -197,7 +203,7 @@ def test_the_update_depends_neither_on_processes_nor_on_the_budget(updates, sett
 
 def test_an_update_is_a_step_down_the_methods_loss():
     """Each response under its prompt alone: -A log p (`none`), half the squared error of values; means over tokens."""
-    ranks = start("fp32")
+    ranks = on_cpu()
     batch = trajectories()
     settings = dict(prompts_per_step=2, mini_batch_prompts=2, temperature=0.9, edit_loss="none")
     args = ppo_cpe.Args(**settings, lr=1.0, critic_lr=1.0, max_grad_norm=1e9)
