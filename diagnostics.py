@@ -75,8 +75,13 @@ def leaves(value: Any) -> list[str]:
     return [str(value)]
 
 
-def recited(persona: Any, answer: str) -> float:
-    """Fraction of the values of a profile (any JSON) whose words an answer repeats, in their order."""
+def recited(persona: Any, answer: str) -> float | None:
+    """Fraction of the values of a profile (any JSON) whose words an answer repeats, in their order.
+
+    None for a profile in plain words, which has no values.
+    """
+    if isinstance(persona, str):
+        return None
     said = f" {' '.join(words_of(answer))} "
     values = [f" {' '.join(words)} " for words in map(words_of, leaves(persona)) if words]
     return sum(value in said for value in values) / len(values) if values else 0.0
@@ -116,8 +121,9 @@ def describe_rollout(
 ) -> None:
     """Adds rewards, gains, lengths and scores of originals and edits."""
 
-    def add(name: str, value: float) -> None:
-        means.add(prefix + name, value)
+    def add(name: str, value: float | None) -> None:
+        if value is not None:
+            means.add(prefix + name, value)
 
     edited = {(t.prompt.index, t.sample_id) for t in rollout.judged if t.parent}
     for kind in ("original", "edit"):
@@ -366,7 +372,7 @@ def ask_again(
 ) -> Checks:
     """Audits a fraction of the originals, and judges held-out answers under other personas."""
     audits = audit(rollout.judged, judge, second, fraction, seed, step, ranks)
-    swapped = swap_personas(held_out, judge) if held_out else []
+    swapped = swap_personas(held_out, judge, ranks) if held_out else []
     judge.take_counts()  # no cost of the training
     return Checks(audits, held_out, swapped)
 
@@ -398,12 +404,15 @@ def audit(
     return {t.key: {"again": own, "second": other} for t, own, other in zip(chosen, again, others)}
 
 
-def swap_personas(held_out: Rollout, judge: Judge) -> list[float]:
+def swap_personas(held_out: Rollout, judge: Judge, ranks: Ranks) -> list[float]:
     """The reward that held-out answers lose when they are judged under the next prompt's persona."""
     originals = [t for t in held_out.judged if not t.parent and not was_replaced(t, judge)]
+    persona_of = dict(all_gather(ranks, [(t.prompt.index, t.prompt.row["persona"]) for t in originals]))
+    indices = sorted(persona_of)
+    next_of = dict(zip(indices, indices[1:] + indices[:1]))
     swapped = []
-    for t, other in zip(originals, originals[1:] + originals[:1]):
-        persona = other.prompt.row["persona"]
+    for t in originals:
+        persona = persona_of[next_of[t.prompt.index]]
         if persona != t.prompt.row["persona"]:
             swapped.append((t, persona))
     asked = [(t.prompt.row | {"persona": persona}, t.answer, derive_seed("swap", *t.key)) for t, persona in swapped]

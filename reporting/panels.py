@@ -70,7 +70,7 @@ PANELS = {
         ),
         "Accuracy": (
             {"accuracy": "training", "held_out_accuracy": "held out"},
-            "Fraction of pairs with the chosen answer above the rejected one, without ties.",
+            "Fraction of pairs with the chosen answer above the rejected one.",
         ),
         "Margin": ({"margin": "training", "held_out_margin": "held out"}, "Chosen minus rejected."),
         "Rewards of pairs": ({"chosen_reward": "chosen", "rejected_reward": "rejected"}, "By the model."),
@@ -97,7 +97,7 @@ PANELS = {
             {"judge_unparsed": "unparsed", "lost/originals": "lost originals", "lost/edits": "lost edits"},
             "Judgements without scores, and responses that left the batch without a judgement, per step.",
         ),
-        "Updates left out": ({"bad_steps": "so far"}, "Their loss or gradient was not a finite number."),
+        "Updates left out": ({"bad_steps": "so far"}, "Their loss or gradient was not finite or out of bounds."),
     },
     "Performance": {
         "Tokens per second": (

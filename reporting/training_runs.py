@@ -77,9 +77,9 @@ def by_interest(rows: list[dict]) -> list[int]:
     return list(dict.fromkeys(first + rest))
 
 
-def add_lost(file: str, rows: list[dict], index_of: dict[tuple, int]) -> None:
-    """Adds OUT/lost of a step to its rows: a lost original as a row, a lost edit to the row of its original."""
-    for lost in logged_rows(file, SAMPLE):
+def add_lost(lost_rows: list[dict], rows: list[dict], index_of: dict[tuple, int]) -> None:
+    """Adds lost responses of a step to its rows: a lost original as a row, a lost edit to the row of its original."""
+    for lost in lost_rows:
         i = index_of.get(sample_of(lost))
         if i is None:
             rows.append(lost)
@@ -128,7 +128,11 @@ def read_rollouts(
     first_rows = {}
     for kind in ("rollouts", "held_out"):
         for step, file in files[kind].items():
-            rows = logged_rows(file, (*SAMPLE, "answer"))
+            rows = logged_rows(file, (*SAMPLE, "answer") if kind == "rollouts" else SAMPLE)
+            if kind == "held_out":  # its lost responses are among the rows; those of edits have no answer
+                lost_edits = [row for row in rows if "answer" not in row]
+                rows = [row for row in rows if "answer" in row]
+                add_lost(lost_edits, rows, {sample_of(row): i for i, row in enumerate(rows)})
             sizes = [size_of(row) for row in rows]
             if kind == "rollouts":
                 first_rows[step] = rows[:n_first]
@@ -136,7 +140,7 @@ def read_rollouts(
                 if step in files["tokens"]:
                     add_tokens(files["tokens"][step], rows, index_of, tokens_budget)
                 if step in files["lost"]:
-                    add_lost(files["lost"][step], rows, index_of)
+                    add_lost(logged_rows(files["lost"][step], SAMPLE), rows, index_of)
                     sizes += [size_of(row) for row in rows[len(sizes) :]]
             budget.earn(sum(sizes))
             in_sample = sorted(itertools.takewhile(lambda i: budget.spend(sizes[i]), by_interest(rows)))
@@ -221,7 +225,9 @@ def rollouts_for_page(rows: list[dict], score: Scorer | None) -> tuple[list[dict
         answer = part.get("answer") or ""
         values = {name: part.get(name) for name in RESPONSE_FIELDS}
         figures = {name: value for name, value in values.items() if value is not None and value is not False}
-        figures["recited"] = round(recited(row.get("persona"), answer), 3)
+        repeated = recited(row.get("persona"), answer)
+        if repeated is not None:
+            figures["recited"] = round(repeated, 3)
         if has_control_text(answer):
             figures["control_text"] = True
         exact = score(row, answer) if score else None

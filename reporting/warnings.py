@@ -66,7 +66,7 @@ RULES = (
     ),
     Rule(
         "Updates left out",
-        "Raised if an update was left out, because its loss or gradient was not a finite number.",
+        "Raised if an update was left out, because its loss or gradient was not finite or out of bounds.",
         ("bad_steps",),
         lambda left_out: left_out[-1] > 0,
         lambda left_out: f"number so far, on average: first fifth {left_out[0]:.1f}, last {left_out[-1]:.1f}",

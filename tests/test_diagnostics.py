@@ -43,6 +43,7 @@ def test_values_of_a_profile():
 def test_recitation(answer, share):
     assert recited(PERSONA, answer) == pytest.approx(share)
     assert recited({}, answer) == 0
+    assert recited("Ada drinks tea.", answer) is None
 
 
 def test_distinct_pairs_of_words():
@@ -185,5 +186,5 @@ def test_rewards_that_were_replaced_are_not_audited():
         [0, 3],
         [3, 0],
     )
-    assert swap_personas(Rollout(4, answers, [], (0, 0)), judge) == [0, -3]
+    assert swap_personas(Rollout(4, answers, [], (0, 0)), judge, start("fp32")) == [0, -3]
     assert set(judge.asked) == {"answer 0", "answer 3"} and len(judge.asked) == 4

@@ -11,7 +11,7 @@ from conftest import ROOT, TEMPLATES, error_of
 import report
 from chat import Chat
 from prompts import Templates, answer_prompt, edit_prompt, load_templates, persona_text
-from reporting import figures
+from reporting import figures, training_runs
 from reporting.evaluations import evaluation_run
 from reporting.warnings import rl_warnings
 from weights import save_templates
@@ -216,6 +216,18 @@ def test_each_warning_has_its_rule(name, changes):
     steps = None if name in ("Control text", "Persona values repeated") else [17, 20]  # these look at the whole run
     assert found[name]["rule"].endswith(".") and found[name]["found"] and found[name]["link"]["steps"] == steps
     assert all(warning["rule"].startswith("Raised if") for warning in found.values())  # no statement about this run
+
+
+def test_a_lost_edit_of_a_held_out_answer_stands_in_its_row(tmp_path):
+    run = rl_run(tmp_path / "run", steps=1)
+    rows = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    lost = {name: rows[0][name] for name in ("prompt_id", "persona", "question", "sample_id")}
+    lost["edit"] = {"answer": "tea", "reward": None, "drop_reason": "unparsed"}
+    rows[0]["edit"] = None
+    write_lines(run / "held_out/step_000001.jsonl", [*rows, lost])
+    sampled, n_logged, _ = training_runs.read_rollouts(str(run), 1, 1e6, 1)
+    held_out = [row for row in sampled if row["held_out"]]
+    assert len(held_out) == len(rows) == n_logged / 2 and lost["edit"] in [row["edit"] for row in held_out]
 
 
 def test_a_warning_by_held_out_rewards_that_are_few():

@@ -83,7 +83,8 @@ trained.
 >
 > {row["question"]}
 
-**2. The policy answers.** This is one of {settings["n_samples"]} samples, the one whose edit gained most in this step:
+**2. The policy answers.** This is one of {settings["n_samples"]} samples, the one whose edit gained most among
+those whose tokens were logged:
 
 > {row["answer"]}
 
