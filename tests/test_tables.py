@@ -368,9 +368,11 @@ def test_finished_experiments_become_the_sweep(tmp_path, capsys):
         shutil.rmtree(tmp_path / "runs")
     assert "24 of 152 experiments are finished" in capsys.readouterr().out
     text = (tmp_path / "drawn/sweep.md").read_text()
-    assert "|  | 15.000 ± 0.000 % | 0.000 ± 0.000 % |" in text  # the measured rates head the columns
+    assert (
+        "|  | 15.000 ± 0.000 % (R = 0.3) | 0.000 ± 0.000 % (R = 0) |" in text
+    )  # measured in samples, and in SFT's rows
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, paper" not in text
-    assert "| CPE, none (the first command) | 0.3 | +0.00 | +0.00 to +0.00 |" in text
+    assert "| CPE, none (the recipe) | 0.3 | +0.00 | +0.00 to +0.00 |" in text
     varied = "| critic_exact (none) | 0 | 2 | +0.00 (+0.00 to +0.00) | -, - (-, -) | 1.00 ± 0.00 (1.00 ± 0.00) |"
     assert varied in text
     assert "| 0 | 2 | 25.0 ± 0.0 | 0.000 ± 0.000 | 1.00 ± 0.00 | over 40, over 40 |" in text
@@ -449,7 +451,7 @@ def test_steps_until_half_of_the_samples_and_holms_correction():
     pooled = [2 * stats.t.sf((np.mean(seeds[name]) - 1.1) / error, 4) for name in ("none", "paper")]
     assert 0 < pooled[0] < pooled[1] < 0.5
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["| CPE, none (the first command)", "| CPE, paper"]
+    assert [row[0] for row in rows] == ["| CPE, none (the recipe)", "| CPE, paper"]
     for column, p in ((4, raw), (5, pooled)):  # two comparisons, the smaller p first
         found = [float(row[column].removeprefix("< ")) for row in rows]
         assert found == pytest.approx([max(1e-3, 2 * p[0]), max(2 * p[0], p[1])], abs=5e-4)

@@ -1,8 +1,8 @@
 """A ladder of judges: what must a judge write so that a policy which is trained under it learns no false claims?
 
-The first command (recipes/tiny.sh) on five seeds, each with its own world and base model, and on three of them further
+The recipe (recipes/tiny.sh) on five seeds, each with its own world and base model, and on three of them further
 judges (JUDGES). Each judge is measured against the exact judge, then PPO and, where the judge writes critiques, CPE are
-trained under it from the same SFT policy with the flags of the first command.
+trained under it from the same SFT policy with the flags of the recipe.
 
 Figures and commands of each experiment are kept in ladder.json: what is there is not run again, so that runs can be
 spread over days and machines.
@@ -97,7 +97,7 @@ def experiments(out: str, quick: bool = False) -> list[Experiment]:
 
 
 def recipe(out: str, seed: int, until_checks: bool = False) -> Experiment:
-    """The first command. until_checks: no further than the models that RL starts from."""
+    """The recipe. until_checks: no further than the models that RL starts from."""
     folder = f"{out}/seed{seed}/recipe"
     until = "UNTIL=checks " if until_checks else ""
     return Experiment(f"seed{seed}/recipe", [f"env SEED={seed} OUT={folder} {until}bash recipes/tiny.sh"])
@@ -250,7 +250,7 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
     draw(runs, folder)
     draw_hacking(runs, folder)
     sections = {
-        "The first command on five seeds": recipe_table(runs),
+        "The recipe on five seeds": recipe_table(runs),
         "Differences of scores": differences(runs),
         "Sanity checks": checks_table(runs),
         "Judges against the exact judge": judge_table(runs),

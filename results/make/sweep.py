@@ -1,13 +1,13 @@
 """When do edits pay? The rate of the content that critiques name, against the method and its loss on edits.
 
-Each seed has the world, base model and GRM of the first command, which the table `ladder` runs in the same folder. The
+Each seed has the world, base model and GRM of the recipe, which the table `ladder` runs in the same folder. The
 base's corpus has a topic's last step and the advice only in critiques and in answers that were rewritten by them. Each
 rate R has its own SFT policy, trained on answers of a world with `--rarity R R`. Two rates differ in the
 policy that RL starts from, and in nothing else: judge and prompts are the same.
 
 The tables give the rate that is *measured* in samples of the SFT policy, since SFT on chosen answers raises it above R.
 They report how often the final policy says the content without a critique in its context, and the exact judge's score,
-on unseen people's questions. All methods have up to six responses a prompt, at the first command's learning rate; four
+on unseen people's questions. All methods have up to six responses a prompt, at the recipe's learning rate; four
 of them also at twice that rate.
 
 Figures and commands of each experiment are kept in sweep.json: what is there is not run again, so that runs can be
@@ -55,7 +55,7 @@ PLAIN = FLAGS["ppo"]  # no edits, n = 6: as many responses per prompt as 4 origi
 EDITS = "--edit-below 4.7"
 METHODS = {  # name: flags of ppo_cpe.py
     "ppo": PLAIN,
-    "none": f"{EDITS} --edit-loss none",  # the first command's
+    "none": f"{EDITS} --edit-loss none",  # the recipe's
     "paper": f"{EDITS} --edit-loss paper",
     "novel": f"{EDITS} --edit-loss novel",
     "unclipped": f"{EDITS} --edit-loss unclipped",
@@ -71,7 +71,7 @@ OTHER_LOSSES = {  # at the two ends of the diagram
 LABELS = {
     "sft": "SFT",
     "ppo": "PPO, n = 6",
-    "none": "CPE, none (the first command)",
+    "none": "CPE, none (the recipe)",
     "paper": "CPE, paper",
     "novel": "CPE, novel",
     "unclipped": "CPE, unclipped",
@@ -99,7 +99,7 @@ QUESTIONS = [  # asked besides the diagram: (rate, name, the method that is vari
 ]
 
 NOTE = (
-    "Made by `python results/make/tables.py sweep`. Columns of the first four tables: the rate measured in samples of "
+    "Made by `python results/make/tables.py sweep`. Columns of the first three tables: the rate measured in samples of "
     "the SFT policy that RL starts from. Mean ± standard deviation over seeds, each with its own world and base model; "
     "sampled at temperature 1 without a critique in the context, on unseen people's questions, by the exact judge."
 )
@@ -290,7 +290,9 @@ def rates_of(figures: BySeed) -> list[float]:
 def diagram_table(figures: BySeed, figure: str, factor: float, digits: int) -> str:
     """A row per method, a column per rate, headed by what is measured in the SFT policy."""
     rates = rates_of(figures)
-    header = ["", *(f"{percent(values_of(figures, rate, 'checks', 'advice'), 3)} %" for rate in rates)]
+    header = [""]
+    for rate in rates:
+        header.append(f"{percent(values_of(figures, rate, 'checks', 'advice'), 3)} % (R = {rate:g})")
     rows = []
     for name, label in LABELS.items():
         values = [values_of(figures, rate, name, figure) for rate in rates]

@@ -1,6 +1,6 @@
 """Makes the tables and figures of results/ and docs/: trains what they need, and draws them.
 
-    python results/make/tables.py ladder                # the first command on five seeds, a ladder of judges; two hours
+    python results/make/tables.py ladder                # the recipe on five seeds, a ladder of judges; two hours
     python results/make/tables.py sweep                 # when do edits pay? Five to seven hours on two CPU cores
     python results/make/tables.py tournament            # every way to learn from a critique; some seven hours
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
