@@ -418,8 +418,9 @@ def questions_request(templates: Templates, persona: dict | str, kind: str, numb
 
 
 QUESTION_BLOCK = re.compile(r"\s*<questions>\s*\n(.*?)</questions>\s*", re.DOTALL)
-BULLET = re.compile(r"\s*[-*\u2022\u2013\u2014]\s+")
-NUMBER = re.compile(r"\s*\(?(?:Q|Question )?\d{1,3}[.):](?!\d)\s*")  # not of 9:30 or 1.5
+BULLET = re.compile(r"\s*(?:[-*\u2013\u2014]\s+|\u2022\s*)")
+# not of 9:30 or 1.5; also with Chinese punctuation
+NUMBER = re.compile(r"\s*[(\uff08]?(?:Q|Question )?\d{1,3}[.):\u3001\uff0e\uff09\uff1a](?!\d)\s*")
 
 
 def parse_questions(text: str) -> list[str] | None:
@@ -492,7 +493,7 @@ SCORES = re.compile(
     rf"\s*Helpfulness\s*:\s*{INTEGER}[\s,;]+Personalization\s*:\s*{INTEGER}[\s,;]+Natural(?:ness)?\s*:\s*{INTEGER}\s*",
     re.IGNORECASE,
 )
-MINUS_SIGNS = re.compile("[\u2010-\u2013\u2212]")  # hyphens, figure dash, en dash and the minus sign itself
+MINUS_SIGNS = re.compile("[\u2010-\u2015\u2212]")  # hyphens, dashes, horizontal bar and the minus sign itself
 BOLD = re.compile(r"\*\*([^*]*)\*\*")
 
 

@@ -193,7 +193,7 @@ def make_request(args: Args, model: Model, asks_for: str, row: dict, number: int
     parse: Any  # text -> a value
     if asks_for == "questions":
         text = questions_request(model.templates, readable["persona"], row["kind"], row["number"])
-        parse = parse_questions
+        parse = parse_questions if model.is_language_model else json.loads
     elif asks_for == "answer":
         text = answer_request(model.templates, readable)
         parse = final_answer

@@ -231,12 +231,17 @@ class FunctionBackend:
         began = time.monotonic()
         outcomes: list[tuple[int, Outcome]] = []
         if self.judge:
-            outcomes = [(verdict.key[0], self.judged(verdict)) for verdict in self.judge.poll()]
+            verdicts = self.judge.poll()
+            if self.judge.down:  # the function raised, which says nothing of the other answers
+                verdicts = [verdict for verdict in verdicts if verdict.failure != "request"]
+                if not verdicts:
+                    raise ValueError(self.judge.down)
+            outcomes = [(verdict.key[0], self.judged(verdict)) for verdict in verdicts]
         elif self.waiting:
             number, asked = self.waiting.popleft()
             value = call(self.model.name, load_function(self.model.spec), asked.prompt.row, asked.seed)
-            if isinstance(value, list):
-                value = "\n".join(["<questions>", *map(str, value), "</questions>"])
+            if isinstance(value, list):  # of questions
+                value = json.dumps([str(question).strip() for question in value])
             outcomes = [(number, whole(value))]
         seconds = time.monotonic() - began
         return [(number, outcome, seconds / len(outcomes)) for number, outcome in outcomes]

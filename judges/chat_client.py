@@ -239,7 +239,7 @@ class ChatServer:
             reply = parsed(self.request("GET", "models", timeout=20))
             names = [model["id"] for model in reply["data"]]
         except Failure as error:
-            if name and isinstance(error, BadStatus) and error.status in (404, 405):  # it does not list its models
+            if name and str(error).startswith(("HTTP 404", "HTTP 405")):  # it does not list its models
                 return name
             raise ValueError(f"no OpenAI-compatible server answers at {self.url}models: {error}") from error
         except (KeyError, TypeError) as error:
@@ -387,8 +387,11 @@ def refused_parameter(body: str) -> str | None:
     if not UNSUPPORTED.search(words):
         return None
     param = re.search(r'"param": "([^"]+)"', words)  # its own field, which may be a path such as body.seed
-    named = param[1] if param else words
-    return next((name for name in ADAPTABLE if re.search(rf"\b{name}\b", named)), None)
+    named = re.findall(r"\w+", param[1] if param else words.partition("did you mean")[0])
+    named = [word for word in named if word in ADAPTABLE]
+    if "cannot both" in words:  # rather one whose plain value changes nothing
+        named.sort(key=lambda name: name not in PLAIN_SAMPLING)
+    return named[0] if named else None
 
 
 def failure_of(status: int, body: str, pause: float = 0, hint: str = "") -> Failure | ServerDown:

@@ -663,6 +663,8 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
     judged = read_rows(str(tmp_path / "out" / "annotate" / "judgements.jsonl"), "judgement")
     assert {row["judge"] for row in judged} == {"me"}
     assert all(row["critique"].startswith("Say less, Kim") for row in judged)
+    audits = read_rows(str(tmp_path / "out" / "annotate" / "audit.jsonl"), "object")
+    assert len(audits) == 6 and not any("failure" in row for row in audits)
     first = contents(tmp_path / "out")
     capsys.readouterr()
     run(*flags, "--out", tmp_path / "out", "--scorer", own["score"])
@@ -676,6 +678,23 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
     assert len(set(scores)) > 12
     for flag, message in (("--judge", "writes no critiques"), ("--models", "scores answers, and writes none")):
         assert message in error_of(annotate, capsys, *flags, "--out", tmp_path / "x", flag, f"bt:{tmp_path / 'bt'}")
+
+
+def test_a_scorer_that_raises_once_costs_no_answer(prompts, tmp_path, capsys):
+    """The run ends, and the same command goes on."""
+    fault = tmp_path / "fault"
+    scoring = f"    assert not open({str(fault)!r}).read()\n    return -10.0"
+    (tmp_path / "my.py").write_text(OWN.replace("    return -10.0", scoring))
+    own = {name: f"{tmp_path}/my.py:{name}" for name in ("answer", "score", "judge")}
+    flags = ["--prompts", prompts, "--models", own["answer"], "--scorer", own["score"], "--judge", own["judge"]]
+    flags += ["--answers-per-model", 4]
+    fault.write_text("no connection")
+    assert "AssertionError" in error_of(annotate, capsys, *flags, "--out", tmp_path / "out")
+    fault.write_text("")
+    for out in ("out", "whole"):
+        run(*flags, "--out", tmp_path / out)
+    files = [(tmp_path / out / "annotate" / "pairs.jsonl").read_text() for out in ("out", "whole")]
+    assert files[0] == files[1] != ""
 
 
 def test_an_answer_that_another_pair_keeps_is_not_dropped(prompts, tmp_path):

@@ -462,7 +462,9 @@ def test_control_text_in_an_answer_is_found(text):
     assert has_control_text(text) and not has_control_text(text.replace("<", "< ").replace("[", "[ "))
 
 
-@pytest.mark.parametrize("spelling", ["{}", "{:+d}", "{}.0", "{}.00", "**{}**", "**{}.0**", "wide", "−", "–", "－"])
+@pytest.mark.parametrize(
+    "spelling", ["{}", "{:+d}", "{}.0", "{}.00", "**{}**", "**{}.0**", "wide", "−", "–", "—", "－"]
+)
 @pytest.mark.parametrize("value", [-4, 0, 4])
 def test_an_integer_counts_however_it_is_typed(spelling, value):
     """Else scores would be lost by their sign: a typographer's minus stands before negative ones only."""
@@ -617,6 +619,14 @@ def test_questions_of_a_reply():
     )
     expected = ["Why?", "When?", "Where?", "Who?", "How?", "Which?", "9:30 is early, is it?", "1.5 miles?"]
     assert parse_questions(f"<questions>\n{numbers}\n</questions>") == expected
+    numbers = "1\u3001为什么？\n2\uff0e何时？\n\uff083\uff09在哪？\n4\uff1a谁？\n\u2022怎么？"
+    assert parse_questions(f"<questions>\n{numbers}\n</questions>") == [
+        "为什么？",
+        "何时？",
+        "在哪？",
+        "谁？",
+        "怎么？",
+    ]
     breaks = ["One\u2028and the same?", "Also\x0bthis\x85one?"]
     assert parse_questions(f"<questions>\r\n1. {breaks[0]}\r\n2. {breaks[1]}\r\n</questions>") == breaks
     for other in ("What to eat?", "Here: <questions>\nA?\n</questions>", "<questions>\n\n</questions>"):
