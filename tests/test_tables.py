@@ -252,7 +252,7 @@ def test_finished_experiments_become_the_ladder(tmp_path, capsys):
     assert (tmp_path / "drawn/ladder.md").read_text() == text
 
 
-@pytest.mark.parametrize("table", ["ladder", "sweep"])
+@pytest.mark.parametrize("table", ["ladder", "sweep", "tournament"])
 def test_the_drawn_tables_are_those_of_the_kept_figures(tmp_path, table):
     """results/TABLE/TABLE.md, from TABLE.json, which drawing leaves as it is; and its commands are today's."""
     folder = f"{ROOT}/results/{table}"

@@ -106,7 +106,7 @@ def write_page(path: str, title: str, note: str, sections: dict[str, str | None]
 def new_figure(n: int) -> tuple[Figure, Sequence[Axes]]:
     """n panels in a row."""
     figure = Figure(figsize=(4.2 * n, 3.4))
-    return figure, figure.subplots(1, n)
+    return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
 def save_figure(figure: Figure, folder: str, name: str) -> None:

@@ -221,16 +221,15 @@ def figures_of(out: str, name: str) -> dict:
 def write_tables(known: dict[str, dict], folder: str) -> None:
     """Writes tournament.md and the figure."""
     runs = sweep.by_rate(known)
-    sections: dict[str, str | None] = {}
-    for rate in RATES:
-        sections[f"R = {rate:g}"] = table_of(runs, rate)
-    sections["Steps until half of the samples give the advice"] = sweep.half_table(runs, LABELS, RATES)
+    rates = [rate for rate in RATES if runs.get((rate, "ppo"))]
+    sections: dict[str, str | None] = {f"R = {rate:g}": table_of(runs, rate) for rate in rates}
+    sections["Steps until half of the samples give the advice"] = sweep.half_table(runs, LABELS, rates)
     sections["Tokens until then, in millions, R = 0"] = tokens_table(runs)
-    sections["Score less PPO's"] = sweep.differences(runs, LABELS, RATES, "ppo")
-    sections["Score less CPE's, none"] = sweep.differences(runs, LABELS, RATES, "none")
+    sections["Score less PPO's"] = sweep.differences(runs, LABELS, rates, "ppo")
+    sections["Score less CPE's, none"] = sweep.differences(runs, LABELS, rates, "none")
     sections["Two learning rates, R = 0"] = faster_table(runs)
     write_page(f"{folder}/tournament.md", "Ways to learn from a critique", NOTE, sections)
-    draw(runs, folder)
+    draw(runs, rates, folder)
 
 
 COLUMNS = ("reward", *RARE_CONTENT, "trained", "generated", "judge_calls", "seconds")
@@ -249,10 +248,10 @@ def linked(name: str) -> str:
     return f"[{LABELS[name]}](../../docs/{place})"
 
 
-def table_of(runs: sweep.BySeed, rate: float) -> str | None:
+def table_of(runs: sweep.BySeed, rate: float) -> str:
     named = [(name, runs.get((rate, name), {})) for name in LABELS]
     rows = [([linked(name), len(seeds)], list(seeds.values())) for name, seeds in named if seeds]
-    return figure_table(["", "seeds"], rows, COLUMNS) if rows else None
+    return figure_table(["", "seeds"], rows, COLUMNS)
 
 
 def tokens_table(runs: sweep.BySeed) -> str | None:
@@ -282,19 +281,18 @@ def faster_table(runs: sweep.BySeed) -> str | None:
     return figure_table(["", "learning rate", "seeds"], rows, ["reward", *RARE_CONTENT]) if rows else None
 
 
-def draw(runs: sweep.BySeed, folder: str) -> None:
+def draw(runs: sweep.BySeed, rates: list[float], folder: str) -> None:
     """A panel per rate: a row per method, best first at R = 0, with a dot per seed and a line at PPO's mean."""
-    names = [name for name in LABELS if any(runs.get((rate, name)) for rate in RATES)]
+    names = [name for name in LABELS if any(runs.get((rate, name)) for rate in rates)]
     names.sort(key=lambda name: np.mean(sweep.values_of(runs, 0.0, name, "reward") or [-5]))
-    figure, axes = new_figure(len(RATES))
-    figure.set_size_inches(12, 0.24 * len(names) + 1.2)
-    for axis, rate in zip(axes, RATES):
+    figure, axes = new_figure(len(rates))
+    figure.set_size_inches(3 + 3 * len(rates), 0.24 * len(names) + 1.2)
+    for axis, rate in zip(axes, rates):
         for y, name in enumerate(names):
             xs = sweep.values_of(runs, rate, name, "reward")
             axis.plot(xs, [y] * len(xs), "o", ms=4, color=sweep.SHOWN.get(name, GREY))
-        ppo = sweep.values_of(runs, rate, "ppo", "reward")
-        if ppo:
-            axis.axvline(np.mean(ppo), color=sweep.SHOWN["ppo"], lw=0.8, ls=":")
+        axis.axvline(np.mean(sweep.values_of(runs, rate, "ppo", "reward")), color=sweep.SHOWN["ppo"], lw=0.8, ls=":")
+        axis.set_ylim(-0.7, len(names) - 0.3)
         axis.set_yticks(range(len(names)), [LABELS[name] for name in names] if axis is axes[0] else [])
         axis.set(xlabel="exact score", title=f"R = {rate:g}")
         axis.grid(axis="y", color="#eeeeee")
