@@ -367,8 +367,8 @@ class ChatServer:
 
     def adapts(self, error: BadStatus, sent: dict) -> bool:
         """Whether the server refused a parameter that can be left out. Remembers it, and prints it once."""
-        refused = refused_parameter(error.body)
-        if error.status not in (400, 422) or refused is None or refused not in sent:
+        refused = next((name for name in refused_parameters(error.body) if name in sent), None)
+        if error.status not in (400, 422) or refused is None:
             return False
         with self.lock:
             if refused not in self.refused:
@@ -378,20 +378,20 @@ class ChatServer:
         return True
 
 
-def refused_parameter(body: str) -> str | None:
-    """The parameter among ADAPTABLE that a server does not take, by the body of its error."""
+def refused_parameters(body: str) -> list[str]:
+    """The parameters among ADAPTABLE that a server does not take, by the body of its error; the likeliest first."""
     try:  # without what it repeats of the request
         words = json.dumps(json.loads(body, object_hook=lambda value: value | {"input": None}))
     except (ValueError, RecursionError):
         words = body
     if not UNSUPPORTED.search(words):
-        return None
+        return []
     param = re.search(r'"param": "([^"]+)"', words)  # its own field, which may be a path such as body.seed
     named = re.findall(r"\w+", param[1] if param else words.partition("did you mean")[0])
     named = [word for word in named if word in ADAPTABLE]
     if "cannot both" in words:  # rather one whose plain value changes nothing
         named.sort(key=lambda name: name not in PLAIN_SAMPLING)
-    return named[0] if named else None
+    return named
 
 
 def failure_of(status: int, body: str, pause: float = 0, hint: str = "") -> Failure | ServerDown:

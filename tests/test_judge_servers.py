@@ -513,7 +513,7 @@ def test_the_reason_of_a_422_is_shown(server, opened):
 )
 def test_which_parameter_a_message_refuses(message, refused):
     for body in (message, json.dumps({"error": {"message": message}})):
-        assert chat_client.refused_parameter(body) == refused
+        assert chat_client.refused_parameters(body)[0] == refused
 
 
 @pytest.mark.parametrize("suffix", ["/v1/chat/completions", "/v1/chat/completions/", "/chat/completions", "/v1/"])

@@ -264,6 +264,8 @@ def test_a_step_of_a_real_run_holds_what_the_plan_says(tmp_path, capsys, lora):
             3,
             "--tokens-per-microbatch",
             2000,
+            "--max-length",
+            800,
             *lora,
         )
     ]
