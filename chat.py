@@ -140,8 +140,7 @@ class Chat:
         self._before = self._template_ids(additions.before)
         self._preamble = additions.preamble
         self.header = [*self._open_turn("assistant", ""), *self._template_ids(additions.no_think_suffix)]
-        settings: dict[str, Any] = {**TEMPLATE_DEFAULTS, "add_generation_prompt": True, "return_dict": False}
-        if self.messages(TALK) != reference.apply_chat_template(TALK, **settings):
+        if self.messages(TALK) != self._template_ids(additions.talk):
             raise ValueError(f"{path}: its tokenizer gives a text other ids alone than within its chat template")
 
     def encode(self, text: str) -> list[int]:
@@ -229,6 +228,7 @@ def _plain_tokenizer(raw: dict, control: dict[str, int], path: str) -> Tokenizer
 class TemplateAdditions:
     """The text that a checkpoint's chat template adds to a conversation."""
 
+    talk: str  # the template's text of TALK
     before: str = ""  # before the first turn: a token that begins every text, if any
     system: str | None = None  # the system message where none is given
     preamble: str = ""  # in a system turn, before the message that was given
@@ -272,4 +272,4 @@ def _read_template(reference: "PreTrainedTokenizerBase", turn_format: TurnFormat
         raise ValueError(
             f"{path}: with enable_thinking=False its chat template is not plain {turn_format.name}: {no_think!r}"
         )
-    return TemplateAdditions(before, inserted[1] if inserted else None, preamble, no_think[len(text) :])
+    return TemplateAdditions(no_think, before, inserted[1] if inserted else None, preamble, no_think[len(text) :])

@@ -323,8 +323,6 @@ class ClockEngine(Engine):
 class ServerEngine(EngineBackend):
     """The judge's engine on GPUs of its own, whose clock goes on beside that of the policy's engine."""
 
-    in_process = False
-
     def __init__(self, engine: Engine, chat: Chat, policy: Engine, clock: Clock, policy_clock: Clock):
         super().__init__(engine, chat)
         self.policy = policy
@@ -386,6 +384,7 @@ def run_rollout(args: Args, engine: Engine, backend: EngineBackend, first: int, 
     """The rollout of n prompts."""
     settings = JudgeSettings.from_args(args)
     judge = GenerativeJudge(backend, Templates(), settings)
+    judge.in_process = not isinstance(backend, ServerEngine)
     chat = backend.chat
     prompts = prompts_of(args, chat, first, n)
     return ppo_cpe.rollout(

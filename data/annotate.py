@@ -193,7 +193,7 @@ def make_request(args: Args, model: Model, asks_for: str, row: dict, number: int
     parse: Any  # text -> a value
     if asks_for == "questions":
         text = questions_request(model.templates, readable["persona"], row["kind"], row["number"])
-        parse = parse_questions if model.is_language_model else json.loads
+        parse = parse_questions if model.is_language_model else function_questions
     elif asks_for == "answer":
         text = answer_request(model.templates, readable)
         parse = final_answer
@@ -208,6 +208,11 @@ def make_request(args: Args, model: Model, asks_for: str, row: dict, number: int
         settings = dict(temperature=args.judge_temperature, top_p=1.0, max_tokens=args.judge_max_new_tokens)
     settings["seed"] = derive_seed(args.seed, text, number)
     return Request(model, asks_for, text, settings, parse, row, row.get("answer"))
+
+
+def function_questions(text: str) -> list[str] | None:
+    """Questions that a function listed, which PaidAsker keeps as JSON, or gave in a language model's form."""
+    return json.loads(text) if text.startswith("[") else parse_questions(text)
 
 
 def questions_requests(args: Args, model: Model, personas: dict[str, dict | str]) -> list[Request]:

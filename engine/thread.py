@@ -18,8 +18,7 @@ from functools import partial
 from typing import Any
 
 from engine import Engine, Sample
-
-SLICE = 16  # samples of a request that enter the engine at once; they share the blocks of their prompt
+from engine.scheduler import SAMPLES_AT_ONCE
 
 
 @dataclass
@@ -197,7 +196,7 @@ class EngineThread:
                 return
             request = min(self.waiting, key=lambda r: (self.running[r.client], r.started, r.key))
             first = request.started
-            n = min(SLICE, free_slots, request.n - first)
+            n = min(SAMPLES_AT_ONCE, free_slots, request.n - first)
             seeds = request.seeds[first : first + n]
             try:
                 self.engine.submit(key=(request.key, first), n=n, seeds=seeds, **request.settings)

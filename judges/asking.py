@@ -111,7 +111,6 @@ def check_refusal(choice: dict) -> None:
 
 class Backend(Protocol):
     at_once: float  # calls under way
-    in_process: bool  # a model on this process's device
 
     def start(self, number: int, call: Call) -> None:
         """Failure: the call can't be made."""
@@ -124,7 +123,6 @@ class EngineBackend:
     """A model in this process, on the generation engine."""
 
     at_once = math.inf
-    in_process = True
 
     def __init__(self, engine: Engine, chat: Chat):
         self.engine = engine
@@ -168,8 +166,6 @@ def open_engine(target: str, ranks: Ranks, max_len: int, max_batch: int, kv_toke
 
 class ServerBackend:
     """A model behind a server, called by a pool of threads."""
-
-    in_process = False
 
     def __init__(self, server: ChatServer, concurrency: int):
         self.server = server

@@ -60,6 +60,8 @@ class Failure(Exception):
     (the model's logits). retry: whether another seed may help.
     """
 
+    status = 0  # of HTTP, where there is one
+
     def __init__(self, reason: str, kind: str, retry: bool):
         super().__init__(reason)
         self.kind = kind
@@ -75,9 +77,16 @@ class Unanswered(Failure):
     """
 
     def __init__(
-        self, reason: str, busy: bool = False, passing: bool = True, pause: float = 0, malformed: bool = False
+        self,
+        reason: str,
+        busy: bool = False,
+        passing: bool = True,
+        pause: float = 0,
+        malformed: bool = False,
+        status: int = 0,
     ):
         super().__init__(reason, "request", retry=False)
+        self.status = status
         self.busy = busy
         self.passing = passing
         self.pause = pause
@@ -239,7 +248,7 @@ class ChatServer:
             reply = parsed(self.request("GET", "models", timeout=20))
             names = [model["id"] for model in reply["data"]]
         except Failure as error:
-            if name and str(error).startswith(("HTTP 404", "HTTP 405")):  # it does not list its models
+            if name and error.status in (404, 405):  # it does not list its models
                 return name
             raise ValueError(f"no OpenAI-compatible server answers at {self.url}models: {error}") from error
         except (KeyError, TypeError) as error:
@@ -405,7 +414,7 @@ def failure_of(status: int, body: str, pause: float = 0, hint: str = "") -> Fail
     if status in BUSY or status >= 500:
         return Unanswered(reason, busy=status in BUSY, pause=pause)
     if status in SERVER_SIDE:
-        return Unanswered(reason, passing=False, pause=pause)
+        return Unanswered(reason, passing=False, pause=pause, status=status)
     return BadStatus(status, body)
 
 

@@ -47,7 +47,7 @@ class LanguageModelJudge(Judge):
     def __init__(self, backend: EngineBackend | ServerBackend, templates: Templates, settings: JudgeSettings):
         super().__init__()
         self.backend = backend
-        self.in_process = backend.in_process
+        self.in_process = isinstance(backend, EngineBackend)
         self.asker = Asker(backend)
         self.templates = templates
         self.settings = settings

@@ -680,6 +680,13 @@ def test_functions_and_reward_models_annotate(prompts, tmp_path, capsys):
         assert message in error_of(annotate, capsys, *flags, "--out", tmp_path / "x", flag, f"bt:{tmp_path / 'bt'}")
 
 
+def test_questions_of_a_function():
+    """A list, whose texts are left as they are, or a text in a language model's form."""
+    assert annotate.function_questions(json.dumps(["Why?\n- tea", "2. When?"])) == ["Why?\n- tea", "2. When?"]
+    assert annotate.function_questions("<questions>\n1. Why?\n</questions>") == ["Why?"]
+    assert annotate.function_questions("Why?") is None
+
+
 def test_a_scorer_that_raises_once_costs_no_answer(prompts, tmp_path, capsys):
     """The run ends, and the same command goes on."""
     fault = tmp_path / "fault"

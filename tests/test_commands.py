@@ -66,11 +66,8 @@ def run(folder, command):
     script = words[words.index("python") + 1]
     if script in SMALL:
         words += shlex.split(SMALL[script])
-        words += (
-            []
-            if "--out" in words or "--plan" in words
-            else ["--out", f"out/fresh/{len(os.listdir(folder / 'out/fresh'))}"]
-        )
+        if not {"--out", "--plan"} & set(words):
+            words += ["--out", f"out/fresh/{len(os.listdir(folder / 'out/fresh'))}"]
     return run_script(script, *words[words.index(script) + 1 :], folder=folder)
 
 

@@ -182,9 +182,7 @@ def test_rewards_that_were_replaced_are_not_audited():
     for other in answers[2:]:
         other.prompt.row["persona"] = "somebody else"
     judge = Recording()
-    assert [found["again"] for found in audit(answers, judge, None, 1.0, 0, 1, start("fp32")).values()] in (
-        [0, 3],
-        [3, 0],
-    )
-    assert swap_personas(Rollout(4, answers, [], (0, 0)), judge, start("fp32")) == [0, -3]
+    ranks = start("fp32")
+    assert [found["again"] for found in audit(answers, judge, None, 1.0, 0, 1, ranks).values()] in ([0, 3], [3, 0])
+    assert swap_personas(Rollout(4, answers, [], (0, 0)), judge, ranks) == [0, -3]
     assert set(judge.asked) == {"answer 0", "answer 3"} and len(judge.asked) == 4

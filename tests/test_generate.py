@@ -282,12 +282,18 @@ def test_refused_requests(model):
     assert not engine.busy
 
 
+def broken_model():
+    """The embedding of token 299 is NaN."""
+    model = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[299] = float("nan")
+    return model
+
+
 @pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.8, 0.9)])
 def test_logits_that_are_no_numbers_end_their_own_sample(temperature, top_p):
     """A token whose embedding is NaN, in a prompt: neighbours and who takes its row and blocks see no difference."""
-    broken = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
-    with torch.no_grad():
-        broken.model.embed_tokens.weight[299] = float("nan")
+    broken = broken_model()
     settings = dict(max_new_tokens=12, temperature=temperature, top_p=top_p)
     bad = [4] * 20 + [299, 4]
 
@@ -432,9 +438,7 @@ def test_bad_rows_are_named(line, problem, tiny, tmp_path, capsys):
 
 
 def test_a_sample_that_failed_costs_no_other(tmp_path):
-    broken = random_model(tiny_config(tie_word_embeddings=False), std=0.3)
-    with torch.no_grad():
-        broken.model.embed_tokens.weight[299] = float("nan")
+    broken = broken_model()
     engine = Engine(broken, [], 64)
     args = generate.Args(input="rows.jsonl", output=str(tmp_path / "out.jsonl"), n=2, max_new_tokens=3)
     chat = SimpleNamespace(decode=str)

@@ -4,7 +4,6 @@ import http.server
 import json
 import math
 import random
-import re
 import threading
 import time
 from collections import defaultdict
@@ -373,7 +372,7 @@ def test_silence_is_told(server, opened, told_soon, capsys):
     while time.monotonic() < deadline:
         judge.poll()
     told = capsys.readouterr().err.splitlines()
-    assert 2 <= len(told) <= 4 and re.search(r"/v1/: 1 requests, nothing for \d+ s; no reply yet", told[0])
+    assert 2 <= len(told) <= 4 and "/v1/: 1 requests, nothing for 0 s; no reply yet" in told[0]
 
 
 def test_a_request_that_no_patience_helps_is_lost_alone(server, opened, monkeypatch):

@@ -368,9 +368,8 @@ def test_finished_experiments_become_the_sweep(tmp_path, capsys):
         shutil.rmtree(tmp_path / "runs")
     assert "24 of 152 experiments are finished" in capsys.readouterr().out
     text = (tmp_path / "drawn/sweep.md").read_text()
-    assert (
-        "|  | 15.000 ± 0.000 % (R = 0.3) | 0.000 ± 0.000 % (R = 0) |" in text
-    )  # measured in samples, and in SFT's rows
+    # the measured rates head the columns
+    assert "|  | 15.000 ± 0.000 % (R = 0.3) | 0.000 ± 0.000 % (R = 0) |" in text
     assert "| PPO, n = 6 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text and "CPE, paper" not in text
     assert "| CPE, none (the recipe) | 0.3 | +0.00 | +0.00 to +0.00 |" in text
     varied = "| critic_exact (none) | 0 | 2 | +0.00 (+0.00 to +0.00) | -, - (-, -) | 1.00 ± 0.00 (1.00 ± 0.00) |"
