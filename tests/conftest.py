@@ -197,29 +197,42 @@ def _as_script(script, flags, environment, log, folder):
 
 
 def launch(script, *flags, processes=1, folder=".", **environment):
-    """Starts `python script flags` in folder, or that many ranks as torchrun would -> what `finish` takes."""
-    handle, log = tempfile.mkstemp(suffix=".log")
-    os.close(handle)
+    """Starts `python script flags` in folder, or that many ranks as torchrun would -> what `finish` takes.
+
+    Each rank writes to a file of its own, so that no line of one lands inside a line of another.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = []
+    ranks, logs = [], []
     for rank in range(processes):
+        handle, log = tempfile.mkstemp(suffix=".log")
+        os.close(handle)
+        logs.append(log)
         place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         env = {**environment, **(place if processes > 1 else {}), "CUDA_VISIBLE_DEVICES": ""}
         args = (script, list(map(str, flags)), {k: str(v) for k, v in env.items()}, log, os.path.abspath(folder))
         ranks.append(FORKS.Process(target=_as_script, args=args))
         ranks[-1].start()
-    return SimpleNamespace(ranks=ranks, log=log)
+    return SimpleNamespace(ranks=ranks, logs=logs)
+
+
+def written(run):
+    """What a launched script has written so far: rank after rank, stdout and stderr."""
+    output = ""
+    for log in run.logs:
+        with open(log) as f:
+            output += f.read()
+    return output
 
 
 def finish(run, status=0):
     """Waits for a launched script, which has to end with that exit status -> what it wrote (stdout and stderr)."""
     for rank in run.ranks:
         rank.join(300)
-    with open(run.log) as f:
-        output = f.read()
-    os.unlink(run.log)
+    output = written(run)
+    for log in run.logs:
+        os.unlink(log)
     assert [rank.exitcode for rank in run.ranks] == [status] * len(run.ranks), output[-3000:]
     return output
 

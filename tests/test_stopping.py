@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import finish, launch, read_metrics
+from conftest import finish, launch, read_metrics, written
 from safetensors import SafetensorError
 from test_faults import JUDGE, assert_equal, ppo_flags, run, sft_flags
 
@@ -20,7 +20,7 @@ from runtime import flags, signals, watch
 def wait_for_steps(out, n, launched, seconds=120):
     log, deadline = out / "metrics.jsonl", time.monotonic() + seconds
     while not log.exists() or log.read_text().count("\n") < n:
-        assert all(rank.is_alive() for rank in launched.ranks) and time.monotonic() < deadline, launched.log
+        assert all(rank.is_alive() for rank in launched.ranks) and time.monotonic() < deadline, written(launched)
         time.sleep(0.01)
 
 
@@ -32,8 +32,7 @@ def end(launched, seconds=60):
     codes = [rank.exitcode for rank in launched.ranks]
     for rank in launched.ranks:
         rank.kill()
-    with open(launched.log) as f:
-        return codes, f.read(), time.monotonic() - started
+    return codes, written(launched), time.monotonic() - started
 
 
 # -- signals -------------------------------------------------------------------------------------------------------
