@@ -488,6 +488,26 @@ def test_thoughts_are_paid(server, prompts, tmp_path):
     assert sum(row["cost"] for row in rows) == pytest.approx(1.01 * len(rows)) and len(rows) == len(server.asked) == 6
 
 
+def test_what_failed_and_was_asked_again_is_paid_twice(server, prompts, tmp_path):
+    out = tmp_path / "out"
+    flags = flags_for(server, prompts, out, "--prices", "a=1000/2000", "b=500/1000", "--attempts", 1)
+    server.fault = lambda request, text: (200, {"content": ""}) if "What about 1?" in text else None
+    run("answers", *flags)
+    failed = [row for row in journal(out) if row["failure"]]
+    once = {row["made_by"]: row["cost"] for row in failed}
+    assert len(once) == 2 and all(cost > 0 for cost in once.values())
+    server.fault = lambda request, text: None
+    run("answers", *flags, "--retry-failed")
+    last = {row["made_by"]: row for row in journal(out)}
+    for key, cost in once.items():
+        assert not last[key]["failure"] and last[key]["calls"] == 2 and last[key]["cost"] > 1.5 * cost
+    by_hand = sum(
+        (len(t) // 4 * (1000 if m == "a" else 500) + 10 * (2000 if m == "a" else 1000)) / 1e6
+        for m, t, *_ in server.asked
+    )
+    assert sum(row["cost"] for row in last.values()) == pytest.approx(by_hand)
+
+
 def test_plan_makes_a_few_requests_and_keeps_them(server, prompts, tmp_path, capsys):
     out, more = tmp_path / "out", ("--prices", "a=1/2", "b=1/2", "--answers-per-model", 3)
     run(*flags_for(server, prompts, out, *more), "--plan")

@@ -394,6 +394,16 @@ def test_a_server_says_when_to_ask_again(server, opened, monkeypatch):
     assert [chat_client.seconds_of(x) for x in ("7", "nan", "inf", "Wed, 21 Oct", None)] == [7, 0, 0, 0, 0]
 
 
+def test_requests_that_are_made_again_keep_the_limit(server):
+    """The caller takes the first slot; each further try of the same request takes one of its own."""
+    server.faults = {"fine": [503, 503, 503]}
+    client = chat_client.ChatServer(server.url, per_minute=600)
+    began = time.monotonic()
+    client.limit.wait()
+    client.complete([{"role": "user", "content": "<<fine>>"}], max_tokens=8)
+    assert len(server.requests["fine"]) == 4 and time.monotonic() - began > 0.9 * 3 * 60 / 600  # 0.9: clocks
+
+
 def test_an_endless_reply_is_not_read_to_its_end(server, opened, monkeypatch):
     monkeypatch.setattr(chat_client, "LONGEST_REPLY", 1000)  # GOOD is shorter
     server.faults = {"fine": ["x" * 1000]}
@@ -603,6 +613,15 @@ def test_server_models(server, opened):
     judge = opened(f"{server.url}/v1/#large")
     judge.submit("x", ROW, "fine", seed=0)
     assert verdicts(judge)["x"].reward == 0.85
+    assert server.requests["fine"][0]["model"] == "large"
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_server_that_does_not_list_its_models_is_trusted_with_a_name(server, opened, monkeypatch, status):
+    monkeypatch.setattr(FaultyServer, "do_GET", lambda self: self.reply(status, b'{"detail": "Not Found"}'))
+    with pytest.raises(ValueError, match="no OpenAI-compatible server answers"):
+        opened(server.url)
+    assert answers_in_time(opened(f"{server.url}#large")).reward == 0.85
     assert server.requests["fine"][0]["model"] == "large"
 
 

@@ -9,6 +9,7 @@ from test_annotate import run
 from test_report import data_of, made
 
 from data import persona_world, quality
+from prompts import Judgement
 from runtime.rows import write_rows
 
 WEIGHTS = (0.35, 0.40, 0.25)
@@ -43,6 +44,25 @@ def test_agreement_of_judges_and_of_one_with_itself():
     assert both["kappa"]["helpfulness"] == pytest.approx(1 - (4 / 3) / (36 / 9))
     assert both["kappa"]["naturalness"] is None  # both say 1 throughout: no agreement beyond chance to speak of
     assert both["spearman"] == pytest.approx(3**0.5 / 2)
+
+
+def test_order_of_pairs_is_the_judges():
+    """A judge that says p and q as the overall scores do, and r the other way round; of s one side was lost."""
+
+    def pair(prompt_id, chosen, rejected):
+        return dict(prompt_id=prompt_id, chosen="A", rejected="B", chosen_score=chosen, rejected_score=rejected)
+
+    def all_equal(score):
+        return Judgement("Less.", score, score, score)
+
+    pairs = [pair("p", 9, 1), pair("q", 8, 2), pair("r", 7, 3), pair("s", 9, 1)]
+    scores = dict(p=(5, 1), q=(4, 2), r=(2, 4), s=(5, None))
+    judged = {(p, side): all_equal(x) for p, both in scores.items() for side, x in zip("AB", both) if x is not None}
+    found = quality.order(pairs, judged, WEIGHTS)
+    assert found["pairs"] == 3 and found["same"] == pytest.approx(2 / 3)
+    # overall 9 1 8 2 7 3 against 5 1 4 2 2 4: sums of products of deviations 18, of squares 58 and 12
+    assert found["pearson"] == pytest.approx(18 / (58 * 12) ** 0.5)
+    assert quality.order([], judged, WEIGHTS) == dict(pairs=0, same=None, pearson=None, spearman=None)
 
 
 def test_copies_and_leaks():

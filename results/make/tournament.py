@@ -76,7 +76,7 @@ LABELS = {
     "hinted": "hints that fade",
     "sdpo": "SDPO",
     "sdpo_edit": "SDPO, teacher reads the edit prompt",
-    "srpo": "SRPO, with that teacher",
+    "srpo": "SRPO, teacher reads the edit prompt",
     "released_paper": "the paper as released, all edits",
     "ppo_kl": "PPO, KL .02",
     "none_kl": "CPE, none, KL .02",
