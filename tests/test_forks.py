@@ -136,6 +136,13 @@ def test_a_fork_of_the_pages_trains(name, trained):
     assert len(steps) == 2 and all(step["grad_norm_policy"] > 0 for step in steps)
 
 
+@pytest.mark.parametrize("name", ["sdpo", "srpo", "kl"])
+def test_a_fork_with_another_model_trains_in_bf16(name, tiny, exp, tmp_path):
+    """FSDP wraps the model then, and a pass without gradients leaves its root gathered."""
+    run_script(exp / f"{name}.py", *flags_of(tiny, tmp_path), *RUN_WITH[name], "--dtype", "bf16")
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
 def test_a_loss_is_replayed_by_the_copys_own_code(tiny, exp, tmp_path):
     script = exp / "root.py"
     more = ("--edit-loss", "root", "--edit-rate", 1, "--save-batch", 1, "--max-steps", 1)
@@ -527,6 +534,24 @@ def test_srpo_trusts_a_teacher_that_is_sure(module):
     teacher = torch.stack([sure, unsure, unsure]).clamp(min=1e-30).log()
     found = module("srpo").confidence(teacher, [2, 1])
     assert torch.allclose(found, torch.tensor([4 / 3, 2 / 3, 1.0]))  # by hand: exp(-H) is 1, 1/2; an answer alone: 1
+
+
+@pytest.mark.parametrize("name, n_answers", [("sdpo", 1), ("srpo", 2)])
+def test_which_answers_tokens_the_mean_is_over(name, n_answers, module, world, monkeypatch):
+    """SDPO's: of those that fail; SRPO trains the others as well."""
+    script, divisors = module(name), []
+
+    def backward(model, one_pass, micro_batches, batch, n_tokens, args, ranks):
+        divisors.append(n_tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "backward", backward)
+    trajectories = [t for t in two_prompts(world) if t.parent is None][:2]  # rewards 1 and 3
+    args = script.Args(success_reward=2.0, critic_warmup_steps=0)
+    models = {"policy": world.policy, "teacher": world.policy}
+    with pytest.raises(KeyboardInterrupt):
+        script.update(models, {}, batch_of(trajectories), {}, args, SimpleNamespace(ranks=world.ranks, step=1))
+    assert divisors == [sum(len(t.response_ids) for t in trajectories[:n_answers])]
 
 
 def test_sdpo_averages_its_teacher(trained):

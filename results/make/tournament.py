@@ -1,7 +1,8 @@
 """Ways to learn from a critique, on one engine, with one judge: the methods of docs/tournament.md.
 
-They start from the SFT policies of the sweep (results/make/sweep.py), whose PPO and CPE are among them. All have the
-sweep's learning rate; at R = 0 three seeds also have twice that. Figures and commands are kept in tournament.json.
+They start from SFT policies made as the sweep's are (results/make/sweep.py), and its PPO and CPE are among them. All
+have the sweep's learning rate; at R = 0 three seeds also have twice that. The runs are the tournament's own: repeats on
+another processor round differently. Figures and commands are kept in tournament.json.
 """
 
 import numpy as np
@@ -109,7 +110,8 @@ SECTIONS = {  # by fork: where docs/ has its code; None: without a fork
 NOTE = (
     "Made by `python results/make/tables.py tournament`. Each name leads to the method's code and its paper. Exact "
     "judge, unseen people's questions, mean ± standard deviation over seeds. For SFT and DPO on rollouts, responses, "
-    "tokens and judge calls are those of the rollouts. CPE's other losses are in results/sweep/sweep.md."
+    "tokens and judge calls are those of the rollouts. Seconds are those of two runs side by side, and depend on what "
+    "else the machine did. CPE's other losses are in results/sweep/sweep.md."
 )
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
