@@ -175,7 +175,7 @@ def describe_audits(means: Means, rollout: Rollout, audits: dict[tuple, dict[str
             means.add("audit/own", reward[key])
 
 
-NOVEL = 0.1  # a token with a lower probability under the policy is one that hardly any sample would have
+NOVEL_PROBABILITY = 0.1  # a token with a lower probability under the policy is one that hardly any sample would have
 
 
 def kept_tokens(before: list[int], after: list[int]) -> Tensor:
@@ -220,7 +220,7 @@ def describe_edits(means: Means, tokens: TokenArrays, eps_low: float, eps_high: 
     """The ledger of edits: what the update did with tokens that an edit kept, and with those that it inserted.
 
     Novel tokens are also counted apart: inserted ones that the critique names and the policy would hardly say without
-    it (p < NOVEL). What an edit inserts besides them is mostly the chance of sampling.
+    it (p < NOVEL_PROBABILITY). What an edit inserts besides them is mostly the chance of sampling.
     The gradient mass of a token is |weight A|, the size of the derivative of the loss by its log-prob. It is averaged
     over all tokens of edits, so that the masses of kept and inserted tokens add up.
     """
@@ -237,7 +237,7 @@ def describe_edits(means: Means, tokens: TokenArrays, eps_low: float, eps_high: 
         return
     kept = torch.cat([kept_tokens(original.response_ids, t.response_ids) for t, original in edits])
     named = torch.cat([named_tokens(t, original) for t, original in edits])
-    novel = ~kept & named & (tokens.logprobs[tokens.is_edit] < math.log(NOVEL))
+    novel = ~kept & named & (tokens.logprobs[tokens.is_edit] < math.log(NOVEL_PROBABILITY))
     mass = (weight * tokens.advantages[tokens.is_edit]).abs()
     means.add("edit/kept", kept)
     means.add("edit/novel", novel)
@@ -511,7 +511,7 @@ def text_pieces(chat: Chat, ids: list[int]) -> list[str]:
 
 
 def token_rows(record: UpdateRecord, chat: Chat, n: int, seed: int, step: int, ranks: Ranks) -> list[dict]:
-    """Rows on the tokens of n answers of a step (over all ranks) and of their trained edits, after the last update.
+    """Rows on the tokens of n answers of a step (over all ranks) and of their trained edits, by the last training pass.
 
     The answers are drawn at random, those with a trained edit first. One row per response: prompt_id, sample_id, edit
     (bool) and lists over its tokens: text, logp (log p under the policy), logq (of what sampled it: pi_old, or pi_e

@@ -6,8 +6,9 @@ One step:
    critique and scores of each. The policy rewrites a fraction `edit_rate` of them once by their critiques, unless there
    is nothing to fix, and the judge scores these edits y_e. The phases overlap: a critique starts when its answer ends,
    an edit starts when its critique arrives.
-2. Selection. The batch is all originals and the edits; strategies that rank edits make all of them and take the best.
-   An edit is trained *under the original prompt*: neither y_o nor the critique is in its context.
+2. Selection. The batch holds all originals and the selected edits. Strategies that rank edits edit every original that
+   has something to fix, and keep the best edits. An edit is trained *under the original prompt*: neither y_o nor the
+   critique is in its context.
 3. Values of the critic, and GAE with the reward on the last token. Advantages are whitened over all response tokens.
 4. Update, in mini-batches of prompts. Originals get PPO's clipped loss on pi_theta(y_o | x) / pi_old(y_o | x).
    Edits get a loss on the ratio r = pi_theta(y_e | x) / pi_e(y_e | edit prompt), see `edit_loss`. The mean is over the
@@ -15,8 +16,8 @@ One step:
 
 pi_old is the policy that sampled the step. pi_e is the same policy, given x, y_o and the critique: the edit prompt.
 
-`--edit-rate 0` is the PPO baseline: nothing is edited, and the paper samples n = 6. `--judge bt:out/bt/model` is the
-Bradley-Terry baseline.
+`--edit-rate 0` is the PPO baseline: nothing is edited, and the paper samples n = 6. With
+`--judge bt:out/bt/model` as well, it is the Bradley-Terry baseline.
 
 Departures from the paper and its code (docs/method.md 2 has the whole table):
 - A judgement that does not parse is asked for again. If it still fails, the response is left out. No score is made up.
@@ -67,12 +68,13 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     top_p: flags.TopP = 0.9
     """Nucleus; recorded log-probs stay those of the full softmax."""
     max_prompt_length: flags.Count = 2048
-    """Tokens; longer prompts are left out and counted. So are those after which a response may pass the positions."""
+    """Tokens; longer prompts are left out and counted. So are those that leave too few positions for
+    --max-new-tokens."""
     max_new_tokens: flags.Count = 2048
     """Tokens of an original or an edit."""
     tensor_parallel: flags.MayChange[flags.Count] = 1
     """Number of neighbouring ranks that sample and judge as one engine, each with a part of every layer
-    (docs/gpus.md). --max-batch and --kv-tokens are then an engine's."""
+    (docs/gpus.md). --max-batch and --kv-tokens then hold for an engine, not for a rank."""
     release_cache: flags.MayChange[bool] = False
     """Free the engines' KV caches on a GPU while models are trained. CUDA graphs are captured anew in each step."""
     truncated: Literal["judge", "drop", "min_score"] = "judge"
@@ -82,8 +84,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs, flags.DiagnosticArgs, flags.Runtim
     edit_rate: flags.Fraction = 0.5
     """Edits in the batch as a fraction r_e of the originals; 0 is plain PPO."""
     edit_strategy: EditStrategy = "random"
-    """Edits of random originals, drawn beforehand | best-scored per prompt | most improved per prompt | best of the
-    batch. All but the first make an edit of every original."""
+    """Edits of originals drawn in advance | highest reward per prompt | largest gain per prompt | highest reward in the
+    batch. All but the first edit every original that has something to fix."""
     edit_below: flags.Finite | None = None
     """Edit only answers with a lower reward, which saves edits that change little. Default: all answers."""
     edit_loss: EditLoss = "unclipped"
@@ -159,8 +161,8 @@ from trajectory import (
     Arrays,
     Batch,
     Dropped,
-    Origin,
     Prompt,
+    Request,
     Response,
     Rollout,
     TokenArrays,
@@ -201,7 +203,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_
 
 
 RATIO_CAPS = {"unclipped": 10.0, "tis": 2.0}  # bounds against outliers, where --ratio-cap gives none
-NOVEL = 0.01  # a ratio below which the policy would hardly ever sample the token
+NOVEL_RATIO = 0.01  # a ratio below which the policy would hardly ever sample the token
 
 
 def edit_loss(
@@ -253,7 +255,7 @@ def edit_loss(
     if kind == "topr":  # arXiv 2503.14286: a bad edit is unlearned only as far as the policy would say it
         return -torch.where(advantages < 0, ratio.clamp(max=1), 1.0) * advantages * logprobs
     if kind == "novel":  # good edits teach whole what the policy would hardly sample; the rest is as in paper
-        is_novel = (ratio < NOVEL) & (advantages > 0)
+        is_novel = (ratio < NOVEL_RATIO) & (advantages > 0)
         return -torch.where(is_novel, logprobs, clipped_ratio) * advantages
     if kind == "none":
         return -advantages * logprobs
@@ -389,8 +391,8 @@ def compute_advantages(
     for t, advantage, is_relative in zip(trajectories, raw, relative):
         if is_relative:
             baseline = sum(original_rewards[t.prompt.index]) / len(original_rewards[t.prompt.index])
-            # In units of the originals' spread, but not shifted by their mean. Originals that are all scored alike have
-            # no spread, and dividing by it would give a gradient of any size.
+            # Divided by the standard deviation of the originals' advantages; their mean is not subtracted. Originals
+            # that are all scored alike have no spread, and dividing by it would give a gradient of any size.
             relative_reward = (t.reward - baseline) / max(std, SMALLEST_SPREAD)
             advantages.append(torch.full_like(advantage, relative_reward))
         else:
@@ -415,7 +417,8 @@ def rollout(
     """Samples and judges the originals of some prompts, then their edits (docs/method.md 1.6a-d).
 
     Judging overlaps sampling, except with a judge in this process. The two models would share its device and halve each
-    other's batches, so they take turns: each works until it has nothing to do.
+    other's batches, so they take turns: the judge runs only while the engine has nothing to do, and the engine only
+    while the judge has nothing to do.
 
     step: part of every seed. show: is told of the progress.
     """
@@ -424,7 +427,7 @@ def rollout(
     )
     judged: list[Trajectory] = []
     dropped: list[Dropped] = []
-    in_engine: dict[tuple, Origin] = {}  # by (prompt index, sample) of an original, (key, 0) of an edit
+    in_engine: dict[tuple, Request] = {}  # by (prompt index, sample) of an original, (key, 0) of an edit
     in_judge: dict[tuple, Response] = {}
     edited: set[tuple[str, int]] = set()
 
@@ -432,7 +435,7 @@ def rollout(
         edited |= draw_edited(prompt, args, step)
         seeds = []
         for i in range(args.n_samples):
-            in_engine[prompt.index, i] = Origin(prompt=prompt, sample_id=i, context_ids=prompt.ids)
+            in_engine[prompt.index, i] = Request(prompt=prompt, sample_id=i, context_ids=prompt.ids)
             seeds.append(derive_seed(args.seed, step, prompt.row["prompt_id"], i, "original"))
         submit(prompt.ids, key=prompt.index, n=args.n_samples, seeds=seeds)
 
@@ -463,7 +466,7 @@ def rollout(
             judged.append(t)
             if t.parent is None and t.key[:2] in edited and should_edit(t, args):
                 context_ids = edit_prompt(chat, templates, t.prompt.ids, t.response_ids, t.critique)
-                edit = Origin(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
+                edit = Request(prompt=t.prompt, sample_id=t.sample_id, parent=t, context_ids=context_ids)
                 if len(context_ids) + args.max_new_tokens > engine.max_len:  # a critique may be of any length
                     dropped.append(never_sampled(edit, f"an edit prompt of {len(context_ids)} tokens"))
                     continue
@@ -497,11 +500,11 @@ def should_edit(original: Trajectory, args: Args) -> bool:
     return args.edit_below is None or original.reward < args.edit_below
 
 
-def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
+def response_of(request: Request, sample: Sample, chat: Chat) -> Response:
     """A sample of the engine as a response. Its ids include the stop token, which is trained like any other."""
     stop_ids = [] if sample.stop_id is None else [sample.stop_id]
     return Response(
-        **vars(origin),
+        **vars(request),
         response_ids=sample.ids + stop_ids,
         engine_logprobs=sample.logprobs,
         answer=chat.decode(sample.ids),
@@ -509,8 +512,8 @@ def response_of(origin: Origin, sample: Sample, chat: Chat) -> Response:
     )
 
 
-def never_sampled(origin: Origin, reason: str) -> Dropped:
-    empty = Response(**vars(origin), response_ids=[], engine_logprobs=[], answer="", truncated=False)
+def never_sampled(request: Request, reason: str) -> Dropped:
+    empty = Response(**vars(request), response_ids=[], engine_logprobs=[], answer="", truncated=False)
     return Dropped(**vars(empty), drop_reason=reason)
 
 
@@ -658,7 +661,7 @@ def backward(
         (loss * ranks.world_size / n_tokens).backward()
         arrays.append(of_tokens)
         flops += roofline.update_flops(model, packed)
-    # after all passes, since a copy waits for what is being computed
+    # copied after the last pass, because a copy to the CPU waits for the GPU
     return [arrays_on_cpu(of_tokens) for of_tokens in arrays], flops
 
 

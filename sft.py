@@ -13,7 +13,8 @@ They are not cut, since a cut answer teaches the model to stop in mid-sentence.
 
     python sft.py --model Qwen/Qwen2.5-0.5B-Instruct                   # one CPU or GPU
     torchrun --nproc_per_node=8 sft.py                                 # eight GPUs
-    python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base  # tiny base
+    python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base \
+        --epochs 2 --layers 3 --batch-size 32 --lr 3e-3                # a tiny base model
 """
 
 import os

@@ -1,7 +1,7 @@
 """What a PPO step passes from phase to phase (ppo_cpe.py).
 
 Prompt         a row and its ids x
-Origin         a request to the engine: an original y_o of x, or the edit y_e of an original
+Request        what the engine is asked for: an original y_o of x, or the edit y_e of an original
 Response       what the engine sampled for it
 Trajectory     a response with a reward, which can be trained on
 Dropped        a response that leaves the batch, with the reason
@@ -36,7 +36,7 @@ class Prompt:
 
 
 @dataclass(kw_only=True)
-class Origin:
+class Request:
     prompt: Prompt
     sample_id: int  # from 0 within a prompt; an edit has that of its original
     parent: Optional["Trajectory"] = None  # the original that an edit rewrites
@@ -53,7 +53,7 @@ class Origin:
 
 
 @dataclass(kw_only=True)
-class Response(Origin):
+class Response(Request):
     response_ids: list[int]  # with the stop token
     engine_logprobs: list[float]  # of these tokens, as the engine recorded them
     answer: str

@@ -798,7 +798,10 @@ def main(args: Args) -> None:
     write_text(f"{args.out}/example_persona.json", json.dumps(persona, indent=1) + "\n")
     questions = [QUESTIONS[i % len(QUESTIONS)].format(topic) for i, topic in enumerate(TOPICS)]
     write_text(f"{args.out}/example_questions.txt", "\n".join(questions) + "\n")
-    print(f"next: python sft.py --from-scratch {args.out}/tokenizer --data {args.out}/base_corpus.jsonl --out out/base")
+    print(
+        f"next: python sft.py --from-scratch {args.out}/tokenizer --data {args.out}/base_corpus.jsonl --out out/base "
+        "--epochs 2 --layers 3 --batch-size 32 --lr 3e-3"
+    )
 
 
 if __name__ == "__main__":

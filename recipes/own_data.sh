@@ -39,7 +39,7 @@ for name in PREPARE SFT GRM CPE EVALUATION; do
 done
 run() { # run SCRIPT FLAGS...: on GPUS ranks
     printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"
-    if [ "$GPUS" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$GPUS" "$@"; fi
+    if [ "$GPUS" = 1 ]; then python "$@"; else torchrun --standalone --shutdown-timeout 600 --nproc_per_node="$GPUS" "$@"; fi
 }
 data() {
     if [ "$QUESTIONS" = - ]; then

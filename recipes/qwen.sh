@@ -87,7 +87,7 @@ stage() { # stage NAME POLICY GRM BT: sets `command` to script and flags; the mo
     case $1 in sft | grm | bt | dpo) command+=(--checkpoint-activations) ;; esac
 }
 say() { printf '\n== %s (minute %s)\n' "$1" "$((SECONDS / 60))"; }
-ranks() { torchrun --standalone --nproc_per_node="$GPUS" "$@"; }
+ranks() { torchrun --standalone --shutdown-timeout 600 --nproc_per_node="$GPUS" "$@"; }
 
 rows() { # a source is read only if DATA lacks its rows
     local feedback=PersonalAILab/PersonaFeedback

@@ -73,10 +73,10 @@ RULES = (
     ),
     Rule(
         "Train-inference mismatch",
-        "Raised if trainer and engine give the same tokens log-probs that differ by more than 0.1 on average, under "
+        "Raised if trainer and engine give the same tokens log-probs that differ by more than 0.05 on average, under "
         "the same weights. In bf16, 0.01 is usual. Ratios from such log-probs can't be trusted.",
         ("train_inference_mismatch",),
-        lambda mismatch: mismatch[-1] > 0.1,
+        lambda mismatch: mismatch[-1] > 0.05,
         lambda mismatch: f"mean {mismatch[-1]:.2g}",
     ),
     Rule(

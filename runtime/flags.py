@@ -152,7 +152,7 @@ class DiagnosticArgs:
     audit_share: MayChange[Fraction] = 0.0
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
-    """Another judge (as --judge) that scores these too."""
+    """Another judge (as --judge) that scores these too. The run stops when it is down, as with --judge."""
     log_tokens: MayChange[Natural] = 4
     """Answers a step, with their trained edits, whose tokens' log-probs, weights, advantages go into OUT/tokens."""
     save_batch: MayChange[Count | None] = None
