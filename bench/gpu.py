@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
@@ -24,7 +25,7 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,9 @@ NEEDED = [
     "tqdm",
     "transformers",
     "numpy",
-    "openai",
+    "psutil",
+    "httpx2",
+    "jinja2",
 ]
 # Figures of the benchmarks for the table: (stage, pattern of a line with the figure, unit)
 BENCHMARKS = (
@@ -68,6 +71,12 @@ def figure(name: str, value: float, bound: float, at_least: bool = False) -> boo
     met = value >= bound if at_least else value <= bound
     print(f"figure: {name} | {value:.4g} | {'>=' if at_least else '<='} {bound:g} | {'met' if met else 'MISSED'}")
     return met
+
+
+def highest(values: Iterable[float | torch.Tensor]) -> float:
+    """The highest value, NaN if one is NaN: Python's max may pass over it. -inf: there are none."""
+    found = list(map(float, values))
+    return float("nan") if any(map(math.isnan, found)) else max(found, default=float("-inf"))
 
 
 def versions() -> bool:
@@ -118,7 +127,7 @@ def engine() -> bool:
         samples.append([sample for group in groups for sample in group])
     pairs = list(zip(*samples, strict=True))
     equal = [(a, b) for a, b in pairs if a.ids == b.ids]
-    difference = max(abs(x - y) for a, b in equal for x, y in zip(a.logprobs, b.logprobs))
+    difference = highest(abs(x - y) for a, b in equal for x, y in zip(a.logprobs, b.logprobs))
     preemptions = on_gpu.scheduler.preemptions
     print(f"{len(pairs)} samples, {preemptions} preempted, graphs of {sorted(on_gpu.runner.graphs)} rows")
     # a draw at the border of two tokens may go the other way, and then all tokens after it differ
@@ -202,7 +211,7 @@ def mismatches(run: str, bound: str) -> bool:
     lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     checks = [figure(f"{run}, steps", len(lines), 4, at_least=True)]
     for name in ("weight_sync_error", "train_inference_mismatch"):
-        largest = max(float("nan") if line[name] is None else line[name] for line in lines)
+        largest = highest(float("nan") if line[name] is None else line[name] for line in lines)
         checks.append(figure(f"{run}, {name}", largest, float(bound)))
     return all(checks)
 
@@ -214,8 +223,8 @@ def updates(*files: str) -> bool:
     checks = []
     for file, other in zip(files[1:], others):
         for model in ("policy", "critic"):
-            largest = max(g.abs().max() for g in one[model].values())
-            error = max((other[model][key] - g).abs().max() for key, g in one[model].items()) / largest
+            largest = highest(g.abs().max() for g in one[model].values())
+            error = highest((other[model][key] - g).abs().max() for key, g in one[model].items()) / largest
             checks.append(figure(f"{Path(file).stem} against one rank, gradients of the {model}: error", error, 1e-3))
     return all(checks)
 

@@ -8,7 +8,7 @@
 #   STAGES="versions engine" bash bench/gpu.sh     # only these
 #   EMULATED=1 bash bench/gpu.sh                   # without a GPU, on tests/emulated_gpu.py: does the command itself run?
 #
-# It needs what `python bench/gpu.py versions` lists (tyro and openai are imported by the scripts; no server is asked).
+# It needs what `python bench/gpu.py versions` lists (the scripts import httpx2; no server is asked).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ "${1:-}" != --help ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' bench/gpu.sh; exit; }
@@ -26,7 +26,7 @@ python=(python)
 [ -z "$EMULATED" ] || python=(python tests/on_emulated_gpu.py)
 if [ -n "${WHEELS:-}" ]; then
     python -m pip install --quiet --no-index --find-links "$WHEELS" \
-        pytest hypothesis tyro pydantic tokenizers safetensors tqdm transformers numpy openai
+        pytest hypothesis tyro pydantic tokenizers safetensors tqdm transformers numpy psutil httpx2 jinja2
 fi
 
 stage() { # stage NAME SECONDS COMMAND...

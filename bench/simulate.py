@@ -431,7 +431,8 @@ def config_of(name: str) -> Config:
 def copied_seconds(args: Args, config: Config, gpu: GPU) -> dict[str, float]:
     """Seconds of copies that neither the rollout nor a pass hides."""
     body, head = roofline.matrices(config)
-    weights = {"policy": body + 2 * head, "critic": body + head}  # embedding, matrices, LM head
+    embedding = 0 if config.tie_word_embeddings else head  # beside the LM head
+    weights = {"policy": body + head + embedding, "critic": body + head}
     per_rank = sum(weights.values()) / args.world_size
     n_updates = math.ceil(args.prompts_per_step / args.mini_batch_prompts) * args.ppo_epochs
     offloaded = 0.0
@@ -455,7 +456,7 @@ def simulate(args: Args, gpu: GPU) -> tuple[dict[str, float], dict[str, float]]:
     tp = args.tensor_parallel
     n_engines = args.world_size // tp
     n_prompts = args.prompts_per_step // n_engines
-    n_passes = 3 - (args.lora_rank is not None)  # of an update, in forward passes
+    n_passes = 3  # of an update, in forward passes
     training_flops = gpu.rates(*TRAINING).flops
     floor_flops = gpu.rates(*FLOOR).flops
 
@@ -502,6 +503,10 @@ def simulate(args: Args, gpu: GPU) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main(args: Args) -> None:
+    if args.lora_rank is not None:
+        raise ValueError(
+            f"--lora-rank {args.lora_rank}: expected none, since all weights are synced, offloaded and saved here"
+        )
     columns = [(gpu.name, *simulate(args, gpu)) for gpu in GPUS]
     print(
         f"seconds of a step of {args.prompts_per_step} prompts x {args.n_samples} on {args.world_size} ranks, "

@@ -92,7 +92,7 @@ from typing import Any
 
 from data.readers import ENDINGS, read_objects, read_raw, read_table, read_text
 from runtime.distributed import derive_seed
-from runtime.rows import check_compression, check_row, data_row, parse_json, refuse_surrogates, write_rows
+from runtime.rows import check_compression, check_row, data_row, json_lines, parse_json, refuse_surrogates, write_rows
 
 # What precedes the persona (as JSON) and the question in the text of the release's RL prompts
 PERSONA_MARK = "当前用户配置："
@@ -711,11 +711,19 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
     return {"prompts_train": train, "prompts_eval": held_out} | none
 
 
+def is_annotated(path: str) -> bool:
+    """Whether data/annotate.py made these pairs."""
+    return "chosen_model" in next((row for _, row in json_lines(path)), {})
+
+
 def write(outputs: dict[str, list[dict]], folder: str) -> None:
-    """Writes a file for each name that has rows. ValueError: one would remain that an earlier command made."""
+    """Writes a file for each name that has rows. ValueError: one would remain that an earlier command made.
+
+    Pairs of data/annotate.py may stay, since it makes them of the prompts of this folder.
+    """
     files = {name: os.path.join(folder, f"{name}.jsonl") for name in outputs}
     for name, rows in outputs.items():
-        if not rows and os.path.exists(files[name]):
+        if not rows and os.path.exists(files[name]) and not is_annotated(files[name]):
             raise ValueError(
                 f"{files[name]} was made by another command; this one has no such rows: remove it or choose another "
                 "--out"

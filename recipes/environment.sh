@@ -7,10 +7,10 @@ if [ "${1:-}" = --help ]; then
 fi
 if ! cmp -s requirements.txt .venv/installed.txt; then
     python=$(command -v python3.11 || command -v python3.12 || command -v python3)
-    [ -d .venv ] || "$python" -m venv .venv
+    [ -x .venv/bin/pip ] || "$python" -m venv .venv
     echo "installing requirements.txt into .venv (some minutes)"
-    .venv/bin/python -m pip install --quiet --requirement requirements.txt
-    cp requirements.txt .venv/installed.txt
+    .venv/bin/python -m pip install --quiet --requirement requirements.txt && cp requirements.txt .venv/installed.txt ||
+        { echo "the installation failed" >&2; exit 1; }
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 export TOKENIZERS_PARALLELISM=false

@@ -1,6 +1,7 @@
 # Sourced by recipes. Background jobs: their lines are marked, and they are stopped at exit.
 set -m # each job is a process group, so that all of it can be stopped
-marked() { "${@:2}" 2>&1 | sed -u "s/^/[$1] /"; } # marked NAME COMMAND...
+# marked NAME COMMAND...: sed outlives a signal, so that a script that finishes and saves its step can say so
+marked() { "${@:2}" 2>&1 | (trap "" TERM INT; exec sed -u "s/^/[$1] /"); }
 made_with() { # made_with FOLDER SETTINGS: an error if the folder was made with other settings before
     mkdir -p "$1"
     [ -f "$1/made_with.txt" ] || echo "$2" > "$1/made_with.txt"
@@ -10,3 +11,4 @@ made_with() { # made_with FOLDER SETTINGS: an error if the folder was made with 
 all_done() { for job in $(jobs -p); do wait "$job"; done; }
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
 export OMP_NUM_THREADS=1 # two processes with one thread each do more than one process with two
+export CUDA_VISIBLE_DEVICES= # on the CPU, also where there is a GPU

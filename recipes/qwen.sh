@@ -34,6 +34,11 @@ JUDGE=${JUDGE:-}
 if [ "${1:-}" = --judge ]; then
     JUDGE=${2:?$usage}
     shift 2
+elif [ $# -ge 2 ]; then # tables are named from where the command was given
+    personas=$(cd "$OLDPWD" && realpath "$1")
+    questions=$2
+    [ "$questions" = - ] || questions=$(cd "$OLDPWD" && realpath "$questions")
+    set -- "$personas" "$questions" "${@:3}"
 fi
 rl=(--prompts "$DATA/prompts_train.jsonl") # which --edit-loss to take: docs/method.md 2.1
 stages="rows sft grm bt dpo ppo_bt ppo_grm cpe evaluate"

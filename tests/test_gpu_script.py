@@ -1,6 +1,7 @@
 """bench/gpu.sh runs to its end on the emulated GPU, and says what failed."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,17 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
     assert "metrics.jsonl" in (tmp_path / "out" / "bf16-mismatches.log").read_text()  # what was not there
     done, table = run(tmp_path / "late", "versions", BUDGET="0")
     assert done.returncode == 1 and "| versions | not run: the time is over |" in table
+
+
+def test_a_figure_that_is_nan_in_any_step_is_missed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    gpu = importlib.import_module("bench.gpu")
+    for broken in (None, 0, 3):
+        errors = [None if i == broken else 1e-5 for i in range(4)]
+        lines = [json.dumps({"weight_sync_error": e, "train_inference_mismatch": 1e-5}) for e in errors]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        assert gpu.mismatches(str(tmp_path), "0.001") == (broken is None)
+    assert "weight_sync_error | nan | <= 0.001 | MISSED" in capsys.readouterr().out
 
 
 def test_the_table_finds_the_figures_of_the_benchmarks(tmp_path, capsys, monkeypatch):

@@ -223,6 +223,18 @@ def test_rows_of_an_earlier_source_do_not_stay_beside_new_ones(tmp_path):
         run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"))
 
 
+def test_pairs_that_were_annotated_stay_when_own_rows_are_made_again(tmp_path):
+    """A recipe that is started again runs all of its stages."""
+    write_lines(tmp_path / "q.jsonl", [dict(persona={"name": "Kim"}, question="What?")])
+    run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)
+    asked = dict(prompt_id="p", persona={"name": "Kim"}, question="What?")
+    pairs = [asked | dict(chosen="Yes.", rejected="No.", chosen_model="a", rejected_model="b")]
+    write_lines(tmp_path / "out/pairs.jsonl", pairs)
+    rows = run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)
+    assert len(rows["prompts_train"]) == 1
+    assert [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()] == pairs
+
+
 def test_questions_of_one_person_are_known_as_such(tmp_path):
     """evaluate.py draws them together, so prompts have the person's id, given or by the persona; of pairs, too."""
     assert all(row["user_id"] for row in run(flat(tmp_path / "in"), tmp_path / "pairs")["prompts_train"])

@@ -108,6 +108,37 @@ def test_a_plan_of_the_data_trains_nothing(calls_of):
     assert after == []
 
 
+def test_a_stopped_stage_can_say_what_it_saved(stubs):
+    """What marks its lines outlives the signal; otherwise a script dies of the line before its checkpoint."""
+    stage = """trap 'sleep 0.3; echo saved; exit 75' TERM; echo begun; while :; do sleep 0.05; done"""
+    script = f'source recipes/jobs.sh; marked A bash -c "{stage}" & all_done'
+    recipe = subprocess.Popen(["bash", "-c", script], cwd=stubs, stdout=subprocess.PIPE, text=True)
+    assert recipe.stdout.readline() == "[A] begun\n"
+    recipe.terminate()
+    assert recipe.stdout.read().endswith("[A] saved\n")
+    recipe.wait()
+
+
+def test_a_failed_installation_is_tried_again(stubs):
+    (stubs / "requirements.txt").write_text("torch\n")
+    (stubs / ".venv/bin/pip").write_text("")
+    (stubs / ".venv/bin/pip").chmod(0o755)
+    (stubs / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    for _ in range(2):
+        command = ["bash", "-c", "source recipes/environment.sh; echo it went on"]
+        done = subprocess.run(command, cwd=stubs, capture_output=True, text=True)
+        assert done.returncode == 1 and "went on" not in done.stdout and "the installation failed" in done.stderr
+
+
+def test_tables_are_named_from_where_the_command_was_given(stubs, tmp_path_factory):
+    mine = tmp_path_factory.mktemp("mine")
+    environment = os.environ | {"CALLS": str(stubs / "calls"), "PLAN_ONLY": ""}
+    command = ["bash", str(stubs / "recipes/qwen.sh"), "0.5b", "people.csv", "asked.csv", "--plan"]
+    subprocess.run(command, cwd=mine, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    calls = (stubs / "calls").read_text()
+    assert f"{mine}/people.csv" in calls and f"{mine}/asked.csv" in calls
+
+
 RECIPES = [name for name in sorted(os.listdir(f"{ROOT}/recipes")) if name.endswith(".sh")]
 SOURCED = {"environment.sh", "jobs.sh", "world_flags.sh"}
 

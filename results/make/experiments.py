@@ -97,7 +97,7 @@ def start(experiment: Experiment, out: str, threads: int) -> subprocess.Popen:
     """Starts the commands, one after the other, in a process group of their own."""
     if experiment.always:
         shutil.rmtree(f"{out}/{experiment.name}", ignore_errors=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     os.makedirs(f"{out}/{experiment.name}", exist_ok=True)
     commands = " && ".join(map(with_python, experiment.commands))
     with open(f"{out}/{experiment.name}.log", "w") as log:
