@@ -8,12 +8,11 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from json_files import write_json
 from kernels.packed_linear import PackedLinear
-from weights import copy_into, full_tensor
+from weights import copy_into, full_tensor, write_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,4 +146,4 @@ def save_adapter(tensors: dict[str, Tensor], lora: Lora, folder: str, scalar_hea
     for name, tensor in tensors.items():
         suffix = ".weight" if "lora_" in name else ""
         renamed[f"base_model.model.{name}{suffix}"] = tensor
-    save_file(renamed, os.path.join(path, "adapter_model.safetensors"), metadata={"format": "pt"})
+    write_tensors(renamed, os.path.join(path, "adapter_model.safetensors"), {"format": "pt"})

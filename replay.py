@@ -123,6 +123,7 @@ def replay(folder: str, script_file: str | None = None) -> dict[str, Tensor]:
     ranks = start("fp32")
     script, args, batch = load_batch(folder, script_file)
     policy = load_pretrained(f"{folder}/policy", torch.float32, ranks.device)
+    policy.checkpoint_activations = True  # fp32 weights and gradients leave little room on a GPU
     originals = batch.take(i for i, t in enumerate(batch.trajectories) if t.parent is None)
     edits = batch.take(i for i, t in enumerate(batch.trajectories) if t.parent is not None)
     n_tokens = sum(len(t.response_ids) for t in batch.trajectories)
@@ -140,9 +141,17 @@ def replay(folder: str, script_file: str | None = None) -> dict[str, Tensor]:
     return gradients
 
 
+PIECE = 2**24  # parameters
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Inner product, in fp64 and in pieces: an fp32 sum over all parameters of a model is wrong by percents."""
+    return sum(torch.dot(x.double(), y.double()).item() for x, y in zip(a.split(PIECE), b.split(PIECE)))
+
+
 def print_table(gradients: dict[str, Tensor], metrics: dict[str, dict[str, float]]) -> None:
     """gradients: {loss: fp32 [parameters]}. metrics: {loss on edits: figures of `diagnostics.describe_update`}."""
-    norms = {name: g.norm().item() for name, g in gradients.items()}
+    norms = {name: dot(g, g) ** 0.5 for name, g in gradients.items()}
     names = "".join(f"{name:>11}" for name in gradients)
     print(f"{'':11}{'norm':>10}{'mass, inserted':>16}{'no gradient':>13}   cosines{names}")
     for name, g in gradients.items():
@@ -155,7 +164,7 @@ def print_table(gradients: dict[str, Tensor], metrics: dict[str, dict[str, float
         cosines = ""
         for other_name, other in gradients.items():
             scale = norms[name] * norms[other_name]
-            cosines += f"{torch.dot(g, other).item() / scale:11.3f}" if scale else f"{'-':>11}"
+            cosines += f"{dot(g, other) / scale:11.3f}" if scale else f"{'-':>11}"
         print(f"{name:11}{norms[name]:10.5f}{inserted:>16}{clipped:>13}   {'':7}{cosines}")
 
 

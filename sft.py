@@ -189,7 +189,7 @@ def main(args: Args) -> None:
                 model, optimizer, lr, args.max_grad_norm, {"loss": means["loss"]}, mine, run
             )
         metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
-        metrics["trained_tokens"] = int(n_learned)
+        metrics["learned_tokens"] = int(n_learned)
         run.log(metrics, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "seconds")})
         run.save_if_due()
     folder = os.path.dirname(args.data)

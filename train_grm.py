@@ -87,6 +87,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import glob
+import itertools
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -236,18 +237,23 @@ def passes(
 # -- judgements of held-out answers ----------------------------------------------------------------
 
 
-def judge_held_out(args: Settings, path: str, chat: Chat, templates: Templates, ranks: Ranks) -> None:
+def judge_held_out(args: Settings, path: str, chat: Chat, templates: Templates, max_length: int, ranks: Ranks) -> None:
     """The saved model judges the first held-out answers (greedy). OUT/held_out.json gets `agreement` with the labels.
+
+    Prompts of max_length tokens or more are passed over.
 
     OUT/held_out.jsonl gets the rows, each with `judged`: what the model said, or null where that does not parse.
     """
-    rows = read_rows(path, "judgement")[: args.eval_judgements]
-    mine = rows[ranks.rank :: ranks.world_size]
-    prompts = [grm_prompt(chat, templates, row, row["answer"]) for row in mine]
+    with_prompts = ((row, grm_prompt(chat, templates, row, row["answer"])) for row in read_rows(path, "judgement"))
+    fitting = ((row, prompt) for row, prompt in with_prompts if len(prompt) < max_length)
+    first = list(itertools.islice(fitting, args.eval_judgements))[ranks.rank :: ranks.world_size]
+    mine = [row for row, _ in first]
+    prompts = [prompt for _, prompt in first]
     found: list[Judgement | None] = []
     if prompts:
         model = load_pretrained(f"{args.out}/model", ranks.dtype, ranks.device)
-        engine = Engine(model, chat.stop_ids, max(map(len, prompts)) + args.eval_max_new_tokens)
+        longest = min(max_length, max(map(len, prompts)) + args.eval_max_new_tokens)
+        engine = Engine(model, chat.stop_ids, longest)
         samples = engine.generate(prompts, temperature=0.0, max_new_tokens=args.eval_max_new_tokens)
         found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
     judged = all_gather(ranks, zip(mine, found, strict=True))
@@ -306,14 +312,14 @@ def main(cli_args: Args) -> None:
                 held_out_means, *_ = passes(args, model, shard, ranks, train=False)
             means |= {f"held_out_{name}": value for name, value in held_out_means.items()}
         metrics = means | training.update_metrics(run, grad_norm, lr, n_tokens, flops)
-        metrics["trained"] = n_trained
+        metrics["pairs" if is_bt else "learned_tokens"] = n_trained
         run.log(metrics, {name: metrics[name] for name in (*means, "grad_norm", "lr", "seconds")})
         run.save_if_due()
     if args.objective == "grm" and args.eval_data:
         del model, optimizer  # the engine needs their memory
         run.release_models()
         offload.free_host_copies()
-        judge_held_out(args, args.eval_data, chat, templates, ranks)
+        judge_held_out(args, args.eval_data, chat, templates, max_length, ranks)
     judge = f"bt:{args.out}/model --edit-rate 0" if is_bt else f"{args.out}/model"
     prompts = os.path.join(os.path.dirname(args.data), "prompts_train.jsonl")
     run.finish("model", f"python ppo_cpe.py --model SFT_POLICY --prompts {prompts} --judge {judge}")

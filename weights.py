@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -271,9 +272,21 @@ def replaced_folder(path: str) -> Iterator[str]:
     os.rename(tmp, path)
 
 
+UMASK = os.umask(0)  # reading it sets it, so this is done once, before there are threads
+os.umask(UMASK)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: str, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode of any new file. The library makes one that only its owner may read."""
+    save_file(tensors, file, metadata)
+    os.chmod(file, 0o666 & ~UMASK)
+
+
 def save_tensors(tensors: dict[str, Tensor], folder: str) -> None:
     """Writes safetensors files of at most SHARD_BYTES, or one tensor, and their index if there are several."""
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
+    for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+        os.chmod(file, 0o666 & ~UMASK)
 
 
 def save_config(config: Config, scalar_head: bool, dtype: torch.dtype, special: dict, folder: str) -> None:
@@ -295,14 +308,17 @@ def copy_tokenizer(source: str, special: dict, folder: str) -> None:
 
     A server renders and samples by these what a request leaves open. So the template takes what this project trains
     with as defaults, and a response is sampled from the model's own distribution. ValueError: see `check_files`.
+    FileNotFoundError: the folder is gone, and without it the checkpoint would lack its tokenizer.
     """
+    if not os.path.isdir(source):
+        raise FileNotFoundError(f"{source} is gone; checkpoints take the tokenizer from it")
     check_files(source)
     for name in TOKENIZER_FILES:
         if os.path.isfile(os.path.join(source, name)):
-            shutil.copy(os.path.join(source, name), folder)
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
     for file in glob.glob(os.path.join(glob.escape(source), "templates", "*.txt")):
         os.makedirs(os.path.join(folder, "templates"), exist_ok=True)
-        shutil.copy(file, os.path.join(folder, "templates"))
+        shutil.copyfile(file, os.path.join(folder, "templates", os.path.basename(file)))
 
     file = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(file):

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from model import Transformer, gathered_weights, write_pretrained
@@ -35,7 +34,7 @@ from runtime.distributed import Ranks, all_gather, barrier, print0
 from runtime.offload import move_moments, to_host
 from runtime.rows import check_row, json_lines, step_files, sync, write_rows, write_text
 from runtime.watch import set_phase, shared
-from weights import GIB
+from weights import GIB, write_tensors
 
 PART_BYTES = 2**31  # size of a file of trainer state; host memory holds one such part at a time
 
@@ -109,7 +108,7 @@ def _shard_file(ranks: Ranks, number: int) -> str:
 def _write_parts(folder: str, parts: list[Part], ranks: Ranks) -> None:
     for i, part in enumerate(parts):
         content = {key: local.cpu().contiguous() for key, local in part.items()}
-        save_file(content, os.path.join(folder, _shard_file(ranks, i)))
+        write_tensors(content, os.path.join(folder, _shard_file(ranks, i)))
         del content  # before the next is made
 
 

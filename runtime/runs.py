@@ -140,7 +140,8 @@ class Run:
         line["bad_steps"] = count_bad_steps(self.out, self.step + 1)
         append_line(os.path.join(self.out, "metrics.jsonl"), json.dumps(line))
         trackers.log_metrics(line)
-        figures = [f"{name} {value:.4g}" for name, value in headline.items() if value is not None]
+        known = {name: value for name, value in headline.items() if value is not None and math.isfinite(value)}
+        figures = [f"{name} {value:.4g}" for name, value in known.items()]
         tqdm.write("  ".join([f"step {self.step + 1}/{self.last_step}", *figures]))
         sys.stdout.flush()
 

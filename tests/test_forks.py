@@ -154,6 +154,13 @@ def test_a_loss_is_replayed_by_the_copys_own_code(tiny, exp, tmp_path):
         assert not torch.equal(gradients["root"], gradients[name])
 
 
+def test_norms_and_cosines_of_a_large_models_gradients():
+    """In fp32, one sum of as many equal terms stops growing; a cosine with itself came out as 1.17."""
+    g = torch.full((2 * replay.PIECE + 5,), 0.1)
+    assert replay.dot(g, g) == pytest.approx(len(g) * 0.1**2, rel=1e-6)
+    assert replay.dot(g, -g) == -replay.dot(g, g)
+
+
 def test_a_batch_without_a_critic_is_kept(tiny, exp, tmp_path):
     run_script(exp / "grpo.py", *flags_of(tiny, tmp_path), "--save-batch", 1, "--max-steps", 1)
     assert (tmp_path / "run" / "batch_000001" / "batch.json").exists()

@@ -198,6 +198,25 @@ def test_a_response_ends_at_im_end_in_transformers(base_tokenizer, tmp_path, sou
     assert any(im_end in row[3:] for row in ended.tolist()) and ended.shape[1] < 3 + 20
 
 
+def test_modes_of_saved_files_are_those_of_new_ones(base_tokenizer, tmp_path):
+    """Whatever the modes of the files that are copied, such as those of a shared store, which nobody may write."""
+    shutil.copytree(base_tokenizer[0], tmp_path / "store")
+    (tmp_path / "store/templates").mkdir()
+    (tmp_path / "store/templates/answer.txt").write_text("{question}")
+    for file in (tmp_path / "store").rglob("*.*"):
+        file.chmod(0o444)
+    (tmp_path / "new").write_text("")
+    save_pretrained(random_model(tiny_config(vocab_size=512)), str(tmp_path / "m"), str(tmp_path / "store"))
+    saved = {file.name: file.stat().st_mode for file in (tmp_path / "m").rglob("*.*")}
+    assert {"model.safetensors", "tokenizer_config.json", "answer.txt"} <= saved.keys()
+    assert set(saved.values()) == {(tmp_path / "new").stat().st_mode}
+
+
+def test_no_model_is_saved_without_the_tokenizer_it_had(base_tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone is gone; checkpoints take the tokenizer from it"):
+        save_pretrained(random_model(tiny_config(vocab_size=512)), str(tmp_path / "m"), str(tmp_path / "gone"))
+
+
 def test_a_saved_model_is_sampled_as_it_is(base_tokenizer, tmp_path):
     """Nothing of a chat model's own defaults: transformers and vLLM apply these to whatever a request leaves open."""
     source = tmp_path / "source"

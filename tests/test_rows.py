@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import error_of
+from conftest import error_of, grm_flags, run_script
 
 import dpo
 import generate
@@ -28,6 +28,7 @@ from runtime.rows import (
     normalized,
     read_rows,
     refuse_held_out,
+    write_rows,
 )
 from weights import MADE_BY as MODELS_MADE_BY
 from weights import resolve
@@ -318,6 +319,15 @@ def test_turns_with_thoughts_are_refused(tmp_path):
 # -- conversations -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("content", ["", "  \n", "<think>\n\n</think>\n"])
+def test_an_empty_turn_of_the_assistant_is_refused(content, tmp_path):
+    """A model would learn to end its answer at once."""
+    user = {"role": "user", "content": "Hi"}
+    turns = [user, {"role": "assistant", "content": content}, user, {"role": "assistant", "content": "Hello"}]
+    error = refused(write(tmp_path, ROWS["messages"], {"messages": turns}), "messages")
+    assert ":2: " in error and "with no empty turn of the assistant" in error
+
+
 def test_a_conversation_that_the_assistant_opens(tiny, tmp_path, capsys):
     opened = {"messages": [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]}
     path = write(tmp_path, ROWS["messages"], ROWS["messages"], opened)
@@ -443,6 +453,15 @@ def test_no_row_is_trained_beyond_the_models_positions(tiny, tmp_path, capsys, s
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 16}))
     flags = ["--model", tmp_path / "short", "--data", tiny / f"{name}.jsonl", "--out", tmp_path / "out"]
     assert "no row is within 16 tokens, the lower of --max-length and the model's" in error_of(script, capsys, *flags)
+
+
+def test_no_row_is_judged_beyond_the_models_positions(tiny, tmp_path):
+    rows = read_rows(str(tiny / "judgements_other.jsonl"), "judgement")[:3]
+    rows[1] = rows[1] | {"answer": "So. " * 400}
+    write_rows(str(tmp_path / "held_out.jsonl"), rows)
+    flags = ["--max-steps", 1, "--eval-data", tmp_path / "held_out.jsonl", "--max-length", 600]
+    run_script("train_grm.py", *grm_flags(tiny), *flags, "--out", tmp_path / "grm")
+    assert json.loads((tmp_path / "grm/held_out.json").read_text())["judged"] == 2
 
 
 def test_a_conversation_with_its_answer_is_no_input_of_generate(tiny):
