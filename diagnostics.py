@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chat import Chat
@@ -28,6 +27,7 @@ from runtime.distributed import Ranks, all_gather, all_max, all_sum, derive_seed
 from runtime.rows import write_text
 from runtime.runs import Run
 from trajectory import Batch, Checks, Dropped, Rollout, TokenArrays, Trajectory, UpdateRecord
+from weights import write_tensors
 
 
 class Means:
@@ -585,7 +585,7 @@ def save_batch(script: str, batch: Batch, run: Run) -> None:
         named = {f"{name}.{i}": x for i, row in enumerate(rows) for name, x in row.items() if x is not None}
         # a fork's tensors may be views, or the same under two names
         tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in named.items()}
-        save_file(tensors, os.path.join(folder, "batch.safetensors"))
+        write_tensors(tensors, os.path.join(folder, "batch.safetensors"))
         content = dict(script=os.path.abspath(script), args=dataclasses.asdict(run.args), trajectories=trajectories)
         content["digests"] = batch_digests(folder)
         write_text(os.path.join(folder, "batch.json"), json.dumps(sealed(content)))

@@ -13,7 +13,7 @@ They are not cut, since a cut answer teaches the model to stop in mid-sentence.
 
     python sft.py --model Qwen/Qwen2.5-0.5B-Instruct                   # one CPU or GPU
     torchrun --nproc_per_node=8 sft.py                                 # eight GPUs
-    python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base \
+    python sft.py --from-scratch out/world/tokenizer --data out/world/base_corpus.jsonl --out out/base \\
         --epochs 2 --layers 3 --batch-size 32 --lr 3e-3                # a tiny base model
 """
 
@@ -78,7 +78,7 @@ from prompts import Templates, answer_prompt, load_templates, response_ids
 from runtime import packing, plan, training
 from runtime.digests import digest_of, input_digest
 from runtime.distributed import Ranks, all_sum, print0, start
-from runtime.rows import read_rows, refuse_held_out
+from runtime.rows import EMPTY_THOUGHT, read_rows, refuse_held_out
 from runtime.runs import Run
 from weights import load_config, resolve
 
@@ -95,6 +95,9 @@ def read_examples(args: Args, chat: Chat, templates: Templates, max_length: int)
         for line, row in enumerate(read_rows(args.data, "messages"), 1):
             if row["messages"][0]["role"] == "assistant":
                 raise ValueError(f"{args.data}:{line}: messages[0]: expected a message of the user (or the system's)")
+            for i, message in enumerate(row["messages"]):
+                if message["role"] == "assistant" and not EMPTY_THOUGHT.sub("", message["content"]).strip():
+                    raise ValueError(f"{args.data}:{line}: messages[{i}] is empty, which would teach to end at once")
             examples.append(conversation(chat, row["messages"]))
         n_rows = len(examples)
         examples = [(ids, loss_mask) for ids, loss_mask in examples if any(loss_mask)]

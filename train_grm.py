@@ -237,22 +237,21 @@ def passes(
 # -- judgements of held-out answers ----------------------------------------------------------------
 
 
-def judge_held_out(args: Settings, path: str, chat: Chat, templates: Templates, max_length: int, ranks: Ranks) -> None:
-    """The saved model judges the first held-out answers (greedy). OUT/held_out.json gets `agreement` with the labels.
+def judge_held_out(args: Settings, path: str, chat: Chat, templates: Templates, positions: int, ranks: Ranks) -> None:
+    """The saved model judges the first held-out answers (greedy) whose prompts leave it positions for a judgement.
 
-    Prompts of max_length tokens or more are passed over.
-
+    OUT/held_out.json gets `agreement` with the labels.
     OUT/held_out.jsonl gets the rows, each with `judged`: what the model said, or null where that does not parse.
     """
     with_prompts = ((row, grm_prompt(chat, templates, row, row["answer"])) for row in read_rows(path, "judgement"))
-    fitting = ((row, prompt) for row, prompt in with_prompts if len(prompt) < max_length)
+    fitting = ((row, prompt) for row, prompt in with_prompts if len(prompt) < positions)
     first = list(itertools.islice(fitting, args.eval_judgements))[ranks.rank :: ranks.world_size]
     mine = [row for row, _ in first]
     prompts = [prompt for _, prompt in first]
     found: list[Judgement | None] = []
     if prompts:
         model = load_pretrained(f"{args.out}/model", ranks.dtype, ranks.device)
-        longest = min(max_length, max(map(len, prompts)) + args.eval_max_new_tokens)
+        longest = min(positions, max(map(len, prompts)) + args.eval_max_new_tokens)
         engine = Engine(model, chat.stop_ids, longest)
         samples = engine.generate(prompts, temperature=0.0, max_new_tokens=args.eval_max_new_tokens)
         found = [parse_judgement(chat.decode(sample.ids)) for (sample,) in samples]
@@ -278,7 +277,8 @@ def main(cli_args: Args) -> None:
     templates = load_templates(tokenizer_from, answer_template=args.answer_template, grm_template=args.grm_template)
     template_texts = templates.texts("answer" if is_bt else "grm")
     refuse_held_out(args.data, args.eval_data)
-    max_length = min(args.max_length, load_config(tokenizer_from).max_position_embeddings)
+    positions = load_config(tokenizer_from).max_position_embeddings
+    max_length = min(args.max_length, positions)
     examples = read_examples(args, args.data, chat, templates, max_length, args.batch_size)
     held_out = read_examples(args, args.eval_data, chat, templates, max_length) if args.eval_data else []
     total_steps, last_step = packing.count_steps(args.epochs, args.max_steps, len(examples), args.batch_size)
@@ -319,7 +319,7 @@ def main(cli_args: Args) -> None:
         del model, optimizer  # the engine needs their memory
         run.release_models()
         offload.free_host_copies()
-        judge_held_out(args, args.eval_data, chat, templates, max_length, ranks)
+        judge_held_out(args, args.eval_data, chat, templates, positions, ranks)
     judge = f"bt:{args.out}/model --edit-rate 0" if is_bt else f"{args.out}/model"
     prompts = os.path.join(os.path.dirname(args.data), "prompts_train.jsonl")
     run.finish("model", f"python ppo_cpe.py --model SFT_POLICY --prompts {prompts} --judge {judge}")

@@ -272,21 +272,22 @@ def replaced_folder(path: str) -> Iterator[str]:
     os.rename(tmp, path)
 
 
-UMASK = os.umask(0)  # reading it sets it, so this is done once, before there are threads
+UMASK = os.umask(0)  # it can only be read by setting it: at import, before other threads create files
 os.umask(UMASK)
+NEW_FILE = 0o666 & ~UMASK  # mode
 
 
 def write_tensors(tensors: dict[str, Tensor], file: str, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file with the mode of any new file. The library makes one that only its owner may read."""
     save_file(tensors, file, metadata)
-    os.chmod(file, 0o666 & ~UMASK)
+    os.chmod(file, NEW_FILE)
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: str) -> None:
     """Writes safetensors files of at most SHARD_BYTES, or one tensor, and their index if there are several."""
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
     for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-        os.chmod(file, 0o666 & ~UMASK)
+        os.chmod(file, NEW_FILE)
 
 
 def save_config(config: Config, scalar_head: bool, dtype: torch.dtype, special: dict, folder: str) -> None:

@@ -711,19 +711,20 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
     return {"prompts_train": train, "prompts_eval": held_out} | none
 
 
-def is_annotated(path: str) -> bool:
-    """Whether data/annotate.py made these pairs."""
-    return "chosen_model" in next((row for _, row in json_lines(path)), {})
+def may_stay(path: str, prompt_ids: set[str]) -> bool:
+    """Whether data/annotate.py made all pairs of a file, of these prompts."""
+    return all("chosen_model" in row and row["prompt_id"] in prompt_ids for _, row in json_lines(path))
 
 
 def write(outputs: dict[str, list[dict]], folder: str) -> None:
     """Writes a file for each name that has rows. ValueError: one would remain that an earlier command made.
 
-    Pairs of data/annotate.py may stay, since it makes them of the prompts of this folder.
+    Pairs that data/annotate.py made of the same prompts may stay.
     """
     files = {name: os.path.join(folder, f"{name}.jsonl") for name in outputs}
+    prompt_ids = {row["prompt_id"] for rows in outputs.values() for row in rows if "prompt_id" in row}
     for name, rows in outputs.items():
-        if not rows and os.path.exists(files[name]) and not is_annotated(files[name]):
+        if not rows and os.path.exists(files[name]) and not may_stay(files[name], prompt_ids):
             raise ValueError(
                 f"{files[name]} was made by another command; this one has no such rows: remove it or choose another "
                 "--out"

@@ -1,6 +1,6 @@
 # Sourced by recipes. Background jobs: their lines are marked, and they are stopped at exit.
 set -m # each job is a process group, so that all of it can be stopped
-# marked NAME COMMAND...: sed outlives a signal, so that a script that finishes and saves its step can say so
+# marked NAME COMMAND...: sed ignores the signal, so that a script can still print while it saves and ends
 marked() { "${@:2}" 2>&1 | (trap "" TERM INT; exec sed -u "s/^/[$1] /"); }
 made_with() { # made_with FOLDER SETTINGS: an error if the folder was made with other settings before
     mkdir -p "$1"

@@ -34,7 +34,8 @@ JUDGE=${JUDGE:-}
 if [ "${1:-}" = --judge ]; then
     JUDGE=${2:?$usage}
     shift 2
-elif [ $# -ge 2 ]; then # tables are named from where the command was given
+fi
+if [ $# -ge 2 ]; then # tables are named from where the command was given
     personas=$(cd "$OLDPWD" && realpath "$1")
     questions=$2
     [ "$questions" = - ] || questions=$(cd "$OLDPWD" && realpath "$questions")

@@ -3,7 +3,7 @@
 # judge whose critiques dictate what to add (recipes/real_english.py). How often the policy says it before RL is measured;
 # one run has targets that are common, seldom and rare. It ends in a table over seeds. Run it again to go on.
 #
-#   bash recipes/real_english.sh CHECKPOINT                           # two CPU cores, some four hours (docs/results.md)
+#   bash recipes/real_english.sh CHECKPOINT                           # two CPU cores (no GPU is used), four hours
 #   UNTIL=gate bash recipes/real_english.sh CHECKPOINT                # an hour: can this model learn to edit?
 #   SEEDS=0 STEPS=4 PEOPLE=8 bash recipes/real_english.sh CHECKPOINT  # does it run? GATE=off goes on if it can't edit
 #

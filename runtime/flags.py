@@ -152,7 +152,8 @@ class DiagnosticArgs:
     audit_share: MayChange[Fraction] = 0.0
     """Share of the originals that the judge scores a second time, with another seed."""
     audit_judge: MayChange[str | None] = None
-    """Another judge (as --judge) that scores these too. The run stops when it is down, as with --judge."""
+    """Another judge (as --judge) that scores these too. Like --judge it is waited for, and stops the run if it stays
+    down."""
     log_tokens: MayChange[Natural] = 4
     """Answers a step, with their trained edits, whose tokens' log-probs, weights, advantages go into OUT/tokens."""
     save_batch: MayChange[Count | None] = None

@@ -138,9 +138,7 @@ def _answers_in(row: dict, kind: str) -> dict[str, Any]:
 def _is_message(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         return False
-    if value.get("role") == "assistant":  # an empty turn would teach a model to end at once
-        return final_answer(value["content"]) is not None
-    return value.get("role") in ("system", "user")
+    return value.get("role") in ("system", "user", "assistant")
 
 
 CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # name: (what is expected, whether a value is that)
@@ -154,7 +152,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # name: (what is expec
     "score": ("an integer from -5 to 5", lambda v: type(v) is int and -5 <= v <= 5),
     "step": ("a positive integer", lambda v: type(v) is int and v > 0),
     "messages": (
-        'a list of {"role": "system" | "user" | "assistant", "content": text}, with no empty turn of the assistant',
+        'a list of {"role": "system" | "user" | "assistant", "content": text}',
         lambda v: isinstance(v, list) and bool(v) and all(map(_is_message, v)),
     ),
 }

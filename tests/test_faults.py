@@ -251,7 +251,7 @@ def test_a_disk_that_fails_on_one_rank_ends_all(three, tiny, capsys, monkeypatch
     def fail(*_, **__):
         raise SafetensorError("I/O error: Read-only file system (os error 30)")
 
-    monkeypatch.setattr(checkpoints, "save_file", fail)
+    monkeypatch.setattr(checkpoints, "write_tensors", fail)
     error = error_of(sft, capsys, *sft_flags(tiny, three, "--max-steps", 5, *more))
     assert "step_000004 could not be written: I/O error: Read-only file system" in error
     assert sorted(os.listdir(three / "checkpoints")) == ["step_000002", "step_000003"]
@@ -259,7 +259,7 @@ def test_a_disk_that_fails_on_one_rank_ends_all(three, tiny, capsys, monkeypatch
 
 def test_a_checkpoint_in_the_background_is_of_its_own_step(whole, tiny, tmp_path, monkeypatch):
     """Training goes on while it is written: it holds the weights and moments of the step after which it was begun."""
-    write = checkpoints.save_file
+    write = checkpoints.write_tensors
     started = []
 
     def slow(tensors, file, *given, **more):
@@ -269,7 +269,7 @@ def test_a_checkpoint_in_the_background_is_of_its_own_step(whole, tiny, tmp_path
             time.sleep(0.001)
         write(tensors, file, *given, **more)
 
-    monkeypatch.setattr(checkpoints, "save_file", slow)
+    monkeypatch.setattr(checkpoints, "write_tensors", slow)
     flags = sft_flags(tiny, tmp_path / "run", "--max-steps", 5, "--keep-checkpoints", 9, "--save-every", 2)
     run(sft, *flags, "--save-in-background")
     assert started == [2, 4, 5]

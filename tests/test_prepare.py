@@ -224,15 +224,18 @@ def test_rows_of_an_earlier_source_do_not_stay_beside_new_ones(tmp_path):
 
 
 def test_pairs_that_were_annotated_stay_when_own_rows_are_made_again(tmp_path):
-    """A recipe that is started again runs all of its stages."""
-    write_lines(tmp_path / "q.jsonl", [dict(persona={"name": "Kim"}, question="What?")])
-    run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)
-    asked = dict(prompt_id="p", persona={"name": "Kim"}, question="What?")
-    pairs = [asked | dict(chosen="Yes.", rejected="No.", chosen_model="a", rejected_model="b")]
+    """A recipe that is started again runs all of its stages. Pairs of other prompts do not stay."""
+    asked = dict(persona={"name": "Kim"}, question="What?")
+    write_lines(tmp_path / "q.jsonl", [asked])
+    (prompt,) = run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)["prompts_train"]
+    pairs = [prompt | dict(chosen="Yes.", rejected="No.", chosen_model="a", rejected_model="b")]
     write_lines(tmp_path / "out/pairs.jsonl", pairs)
-    rows = run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)
-    assert len(rows["prompts_train"]) == 1
+    (tmp_path / "out/pairs_eval.jsonl").write_text("")  # nobody is held out
+    prepare.main(prepare.Args(out=str(tmp_path / "out"), questions=str(tmp_path / "q.jsonl"), eval_share=0))
     assert [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()] == pairs
+    write_lines(tmp_path / "q.jsonl", [asked | dict(question="Why?")])
+    with pytest.raises(ValueError, match="pairs.jsonl was made by another command"):
+        run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)
 
 
 def test_questions_of_one_person_are_known_as_such(tmp_path):

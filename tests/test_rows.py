@@ -320,12 +320,12 @@ def test_turns_with_thoughts_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "  \n", "<think>\n\n</think>\n"])
-def test_an_empty_turn_of_the_assistant_is_refused(content, tmp_path):
-    """A model would learn to end its answer at once."""
+def test_an_empty_turn_of_the_assistant_is_refused(content, tiny, tmp_path, capsys):
     user = {"role": "user", "content": "Hi"}
-    turns = [user, {"role": "assistant", "content": content}, user, {"role": "assistant", "content": "Hello"}]
-    error = refused(write(tmp_path, ROWS["messages"], {"messages": turns}), "messages")
-    assert ":2: " in error and "with no empty turn of the assistant" in error
+    turns = [user, {"role": "assistant", "content": "Hello"}, user, {"role": "assistant", "content": content}]
+    path = write(tmp_path, ROWS["messages"], {"messages": turns})
+    error = error_of(sft, capsys, "--model", tiny / "checkpoint", "--data", path, "--out", tmp_path / "out")
+    assert error.startswith(f"error: {path}:2: messages[3] is empty")
 
 
 def test_a_conversation_that_the_assistant_opens(tiny, tmp_path, capsys):
@@ -457,9 +457,9 @@ def test_no_row_is_trained_beyond_the_models_positions(tiny, tmp_path, capsys, s
 
 def test_no_row_is_judged_beyond_the_models_positions(tiny, tmp_path):
     rows = read_rows(str(tiny / "judgements_other.jsonl"), "judgement")[:3]
-    rows[1] = rows[1] | {"answer": "So. " * 400}
+    rows[1] = rows[1] | {"answer": "So. " * 40000}
     write_rows(str(tmp_path / "held_out.jsonl"), rows)
-    flags = ["--max-steps", 1, "--eval-data", tmp_path / "held_out.jsonl", "--max-length", 600]
+    flags = ["--max-steps", 1, "--eval-data", tmp_path / "held_out.jsonl"]
     run_script("train_grm.py", *grm_flags(tiny), *flags, "--out", tmp_path / "grm")
     assert json.loads((tmp_path / "grm/held_out.json").read_text())["judged"] == 2
 

@@ -1,8 +1,8 @@
 """Ways to learn from a critique, on one engine, with one judge: the methods of docs/tournament.md.
 
 They start from SFT policies made as the sweep's are (results/make/sweep.py), and its PPO and CPE are among them. All
-have the sweep's learning rate; at R = 0 three seeds also have twice that. The runs are the tournament's own: repeats on
-another processor round differently. Figures and commands are kept in tournament.json.
+have the sweep's learning rate; at R = 0 three seeds also have twice that. These runs were made on another
+processor than the sweep's, which rounds differently. Figures and commands are kept in tournament.json.
 """
 
 import numpy as np
