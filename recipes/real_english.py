@@ -29,13 +29,13 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from scipy import stats
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import Chat
 from evaluation.plots import COLORS, save_plot
-from evaluation.tables import interval_text, markdown_table, spread
-from evaluation.winrate import mean_and_interval
+from evaluation.tables import markdown_table, spread
 from json_files import read_json
 from model import Transformer, load_pretrained
 from prompts import Templates, answer_request, fill
@@ -374,7 +374,7 @@ def write_table(args: Args, folder: str, rates_file: str) -> None:
     lines = markdown_table(["", "seeds", *(heading for heading, *_ in COLUMNS.values())], rows)
     for name in of_name:
         if name != "ppo" and "ppo" in of_name and len(of_name[name]) == len(of_name["ppo"]):
-            lines += ["", *differences(name, of_name[name], of_name["ppo"], args.seed)]
+            lines += ["", *differences(name, of_name[name], of_name["ppo"])]
     header = ["originals in training, %", "bin", f"by windows of {WINDOW} steps"]
     lines += ["", *markdown_table(header, window_rows(of_name))]
     content = "\n".join(lines)
@@ -384,23 +384,25 @@ def write_table(args: Args, folder: str, rates_file: str) -> None:
     print(f"{content}\n\nwritten: {args.out}/real_english.md, .json, .png, .svg")
 
 
-def differences(name: str, runs: list[dict], others: list[dict], seed: int) -> list[str]:
-    """Lines: a policy less PPO by bin, in points, with an interval that draws targets (all seeds of one together)."""
+def differences(name: str, runs: list[dict], others: list[dict]) -> list[str]:
+    """Lines: a policy less PPO by bin, in points, with 95 % intervals (Student's t) over targets and over seeds."""
     lines = []
     for bin_name in BINS:
-        pairs = [
-            (key, run["targets"][key] - other["targets"][key])
-            for run, other in zip(runs, others)
-            for key in run["targets"]
-            if key.startswith(f"{bin_name} ")
-        ]
-        if pairs:
-            keys, values = zip(*pairs)
-            d = mean_and_interval(100 * np.array(values), seed, list(keys), "mean")
-            n_targets = len(set(keys))
-            interval = interval_text(d["mean"], d["low"], d["high"])
-            lines.append(f"- {name} less ppo, {bin_name}: {interval}, {n_targets} targets x {len(runs)} seeds")
+        targets = [key for key in runs[0]["targets"] if key.startswith(f"{bin_name} ")]
+        if targets:
+            pairs = list(zip(runs, others, strict=True))
+            d = 100 * np.array([[run["targets"][t] - other["targets"][t] for t in targets] for run, other in pairs])
+            over_targets = f"over {len(targets)} targets {t_interval(d.mean(0))}"
+            over_seeds = f"over {len(runs)} seeds {t_interval(d.mean(1))}"
+            lines.append(f"- {name} less ppo, {bin_name}: {d.mean():.1f} ({over_targets}, {over_seeds})")
     return lines
+
+
+def t_interval(values: np.ndarray) -> str:
+    if len(values) < 2:
+        return "-"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean() - half:.1f} to {values.mean() + half:.1f}"
 
 
 def curves(of_name: dict[str, list[dict]], bin_name: str) -> dict[str, np.ndarray]:

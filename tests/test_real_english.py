@@ -172,7 +172,7 @@ def test_the_table(tmp_path, tiny, capsys):
     assert "| ppo | 2 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 | 16.7 ± 23.6 | 0.0 ± 0.0 |" in table
     assert "| 1400 ± 0 | 12 ± 0 |" in table
     assert "| sft | 1 | 100.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in table
-    assert "- cpe less ppo, rare: 100.0" in table and "1 targets x 2 seeds" in table
+    assert "- cpe less ppo, rare: 100.0 (over 1 targets -, over 2 seeds 100.0 to 100.0)" in table
     assert "| cpe | common | 100 100 |" in table
     assert {f"real_english.{kind}" for kind in ("md", "json", "png", "svg")} == set(os.listdir(tmp_path / "out"))
     kept = json.loads((tmp_path / "out/real_english.json").read_text())

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from results.make import (
     draw,
     experiments,
     figures,
+    followed,
     judgements,
     ladder,
     subset,
@@ -35,7 +37,7 @@ from results.make import (
 )
 from results.make.experiments import Experiment, run
 from runtime.digests import digest_of
-from runtime.rows import read_rows
+from runtime.rows import read_rows, write_rows
 
 pytestmark = pytest.mark.tables
 
@@ -193,6 +195,41 @@ def test_wrong_critics_are_wrong_as_often_as_they_say():
 
 def rollout_rows(run, step):
     return read_rows(f"{run}/rollouts/step_{step:06d}.jsonl", "object")
+
+
+def test_whether_edits_follow_a_critique(tmp_path, monkeypatch):
+    """A policy whose answers say nothing, and whose edits say what the critique names: all of it, and nothing right."""
+    rows = list(persona_world.prompt_rows(random.Random(0), "eval", 6))
+    write_rows(str(tmp_path / "seed0/recipe/world/prompts_eval.jsonl"), rows)
+    contexts = []
+
+    def sample(engine, prompts, n):
+        """An edit prompt here is the critique itself."""
+        contexts.append(prompts)
+        return [[SimpleNamespace(ids=text, stop_id=None)] for text in prompts]
+
+    monkeypatch.setattr(followed, "sample", sample)
+    monkeypatch.setattr(followed, "answer_prompt", lambda *_: "")
+    monkeypatch.setattr(followed, "edit_prompt", lambda chat, templates, prompt, ids, critique: critique)
+    monkeypatch.setattr(followed, "Chat", lambda _: SimpleNamespace(decode=lambda ids: ids, stop_ids=[]))
+    monkeypatch.setattr(followed, "with_stop", lambda response: response.ids)
+    for name in ("load_templates", "load_pretrained", "Engine"):
+        monkeypatch.setattr(followed, name, lambda *_: None)
+    monkeypatch.setattr(followed, "items_of", lambda row, critique: set(said_in(critique)))
+    found = followed.measure(str(tmp_path), 0)
+    exact, misled, elsewhere, silent = found.values()
+    assert exact == {"advice": 100, "step": 100}
+    assert misled == {"advice": 0, "told advice": 100, "step": 0, "told step": 100}
+    assert elsewhere == {"advice": 0, "told advice": 100, "step": 100}
+    assert silent == {"advice": 0, "step": 0} and contexts[-1] == ["."] * 6
+
+
+def said_in(critique):
+    """The advice and steps that a critique of the generated world names."""
+    for attribute, value in re.findall(r"your (\w+) is (\w+)", critique):
+        yield "advice", attribute, value
+    for step in re.findall(r"Add: ([^.]+)\.", critique):
+        yield "step", step
 
 
 def test_the_experiments_of_the_ladder():

@@ -51,13 +51,20 @@ def wrong(row: dict, answer: str, probability: float) -> Judgement:
     texts = []
     for edit in edits_of(row, answer):
         persona = row["persona"]
-        if edit[0] == "say" and rng.random() < probability:
-            attribute = edit[1]
-            persona = persona | {attribute: other_value(rng, attribute, persona[attribute])}
-        elif edit[0] == "add" and rng.random() < probability:
-            edit = ("add", rng.choice([step for step in STEPS if step != edit[1]]))
+        if edit[0] in ("say", "add") and rng.random() < probability:
+            persona, edit = misled(rng, persona, edit)
         texts.append(edit_text(persona, edit))
     return with_critique(row, answer, texts)
+
+
+def misled(rng: Random, persona: dict, edit: tuple[str, ...]) -> tuple[dict, tuple[str, ...]]:
+    """Persona and edit of the same sentence with another person's value or another topic's step."""
+    if edit[0] == "say":
+        attribute = edit[1]
+        return persona | {attribute: other_value(rng, attribute, persona[attribute])}, edit
+    if edit[0] == "add":
+        return persona, ("add", rng.choice([step for step in STEPS if step != edit[1]]))
+    return persona, edit
 
 
 def edits_of(row: dict, answer: str) -> list[tuple[str, ...]]:

@@ -39,7 +39,7 @@ REFRESH_STEPS = 78
 
 JUDGES = {  # name: what it writes
     "bt": "a number (Bradley-Terry)",
-    "bt_exact": "a number (Bradley-Terry); labels without bias",
+    "bt_exact": "a number (Bradley-Terry); exact labels",
     "scores": "scores",
     "critique": "critique, scores",
     "checked_scores": "checks, scores",
@@ -277,7 +277,7 @@ def recipe_table(runs: Figures) -> str:
 COMPARED = {  # label: two runs, on the seeds that both have
     "CPE less PPO": ("checks/cpe", "checks/ppo"),
     "PPO (GRM) less PPO (BT)": ("checks/ppo", "bt/ppo"),
-    "PPO: Bradley-Terry, labels without bias less with": ("bt_exact/ppo", "bt/ppo"),
+    "PPO: Bradley-Terry, exact labels less biased ones": ("bt_exact/ppo", "bt/ppo"),
     "PPO: checks, critique, scores less scores alone": ("checks/ppo", "scores/ppo"),
     "PPO: checks, critique, scores less critique, scores": ("checks/ppo", "critique/ppo"),
     "CPE: checks, critique, scores less critique, scores": ("checks/cpe", "critique/cpe"),

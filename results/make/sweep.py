@@ -5,7 +5,7 @@ base's corpus has a topic's last step and the advice only in critiques and in an
 rate R has its own SFT policy, trained on answers of a world with `--rarity R R`. Two rates differ in the
 policy that RL starts from, and in nothing else: judge and prompts are the same.
 
-The tables give the rate that is *measured* in samples of the SFT policy, since SFT on chosen answers raises it above R.
+The tables give the rate that is *measured* in samples of the SFT policy, since SFT on chosen answers changes it.
 They report how often the final policy says the content without a critique in its context, and the exact judge's score,
 on unseen people's questions. All methods have up to six responses a prompt, at the recipe's learning rate; four
 of them also at twice that rate.

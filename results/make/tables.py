@@ -5,6 +5,7 @@
     python results/make/tables.py tournament            # every way to learn from a critique; some eight hours
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
     python results/make/tables.py one-step > docs/one-step.md      # one step with real text, of recipes/tiny.sh's run
+    python results/make/tables.py edits > results/sweep/edits.md   # do edits follow critiques? Minutes, after sweep
 
     python results/make/tables.py sweep --quick         # one seed, fewer experiments: a quarter of an hour
     python results/make/tables.py sweep --only-draw     # tables and figures of the finished experiments
@@ -23,7 +24,7 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from results.make import ladder, memory, one_step, sweep, tournament
+from results.make import followed, ladder, memory, one_step, sweep, tournament
 from results.make.experiments import Experiment, is_done, missing, read_kept, run, set_settings, write_kept
 from runtime import flags
 from runtime.flags import Count
@@ -31,8 +32,8 @@ from runtime.flags import Count
 
 @dataclass
 class Args:
-    table: tyro.conf.Positional[Literal["ladder", "sweep", "tournament", "memory", "one-step"]]
-    """The table to make: ladder, sweep, tournament, memory or one-step."""
+    table: tyro.conf.Positional[Literal["ladder", "sweep", "tournament", "memory", "one-step", "edits"]]
+    """The table to make: ladder, sweep, tournament, memory, one-step or edits."""
 
     # -- experiments (ladder, sweep, tournament)
     out: str = "out/ladder"
@@ -42,7 +43,7 @@ class Args:
     quick: bool = False
     """One seed, fewer experiments."""
     seeds: Count = 5
-    """Seeds of the sweep and the tournament."""
+    """Seeds of the sweep, the tournament and the edits."""
     jobs: Count = 2
     """Experiments that run at the same time; they share the cores equally."""
     only_draw: bool = False
@@ -58,6 +59,8 @@ class Args:
 def main(args: Args) -> None:
     if args.table == "memory":
         return memory.main()
+    if args.table == "edits":
+        return print(followed.page(args.out, args.seeds), end="")
     if args.table == "one-step":
         return print(one_step.page(args.run, args.step), end="")
     out, folder = args.out, "results"
