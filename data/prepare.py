@@ -711,20 +711,21 @@ def own_rows(args: Args, dropped: Counter) -> dict[str, list[dict]]:
     return {"prompts_train": train, "prompts_eval": held_out} | none
 
 
-def may_stay(path: str, prompt_ids: set[str]) -> bool:
+def may_stay(path: str, prompts: list[dict]) -> bool:
     """Whether data/annotate.py made all pairs of a file, of these prompts."""
+    prompt_ids = {row["prompt_id"] for row in prompts}
     return all("chosen_model" in row and row["prompt_id"] in prompt_ids for _, row in json_lines(path))
 
 
 def write(outputs: dict[str, list[dict]], folder: str) -> None:
     """Writes a file for each name that has rows. ValueError: one would remain that an earlier command made.
 
-    Pairs that data/annotate.py made of the same prompts may stay.
+    Pairs that data/annotate.py made of prompts on the same side of the split may stay.
     """
     files = {name: os.path.join(folder, f"{name}.jsonl") for name in outputs}
-    prompt_ids = {row["prompt_id"] for rows in outputs.values() for row in rows if "prompt_id" in row}
     for name, rows in outputs.items():
-        if not rows and os.path.exists(files[name]) and not may_stay(files[name], prompt_ids):
+        prompts = outputs.get("prompts_eval" if name.endswith("_eval") else "prompts_train", [])
+        if not rows and os.path.exists(files[name]) and not may_stay(files[name], prompts):
             raise ValueError(
                 f"{files[name]} was made by another command; this one has no such rows: remove it or choose another "
                 "--out"

@@ -233,6 +233,9 @@ def test_pairs_that_were_annotated_stay_when_own_rows_are_made_again(tmp_path):
     (tmp_path / "out/pairs_eval.jsonl").write_text("")  # nobody is held out
     prepare.main(prepare.Args(out=str(tmp_path / "out"), questions=str(tmp_path / "q.jsonl"), eval_share=0))
     assert [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()] == pairs
+    other = prompt | dict(prompt_id="other")
+    with pytest.raises(ValueError, match="pairs.jsonl was made by another command"):  # now the person is held out
+        prepare.write(dict(prompts_train=[other], prompts_eval=[prompt], pairs=[]), str(tmp_path / "out"))
     write_lines(tmp_path / "q.jsonl", [asked | dict(question="Why?")])
     with pytest.raises(ValueError, match="pairs.jsonl was made by another command"):
         run(None, tmp_path / "out", questions=str(tmp_path / "q.jsonl"), eval_share=0)

@@ -93,7 +93,8 @@ def page(out: str, seeds: int) -> str:
         cells = []
         for kind in ("advice", "told advice", "step", "told step"):
             values = [figures[name][kind] for figures in by_seed if kind in figures[name]]
-            cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "-")
+            deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{deviation}" if values else "-")
         lines.append([name, *cells])
     note = "Percent of what a critique asks for. Seeds: " + ", ".join(map(str, range(seeds)))
     return f"# Do edits follow the words of a critique?\n\n{note}.\n\n{markdown_table(header, lines)}\n"

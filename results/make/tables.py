@@ -5,7 +5,7 @@
     python results/make/tables.py tournament            # every way to learn from a critique; some eight hours
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
     python results/make/tables.py one-step > docs/one-step.md      # one step with real text, of recipes/tiny.sh's run
-    python results/make/tables.py edits > results/sweep/edits.md   # do edits follow critiques? Minutes, after sweep
+    python results/make/tables.py edits --seeds 4 > results/sweep/edits.md    # do edits follow critiques? After sweep
 
     python results/make/tables.py sweep --quick         # one seed, fewer experiments: a quarter of an hour
     python results/make/tables.py sweep --only-draw     # tables and figures of the finished experiments
