@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import random
@@ -74,9 +73,10 @@ def figure(name: str, value: float, bound: float, at_least: bool = False) -> boo
 
 
 def highest(values: Iterable[float | torch.Tensor]) -> float:
-    """The highest value, NaN if one is NaN: Python's max may pass over it. -inf: there are none."""
-    found = list(map(float, values))
-    return float("nan") if any(map(math.isnan, found)) else max(found, default=float("-inf"))
+    """The highest value, NaN if one is NaN: Python's max may pass over it. ValueError: there are none."""
+    import numpy as np
+
+    return float(np.max([float(value) for value in values]))
 
 
 def versions() -> bool:

@@ -35,12 +35,6 @@ if [ "${1:-}" = --judge ]; then
     JUDGE=${2:?$usage}
     shift 2
 fi
-if [ $# -ge 2 ]; then # tables are named from where the command was given
-    personas=$(cd "$OLDPWD" && realpath "$1")
-    questions=$2
-    [ "$questions" = - ] || questions=$(cd "$OLDPWD" && realpath "$questions")
-    set -- "$personas" "$questions" "${@:3}"
-fi
 rl=(--prompts "$DATA/prompts_train.jsonl") # which --edit-loss to take: docs/method.md 2.1
 stages="rows sft grm bt dpo ppo_bt ppo_grm cpe evaluate"
 [ -z "$JUDGE" ] || stages=${stages/ grm/} # a judge is given: no GRM is trained
@@ -142,7 +136,8 @@ for name in "${stages[@]}"; do # what each will hold in memory; the recipe stops
 done
 [ -z "${PLAN_ONLY:-}" ] || exit 0
 
-[ $# = 0 ] || DATA=$DATA STAGES=data bash recipes/own_data.sh "$@"
+# from where this command was given, since tables are named from there
+[ $# = 0 ] || (root=$PWD && cd "$OLDPWD" && DATA=$DATA STAGES=data bash "$root/recipes/own_data.sh" "$@")
 case " $* " in *" --plan "*) exit 0 ;; esac # it was a plan of the data alone
 for name in "${stages[@]}"; do
     case $name in

@@ -218,7 +218,7 @@ def launch(script, *flags, processes=1, folder=".", **environment):
 
 
 def written(run):
-    """What a launched script has written so far: rank after rank, stdout and stderr."""
+    """The output of a launched script so far: rank after rank, stdout and stderr."""
     output = ""
     for log in run.logs:
         with open(log) as f:

@@ -109,7 +109,7 @@ def test_a_plan_of_the_data_trains_nothing(calls_of):
 
 
 def test_a_stopped_stage_can_say_what_it_saved(stubs):
-    """What marks its lines outlives the signal; otherwise a script dies of the line before its checkpoint."""
+    """Otherwise a script dies of the line that it prints before its checkpoint, since nobody reads it."""
     stage = """trap 'sleep 0.3; echo saved; exit 75' TERM; echo begun; while :; do sleep 0.05; done"""
     script = f'source recipes/jobs.sh; marked A bash -c "{stage}" & all_done'
     recipe = subprocess.Popen(["bash", "-c", script], cwd=stubs, stdout=subprocess.PIPE, text=True)

@@ -13,6 +13,7 @@ import numpy as np
 from chat import Chat
 from data.persona_world import ATTRIBUTES, TOPICS, edit_text, find_topic
 from engine import Engine
+from evaluation.tables import spread
 from model import load_pretrained
 from prompts import answer_prompt, edit_prompt, load_templates
 from recipes.rare_content import items_of
@@ -43,7 +44,7 @@ CRITIQUES: dict[str, Callable[[Random, dict, Edit], Said]] = {
 
 
 def item_of(persona: dict, edit: Edit) -> tuple | None:
-    """What an answer says that carries out an edit (`persona_world.Sentence`); None if it only removes something."""
+    """The item of an answer that carries out an edit (`persona_world.Sentence`); None if it only removes something."""
     if edit[0] == "say":
         return ("advice", edit[1], persona[edit[1]])
     return ("step", edit[1]) if edit[0] == "add" else None
@@ -93,8 +94,7 @@ def page(out: str, seeds: int) -> str:
         cells = []
         for kind in ("advice", "told advice", "step", "told step"):
             values = [figures[name][kind] for figures in by_seed if kind in figures[name]]
-            deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{deviation}" if values else "-")
+            cells.append(spread(values, 1))
         lines.append([name, *cells])
     note = "Percent of what a critique asks for. Seeds: " + ", ".join(map(str, range(seeds)))
     return f"# Do edits follow the words of a critique?\n\n{note}.\n\n{markdown_table(header, lines)}\n"
