@@ -18,6 +18,13 @@ def items_of(row: dict, answer: str) -> set[tuple]:
     return {item for sentence in read_sentences(row["persona"], answer) for item in sentence.items}
 
 
+def item_of(persona: dict, edit: tuple[str, ...]) -> tuple | None:
+    """The item of an answer that carries out an edit of `persona_world.review`; None if it only removes something."""
+    if edit[0] == "say":
+        return ("advice", edit[1], persona[edit[1]])
+    return ("step", edit[1]) if edit[0] == "add" else None
+
+
 def advised(row: dict, answer: str) -> list[bool]:
     """For each relevant attribute of the question, whether the answer gives the advice that suits the person."""
     items = items_of(row, answer)
@@ -67,9 +74,7 @@ def carried_out(rows: list[dict], edits: list[str]) -> dict[str, float | None]:
     for row, edit in zip(rows, edits, strict=True):
         items = items_of(row, edit)
         requests = review(row["persona"], row["question"], row["answer"])[1]
-        for kind, *what in requests[:3]:  # a critique names three
-            if kind == "add":
-                steps.append(("step", what[0]) in items)
-            elif kind == "say":
-                advice.append(("advice", what[0], row["persona"][what[0]]) in items)
+        for request in requests[:3]:  # a critique names three
+            if item := item_of(row["persona"], request):
+                (steps if item[0] == "step" else advice).append(item in items)
     return {"edit_step": fraction(steps), "edit_advice": fraction(advice)}

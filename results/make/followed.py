@@ -16,7 +16,7 @@ from engine import Engine
 from evaluation.tables import spread
 from model import load_pretrained
 from prompts import answer_prompt, edit_prompt, load_templates
-from recipes.rare_content import items_of
+from recipes.rare_content import item_of, items_of
 from recipes.sanity_checks import KV_TOKENS, sample, with_stop
 from results.make.critics import edits_of, misled
 from results.make.draw import markdown_table
@@ -41,13 +41,6 @@ CRITIQUES: dict[str, Callable[[Random, dict, Edit], Said]] = {
     "an attribute that does not matter": elsewhere,
     "a full stop": lambda rng, row, edit: None,
 }
-
-
-def item_of(persona: dict, edit: Edit) -> tuple | None:
-    """The item of an answer that carries out an edit (`persona_world.Sentence`); None if it only removes something."""
-    if edit[0] == "say":
-        return ("advice", edit[1], persona[edit[1]])
-    return ("step", edit[1]) if edit[0] == "add" else None
 
 
 def measure(out: str, seed: int) -> dict[str, dict[str, float]]:
