@@ -502,10 +502,9 @@ def should_edit(original: Trajectory, args: Args) -> bool:
 
 def response_of(request: Request, sample: Sample, chat: Chat) -> Response:
     """A sample of the engine as a response. Its ids include the stop token, which is trained like any other."""
-    stop_ids = [] if sample.stop_id is None else [sample.stop_id]
     return Response(
         **vars(request),
-        response_ids=sample.ids + stop_ids,
+        response_ids=sample.response_ids,
         engine_logprobs=sample.logprobs,
         answer=chat.decode(sample.ids),
         truncated=sample.finish_reason == "length",

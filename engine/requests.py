@@ -37,6 +37,11 @@ class Sample:
     top_logprobs: list[list[tuple[int, float]]]  # for each log-prob: the most likely (id, log-prob), then the extra ids
     error: str | None = None
 
+    @property
+    def response_ids(self) -> list[int]:
+        """The ids, with the stop token if there is one."""
+        return self.ids + ([] if self.stop_id is None else [self.stop_id])
+
 
 @dataclass(eq=False)
 class Sequence:

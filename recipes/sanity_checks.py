@@ -89,7 +89,7 @@ def policy_figures(args: Args, templates: Templates, ranks: Ranks) -> Figures:
     for row, prompt, responses in zip(rows, prompts, sample(engine, prompts, args.samples)):
         answers += [row | {"answer": chat.decode(response.ids)} for response in responses]
         critique = exact_judge(row, chat.decode(responses[0].ids)).critique
-        edit_prompts.append(edit_prompt(chat, templates, prompt, with_stop(responses[0]), critique))
+        edit_prompts.append(edit_prompt(chat, templates, prompt, responses[0].response_ids, critique))
     edits = [chat.decode(edit.ids) for (edit,) in sample(engine, edit_prompts, 1)]
     edited = answers[:: args.samples]  # the first sample of each prompt
     return {
@@ -97,11 +97,6 @@ def policy_figures(args: Args, templates: Templates, ranks: Ranks) -> Figures:
         **rare_content.measure(answers),
         **rare_content.carried_out(edited, edits),
     }
-
-
-def with_stop(response: Sample) -> list[int]:
-    """Its ids, with the stop token if it ended by one."""
-    return response.ids + ([] if response.stop_id is None else [response.stop_id])
 
 
 def sample(engine: Engine, prompts: list[list[int]], n: int) -> list[list[Sample]]:

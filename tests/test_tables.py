@@ -206,13 +206,12 @@ def test_whether_edits_follow_a_critique(tmp_path, monkeypatch):
     def sample(engine, prompts, n):
         """An edit prompt here is the critique itself."""
         contexts.append(prompts)
-        return [[SimpleNamespace(ids=text, stop_id=None)] for text in prompts]
+        return [[SimpleNamespace(ids=text, response_ids=text)] for text in prompts]
 
     monkeypatch.setattr(followed, "sample", sample)
     monkeypatch.setattr(followed, "answer_prompt", lambda *_: "")
     monkeypatch.setattr(followed, "edit_prompt", lambda chat, templates, prompt, ids, critique: critique)
     monkeypatch.setattr(followed, "Chat", lambda _: SimpleNamespace(decode=lambda ids: ids, stop_ids=[]))
-    monkeypatch.setattr(followed, "with_stop", lambda response: response.ids)
     for name in ("load_templates", "load_pretrained", "Engine"):
         monkeypatch.setattr(followed, name, lambda *_: None)
     monkeypatch.setattr(followed, "items_of", lambda row, critique: set(said_in(critique)))

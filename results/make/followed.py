@@ -17,7 +17,7 @@ from evaluation.tables import spread
 from model import load_pretrained
 from prompts import answer_prompt, edit_prompt, load_templates
 from recipes.rare_content import item_of, items_of
-from recipes.sanity_checks import KV_TOKENS, sample, with_stop
+from recipes.sanity_checks import KV_TOKENS, sample
 from results.make.critics import edits_of, misled
 from results.make.draw import markdown_table
 from runtime.distributed import start
@@ -63,7 +63,7 @@ def measure(out: str, seed: int) -> dict[str, dict[str, float]]:
             wanted = edits_of(row, chat.decode(answer.ids))
             said = [said_of(rng, row, edit) for edit in wanted]
             critique = " ".join(edit_text(*sentence) for sentence in said if sentence) or "."
-            edit_prompts.append(edit_prompt(chat, templates, prompt, with_stop(answer), critique))
+            edit_prompts.append(edit_prompt(chat, templates, prompt, answer.response_ids, critique))
             items = [item_of(row["persona"], edit) for edit in wanted]
             asked.append(list(zip(items, [sentence and item_of(*sentence) for sentence in said])))
         found = defaultdict(list)
