@@ -401,8 +401,8 @@ def differences(name: str, runs: list[dict], others: list[dict]) -> list[str]:
 def t_interval(values: np.ndarray) -> str:
     if len(values) < 2:
         return "-"
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean() - half:.1f} to {values.mean() + half:.1f}"
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return f"{low:.1f} to {high:.1f}"
 
 
 def curves(of_name: dict[str, list[dict]], bin_name: str) -> dict[str, np.ndarray]:

@@ -65,14 +65,15 @@ def difference(experiments: dict, name, other, figure: str) -> dict | None:
     if len(seeds) < 2:
         return None
     differences = np.array([first[seed][figure] - second[seed][figure] for seed in seeds])
-    half = stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds))
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval(0.95)
     return {
         "experiments": [name, other],
         "column": figure,
         "mean": float(differences.mean()),
-        "low": float(differences.mean() - half),
-        "high": float(differences.mean() + half),
-        "p": float(stats.ttest_1samp(differences, 0).pvalue),
+        "low": float(low),
+        "high": float(high),
+        "p": float(test.pvalue),
         "seeds": len(seeds),
     }
 
