@@ -5,7 +5,7 @@
    file (--answers, --baseline-answers), or the prompts' own references (--baseline reference).
 2. Ask a judge. `--judge pair:...` names the better of the two answers and is asked in both orders. Any other judge (a
    generative reward model, a Bradley-Terry model, a function of your own) scores each answer by itself, and the higher
-   score wins. Equal texts are a draw without a question.
+   score wins. Equal texts are a draw, and a judge of pairs is not asked about them.
 3. Write tables: win rate and length-controlled win rate with 95 % intervals, by group, position bias, what is missing.
 The prompt rows make the benchmark (data/prepare.py): PersonaFeedback's questions with their fixed baseline,
 AlpacaEval's with personas, PersonaMem's with the persona only, or your own.
@@ -14,7 +14,8 @@ AlpacaEval's with personas, PersonaMem's with the persona only, or your own.
 `--task persona-swap` scores the model's answers under their own and under another person's persona.
 `--task personamem` is multiple choice after a long history, by generated letter and by likelihood.
 `--annotations A.json B.json` makes tables from annotation files in AlpacaEval's format; no model, no judge. Two models
-on the same questions get a paired test. `--labels FILE` (annotations of another judge or of people) adds Cohen's kappa.
+on the same questions and baseline get a paired test. `--labels FILE` (annotations of another judge or of people) adds
+Cohen's kappa.
 
 Each finished answer and verdict is appended to OUT/journal/ as it comes, under a digest of everything that it depends
 on (weights, prompt, settings, seed). So a killed run continues without asking twice, and a changed model, prompt or
@@ -73,7 +74,8 @@ class Args(flags.JudgeArgs, flags.EngineArgs):
     """Folder whose journal/ to use instead of OUT/journal, so that evaluations one after the other share answers and
     verdicts."""
     answer_template: str | None = None
-    """File with another prompt of the policy. Default: the one that a model was trained with, else the built-in one."""
+    """File with another prompt of the policy, and of a judge bt:. Default: the one that a model was trained with, else
+    the built-in one."""
     grm_template: str | None = None
     """File with another rubric, for a judge that scores. Default: its own, else the built-in one."""
     pair_template: str | None = None
@@ -286,7 +288,7 @@ def outcome_of(model: str | None, baseline: str | None, verdicts: dict[str, dict
     """The outcome of the verdicts on two answers."""
     if model is None or baseline is None:
         return Outcome(method="scores" if verdicts else None)
-    if not verdicts:
+    if model == baseline:
         return Outcome(preference=1.5, method="equal texts", failure=None)
     failures = [v["failure"] for v in verdicts.values() if v["reward"] is None]
     outcome = Outcome(failure=failures[0] if failures else None)
@@ -335,13 +337,21 @@ def annotations_of(rows: list[dict], answers: dict[str, Answers], outcomes: list
     return annotations
 
 
-def summarize(answers: Answers, verdicts: list[dict]) -> dict:
-    """Means of one side's figures and, where the judge scores, of its scores."""
-    means = {name: mean_and_error(v[name] for v in verdicts) for name in (*DIMENSIONS, "reward")}
+def summarize(side: str, answers: Answers, found: list[dict[str, dict]]) -> dict:
+    """Means of one side's figures and, where the judge scores, of its scores.
+
+    The scores are those of the prompts whose answers both have a verdict, so that the sides can be compared.
+
+    found: the verdicts on each prompt, from `verdicts_on_both`.
+    """
+    verdicts = [verdict[side] for verdict in found if side in verdict]
+    both = [verdict for verdict in found if all(verdict.get(s, {}).get("reward") is not None for s in SIDES)]
+    means = {name: mean_and_error(verdict[side][name] for verdict in both) for name in (*DIMENSIONS, "reward")}
     means |= {name: mean_and_error(row.get(name) for row in answers.rows) for name in answers.figures}
     return means | dict(
         answers=sum(answer is not None for answer in answers.texts),
         unjudged=sum(v["reward"] is None for v in verdicts) if verdicts else None,  # None: the judge compares
+        compared=len(both) if verdicts else None,
     )
 
 
@@ -351,6 +361,7 @@ SIDE_LABELS = {
     "n_tokens": "length, tokens",
     "truncated": "truncated, %",
     "unjudged": "without a judgement",
+    "compared": "prompts of the scores",
 }
 
 
@@ -406,7 +417,7 @@ def win_rate(args: Args, ranks: Ranks) -> None:
         return
     annotations = annotations_of(rows, answers, outcomes, args.judge)
     comparison = compare(annotations, args.seed, gamed, args.bootstrap_draws)
-    results = {side: summarize(answers[side], [v for v in verdicts if v.get("side") == side]) for side in SIDES}
+    results = {side: summarize(side, answers[side], found) for side in SIDES}
     write_json(os.path.join(args.out, "annotations.json"), annotations)
     write_json(os.path.join(args.out, "results.json"), results | comparison | {"args": flags.record(args)})
     sides = {answers[side].generator: results[side] for side in SIDES}
@@ -516,7 +527,8 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
         return
     own = verdicts[: len(shown)]
     swapped = verdicts[len(shown) :]
-    names = [*(name for name in DIMENSIONS if any(v[name] is not None for v in own)), "reward"]
+    both = [(a, b) for a, b in zip(own, swapped) if None not in (a["reward"], b["reward"])]
+    names = [*(name for name in DIMENSIONS if any(a[name] is not None for a, _ in both)), "reward"]
     persons = persons_of([row for row, _, _ in shown])
 
     def test(name: str) -> dict:
@@ -527,14 +539,14 @@ def persona_swap(args: Args, ranks: Ranks) -> None:
         model=answers.generator,
         judge=args.judge,
         missing=[row["prompt_id"] for row in answers.rows if row["answer"] is None],
-        own={name: mean_and_error(v[name] for v in own) for name in names},
-        swapped={name: mean_and_error(v[name] for v in swapped) for name in names},
+        own={name: mean_and_error(a[name] for a, _ in both) for name in names},
+        swapped={name: mean_and_error(b[name] for _, b in both) for name in names},
         difference={name: test(name) for name in names},
         failures=dict(Counter(v["failure"] for v in verdicts if v["failure"])),
     )
     named = []
-    for (row, stranger, _), a, b in zip(shown, own, swapped):
-        named.append(dict(prompt_id=row["prompt_id"], persona=stranger, own=a, swapped=b))
+    for (row, stranger, answer), a, b in zip(shown, own, swapped):
+        named.append(dict(prompt_id=row["prompt_id"], persona=stranger, answer=answer, own=a, swapped=b))
     write_rows(os.path.join(args.out, "verdicts.jsonl"), named)
     table = swap_table(results)
     write_results(args.out, results, flags.record(args), table, "answers_model.jsonl, verdicts.jsonl")
@@ -546,10 +558,11 @@ def swap_table(results: dict) -> str:
     for name, d in results["difference"].items():
         means = [number_text(results[side][name]["mean"], 2) for side in ("own", "swapped")]
         difference = interval_text(d["difference"], d["low"], d["high"], digits=2)
-        rows.append([name, *means, difference, d["better"], d["equal"], d["worse"], number_text(d["p_permutation"], 4)])
-    header = ["own persona", "another's", "difference (95 %)", "better", "equal", "worse", "p"]
+        counts = [d[count] for count in ("better", "equal", "worse", "left_out")]
+        rows.append([name, *means, difference, *counts, number_text(d["p_permutation"], 4)])
+    header = ["own persona", "another's", "difference (95 %)", "better", "equal", "worse", "no verdict", "p"]
     lines = markdown_table([results["model"], *header], rows)
-    lines += [f"{count} answers without a verdict: {kind}" for kind, count in results["failures"].items()]
+    lines += [f"{count} judgements without a verdict: {kind}" for kind, count in results["failures"].items()]
     return "\n".join(lines) + "\n"
 
 

@@ -78,8 +78,8 @@ class Args(flags.RuntimeArgs):
     """Evaluation interval in steps; the last step always has a held-out loss."""
     eval_judgements: flags.MayChange[flags.Count] = 200
     """Held-out answers that the finished GRM judges (greedy), from the front of the file."""
-    eval_max_new_tokens: flags.MayChange[flags.Count] = 1024
-    """Tokens of such a judgement; one that is cut off does not parse."""
+    eval_max_new_tokens: flags.MayChange[flags.Count] = 512
+    """Tokens of such a judgement. RL's judge has as many (--judge-max-new-tokens)."""
 
 
 if __name__ == "__main__":

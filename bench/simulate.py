@@ -300,13 +300,14 @@ class ClockEngine(Engine):
         costs: Costs,
         clock: Clock,
         on_cpu: bool = False,
+        kv_tokens: int | None = None,
     ):
         self.model = SimpleNamespace(config=config, part=None)  # type: ignore[assignment]
         self.max_len = max_len
         self.max_batch = max_batch
         self.stop_ids = set(script.chat.stop_ids)
         self.device = torch.device("cpu")
-        kv_tokens = max_len * max_batch if on_cpu else likely_tokens(max_len, max_batch)
+        kv_tokens = kv_tokens or (max_len * max_batch if on_cpu else likely_tokens(max_len, max_batch))
         self.n_blocks = -(-kv_tokens // BLOCK_SIZE) + 1
         self.runner = ClockRunner(self, name, costs, clock, script)
         self.runner.steps_per_poll = 1 if on_cpu else GPURunner.steps_per_poll
@@ -412,13 +413,15 @@ def train_step(
         args,
         prompts_per_step=n_prompts,
         mini_batch_prompts=max(1, args.mini_batch_prompts // world_size),
+        critic_warmup_steps=0,
         offload=False,
     )
     ranks = Ranks(0, 1, torch.device("cpu"), torch.float32, None)
     models = {name: models[name] for name in ("policy", "critic")}
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-6) for name, model in models.items()}
     started = process_time()
-    batch = train.score(rollout.judged, models, args, ranks)
+    trajectories, _ = ppo_cpe.select(rollout, args, 0, ranks)
+    batch = train.score(trajectories, models, args, ranks)
     scored = process_time()
     train.update(batch, models, optimizers, args, ranks)
     return {"score": scored - started, "update": process_time() - scored}
@@ -474,7 +477,9 @@ def simulate(args: Args, gpu: GPU) -> tuple[dict[str, float], dict[str, float]]:
         policy_script, judge_script = scripts_of(args)
         costs = GPUCosts(policy, gpu, args.max_batch, tp)
         longest = ppo_cpe.longest_sequence(args, policy.max_position_embeddings)
-        engine = ClockEngine("policy", policy, longest, args.max_batch, policy_script, costs, clock)
+        engine = ClockEngine(
+            "policy", policy, longest, args.max_batch, policy_script, costs, clock, kv_tokens=args.kv_tokens
+        )
         judge_clock = Clock() if args.judge_server else clock
         judge_costs = GPUCosts(judge, gpu, args.max_batch, tp)
         if args.judge_server:

@@ -26,7 +26,9 @@ def default_kv_tokens(model: Transformer, max_len: int, max_batch: int) -> int:
     """Default size of the cache in tokens, capped at a fraction of the free memory, but no less than max_len.
 
     On a GPU it is `likely_tokens`. On a CPU, where memory counts only once it is written, it is the most that there
-    can be. ValueError: the free memory of a GPU does not hold max_len tokens.
+    can be; a container's own limit is not seen (--kv-tokens).
+
+    ValueError: the free memory of a GPU does not hold max_len tokens.
     """
     weight = next(model.parameters())
     config = model.config

@@ -44,7 +44,8 @@ def accuracy_by_tier(pairs: list[dict], outcomes: np.ndarray, seed: int) -> dict
 
     def part(rows: list[int]) -> dict:
         result = accuracy(outcomes[rows], seed, persons and [persons[i] for i in rows])
-        return result | dict(longer_answer=float(longer[rows].mean()))
+        judged = longer[rows][~np.isnan(outcomes[rows])]  # the same pairs as the judge's
+        return result | dict(longer_answer=float(judged.mean()) if len(judged) else None)
 
     groups = {label: part(rows) for label, rows in rows_of.items()}
 

@@ -222,13 +222,19 @@ def matched(
 def paired(first: list[dict], second: list[dict], seed: int, paths: tuple[str, str]) -> dict | None:
     """Tests two models on the questions in both files, against the same baseline answers; None without any.
 
-    Names, in_one_file_only (rows), and what winrate.paired_test returns.
+    None, too, if the files have different baselines, such as one model against SFT and against PPO. ValueError: the
+    answers differ, but both baselines have one name.
+
+    Returns:
+        names, in_one_file_only (rows), and what winrate.paired_test returns
     """
     a, b = matched(first, second, ("instruction",), paths)
     if not a:
         return None
     both = [(x, y) for x, y in zip(a, b) if "baseline" not in [*x.get("missing", ()), *y.get("missing", ())]]
     if any(x["output_1"] != y["output_1"] for x, y in both):
+        if first[0]["generator_1"] != second[0]["generator_1"]:
+            return None
         raise ValueError(
             f"{first[0]['generator_2']} and {second[0]['generator_2']} were compared with different answers of a "
             "baseline: a paired test would mean nothing"

@@ -34,9 +34,19 @@ def draw_rows(args, kind: str = "prompt") -> list[dict]:
 
 
 def make_stage(name: str, stage: str, digests: list[str], make: Callable, args, ranks: Ranks) -> list[dict | None]:
-    """`made_once` for a part of an evaluation, which --stage may leave out."""
+    """`made_once` for a part of an evaluation, which --stage may leave out.
+
+    ValueError: it is left out, and an earlier run kept nothing of it.
+    """
     reason = None if args.stage in ("all", stage) else f"--stage {args.stage} makes none"
-    return made_once(name, digests, make, args.journal or args.out, ranks, reason)
+    folder = args.journal or args.out
+    found = made_once(name, digests, make, folder, ranks, reason)
+    if reason and digests and not any(found):  # a table of nothing would take the place of a finished one
+        raise ValueError(
+            f"--stage {args.stage}: {folder}/journal holds none of the {len(digests)} {name} that these flags ask for; "
+            f"run --stage {stage} first, or give the flags it had (model, judge, prompts, sampling, --dtype, --seed)"
+        )
+    return found
 
 
 def check_replies(spec: str, found: list[dict | None], failures: list[tuple[str, str]]) -> None:

@@ -205,9 +205,13 @@ def choices_table(results: dict, measures: list[str]) -> str:
     """Markdown."""
     rows = []
     for name, first in results[measures[0]].items():
-        accuracies = [percent_text(results[measure][name], "accuracy") for measure in measures]
-        rows.append([name, *accuracies, first["n"], first["not_answered"]])
-    header = ["question type", *(f"accuracy %, {measure}" for measure in measures), "n", "not answered"]
+        cells = []
+        for measure in measures:
+            result = results[measure][name]
+            cells += [percent_text(result, "accuracy"), result["n"]]
+        rows.append([name, *cells, first["not_answered"]])
+    columns = [column for measure in measures for column in (f"accuracy %, {measure}", "n")]
+    header = ["question type", *columns, "not answered"]
     lines = [
         *markdown_table(header, rows),
         "",

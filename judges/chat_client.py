@@ -387,12 +387,17 @@ class ChatServer:
         return True
 
 
+def own_words(body: str) -> str:
+    """The body of a server's error without what it repeats of the request."""
+    try:
+        return json.dumps(json.loads(body, object_hook=lambda value: value | {"input": None}))
+    except (ValueError, RecursionError):
+        return body
+
+
 def refused_parameters(body: str) -> list[str]:
     """The parameters among ADAPTABLE that a server does not take, by the body of its error; the likeliest first."""
-    try:  # without what it repeats of the request
-        words = json.dumps(json.loads(body, object_hook=lambda value: value | {"input": None}))
-    except (ValueError, RecursionError):
-        words = body
+    words = own_words(body)
     if not UNSUPPORTED.search(words):
         return []
     param = re.search(r'"param": "([^"]+)"', words)  # its own field, which may be a path such as body.seed

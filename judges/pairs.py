@@ -6,7 +6,7 @@ from typing import Any
 
 from judges.asking import Call, EngineBackend, Question, Reply, ServerBackend, ask_until_parsed, check_refusal, text_of
 from judges.base import JudgeSettings, Verdict
-from judges.chat_client import Failure, shown
+from judges.chat_client import BadStatus, Failure, own_words, shown
 from judges.models import LanguageModelJudge
 from prompts import PAIR_NAMES, Templates, pair_request, parse_pair
 from runtime.distributed import derive_seed
@@ -70,7 +70,7 @@ class PairJudge(LanguageModelJudge):
             failure = reply.failure
             if failure is None and reply.value is None:  # the server left them out
                 self.top_logprobs = []
-            elif failure and failure.kind == "request" and not failure.retry and "logprob" in str(failure).lower():
+            elif isinstance(failure, BadStatus) and "logprob" in own_words(failure.body).lower():
                 if number in self.top_logprobs:  # it gives none, or not as many; another question may have found out
                     self.top_logprobs.remove(number)
             else:

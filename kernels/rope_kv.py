@@ -29,8 +29,8 @@ def rope_kv(
 
     q [T, Hq, D], k and v [T, Hkv, D] (rows may be strided, such as slices of one projection), cos and sin [T, 1, D],
     k_cache and v_cache [blocks, block_size, Hkv, D], contiguous, all of one dtype; slots int64 [T]: block * block_size
-    + offset, each at most once; -1 writes nothing. (The padding rows of a CUDA graph all write slot 0, which only they
-    read.) Not differentiable.
+    + offset, each at most once. (The padding rows of a CUDA graph all write slot 0, which only they read.) Not
+    differentiable.
     """
     n_tokens, n_heads, dim = q.shape
     n_kv = k.shape[1]
@@ -55,9 +55,6 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def reference(q, k, v, cos, sin, k_cache, v_cache, slots):
     """In torch, as run on a CPU."""
     k = apply_rope(k, cos, sin)
-    if bool((slots < 0).any()):
-        valid = (slots >= 0).nonzero()[:, 0]
-        k, v, slots = k[valid], v[valid], slots[valid]
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
     return apply_rope(q, cos, sin)
@@ -115,7 +112,7 @@ if triton is not None:
         slot = tl.load(slots_ptr + token)
         h = tl.arange(0, TILE_KV)
         offset = h[:, None] * D + d[None, :]
-        mask = (h < HKV)[:, None] & (d < HALF)[None, :] & (slot >= 0)
+        mask = (h < HKV)[:, None] & (d < HALF)[None, :]
         cache_offset = slot * (HKV * D) + offset
         _rotate_heads(k_ptr, k_cache_ptr, token * k_stride + offset, cache_offset, mask, c1, c2, s1, s2, HALF)
         tl.store(

@@ -122,8 +122,9 @@ def persona_swap_rows(folder: str) -> list[dict]:
     rows = []
     for row in logged_rows(os.path.join(folder, "verdicts.jsonl")):
         answer = answers.get(row["prompt_id"], {})
-        own = dict(title="under the own persona", answer=answer.get("answer"), **scores_of(row["own"]))
-        swapped = dict(title="under another's", answer=answer.get("answer"), **scores_of(row["swapped"]))
+        judged = row.get("answer", answer.get("answer"))  # an evaluation under way may have written newer answers
+        own = dict(title="under the own persona", answer=judged, **scores_of(row["own"]))
+        swapped = dict(title="under another's", answer=judged, **scores_of(row["swapped"]))
         rows.append(
             dict(
                 id=row["prompt_id"],

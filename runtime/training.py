@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from lora import lora_settings, share_base_weights
 from model import Transformer, load_pretrained
@@ -22,7 +21,7 @@ from runtime.packing import DUMMY, Batch, pack, packed_micro_batches
 from runtime.rows import write_rows
 from runtime.runs import Run, count_bad_steps
 from runtime.watch import shared
-from weights import GIB
+from weights import GIB, full_tensor
 
 E = TypeVar("E")
 
@@ -92,7 +91,7 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
     """AdamW on the trainable parameters. ValueError: the learning rate is as large as the weights, which the first step
     would destroy."""
     parameters = trainable(model)
-    norm = unsharded_value(torch.nn.utils.get_total_norm([p.detach() for p in parameters]))
+    norm = full_tensor(torch.nn.utils.get_total_norm([p.detach() for p in parameters])).item()
     rms = norm / sum(p.numel() for p in parameters) ** 0.5
     if lr > rms:
         raise ValueError(
@@ -100,11 +99,6 @@ def adamw(model: Transformer, lr: float, weight_decay: float) -> torch.optim.Ada
         )
     fused = next(model.parameters()).is_cuda  # one kernel, without temporary copies of all parameters
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused)
-
-
-def unsharded_value(scalar: torch.Tensor) -> float:
-    """The value of a scalar tensor, which may be sharded."""
-    return (scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item()
 
 
 def learning_rate(lr: float, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -166,7 +160,7 @@ def optimizer_step(
     If the norm or a mean is not finite or out of bounds, the update is left out and its examples are written to
     OUT/bad_steps. FloatingPointError: that has happened more than --skip-bad-steps times.
     """
-    norm = unsharded_value(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
     is_finite = math.isfinite(norm)
     for name, mean in means.items():
         is_finite = is_finite and math.isfinite(mean) and abs(mean) <= BOUNDS[name]

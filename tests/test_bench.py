@@ -109,6 +109,16 @@ def test_ranks_share_the_work_of_an_engine(simulated):
     assert released["CUDA graphs"] > 0 and "CUDA graphs" not in together
 
 
+def test_a_simulated_step_heeds_selection_cache_and_warm_up(simulated):
+    """A selection trains on fewer edits, a small cache decodes in more steps, and the policy is trained."""
+    every, _ = simulated(edit_rate=1.0)
+    half, _ = simulated(edit_rate=0.5, edit_strategy="batch_rank")
+    assert half["policy decode"] == every["policy decode"] and half["update"] < 0.9 * every["update"]
+    small, _ = simulated(edit_rate=1.0, kv_tokens=4000)
+    assert small["policy decode"] > 1.1 * every["policy decode"]
+    assert simulated(edit_rate=1.0, critic_warmup_steps=5)[0] == every
+
+
 def test_a_simulated_server_judges_beside_the_policy(simulated):
     phases, _ = simulated(judge_server=True)
     assert phases["waiting for the judge"] > 0 and "judge decode" not in phases

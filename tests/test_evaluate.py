@@ -622,6 +622,40 @@ def test_stages_one_by_one(world, tmp_path, pair_server):
     assert without_flags(written(tmp_path / "stages")[0]) == without_flags(whole[0])
 
 
+def test_a_stage_that_finds_nothing_overwrites_nothing(world, tmp_path, capsys):
+    """Other flags than those of the run are other verdicts; a table of none would take the place of the run's."""
+    flags = ["--prompts", world / "prompts.jsonl", "--answers", world / "good.jsonl", "--out", tmp_path]
+    flags += ["--baseline-answers", world / "bad.jsonl", "--judge", "world", "--bootstrap-draws", 5]
+    run(*flags)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    error = error_of(evaluate, capsys, *flags, "--stage", "table", "--seed", 1)
+    assert f"--stage table: {tmp_path}/journal holds none of the 12 verdicts that these flags ask for" in error
+    assert "run --stage verdicts first" in error
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    run(*flags, "--stage", "table")
+
+
+def test_scores_are_compared_on_the_prompts_that_both_sides_have(world, tmp_path, capsys):
+    """A judgement that does not parse takes the prompt out of both means; equal answers are a draw without one."""
+    (tmp_path / "rule.py").write_text(
+        "def judge(row, answer):\n    return None if answer in ('', 'bad 1', 'same') else float(answer[-1])\n"
+    )
+    prompts = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    texts = {"model": ["good 9", "good 1", "good 2", "same"], "baseline": ["bad 0", "bad 1", "bad 2", "same"]}
+    files = {}
+    for side, of_side in texts.items():
+        rows = [prompt | {"answer": text} for prompt, text in zip(prompts, of_side)]
+        files[side] = write(tmp_path / f"{side}.jsonl", rows)
+    flags = ["--prompts", write(tmp_path / "prompts.jsonl", prompts[:4]), "--out", tmp_path / "out"]
+    flags += ["--answers", files["model"], "--baseline-answers", files["baseline"], "--bootstrap-draws", 5]
+    results, _, _ = run(*flags, "--judge", f"{tmp_path}/rule.py:judge")
+    assert results["model"]["reward"]["mean"] == 5.5 and results["baseline"]["reward"]["mean"] == 1
+    assert [results[side]["compared"] for side in ("model", "baseline")] == [2, 2]
+    assert [results[side]["unjudged"] for side in ("model", "baseline")] == [1, 2]
+    assert results["win_rate"]["ties"] == 2 and results["win_rate"]["left_out"] == 1
+    assert "prompts of the scores" in capsys.readouterr().out
+
+
 def test_answers_of_a_server(tiny, tmp_path):
     """Our own server: its answers at temperature 0 are those of its model in this process."""
     running = Running(str(tiny / "checkpoint"))

@@ -155,6 +155,10 @@ def test_annotations_to_tables(tmp_path, capsys):
         assert (tmp_path / f"out/plots/{name}.png").stat().st_size > 5000
         assert (tmp_path / f"out/plots/{name}.svg").read_text().count("<path") > 5
     assert "win rate against the baseline, %" in (tmp_path / "out/plots/win_rates.svg").read_text()
+    other = [r | {"output_1": "c", "generator_1": "another baseline"} for r in first]
+    assert annotations.paired(first, other, 0, ("a", "c")) is None
+    with pytest.raises(ValueError, match="model and model were compared with different answers of a baseline"):
+        annotations.paired(first, [r | {"output_1": "c"} for r in first], 0, ("a", "c"))
     table = (tmp_path / "out/table.md").read_text()
     assert table in capsys.readouterr().out and "| model - other |" in table and "Cohen's kappa" in table
     assert f"| model | {100 * np.nanmean(y):.1f} (" in table
@@ -250,6 +254,8 @@ def test_accuracy_by_hand():
     general = found["kinds"]["general"]
     assert general["accuracy"] == pytest.approx(2 / 3) and general["mean_of_tiers"] == 0.5  # by rows, by tiers
     assert found["total"]["accuracy"] == 0.5 and found["total"]["mean_of_tiers"] == pytest.approx(1 / 3)
+    judged = accuracy_by_tier(pairs, np.array([1, np.nan, np.nan, 0.5]), seed=0)  # over the pairs of the judge's number
+    assert judged["total"]["longer_answer"] == 1 and judged["groups"]["general hard"]["longer_answer"] is None
     assert found["total"]["longer_answer"] == 0.625 and found["intervals"].startswith("rows of one user_id")
 
 
@@ -352,6 +358,17 @@ def test_persona_swap(world, tmp_path, capsys):
     assert results["difference"]["reward"]["difference"] == pytest.approx(np.mean(gaps)) and np.mean(gaps) > 0
     assert "| reward |" in capsys.readouterr().out
     assert "needs a judge that scores" in error_of(evaluate, capsys, *flags[:-3], "pair:x", "--out", tmp_path / "no")
+
+    lost = verdicts[0]["persona"]  # the judgement under one other persona is lost, and so is that row
+    (tmp_path / "judge.py").write_text(
+        f"def judge(row, answer):\n    return None if row['persona'] == {lost!r} else 1.0\n"
+    )
+    judged = [*flags[:-3], f"{tmp_path}/judge.py:judge", "--out", tmp_path / "some"]
+    evaluate.main(tyro.cli(evaluate.Args, args=[str(f) for f in judged]))
+    some = json.loads((tmp_path / "some/results.json").read_text())
+    assert some["own"]["reward"]["mean"] == some["swapped"]["reward"]["mean"] == 1
+    assert some["difference"]["reward"]["left_out"] == sum(some["failures"].values()) > 0
+    assert "judgements without a verdict" in capsys.readouterr().out
 
     (tmp_path / "judge.py").write_text("def judge(row, answer):\n    return None\n")  # no verdict at all
     judged = [*flags[:-3], f"{tmp_path}/judge.py:judge", "--out", tmp_path / "none"]

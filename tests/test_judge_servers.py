@@ -637,7 +637,8 @@ def test_an_unreachable_server_is_found_at_once(url, opened):
 class PairServer(FaultyServer):
     """Prefers the longer answer with probability 0.8, after the faults scripted for the pair; knows the sampling rules.
 
-    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". Votes go by the seed, 7 of 10 for the longer.
+    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". server.bodies: {answers: of a 400}. Votes go
+    by the seed, 7 of 10 for the longer.
     """
 
     def do_POST(self):
@@ -651,6 +652,8 @@ class PairServer(FaultyServer):
         self.server.requests[tuple(answers)].append(request)
         faults = self.server.faults.get(tuple(answers), [])
         fault = dict(enumerate(faults)).get(len(self.server.requests[tuple(answers)]) - 1)
+        if tuple(answers) in self.server.bodies:
+            return self.reply(400, self.server.bodies[tuple(answers)])
         if isinstance(fault, int):
             return self.reply(fault, b'{"error": {"message": "scripted"}}')
         if fault == "drop":
@@ -684,7 +687,7 @@ class PairServer(FaultyServer):
 @pytest.fixture
 def pair_server(short_pauses):
     server = Quiet(PairServer)
-    server.logprobs, server.url = "given", f"pair:{server.url}"
+    server.logprobs, server.url, server.bodies = "given", f"pair:{server.url}", {}
     yield server
     server.end()
 
@@ -756,6 +759,19 @@ def test_a_server_that_gives_fewer_logprobs(pair_server, opened):
     assert all((v.reward, v.method) == (pytest.approx(0.8), "logprobs") for v in verdicts(judge).values())
     asked = [r["top_logprobs"] for some in pair_server.requests.values() for r in some]
     assert asked == [20, 5, 5, 5]
+
+
+def test_an_error_that_repeats_the_request_says_nothing_of_log_probabilities(pair_server, opened):
+    """A server that lists what it was sent holds "logprobs" in every error, such as one about a prompt's length."""
+    said = b'{"detail": [{"msg": "prompt is too long", "input": {"logprobs": true, "top_logprobs": 20}}]}'
+    pair_server.bodies = {("too long", "a"): said}
+    judge = opened(pair_server.url, concurrency=1)
+    for name in ("too long", "fine long"):
+        judge.submit(name, ROW, (name, "a"), seed=0)
+    found = verdicts(judge)
+    assert found["too long"].failure == "request" and "prompt is too long" in found["too long"].error
+    assert (found["fine long"].reward, found["fine long"].method) == (pytest.approx(0.8), "logprobs")
+    assert [len(requests) for requests in pair_server.requests.values()] == [1, 1]
 
 
 HOSTILE = [

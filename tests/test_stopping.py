@@ -187,6 +187,7 @@ import torch
 import torch.distributed as dist
 from conftest import random_model, tiny_config
 from runtime import distributed, flags, training, watch
+from weights import full_tensor
 
 
 def main(_):
@@ -201,7 +202,7 @@ def main(_):
 
     def total_norm():
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        return training.unsharded_value(norm)
+        return full_tensor(norm).item()
 
     waits = dict(
         forward=forward,
