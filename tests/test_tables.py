@@ -458,9 +458,25 @@ def test_finished_experiments_become_the_tournament(tmp_path, capsys):
     tables.main(args)
     text = (tmp_path / "tournament/tournament.md").read_text()
     assert "| [PPO, n = 6](" in text and "#raft) | 2 | 1.00 ± 0.00 |" in text and "## R = 0.3" not in text
-    assert "[SFT on edits that gained](" in text and "| RAFT, no edits | x 2 | 2 |" in text
+    assert "[SFT on edits that gained](" in text and "| RAFT, no edits | x 2 | 2 | (0 of 2) |" in text
     assert "| RAFT, no edits | 0 | +0.00 |" in text and "| RAFT, no edits | (0 of 2) |" in text
     assert (tmp_path / "tournament/tournament.png").exists()
+
+
+def test_each_method_is_compared_at_its_better_learning_rate():
+    scores = {
+        "none": (3.0, 3.2, 3.4),
+        "none_2lr": (1.0, 1.0, 1.0),
+        "golf": (2.0, 2.0, 2.0),
+        "golf_2lr": (3.5, 3.6, 4.3),
+    }
+    scores |= {"ppo": (2.0, 2.1, 2.2), "ppo_2lr": (2.0, 2.0, 2.0), "raft": (9.0, 9.0, 9.0)}  # raft has one rate only
+    known = {f"seed{i}/rate0/{n}": dict(reward=x) for n, xs in scores.items() for i, x in enumerate(xs)}
+    better = tournament.at_better_rate(sweep.by_rate(known))
+    assert {name: [run["reward"] for run in of.values()] for (_, name), of in better.items()} == {
+        name: list(scores[which]) for name, which in (("none", "none"), ("golf", "golf_2lr"), ("ppo", "ppo"))
+    }
+    assert "| GOLF | 0 | +0.60 |" in sweep.differences(better, tournament.LABELS, [0.0], "none")
 
 
 def test_tokens_until_half_of_the_samples():

@@ -307,13 +307,18 @@ def half_table(figures: BySeed, labels: dict[str, str], rates: Sequence[float]) 
     for name, label in labels.items():
         cells = []
         for rate in rates:
-            steps = [step_of_half(curve) for curve in values_of(figures, rate, name, "curve")]
-            reached = [step for step in steps if step is not None]
-            mean = f"{np.mean(reached):.0f} " if reached else ""
-            cells.append(f"{mean}({len(reached)} of {len(steps)})" if steps else "")
+            cells.append(mean_step_of_half(values_of(figures, rate, name, "curve")))
         if any(cells):
             rows.append([label, *cells])
     return markdown_table(["", *(f"R = {rate:g}" for rate in rates)], rows)
+
+
+def mean_step_of_half(curves: list[list[float]]) -> str:
+    """The mean over the curves that get there, and how many do; "" without curves."""
+    steps = [step_of_half(curve) for curve in curves]
+    reached = [step for step in steps if step is not None]
+    mean = f"{np.mean(reached):.0f} " if reached else ""
+    return f"{mean}({len(reached)} of {len(steps)})" if steps else ""
 
 
 def step_of_half(curve: list[float]) -> int | None:

@@ -52,7 +52,8 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
 QUICK = ("grpo", "raft_edits")
 LEFT_OUT = {  # exploration is a question where samples lack the content, over-optimisation where they have it
     0.3: ("ppo_n24", "ppo_t13", "ppo_200", "ppo_entropy", "sdpo", "sdpo_edit", "srpo", "rltf_fm"),
-    0.003: ("ppo_200", "rltf_fm", "ppo_kl", "none_kl", "ppo_kl_strong", "none_kl_strong"),
+    0.003: ("ppo_t13", "ppo_200", "rltf_fm", "rltf_fm_edits", "sdpo", "sdpo_edit", "ppo_kl", "none_kl", "ppo_kl_strong")
+    + ("none_kl_strong",),
     0.0: ("ppo_kl_strong", "none_kl_strong"),
 }
 TRAINED_ON_ROLLOUTS = {  # name: (script, rows of recipes/edit_pairs.py), from rollouts of the SFT policy
@@ -230,6 +231,8 @@ def write_tables(known: dict[str, dict], folder: str) -> None:
     sections["Score less PPO's"] = sweep.differences(runs, LABELS, rates, "ppo")
     sections["Score less CPE's, none"] = sweep.differences(runs, LABELS, rates, "none")
     sections["Two learning rates, R = 0"] = faster_table(runs)
+    better = at_better_rate(runs)
+    sections["Score less CPE's, each at its better learning rate"] = sweep.differences(better, LABELS, [0.0], "none")
     write_page(f"{folder}/tournament.md", "Ways to learn from a critique", NOTE, sections)
     draw(runs, rates, folder)
 
@@ -270,17 +273,35 @@ def tokens_table(runs: sweep.BySeed) -> str | None:
     return markdown_table(["", "tokens of each seed"], rows) if rows else None
 
 
+def at_both_rates(runs: sweep.BySeed, name: str) -> tuple[dict[int, dict], dict[int, dict]]:
+    """A method's runs at R = 0 by seed, at the sweep's learning rate and at twice that, on the seeds that have both."""
+    usual = runs.get((0.0, name), {})
+    faster = runs.get((0.0, f"{name}_2lr"), {})
+    seeds = sorted(set(usual) & set(faster))
+    return {seed: usual[seed] for seed in seeds}, {seed: faster[seed] for seed in seeds}
+
+
 def faster_table(runs: sweep.BySeed) -> str | None:
     """Each method at both learning rates, on the same seeds."""
     rows = []
     for name, label in LABELS.items():
-        faster = runs.get((0.0, f"{name}_2lr"), {})
-        usual = runs.get((0.0, name), {})
-        seeds = sorted(set(faster) & set(usual))
-        for times, of_seeds in ((1, usual), (2, faster)):
-            if seeds:
-                rows.append(([label, f"x {times}", len(seeds)], [of_seeds[seed] for seed in seeds]))
-    return figure_table(["", "learning rate", "seeds"], rows, ["reward", *RARE_CONTENT]) if rows else None
+        for times, of_seeds in enumerate(at_both_rates(runs, name), 1):
+            if of_seeds:
+                curves = [run["curve"] for run in of_seeds.values() if "curve" in run]
+                learned = sweep.mean_step_of_half(curves)
+                rows.append(([label, f"x {times}", len(of_seeds), learned], list(of_seeds.values())))
+    header = ["", "learning rate", "seeds", "step of half"]
+    return figure_table(header, rows, ["reward", *RARE_CONTENT]) if rows else None
+
+
+def at_better_rate(runs: sweep.BySeed) -> sweep.BySeed:
+    """The runs at R = 0 of each method that has both learning rates, at the one with the higher mean score."""
+    better = {}
+    for name in LABELS:
+        both = at_both_rates(runs, name)
+        if both[0]:
+            better[0.0, name] = max(both, key=lambda of: float(np.mean([run["reward"] for run in of.values()])))
+    return better
 
 
 def draw(runs: sweep.BySeed, rates: list[float], folder: str) -> None:
