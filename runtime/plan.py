@@ -326,7 +326,8 @@ def sequences_at_once(args, machine: Machine) -> int:
 def rl(
     args, max_len: int, trained: dict[str, tuple[str, bool]], judges: dict[str, int], sampled: float, per_prompt: float
 ) -> float:
-    """The plan of ppo_cpe.py and its forks: while responses are sampled, in the passes, in the optimizer.
+    """The plan of ppo_cpe.py and its forks: while responses are sampled, in the passes, in the optimizer. With
+    --release-cache also at the start, since the engine is opened before anything is released or offloaded.
 
     max_len: tokens of the longest sequence of the engine. trained: {name: (folder or hub id, scalar head)}, the policy
     first. judges: {part: bytes per rank} that judges hold all the time. sampled, per_prompt: responses that are sampled
@@ -357,7 +358,9 @@ def rl(
     copies = 3 if machine.tensor_parallel == 1 else 6
     logits = copies * 4 * args.max_batch * policy.vocab_size / machine.tensor_parallel
     sampling = {**resident, "logits of a step": logits}
+    phases: Phases = {}
     if args.release_cache and machine.device == "cuda":
+        phases["start"] = {**resident, **masters}
         resident = {part: size for part, size in resident.items() if not part.endswith("KV cache")}
     passes = {**resident, **masters}
     optimizer = {**resident, **masters, **gradients}
@@ -389,4 +392,5 @@ def rl(
             f"an engine has at most {at_once} sequences at once: --max-batch {at_once} would make the KV caches "
             f"{caches / GIB:.2f} -> {caches * at_once / args.max_batch / GIB:.2f} GiB"
         )
-    return report(args, machine, {"sampling": sampling, "passes": passes, "optimizer": optimizer}, expected)
+    phases |= {"sampling": sampling, "passes": passes, "optimizer": optimizer}
+    return report(args, machine, phases, expected)

@@ -323,6 +323,26 @@ def test_the_plan_counts_the_host_memory_of_offload(tmp_path, capsys):
         assert float(said) == pytest.approx(size, abs=0.1)
 
 
+def test_the_plan_counts_the_start_of_a_run_that_releases_its_cache(tmp_path, capsys):
+    """The engine is opened beside the masters: only later are caches released, and masters offloaded."""
+    config_folder(tmp_path / "m", "0.5b")
+    flags = ["--model", tmp_path / "m", "--judge", "world", "--plan", "--world-size", 8, "--offload", "--gpu-gib", 1000]
+    ppo_cpe.main(tyro.cli(ppo_cpe.Args, args=[str(flag) for flag in flags]))
+    assert "start" not in capsys.readouterr().out
+    ppo_cpe.main(tyro.cli(ppo_cpe.Args, args=[str(flag) for flag in [*flags, "--release-cache"]]))
+    header, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert header.split() == ["start", "sampling", "passes", "optimizer"]
+    rows = {line[:34].strip(): line[34:].split() for line in lines}
+    assert rows["engine: KV cache"][:2] == [rows["engine: KV cache"][0]] * 2 and rows["engine: KV cache"][2:] == [
+        "-",
+        "-",
+    ]
+    masters = rows["policy: fp32 masters"]
+    assert masters[0] == masters[2] and masters[1] == "-"
+    parts = ("engine: weights", "engine: KV cache", "policy: fp32 masters", "critic: fp32 masters")
+    assert float(rows["together"][0]) == pytest.approx(sum(float(rows[part][0]) for part in parts), abs=0.03)
+
+
 def test_flags_that_do_not_go_together(tmp_path):
     config_folder(tmp_path / "m", "7b")
     with pytest.raises(ValueError, match="--shard-size 3: expected a divisor of --world-size 8"):
