@@ -224,7 +224,7 @@ def figures_of(out: str, name: str) -> dict:
 def write_tables(known: dict[str, dict], folder: str) -> None:
     """Writes tournament.md and the figure."""
     runs = sweep.by_rate(known)
-    rates = [rate for rate in RATES if runs.get((rate, "ppo"))]
+    rates = sorted(rate for rate in RATES if runs.get((rate, "ppo")))
     sections: dict[str, str | None] = {f"R = {rate:g}": table_of(runs, rate) for rate in rates}
     sections["Steps until half of the samples give the advice"] = sweep.half_table(runs, LABELS, rates)
     sections["Tokens until then, in millions, R = 0"] = tokens_table(runs)
