@@ -2,7 +2,7 @@
 
     python results/make/tables.py ladder                # the recipe on five seeds, a ladder of judges; two hours
     python results/make/tables.py sweep                 # when do edits pay? Five to seven hours on two CPU cores
-    python results/make/tables.py tournament            # every way to learn from a critique; some eight hours
+    python results/make/tables.py tournament            # every way to learn from a critique; some nine hours
     python results/make/tables.py memory                # which model fits on which GPU (docs/gpus.md); minutes, no GPU
     python results/make/tables.py one-step > docs/one-step.md      # one step with real text, of recipes/tiny.sh's run
     python results/make/tables.py edits --seeds 4 > results/sweep/edits.md    # do edits follow critiques? After sweep
