@@ -50,9 +50,8 @@ METHODS = {  # name: (fork, or None for ppo_cpe.py, and flags)
     "ppo_200": (None, f"{NO_EDITS} --max-steps {LONG}"),
 }
 QUICK = ("grpo", "raft_edits")
-# exploration is a question where samples lack the content, over-optimisation where they have it; 0.003 has fewer methods
 KL = ("ppo_kl", "none_kl", "ppo_kl_strong", "none_kl_strong")
-LEFT_OUT = {
+LEFT_OUT = {  # exploration is a question where samples lack the content, over-optimisation where they have it
     0.3: ("ppo_n24", "ppo_t13", "ppo_200", "ppo_entropy", "sdpo", "sdpo_edit", "srpo", "rltf_fm"),
     0.003: ("ppo_t13", "ppo_200", "rltf_fm", "rltf_fm_edits", "sdpo", "sdpo_edit", *KL),
     0.0: ("ppo_kl_strong", "none_kl_strong"),
