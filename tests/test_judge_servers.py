@@ -637,8 +637,8 @@ def test_an_unreachable_server_is_found_at_once(url, opened):
 class PairServer(FaultyServer):
     """Prefers the longer answer with probability 0.8, after the faults scripted for the pair; knows the sampling rules.
 
-    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". server.bodies: {answers: of a 400}. Votes go
-    by the seed, 7 of 10 for the longer.
+    server.logprobs: "given" | "at most 5" | "refused" (400) | "left out". Votes go by the seed, 7 of 10 for the longer.
+    A fault of bytes is the body of a 400.
     """
 
     def do_POST(self):
@@ -652,8 +652,8 @@ class PairServer(FaultyServer):
         self.server.requests[tuple(answers)].append(request)
         faults = self.server.faults.get(tuple(answers), [])
         fault = dict(enumerate(faults)).get(len(self.server.requests[tuple(answers)]) - 1)
-        if tuple(answers) in self.server.bodies:
-            return self.reply(400, self.server.bodies[tuple(answers)])
+        if isinstance(fault, bytes):
+            return self.reply(400, fault)
         if isinstance(fault, int):
             return self.reply(fault, b'{"error": {"message": "scripted"}}')
         if fault == "drop":
@@ -687,7 +687,7 @@ class PairServer(FaultyServer):
 @pytest.fixture
 def pair_server(short_pauses):
     server = Quiet(PairServer)
-    server.logprobs, server.url, server.bodies = "given", f"pair:{server.url}", {}
+    server.logprobs, server.url = "given", f"pair:{server.url}"
     yield server
     server.end()
 
@@ -764,7 +764,7 @@ def test_a_server_that_gives_fewer_logprobs(pair_server, opened):
 def test_an_error_that_repeats_the_request_says_nothing_of_log_probabilities(pair_server, opened):
     """A server that lists what it was sent holds "logprobs" in every error, such as one about a prompt's length."""
     said = b'{"detail": [{"msg": "prompt is too long", "input": {"logprobs": true, "top_logprobs": 20}}]}'
-    pair_server.bodies = {("too long", "a"): said}
+    pair_server.faults = {("too long", "a"): [said, said]}
     judge = opened(pair_server.url, concurrency=1)
     for name in ("too long", "fine long"):
         judge.submit(name, ROW, (name, "a"), seed=0)
