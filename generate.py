@@ -46,7 +46,6 @@ if __name__ == "__main__":
     ARGS = flags.parse(Args, __doc__)  # before the imports below, which take seconds
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from chat import Chat

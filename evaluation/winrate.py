@@ -30,7 +30,8 @@ SEED = 123  # AlpacaEval's, for liblinear
 GAMED_WEIGHT = 0.2 / 2  # a regularization of 0.2, divided between the two gamed copies of each answer
 ALPACA_ROWS = 805
 VARIANTS = ("minimal", "v1")
-DRAWS_AT_ONCE = 500  # bounds the memory of a bootstrap
+BLOCKS = 20  # a bootstrap of a mean and a permutation test draw 10,000 times, in blocks that bound the memory
+BLOCK_DRAWS = 500
 
 Lengths = Sequence[int] | np.ndarray  # characters, [n]; NaN for a missing answer, whose row has no verdict
 
@@ -360,12 +361,6 @@ def _clusters(groups: Sequence | None, n: int) -> list[np.ndarray]:
     return [np.array(rows) for rows in members.values()]
 
 
-def _blocks(draws: int) -> Iterator[int]:
-    """Sizes of the blocks in which a bootstrap draws."""
-    for start in range(0, draws, DRAWS_AT_ONCE):
-        yield min(DRAWS_AT_ONCE, draws - start)
-
-
 def _without_nan(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, list[np.ndarray]]:
     """The values that exist, and the clusters of their indices."""
     exists = ~np.isnan(values)
@@ -374,9 +369,7 @@ def _without_nan(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarra
     return values[exists], _clusters(groups, int(exists.sum()))
 
 
-def bootstrap_mean(
-    values: np.ndarray, seed: int, groups: Sequence | None = None, draws: int = 10_000
-) -> tuple[float | None, float | None]:
+def bootstrap_mean(values: np.ndarray, seed: int, groups: Sequence | None = None) -> tuple[float | None, float | None]:
     """95 % percentile interval (low, high) of the mean; NaNs are left out.
 
     (None, None) where rows drawn again say nothing about the spread: without values, of one group, or all equal.
@@ -390,8 +383,8 @@ def bootstrap_mean(
     sizes = np.array([len(rows) for rows in clusters])
     rng = np.random.default_rng(seed)
     means = []
-    for size in _blocks(draws):
-        drawn = rng.integers(len(clusters), size=(size, len(clusters)))
+    for _ in range(BLOCKS):
+        drawn = rng.integers(len(clusters), size=(BLOCK_DRAWS, len(clusters)))
         means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
@@ -446,9 +439,7 @@ def bootstrap_length_controlled(
     return float(low), float(high)
 
 
-def paired_test(
-    first: np.ndarray, second: np.ndarray, seed: int, groups: Sequence | None = None, draws: int = 10_000
-) -> dict:
+def paired_test(first: np.ndarray, second: np.ndarray, seed: int, groups: Sequence | None = None) -> dict:
     """Compares two models on the same prompts: verdicts or any scores, [n] each, NaN where missing.
 
     Returns:
@@ -468,10 +459,10 @@ def paired_test(
         observed = abs(sums.sum())
         rng = np.random.default_rng(seed)
         n_extreme = 1  # the observed signs are one of the draws
-        for size in _blocks(draws):
-            signs = rng.choice([-1.0, 1.0], size=(size, len(sums)))
+        for _ in range(BLOCKS):
+            signs = rng.choice([-1.0, 1.0], size=(BLOCK_DRAWS, len(sums)))
             n_extreme += int((np.abs(signs @ sums) >= observed - 1e-9).sum())
-        p_permutation = n_extreme / (draws + 1)
+        p_permutation = n_extreme / (BLOCKS * BLOCK_DRAWS + 1)
     return result | dict(
         p_permutation=p_permutation,
         better=better,

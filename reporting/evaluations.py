@@ -5,11 +5,10 @@ first side minus those of the second), preference, note. A side: title, answer, 
 """
 
 import dataclasses
-import json
 import os
 from typing import Any
 
-from json_files import read_json
+from json_files import read_json, read_json_list
 from runtime.rows import DIMENSIONS, logged_rows
 
 # task: what its page calls a win, a tie, a loss and no verdict
@@ -56,8 +55,7 @@ def win_rate_rows(folder: str) -> list[dict]:
     path = os.path.join(folder, "annotations.json")
     if not os.path.isfile(path):
         return []
-    with open(path, encoding="utf-8") as f:
-        annotations = json.load(f)
+    annotations = read_json_list(path, "annotations")
     answers = {}
     for side in ("model", "baseline"):
         for row in logged_rows(os.path.join(folder, f"answers_{side}.jsonl")):
